@@ -1,0 +1,189 @@
+"""From a checked configuration to the parts of a run, and the sentences that say what the run will do."""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from twoviews import distributed
+from twoviews.backbones import Encoder
+from twoviews.config import signature
+from twoviews.console import Console, duration
+from twoviews.data.images import ImageData
+from twoviews.data.loader import Loader
+from twoviews.data.views import Views
+from twoviews.errors import BadInput
+from twoviews.features import Judged
+from twoviews.layers import sync_batch_norms
+from twoviews.methods.method import Method
+from twoviews.randomness import seed_of
+from twoviews.run import code_state, parameter_count
+from twoviews.runtime import Runtime
+from twoviews.tracking import page, read
+
+
+@dataclass
+class Parts:
+    """Everything a training is made of, built and checked against each other."""
+
+    runtime: Runtime
+    device: torch.device
+    data: ImageData
+    views: Views
+    method: Method
+    loader: Loader
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    protocols: dict[str, Any]
+
+    def judge(self, encoder: Encoder) -> Judged:
+        """An encoder with the labelled images of the data."""
+        return Judged(encoder, self.data, self.device, self.runtime.dtype(self.device), self.runtime.channels_last)
+
+
+def load_data(cfg: DictConfig) -> ImageData:
+    """The data set of a configuration; with several processes one prepares it and the others wait."""
+    if distributed.rank() > 0:
+        distributed.barrier()
+    data = instantiate(cfg.data, _convert_="all")
+    if distributed.rank() == 0:
+        distributed.barrier()
+    return data
+
+
+def make_views(cfg: DictConfig, data: ImageData) -> Views:
+    """The augmentation of a configuration for these images."""
+    return instantiate(
+        cfg.augmentation, size=data.size, channels=data.channels, mean=data.mean, std=data.std, _convert_="all"
+    )
+
+
+def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime, device: torch.device) -> Parts:
+    """Build the rest and check that the parts fit together.
+
+    Raises:
+        BadInput: they do not, with the value to change.
+    """
+    torch.manual_seed(seed_of(cfg.seed, "initialisation"))
+    encoder = instantiate(cfg.backbone, channels=data.channels, image_size=data.size, _convert_="all")
+    extra: dict[str, Any] = {}
+    if "labels" in signature(cfg.method._target_):
+        if data.train.labels is None:
+            raise BadInput(f"this method learns from labels, and the training images of {data.name} have none; choose another method.")
+        extra = {"labels": data.train.labels, "classes": len(data.classes)}
+    method = instantiate(cfg.method, encoder=encoder, **extra, _convert_="all")
+    if method.views not in (None, len(views)):
+        raise BadInput(
+            f"this method takes {method.views} views of an image and the augmentation makes {len(views)}; "
+            "choose another with augmentation=."
+        )
+    loader = Loader(
+        data.train,
+        views,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        device=device,
+        rank=distributed.rank(),
+        processes=distributed.processes(),
+    )
+    micro_batch = cfg.batch_size // runtime.accumulate
+    if cfg.batch_size % (runtime.accumulate * distributed.processes()):
+        raise BadInput(
+            f"batch_size={cfg.batch_size} does not divide into runtime.accumulate={runtime.accumulate} micro-batches on "
+            f"{distributed.processes()} process(es); use a multiple of {runtime.accumulate * distributed.processes()}."
+        )
+    method.check(micro_batch, len(data.train), distributed.processes())
+    if distributed.processes() > 1:
+        sync_batch_norms(method, device)
+    method.to(device, memory_format=torch.channels_last if runtime.channels_last else torch.contiguous_format)
+    optimizer = instantiate(cfg.optimizer, batch_size=cfg.batch_size, _partial_=True, _convert_="all")(method.param_groups())
+    return Parts(
+        runtime=runtime,
+        device=device,
+        data=data,
+        views=views,
+        method=method,
+        loader=loader,
+        optimizer=optimizer,
+        schedule=instantiate(cfg.schedule, _convert_="all"),
+        protocols={name: instantiate(node, _convert_="all") for name, node in cfg.protocol.items()} if data.test else {},
+    )
+
+
+def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
+    """Say what the run will do, before it does it."""
+    data, loader, lr = parts.data, parts.loader, parts.optimizer.param_groups[0]["lr"]
+    steps, size = len(loader), cfg.batch_size
+    for note in data.notes:
+        console.say(note)
+    labelled = f"{len(data.classes)} classes" if data.classes else "no labels"
+    console.say(
+        f"data      {data.name}: {len(data.train):,} training images of {data.size}x{data.size} px, "
+        f"{data.channels} channel(s), {labelled}"
+        + (f"; kNN bank {len(data.memory):,}, test {len(data.test):,}" if data.memory and data.test else "")
+    )
+    if not data.test:
+        console.say("          without labelled test images there is no kNN or linear accuracy; watch train/spread.")
+    shapes = " ".join(f"{side}x{side}" for side in parts.views.sizes)
+    console.say(f"views     {len(parts.views)} of each image: {shapes} px")
+    console.say(
+        f"method    {type(parts.method).__name__}: {parameter_count(parts.method) / 1e6:.2f} million parameters, of which "
+        f"the encoder {parameter_count(parts.method.encoder) / 1e6:.2f}; {parts.method.encoder.out_dim} features"
+    )
+    base, scaling = cfg.optimizer.lr, cfg.optimizer.lr_scaling
+    rule = {"linear": f" = {base:g} x {size} / 256", "sqrt": f" = {base:g} x sqrt({size})", "none": ""}[scaling]
+    console.say(f"lr        {lr:g}{rule} (optimizer.lr={base:g}, lr_scaling={scaling})")
+    seen = steps * size
+    left = f"; the other {loader.left_over:,} sit out, different ones each epoch" if loader.left_over else ""
+    console.say(f"length    {cfg.epochs} epochs of {steps:,} steps of {size}: {seen:,} images an epoch{left}")
+    dtype = str(parts.runtime.dtype(parts.device)).removeprefix("torch.")
+    device = torch.cuda.get_device_name(parts.device) if parts.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    console.say(f"device    {device}, {dtype}, {distributed.processes()} process(es)")
+    console.say(f"results   {folder}")
+
+
+def describe_encoder(cfg: DictConfig, data: ImageData) -> dict[str, Any]:
+    """What encoder.json says beside the weights: how to build the network and how to feed it."""
+    return {
+        "backbone": OmegaConf.to_container(cfg.backbone, resolve=True),
+        "channels": data.channels,
+        "image_size": data.size,
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "classes": list(data.classes),
+        "data": data.name,
+        "commit": code_state()[0],
+    }
+
+
+def describe_data(data: ImageData) -> dict[str, Any]:
+    """What data.json says: which images, and how many of each split."""
+    counts = {name: len(split) for name in ("train", "memory", "test") if (split := getattr(data, name))}
+    return {"name": data.name, "digest": data.digest, "images": counts, "classes": list(data.classes), "notes": list(data.notes)}
+
+
+def show_result(folder: Path, result: dict[str, Any], console: Console) -> None:
+    """The table at the end of a run."""
+
+    def percent(name: str) -> str:
+        return f"{result[name]:.2f} %" if name in result else "-"
+
+    rates = [line["images_per_s"] for line in read(folder) if "images_per_s" in line]
+    rows = {
+        "kNN": percent("knn/top1"),
+        "linear": percent("linear/top1"),
+        "kNN, untrained encoder": percent("baseline/untrained_knn_top1"),
+        "kNN, raw pixels": percent("baseline/pixels_knn_top1"),
+        "images/s": f"{statistics.median(rates):.0f}" if rates else "-",
+        "time": duration(result["seconds"]),
+        "run folder": str(folder),
+        "MLflow": page(folder),
+    }
+    console.table(f"{folder.name}: {result['state']} after {result['epoch']:g} epochs", rows)
+    knn, floor = result.get("knn/top1"), max(result.get("baseline/untrained_knn_top1", 0), result.get("baseline/pixels_knn_top1", 0))
+    if knn is not None and knn <= floor:
+        console.say(f"advice: kNN {knn:.1f} % does not beat its baselines ({floor:.1f} %), so nothing was learnt; train longer or change optimizer.lr.")

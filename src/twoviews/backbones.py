@@ -1,0 +1,200 @@
+"""Encoders: images [B, C, H, W] in, features [B, F] out.
+
+ResNets after He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03385, with the parameter names of
+torchvision, so that weights can be exchanged with it; any other architecture comes from timm by name.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from twoviews.errors import BadInput, nearest
+from twoviews.ranges import Count, Range
+
+
+class Encoder(nn.Module):
+    """Abstract: images [B, C, H, W] to features [B, out_dim]."""
+
+    out_dim: int
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
+        """Features before any projection head."""
+        raise NotImplementedError
+
+
+def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+
+
+def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
+    if stride == 1 and inputs == outputs:
+        return None
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (ResNet-18 and -34)."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = _conv3x3(inputs, width, stride), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = _conv3x3(width, width), nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(inputs, width, stride)
+        self.last_norm = "bn2"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, width, H / stride, W / stride]."""
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions and a shortcut; the stride is on the 3x3, as torchvision has it (ResNet-50)."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, stride: int):
+        super().__init__()
+        outputs = width * self.expansion
+        self.conv1, self.bn1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = _conv3x3(width, width, stride), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(inputs, outputs, stride)
+        self.last_norm = "bn3"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, 4 * width, H / stride, W / stride]."""
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet(Encoder):
+    """A ResNet without its classifier; features are the average-pooled last map.
+
+    Args:
+        channels: C of the images.
+        image_size: H = W in px; only used to refuse a stem that would shrink the image to nothing.
+        block: "basic" or "bottleneck".
+        depths: blocks in each of the stages; the first keeps the resolution, each other one halves it.
+        width: channels of the first stage; each stage doubles them.
+        stem: "cifar" is a 3x3 convolution of stride 1 without pooling; "imagenet" a 7x7 of stride 2 and a max-pool.
+        zero_init_residual: the last norm of each block starts at zero, so each block starts as its shortcut.
+
+    Raises:
+        BadInput: the last map would be a single pixel.
+    """
+
+    def __init__(
+        self,
+        channels: Count,
+        image_size: Count,
+        block: Literal["basic", "bottleneck"],
+        depths: Sequence[int],
+        width: Count = 64,
+        stem: Literal["cifar", "imagenet"] = "cifar",
+        zero_init_residual: bool = False,
+    ):
+        super().__init__()
+        stride = (4 if stem == "imagenet" else 1) * 2 ** (len(depths) - 1)
+        if image_size <= stride:
+            remedy = (
+                "a backbone with the CIFAR stem, such as backbone=resnet18_cifar"
+                if stem == "imagenet"
+                else f"images of at least {2 * stride} px (data.size)"
+            )
+            raise BadInput(
+                f"backbone.stem={stem} shrinks {image_size}x{image_size} images {stride}-fold, to a single pixel; use {remedy}."
+            )
+        self.conv1 = nn.Conv2d(channels, width, 7, 2, 3, bias=False) if stem == "imagenet" else _conv3x3(channels, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
+        kind = {"basic": BasicBlock, "bottleneck": Bottleneck}[block]
+        inputs = width
+        self.stages = len(depths)
+        for stage, depth in enumerate(depths):
+            stage_width = width * 2**stage
+            blocks = []
+            for number in range(depth):
+                blocks.append(kind(inputs, stage_width, 2 if stage > 0 and number == 0 else 1))
+                inputs = stage_width * kind.expansion
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.out_dim = inputs
+        self._initialise(zero_init_residual)
+
+    def _initialise(self, zero_init_residual: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if zero_init_residual:
+            for module in self.modules():
+                if isinstance(module, (BasicBlock, Bottleneck)):
+                    nn.init.zeros_(getattr(module, module.last_norm).weight)
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
+        """Average-pooled last map."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        for stage in range(self.stages):
+            x = getattr(self, f"layer{stage + 1}")(x)
+        return x.mean((2, 3))
+
+
+class Timm(Encoder):
+    """Any image model of timm, without its classifier.
+
+    Args:
+        channels: C of the images.
+        image_size: H = W in px; given to the models that are built for one size (vision transformers).
+        name: as timm.list_models() has it, such as "vit_small_patch16_224".
+        drop_path_rate: stochastic depth, where the model has it.
+
+    Raises:
+        BadInput: timm has no such model, or it cannot work at this image size.
+    """
+
+    def __init__(
+        self,
+        channels: Count,
+        image_size: Count,
+        name: str,
+        drop_path_rate: Annotated[float, Range(at_least=0, below=1)] = 0.0,
+    ):
+        super().__init__()
+        import timm
+
+        if name not in timm.list_models():
+            raise BadInput(f"backbone.name={name} is not a model of timm {timm.__version__}.{nearest(name, timm.list_models())}")
+        options: dict[str, object] = {"num_classes": 0, "in_chans": channels, "pretrained": False}
+        if drop_path_rate:
+            options["drop_path_rate"] = drop_path_rate
+        try:
+            self.model = timm.create_model(name, img_size=image_size, **options)
+        except TypeError:
+            # Convolutional models take images of any size and no `img_size`.
+            self.model = timm.create_model(name, **options)
+        try:
+            with torch.no_grad():
+                features = self.model.eval()(torch.zeros(1, channels, image_size, image_size))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise BadInput(
+                f"backbone.name={name} cannot take {image_size}x{image_size} images ({str(error).splitlines()[0]}); "
+                "choose another model or data.size."
+            ) from error
+        self.model.train()
+        if features.ndim != 2:
+            raise BadInput(f"backbone.name={name} gives features of shape {tuple(features.shape)}, not one vector an image.")
+        self.out_dim = features.shape[1]
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
+        """The pooled features that timm's classifier would see."""
+        return self.model(images)

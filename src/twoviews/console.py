@@ -1,0 +1,76 @@
+"""What a person watching a run sees: sentences, a live line while it trains, and a table at the end."""
+
+import sys
+import time
+from collections.abc import Mapping
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_SECONDS = 10.0  # between two progress lines where the output is not a terminal
+
+
+class Console:
+    """Prints on the first process only.
+
+    Args:
+        quiet: print nothing.
+    """
+
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
+        self._rich = RichConsole(highlight=False, soft_wrap=True)
+        self._live: Progress | None = None
+        self._last_line = 0.0
+
+    def say(self, sentence: str) -> None:
+        """One line."""
+        if not self.quiet:
+            self._rich.print(sentence, markup=False)
+            sys.stdout.flush()
+
+    def start(self, steps: int, done: int) -> None:
+        """Begin the live line of a training of that many steps."""
+        if self._rich.is_terminal and not self.quiet:
+            columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn()
+            self._live = Progress(*columns, console=self._rich, transient=True)
+            self._live.start()
+            self._live.add_task("training", total=steps, completed=done)
+
+    def progress(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
+        """Show where training is: in the live line, or as a plain line now and then."""
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        line = f"epoch {epoch:.2f}  step {step}  {numbers}"
+        if self._live:
+            self._live.update(self._live.task_ids[0], completed=step, description=line)
+        elif time.monotonic() - self._last_line >= PLAIN_SECONDS:
+            self._last_line = time.monotonic()
+            self.say(line)
+
+    def stop(self) -> None:
+        """End the live line."""
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def table(self, title: str, rows: Mapping[str, str]) -> None:
+        """Two columns: what, and its value."""
+        if self.quiet:
+            return
+        table = Table(title=title, show_header=False, title_justify="left")
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in rows.items():
+            table.add_row(name, value)
+        self._rich.print(table)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 48 s, 3 min 20 s, 2 h 5 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"

@@ -1,0 +1,173 @@
+"""What two or more methods are made of: heads, queues, moving averages and batch norms."""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from twoviews import distributed
+
+
+def mlp(dims: list[int], *, norm: bool = True, last_norm: bool = False, last_affine: bool = True) -> nn.Sequential:
+    """Linear layers of the widths `dims` with ReLU between them.
+
+    Args:
+        dims: input, hidden and output widths.
+        norm: batch norm after each hidden layer (which then has no bias).
+        last_norm: batch norm after the last layer as well, without ReLU.
+        last_affine: whether that last norm has a scale and an offset.
+    """
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(dims[:-2], dims[1:-1], strict=True):
+        layers.append(nn.Linear(inputs, outputs, bias=not norm))
+        if norm:
+            layers.append(nn.BatchNorm1d(outputs))
+        layers.append(nn.ReLU(inplace=True))
+    layers.append(nn.Linear(dims[-2], dims[-1], bias=not last_norm))
+    if last_norm:
+        layers.append(nn.BatchNorm1d(dims[-1], affine=last_affine))
+    return nn.Sequential(*layers)
+
+
+def spread(z: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+    """sqrt(D) times the mean over dimensions of the standard deviation of z / |z| over the batch.
+
+    About 1 when embeddings fill the sphere evenly and 0 when all are equal (collapse): the statistic of fig. 2 of
+    SimSiam, arXiv:2011.10566, scaled so that its healthy value does not depend on D.
+    """
+    unit = nnf.normalize(z.detach().float(), dim=1)
+    return unit.std(0, correction=0).mean() * unit.shape[1] ** 0.5
+
+
+@torch.no_grad()
+def ema_update(target: nn.Module, online: Iterable[nn.Module], momentum: float) -> None:
+    """target <- momentum * target + (1 - momentum) * online, parameters only: running statistics stay each network's own."""
+    targets = list(target.parameters())
+    sources = [parameter for module in online for parameter in module.parameters()]
+    torch._foreach_mul_(targets, momentum)
+    torch._foreach_add_(targets, sources, alpha=1 - momentum)
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A copy that starts with the same weights and gets no gradients."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+class Queue(nn.Module):
+    """The last `size` embeddings as unit rows, oldest overwritten first; part of the checkpoint."""
+
+    rows: Float[Tensor, "K D"]
+    position: Tensor  # [], where the next embedding goes
+
+    def __init__(self, size: int, dim: int):
+        super().__init__()
+        self.size = size
+        self.register_buffer("rows", nnf.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def push(self, z: Float[Tensor, "B D"]) -> None:
+        """Overwrite the oldest B rows, B <= size; wraps around at the end, whatever B is."""
+        place = (self.position + torch.arange(len(z), device=z.device)) % self.size
+        self.rows[place] = z.to(self.rows.dtype)
+        self.position.copy_((self.position + len(z)) % self.size)
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """Batch norm over `splits` interleaved parts of the batch: image i belongs to part i mod splits.
+
+    The stand-in of MoCo's CIFAR demo for the separate batch norms of several GPUs, which keep a query from recognising
+    its key by common statistics. Running statistics are the mean over the parts and keep the size of an ordinary batch
+    norm, so that in eval mode and in exported weights this is one. With several processes each holds its share of the parts.
+    """
+
+    splits: int = 1  # over all processes
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """[B, C, H, W], B a multiple of the parts of this process."""
+        parts = self.splits // distributed.processes()
+        if not self.training or parts * distributed.processes() == 1:
+            return super().forward(x)
+        b, c, h, w = x.shape
+        # Image i = j * parts + s becomes row j of part s, and a part's channels stand beside those of the others.
+        y = x.reshape(b // parts, parts * c, h, w)
+        mean, var = self.running_mean.repeat(parts), self.running_var.repeat(parts)
+        y = nnf.batch_norm(y, mean, var, self.weight.repeat(parts), self.bias.repeat(parts), True, self.momentum, self.eps)
+        self.running_mean.copy_(distributed.mean(mean.view(parts, c).mean(0)))
+        self.running_var.copy_(distributed.mean(var.view(parts, c).mean(0)))
+        return y.reshape(b, c, h, w)
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the batches of all processes; for backends where torch.nn.SyncBatchNorm does not run (CPU)."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C] or [B, C, H, W]."""
+        if not self.training:
+            return super().forward(x)
+        dims = [0, *range(2, x.ndim)]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        y = x.float()
+        count = x.numel() // x.shape[1] * distributed.processes()
+        mean = distributed.sum_with_gradient(y.sum(dims)) / count
+        centred = y - mean.view(shape)
+        var = distributed.sum_with_gradient(centred.square().sum(dims)) / count
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        y = centred * (var + self.eps).rsqrt().view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(x.dtype)
+
+
+def _replace_norms(module: nn.Module, kinds: tuple[type, ...], make) -> None:
+    for name, child in module.named_children():
+        if type(child) in kinds:
+            new = make(child)
+            new.load_state_dict(child.state_dict())
+            new.train(child.training)
+            for old, parameter in zip(child.parameters(), new.parameters(), strict=True):
+                parameter.requires_grad_(old.requires_grad)
+            setattr(module, name, new)
+        else:
+            _replace_norms(child, kinds, make)
+
+
+def split_batch_norms(module: nn.Module, splits: int) -> None:
+    """Turn every BatchNorm2d below `module` into a SplitBatchNorm of that many parts, in place."""
+
+    def make(norm: nn.BatchNorm2d) -> nn.Module:
+        new = SplitBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        new.splits = splits
+        return new
+
+    _replace_norms(module, (nn.BatchNorm2d,), make)
+
+
+def sync_batch_norms(module: nn.Module, device: torch.device) -> nn.Module:
+    """Let every plain batch norm below `module` see the batches of all processes; SplitBatchNorm stays as it is."""
+    if device.type == "cuda":
+        make = lambda norm: nn.SyncBatchNorm.convert_sync_batchnorm(norm)  # noqa: E731
+    else:
+        make = lambda norm: SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)  # noqa: E731
+    _replace_norms(module, (nn.BatchNorm1d, nn.BatchNorm2d), make)
+    return module
+
+
+def without_duplicates(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The trainable parameters of some modules, each once, in order."""
+    seen: dict[int, nn.Parameter] = {}
+    for module in modules:
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                seen.setdefault(id(parameter), parameter)
+    return list(seen.values())

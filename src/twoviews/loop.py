@@ -1,0 +1,289 @@
+"""The training loop: everything it needs is given to it, built; it knows neither the configuration nor any method."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from twoviews import distributed
+from twoviews.backbones import Encoder
+from twoviews.console import Console, duration
+from twoviews.data.loader import Batch, Loader
+from twoviews.features import Judged, Pixels
+from twoviews.methods.method import Method, Progress
+from twoviews.randomness import seed_of
+from twoviews.run import Run
+from twoviews.runtime import Runtime, StopSignal, autocast
+from twoviews.schedule import Schedule
+from twoviews.tracking import Metrics
+
+FORECAST_STEPS = 50  # after so many steps of a process it says how long the rest will take
+SHOWN = {"loss": "train/loss", "spread": "train/spread", "lr": "lr", "img/s": "images_per_s", "kNN": "knn/top1"}
+COLLAPSED = 0.1  # spread below this share of an even one calls for advice
+
+
+class Watch(Protocol):
+    """A protocol as the loop sees it."""
+
+    every_epochs: int
+
+    def __call__(self, judged: Judged) -> dict[str, float]:
+        """Numbers by name."""
+        ...
+
+
+class NotFinite(ArithmeticError):
+    """The loss became infinite or not a number; the message says where and what to do."""
+
+
+@dataclass
+class Position:
+    """Where training stands; everything else in a checkpoint is state of the parts."""
+
+    step: int = 0  # optimizer steps done
+    seconds: float = 0.0  # spent by this run in all its processes' lives
+
+
+class Training:
+    """A training that can stop after any step and go on from there, bit for bit.
+
+    Args:
+        method: on its device.
+        loader: of the training images.
+        optimizer: over `method.param_groups()`.
+        schedule: multiplier of each group's learning rate.
+        runtime: how to compute.
+        run: the folder for checkpoints.
+        metrics: the lines to write; only process 0 writes.
+        console: where a person looks.
+        epochs: length of the training.
+        seed: of all randomness after initialisation.
+        protocols: what to measure in passing, by name.
+        judge: an encoder with the labelled images it is measured on; None where there are no labels.
+    """
+
+    def __init__(
+        self,
+        *,
+        method: Method,
+        loader: Loader,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        runtime: Runtime,
+        run: Run,
+        metrics: Metrics | None,
+        console: Console,
+        epochs: int,
+        seed: int,
+        protocols: Mapping[str, Watch],
+        judge: Callable[[Encoder], Judged] | None,
+    ):
+        self.method, self.loader, self.optimizer, self.schedule = method, loader, optimizer, schedule
+        self.runtime, self.run, self.metrics, self.console = runtime, run, metrics, console
+        self.epochs, self.seed, self.protocols, self.judge = epochs, seed, protocols, judge
+        self.device = runtime.torch_device()
+        self.dtype = runtime.dtype(self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self.position = Position()
+        self.latest: dict[str, float] = {}
+        self._started, self._checkpointed = time.monotonic(), time.monotonic()
+        self._advised = self._forecasted = False
+        self._watch_seconds = 0.0
+
+    # ------------------------------------------------------------------------------------------------------------ state
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, fractional."""
+        return self.position.step / len(self.loader)
+
+    def state(self) -> dict[str, Any]:
+        """Everything the next step depends on; order, views and dropout are functions of (seed, epoch, step)."""
+        return {
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "position": {**vars(self.position), "seconds": self.seconds()},
+            "metrics_bytes": self.metrics.mark() if self.metrics else 0,
+            "latest": self.latest,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.position = Position(**state["position"])
+        self.latest = dict(state["latest"])
+
+    def seconds(self) -> float:
+        """Time spent on this run, interruptions not counted."""
+        return self.position.seconds + time.monotonic() - self._started
+
+    def save(self) -> None:
+        """Write a checkpoint, on process 0, and let the tracker send what it covers."""
+        if distributed.rank() == 0:
+            state = self.state()
+            self.run.save(state)
+            if self.metrics:
+                self.metrics.commit(state["metrics_bytes"])
+        self._checkpointed = time.monotonic()
+
+    # ------------------------------------------------------------------------------------------------------------- loop
+
+    def fit(self, stop: StopSignal) -> bool:
+        """Train to the end, True, or to the step after a stop signal, False; either way the last step is saved.
+
+        Raises:
+            NotFinite: the loss is infinite or not a number; the last checkpoint is from before that.
+        """
+        wrapped = self._wrapped()
+        self.method.train()
+        steps = len(self.loader)
+        if self.position.step == 0:
+            self._baselines()
+            self.save()
+        self.console.start(steps * self.epochs, self.position.step)
+        try:
+            while self.position.step < steps * self.epochs:
+                if stop.received(self.device):
+                    return False
+                epoch = self.position.step // steps
+                self.loader.set_epoch(epoch, start=self.position.step - epoch * steps)
+                if self._train_epoch(wrapped, stop):
+                    self._watch(epoch + 1)
+                self.save()
+            return True
+        finally:
+            self.console.stop()
+
+    def _wrapped(self) -> Callable:
+        wrapped: Any = self.method
+        if self.runtime.compile:
+            wrapped = torch.compile(wrapped)
+        if distributed.processes() > 1:
+            wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False)
+        return wrapped
+
+    def _train_epoch(self, wrapped: Callable, stop: StopSignal) -> bool:
+        """The rest of an epoch; False when a stop signal ended it early."""
+        steps, log_every = len(self.loader), self.runtime.log_every
+        clock, clock_step, first = time.monotonic(), self.position.step, self.position.step
+        for batch in self.loader:
+            loss, values = self._step(wrapped, batch)
+            step = self.position.step
+            logged = step % log_every == 0 or step % steps == 0
+            if logged:
+                loss_and_values = self._read(loss, values)
+                rate = (step - clock_step) * self.loader.batch_size / (time.monotonic() - clock)
+                clock, clock_step = time.monotonic(), step
+                self._log({**loss_and_values, "images_per_s": rate})
+            if not self._forecasted and step - first >= FORECAST_STEPS and logged:
+                self._forecast(self.latest["images_per_s"])
+            if step % steps == 0:
+                return True
+            # Processes must ask together, and asking makes them wait for each other.
+            if (logged or distributed.processes() == 1) and stop.received(self.device):
+                return False
+            if 0 < self.runtime.checkpoint_minutes < (time.monotonic() - self._checkpointed) / 60:
+                self.save()
+        return True
+
+    def _step(self, wrapped: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """One optimizer step over a batch, in `accumulate` micro-batches."""
+        torch.manual_seed(seed_of(self.seed, "step", self.position.step, distributed.rank()))
+        factor = self.schedule(self.epoch)
+        for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = lr if group.get("fixed_lr") else lr * factor
+        parts, losses, metrics = self.runtime.accumulate, [], {}
+        for part in range(parts):
+            views = [self._on_device(view[part::parts]) for view in batch.views]
+            with ExitStack() as stack:
+                if distributed.processes() > 1 and part < parts - 1:
+                    stack.enter_context(wrapped.no_sync())
+                with autocast(self.device, self.dtype):
+                    output = wrapped(views, batch.index[part::parts].to(self.device))
+                self.scaler.scale(output.loss / parts).backward()
+            losses.append(output.loss.detach())
+            metrics = output.metrics
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.position.step += 1
+        self.method.after_step(Progress(self.position.step, len(self.loader), self.epochs))
+        return torch.stack(losses).mean(), metrics
+
+    def _on_device(self, view: torch.Tensor) -> torch.Tensor:
+        form = torch.channels_last if self.runtime.channels_last else torch.contiguous_format
+        return view.to(self.device, memory_format=form, non_blocking=True)
+
+    # ------------------------------------------------------------------------------------------------- watching it learn
+
+    def _read(self, loss: torch.Tensor, values: dict[str, torch.Tensor]) -> dict[str, float]:
+        """The only wait for the device between two log lines."""
+        numbers = {"train/loss": loss.item(), **{f"train/{name}": value.item() for name, value in values.items()}}
+        lr = next(group["lr"] for group in self.optimizer.param_groups if not group.get("fixed_lr"))
+        if not math.isfinite(numbers["train/loss"]):
+            raise NotFinite(
+                f"the loss is {numbers['train/loss']} at step {self.position.step} (epoch {self.epoch:.2f}) with lr {lr:.4g}; "
+                f"the last good checkpoint is {self.run.folder / 'last.pt'}: lower optimizer.lr, lengthen "
+                "schedule.warmup_epochs, or use runtime.precision=fp32."
+            )
+        spread = numbers.get("train/spread", 1.0)
+        if spread < COLLAPSED and self.epoch >= 1 and not self._advised:
+            self._advised = True
+            self.console.say(
+                f"advice: the embeddings' spread is {spread:.3f} (1 is even, 0 is one point): they are collapsing. Lower "
+                "optimizer.lr, check that the views are not too alike (preview=true), and give the batch norms larger batches."
+            )
+        return {**numbers, "lr": lr}
+
+    def _log(self, values: dict[str, float]) -> None:
+        self.latest.update(values)
+        if self.metrics:
+            self.metrics.log(self.position.step, self.epoch, values)
+        shown = {name: self.latest[key] for name, key in SHOWN.items() if key in self.latest}
+        self.console.progress(self.position.step, self.epoch, shown)
+
+    def _forecast(self, rate: float) -> None:
+        self._forecasted = True
+        epoch = len(self.loader) * self.loader.batch_size / rate
+        watching = sum(p.every_epochs > 0 for p in self.protocols.values()) * self._watch_seconds
+        every = min((p.every_epochs for p in self.protocols.values() if p.every_epochs), default=self.epochs)
+        left = self.epochs - self.epoch
+        self.console.say(
+            f"{rate:.0f} images/s: an epoch takes {duration(epoch)}, the rest of the run about "
+            f"{duration(left * epoch + left / every * watching)}."
+        )
+
+    def _baselines(self) -> None:
+        """kNN of the untrained encoder and of raw pixels: a method that does not beat both has learnt nothing."""
+        if distributed.rank() == 0 and self.judge and "knn" in self.protocols:
+            self.console.say("measuring kNN of raw pixels and of the untrained encoder …")
+            knn, start = self.protocols["knn"], time.monotonic()
+            untrained = self.judge(self.method.encoder)
+            values = {"baseline/untrained_knn_top1": knn(untrained)["top1"]}
+            self._watch_seconds = time.monotonic() - start
+            pixels = Pixels(untrained.data.channels, untrained.data.size)
+            values["baseline/pixels_knn_top1"] = knn(self.judge(pixels))["top1"]
+            self._log(values)
+        distributed.barrier()
+
+    def _watch(self, epoch: int) -> None:
+        """Measure what is due after that many epochs; at the end, everything."""
+        due = [
+            name
+            for name, protocol in self.protocols.items()
+            if epoch == self.epochs or (protocol.every_epochs and epoch % protocol.every_epochs == 0)
+        ]
+        if distributed.rank() == 0 and self.judge and due:
+            judged = self.judge(self.method.encoder)
+            values = {f"{name}/{key}": value for name in due for key, value in self.protocols[name](judged).items()}
+            self._log(values)
+        distributed.barrier()

@@ -1,0 +1,59 @@
+"""BYOL: an online network predicts what a slowly moving target network says of the other view.
+
+Grill et al., "Bootstrap Your Own Latent", arXiv:2006.07733.
+Shapes: B images, D embedding. Letters as in the paper: z' target projections, q(z) predictions, tau the target's decay.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from twoviews.backbones import Encoder
+from twoviews.layers import ema_update, frozen_copy, mlp, spread
+from twoviews.methods.method import Method, Output, Progress
+from twoviews.ranges import Count, EmaMomentum
+
+
+def regression_loss(p: Float[Tensor, "B D"], z: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+    """Eq. 2: squared distance of unit vectors, 2 - 2 cos(p, z), averaged over the batch; in [0, 4]."""
+    return 2 - 2 * nnf.cosine_similarity(p, z, dim=1).mean()
+
+
+class BYOL(Method):
+    """Sec. 3 of the paper.
+
+    Args:
+        encoder: the network to pretrain; the online encoder.
+        hidden_dim: hidden width of projector and predictor; 4096 in the paper.
+        embed_dim: D; 256 in the paper.
+        momentum: tau at the start; it rises to 1 with a cosine over the whole training.
+    """
+
+    def __init__(self, encoder: Encoder, hidden_dim: Count, embed_dim: Count, momentum: EmaMomentum):
+        super().__init__()
+        self.momentum = momentum
+        self.encoder = encoder
+        self.projector = mlp([encoder.out_dim, hidden_dim, embed_dim])
+        self.predictor = mlp([embed_dim, hidden_dim, embed_dim])
+        self.target = frozen_copy(nn.Sequential(self.encoder, self.projector))
+
+    def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
+        """The loss of both directions, added."""
+        x1, x2 = views
+        z1, z2 = self.projector(self.encoder(x1)), self.projector(self.encoder(x2))
+        p1, p2 = self.predictor(z1).float(), self.predictor(z2).float()
+        with torch.no_grad():
+            t1, t2 = self.target(x1).float(), self.target(x2).float()
+        return Output(regression_loss(p1, t2) + regression_loss(p2, t1), {"spread": spread(z1)})
+
+    def tau(self, fraction: float) -> float:
+        """The target's decay when that share of the training is done: 1 - (1 - momentum) (cos(pi fraction) + 1) / 2."""
+        return 1 - (1 - self.momentum) * (math.cos(math.pi * fraction) + 1) / 2
+
+    def after_step(self, progress: Progress) -> None:
+        """The target follows; batch-norm statistics stay its own."""
+        ema_update(self.target, (self.encoder, self.projector), self.tau(progress.fraction))

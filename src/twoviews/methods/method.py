@@ -1,0 +1,66 @@
+"""The contract between a method and the loop.
+
+A method is a module whose forward pass is its loss. It never sees labels, the configuration, the optimizer or the loop;
+the loop never looks into it. No method derives from another: a variant of a paper is a file of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from twoviews.backbones import Encoder
+from twoviews.layers import without_duplicates
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one forward pass gives: the loss and numbers worth watching, detached scalars by name."""
+
+    loss: Float[Tensor, ""]
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training has come."""
+
+    step: int  # optimizer steps done
+    steps_per_epoch: int
+    epochs: int
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, fractional."""
+        return self.step / self.steps_per_epoch
+
+    @property
+    def fraction(self) -> float:
+        """Share of the training done, 0 to 1."""
+        return self.step / (self.steps_per_epoch * self.epochs)
+
+
+class Method(nn.Module):
+    """Abstract: views of B images in, the loss out."""
+
+    encoder: Encoder
+    views: int | None = 2  # how many views an image needs; None takes any number
+
+    def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
+        """The loss of a batch; `index` says which training images it holds."""
+        raise NotImplementedError
+
+    def check(self, batch_size: int, train_images: int, processes: int) -> None:
+        """Refuse what cannot work with this much data; sizes are over all processes.
+
+        Raises:
+            BadInput: with the value, the limit and the remedy.
+        """
+
+    def param_groups(self) -> list[dict]:
+        """Every trainable parameter in exactly one group; "fixed_lr": True keeps a group off the schedule."""
+        return [{"params": without_duplicates([self])}]
+
+    def after_step(self, progress: Progress) -> None:
+        """Called after each optimizer step: moving averages."""

@@ -1,0 +1,121 @@
+"""MoCo: queries against a queue of keys from a slowly moving encoder.
+
+He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", arXiv:1911.05722 (v1);
+Chen et al., "Improved Baselines with Momentum Contrastive Learning", arXiv:2003.04297 (v2: MLP head, more augmentation);
+and the authors' CIFAR-10 demo, which runs on one GPU (SplitBatchNorm) and has a symmetric form.
+Shapes: B images, D embedding, K queue. Letters as in Algorithm 1: q queries, k keys, T temperature.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from twoviews import distributed
+from twoviews.backbones import Encoder
+from twoviews.errors import BadInput
+from twoviews.layers import Queue, ema_update, frozen_copy, mlp, split_batch_norms, spread
+from twoviews.methods.method import Method, Output, Progress
+from twoviews.ranges import Count, EmaMomentum, Temperature
+
+
+def info_nce(
+    q: Float[Tensor, "B D"], k: Float[Tensor, "B D"], queue: Float[Tensor, "K D"], temperature: float
+) -> Float[Tensor, ""]:
+    """Eq. 1: cross-entropy of the positive among 1 + K candidates; all rows have unit length."""
+    positive = (q * k).sum(1, keepdim=True)  # [B, 1]
+    negative = q @ queue.T  # [B, K]
+    logits = torch.cat([positive, negative], dim=1) / temperature  # [B, 1 + K]
+    return nnf.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+
+
+class MoCo(Method):
+    """Algorithm 1 of the paper.
+
+    Args:
+        encoder: the network to pretrain; the query encoder without its head.
+        embed_dim: D.
+        queue_size: K; at most the number of training images, or the queue holds an image's own older keys as negatives.
+        momentum: m of the moving average that makes the key encoder.
+        temperature: T.
+        mlp_head: a hidden layer as wide as the features before the embedding (v2), instead of one linear layer (v1, demo).
+        symmetric: each view is query and key in turn; the two losses are added and both sets of keys are queued.
+        bn_splits: parts of the batch, over all processes, with batch-norm statistics of their own (the demo: 8);
+            1 is ordinary batch norm. The original gets the same from its GPUs, and loses accuracy without.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        embed_dim: Count,
+        queue_size: Count,
+        momentum: EmaMomentum,
+        temperature: Temperature,
+        mlp_head: bool,
+        symmetric: bool,
+        bn_splits: Count,
+    ):
+        super().__init__()
+        self.momentum, self.temperature = momentum, temperature
+        self.symmetric, self.bn_splits = symmetric, bn_splits
+        self.encoder = encoder
+        features = encoder.out_dim
+        self.projector = mlp([features, features, embed_dim] if mlp_head else [features, embed_dim], norm=False)
+        if bn_splits > 1:
+            split_batch_norms(self.encoder, bn_splits)
+        self.key_encoder = frozen_copy(nn.Sequential(self.encoder, self.projector))
+        self.queue = Queue(queue_size, embed_dim)
+
+    def check(self, batch_size: int, train_images: int, processes: int) -> None:
+        """Queue against data and batch, batch against the parts of SplitBatchNorm."""
+        keys = batch_size * (2 if self.symmetric else 1)
+        size, splits = self.queue.size, self.bn_splits
+        if size > train_images:
+            raise BadInput(
+                f"method.queue_size={size} is larger than the {train_images} training images, so an image would be "
+                f"contrasted with its own older keys; use at most {train_images}, for example "
+                f"method.queue_size={max(keys, train_images // 2 // keys * keys)}."
+            )
+        if size < keys:
+            raise BadInput(
+                f"method.queue_size={size} is smaller than the {keys} keys of one step; use method.queue_size={4 * keys} "
+                f"or batch_size={max(1, batch_size * size // keys)}."
+            )
+        if splits > 1 and (splits % processes or batch_size % splits or batch_size // splits < 2):
+            raise BadInput(
+                f"method.bn_splits={splits} needs a batch_size that is a multiple of it (at least {2 * splits}) and a number "
+                f"of processes that divides it; this is batch_size={batch_size} and {processes} process(es): use "
+                f"batch_size={max(2, round(batch_size / splits)) * splits} or method.bn_splits=1."
+            )
+
+    def _queries(self, x: Tensor) -> Float[Tensor, "B D"]:
+        return nnf.normalize(self.projector(self.encoder(x)).float(), dim=1)
+
+    @torch.no_grad()
+    def _keys(self, x: Tensor) -> Float[Tensor, "B D"]:
+        """ShuffleBN: keys see other batch-norm company than their queries, over parts and over processes."""
+        if self.bn_splits == 1:
+            return nnf.normalize(self.key_encoder(x).float(), dim=1)
+        everything = distributed.gather(x)
+        order = distributed.from_first(torch.randperm(len(everything)).to(x.device))
+        k = nnf.normalize(self.key_encoder(everything[distributed.local_rows(order)]).float(), dim=1)
+        return distributed.local_rows(distributed.gather(k)[order.argsort()])
+
+    def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
+        """Queries of the first view against keys of the second, and the reverse if symmetric."""
+        x1, x2 = views
+        # The copy is what the backward pass needs: the queue itself moves on below.
+        queue = self.queue.rows.clone()
+        q1, k2 = self._queries(x1), self._keys(x2)
+        loss, keys = info_nce(q1, k2, queue, self.temperature), [k2]
+        if self.symmetric:
+            q2, k1 = self._queries(x2), self._keys(x1)
+            loss, keys = loss + info_nce(q2, k1, queue, self.temperature), [k1, k2]
+        self.queue.push(torch.cat([distributed.gather(k) for k in keys]))
+        return Output(loss, {"spread": spread(q1)})
+
+    def after_step(self, progress: Progress) -> None:
+        """The key encoder follows; batch-norm statistics stay its own, as in the original."""
+        ema_update(self.key_encoder, (self.encoder, self.projector), self.momentum)

@@ -1,0 +1,80 @@
+"""Pictures of a run: what the method sees, and how it learns."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from twoviews.data.images import Images
+from twoviews.data.views import Views
+from twoviews.randomness import generator
+
+SHOWN_SIDE = 96  # px; smaller views are enlarged to at least this, pixel by pixel
+IMAGES = 10
+
+
+def draw_views(path: Path, images: Images, views: Views, seed: int) -> None:
+    """A row for each of some training images: the stored image first, then its views as the method gets them."""
+    from PIL import Image
+
+    chosen = torch.randperm(len(images), generator=generator(seed, "picture"))[:IMAGES]
+    pixels, sizes, _ = next(iter(images.batches(len(chosen), chosen)))
+    pixels = pixels.cpu()
+    made = views(pixels, views.draw(sizes, generator(seed, "picture of views")))
+    mean, std = views.mean[:, None, None], views.std[:, None, None]
+    columns = [pixels.float() / 255, *(view * std + mean for view in made)]
+    tiles = [torch.stack([_tile(image) for image in column]) for column in columns]
+    side = max(tile.shape[1] for tile in tiles)
+    gap = 4
+    sheet = torch.full((len(chosen) * (side + gap) + gap, len(tiles) * (side + gap) + 3 * gap, 3), 255, dtype=torch.uint8)
+    for x, column in enumerate(tiles):
+        for y, tile in enumerate(column):
+            # A wider gap sets the original apart from its views.
+            top, left = gap + y * (side + gap), gap + x * (side + gap) + (2 * gap if x else 0)
+            sheet[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
+    new = path.with_name(path.name + ".new")
+    Image.fromarray(sheet.numpy()).save(new, format="PNG")
+    new.replace(path)
+
+
+def _tile(image: Float[Tensor, "C H W"]) -> UInt8[Tensor, "h w 3"]:
+    """Three channels as they are, others as the grey of their mean; enlarged by a whole factor."""
+    colour = image if len(image) == 3 else image.mean(0, keepdim=True).expand(3, -1, -1)
+    factor = max(1, -(-SHOWN_SIDE // image.shape[1]))
+    large = colour.clamp(0, 1).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    return (large * 255).round().byte().permute(1, 2, 0)
+
+
+def draw_curves(path: Path, lines: Iterable[Mapping[str, float]]) -> None:
+    """Loss, kNN accuracy with its baselines, spread and learning rate over epochs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = list(lines)
+
+    def curve(name: str) -> tuple[list[float], list[float]]:
+        points = [(line["epoch"], line[name]) for line in lines if name in line]
+        return [x for x, _ in points], [y for _, y in points]
+
+    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
+    panels = {"train/loss": "loss", "knn/top1": "kNN accuracy, %", "train/spread": "spread (1 even, 0 collapsed)", "lr": "learning rate"}
+    for axis, (name, title) in zip(axes, panels.items(), strict=True):
+        x, y = curve(name)
+        axis.plot(x, y, marker="o" if len(x) < 30 else None, markersize=3)
+        axis.set(title=title, xlabel="epoch")
+        axis.grid(alpha=0.3)
+    for name, style, label in (("baseline/untrained_knn_top1", ":", "untrained encoder"), ("baseline/pixels_knn_top1", "--", "raw pixels")):
+        _, values = curve(name)
+        if values:
+            axes[1].axhline(values[0], color="grey", linestyle=style, label=label)
+    if axes[1].get_legend_handles_labels()[0]:
+        axes[1].legend()
+    axes[2].set_ylim(bottom=0)
+    new = path.with_name(path.name + ".new")
+    figure.savefig(new, format="png", dpi=110)
+    pyplot.close(figure)
+    new.replace(path)

@@ -1,0 +1,250 @@
+"""A run is a folder that rebuilds itself: configuration, code state, environment, checkpoints, encoder and results.
+
+The checkpoint is written beside, flushed to the disk and renamed, and the one before it is kept; whatever moment a
+process dies at, one whole checkpoint is there.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from twoviews.backbones import Encoder
+from twoviews.config import ROOT
+from twoviews.errors import BadInput
+
+
+class Run:
+    """A run folder and its files.
+
+    Args:
+        folder: made if it is not there.
+    """
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def existing(cls, folder: Path | str) -> "Run":
+        """A run that is there.
+
+        Raises:
+            BadInput: it is not.
+        """
+        path = Path(folder)
+        if not (path / "config.yaml").exists():
+            runs = sorted((config.parent for config in path.parent.glob("*/config.yaml")), key=lambda run: run.stat().st_mtime)
+            hint = f"; the latest beside it is {runs[-1]}" if runs else ""
+            raise BadInput(f"{path} holds no run (no config.yaml); give the folder that a run's last line names, run=<folder>{hint}.")
+        return cls(path)
+
+    # ------------------------------------------------------------------------------------------ what the run consists of
+
+    def begin(self, config: dict[str, Any], digest: str, data: dict[str, Any]) -> None:
+        """Record configuration, code state, environment and data; or, where a run has begun, insist that it is this one.
+
+        Raises:
+            BadInput: the folder holds a run with another configuration.
+        """
+        from omegaconf import OmegaConf
+
+        recorded = self.read("environment.json")
+        if recorded and recorded["digest"] != digest:
+            changed = self._changed(config)
+            raise BadInput(
+                f"{self.folder} holds a run with other settings ({changed}); start over with fresh=true, which keeps the "
+                "old results beside it, or choose another folder with hydra.run.dir=."
+            )
+        if recorded:
+            return
+        write_atomically(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+        commit, difference = code_state()
+        write_atomically(self.folder / "commit.txt", commit + "\n")
+        if difference:
+            write_atomically(self.folder / "diff.patch", difference)
+        self.write("data.json", data)
+        self.write("environment.json", {**environment(), "digest": digest})
+
+    def _changed(self, config: dict[str, Any]) -> str:
+        before, now = _flat(self.config()), _flat(config)
+        keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not key.startswith(("tracking", "fresh", "preview"))]
+        shown = [f"{key} is {before.get(key, 'absent')} there and {now.get(key, 'absent')} here" for key in keys[:3]]
+        return "; ".join(shown) + ("; …" if len(keys) > 3 else "")
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration of the run."""
+        from omegaconf import OmegaConf
+
+        content = OmegaConf.to_container(OmegaConf.load(self.folder / "config.yaml"))
+        assert isinstance(content, dict)
+        return content  # type: ignore[return-value]
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run; empty when it is not there."""
+        path = self.folder / name
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """Write a JSON file of the run, whole or not at all."""
+        write_atomically(self.folder / name, json.dumps(content, indent=2) + "\n")
+
+    def set_aside(self) -> Path | None:
+        """Rename the folder to <name>.1 (.2, …) and begin an empty one; None when there was nothing."""
+        if not (self.folder / "config.yaml").exists():
+            return None
+        number = 1
+        while (other := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
+            number += 1
+        self.folder.rename(other)
+        self.folder.mkdir()
+        return other
+
+    # ------------------------------------------------------------------------------------------------------ checkpoints
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Make `state` the last checkpoint and keep the one before it as previous.pt."""
+        last, previous, new = (self.folder / name for name in ("last.pt", "previous.pt", "new.pt"))
+        with new.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if last.exists():
+            last.replace(previous)
+        new.replace(last)
+        _sync_folder(self.folder)
+
+    def load(self, say) -> dict[str, Any] | None:
+        """The last whole checkpoint, on the CPU, or None; says so when it had to fall back to the one before.
+
+        Raises:
+            BadInput: there are checkpoints and none is whole.
+        """
+        damaged = []
+        for name in ("last.pt", "previous.pt"):
+            path = self.folder / name
+            if not path.exists():
+                continue
+            try:
+                state = load_checkpoint(path)
+            except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
+                damaged.append(name)
+                say(f"warning: {path} is damaged ({str(error).splitlines()[0]}); trying the checkpoint before it.")
+                continue
+            return state
+        if damaged:
+            raise BadInput(f"no checkpoint in {self.folder} is whole ({', '.join(damaged)}); start over with fresh=true.")
+        return None
+
+    # ---------------------------------------------------------------------------------------------------------- encoder
+
+    def save_encoder(self, encoder: Encoder, description: dict[str, Any]) -> None:
+        """Weights as encoder.safetensors, and beside them what is needed to build and use the network."""
+        from safetensors.torch import save_file
+
+        weights = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
+        new = self.folder / "encoder.new"
+        save_file(weights, new)
+        new.replace(self.folder / "encoder.safetensors")
+        self.write("encoder.json", {**description, "features": encoder.out_dim})
+
+    def encoder(self) -> Encoder:
+        """The trained encoder, rebuilt from encoder.json and encoder.safetensors.
+
+        Raises:
+            BadInput: the run has not written an encoder yet.
+        """
+        from hydra.utils import instantiate
+        from safetensors.torch import load_file
+
+        description = self.read("encoder.json")
+        if not description:
+            raise BadInput(f"{self.folder} holds no encoder yet; let the run finish, or interrupt it (Ctrl-C), which writes one.")
+        encoder = instantiate(
+            description["backbone"], channels=description["channels"], image_size=description["image_size"], _convert_="all"
+        )
+        encoder.load_state_dict(load_file(self.folder / "encoder.safetensors"))
+        return encoder
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content after its checksums were compared.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        raise ValueError("not a complete file")
+    with zipfile.ZipFile(path) as archive:
+        try:
+            broken = archive.testzip()
+        except zipfile.BadZipFile as error:
+            raise ValueError(str(error)) from error
+        if broken:
+            raise ValueError(f"wrong checksum of {broken}")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The whole text or nothing at all, whatever moment the process dies at."""
+    new = path.with_name(path.name + ".new")
+    with new.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.rstrip("."): tree}
+    return {key: value for name, node in tree.items() for key, value in _flat(node, f"{prefix}{name}.").items()}
+
+
+def code_state() -> tuple[str, str]:
+    """The commit this code is at and what was changed since; ("none", "") outside a git checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip(), git("diff", "HEAD", "--", ".", ":!outputs", ":!multirun")
+    except (OSError, subprocess.CalledProcessError):
+        return "none", ""
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, as far as they can change a result."""
+    from importlib.metadata import version
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    packages = ("torch", "torchvision", "timm", "hydra-core", "mlflow", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "cuda": torch.version.cuda if gpu else None,
+    }
+
+
+def parameter_count(module: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -1,0 +1,98 @@
+"""What a run computes with: device, precision, memory format, compilation, processes, and the signals that stop it."""
+
+import contextlib
+import os
+import signal
+from dataclasses import dataclass
+from types import FrameType
+from typing import Literal
+
+import torch
+
+from twoviews import distributed
+from twoviews.errors import BadInput
+from twoviews.ranges import Count, Index, NotNegative
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How to compute, not what.
+
+    Args:
+        device: "auto" is the GPU of this process where there is one, else the CPU.
+        precision: "auto" is bf16 on devices that multiply in it natively, else fp32; fp16 needs a GPU.
+        channels_last: keep images as [B, H, W, C] in memory, which convolutions like.
+        compile: torch.compile the method; the first step then takes minutes.
+        accumulate: micro-batches an optimizer step; batch_size counts all of them, a contrastive loss sees one.
+        log_every: optimizer steps between two lines of metrics.jsonl.
+        checkpoint_minutes: longest time between two checkpoints within an epoch; 0 writes them at epoch ends only.
+    """
+
+    device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    channels_last: bool
+    compile: bool
+    accumulate: Count
+    log_every: Count
+    checkpoint_minutes: NotNegative
+
+    def torch_device(self) -> torch.device:
+        """The device of this process.
+
+        Raises:
+            BadInput: a GPU was asked for and there is none.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise BadInput("runtime.device=cuda, but torch finds no GPU; use runtime.device=cpu or check the driver with nvidia-smi.")
+        if self.device == "cpu" or not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """The number format of the forward pass.
+
+        Raises:
+            BadInput: fp16 on a CPU.
+        """
+        if self.precision == "fp16" and device.type == "cpu":
+            raise BadInput("runtime.precision=fp16 needs a GPU; use bf16 or fp32 on a CPU.")
+        if self.precision == "auto":
+            native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+            return torch.bfloat16 if native else torch.float32
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """The context of a forward pass in that number format."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+class StopSignal:
+    """Remembers SIGTERM, SIGUSR2 and Ctrl-C until the loop asks; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.number: Index = 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+    @property
+    def name(self) -> str:
+        """The signal's name, such as SIGTERM."""
+        return signal.Signals(self.number).name if self.number else ""
+
+    def received(self, device: torch.device) -> bool:
+        """Whether any process was asked to stop; all processes must ask together."""
+        return distributed.any_process(self.number != 0, device)

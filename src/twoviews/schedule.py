@@ -1,0 +1,61 @@
+"""Learning-rate schedules: epochs done, fractional, to a multiplier of the base learning rate."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from twoviews.ranges import Fraction, NotNegative
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Half a cosine from 1 to `final` after a linear warm-up from `warmup_start`.
+
+    Args:
+        epochs: length of the training, warm-up included.
+        warmup_epochs: length of the warm-up.
+        warmup_start: multiplier at the first step of the warm-up.
+        final: multiplier at the end.
+        every: "step" follows the curve at each optimizer step; "epoch" holds it for an epoch; "epoch_from_1" as well,
+            but counts epochs from 1, as MoCo's CIFAR demo does, whose last epoch therefore has a learning rate of 0.
+    """
+
+    epochs: NotNegative
+    warmup_epochs: NotNegative = 0.0
+    warmup_start: Fraction = 0.0
+    final: Fraction = 0.0
+    every: Literal["step", "epoch", "epoch_from_1"] = "step"
+
+    def __call__(self, epoch: float) -> float:
+        """The multiplier after `epoch` epochs."""
+        if self.every != "step":
+            epoch = math.floor(epoch) + (self.every == "epoch_from_1")
+        if epoch < self.warmup_epochs:
+            return self.warmup_start + (1 - self.warmup_start) * epoch / self.warmup_epochs
+        done = min(1.0, (epoch - self.warmup_epochs) / max(self.epochs - self.warmup_epochs, 1e-12))
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
+
+
+@dataclass(frozen=True)
+class Step:
+    """Multiplied by `factor` at each of `milestones` (epochs)."""
+
+    milestones: Sequence[float]
+    factor: Fraction
+
+    def __call__(self, epoch: float) -> float:
+        """The multiplier after `epoch` epochs."""
+        return self.factor ** sum(epoch >= milestone for milestone in self.milestones)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Always 1."""
+
+    def __call__(self, epoch: float) -> float:
+        """1."""
+        return 1.0
+
+
+Schedule = Cosine | Step | Constant

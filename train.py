@@ -1,0 +1,57 @@
+"""Train an encoder: python train.py method=moco data=cifar10 (--help lists the groups, the README has a command per use)."""
+
+from pathlib import Path
+
+from twoviews.config import entry
+
+
+@entry("train")
+def main(cfg, folder: Path) -> int:
+    """Configuration to parts, parts to the loop, results to the folder; returns the exit code."""
+    from twoviews import distributed
+    from twoviews.recording import Recording, finished_already
+
+    if finished_already(cfg, folder):
+        return 0
+    from hydra.utils import instantiate
+
+    from twoviews.assembly import load_data, make_parts, make_views, plan
+    from twoviews.console import Console
+    from twoviews.loop import NotFinite, Training
+    from twoviews.pictures import draw_views
+    from twoviews.runtime import StopSignal
+
+    with StopSignal() as stop, distributed.group(runtime := instantiate(cfg.runtime)) as device:
+        console = Console(quiet=distributed.rank() > 0)
+        data = load_data(cfg).to(device)
+        views = make_views(cfg, data)
+        if cfg.preview:
+            draw_views(folder / "views.png", data.train, views, cfg.seed)
+            console.say(f"views: {folder / 'views.png'}")
+            return 0
+        parts = make_parts(cfg, data, views, runtime, device)
+        plan(cfg, parts, folder, console)
+        with Recording(cfg, folder, parts, console) as recording:
+            training = Training(
+                method=parts.method,
+                loader=parts.loader,
+                optimizer=parts.optimizer,
+                schedule=parts.schedule,
+                runtime=runtime,
+                run=recording.run,
+                metrics=recording.metrics,
+                console=console,
+                epochs=cfg.epochs,
+                seed=cfg.seed,
+                protocols=parts.protocols,
+                judge=parts.judge if data.test else None,
+            )
+            recording.resume(training)
+            try:
+                return recording.finish(training, finished=training.fit(stop), stop=stop)
+            except NotFinite as error:
+                return recording.fail(training, str(error))
+
+
+if __name__ == "__main__":
+    main()
