@@ -1,0 +1,174 @@
+"""Folders of pictures as a data set: which folder plays which part, and its recipe for the store."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from twoviews.data.decoding import CHUNK, Decoded
+from twoviews.data.files import Tree, shorter_side, tree
+from twoviews.data.store import Part, Recipe
+from twoviews.errors import BadInput, nearest
+
+LARGEST_CANVAS = 224  # px; from here on pictures are decoded on demand
+SIDES_LOOKED_AT = 1000  # files whose heads are read to choose the side of the canvas
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The trees of a data set; the same tree may play two parts. Memory and test are both there or both not."""
+
+    train: Tree
+    memory: Tree | None
+    test: Tree | None
+    classes: tuple[str, ...]  # of memory and test, or of train alone; () without labels
+    train_labelled: bool
+    notes: tuple[str, ...]
+
+    @property
+    def trees(self) -> list[Tree]:
+        """Each tree once, train first."""
+        return list({id(one): one for one in (self.train, self.memory, self.test) if one is not None}.values())
+
+    @property
+    def splits(self) -> dict[str, tuple[int, int]]:
+        """Range of rows of train, memory and test when the trees are listed one after the other."""
+        ranges, start = {}, 0
+        for one in self.trees:
+            ranges[id(one)] = (start, start + len(one))
+            start += len(one)
+        parts = {"train": self.train, "memory": self.memory, "test": self.test}
+        return {name: ranges[id(one)] for name, one in parts.items() if one is not None}
+
+    def labels(self) -> np.ndarray:
+        """Label of every row, -1 for none."""
+        number = {name: label for label, name in enumerate(self.classes)}
+        return np.concatenate(
+            [
+                np.array([number[name.split("/", 1)[0]] for name in one.names])
+                if one is not self.train or self.train_labelled
+                else np.full(len(one), -1)
+                for one in self.trees
+            ]
+        )
+
+
+def find(root: Path, train: str | None, memory: str | None, test: str | None, labels: bool) -> Folders:
+    """The trees that the paths name, relative to `root` or absolute, or where they usually lie below it.
+
+    Raises:
+        BadInput: a folder is missing, or its classes do not fit those of the others.
+    """
+    if not root.is_dir():
+        raise BadInput(f"data.root={root} is no folder." + (_beside(root) if not root.exists() else ""))
+    places = {
+        "train": _place(root, "train", train, ("train",)),
+        "memory": _place(root, "memory", memory, ("memory",)),
+        "test": _place(root, "test", test, ("test", "val")),
+    }
+    if places["train"] is None and (places["memory"] or places["test"]):
+        raise BadInput(f"{root} has no folder 'train' beside the others: name the training images by data.train=.")
+    start = places["train"] or root
+    trees: dict[Path | None, Tree] = {path: tree(path) for path in {start, *places.values()} if path}
+    found = _agree(trees[start], trees.get(places["memory"]), trees.get(places["test"]), labels)
+    if test is None and places["test"] == root / "test" and (root / "val").is_dir():
+        return replace(found, notes=(*found.notes, f"{root / 'val'} is not used: {root / 'test'} is."))
+    return found
+
+
+def _place(root: Path, part: str, given: str | None, usual: tuple[str, ...]) -> Path | None:
+    """The folder given for this part, or the first usual one that is there."""
+    if given is None:
+        return next((root / name for name in usual if (root / name).is_dir()), None)
+    path = root / Path(given).expanduser()
+    if not path.is_dir():
+        raise BadInput(f"data.{part}={given} is no folder below {root}.{_beside(path)}")
+    return path
+
+
+def _beside(path: Path) -> str:
+    """The folder that was probably meant."""
+    return nearest(path.name, [each.name for each in path.parent.iterdir()]) if path.parent.is_dir() else ""
+
+
+def _agree(train: Tree, memory: Tree | None, test: Tree | None, labels: bool) -> Folders:
+    """Labels and classes of the trees, checked against each other."""
+    notes = [
+        f"{one.ignored} files below {one.root} are no pictures and are left alone."
+        for one in (train, memory, test)
+        if one and one.ignored
+    ]
+    train_labelled = labels and _labelled(train, "data.labels=false makes all of it one unlabelled set")
+    if labels and not train_labelled:
+        notes.append(f"{train.root} has no class folders: its {len(train)} pictures count as unlabelled.")
+    if memory is None and train_labelled:
+        memory = train
+    for part, one in (("memory", memory), ("test", test)):
+        if one and not _labelled(one, "move them into one"):
+            raise BadInput(f"data.{part}={one.root} needs at least two class folders; it has {len(one.classes)}.")
+    if memory and test:
+        _same_classes(memory, test)
+        if train_labelled and train.classes != memory.classes:
+            notes.append(f"The classes of {train.root} are not those of {memory.root}: it counts as unlabelled.")
+            train_labelled = False
+        classes = memory.classes
+    else:
+        missing = "test" if memory else "memory"
+        if memory or test:
+            notes.append(f"No labelled {missing} folder (data.{missing}=): kNN and linear accuracy are left out.")
+        memory = test = None
+        classes = train.classes if train_labelled else ()
+    return Folders(train, memory, test, classes, train_labelled, tuple(notes))
+
+
+def _labelled(one: Tree, remedy: str) -> bool:
+    """Whether a tree has class folders: at least two, and no picture beside them."""
+    if one.loose and one.classes:
+        raise BadInput(f"{one.loose} pictures lie directly in {one.root} beside its class folders: {remedy}.")
+    return len(one.classes) > 1
+
+
+def _same_classes(memory: Tree, test: Tree) -> None:
+    for one, other in ((memory, test), (test, memory)):
+        odd = sorted(set(one.classes) - set(other.classes))
+        if odd:
+            named = ", ".join(odd[:5]) + (" ..." if len(odd) > 5 else "")
+            raise BadInput(f"{len(odd)} classes of {one.root} are not in {other.root}: {named}.")
+
+
+def usual_side(train: Tree) -> tuple[int, str]:
+    """Side of the canvas in px for these pictures, and the sentence that says so.
+
+    Raises:
+        BadInput: no picture could be read.
+    """
+    paths = train.paths[:: -(-len(train) // SIDES_LOOKED_AT)]
+    sides = sorted(side for side in map(shorter_side, paths) if side)
+    if not sides:
+        raise BadInput(f"None of {len(paths)} files below {train.root} is a sound picture, {paths[0]} for one.")
+    median = sides[len(sides) // 2]
+    size = min(median, LARGEST_CANVAS)
+    return size, f"Canvas of {size} x {size} px: the median shorter side is {median} px (data.size= sets another)."
+
+
+def recipe(folders: Folders, size: int, channels: int, workers: int) -> Recipe:
+    """How to build the store of these folders."""
+    paths = [path for one in folders.trees for path in one.paths]
+    reader = Decoded(paths, size=size, channels=channels, workers=workers)
+    return Recipe(
+        splits=folders.splits,
+        labels=folders.labels(),
+        classes=folders.classes,
+        channels=channels,
+        size=size,
+        parts=_parts(reader),
+        keep_pixels=size < LARGEST_CANVAS,
+        names=tuple(paths),
+    )
+
+
+def _parts(reader: Decoded) -> Iterator[Part]:
+    for read in reader.read(torch.arange(len(reader)).split(CHUNK)):
+        yield Part(read.rows, read.pixels, read.sizes, tuple(read.broken))

@@ -1,0 +1,86 @@
+"""Loader: batches of views whose order and random numbers are a function of (seed, epoch, step)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from twoviews.data.images import Images
+from twoviews.data.views import Views
+from twoviews.errors import BadInput
+from twoviews.randomness import generator
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a method sees of one step: no labels, so that labels cannot leak."""
+
+    views: tuple[Float[Tensor, "B C _h _w"], ...]
+    index: Int[Tensor, "B"]  # rows of the training images
+
+
+class Loader:
+    """One epoch of batches for one process, on the device.
+
+    Args:
+        images: the training images.
+        views: draws and makes the views of a batch.
+        batch_size: images a step, over all processes.
+        seed: of the order and of the views.
+        device: where the batches lie.
+        rank: number of this process among `processes`.
+
+    The global batch of a step and its views are the same whatever the number of processes: process r takes the rows
+    r, r + processes, ... of it. The images that do not fill a last batch (`left_over`) sit out the epoch, other ones
+    each time: contrastive losses need batches of one size.
+
+    Raises:
+        BadInput: the batch is larger than the data or cannot be shared out evenly.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        views: Views,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str,
+        rank: int = 0,
+        processes: int = 1,
+    ):
+        if batch_size > len(images):
+            raise BadInput(
+                f"batch_size={batch_size} is larger than the {len(images)} training images: use at most that."
+            )
+        if batch_size % processes:
+            lower = batch_size // processes * processes
+            sizes = f"{lower} or {lower + processes}" if lower else f"{processes}"
+            raise BadInput(f"batch_size={batch_size} is not a multiple of {processes} processes: use {sizes}.")
+        self.images, self.views, self.batch_size, self.seed = images, views, batch_size, seed
+        self.device, self.rank, self.processes = torch.device(device), rank, processes
+        self.left_over = len(images) % batch_size
+        self.set_epoch(0)
+
+    def __len__(self) -> int:
+        return len(self.images) // self.batch_size
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch to iterate over, and its first step; nothing before that step is read or drawn."""
+        self.epoch, self.start = epoch, start
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = torch.randperm(len(self.images), generator=generator(self.seed, "order", self.epoch))
+        steps = order[: len(self) * self.batch_size].view(len(self), self.batch_size)[self.start :]
+        own = steps[:, self.rank :: self.processes]
+        rows = torch.arange(self.batch_size)[self.rank :: self.processes]
+        own_on_device = own.to(self.device)
+        batches = self.images.batches(own.shape[1], own.flatten())
+        for i, (pixels, _, _) in enumerate(batches):
+            draws = self.views.draw(
+                self.images.sizes[steps[i]], generator(self.seed, "views", self.epoch, self.start + i)
+            )
+            pixels = pixels.to(self.device, non_blocking=True)
+            yield Batch(self.views(pixels, [draw.take(rows) for draw in draws]), own_on_device[i])

@@ -1,0 +1,291 @@
+"""The data sets: each a function whose signature is the schema of its file in conf/data, returning ImageData."""
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+
+from twoviews.data import arrays, downloads, folders
+from twoviews.data.decoding import Decoded, cores
+from twoviews.data.images import ImageData, Images, stratified
+from twoviews.data.store import Recipe, Store, statistics, stored
+from twoviews.errors import BadInput
+from twoviews.randomness import generator
+from twoviews.ranges import Count, Index, Range
+
+Side = Annotated[int, Range(at_least=8)]
+Channels = Annotated[int, Range(at_least=1)]
+
+
+def digits(*, train_images: Count | None = None) -> ImageData:
+    """scikit-learn's 1,797 handwritten digits, twice as large and each somewhere else on a black 32 x 32 canvas.
+
+    Unmoved, they are solved by comparing pixels (kNN 98%); moved, there is something to learn (60%). 1,437 are for
+    training, 360 for testing. Source: UCI optical recognition of handwritten digits, 8 x 8 px with values 0..16.
+    """
+    # The file that sklearn.datasets.load_digits reads: importing scikit-learn for it would take seconds.
+    package = importlib.util.find_spec("sklearn")
+    assert package and package.origin
+    place = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    table = torch.from_numpy(np.loadtxt(place, delimiter=",", dtype=np.int64))  # 64 pixels and the digit
+    small = (table[:, :64].view(-1, 8, 8) * 255 / 16).round().to(torch.uint8)
+    large = small.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    places = torch.randint(0, 17, (len(large), 2), generator=generator("digits"))
+    pixels = torch.zeros(len(large), 1, 32, 32, dtype=torch.uint8)
+    for canvas, digit, (top, left) in zip(pixels, large, places.tolist(), strict=True):
+        canvas[0, top : top + 16, left : left + 16] = digit
+    labels = table[:, 64].clone()
+    everything = Images(pixels, torch.full((len(pixels), 2), 32), labels)
+    held_out = stratified(labels, len(labels), 360)
+    kept = torch.ones(len(labels), dtype=torch.bool)
+    kept[held_out] = False
+    train = everything.subset(kept.nonzero().flatten())
+    mean, std = statistics(pixels[kept])
+    data = ImageData(
+        name="digits",
+        train=train,
+        memory=train,
+        test=everything.subset(held_out),
+        classes=tuple("0123456789"),
+        channels=1,
+        size=32,
+        mean=mean,
+        std=std,
+        digest=hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).hexdigest(),
+        notes=(),
+    )
+    return _fewer(data, train_images)
+
+
+def cifar10(
+    *,
+    root: str,
+    mean: list[float],
+    std: list[float],
+    classes: list[str],
+    train_images: Count | None = None,
+    cache: str = "~/.cache/twoviews",
+) -> ImageData:
+    """CIFAR-10: 50,000 training images, which are the memory too, and 10,000 test images, 32 px.
+
+    Args:
+        root: where the archive or what it holds lies, or is downloaded to; looked at only to fill the cache.
+        mean: of each channel, of pixels in [0, 1].
+        std: likewise.
+        classes: their names, in order.
+        train_images: use only so many, class by class in proportion; memory and test stay whole.
+        cache: where the unpacked images are kept.
+
+    Raises:
+        BadInput: the data are not there and cannot be downloaded.
+    """
+    recipe = partial(downloads.cifar, "CIFAR10", Path(root).expanduser(), tuple(classes))
+    return _known("cifar10", recipe, mean, std, classes, train_images, cache)
+
+
+def cifar100(
+    *,
+    root: str,
+    mean: list[float],
+    std: list[float],
+    classes: list[str],
+    train_images: Count | None = None,
+    cache: str = "~/.cache/twoviews",
+) -> ImageData:
+    """CIFAR-100 with its 100 fine classes; everything else as in `cifar10`."""
+    recipe = partial(downloads.cifar, "CIFAR100", Path(root).expanduser(), tuple(classes))
+    return _known("cifar100", recipe, mean, std, classes, train_images, cache)
+
+
+def stl10(
+    *,
+    root: str,
+    mean: list[float],
+    std: list[float],
+    classes: list[str],
+    train_images: Count | None = None,
+    cache: str = "~/.cache/twoviews",
+) -> ImageData:
+    """STL-10, 96 px: training on 105,000 images without labels, memory the 5,000 labelled of them, 8,000 for testing.
+
+    Parameters as in `cifar10`.
+    """
+    recipe = partial(downloads.stl10, Path(root).expanduser(), tuple(classes))
+    return _known("stl10", recipe, mean, std, classes, train_images, cache)
+
+
+def _known(
+    name: str,
+    recipe: Callable[[], Recipe],
+    mean: list[float],
+    std: list[float],
+    classes: list[str],
+    train_images: int | None,
+    cache: str,
+) -> ImageData:
+    store = stored(cache, name, {"classes": classes}, recipe)
+    data = replace(_data(name, store), mean=tuple(mean), std=tuple(std))
+    return _fewer(data, train_images)
+
+
+def array(
+    *,
+    root: str | None,
+    labels: str | None = None,
+    size: Side | None = None,
+    train_images: Count | None = None,
+    cache: str = "~/.cache/twoviews",
+) -> ImageData:
+    """Images in numpy files: [N, H, W, C] or [N, H, W], any number of channels, integers or floats.
+
+    8-bit images are taken as they are; of all others the range of the training images becomes 0..255, one range for
+    3 channels (colours), else one for each channel. Labels may be any whole numbers or strings.
+
+    Args:
+        root: an .npz file with arrays `images` and perhaps `labels`, `test_images`, `test_labels`; an .npy file of
+            images; or a folder with train.npz and perhaps test.npz. Without test images a fifth of the labelled ones,
+            class by class, is held out.
+        labels: an .npy file of labels, to go with images that have none beside them.
+        size: side of the canvas in px; null is the shorter side of the images, at most 224.
+        train_images: use only so many, class by class in proportion; memory and test stay whole.
+        cache: where the images are kept as bytes.
+
+    Raises:
+        BadInput: the files are missing or broken, or hold something else.
+    """
+    if root is None:
+        raise BadInput("data=array needs to know where the arrays are: data.root=/path/to/images.npz.")
+    place = Path(root).expanduser().absolute()
+    files = arrays.files_of(place)
+    beside = None if labels is None else Path(labels).expanduser().absolute()
+    if beside is not None and not beside.is_file():
+        raise BadInput(f"data.labels={labels} is not there.")
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in (*files, beside) if path]
+    store = stored(cache, place.stem, {"files": stamps, "size": size}, lambda: arrays.recipe(files, beside, size))
+    return _fewer(_data(place.stem, store), train_images)
+
+
+def folder(
+    *,
+    root: str | None,
+    train: str | None = None,
+    memory: str | None = None,
+    test: str | None = None,
+    labels: bool = True,
+    size: Side | None = None,
+    channels: Channels = 3,
+    train_images: Count | None = None,
+    max_broken: Index = 0,
+    workers: Index | None = None,
+    cache: str = "~/.cache/twoviews",
+) -> ImageData:
+    """Pictures in folders, at any depth; the first folder level below a split is the class.
+
+    Args:
+        root: where the folders lie.
+        train: training images, relative to root; null is root/train, or root itself where there is none.
+        memory: labelled images that kNN looks up; null is root/memory, or train where that has classes.
+        test: labelled images to test on; null is root/test or root/val.
+        labels: false where the folders below train mean nothing.
+        size: side of the canvas in px; null is the median shorter side of the data, at most 224.
+        channels: 3 for colour, 1 for grey.
+        train_images: use only so many, class by class in proportion; memory and test stay whole.
+        max_broken: how many broken files may be skipped.
+        workers: processes that decode; null is one for each core.
+        cache: where the decoded images are kept.
+
+    Raises:
+        BadInput: a folder is missing or empty, classes do not agree, or more files are broken than allowed.
+    """
+    if root is None:
+        raise BadInput("data=folder needs to know where the images are: data.root=/path/to/them.")
+    if channels not in (1, 3):
+        raise BadInput(f"data.channels={channels} is not possible for picture files: use 3 (colour) or 1 (grey).")
+    place = Path(root).expanduser().absolute()
+    found = folders.find(place, train, memory, test, labels)
+    notes = list(found.notes)
+    if size is None:
+        size, note = folders.usual_side(found.train)
+        notes.append(note)
+    workers = cores() if workers is None else workers
+    key = {
+        "size": size,
+        "channels": channels,
+        "splits": found.splits,
+        "classes": found.classes,
+        "train_labelled": found.train_labelled,
+        "files": [[one.names, one.stamps] for one in found.trees],
+    }
+    store = stored(cache, place.name, key, lambda: folders.recipe(found, size, channels, workers))
+    notes += _broken(store, max_broken)
+    paths = [path for one in found.trees for path in one.paths]
+    sound = [paths[row] for row in store.rows.tolist()]
+    files = Decoded(sound, size=size, channels=channels, workers=workers)
+    return _fewer(_data(place.name, store, files, notes), train_images)
+
+
+def _broken(store: Store, max_broken: int) -> list[str]:
+    """The sentence that names the broken files, if they are few enough to go on."""
+    broken = store.meta["broken"]
+    if not broken:
+        return []
+    named = "; ".join(f"{path} ({reason})" for path, reason in broken[:3]) + (" ..." if len(broken) > 3 else "")
+    files = f"{len(broken)} broken file{'s' if len(broken) > 1 else ''}"
+    if len(broken) > max_broken:
+        raise BadInput(
+            f"{files}, and data.max_broken={max_broken} allows no more: {named}. "
+            f"Repair or remove, or skip with data.max_broken={len(broken)}."
+        )
+    return [f"{files} skipped: {named}."]
+
+
+def _data(name: str, store: Store, files: Decoded | None = None, notes: Sequence[str] = ()) -> ImageData:
+    """The splits of a store; splits of the same range are the same Images, and `files` stand in for absent pixels."""
+    pixels = files if store.pixels is None else store.pixels
+    assert pixels is not None
+    made: dict[tuple[int, int], Images] = {}
+
+    def split(start: int, stop: int) -> Images:
+        own = pixels.subset(torch.arange(start, stop)) if isinstance(pixels, Decoded) else pixels[start:stop]
+        labels = store.labels[start:stop]
+        return Images(own, store.sizes[start:stop], None if (labels < 0).any() else labels)
+
+    meta = store.meta
+    ranges = {part: (start, stop) for part, (start, stop) in meta["splits"].items()}
+    for part, (start, stop) in ranges.items():
+        if start == stop:
+            raise BadInput(f"No sound image is left for {part}.")
+        if (start, stop) not in made:
+            made[start, stop] = split(start, stop)
+    return ImageData(
+        name=name,
+        train=made[ranges["train"]],
+        memory=made[ranges["memory"]] if "memory" in ranges else None,
+        test=made[ranges["test"]] if "test" in ranges else None,
+        classes=tuple(meta["classes"]),
+        channels=meta["channels"],
+        size=meta["size"],
+        mean=tuple(meta["mean"]),
+        std=tuple(meta["std"]),
+        digest=meta["digest"],
+        notes=(*meta["notes"], *notes),
+    )
+
+
+def _fewer(data: ImageData, train_images: int | None) -> ImageData:
+    """The same data with only so many training images, as evenly from the classes as they are in all of them."""
+    if train_images is None:
+        return data
+    total = len(data.train)
+    if train_images > total:
+        raise BadInput(f"data.train_images={train_images} is more than there are: at most {total}, or null for all.")
+    index = stratified(data.train.labels, total, train_images)
+    note = f"Training on {train_images} of {total} images; memory and test stay whole."
+    digest = hashlib.blake2b(f"{data.digest} {train_images}".encode(), digest_size=16).hexdigest()
+    return replace(data, train=data.train.subset(index), digest=digest, notes=(*data.notes, note))
