@@ -1,0 +1,12 @@
+"""What a run measures: kept in its folder first, mirrored into MLflow second.
+
+`Metrics` writes metrics.jsonl, which is the truth and works without MLflow. Everything the mirror needs lies in the
+run folder, so one function, `send`, serves the thread beside the training (`Mirror`) and
+`python -m twoviews.tracking sync` alike.
+"""
+
+from twoviews.tracking.metrics import Metrics, read
+from twoviews.tracking.mirror import Mirror, Tracking, page, run_id
+from twoviews.tracking.sending import send
+
+__all__ = ["Metrics", "Mirror", "Tracking", "page", "read", "run_id", "send"]

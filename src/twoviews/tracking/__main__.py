@@ -1,0 +1,73 @@
+"""`python -m twoviews.tracking sync`: send run folders to MLflow later, or again."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from twoviews.errors import BadInput
+from twoviews.tracking import stores
+from twoviews.tracking.metrics import NAME
+from twoviews.tracking.mirror import reason
+from twoviews.tracking.sending import aim, send, unsent
+from twoviews.tracking.state import State, is_written
+
+DEFAULT_FOLDERS = ("outputs", "multirun")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0 everything is in MLflow, 1 something is left, 2 bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m twoviews.tracking",
+        description="Send run folders to MLflow: runs trained with tracking=files, runs whose server was away, runs "
+        "that were killed. It can be repeated: nothing is sent twice. A run that is still training gets what its "
+        "last checkpoint keeps.",
+        epilog="Exit code: 0 everything is in MLflow, 1 something is left, 2 bad input.",
+    )
+    sync = parser.add_subparsers(required=True, metavar="sync").add_parser(
+        "sync", help="send what MLflow does not have"
+    )
+    sync.add_argument("folders", nargs="*", type=Path, metavar="folder", help="default: all in outputs/ and multirun/")
+    sync.add_argument("--uri", help="MLflow's store; default: the run's own tracking.uri")
+    sync.add_argument("--experiment", help="MLflow's experiment; default: the run's own tracking.experiment")
+    given = parser.parse_args(arguments)
+    try:
+        if given.uri:
+            stores.check(given.uri)
+        return max(sync_one(folder, given.uri, given.experiment) for folder in _folders(given.folders))
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def sync_one(folder: Path, uri: str | None, experiment: str | None) -> int:
+    """Send one folder and print a line about it; 0 if everything is in MLflow now, else 1.
+
+    Raises:
+        BadInput: the address in `uri` or in tracking.json is wrong.
+    """
+    state = State.load(folder)
+    aim(folder, uri or state.uri, experiment or state.experiment)
+    running = is_written(folder)
+    try:
+        sent = send(folder, closed=not running)
+    except Exception as error:  # one folder or store at fault must not keep the others
+        print(f"{folder}: {unsent(folder)} points left ({reason(error)})")
+        return 1
+    left = unsent(folder)
+    later = f", still training: {left} points follow with its next checkpoints" if running and left else ""
+    print(f"{folder}: run {State.load(folder).run_id}, {sent} points sent{later}")
+    return 1 if left and running else 0
+
+
+def _folders(given: list[Path]) -> list[Path]:
+    for folder in given:
+        if not (folder / NAME).is_file():
+            raise BadInput(f"{folder} is not a run folder (it has no {NAME}); name one, or none for all in outputs/.")
+    found = given or sorted(path.parent for name in DEFAULT_FOLDERS for path in Path(name).rglob(NAME))
+    if not found:
+        raise BadInput(f"there is no run below {Path.cwd()}/outputs or multirun; name a run folder.")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""The mirror of a run in MLflow: the thread beside the training, and what the entry point asks of it."""
+
+import os
+import shlex
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from twoviews.errors import BadInput
+from twoviews.tracking import stores
+from twoviews.tracking.sending import aim, send, unsent
+from twoviews.tracking.state import State
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """The group `tracking` of the configuration.
+
+    Args:
+        uri: MLflow's store, `sqlite:///<path>` or a server's address; None is mlflow.db at the root of the checkout.
+        experiment: MLflow's experiment.
+        mirror: send while the run goes on; otherwise by `python -m twoviews.tracking sync`.
+    """
+
+    uri: str | None
+    experiment: str
+    mirror: bool
+
+    def check(self, resumed: bool, say: Callable[[str], None] = print) -> None:
+        """Refuse at the start what would fail later; a run that is resumed does without MLflow until it answers.
+
+        Raises:
+            BadInput: the address is wrong, or (in a new run that is mirrored) the store does not answer.
+        """
+        if not self.experiment:
+            raise BadInput("tracking.experiment is empty; name MLflow's experiment, for example twoviews.")
+        stores.resolved(self.uri)
+        if not self.mirror:
+            return
+        try:
+            stores.check(self.uri)
+        except BadInput as error:
+            if not resumed:
+                raise
+            say(f"The run goes on without MLflow until it answers: {error}")
+
+    def start(self, folder: Path, say: Callable[[str], None] = print) -> "Mirror | None":
+        """The mirror of `folder`, running; None where the configuration wants none. One process of a run calls it."""
+        aim(folder, self.uri, self.experiment)
+        return Mirror(folder, say) if self.mirror else None
+
+
+class Mirror:
+    """A daemon thread that sends `folder` to MLflow every few seconds, whenever something in it is new.
+
+    Args:
+        folder: the run folder.
+        say: where a sentence for the user goes; called from the thread.
+        every_s: seconds between two looks; doubled while the store does not answer, up to twelve times as long.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None] = print, every_s: float = 5.0):
+        self._folder, self._say, self._every_s = folder, say, every_s
+        self._closing = threading.Event()
+        self._complete = False  # everything is in MLflow, the end included
+        self._thread = threading.Thread(target=self._follow, name="mlflow-mirror", daemon=True)
+        self._thread.start()
+
+    def close(self, timeout_s: float | int = 60) -> int:
+        """Send the rest and the final status from result.json; returns the number of points that are left.
+
+        Waits `timeout_s` seconds at most, and says how to send later what is left.
+        """
+        self._closing.set()
+        self._thread.join(timeout_s)
+        left = unsent(self._folder)
+        if not self._complete:
+            self._say(
+                f"MLflow does not have the end of this run yet ({left} points left); send it with "
+                f"`python -m twoviews.tracking sync {shlex.quote(str(self._folder))}`."
+            )
+        return left
+
+    def _follow(self) -> None:
+        pause_s, away = 0.0, False
+        while True:
+            closing = self._closing.wait(pause_s)
+            try:
+                send(self._folder, closed=closing)
+            except Exception as error:  # whatever is wrong with MLflow, the training goes on
+                if not away:
+                    self._say(f"MLflow takes nothing now ({reason(error)}); the points are kept and sent when it does.")
+                away, pause_s = True, min(12 * self._every_s, max(self._every_s, 2 * pause_s))
+            else:
+                if away:
+                    self._say("MLflow takes points again; everything kept so far is sent.")
+                away, pause_s, self._complete = False, self._every_s, closing
+            if closing:
+                return
+
+
+def run_id(folder: Path) -> str | None:
+    """MLflow's id of the run, or None while MLflow has not answered."""
+    return State.load(folder).run_id
+
+
+def page(folder: Path) -> str:
+    """What to do to see the run: the command that serves MLflow's pages, and the run's address on them."""
+    state = State.load(folder)
+    if not state.run_id:
+        return f"python -m twoviews.tracking sync {shlex.quote(str(folder))}"
+    uri = stores.resolved(state.uri)
+    place = f"/#/experiments/{state.experiment_id}/runs/{state.run_id}"
+    if uri.startswith("http"):
+        return uri + place
+    command = os.path.relpath(Path(sys.executable).with_name("mlflow"))
+    return (
+        f"MLFLOW_DISABLE_TELEMETRY=true {shlex.quote(command)} ui --workers 1 --backend-store-uri {shlex.quote(uri)}"
+        f"  then open http://127.0.0.1:5000{place}"
+    )
+
+
+def reason(error: Exception) -> str:
+    """One short line for what a store answered."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "Max retries exceeded" in text or "timed out" in text:
+        return "it does not answer"
+    return text if len(text) <= 300 else text[:300] + "…"

@@ -1,0 +1,245 @@
+"""A run folder, sent to MLflow.
+
+Only MLflow's client is used, never its fluent state, and every call can be repeated: MLflow drops a point it has
+(same name, step, time stamp and value), sets a tag or a file again, and the run is found by a key of our own.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from twoviews.errors import BadInput
+from twoviews.tracking import stores
+from twoviews.tracking.metrics import HEAD, NAME, lines
+from twoviews.tracking.state import State, durable_bytes, mirroring
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+DESCRIPTION = ("config.yaml", "environment.json", "data.json", "commit.txt")
+FILES = (*DESCRIPTION, "diff.patch", "encoder.json", "result.json")
+STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+# MLflow's limits, in characters and in items a call.
+KEY_LENGTH, PARAM_LENGTH, TAG_LENGTH, DATASET_DIGEST_LENGTH = 250, 6000, 8000, 36
+PARAMS_A_CALL, POINTS_A_CALL = 100, 1000
+
+
+def send(folder: Path, closed: bool) -> int:
+    """Bring MLflow up to date with `folder`; returns the number of points sent. Without network if nothing is new.
+
+    Args:
+        folder: the run folder.
+        closed: nothing more comes: all lines are sent and the run ends as result.json says, or as killed without one.
+            Otherwise only what the last checkpoint keeps is sent.
+
+    Raises:
+        BadInput: the run or its experiment was deleted in MLflow.
+        MlflowException, OSError: the store does not answer or refuses; what was sent until then is recorded.
+    """
+    with mirroring(folder):
+        state = State.load(folder)
+        limit = None if closed else durable_bytes(folder)
+        status, changed = _status(folder, closed), _changed_files(folder, state)
+        end = next((end for end, _ in lines(folder / NAME, state.sent_bytes)), None)
+        points_wait = end is not None and (limit is None or end <= limit)
+        if state.run_id and status == state.status and not changed and not points_wait:
+            return 0
+        client, experiment_id = stores.connect(stores.resolved(state.uri), state.experiment)
+        run = _open_run(client, experiment_id, folder, state)
+        changed = _changed_files(folder, state)
+        if changed.keys() & set(DESCRIPTION):
+            _describe(client, run, folder)
+        sent = _send_points(client, run.info.run_id, folder, state, limit)
+        if status != state.status:
+            _tell_status(client, run.info.run_id, folder, state, status)
+        for name, stamp in changed.items():
+            client.log_artifact(run.info.run_id, str(folder / name))
+            state.files[name] = stamp
+            state.save(folder)
+        return sent
+
+
+def aim(folder: Path, uri: str | None, experiment: str) -> None:
+    """Write down where `folder` is to be sent; a store other than before gets the whole run.
+
+    Raises:
+        BadInput: the address is wrong.
+    """
+    with mirroring(folder):
+        state = State.load(folder)
+        if (stores.resolved(uri), experiment) != (stores.resolved(state.uri), state.experiment):
+            state.forget_run()
+        state.uri, state.experiment = None if uri is None else stores.resolved(uri), experiment
+        state.save(folder)
+
+
+def unsent(folder: Path) -> int:
+    """Number of points in metrics.jsonl that MLflow does not have."""
+    state = State.load(folder)
+    return sum(len(line) - len(HEAD) for _, line in lines(folder / NAME, state.sent_bytes))
+
+
+def _open_run(client: "MlflowClient", experiment_id: str, folder: Path, state: State) -> "Run":
+    """The run, made once however often this is interrupted."""
+    from mlflow.exceptions import MlflowException
+
+    if state.run_id:
+        try:
+            run = client.get_run(state.run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            state.forget_run()  # the database was replaced by another
+        else:
+            if run.info.lifecycle_stage == "active":
+                return run
+            raise BadInput(
+                f"run {state.run_id} was deleted in MLflow; restore it with `mlflow runs restore --run-id "
+                f"{state.run_id}`, or delete {folder / 'tracking.json'} to send it as a new one"
+            )
+    state.run_key = state.run_key or uuid.uuid4().hex
+    state.save(folder)
+    found = client.search_runs([experiment_id], f"tags.`twoviews.run_key` = '{state.run_key}'", max_results=1)
+    first = next((line["time"] for _, line in lines(folder / NAME)), time.time())
+    run = (
+        found[0]
+        if found
+        else client.create_run(
+            experiment_id,
+            start_time=int(first * 1000),
+            tags={"twoviews.run_key": state.run_key, "mlflow.user": os.environ.get("USER", "unknown")},
+            run_name=folder.resolve().name,
+        )
+    )
+    state.run_id, state.experiment_id, state.status = run.info.run_id, experiment_id, run.info.status
+    state.save(folder)
+    return run
+
+
+def _describe(client: "MlflowClient", run: "Run", folder: Path) -> None:
+    """Parameters, tags and data set of the run. MLflow never changes a parameter: a new value becomes a tag."""
+    from mlflow.entities import Dataset, DatasetInput, Param, RunTag
+
+    config, data, environment = (_load(folder / name) for name in ("config.yaml", "data.json", "environment.json"))
+    params = dict(_flat(config))
+    tags = {
+        "folder": str(folder.resolve()),
+        "host": environment.get("host", platform.node()),
+        "method": config.get("method", {}).get("_target_", "").rpartition(".")[0].rpartition(".")[2],
+        "data": data.get("name", ""),
+        "data.digest": data.get("digest", ""),
+        "mlflow.source.name": "train.py",
+        "mlflow.source.git.commit": _text(folder / "commit.txt"),
+    }
+    known = run.data.params
+    for key, value in params.items():
+        if known.get(key, value) != value or f"changed.{key}" in run.data.tags:
+            tags[f"changed.{key}"] = value
+    new = [Param(key, value) for key, value in params.items() if key not in known]
+    for start in range(0, len(new), PARAMS_A_CALL):
+        client.log_batch(run.info.run_id, params=new[start : start + PARAMS_A_CALL], synchronous=True)
+    filled = [RunTag(_fitted(key, KEY_LENGTH), _fitted(str(value), TAG_LENGTH)) for key, value in tags.items() if value]
+    for start in range(0, len(filled), PARAMS_A_CALL):
+        client.log_batch(run.info.run_id, tags=filled[start : start + PARAMS_A_CALL], synchronous=True)
+    if data.get("name") and data.get("digest"):
+        digest = str(data["digest"])[:DATASET_DIGEST_LENGTH]
+        dataset = Dataset(data["name"], digest, source_type="local", source=json.dumps({"name": data["name"]}))
+        client.log_inputs(run.info.run_id, [DatasetInput(dataset, [])])
+
+
+def _send_points(client: "MlflowClient", run_id: str, folder: Path, state: State, limit: int | None) -> int:
+    """Send the lines that end at byte `limit` or before; the number of points sent."""
+    from mlflow.entities import Metric
+
+    sent, batch = 0, []
+
+    def flush() -> None:
+        if batch:
+            client.log_batch(run_id, metrics=batch, synchronous=True)
+        state.save(folder)
+
+    for end, line in lines(folder / NAME, state.sent_bytes):
+        if limit is not None and end > limit:
+            break
+        step, stamp, already = line["step"], round(line["time"] * 1000), state.already.get(str(line["step"]), [])
+        names = [name for name in line if name not in HEAD and name not in already]
+        if len(batch) + len(names) + 1 > POINTS_A_CALL:
+            flush()
+            batch = []
+        # NaN is stored as NaN, an infinity as the largest double: MLflow's own rule.
+        batch.extend(Metric(name, float(line[name]), stamp, step) for name in names)
+        sent += len(names)
+        state.sent_bytes = end
+        if already:
+            state.already[str(step)] = [name for name in already if name not in line]
+    flush()
+    return sent
+
+
+def _tell_status(client: "MlflowClient", run_id: str, folder: Path, state: State, status: str) -> None:
+    if status == "RUNNING":
+        client.update_run(run_id, status=status)
+    else:
+        last = folder / "result.json"
+        last = last if last.exists() else folder / NAME
+        ended = last.stat().st_mtime if last.exists() else time.time()
+        client.set_terminated(run_id, status, end_time=int(ended * 1000))
+    state.status = status
+    state.save(folder)
+
+
+def _status(folder: Path, closed: bool) -> str:
+    return STATUS.get(_load(folder / "result.json").get("state", ""), "KILLED") if closed else "RUNNING"
+
+
+def _changed_files(folder: Path, state: State) -> dict[str, list[int]]:
+    """Name -> [mtime in ns, bytes] of the artifacts that MLflow does not have as they are now."""
+    found = {}
+    for path in [*(folder / name for name in FILES), *sorted(folder.glob("*.png"))]:
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.stat()
+            found[path.name] = [stat.st_mtime_ns, stat.st_size]
+    return {name: stamp for name, stamp in found.items() if state.files.get(name) != stamp}
+
+
+def _flat(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, value as on the command line) of every leaf, cut to MLflow's lengths with a digest of the whole."""
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            yield _fitted(re.sub(r"[^\w\-./: ]", "_", f"{prefix}{key}"), KEY_LENGTH), _fitted(text, PARAM_LENGTH)
+
+
+def _fitted(text: str, length: int) -> str:
+    """`text`, or its beginning and a digest, so that two long values that differ stay different."""
+    if len(text) <= length:
+        return text
+    end = f"... sha256 {sha256(text.encode()).hexdigest()[:16]}"
+    return text[: length - len(end)] + end
+
+
+def _load(path: Path) -> dict:
+    """A YAML or JSON file as a dictionary; empty where there is none, or a crash left half of one."""
+    import yaml
+
+    try:
+        text = path.read_text()
+        loaded = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _text(path: Path) -> str:
+    return path.read_text().strip() if path.exists() else ""

@@ -1,0 +1,164 @@
+"""Where MLflow keeps things: which addresses are right, whether the store answers, and opening it."""
+
+import functools
+import logging
+import os
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from filelock import FileLock
+
+from twoviews.errors import BadInput
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DATABASES = ("postgresql", "mysql", "mssql")
+HINT = "use sqlite:///<path> or http(s)://<host>:<port>"
+
+
+def checkout() -> Path:
+    """The root of this checkout, where mlflow.db lies by default."""
+    return Path(__file__).resolve().parents[3]
+
+
+def resolved(uri: str | None) -> str:
+    """The full address for `tracking.uri`: mlflow.db at the root of the checkout for None; SQLite paths absolute.
+
+    Raises:
+        BadInput: nothing MLflow can keep runs in, or an address with a password in it.
+    """
+    if uri is None:
+        return f"sqlite:///{checkout() / 'mlflow.db'}"
+    scheme, path = uri.partition(":")[0].partition("+")[0], uri.partition(":///")[2]
+    if scheme == "sqlite":
+        if not path or path.startswith(":") or path.endswith("/"):
+            raise BadInput(
+                f"tracking.uri={uri} names no file; write sqlite:///<path>, for example sqlite:///mlflow.db."
+            )
+        return f"sqlite:///{Path(path).expanduser().absolute()}"
+    if scheme == "file" or "://" not in uri:
+        raise BadInput(
+            f"tracking.uri={uri} is a folder or unknown, and MLflow no longer keeps runs in plain folders; {HINT}."
+        )
+    try:
+        parts = urlsplit(uri)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise BadInput(f"tracking.uri={uri} is not an address ({error}); {HINT}.") from error
+    if parts.password:
+        raise BadInput(
+            "tracking.uri holds a password, which the run would record in plain text; give it in the environment "
+            "(MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or PGPASSWORD for PostgreSQL)."
+        )
+    if scheme not in ("http", "https", *DATABASES) or not host:
+        raise BadInput(f"tracking.uri={uri} is not an address of MLflow; {HINT}.")
+    return uri.rstrip("/")
+
+
+def check(uri: str | None) -> None:
+    """Find out, without importing mlflow, that the store can be used; a database server is taken at its word.
+
+    Raises:
+        BadInput: it cannot; with what was tried and the remedy.
+    """
+    uri = resolved(uri)
+    if uri.startswith("sqlite:"):
+        _check_file(_database(uri))
+    elif uri.startswith("http"):
+        _check_server(uri)
+
+
+def _check_file(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("rb") if path.exists() else open(os.devnull, "rb") as file:  # noqa: PTH123
+            head = file.read(16)
+    except OSError as error:
+        raise BadInput(
+            f"{path} cannot be MLflow's database ({error.strerror}); name another with tracking.uri=."
+        ) from error
+    if head and head != b"SQLite format 3\0":
+        raise BadInput(f"{path} is not an SQLite database; name another file with tracking.uri=sqlite:///<path>.")
+    if not all(os.access(place, os.W_OK) for place in (path, path.parent) if place.exists()):
+        raise BadInput(f"{path} cannot be written; name another file with tracking.uri=sqlite:///<path>.")
+
+
+def _check_server(uri: str) -> None:
+    try:
+        urllib.request.urlopen(f"{uri}/health", timeout=5).close()
+        return
+    except urllib.error.HTTPError as error:
+        if error.code < 500:  # something answers: a server that wants a login, or a gateway without /health
+            return
+        reason = f"status {error.code}"
+    except OSError as error:
+        reason = str(getattr(error, "reason", error))
+    raise BadInput(
+        f"no MLflow answers at {uri}/health ({reason}); start it, give another tracking.uri=, or train with "
+        "tracking=files and send the run later with `python -m twoviews.tracking sync`."
+    )
+
+
+@functools.cache
+def connect(uri: str, experiment: str) -> tuple["MlflowClient", str]:
+    """A client for the resolved `uri` and the id of the experiment, made where it is missing.
+
+    Takes seconds the first time: mlflow is imported here and a fresh SQLite file gets its tables.
+
+    Raises:
+        BadInput: the experiment was deleted in MLflow.
+        MlflowException: the store does not answer or refuses.
+    """
+    prepare_environment()
+    from mlflow import MlflowClient
+
+    if not uri.startswith("sqlite:"):
+        client = MlflowClient(uri)
+        return client, _experiment(client, experiment, None)
+    path = _database(uri)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # MLflow creates its tables without a lock: of 8 processes that open a fresh file at once, 7 fail.
+    with FileLock(f"{path}.lock", timeout=300):
+        client = MlflowClient(uri)
+        return client, _experiment(client, experiment, (path.parent / "mlartifacts").as_uri())
+
+
+def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, artifact_location=artifacts)
+        except MlflowException:  # another process was first
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise BadInput(
+            f"experiment {name} was deleted in MLflow; restore it with "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}` or name another: tracking.experiment=."
+        )
+    return found.experiment_id
+
+
+def _database(uri: str) -> Path:
+    return Path(re.sub(r"^sqlite(\+\w+)?:///", "", uri))
+
+
+def prepare_environment() -> None:
+    """Before mlflow is imported: no telemetry, no chatter, and failures within seconds instead of minutes."""
+    # DO_NOT_TRACK=1 would not do: mlflow compares with "true".
+    os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    # Longer than any answer seen from a server shared by 8 runs (4 s), or a slow one would get the same batch for ever.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    for name in ("alembic", "git", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(logging.ERROR)
