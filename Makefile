@@ -1,0 +1,52 @@
+# Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint types lock mlflow clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/dev  ## make .venv with everything pinned, tests and tools included
+
+.venv/bin/uv: requirements/uv.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "error: Python %d.%d is not supported; use 3.11 to 3.13, for example make PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
+	@touch $@
+
+.venv/train: .venv/bin/uv requirements/train.txt pyproject.toml
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/train.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv/dev: .venv/train requirements/dev.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
+	@touch $@
+
+train: .venv/train  ## train: make train ARGS="method=simclr data=cifar10"; the default learns digits in three minutes
+	$(BIN)/python train.py $(ARGS)
+
+test: .venv/dev  ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/dev  ## style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/dev  ## static types
+	$(BIN)/pyright
+
+mlflow: .venv/train  ## MLflow's pages on all runs, at http://127.0.0.1:5000
+	$(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
+
+lock: .venv/bin/uv  ## pin the newest versions that fit together
+	cd requirements && for name in uv train dev; do \
+		../$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url --upgrade \
+			$$name.in -o $$name.txt $$([ $$name = dev ] && echo "-c train.txt"); done
+
+clean:  ## remove the environment; runs and data stay
+	rm -rf .venv
