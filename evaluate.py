@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from twoviews.config import entry
+from twoviews.config import build, entry
 
 
 @entry("evaluate")
 def main(cfg, folder: Path) -> int:
     """Rebuild encoder and data from the run, measure, and write evaluation.json beside its results."""
     from hydra.core.hydra_config import HydraConfig
-    from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
     from twoviews.assembly import load_data
@@ -20,7 +19,7 @@ def main(cfg, folder: Path) -> int:
 
     console, run = Console(), Run.existing(cfg.run)
     recorded = OmegaConf.create(run.config())
-    runtime = instantiate(recorded.runtime)
+    runtime = build(recorded.runtime)
     device = runtime.torch_device()
     data = load_data(recorded).to(device)
     if data.test is None:
@@ -33,8 +32,11 @@ def main(cfg, folder: Path) -> int:
     judged = Judged(encoder, data, device, runtime.dtype(device), runtime.channels_last)
     values = {}
     for name, node in protocols.items():
-        values.update({f"{name}/{key}": value for key, value in instantiate(node, _convert_="all")(judged).items()})
-        console.say(f"{name}: " + ", ".join(f"{key} {value}" for key, value in node.items() if key[0] != "_" and key != "every_epochs"))
+        values.update({f"{name}/{key}": value for key, value in build(node)(judged).items()})
+        console.say(
+            f"{name}: "
+            + ", ".join(f"{key} {value}" for key, value in node.items() if key[0] != "_" and key != "every_epochs")
+        )
     run.write("evaluation.json", {**values, "protocol": OmegaConf.to_container(protocols, resolve=True)})
     rows = {name: f"{value:.2f} %" if name.endswith("top1") else f"{value:g}" for name, value in values.items()}
     console.table(f"{run.folder.name}: kNN bank {len(data.memory or ()):,}, test {len(data.test):,} images", rows)

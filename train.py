@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from twoviews.config import entry
+from twoviews.config import build, entry
 
 
 @entry("train")
@@ -13,7 +13,6 @@ def main(cfg, folder: Path) -> int:
 
     if finished_already(cfg, folder):
         return 0
-    from hydra.utils import instantiate
 
     from twoviews.assembly import load_data, make_parts, make_views, plan
     from twoviews.console import Console
@@ -21,7 +20,7 @@ def main(cfg, folder: Path) -> int:
     from twoviews.pictures import draw_views
     from twoviews.runtime import StopSignal
 
-    with StopSignal() as stop, distributed.group(runtime := instantiate(cfg.runtime)) as device:
+    with StopSignal() as stop, distributed.group(runtime := build(cfg.runtime)) as device:
         console = Console(quiet=distributed.rank() > 0)
         data = load_data(cfg).to(device)
         views = make_views(cfg, data)

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from twoviews import distributed
 from twoviews.backbones import Encoder
-from twoviews.config import signature
+from twoviews.config import build
 from twoviews.console import Console, duration
 from twoviews.data.images import ImageData
 from twoviews.data.loader import Loader
@@ -23,6 +22,7 @@ from twoviews.methods.method import Method
 from twoviews.randomness import seed_of
 from twoviews.run import code_state, parameter_count
 from twoviews.runtime import Runtime
+from twoviews.signatures import signature
 from twoviews.tracking import page, read
 
 
@@ -49,7 +49,7 @@ def load_data(cfg: DictConfig) -> ImageData:
     """The data set of a configuration; with several processes one prepares it and the others wait."""
     if distributed.rank() > 0:
         distributed.barrier()
-    data = instantiate(cfg.data, _convert_="all")
+    data = build(cfg.data)
     if distributed.rank() == 0:
         distributed.barrier()
     return data
@@ -57,9 +57,7 @@ def load_data(cfg: DictConfig) -> ImageData:
 
 def make_views(cfg: DictConfig, data: ImageData) -> Views:
     """The augmentation of a configuration for these images."""
-    return instantiate(
-        cfg.augmentation, size=data.size, channels=data.channels, mean=data.mean, std=data.std, _convert_="all"
-    )
+    return build(cfg.augmentation, size=data.size, channels=data.channels, mean=data.mean, std=data.std)
 
 
 def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime, device: torch.device) -> Parts:
@@ -69,13 +67,15 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
         BadInput: they do not, with the value to change.
     """
     torch.manual_seed(seed_of(cfg.seed, "initialisation"))
-    encoder = instantiate(cfg.backbone, channels=data.channels, image_size=data.size, _convert_="all")
+    encoder = build(cfg.backbone, channels=data.channels, image_size=data.size)
     extra: dict[str, Any] = {}
     if "labels" in signature(cfg.method._target_):
         if data.train.labels is None:
-            raise BadInput(f"this method learns from labels, and the training images of {data.name} have none; choose another method.")
+            raise BadInput(
+                f"this method learns from labels, and the training images of {data.name} have none; choose another method."
+            )
         extra = {"labels": data.train.labels, "classes": len(data.classes)}
-    method = instantiate(cfg.method, encoder=encoder, **extra, _convert_="all")
+    method = build(cfg.method, encoder=encoder, **extra)
     if method.views not in (None, len(views)):
         raise BadInput(
             f"this method takes {method.views} views of an image and the augmentation makes {len(views)}; "
@@ -100,7 +100,7 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
     if distributed.processes() > 1:
         sync_batch_norms(method, device)
     method.to(device, memory_format=torch.channels_last if runtime.channels_last else torch.contiguous_format)
-    optimizer = instantiate(cfg.optimizer, batch_size=cfg.batch_size, _partial_=True, _convert_="all")(method.param_groups())
+    optimizer = build(cfg.optimizer, batch_size=cfg.batch_size, _partial_=True)(method.param_groups())
     return Parts(
         runtime=runtime,
         device=device,
@@ -109,8 +109,8 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
         method=method,
         loader=loader,
         optimizer=optimizer,
-        schedule=instantiate(cfg.schedule, _convert_="all"),
-        protocols={name: instantiate(node, _convert_="all") for name, node in cfg.protocol.items()} if data.test else {},
+        schedule=build(cfg.schedule),
+        protocols={name: build(node) for name, node in cfg.protocol.items()} if data.test else {},
     )
 
 
@@ -141,7 +141,11 @@ def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
     left = f"; the other {loader.left_over:,} sit out, different ones each epoch" if loader.left_over else ""
     console.say(f"length    {cfg.epochs} epochs of {steps:,} steps of {size}: {seen:,} images an epoch{left}")
     dtype = str(parts.runtime.dtype(parts.device)).removeprefix("torch.")
-    device = torch.cuda.get_device_name(parts.device) if parts.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name(parts.device)
+        if parts.device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     console.say(f"device    {device}, {dtype}, {distributed.processes()} process(es)")
     console.say(f"results   {folder}")
 
@@ -163,7 +167,13 @@ def describe_encoder(cfg: DictConfig, data: ImageData) -> dict[str, Any]:
 def describe_data(data: ImageData) -> dict[str, Any]:
     """What data.json says: which images, and how many of each split."""
     counts = {name: len(split) for name in ("train", "memory", "test") if (split := getattr(data, name))}
-    return {"name": data.name, "digest": data.digest, "images": counts, "classes": list(data.classes), "notes": list(data.notes)}
+    return {
+        "name": data.name,
+        "digest": data.digest,
+        "images": counts,
+        "classes": list(data.classes),
+        "notes": list(data.notes),
+    }
 
 
 def show_result(folder: Path, result: dict[str, Any], console: Console) -> None:
@@ -184,6 +194,8 @@ def show_result(folder: Path, result: dict[str, Any], console: Console) -> None:
         "MLflow": page(folder),
     }
     console.table(f"{folder.name}: {result['state']} after {result['epoch']:g} epochs", rows)
-    knn, floor = result.get("knn/top1"), max(result.get("baseline/untrained_knn_top1", 0), result.get("baseline/pixels_knn_top1", 0))
-    if knn is not None and knn <= floor:
-        console.say(f"advice: kNN {knn:.1f} % does not beat its baselines ({floor:.1f} %), so nothing was learnt; train longer or change optimizer.lr.")
+    floor = max(result.get(f"baseline/{name}_knn_top1", 0) for name in ("untrained", "pixels"))
+    if result.get("knn/top1", 100) <= floor:
+        console.say(
+            f"advice: kNN does not beat its baselines ({floor:.1f} %): nothing was learnt; train longer or change optimizer.lr."
+        )

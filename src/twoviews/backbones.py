@@ -5,7 +5,7 @@ torchvision, so that weights can be exchanged with it; any other architecture co
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -87,7 +87,8 @@ class ResNet(Encoder):
         block: "basic" or "bottleneck".
         depths: blocks in each of the stages; the first keeps the resolution, each other one halves it.
         width: channels of the first stage; each stage doubles them.
-        stem: "cifar" is a 3x3 convolution of stride 1 without pooling; "imagenet" a 7x7 of stride 2 and a max-pool.
+        stem: "cifar" is a 3x3 convolution of stride 1 without pooling, "strided" the same with stride 2; "imagenet" a 7x7
+            convolution of stride 2 and a max-pool.
         zero_init_residual: the last norm of each block starts at zero, so each block starts as its shortcut.
 
     Raises:
@@ -99,13 +100,13 @@ class ResNet(Encoder):
         channels: Count,
         image_size: Count,
         block: Literal["basic", "bottleneck"],
-        depths: Sequence[int],
+        depths: Sequence[Count],
         width: Count = 64,
-        stem: Literal["cifar", "imagenet"] = "cifar",
+        stem: Literal["cifar", "strided", "imagenet"] = "cifar",
         zero_init_residual: bool = False,
     ):
         super().__init__()
-        stride = (4 if stem == "imagenet" else 1) * 2 ** (len(depths) - 1)
+        stride = {"cifar": 1, "strided": 2, "imagenet": 4}[stem] * 2 ** (len(depths) - 1)
         if image_size <= stride:
             remedy = (
                 "a backbone with the CIFAR stem, such as backbone=resnet18_cifar"
@@ -115,7 +116,10 @@ class ResNet(Encoder):
             raise BadInput(
                 f"backbone.stem={stem} shrinks {image_size}x{image_size} images {stride}-fold, to a single pixel; use {remedy}."
             )
-        self.conv1 = nn.Conv2d(channels, width, 7, 2, 3, bias=False) if stem == "imagenet" else _conv3x3(channels, width)
+        if stem == "imagenet":
+            self.conv1 = nn.Conv2d(channels, width, 7, 2, 3, bias=False)
+        else:
+            self.conv1 = _conv3x3(channels, width, 2 if stem == "strided" else 1)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
@@ -173,15 +177,22 @@ class Timm(Encoder):
         import timm
 
         if name not in timm.list_models():
-            raise BadInput(f"backbone.name={name} is not a model of timm {timm.__version__}.{nearest(name, timm.list_models())}")
-        options: dict[str, object] = {"num_classes": 0, "in_chans": channels, "pretrained": False}
+            raise BadInput(
+                f"backbone.name={name} is not a model of timm {timm.__version__}.{nearest(name, timm.list_models())}"
+            )
+        options: dict[str, Any] = {"num_classes": 0, "in_chans": channels, "pretrained": False}
         if drop_path_rate:
             options["drop_path_rate"] = drop_path_rate
         try:
             self.model = timm.create_model(name, img_size=image_size, **options)
         except TypeError:
             # Convolutional models take images of any size and no `img_size`.
-            self.model = timm.create_model(name, **options)
+            try:
+                self.model = timm.create_model(name, **options)
+            except TypeError as error:
+                raise BadInput(
+                    f"backbone.drop_path_rate={drop_path_rate} is not for {name}, which has no stochastic depth; use 0."
+                ) from error
         try:
             with torch.no_grad():
                 features = self.model.eval()(torch.zeros(1, channels, image_size, image_size))
@@ -192,7 +203,9 @@ class Timm(Encoder):
             ) from error
         self.model.train()
         if features.ndim != 2:
-            raise BadInput(f"backbone.name={name} gives features of shape {tuple(features.shape)}, not one vector an image.")
+            raise BadInput(
+                f"backbone.name={name} gives features of shape {tuple(features.shape)}, not one vector an image."
+            )
         self.out_dim = features.shape[1]
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:

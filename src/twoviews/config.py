@@ -1,35 +1,31 @@
 """From the command line to a checked configuration: every mistake becomes one sentence that names the remedy.
 
-The signature of what a group builds is the schema of its YAML: names, types and ranges stand there once. They are read
-from the source text, so checking a command does not import torch.
+The signature of what a group builds is the schema of its YAML: names, types and ranges stand there once.
 """
 
-import ast
-import builtins
 import errno
 import hashlib
 import os
 import sys
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString, Sweep
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from twoviews import ranges
 from twoviews.errors import BadInput, nearest
 from twoviews.ranges import Count, Index
+from twoviews.signatures import complaint, signature
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -60,7 +56,9 @@ class Evaluate:
 _ROOTS: dict[str, type] = {"train": Train, "evaluate": Evaluate}
 
 
-def entry(name: Literal["train", "evaluate"]) -> Callable[[Callable[[DictConfig, Path], int | None]], Callable[[], None]]:
+def entry(
+    name: Literal["train", "evaluate"],
+) -> Callable[[Callable[[DictConfig, Path], int | None]], Callable[[], None]]:
     """A command whose configuration is conf/<name>.yaml: main(cfg, folder) gets it checked, with the run folder.
 
     BadInput and what Hydra finds wrong are printed in one sentence and end with exit code 2; other exceptions are
@@ -109,17 +107,24 @@ def _bad_input(message: str) -> int:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    """Hydra makes the folder before anything is checked; a refused command leaves nothing behind."""
+    for empty in (folder, Path("outputs").resolve()):
+        if empty.is_dir() and not any(empty.iterdir()):
+            empty.rmdir()
 
 
 def _operating_system(error: OSError) -> str:
     """A sentence for what the file system refuses; anything else is a defect and is raised again."""
     where = error.filename or "the run folder or the cache"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space is left on the device of {where}; free some, or move with hydra.run.dir= or data.cache=; checkpoints are intact."
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST):
-        return f"{where} cannot be used ({error.strerror.lower()}); choose another folder with hydra.run.dir= or data.cache=."
+        return (
+            f"no space is left on the device of {where}; free some, or move with hydra.run.dir= or data.cache=; "
+            "checkpoints are intact."
+        )
+    unusable = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST)
+    if error.errno in unusable:
+        reason = (error.strerror or str(error)).lower()
+        return f"{where} cannot be used ({reason}); choose another folder with hydra.run.dir= or data.cache=."
     raise error
 
 
@@ -143,6 +148,20 @@ def _register_run_name() -> None:
         return f"{choices.method}-{choices.data}-{digest(_root_)}"
 
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+
+
+def build(node: DictConfig, **given: Any) -> Any:
+    """What a group's `_target_` makes of its values and those `given` beside them.
+
+    Raises:
+        BadInput: as the target raised it, without Hydra's words around it.
+    """
+    try:
+        return instantiate(node, **given, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, (BadInput, OSError)):
+            raise error.__cause__ from None
+        raise
 
 
 # ------------------------------------------------------------------------------------------ values against signatures
@@ -180,90 +199,16 @@ def _check_keys(prefix: str, given: Mapping, annotations: Mapping[str, Any], kno
     for key, value in given.items():
         if key not in known:
             raise BadInput(_unknown_key(prefix, str(key), known))
-        complaint = "is not set; give it a value" if value == "???" else _complaint(value, annotations.get(key))
-        if complaint:
-            shown = f"{prefix}{key}" if value == "???" else f"{prefix}{key}={value}"
-            raise BadInput(f"{shown} {complaint}.")
+        if value == "???":
+            raise BadInput(f"{prefix}{key} is not set; give it a value: {prefix}{key}=...")
+        if wrong := complaint(value, annotations.get(key)):
+            raise BadInput(f"{prefix}{key}={value} {wrong}.")
 
 
 def _unknown_key(prefix: str, key: str, known: Sequence[str]) -> str:
     close = nearest(key, known).replace("'", "'" + prefix, 1)
     where = f"{prefix.rstrip('.')} has no key '{key}'" if prefix else f"there is no key or group '{key}'"
     return f"{where}.{close} Known: {', '.join(known)}."
-
-
-def _complaint(value: Any, annotation: Any) -> str:
-    """What is wrong with a value, as the end of a sentence; empty when nothing is."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        complaint = _complaint(value, arguments[0])
-        limits = [limit for limit in arguments[1:] if isinstance(limit, ranges.Range) and value not in limit] if not complaint else []
-        return complaint or (f"is out of range: it must be {limits[0]}" if limits else "")
-    if origin in (types.UnionType, typing.Union):
-        complaints = [_complaint(value, one) for one in arguments]
-        return "" if "" in complaints else complaints[0]
-    if origin is Literal:
-        return "" if value in arguments else f"is not one of {', '.join(map(str, arguments))}.{nearest(str(value), map(str, arguments))}".rstrip("?.") + (
-            "?" if nearest(str(value), map(str, arguments)) else ""
-        )
-    if origin in (Sequence, list, tuple):
-        if not isinstance(value, list):
-            return "is not a list, such as [1,2]"
-        kinds = arguments if origin is tuple and Ellipsis not in arguments else [arguments[0]] * len(value)
-        if len(kinds) != len(value):
-            return f"needs {len(kinds)} numbers"
-        return next((complaint for one, kind in zip(value, kinds, strict=True) if (complaint := _complaint(one, kind))), "")
-    if annotation is bool:
-        return "" if isinstance(value, bool) else "is not true or false"
-    if annotation is int:
-        return "" if isinstance(value, int) and not isinstance(value, bool) else "is not a whole number"
-    if annotation is float:
-        return "" if isinstance(value, (int, float)) and not isinstance(value, bool) else "is not a number"
-    if annotation is str:
-        return "" if isinstance(value, (str, int, float)) else "is not a text"
-    if annotation is types.NoneType or annotation is None:
-        return "" if value is None or annotation is None else "is not null"
-    return ""
-
-
-@cache
-def signature(target: str) -> dict[str, Any]:
-    """Parameter names of a function, class or dataclass of this package, with those annotations that can be checked."""
-    module, _, name = target.rpartition(".")
-    path = ROOT / "src" / Path(*module.split("."))
-    path = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
-    if not module.startswith("twoviews") or not path.exists():
-        raise BadInput(f"_target_={target} is not part of twoviews; only its own classes and functions can be built from a configuration.")
-    tree = ast.parse(path.read_text())
-    names = {**vars(builtins), **vars(typing), **vars(ranges), "Sequence": Sequence, "Mapping": Mapping}
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            names[node.targets[0].id] = _evaluate(node.value, names)
-    found = next((node for node in tree.body if getattr(node, "name", None) == name), None)
-    if found is None:
-        raise BadInput(f"_target_={target}: {module} has no '{name}'.")
-    if isinstance(found, ast.ClassDef):
-        init = next((node for node in found.body if getattr(node, "name", None) == "__init__"), None)
-        if init is None:
-            return {
-                node.target.id: _evaluate(node.annotation, names)
-                for node in found.body
-                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-            }
-        found = init
-    assert isinstance(found, ast.FunctionDef)
-    parameters = [*found.args.args, *found.args.kwonlyargs]
-    return {one.arg: _evaluate(one.annotation, names) for one in parameters if one.arg != "self"}
-
-
-def _evaluate(node: ast.expr | None, names: dict[str, Any]) -> Any:
-    """An annotation's value, or None (no check) when it needs more than the ranges and the standard types."""
-    if node is None:
-        return None
-    try:
-        return eval(compile(ast.Expression(node), "annotation", "eval"), {"__builtins__": {}}, names)
-    except Exception:  # an annotation of torch's or our own classes: not for a configuration to fill in
-        return None
 
 
 # --------------------------------------------------------------------------------------------- what Hydra could not do
@@ -290,12 +235,15 @@ def _diagnose(name: str, arguments: list[str], error: Exception) -> str:
             return f"'{argument}' cannot be read as key=value; quote values with spaces or special characters: 'key=\"value\"'."
     choices = []
     for override in overrides:
-        if (CONF / override.key_or_group).is_dir():
+        group = override.key_or_group
+        if (CONF / group).is_dir():
             choices.append(override.input_line)
+            known = _options(group)
             for value in _values(override):
-                if value not in _options(override.key_or_group):
-                    known = _options(override.key_or_group)
-                    return f"{override.key_or_group}={value}: there is no such {override.key_or_group}.{nearest(value, known)} Known: {', '.join(known)}."
+                if value not in known:
+                    return (
+                        f"{group}={value}: there is no such {group}.{nearest(value, known)} Known: {', '.join(known)}."
+                    )
     known_content = _compose(name, [choice for choice in choices if "," not in choice])
     for override in overrides:
         sentence = _unknown_override(override, known_content)
@@ -331,7 +279,9 @@ def _unknown_override(override: Override, content: Any) -> str:
         if not isinstance(content, dict):
             return f"{prefix.rstrip('.')} is a single value and has no key '{part}'."
         if part not in content:
-            known = [key for key in content if key != "_target_"] + ([group for group in _groups() if group not in content and group != "hydra"] if not prefix else [])
+            known = [key for key in content if key != "_target_"]
+            if not prefix:
+                known += [group for group in _groups() if group not in (*content, "hydra")]
             return _unknown_key(prefix, part, known)
         prefix, content = f"{prefix}{part}.", content[part]
     return ""

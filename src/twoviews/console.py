@@ -33,7 +33,12 @@ class Console:
     def start(self, steps: int, done: int) -> None:
         """Begin the live line of a training of that many steps."""
         if self._rich.is_terminal and not self.quiet:
-            columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn()
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:.0f}%"),
+                TimeRemainingColumn(),
+            )
             self._live = Progress(*columns, console=self._rich, transient=True)
             self._live.start()
             self._live.add_task("training", total=steps, completed=done)

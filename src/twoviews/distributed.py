@@ -57,8 +57,9 @@ def gather(x: Tensor) -> Tensor:
     """[b, ...] of each process to [B, ...] of all, in the order of the whole batch; without gradient."""
     if processes() == 1:
         return x
+    x = x.contiguous()  # all_gather promises nothing for tensors in channels_last
     parts = [torch.empty_like(x) for _ in range(processes())]
-    dist.all_gather(parts, x.contiguous())
+    dist.all_gather(parts, x)
     return _interleave(parts)
 
 
@@ -70,7 +71,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         # Each process's loss depends on every process's rows: the gradient of my rows is the sum over all losses.
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad[rank() :: processes()]
 

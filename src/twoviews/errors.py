@@ -13,6 +13,6 @@ class BadInput(ValueError):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """" Did you mean 'x'?" for the closest of `names`, or an empty string when none is close."""
+    """ " Did you mean 'x'?" for the closest of `names`, or an empty string when none is close."""
     found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.55)
     return f" Did you mean '{found[0]}'?" if found else ""

@@ -46,7 +46,9 @@ class Judged:
         channels_last: memory format of the images.
     """
 
-    def __init__(self, encoder: Encoder, data: ImageData, device: torch.device, dtype: torch.dtype, channels_last: bool = False):
+    def __init__(
+        self, encoder: Encoder, data: ImageData, device: torch.device, dtype: torch.dtype, channels_last: bool = False
+    ):
         self.encoder, self.data, self.device, self.dtype = encoder, data, device, dtype
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 

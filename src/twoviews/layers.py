@@ -45,8 +45,8 @@ def spread(z: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
 @torch.no_grad()
 def ema_update(target: nn.Module, online: Iterable[nn.Module], momentum: float) -> None:
     """target <- momentum * target + (1 - momentum) * online, parameters only: running statistics stay each network's own."""
-    targets = list(target.parameters())
-    sources = [parameter for module in online for parameter in module.parameters()]
+    targets: list[Tensor] = list(target.parameters())
+    sources: list[Tensor] = [parameter for module in online for parameter in module.parameters()]
     torch._foreach_mul_(targets, momentum)
     torch._foreach_add_(targets, sources, alpha=1 - momentum)
 
@@ -85,6 +85,9 @@ class SplitBatchNorm(nn.BatchNorm2d):
     """
 
     splits: int = 1  # over all processes
+    running_mean: Tensor
+    running_var: Tensor
+    momentum: float
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """[B, C, H, W], B a multiple of the parts of this process."""
@@ -95,7 +98,9 @@ class SplitBatchNorm(nn.BatchNorm2d):
         # Image i = j * parts + s becomes row j of part s, and a part's channels stand beside those of the others.
         y = x.reshape(b // parts, parts * c, h, w)
         mean, var = self.running_mean.repeat(parts), self.running_var.repeat(parts)
-        y = nnf.batch_norm(y, mean, var, self.weight.repeat(parts), self.bias.repeat(parts), True, self.momentum, self.eps)
+        y = nnf.batch_norm(
+            y, mean, var, self.weight.repeat(parts), self.bias.repeat(parts), True, self.momentum, self.eps
+        )
         self.running_mean.copy_(distributed.mean(mean.view(parts, c).mean(0)))
         self.running_var.copy_(distributed.mean(var.view(parts, c).mean(0)))
         return y.reshape(b, c, h, w)
@@ -103,6 +108,11 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the batches of all processes; for backends where torch.nn.SyncBatchNorm does not run (CPU)."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
@@ -155,10 +165,11 @@ def split_batch_norms(module: nn.Module, splits: int) -> None:
 
 def sync_batch_norms(module: nn.Module, device: torch.device) -> nn.Module:
     """Let every plain batch norm below `module` see the batches of all processes; SplitBatchNorm stays as it is."""
-    if device.type == "cuda":
-        make = lambda norm: nn.SyncBatchNorm.convert_sync_batchnorm(norm)  # noqa: E731
-    else:
-        make = lambda norm: SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)  # noqa: E731
+    kind = nn.SyncBatchNorm if device.type == "cuda" else SyncBatchNorm
+
+    def make(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Module:
+        return kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+
     _replace_norms(module, (nn.BatchNorm1d, nn.BatchNorm2d), make)
     return module
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -16,6 +16,7 @@ from twoviews.console import Console, duration
 from twoviews.data.loader import Batch, Loader
 from twoviews.features import Judged, Pixels
 from twoviews.methods.method import Method, Progress
+from twoviews.protocols.protocol import Protocol
 from twoviews.randomness import seed_of
 from twoviews.run import Run
 from twoviews.runtime import Runtime, StopSignal, autocast
@@ -25,16 +26,6 @@ from twoviews.tracking import Metrics
 FORECAST_STEPS = 50  # after so many steps of a process it says how long the rest will take
 SHOWN = {"loss": "train/loss", "spread": "train/spread", "lr": "lr", "img/s": "images_per_s", "kNN": "knn/top1"}
 COLLAPSED = 0.1  # spread below this share of an even one calls for advice
-
-
-class Watch(Protocol):
-    """A protocol as the loop sees it."""
-
-    every_epochs: int
-
-    def __call__(self, judged: Judged) -> dict[str, float]:
-        """Numbers by name."""
-        ...
 
 
 class NotFinite(ArithmeticError):
@@ -80,7 +71,7 @@ class Training:
         console: Console,
         epochs: int,
         seed: int,
-        protocols: Mapping[str, Watch],
+        protocols: Mapping[str, Protocol],
         judge: Callable[[Encoder], Judged] | None,
     ):
         self.method, self.loader, self.optimizer, self.schedule = method, loader, optimizer, schedule
@@ -263,7 +254,7 @@ class Training:
         )
 
     def _baselines(self) -> None:
-        """kNN of the untrained encoder and of raw pixels: a method that does not beat both has learnt nothing."""
+        """KNN of the untrained encoder and of raw pixels: a method that does not beat both has learnt nothing."""
         if distributed.rank() == 0 and self.judge and "knn" in self.protocols:
             self.console.say("measuring kNN of raw pixels and of the untrained encoder …")
             knn, start = self.protocols["knn"], time.monotonic()

@@ -4,7 +4,7 @@ Every optimizer takes `param_groups` as `Method.param_groups` gives them, `batch
 paper states it, with the rule (`lr_scaling`) that makes the learning rate of this batch size from it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -44,7 +44,13 @@ def sgd(
 ) -> torch.optim.Optimizer:
     """Stochastic gradient descent; weight decay on everything, or all but norms and biases."""
     groups = _excluding(param_groups, exclude_norm_and_bias, weight_decay=0.0)
-    return torch.optim.SGD(groups, lr=scaled_lr(lr, lr_scaling, batch_size), momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+    return torch.optim.SGD(
+        groups,
+        lr=scaled_lr(lr, lr_scaling, batch_size),
+        momentum=momentum,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+    )
 
 
 def adamw(
@@ -52,13 +58,16 @@ def adamw(
     batch_size: Count,
     lr: Positive,
     lr_scaling: LrScaling,
-    betas: tuple[float, float],
+    beta1: Annotated[float, Range(at_least=0, below=1, usual="0.9")],
+    beta2: Annotated[float, Range(at_least=0, below=1, usual="0.95 to 0.999")],
     weight_decay: NotNegative,
     exclude_norm_and_bias: bool,
 ) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay on everything, or all but norms and biases."""
     groups = _excluding(param_groups, exclude_norm_and_bias, weight_decay=0.0)
-    return torch.optim.AdamW(groups, lr=scaled_lr(lr, lr_scaling, batch_size), betas=tuple(betas), weight_decay=weight_decay)
+    return torch.optim.AdamW(
+        groups, lr=scaled_lr(lr, lr_scaling, batch_size), betas=(beta1, beta2), weight_decay=weight_decay
+    )
 
 
 class LARS(torch.optim.Optimizer):
@@ -84,7 +93,9 @@ class LARS(torch.optim.Optimizer):
             if group["weight_decay"]:
                 gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
             if group["adapt"]:
-                ratios = _trust_ratios(torch._foreach_norm(weights), torch._foreach_norm(gradients), group["trust_coefficient"])
+                ratios = _trust_ratios(
+                    torch._foreach_norm(weights), torch._foreach_norm(gradients), group["trust_coefficient"]
+                )
                 gradients = torch._foreach_mul(gradients, ratios)
             steps = torch._foreach_mul(gradients, group["lr"])
             _momentum_step(self.state, weights, steps, group["momentum"], lr=1.0)
@@ -121,20 +132,20 @@ class LARC(torch.optim.Optimizer):
             _momentum_step(self.state, weights, gradients, group["momentum"], lr=group["lr"])
 
 
-def _trust_ratios(weights: list[Tensor], gradients: list[Tensor], coefficient: float) -> list[Tensor]:
-    w, g = torch.stack(weights), torch.stack(gradients)
+def _trust_ratios(weights: Sequence[Tensor], gradients: Sequence[Tensor], coefficient: float) -> list[Tensor]:
+    w, g = torch.stack(list(weights)), torch.stack(list(gradients))
     return list(torch.where((w > 0) & (g > 0), coefficient * w / g, 1.0).unbind())
 
 
-def _momentum_step(state: dict, weights: list[Tensor], steps: list[Tensor], momentum: float, lr: float) -> None:
+def _momentum_step(state: dict, weights: Sequence[Tensor], steps: Sequence[Tensor], momentum: float, lr: float) -> None:
     """v <- momentum * v + step; w <- w - lr * v."""
     for weight in weights:
         if "momentum_buffer" not in state[weight]:
             state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     buffers = [state[weight]["momentum_buffer"] for weight in weights]
     torch._foreach_mul_(buffers, momentum)
-    torch._foreach_add_(buffers, steps)
-    torch._foreach_add_(weights, buffers, alpha=-lr)
+    torch._foreach_add_(buffers, list(steps))
+    torch._foreach_add_(list(weights), buffers, alpha=-lr)
 
 
 def lars(

@@ -28,7 +28,9 @@ def draw_views(path: Path, images: Images, views: Views, seed: int) -> None:
     tiles = [torch.stack([_tile(image) for image in column]) for column in columns]
     side = max(tile.shape[1] for tile in tiles)
     gap = 4
-    sheet = torch.full((len(chosen) * (side + gap) + gap, len(tiles) * (side + gap) + 3 * gap, 3), 255, dtype=torch.uint8)
+    sheet = torch.full(
+        (len(chosen) * (side + gap) + gap, len(tiles) * (side + gap) + 3 * gap, 3), 255, dtype=torch.uint8
+    )
     for x, column in enumerate(tiles):
         for y, tile in enumerate(column):
             # A wider gap sets the original apart from its views.
@@ -61,13 +63,21 @@ def draw_curves(path: Path, lines: Iterable[Mapping[str, float]]) -> None:
         return [x for x, _ in points], [y for _, y in points]
 
     figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
-    panels = {"train/loss": "loss", "knn/top1": "kNN accuracy, %", "train/spread": "spread (1 even, 0 collapsed)", "lr": "learning rate"}
+    panels = {
+        "train/loss": "loss",
+        "knn/top1": "kNN accuracy, %",
+        "train/spread": "spread (1 even, 0 collapsed)",
+        "lr": "learning rate",
+    }
     for axis, (name, title) in zip(axes, panels.items(), strict=True):
         x, y = curve(name)
         axis.plot(x, y, marker="o" if len(x) < 30 else None, markersize=3)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
-    for name, style, label in (("baseline/untrained_knn_top1", ":", "untrained encoder"), ("baseline/pixels_knn_top1", "--", "raw pixels")):
+    for name, style, label in (
+        ("baseline/untrained_knn_top1", ":", "untrained encoder"),
+        ("baseline/pixels_knn_top1", "--", "raw pixels"),
+    ):
         _, values = curve(name)
         if values:
             axes[1].axhline(values[0], color="grey", linestyle=style, label=label)

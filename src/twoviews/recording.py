@@ -4,13 +4,13 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
 from twoviews import distributed
 from twoviews.assembly import Parts, describe_data, describe_encoder, show_result
-from twoviews.config import digest
+from twoviews.config import build, digest
 from twoviews.console import Console
 from twoviews.loop import Training
 from twoviews.pictures import draw_curves, draw_views
@@ -40,7 +40,6 @@ class Recording:
     """
 
     def __init__(self, cfg: DictConfig, folder: Path, parts: Parts, console: Console):
-        from hydra.utils import instantiate
 
         self.cfg, self.parts, self.console = cfg, parts, console
         self.run, self.metrics, self.mirror = Run(folder), None, None
@@ -49,10 +48,9 @@ class Recording:
             if cfg.fresh and (aside := self.run.set_aside()):
                 console.say(f"fresh=true: the old results are in {aside}.")
             resumed = (folder / "last.pt").exists()
-            tracking = instantiate(cfg.tracking)
+            tracking = build(cfg.tracking)
             tracking.check(resumed, console.say)
-            content = OmegaConf.to_container(cfg, resolve=True)
-            assert isinstance(content, dict)
+            content = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
             self.run.begin(content, digest(cfg), describe_data(parts.data))
             self._tracking = tracking
         distributed.barrier()
@@ -82,7 +80,9 @@ class Recording:
             self._close()
             show_result(self.run.folder, result, self.console)
             if not finished:
-                self.console.say(f"interrupted by {stop.name} at step {training.position.step}; the same command goes on from there.")
+                self.console.say(
+                    f"interrupted by {stop.name} at step {training.position.step}; the same command goes on from there."
+                )
             last_line(self.run.folder)
         return 0 if finished else 128 + stop.number
 
@@ -115,7 +115,10 @@ class Recording:
             self.mirror.close()
             self.mirror = None
             result = self.run.read("result.json")
-            self.run.write("result.json", {**result, "mlflow_run_id": run_id(self.run.folder)})
+            if result.get("mlflow_run_id") != run_id(
+                self.run.folder
+            ):  # a run so short that MLflow had not answered yet
+                self.run.write("result.json", {**result, "mlflow_run_id": run_id(self.run.folder)})
         if self.metrics:
             self.metrics.close()
             self.metrics = None
@@ -123,10 +126,14 @@ class Recording:
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         """A training that ended in an exception is recorded as failed, as far as the disk allows."""
         if self._first and error is not None and self.metrics:
+            # On a full disk each of these may fail in turn, and the checkpoint is what matters.
+            with contextlib.suppress(OSError):
+                self.metrics.mark()
             with contextlib.suppress(OSError):
                 self.run.write("result.json", {"state": "failed", "reason": str(error)})
+            with contextlib.suppress(OSError):
                 self._close()
-                last_line(self.run.folder)
+            last_line(self.run.folder)
 
 
 def finished_already(cfg: DictConfig, folder: Path) -> bool:

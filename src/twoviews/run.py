@@ -40,9 +40,13 @@ class Run:
         """
         path = Path(folder)
         if not (path / "config.yaml").exists():
-            runs = sorted((config.parent for config in path.parent.glob("*/config.yaml")), key=lambda run: run.stat().st_mtime)
+            runs = sorted(
+                (config.parent for config in path.parent.glob("*/config.yaml")), key=lambda run: run.stat().st_mtime
+            )
             hint = f"; the latest beside it is {runs[-1]}" if runs else ""
-            raise BadInput(f"{path} holds no run (no config.yaml); give the folder that a run's last line names, run=<folder>{hint}.")
+            raise BadInput(
+                f"{path} holds no run (no config.yaml); give the folder that a run's last line names, run=<folder>{hint}."
+            )
         return cls(path)
 
     # ------------------------------------------------------------------------------------------ what the run consists of
@@ -74,7 +78,11 @@ class Run:
 
     def _changed(self, config: dict[str, Any]) -> str:
         before, now = _flat(self.config()), _flat(config)
-        keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not key.startswith(("tracking", "fresh", "preview"))]
+        keys = [
+            key
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key) and not key.startswith(("tracking", "fresh", "preview"))
+        ]
         shown = [f"{key} is {before.get(key, 'absent')} there and {now.get(key, 'absent')} here" for key in keys[:3]]
         return "; ".join(shown) + ("; …" if len(keys) > 3 else "")
 
@@ -139,7 +147,9 @@ class Run:
                 continue
             return state
         if damaged:
-            raise BadInput(f"no checkpoint in {self.folder} is whole ({', '.join(damaged)}); start over with fresh=true.")
+            raise BadInput(
+                f"no checkpoint in {self.folder} is whole ({', '.join(damaged)}); start over with fresh=true."
+            )
         return None
 
     # ---------------------------------------------------------------------------------------------------------- encoder
@@ -165,9 +175,14 @@ class Run:
 
         description = self.read("encoder.json")
         if not description:
-            raise BadInput(f"{self.folder} holds no encoder yet; let the run finish, or interrupt it (Ctrl-C), which writes one.")
+            raise BadInput(
+                f"{self.folder} holds no encoder yet; let the run finish, or interrupt it (Ctrl-C), which writes one."
+            )
         encoder = instantiate(
-            description["backbone"], channels=description["channels"], image_size=description["image_size"], _convert_="all"
+            description["backbone"],
+            channels=description["channels"],
+            image_size=description["image_size"],
+            _convert_="all",
         )
         encoder.load_state_dict(load_file(self.folder / "encoder.safetensors"))
         return encoder

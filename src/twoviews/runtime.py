@@ -43,7 +43,9 @@ class Runtime:
             BadInput: a GPU was asked for and there is none.
         """
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise BadInput("runtime.device=cuda, but torch finds no GPU; use runtime.device=cpu or check the driver with nvidia-smi.")
+            raise BadInput(
+                "runtime.device=cuda, but torch finds no GPU; use runtime.device=cpu or check the driver with nvidia-smi."
+            )
         if self.device == "cpu" or not torch.cuda.is_available():
             return torch.device("cpu")
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -57,7 +59,9 @@ class Runtime:
         if self.precision == "fp16" and device.type == "cpu":
             raise BadInput("runtime.precision=fp16 needs a GPU; use bf16 or fp32 on a CPU.")
         if self.precision == "auto":
-            native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+            native = (
+                torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+            )
             return torch.bfloat16 if native else torch.float32
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 

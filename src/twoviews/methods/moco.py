@@ -25,8 +25,10 @@ def info_nce(
     q: Float[Tensor, "B D"], k: Float[Tensor, "B D"], queue: Float[Tensor, "K D"], temperature: float
 ) -> Float[Tensor, ""]:
     """Eq. 1: cross-entropy of the positive among 1 + K candidates; all rows have unit length."""
-    positive = (q * k).sum(1, keepdim=True)  # [B, 1]
-    negative = q @ queue.T  # [B, K]
+    # Under autocast the product would be rounded to bf16: an error of up to 0.004 / T in the negatives' logits alone.
+    with torch.autocast(q.device.type, enabled=False):
+        positive = (q * k).sum(1, keepdim=True)  # [B, 1]
+        negative = q @ queue.T  # [B, K]
     logits = torch.cat([positive, negative], dim=1) / temperature  # [B, 1 + K]
     return nnf.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
@@ -84,10 +86,11 @@ class MoCo(Method):
                 f"or batch_size={max(1, batch_size * size // keys)}."
             )
         if splits > 1 and (splits % processes or batch_size % splits or batch_size // splits < 2):
+            batch = f"batch_size={max(2, round(batch_size / splits)) * splits} or " if splits % processes == 0 else ""
             raise BadInput(
                 f"method.bn_splits={splits} needs a batch_size that is a multiple of it (at least {2 * splits}) and a number "
                 f"of processes that divides it; this is batch_size={batch_size} and {processes} process(es): use "
-                f"batch_size={max(2, round(batch_size / splits)) * splits} or method.bn_splits=1."
+                f"{batch}method.bn_splits=1."
             )
 
     def _queries(self, x: Tensor) -> Float[Tensor, "B D"]:

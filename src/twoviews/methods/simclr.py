@@ -29,7 +29,9 @@ def nt_xent(z1: Float[Tensor, "B D"], z2: Float[Tensor, "B D"], temperature: flo
     others = torch.cat([distributed.gather_with_gradient(z1), distributed.gather_with_gradient(z2)])  # [2N, D]
     n = len(others) // 2
     me = torch.arange(len(z1), device=z.device) * distributed.processes() + distributed.rank()
-    logits = z @ others.T / temperature  # [2B, 2N]
+    # Under autocast the product would be rounded to bf16: an error of up to 0.004 / T.
+    with torch.autocast(z.device.type, enabled=False):
+        logits = z @ others.T / temperature  # [2B, 2N]
     logits = logits.scatter(1, torch.cat([me, me + n])[:, None], float("-inf"))
     return nnf.cross_entropy(logits, torch.cat([me + n, me]))
 
@@ -53,7 +55,9 @@ class SimCLR(Method):
     def check(self, batch_size: int, train_images: int, processes: int) -> None:
         """Negatives come from the batch."""
         if batch_size < 2:
-            raise BadInput(f"batch_size={batch_size} leaves SimCLR without negatives; use at least 2, usually 256 or more.")
+            raise BadInput(
+                f"batch_size={batch_size} leaves SimCLR without negatives; use at least 2, usually 256 or more."
+            )
 
     def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
         """Both views go through the encoder as one batch, as in the authors' code, so they share batch-norm statistics."""

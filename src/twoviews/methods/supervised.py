@@ -26,6 +26,7 @@ class Supervised(Method):
     """
 
     views = None
+    labels: Tensor  # [N]
 
     def __init__(self, encoder: Encoder, labels: Int[Tensor, " N"], classes: Count):
         super().__init__()

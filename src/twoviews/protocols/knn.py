@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from twoviews.features import Features, Judged
+from twoviews.protocols.protocol import Protocol
 from twoviews.ranges import Count, Index, Temperature
 
 CHUNK_BYTES = 64 * 2**20  # of similarities held at once
@@ -19,7 +20,7 @@ CHUNK_BYTES = 64 * 2**20  # of similarities held at once
 def knn_scores(
     queries: Float[Tensor, "M F"], bank: Features, classes: int, k: int, temperature: float
 ) -> Float[Tensor, "M classes"]:
-    """Votes for each class: sum over the k most similar bank rows of exp(cosine / temperature).
+    """Votes for each class: sum over the k most similar bank rows of exp((cosine - largest cosine) / temperature).
 
     Works in chunks of queries, so that beside the result it needs a copy of bank and queries and CHUNK_BYTES.
     """
@@ -30,8 +31,8 @@ def knn_scores(
     for start in range(0, len(queries), chunk):
         similarity = nnf.normalize(queries[start : start + chunk], dim=1) @ rows.T
         nearest, index = similarity.topk(k, dim=1, sorted=False)
-        # Relative to the largest possible cosine, so that small temperatures cannot overflow.
-        votes = ((nearest - 1) / temperature).exp()
+        # Relative to the query's nearest, whose vote is 1 at any temperature: the others cannot overflow, nor all vanish.
+        votes = ((nearest - nearest.amax(1, keepdim=True)) / temperature).exp()
         scores[start : start + chunk].scatter_add_(1, bank.y[index], votes)
     return scores
 
@@ -41,7 +42,7 @@ def top1(scores: Float[Tensor, "M classes"], labels: Int[Tensor, " M"]) -> float
     return 100 * (scores.argmax(1) == labels).sum().item() / len(labels)
 
 
-class KNN:
+class KNN(Protocol):
     """Accuracy of the vote of the k nearest bank images, over the whole bank.
 
     Args:

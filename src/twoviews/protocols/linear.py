@@ -6,16 +6,19 @@ Shapes: N bank, M queries, F features, C classes.
 """
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from twoviews.errors import BadInput
 from twoviews.features import Judged
 from twoviews.protocols.knn import top1
+from twoviews.protocols.protocol import Protocol
 from twoviews.randomness import generator
-from twoviews.ranges import Count, Fraction, Index, NotNegative
+from twoviews.ranges import Count, Index, NotNegative, Range
 
 
 def fit(x: Float[Tensor, "N F"], y: Int[Tensor, " N"], classes: int, weight_decay: float, iterations: int) -> nn.Linear:
@@ -47,7 +50,7 @@ def held_out(y: Int[Tensor, " N"], share: float) -> tuple[Tensor, Tensor]:
     return ranks.nonzero().flatten(), (ranks == 0).nonzero().flatten()
 
 
-class Linear:
+class Linear(Protocol):
     """Accuracy of softmax regression on standardised features.
 
     Args:
@@ -55,9 +58,22 @@ class Linear:
         held_out: share of the memory images that chooses.
         iterations: of LBFGS, at most.
         every_epochs: how often it is measured in training; 0 is at the end only.
+
+    Raises:
+        BadInput: there is no candidate.
     """
 
-    def __init__(self, weight_decays: Sequence[NotNegative], held_out: Fraction, iterations: Count, every_epochs: Index):
+    def __init__(
+        self,
+        weight_decays: Sequence[NotNegative],
+        held_out: Annotated[float, Range(above=0, below=1, usual="0.1")],
+        iterations: Count,
+        every_epochs: Index,
+    ):
+        if not weight_decays:
+            raise BadInput(
+                "protocol.linear.weight_decays=[] leaves nothing to choose from; use [0] for no weight decay."
+            )
         self.weight_decays, self.held_out = list(weight_decays), held_out
         self.iterations, self.every_epochs = iterations, every_epochs
 

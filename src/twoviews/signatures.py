@@ -1,0 +1,103 @@
+"""Configuration values against the signatures they go to, read from the source text: no torch is imported for it."""
+
+import ast
+import builtins
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from twoviews import ranges
+from twoviews.errors import BadInput, nearest
+
+_SOURCES = Path(__file__).resolve().parents[1]
+
+
+def complaint(value: Any, annotation: Any) -> str:
+    """What is wrong with a value, as the end of a sentence that begins with it; empty when nothing is.
+
+    Understands int, float, bool, str, None, Literal, unions, sequences, fixed tuples and Annotated with a Range;
+    any other annotation accepts everything.
+    """
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return complaint(value, arguments[0]) or _out_of_range(value, arguments[1:])
+    if origin in (types.UnionType, typing.Union):
+        complaints = [complaint(value, one) for one in arguments]
+        return "" if "" in complaints else complaints[0]
+    if origin is Literal:
+        known = [str(one) for one in arguments]
+        close = nearest(str(value), known).rstrip("?").replace(" Did you mean", "; did you mean")
+        return "" if value in arguments else f"is not one of {', '.join(known)}{close}"
+    if origin in (Sequence, list, tuple):
+        return _wrong_sequence(value, arguments, fixed=origin is tuple and Ellipsis not in arguments)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits, sentence = {
+        bool: (isinstance(value, bool), "is not true or false"),
+        int: (number and isinstance(value, int), "is not a whole number"),
+        float: (number, "is not a number"),
+        str: (number or isinstance(value, str), "is not a text"),
+        types.NoneType: (value is None, "is not null"),
+    }.get(annotation, (True, ""))
+    return "" if fits else sentence
+
+
+def _out_of_range(value: Any, limits: Sequence[Any]) -> str:
+    broken = [limit for limit in limits if isinstance(limit, ranges.Range) and value not in limit]
+    return f"is out of range: it must be {broken[0]}" if broken else ""
+
+
+def _wrong_sequence(value: Any, kinds: Sequence[Any], fixed: bool) -> str:
+    if not isinstance(value, list):
+        return "is not a list, such as [1,2]"
+    if fixed and len(value) != len(kinds):
+        return f"needs {len(kinds)} numbers"
+    complaints = [complaint(one, kinds[number] if fixed else kinds[0]) for number, one in enumerate(value)]
+    return next(filter(None, complaints), "")
+
+
+@cache
+def signature(target: str) -> dict[str, Any]:
+    """Parameters of a function, class or dataclass of this package, with those annotations that can be checked.
+
+    Raises:
+        BadInput: there is no such target, or it is not ours: a configuration must not run arbitrary code.
+    """
+    module, _, name = target.rpartition(".")
+    path = _SOURCES.joinpath(*module.split(".")).with_suffix(".py")
+    if not module.startswith("twoviews.") or not path.exists():
+        raise BadInput(
+            f"_target_={target} is not part of twoviews, and only its own parts can be built from a configuration."
+        )
+    tree = ast.parse(path.read_text())
+    names = {**vars(builtins), **vars(typing), **vars(ranges), "Sequence": Sequence, "Mapping": Mapping}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            names[node.targets[0].id] = _evaluate(node.value, names)
+    found = next((node for node in tree.body if getattr(node, "name", None) == name), None)
+    if isinstance(found, ast.ClassDef):
+        init = next((node for node in found.body if getattr(node, "name", None) == "__init__"), None)
+        if init is None:
+            attributes = [node for node in found.body if isinstance(node, ast.AnnAssign)]
+            return {
+                one.target.id: _evaluate(one.annotation, names)
+                for one in attributes
+                if isinstance(one.target, ast.Name)
+            }
+        found = init
+    if not isinstance(found, ast.FunctionDef):
+        raise BadInput(f"_target_={target}: {module} has no '{name}'.")
+    parameters = [*found.args.args, *found.args.kwonlyargs]
+    return {one.arg: _evaluate(one.annotation, names) for one in parameters if one.arg != "self"}
+
+
+def _evaluate(node: ast.expr | None, names: dict[str, Any]) -> Any:
+    """An annotation's value, or None (accepts everything) when it needs more than ranges and standard types."""
+    if node is None:
+        return None
+    try:
+        return eval(compile(ast.Expression(node), "annotation", "eval"), {"__builtins__": {}}, names)
+    except Exception:  # an annotation of torch's or our own classes: not for a configuration to fill in
+        return None

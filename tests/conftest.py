@@ -1,0 +1,103 @@
+"""What several test files share: commands run as a user runs them, and a small training."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for train.py and evaluate.py
+
+# A training of a few seconds: 3 epochs of 4 steps on real digits.
+SMALL = (
+    "data.train_images=256",
+    "epochs=3",
+    "batch_size=64",
+    "backbone.width=4",
+    "backbone.depths=[1,1]",
+    "runtime.log_every=2",
+    "runtime.device=cpu",
+    "tracking=files",
+)
+SMALL_MOCO = (*SMALL, "method.queue_size=128", "method.embed_dim=16")
+
+
+@dataclass
+class Finished:
+    """A command that ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def folder(self) -> Path:
+        """What the last line of standard output names."""
+        last = self.out.strip().splitlines()[-1]
+        assert last.startswith("run: "), self.out + self.err
+        return Path(last.removeprefix("run: "))
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> Callable[..., Finished]:
+    """command("train", "method=moco", ...): the entry point in this process, in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(name: str, *arguments: str) -> Finished:
+        import importlib
+
+        module = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        capfd.readouterr()
+        GlobalHydra.instance().clear()
+        with pytest.raises(SystemExit) as exit_:
+            module.main()
+        out, err = capfd.readouterr()
+        return Finished(int(exit_.value.code or 0), out, err)
+
+    return call
+
+
+def start(arguments: Sequence[str], folder: Path, **environment: str) -> subprocess.Popen:
+    """A command as a process of its own, in `folder`, with its output in files there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    out, err = (folder / name for name in ("stdout.txt", "stderr.txt"))
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=out.open("a"),
+        stderr=err.open("a"),
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every number of a run's last checkpoint that training depends on, by name."""
+    from twoviews.run import load_checkpoint
+
+    state = load_checkpoint(folder / "last.pt")
+    flat: dict[str, torch.Tensor] = dict(state["method"])
+    for index, buffers in state["optimizer"]["state"].items():
+        flat.update(
+            {
+                f"optimizer.{index}.{name}": torch.as_tensor(value)
+                for name, value in buffers.items()
+                if value is not None
+            }
+        )
+    return flat
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """Bit for bit."""
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different

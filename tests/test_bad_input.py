@@ -1,0 +1,210 @@
+"""A mistake ends in one or two lines that name value, limit and remedy, with exit code 2, no traceback, nothing lost."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL, Finished, start
+from PIL import Image
+
+
+def refused(finished: Finished, *parts: str) -> None:
+    assert finished.code == 2, finished.out + finished.err
+    assert "Traceback" not in finished.err
+    error = [line for line in finished.err.strip().splitlines() if not line.startswith("[")]
+    assert 1 <= len(error) <= 2 and error[0].startswith("error: "), finished.err
+    for part in parts:
+        assert part in error[0], f"{part!r} is not in {error[0]!r}"
+
+
+# (arguments, what the sentence names: the key, the value, the limit or the remedy)
+COMMANDS = [
+    (["metod=simclr"], ["metod", "'method'"]),
+    (["method=simclrr"], ["simclrr", "'simclr'", "byol"]),
+    (["backbone=resnet19"], ["resnet19", "resnet18"]),
+    (["optimizer.lrr=0.1"], ["optimizer", "lrr", "'optimizer.lr'"]),
+    (["method.temprature=0.1"], ["temprature", "'method.temperature'"]),
+    (["+method.temprature=0.1"], ["temprature", "'method.temperature'"]),
+    (["+typo=3"], ["typo"]),
+    (["+epoch=3"], ["epoch", "'epochs'"]),
+    (["protocol.knn.kk=3"], ["protocol.knn", "kk"]),
+    (["+runtime.devise=cpu"], ["devise", "'runtime.device'"]),
+    (["method.temperature=0"], ["method.temperature=0", "above 0", "0.05 to 0.5"]),
+    (["method.temperature=warm"], ["method.temperature=warm", "not a number"]),
+    (["method.momentum=1"], ["method.momentum=1", "below 1"]),
+    (["optimizer.lr=-0.1"], ["optimizer.lr=-0.1", "above 0"]),
+    (["optimizer.lr_scaling=linaer"], ["linaer", "linear"]),
+    (["epochs=0"], ["epochs=0", "at least 1"]),
+    (["epochs=2.5"], ["epochs=2.5", "whole number"]),
+    (["seed=-1"], ["seed=-1", "at least 0"]),
+    (["fresh=maybe"], ["fresh=maybe", "true or false"]),
+    (["runtime.device=gpu"], ["gpu", "cuda"]),
+    (["runtime.precision=fp16", "runtime.device=cpu"], ["fp16", "GPU"]),
+    (["augmentation.views.both.scael=[0.1,1]"], ["scael", "scale"]),
+    (["+augmentation.views.both.scael=[0.1,1]"], ["scael", "scale"]),
+    (["augmentation=moco_v2"], ["saturation", "RGB", "augmentation=no_color"]),
+    (["augmentation=multicrop", "method=simclr"], ["RGB"]),
+    (["batch_size=2000"], ["batch_size=2000", "1437"]),
+    (["method.queue_size=4096"], ["method.queue_size=4096", "1437", "method.queue_size="]),
+    (["method.queue_size=64"], ["method.queue_size=64", "128"]),
+    (["batch_size=100"], ["bn_splits=8", "batch_size="]),
+    (["data.train_images=5000"], ["5000", "1437"]),
+    (["backbone=resnet18"], ["32x32", "backbone=resnet18_cifar"]),
+    (["backbone=timm", "backbone.name=resnet81"], ["resnet81", "resnet"]),
+    (["data=folder"], ["data.root"]),
+    (["data=folder", "data.root=nowhere"], ["nowhere"]),
+    (["data=array", "data.root=nowhere.npz"], ["nowhere.npz"]),
+    (["data=imagenet"], ["imagenet", "cifar10", "folder"]),
+    (["epochs"], ["epochs"]),
+    (["method.encoder=3"], ["encoder"]),
+    (["method._target_=os.system"], ["os.system", "twoviews"]),
+    (["tracking.uri=ftp://somewhere"], ["ftp://somewhere", "sqlite:///"]),
+    (["tracking.uri=http://127.0.0.1:9"], ["http://127.0.0.1:9", "tracking=files"]),
+    (["tracking.uri=./mlruns"], ["mlruns", "sqlite:///"]),
+    (["runtime.accumulate=3"], ["accumulate=3", "batch_size=128"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "parts"), COMMANDS, ids=[" ".join(arguments) for arguments, _ in COMMANDS])
+def test_command(command, tmp_path: Path, arguments: list[str], parts: list[str]) -> None:
+    refused(command("train", *arguments), *parts)
+    assert not list(tmp_path.rglob("*")), "a refused command left something behind"
+
+
+def test_cifar_without_network(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A proxy that nobody answers at stands for a machine without network.
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    finished = command(
+        "train", "data=cifar10", f"data.root={tmp_path / 'd'}", f"data.cache={tmp_path / 'c'}", "tracking=files"
+    )
+    refused(finished, "cifar-10-python.tar.gz", str(tmp_path / "d"), "data=digits")
+
+
+def images(folder: Path, count: int = 6) -> None:
+    folder.mkdir(parents=True)
+    noise = np.random.default_rng(len(str(folder)))
+    for number in range(count):
+        Image.fromarray(noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+
+
+FOLDER = ("data=folder", "data.workers=0", "tracking=files")
+
+
+def test_empty_folder(command, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    refused(command("train", *FOLDER, "data.root=images", "data.cache=cache"), "images")
+
+
+def test_corrupt_jpeg_is_named(command, tmp_path: Path) -> None:
+    images(tmp_path / "images" / "train" / "a")
+    (tmp_path / "images" / "train" / "a" / "bad.jpg").write_bytes(b"\xff\xd8\xff\xe0 this is no picture")
+    finished = command("train", *FOLDER, "data.root=images", "data.cache=cache")
+    refused(finished, "bad.jpg", "data.max_broken=1")
+
+
+def test_supervised_without_labels(command, tmp_path: Path) -> None:
+    images(tmp_path / "images" / "train", 8)
+    finished = command(
+        "train", *FOLDER, "data.root=images", "data.cache=cache", "method=supervised", "batch_size=4", "backbone=tiny"
+    )
+    refused(finished, "labels")
+
+
+def test_array_labels_of_another_length(command, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", images=np.zeros((10, 32, 32, 3), np.uint8), labels=np.arange(9))
+    refused(command("train", "data=array", "data.root=data.npz", "data.cache=cache"), "9", "10")
+
+
+def test_array_of_pickled_objects(command, tmp_path: Path) -> None:
+    np.save(tmp_path / "data.npy", np.array([{"code": "runs"}], dtype=object), allow_pickle=True)
+    refused(command("train", "data=array", "data.root=data.npy", "data.cache=cache"), "data.npy")
+
+
+def test_run_folder_under_a_file(command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(command("train", *SMALL, "hydra.run.dir=file/run"), "file", "hydra.run.dir=")
+
+
+def test_run_folder_of_another_run(command) -> None:
+    assert command("train", *SMALL, "epochs=1", "hydra.run.dir=run").code == 0
+    before = Path("run/last.pt").read_bytes()
+    finished = command("train", *SMALL, "epochs=1", "optimizer.lr=0.01", "hydra.run.dir=run")
+    refused(finished, "optimizer.lr is 0.03 there and 0.01 here", "fresh=true")
+    assert Path("run/last.pt").read_bytes() == before
+
+
+def test_two_processes_in_one_run_folder(tmp_path: Path) -> None:
+    arguments = [str(ROOT / "train.py"), *SMALL, "epochs=2000", f"hydra.run.dir={tmp_path / 'run'}"]
+    first = start(arguments, tmp_path / "first")
+    try:
+        while first.poll() is None and not (tmp_path / "run" / "last.pt").exists():
+            pass
+        second = subprocess.run(
+            [*_python(), *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            timeout=120,
+        )
+        refused(Finished(second.returncode, second.stdout, second.stderr), "another process", "hydra.run.dir")
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_disk_full_keeps_the_checkpoint(tmp_path: Path) -> None:
+    """A file system of one megabyte: the run stops with a sentence, and what was saved stays whole."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        process = subprocess.run(
+            [
+                *_python(),
+                str(ROOT / "train.py"),
+                *SMALL,
+                "backbone.width=32",
+                "backbone.depths=[1,1,1]",
+                f"hydra.run.dir={small / 'run'}",
+            ],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            timeout=240,
+        )
+        finished = Finished(process.returncode, process.stdout, process.stderr)
+        refused(finished, "no space", "hydra.run.dir=")
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_loss_that_is_not_finite(command) -> None:
+    finished = command("train", *SMALL, "optimizer.lr=1e30", "schedule=constant", "runtime.log_every=1")
+    assert finished.code == 1
+    assert "Traceback" not in finished.err
+    for part in ("step", "lr", "last.pt", "optimizer.lr"):
+        assert part in finished.err
+    result = json.loads((finished.folder / "result.json").read_text())
+    assert result["state"] == "failed" and "nan" in result["reason"] or "inf" in result["reason"]
+
+
+def test_evaluate_without_a_run(command) -> None:
+    refused(command("evaluate"), "run")
+    refused(command("evaluate", "run=outputs/nothing"), "outputs/nothing")
+    refused(command("evaluate", "run=x", "protocol=[knnn]"), "knnn")
+
+
+def _python() -> list[str]:
+    import sys
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return [sys.executable]

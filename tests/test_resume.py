@@ -1,0 +1,179 @@
+"""An interrupted run ends bit for bit where an uninterrupted one does, whatever interrupted it."""
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, SMALL_MOCO, assert_same_weights, start
+from hydra.utils import instantiate
+
+from twoviews.run import Run
+from twoviews.tracking import read
+
+LONG = ("epochs=12", "tracking=files", "protocol.knn.every_epochs=4")
+
+
+def train(folder: Path, *arguments: str):
+    return start([str(ROOT / "train.py"), *SMALL_MOCO, *LONG, f"hydra.run.dir={folder / 'run'}", *arguments], folder)
+
+
+def lines(folder: Path) -> list[dict]:
+    return list(read(folder / "run"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert train(folder).wait(300) == 0, (folder / "stderr.txt").read_text()
+    return folder
+
+
+def same_metrics(one: Path, other: Path) -> None:
+    def points(folder: Path):
+        return [
+            (line["step"], key, value)
+            for line in lines(folder)
+            for key, value in line.items()
+            if key not in ("time", "images_per_s", "step", "epoch")
+        ]
+
+    assert points(one) == points(other)
+
+
+def test_killed_at_five_random_moments(tmp_path: Path, undisturbed: Path) -> None:
+    total = lines(undisturbed)[-1]["step"]
+    moments = sorted(random.Random(time.time_ns()).sample(range(1, int(total)), 5))
+    print("killing after steps", moments)
+    for moment in moments:
+        process = train(tmp_path)
+        while process.poll() is None and not any(line["step"] >= moment for line in lines(tmp_path)):
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+    assert train(tmp_path).wait(300) == 0, (tmp_path / "stderr.txt").read_text()
+    assert_same_weights(undisturbed / "run", tmp_path / "run")
+    same_metrics(undisturbed, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_stopped_by_signal_in_mid_epoch(tmp_path: Path, undisturbed: Path, number: signal.Signals) -> None:
+    process = train(tmp_path)
+    while process.poll() is None and not any(line["step"] >= 6 for line in lines(tmp_path)):
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(120) == 128 + number
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["state"] == "interrupted"
+    assert (tmp_path / "run" / "encoder.safetensors").exists()
+    assert "the same command goes on" in (tmp_path / "stdout.txt").read_text()
+    assert train(tmp_path).wait(300) == 0
+    assert_same_weights(undisturbed / "run", tmp_path / "run")
+    same_metrics(undisturbed, tmp_path)
+
+
+def test_damaged_checkpoint_falls_back(tmp_path: Path, undisturbed: Path) -> None:
+    process = train(tmp_path)
+    while process.poll() is None and not any(line["step"] >= 20 for line in lines(tmp_path)):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    last = tmp_path / "run" / "last.pt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    last.write_bytes(content)
+    assert train(tmp_path).wait(300) == 0
+    assert "is damaged" in (tmp_path / "stdout.txt").read_text()
+    assert_same_weights(undisturbed / "run", tmp_path / "run")
+
+
+def test_no_whole_checkpoint_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "last.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="fresh=true"):
+        Run(tmp_path).load(print)
+
+
+def test_finished_run_says_so_and_fresh_starts_over(command) -> None:
+    done = command("train", *SMALL)
+    assert done.code == 0
+    before = (done.folder / "last.pt").read_bytes()
+    again = command("train", *SMALL)
+    assert again.code == 0 and "is finished" in again.out and again.folder == done.folder
+    assert (done.folder / "last.pt").read_bytes() == before
+    fresh = command("train", *SMALL, "fresh=true")
+    assert fresh.code == 0 and fresh.folder == done.folder
+    kept = done.folder.with_name(done.folder.name + ".1")
+    assert (kept / "last.pt").read_bytes() == before
+    assert_same_weights(kept, fresh.folder)
+
+
+METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+def test_every_method_resumes(tmp_path: Path, method: str, optimizer: str) -> None:
+    if optimizer != "sgd" and method not in ("byol", "simsiam"):
+        pytest.skip("optimizers with state are covered by two methods")
+    queue = ["method.queue_size=96", "method.bn_splits=4"] if method.startswith("moco") else []
+    overrides = [*SMALL, f"method={method}", "augmentation=digits", f"optimizer={optimizer}", *queue]
+    whole, broken = (build(overrides, tmp_path / name) for name in ("whole", "broken"))
+    assert whole.fit(Never())
+    assert not broken.fit(After(6))
+    resumed = build(overrides, tmp_path / "broken")
+    state = Run(tmp_path / "broken").load(print)
+    assert state is not None
+    resumed.restore(state)
+    assert resumed.position.step == 6
+    assert resumed.fit(Never())
+    assert_same_weights(tmp_path / "whole", tmp_path / "broken")
+
+
+class Never:
+    """A signal that does not come."""
+
+    def received(self, device: torch.device) -> bool:
+        return False
+
+
+class After(Never):
+    """A signal that comes after some steps."""
+
+    def __init__(self, steps: int):
+        self.left = steps
+
+    def received(self, device: torch.device) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def build(overrides: list[str], folder: Path):
+    """A training without labels to judge, as train.py builds it."""
+    from hydra import compose, initialize_config_dir
+
+    from twoviews.assembly import load_data, make_parts, make_views
+    from twoviews.console import Console
+    from twoviews.loop import Training
+
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        cfg = compose("train", overrides)
+    runtime = instantiate(cfg.runtime)
+    data = load_data(cfg)
+    parts = make_parts(cfg, data, make_views(cfg, data), runtime, torch.device("cpu"))
+    return Training(
+        method=parts.method,
+        loader=parts.loader,
+        optimizer=parts.optimizer,
+        schedule=parts.schedule,
+        runtime=runtime,
+        run=Run(folder),
+        metrics=None,
+        console=Console(quiet=True),
+        epochs=cfg.epochs,
+        seed=cfg.seed,
+        protocols={},
+        judge=None,
+    )
