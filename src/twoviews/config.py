@@ -102,14 +102,15 @@ def entry(
 
 
 def _bad_input(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # several processes of torchrun find the same mistake
+        print(f"error: {message}", file=sys.stderr)
     return BAD_INPUT
 
 
 def _remove_if_empty(folder: Path) -> None:
     """Hydra makes the folder before anything is checked; a refused command leaves nothing behind."""
     for empty in (folder, Path("outputs").resolve()):
-        if empty.is_dir() and not any(empty.iterdir()):
+        if empty != Path.cwd() and empty.is_dir() and not any(empty.iterdir()):
             empty.rmdir()
 
 

@@ -217,8 +217,9 @@ class Training:
     # ------------------------------------------------------------------------------------------------- watching it learn
 
     def _read(self, loss: torch.Tensor, values: dict[str, torch.Tensor]) -> dict[str, float]:
-        """The only wait for the device between two log lines."""
-        numbers = {"train/loss": loss.item(), **{f"train/{name}": value.item() for name, value in values.items()}}
+        """Means over processes: the only wait for the device between two log lines."""
+        numbers = {"train/loss": distributed.mean(loss).item()}
+        numbers.update({f"train/{name}": distributed.mean(value).item() for name, value in values.items()})
         lr = next(group["lr"] for group in self.optimizer.param_groups if not group.get("fixed_lr"))
         if not math.isfinite(numbers["train/loss"]):
             raise NotFinite(

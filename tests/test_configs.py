@@ -1,0 +1,138 @@
+"""Every file of every group composes, passes the check and builds; names follow from configurations as promised."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from twoviews.assembly import make_parts, make_views
+from twoviews.config import build, check, digest
+from twoviews.data.images import ImageData, Images
+
+CONF = ROOT / "conf"
+
+
+def composed(*overrides: str, name: str = "train"):
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return compose(name, list(overrides))
+
+
+def images(count: int, channels: int, size: int, classes: int) -> ImageData:
+    """As many images as a data set has, all black, in the memory of one."""
+    pixels = torch.zeros(1, channels, size, size, dtype=torch.uint8).expand(count, -1, -1, -1)
+    split = Images(pixels, torch.full((count, 2), size), torch.arange(count) % classes)
+    facts = {"mean": (0.5,) * channels, "std": (0.25,) * channels, "digest": "0", "notes": ()}
+    names = tuple(map(str, range(classes)))
+    return ImageData(
+        name="black", train=split, memory=split, test=split, classes=names, channels=channels, size=size, **facts
+    )
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_builds(experiment: str) -> None:
+    data = ["data=cifar100"] if experiment == "laptop" else []
+    cfg = composed(f"experiment={experiment}", *data)
+    check("train", cfg)
+    cifar = images(50_000, 3, 32, 10)
+    parts = make_parts(cfg, cifar, make_views(cfg, cifar), build(cfg.runtime), torch.device("cpu"))
+    assert len(parts.loader) == 50_000 // cfg.batch_size
+
+
+@pytest.mark.parametrize("method", options("method"))
+def test_every_method_can_be_put_into_the_laptop_recipe(method: str) -> None:
+    queue = ["method.queue_size=4096"] if method.startswith("moco_") else []
+    cfg = composed("experiment=laptop", f"method={method}", "data=cifar10", *queue)
+    check("train", cfg)
+    cifar = images(50_000, 3, 32, 10)
+    make_parts(cfg, cifar, make_views(cfg, cifar), build(cfg.runtime), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(g, o) for g in ("method", "augmentation", "optimizer", "schedule") for o in options(g)]
+)
+def test_every_choice_builds(group: str, option: str) -> None:
+    more = ["method=supervised"] if option in ("multicrop",) else []
+    more += ["method.queue_size=4096"] if option in ("moco_v1", "moco_v2") and group == "method" else []
+    cfg = composed("data=cifar10", "backbone=tiny", f"{group}={option}", *more)
+    check("train", cfg)
+    cifar = images(50_000, 3, 32, 10)
+    make_parts(cfg, cifar, make_views(cfg, cifar), build(cfg.runtime), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("backbone", options("backbone"))
+def test_every_backbone_gives_features(backbone: str) -> None:
+    size = 64 if backbone in ("resnet18", "resnet34", "resnet50", "timm") else 32
+    cfg = composed(f"backbone={backbone}")
+    check("train", cfg)
+    encoder = build(cfg.backbone, channels=4, image_size=size)
+    assert encoder(torch.zeros(2, 4, size, size)).shape == (2, encoder.out_dim)
+
+
+@pytest.mark.parametrize("data", options("data"))
+def test_every_data_set_passes_the_check(data: str) -> None:
+    check("train", composed(f"data={data}"))
+
+
+@pytest.mark.parametrize(
+    "choice", ["tracking=files", "tracking=mlflow", "protocol=[knn]", "protocol=[linear]", "protocol=knn"]
+)
+def test_other_groups(choice: str) -> None:
+    cfg = composed(choice)
+    check("train", cfg)
+    for node in cfg.protocol.values():
+        build(node)
+
+
+def test_evaluate_composes() -> None:
+    check("evaluate", composed("run=x", name="evaluate"))
+
+
+def test_digest_follows_what_changes_results() -> None:
+    same = digest(composed())
+    assert digest(composed("fresh=true", "tracking=files", "preview=true")) == same
+    assert (
+        len(
+            {same, digest(composed("seed=1")), digest(composed("optimizer.lr=0.01")), digest(composed("method=simclr"))}
+        )
+        == 4
+    )
+
+
+def test_choices_of_method_and_data_give_way_to_the_command() -> None:
+    cfg = composed("method=byol", "data=cifar10")
+    assert cfg.augmentation.views.second.solarize > 0
+    assert composed("method=byol", "data=digits").augmentation == composed("augmentation=digits").augmentation
+    chosen = composed("method=byol", "data=digits", "augmentation=none", "backbone=resnet18_cifar")
+    assert chosen.augmentation == composed("augmentation=none").augmentation and chosen.backbone.width == 64
+
+
+def test_no_two_files_of_a_group_say_the_same() -> None:
+    # Augmentations are left out: two papers may well use the same numbers.
+    for group in (path for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "special", "augmentation")):
+        contents = [OmegaConf.to_yaml(OmegaConf.load(path)) for path in sorted(group.glob("*.yaml"))]
+        assert len(contents) == len(set(contents)), group
+
+
+def test_experiments_name_command_number_and_source() -> None:
+    for path in sorted((CONF / "experiment").glob("*_cifar10*.yaml")):
+        header = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+        assert f"experiment={path.stem}" in header and "Expected" in header and "Source" in header and "%" in header, (
+            path
+        )
+
+
+def test_top_level_has_the_files_that_the_readme_maps() -> None:
+    text = Path(ROOT / "README.md").read_text()
+    for path in sorted((ROOT / "src" / "twoviews").glob("*.py")):
+        assert (
+            path.name == "__init__.py"
+            or path.name in text
+            or path.stem in ("distributed", "ranges", "errors", "randomness", "pictures", "console")
+        ), path
