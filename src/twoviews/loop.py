@@ -94,6 +94,11 @@ class Training:
         """Epochs done, fractional."""
         return self.position.step / len(self.loader)
 
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step, of what follows the schedule."""
+        return next(group["lr"] for group in self.optimizer.param_groups if not group.get("fixed_lr"))
+
     def state(self) -> dict[str, Any]:
         """Everything the next step depends on; order, views and dropout are functions of (seed, epoch, step)."""
         return {
@@ -118,7 +123,14 @@ class Training:
         return self.position.seconds + time.monotonic() - self._started
 
     def save(self) -> None:
-        """Write a checkpoint, on process 0, and let the tracker send what it covers."""
+        """Write a checkpoint, on process 0, and let the tracker send what it covers.
+
+        Raises:
+            NotFinite: the weights are not, so the checkpoint before this one is kept.
+        """
+        norms = torch._foreach_norm([parameter.detach() for parameter in self.method.parameters()])
+        if not math.isfinite(torch.stack(list(norms)).sum().item()):
+            raise self._not_finite("weights are not finite")
         if distributed.rank() == 0:
             state = self.state()
             self.run.save(state)
@@ -220,13 +232,8 @@ class Training:
         """Means over processes: the only wait for the device between two log lines."""
         numbers = {"train/loss": distributed.mean(loss).item()}
         numbers.update({f"train/{name}": distributed.mean(value).item() for name, value in values.items()})
-        lr = next(group["lr"] for group in self.optimizer.param_groups if not group.get("fixed_lr"))
         if not math.isfinite(numbers["train/loss"]):
-            raise NotFinite(
-                f"the loss is {numbers['train/loss']} at step {self.position.step} (epoch {self.epoch:.2f}) with lr {lr:.4g}; "
-                f"the last good checkpoint is {self.run.folder / 'last.pt'}: lower optimizer.lr, lengthen "
-                "schedule.warmup_epochs, or use runtime.precision=fp32."
-            )
+            raise self._not_finite(f"loss is {numbers['train/loss']}")
         spread = numbers.get("train/spread", 1.0)
         if spread < COLLAPSED and self.epoch >= 1 and not self._advised:
             self._advised = True
@@ -234,7 +241,14 @@ class Training:
                 f"advice: the embeddings' spread is {spread:.3f} (1 is even, 0 is one point): they are collapsing. Lower "
                 "optimizer.lr, check that the views are not too alike (preview=true), and give the batch norms larger batches."
             )
-        return {**numbers, "lr": lr}
+        return {**numbers, "lr": self.lr}
+
+    def _not_finite(self, what: str) -> NotFinite:
+        return NotFinite(
+            f"the {what} at step {self.position.step} (epoch {self.epoch:.2f}) with lr {self.lr:.4g}; the last good "
+            f"checkpoint is {self.run.folder / 'last.pt'}: lower optimizer.lr, lengthen schedule.warmup_epochs, or use "
+            "runtime.precision=fp32."
+        )
 
     def _log(self, values: dict[str, float]) -> None:
         self.latest.update(values)

@@ -1,0 +1,98 @@
+"""What test_contract, test_distributed and test_golden share: methods built from conf/, small, and several processes."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+import torch.distributed as dist
+import yaml
+from omegaconf import DictConfig
+
+from twoviews import distributed
+from twoviews.assembly import Parts, load_data, make_parts, make_views
+from twoviews.config import check
+from twoviews.data.loader import Batch
+from twoviews.methods.method import Progress
+
+# Networks as small as these only wait for each other's threads, and recorded numbers depend on how sums are split.
+torch.set_num_threads(1)
+
+CONF = Path(__file__).parents[1] / "conf"
+# Every method file, and the variants of one that are other code.
+METHODS = {path.stem: [] for path in sorted((CONF / "method").glob("*.yaml"))} | {
+    "moco_symmetric": ["method.symmetric=true"],
+    "moco_plain_norms": ["method.bn_splits=1"],
+}
+# Where a method has such a parameter, the test gives it this value.
+SMALL = {"embed_dim": 16, "hidden_dim": 24, "queue_size": 80, "bn_splits": 4}
+BATCH = 16
+
+
+def config(name: str, *overrides: str) -> DictConfig:
+    """conf/train.yaml with a method, digits and a network of 20,000 parameters."""
+    method = name if (CONF / "method" / f"{name}.yaml").exists() else name.split("_")[0]
+    shared = [
+        f"method={method}",
+        "data=digits",
+        "augmentation=digits",
+        "backbone=tiny",
+        "backbone.stem=strided",
+        "backbone.width=8",
+        "backbone.depths=[1,1]",
+        f"batch_size={BATCH}",
+        "epochs=4",
+        "runtime.device=cpu",
+        "runtime.precision=fp32",
+    ]
+    parameters = yaml.safe_load((CONF / "method" / f"{method}.yaml").read_text())
+    small = [f"method.{key}={value}" for key, value in SMALL.items() if key in parameters]
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = hydra.compose("train", [*shared, *small, *METHODS[name], *overrides])
+    check("train", cfg)
+    return cfg
+
+
+def build(cfg: DictConfig) -> Parts:
+    """The parts of that training, as the entry point makes them."""
+    data = load_data(cfg)
+    runtime = hydra.utils.instantiate(cfg.runtime)
+    return make_parts(cfg, data, make_views(cfg, data), runtime, torch.device("cpu"))
+
+
+def batch_of(parts: Parts, number: int) -> Batch:
+    """The loader's batch of that number in epoch 0."""
+    parts.loader.set_epoch(0, start=number)
+    return next(iter(parts.loader))
+
+
+def step(parts: Parts, number: int, batch: Batch | None = None, wrapped: Callable | None = None) -> torch.Tensor:
+    """One optimizer step on the loader's batch of that number, or another; its loss (of this process)."""
+    batch = batch or batch_of(parts, number)
+    parts.method.train()
+    torch.manual_seed(number)
+    loss = (wrapped or parts.method)(batch.views, batch.index).loss
+    loss.backward()
+    parts.optimizer.step()
+    parts.optimizer.zero_grad()
+    parts.method.after_step(Progress(number + 1, len(parts.loader), 4))
+    return loss.detach()
+
+
+def _process(rank: int, processes: int, folder: Path, function: Callable, arguments: tuple) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes)
+    try:
+        assert distributed.rank() == rank
+        torch.save(function(*arguments), folder / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def in_processes(processes: int, folder: Path, function: Callable, *arguments: Any) -> list[Any]:
+    """What a function of a test module returns in each of several processes that know each other."""
+    torch.multiprocessing.spawn(_process, (processes, folder, function, arguments), processes)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]

@@ -1,0 +1,104 @@
+"""The weighted vote against slow loops and lightly, on the pixels of handwritten digits."""
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from lightly.utils.benchmarking.knn import knn_predict
+from sklearn.datasets import load_digits
+from torch.nn import functional as nnf
+
+from twoviews.data.sources import digits
+from twoviews.features import Features, Judged, Pixels
+from twoviews.protocols import knn
+from twoviews.protocols.knn import KNN, knn_scores, top1
+
+
+@cache
+def pixels() -> tuple[Features, Features]:
+    """500 bank and 200 query images; noise makes neighbours of other classes common."""
+    images, labels = load_digits(return_X_y=True)
+    noise = np.random.default_rng(0).normal(scale=8, size=images.shape)
+    x, y = torch.from_numpy(images + noise).float(), torch.from_numpy(labels).long()
+    return Features(x[:500], y[:500]), Features(x[500:700], y[500:700])
+
+
+def by_loop(query: np.ndarray, bank: np.ndarray, labels: np.ndarray, k: int, temperature: float) -> np.ndarray:
+    cosines = [float(row @ query / np.linalg.norm(row) / np.linalg.norm(query)) for row in bank]
+    votes = np.zeros(10)
+    for index in sorted(range(len(bank)), key=lambda i: -cosines[i])[:k]:
+        votes[labels[index]] += np.exp(cosines[index] / temperature)
+    return votes
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (20, 0.1), (200, 0.5), (499, 0.02)])
+def test_against_a_loop(k, temperature):
+    bank, queries = pixels()
+    found = knn_scores(queries.x, bank, 10, k, temperature).double()
+    x, y = bank.x.double().numpy(), bank.y.numpy()
+    expected = np.stack([by_loop(query, x, y, k, temperature) for query in queries.x.double().numpy()])
+    shares = found / found.sum(1, keepdim=True)
+    torch.testing.assert_close(
+        shares, torch.from_numpy(expected / expected.sum(1, keepdims=True)), rtol=1e-3, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(20, 0.1), (200, 0.1), (200, 0.5)])
+def test_predictions_are_lightlys(k, temperature):
+    bank, queries = pixels()
+    rows, unit = nnf.normalize(bank.x, dim=1), nnf.normalize(queries.x, dim=1)
+    theirs = knn_predict(unit, rows.T, bank.y, 10, k, temperature)[:, 0]
+    ours = knn_scores(queries.x, bank, 10, k, temperature).argmax(1)
+    assert torch.equal(ours, theirs)
+    assert 0.2 < (ours == queries.y).float().mean() < 0.99  # neither trivial nor hopeless
+
+
+def test_chunks_change_nothing(monkeypatch):
+    bank, queries = pixels()
+    whole = knn_scores(queries.x, bank, 10, 20, 0.1)
+    for chunk in (1, 7, 200):
+        monkeypatch.setattr(knn, "CHUNK_BYTES", chunk * 4 * len(bank.x))
+        torch.testing.assert_close(knn_scores(queries.x, bank, 10, 20, 0.1), whole, rtol=1e-4, atol=1e-6)
+
+
+def test_k_is_clamped_to_the_bank():
+    bank, queries = pixels()
+    few = Features(bank.x[:30], bank.y[:30])
+    assert torch.equal(knn_scores(queries.x, few, 10, 200, 0.1), knn_scores(queries.x, few, 10, 30, 0.1))
+
+
+def test_a_tiny_temperature_asks_the_nearest_alone():
+    bank, queries = pixels()
+    scores = knn_scores(queries.x, bank, 10, 50, 1e-6)
+    assert scores.isfinite().all()
+    nearest = (nnf.normalize(queries.x, dim=1) @ nnf.normalize(bank.x, dim=1).T).argmax(1)
+    assert torch.equal(scores.argmax(1), bank.y[nearest])
+
+
+def test_a_huge_temperature_counts_heads():
+    bank, queries = pixels()
+    scores = knn_scores(queries.x, bank, 10, len(bank.x), 1e6)
+    torch.testing.assert_close(scores[0], torch.bincount(bank.y, minlength=10).float(), rtol=1e-3, atol=1e-3)
+
+
+def test_top1_is_a_percentage():
+    scores = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [2.0, 1.0]])
+    assert top1(scores, torch.tensor([0, 1, 0, 1])) == 50.0
+    assert top1(scores, torch.tensor([0, 1, 1, 1])) == 75.0
+
+
+def test_protocol_measures_test_against_memory():
+    data = digits()
+    data = replace(data, memory=data.memory.subset(torch.arange(300)), test=data.test.subset(torch.arange(50)))
+    judged = Judged(Pixels(1, 32), data, torch.device("cpu"), torch.float32)
+    found = KNN(k=20, temperature=0.1, every_epochs=1)(judged)
+    bank, test = data.memory.pixels.flatten(1).float(), data.test.pixels.flatten(1).float()
+    # Normalised pixels are (pixel / 255 - mean) / std.
+    rows, queries = [(x / 255 - data.mean[0]) / data.std[0] for x in (bank, test)]
+    right = 0
+    for query, label in zip(queries.double().numpy(), data.test.labels.tolist(), strict=True):
+        votes = by_loop(query, rows.double().numpy(), data.memory.labels.numpy(), 20, 0.1)
+        right += int(votes.argmax()) == label
+    assert found == {"top1": pytest.approx(100 * right / 50)}

@@ -1,0 +1,69 @@
+"""What holds for every method: each file of conf/method is built and trained for a few steps.
+
+That two processes compute what one does is in test_distributed.py.
+"""
+
+import io
+
+import pytest
+import torch
+from assembled import BATCH, METHODS, batch_of, build, config, step
+
+
+@pytest.fixture(params=METHODS)
+def name(request) -> str:
+    return request.param
+
+
+def test_loss_is_a_finite_scalar_that_reaches_every_weight(name):
+    parts = build(config(name))
+    batch = batch_of(parts, 0)
+    assert [tuple(view.shape) for view in batch.views] == [(BATCH, 1, 32, 32)] * 2
+    output = parts.method(batch.views, batch.index)
+    assert output.loss.shape == ()
+    assert output.loss.isfinite()
+    for metric in output.metrics.values():
+        assert metric.shape == ()
+        assert not metric.requires_grad
+    output.loss.backward()
+    for key, parameter in parts.method.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.any(), key
+        else:
+            assert parameter.grad is None, key
+    assert all(parameter.requires_grad for parameter in parts.method.encoder.parameters())
+
+
+def test_each_trainable_parameter_is_in_exactly_one_group(name):
+    method = build(config(name)).method
+    grouped = [id(parameter) for group in method.param_groups() for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(parameter) for parameter in method.parameters() if parameter.requires_grad}
+
+
+def test_a_checkpoint_goes_on_bit_for_bit(name):
+    parts = build(config(name))
+    for number in range(2):
+        step(parts, number)
+    file = io.BytesIO()
+    torch.save([parts.method.state_dict(), parts.optimizer.state_dict()], file)
+    expected = [step(parts, number) for number in (2, 3)]
+    file.seek(0)
+    other = build(config(name, "seed=1"))
+    other.loader = parts.loader
+    for part, state in zip((other.method, other.optimizer), torch.load(file), strict=True):
+        part.load_state_dict(state)
+    found = [step(other, number) for number in (2, 3)]
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+    state = other.method.state_dict()
+    for key, value in parts.method.state_dict().items():
+        assert torch.equal(state[key], value), key
+
+
+def test_it_learns(name):
+    """On one batch over and over, the loss falls."""
+    parts = build(config(name, "optimizer.lr=0.5", "optimizer.weight_decay=0"))
+    if hasattr(parts.method, "queue"):
+        parts.method.queue.push = lambda z: None  # or the batch would become its own negatives
+    losses = [step(parts, 0).item() for _ in range(8)]
+    assert min(losses[-3:]) < losses[0] - 0.02

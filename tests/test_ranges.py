@@ -1,0 +1,25 @@
+"""Intervals and how they read in an error."""
+
+import math
+
+import pytest
+
+from twoviews.ranges import Range
+
+
+@pytest.mark.parametrize(
+    ("limits", "inside", "outside"),
+    [
+        ({"above": 0}, [1e-9, 5], [0, -1]),
+        ({"at_least": 0, "at_most": 1}, [0, 0.5, 1], [-1e-9, 1.1]),
+        ({"at_least": 0, "below": 1}, [0, 0.999], [1, -1]),
+    ],
+)
+def test_limits(limits, inside, outside):
+    assert all(value in Range(**limits) for value in inside)
+    assert not any(value in Range(**limits) for value in [*outside, math.nan])
+
+
+def test_reads_as_words():
+    assert str(Range(at_least=0, below=1, usual="0.9")) == "at least 0 and below 1 (usual: 0.9)"
+    assert str(Range(above=0)) == "above 0"
