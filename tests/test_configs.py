@@ -115,7 +115,9 @@ def test_choices_of_method_and_data_give_way_to_the_command() -> None:
 
 def test_no_two_files_of_a_group_say_the_same() -> None:
     # Augmentations are left out: two papers may well use the same numbers.
-    for group in (path for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "special", "augmentation")):
+    for group in (
+        path for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "special", "augmentation")
+    ):
         contents = [OmegaConf.to_yaml(OmegaConf.load(path)) for path in sorted(group.glob("*.yaml"))]
         assert len(contents) == len(set(contents)), group
 

@@ -131,6 +131,13 @@ def test_preview_only_draws(command) -> None:
     assert [path.name for path in Path("run").iterdir()] == ["views.png"]
 
 
+def test_bfloat16(command) -> None:
+    done = command("train", *SMALL_MOCO, "runtime.precision=bf16", "hydra.run.dir=run")
+    assert done.code == 0, done.err
+    assert "bfloat16" in done.out
+    assert all(value.dtype != torch.bfloat16 for value in weights(Path("run")).values())
+
+
 def test_sweep_one_after_the_other(command) -> None:
     done = command("train", "-m", *SMALL, "epochs=1", "seed=0,1")
     assert done.code == 0, done.err

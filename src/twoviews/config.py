@@ -85,6 +85,9 @@ def entry(
         def command() -> None:
             # Hydra would print its own message and exit with 1; this makes it raise instead.
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            # Threads that spin while they wait for one that lost its core to another program make a step several times
+            # slower on a busy machine; waiting asleep costs some per cent on an idle one. Read when torch is imported.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             _register_run_name()
             try:
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
