@@ -14,8 +14,8 @@ from PIL import Image
 def refused(finished: Finished, *parts: str) -> None:
     assert finished.code == 2, finished.out + finished.err
     assert "Traceback" not in finished.err
-    error = [line for line in finished.err.strip().splitlines() if not line.startswith("[")]
-    assert 1 <= len(error) <= 2 and error[0].startswith("error: "), finished.err
+    error = [line for line in finished.err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and finished.err.strip().endswith(error[0]), finished.err
     for part in parts:
         assert part in error[0], f"{part!r} is not in {error[0]!r}"
 
