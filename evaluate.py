@@ -1,5 +1,6 @@
 """Measure the encoder of a run: python evaluate.py run=outputs/moco-cifar10-1a2b3c4d."""
 
+import re
 from pathlib import Path
 
 from twoviews.config import build, entry
@@ -19,15 +20,21 @@ def main(cfg, folder: Path) -> int:
 
     console, run = Console(), Run.existing(cfg.run)
     recorded = OmegaConf.create(run.config())
-    runtime = build(recorded.runtime)
+    asked = HydraConfig.get().overrides.task
+    dotted = OmegaConf.from_dotlist([one for one in asked if one.startswith(("protocol.", "runtime."))])
+    runtime = build(OmegaConf.merge(recorded.runtime, dotted.get("runtime", {})))
     device = runtime.torch_device()
     data = load_data(recorded).to(device)
     if data.test is None:
         raise BadInput(f"the data of {run.folder} has no labelled test images; kNN and linear accuracy need them.")
-    # Numbers of a protocol: what the run used, then what this command says.
-    asked = [override for override in HydraConfig.get().overrides.task if override.startswith("protocol.")]
-    used = {name: recorded.protocol[name] for name in cfg.protocol if name in recorded.protocol}
-    protocols = OmegaConf.merge(cfg, {"protocol": used}, OmegaConf.from_dotlist(asked)).protocol
+    if data.digest != run.read("data.json")["digest"]:
+        console.say(
+            "warning: these are not the images of the run (their digest differs), so the numbers are not the run's."
+        )
+    # Numbers of a protocol: what the run used, unless another file (knn_small) was chosen; then what this command says.
+    plain = re.findall(r"\w+", next((one for one in asked if one.startswith("protocol=")), "knn linear"))
+    used = {name: recorded.protocol[name] for name in cfg.protocol if name in recorded.protocol and name in plain}
+    protocols = OmegaConf.merge(cfg, {"protocol": used}, {"protocol": dotted.get("protocol", {})}).protocol
     encoder = run.encoder().to(device)
     judged = Judged(encoder, data, device, runtime.dtype(device), runtime.channels_last)
     values = {}

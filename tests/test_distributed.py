@@ -55,10 +55,7 @@ def exchanges() -> dict[str, object]:
         "sum_gradient": mine.grad,
         "mean": distributed.mean(value),
         "untouched": value,
-        "any": [
-            distributed.any_process(rank == 1, torch.device("cpu")),
-            distributed.any_process(False, torch.device("cpu")),
-        ],
+        "largest": distributed.largest(3 * rank, torch.device("cpu")),
         "from_first": distributed.from_first(torch.tensor([7.0 + rank])),
     }
 
@@ -137,7 +134,7 @@ def test_sums_means_flags_and_broadcasts(two):
         assert found["sum_gradient"].tolist() == [7, 7]  # 3 of one process and 4 of the other
         assert found["mean"].tolist() == [0.5]
         assert found["untouched"].tolist() == [rank]
-        assert found["any"] == [True, False]
+        assert found["largest"] == 3
         assert found["from_first"].tolist() == [7]
 
 
@@ -181,4 +178,4 @@ def test_alone_everything_is_the_identity():
     for function in (distributed.gather, distributed.gather_with_gradient, distributed.sum_with_gradient, local_rows):
         assert function(x) is x
     assert torch.equal(distributed.mean(x), x)
-    assert distributed.any_process(True, torch.device("cpu")) is True
+    assert distributed.largest(5, torch.device("cpu")) == 5

@@ -97,13 +97,13 @@ def test_no_whole_checkpoint_is_an_error(tmp_path: Path) -> None:
 
 
 def test_finished_run_says_so_and_fresh_starts_over(command) -> None:
-    done = command("train", *SMALL)
+    done = command("train", *SMALL_MOCO)
     assert done.code == 0
     before = (done.folder / "last.pt").read_bytes()
-    again = command("train", *SMALL)
+    again = command("train", *SMALL_MOCO)
     assert again.code == 0 and "is finished" in again.out and again.folder == done.folder
     assert (done.folder / "last.pt").read_bytes() == before
-    fresh = command("train", *SMALL, "fresh=true")
+    fresh = command("train", *SMALL_MOCO, "fresh=true")
     assert fresh.code == 0 and fresh.folder == done.folder
     kept = done.folder.with_name(done.folder.name + ".1")
     assert (kept / "last.pt").read_bytes() == before

@@ -96,7 +96,18 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
             f"batch_size={cfg.batch_size} does not divide into runtime.accumulate={runtime.accumulate} micro-batches on "
             f"{distributed.processes()} process(es); use a multiple of {runtime.accumulate * distributed.processes()}."
         )
-    method.check(micro_batch, len(data.train), distributed.processes())
+    if micro_batch < 2:
+        raise BadInput(
+            f"a batch of {micro_batch} image has no statistics for batch norm; use batch_size={2 * runtime.accumulate} or more."
+        )
+    try:
+        method.check(micro_batch, len(data.train), distributed.processes())
+    except BadInput as error:
+        if runtime.accumulate == 1:
+            raise
+        raise BadInput(
+            f"each of runtime.accumulate={runtime.accumulate} micro-batches is a batch of its own: {error}"
+        ) from error
     if distributed.processes() > 1:
         sync_batch_norms(method, device)
     method.to(device, memory_format=torch.channels_last if runtime.channels_last else torch.contiguous_format)
@@ -110,7 +121,7 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
         loader=loader,
         optimizer=optimizer,
         schedule=build(cfg.schedule),
-        protocols={name: build(node) for name, node in cfg.protocol.items()} if data.test else {},
+        protocols={name: build(node) for name, node in (cfg.get("protocol") or {}).items()} if data.test else {},
     )
 
 

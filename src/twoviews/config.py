@@ -6,6 +6,7 @@ The signature of what a group builds is the schema of its YAML: names, types and
 import errno
 import hashlib
 import os
+import signal
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -25,14 +26,31 @@ from omegaconf.errors import OmegaConfBaseException
 
 from twoviews.errors import BadInput, nearest
 from twoviews.ranges import Count, Index
-from twoviews.signatures import complaint, signature
+from twoviews.signatures import Parameter, complaint, signature
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 BAD_INPUT = 2  # exit code for what the user can put right
+STOPPED = 128  # plus the signal's number: exit code of a run that was stopped and can go on
 
 # What a run computes does not depend on these, so they are not part of its name.
-_NOT_IN_DIGEST = ("fresh", "preview", "tracking")
+_NOT_IN_DIGEST = (
+    "fresh",
+    "preview",
+    "tracking",
+    "runtime.log_every",
+    "runtime.checkpoint_minutes",
+    "data.workers",
+    "data.cache",
+)
+
+# Parameters that the program fills in: a configuration must not, or the value would be replaced in silence.
+_FILLED_IN = {
+    "backbone": ("channels", "image_size"),
+    "augmentation": ("size", "channels", "mean", "std"),
+    "method": ("encoder", "labels", "classes"),
+    "optimizer": ("param_groups", "batch_size"),
+}
 
 
 @dataclass(frozen=True)
@@ -67,14 +85,18 @@ def entry(
 
     def decorate(main: Callable[[DictConfig, Path], int | None]) -> Callable[[], None]:
         codes: list[int] = []
+        begun: list[str] = []
 
         def job(cfg: DictConfig) -> None:
+            begun.append("composed")
             # What the user can put right is not raised through Hydra, which would print the command around it, and
             # which in a sweep would keep the other points from running.
             folder = Path(HydraConfig.get().runtime.output_dir)
             try:
                 check(name, cfg)
                 codes.append(main(cfg, folder) or 0)
+                if codes[-1] >= STOPPED:
+                    sys.exit(codes[-1])  # the points of a sweep after this one shall not begin
             except BadInput as error:
                 codes.append(_bad_input(str(error)))
             except OSError as error:
@@ -89,14 +111,22 @@ def entry(
             # slower on a busy machine; waiting asleep costs some per cent on an idle one. Read when torch is imported.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             _register_run_name()
+            codes.clear()
+            begun.clear()
             try:
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
             except BadInput as error:
                 codes.append(_bad_input(str(error)))
             except (HydraException, OmegaConfBaseException) as error:
                 codes.append(_bad_input(_diagnose(name, sys.argv[1:], error)))
+            except ValueError as error:
+                if begun:
+                    raise
+                codes.append(_bad_input(_diagnose(name, sys.argv[1:], error)))
             except OSError as error:
                 codes.append(_bad_input(_operating_system(error)))
+            except KeyboardInterrupt:
+                codes.append(STOPPED + signal.SIGINT)
             sys.exit(max(codes, default=0))
 
         return command
@@ -137,8 +167,16 @@ def _operating_system(error: OSError) -> str:
 
 def digest(cfg: DictConfig) -> str:
     """Eight hex digits that change with everything that can change the result of a run."""
-    content = {key: value for key, value in _plain(cfg).items() if key not in ("hydra", *_NOT_IN_DIGEST)}
-    return hashlib.blake2b(repr(sorted(content.items())).encode(), digest_size=4).hexdigest()
+    values = {key: value for key, value in flat(_plain(cfg)).items() if not key.startswith(_NOT_IN_DIGEST)}
+    numbers = {key: float(value) if isinstance(value, int) else value for key, value in values.items()}  # 1 is 1.0
+    return hashlib.blake2b(repr(sorted(numbers.items())).encode(), digest_size=4).hexdigest()
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dictionaries by dotted key."""
+    if not isinstance(tree, dict):
+        return {prefix.rstrip("."): tree}
+    return {key: value for name, node in tree.items() for key, value in flat(node, f"{prefix}{name}.").items()}
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
@@ -158,14 +196,12 @@ def build(node: DictConfig, **given: Any) -> Any:
     """What a group's `_target_` makes of its values and those `given` beside them.
 
     Raises:
-        BadInput: as the target raised it, without Hydra's words around it.
+        Exception: what the target raised, without Hydra's words around it.
     """
     try:
         return instantiate(node, **given, _convert_="all")
     except InstantiationException as error:
-        if isinstance(error.__cause__, (BadInput, OSError)):
-            raise error.__cause__ from None
-        raise
+        raise (error.__cause__ or error) from None
 
 
 # ------------------------------------------------------------------------------------------ values against signatures
@@ -181,17 +217,22 @@ def check(name: str, cfg: DictConfig) -> None:
     assert isinstance(content, dict)
     root = {field.name: field.type for field in fields(_ROOTS[name])}
     groups = [key for key in content if key not in root and key in _groups()]
-    _check_keys("", content, root, [*root, *groups])
+    annotations = {key: Parameter(annotation, required=True) for key, annotation in root.items()}
+    _check_keys("", content, annotations, [*root, *groups])
     for group in groups:
-        _check_node(group, content[group])
+        _check_node(group, content[group], _FILLED_IN.get(group, ()))
+    views = (content.get("augmentation") or {}).get("views") or {}
+    for view, recipe in views.items():
+        numbers = signature("twoviews.data.views.View")
+        _check_keys(f"augmentation.views.{view}.", recipe, numbers, [*numbers])
 
 
-def _check_node(path: str, node: Any) -> None:
+def _check_node(path: str, node: Any, filled_in: Sequence[str] = ()) -> None:
     if not isinstance(node, Mapping):
         if node is not None:
             raise BadInput(f"{path}={node} is a whole group; choose one of its files: {', '.join(_options(path))}.")
     elif "_target_" in node:
-        parameters = signature(str(node["_target_"]))
+        parameters = {key: value for key, value in signature(str(node["_target_"])).items() if key not in filled_in}
         given = {key: value for key, value in node.items() if key != "_target_"}
         _check_keys(f"{path}.", given, parameters, [*parameters])
     else:
@@ -199,13 +240,16 @@ def _check_node(path: str, node: Any) -> None:
             _check_node(f"{path}.{key}", value)
 
 
-def _check_keys(prefix: str, given: Mapping, annotations: Mapping[str, Any], known: Sequence[str]) -> None:
+def _check_keys(prefix: str, given: Mapping, parameters: Mapping[str, Parameter], known: Sequence[str]) -> None:
+    missing = [key for key, parameter in parameters.items() if parameter.required and key not in given]
+    if missing:
+        raise BadInput(f"{prefix}{missing[0]} is missing; give it a value: {prefix}{missing[0]}=...")
     for key, value in given.items():
         if key not in known:
             raise BadInput(_unknown_key(prefix, str(key), known))
         if value == "???":
             raise BadInput(f"{prefix}{key} is not set; give it a value: {prefix}{key}=...")
-        if wrong := complaint(value, annotations.get(key)):
+        if key in parameters and (wrong := complaint(value, parameters[key].annotation)):
             raise BadInput(f"{prefix}{key}={value} {wrong}.")
 
 

@@ -7,6 +7,7 @@ row r * processes + p of the whole batch, everywhere.
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,7 @@ def rank() -> int:
 
 
 def processes() -> int:
-    """How many processes share the batch; 1 until `start` was called."""
+    """How many processes share the batch; 1 outside `group`."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -34,7 +35,8 @@ def group(runtime: "Runtime") -> Iterator[torch.device]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Long, because process 0 alone decodes images and measures accuracy while the others wait.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     try:
         yield device
     finally:
@@ -111,13 +113,13 @@ def mean(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in at least one process."""
+def largest(number: int, device: torch.device) -> int:
+    """The largest of the processes' numbers."""
     if processes() == 1:
-        return flag
-    value = torch.tensor(float(flag), device=device)
+        return number
+    value = torch.tensor(number, device=device)
     dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value.item())
+    return int(value.item())
 
 
 @torch.no_grad()

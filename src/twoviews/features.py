@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as nnf
 
 from twoviews.backbones import Encoder
 from twoviews.data.images import ImageData, Images
@@ -24,15 +25,16 @@ class Features:
 
 
 class Pixels(Encoder):
-    """The normalised pixels themselves: what an encoder has to beat."""
+    """The normalised pixels themselves, averaged down to 32 x 32 where there are more: what an encoder has to beat."""
 
     def __init__(self, channels: int, image_size: int):
         super().__init__()
-        self.out_dim = channels * image_size**2
+        self.side = min(image_size, 32)
+        self.out_dim = channels * self.side**2
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
-        """[B, C * H * W]."""
-        return images.flatten(1)
+        """[B, out_dim]."""
+        return nnf.adaptive_avg_pool2d(images, self.side).flatten(1)
 
 
 class Judged:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from twoviews import distributed
+from twoviews.errors import BadInput
 
 
 def mlp(dims: list[int], *, norm: bool = True, last_norm: bool = False, last_affine: bool = True) -> nn.Sequential:
@@ -153,7 +154,11 @@ def _replace_norms(module: nn.Module, kinds: tuple[type, ...], make) -> None:
 
 
 def split_batch_norms(module: nn.Module, splits: int) -> None:
-    """Turn every BatchNorm2d below `module` into a SplitBatchNorm of that many parts, in place."""
+    """Turn every BatchNorm2d below `module` into a SplitBatchNorm of that many parts, in place.
+
+    Raises:
+        BadInput: there are batch norms of another kind.
+    """
 
     def make(norm: nn.BatchNorm2d) -> nn.Module:
         new = SplitBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
@@ -161,6 +166,19 @@ def split_batch_norms(module: nn.Module, splits: int) -> None:
         return new
 
     _replace_norms(module, (nn.BatchNorm2d,), make)
+    strangers = _other_norms(module)
+    if strangers:
+        raise BadInput(
+            f"method.bn_splits={splits} splits nn.BatchNorm2d, and this backbone has {strangers}; use method.bn_splits=1 or "
+            "another backbone."
+        )
+
+
+def _other_norms(module: nn.Module) -> str:
+    """Kinds of batch norm below `module` that are neither torch's plain ones nor ours."""
+    known = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, SplitBatchNorm, SyncBatchNorm)
+    norms = (part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
+    return ", ".join(sorted({type(part).__name__ for part in norms if type(part) not in known}))
 
 
 def sync_batch_norms(module: nn.Module, device: torch.device) -> nn.Module:
@@ -171,6 +189,11 @@ def sync_batch_norms(module: nn.Module, device: torch.device) -> nn.Module:
         return kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
 
     _replace_norms(module, (nn.BatchNorm1d, nn.BatchNorm2d), make)
+    strangers = _other_norms(module)
+    if strangers:
+        raise BadInput(
+            f"several processes would not share the statistics of this backbone's {strangers}; train it in one process."
+        )
     return module
 
 

@@ -86,6 +86,7 @@ class Training:
         self._started, self._checkpointed = time.monotonic(), time.monotonic()
         self._advised = self._forecasted = False
         self._watch_seconds = 0.0
+        self._first_step = 0
 
     # ------------------------------------------------------------------------------------------------------------ state
 
@@ -149,7 +150,8 @@ class Training:
         wrapped = self._wrapped()
         self.method.train()
         steps = len(self.loader)
-        if self.position.step == 0:
+        self._first_step = self.position.step
+        if self.position.step == 0 and not self.latest:
             self._baselines()
             self.save()
         self.console.start(steps * self.epochs, self.position.step)
@@ -177,7 +179,7 @@ class Training:
     def _train_epoch(self, wrapped: Callable, stop: StopSignal) -> bool:
         """The rest of an epoch; False when a stop signal ended it early."""
         steps, log_every = len(self.loader), self.runtime.log_every
-        clock, clock_step, first = time.monotonic(), self.position.step, self.position.step
+        clock, clock_step = time.monotonic(), self.position.step
         for batch in self.loader:
             loss, values = self._step(wrapped, batch)
             step = self.position.step
@@ -187,7 +189,7 @@ class Training:
                 rate = (step - clock_step) * self.loader.batch_size / (time.monotonic() - clock)
                 clock, clock_step = time.monotonic(), step
                 self._log({**loss_and_values, "images_per_s": rate})
-            if not self._forecasted and step - first >= FORECAST_STEPS and logged:
+            if not self._forecasted and step - self._first_step >= FORECAST_STEPS and logged:
                 self._forecast(self.latest["images_per_s"])
             if step % steps == 0:
                 return True
@@ -206,12 +208,12 @@ class Training:
             group["lr"] = lr if group.get("fixed_lr") else lr * factor
         parts, losses, metrics = self.runtime.accumulate, [], {}
         for part in range(parts):
-            views = [self._on_device(view[part::parts]) for view in batch.views]
+            views = [self._on_device(view.chunk(parts)[part]) for view in batch.views]
             with ExitStack() as stack:
                 if distributed.processes() > 1 and part < parts - 1:
                     stack.enter_context(wrapped.no_sync())
                 with autocast(self.device, self.dtype):
-                    output = wrapped(views, batch.index[part::parts].to(self.device))
+                    output = wrapped(views, batch.index.chunk(parts)[part].to(self.device))
                 self.scaler.scale(output.loss / parts).backward()
             losses.append(output.loss.detach())
             metrics = output.metrics

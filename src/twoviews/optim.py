@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
+from twoviews.errors import BadInput
 from twoviews.ranges import Count, Fraction, NotNegative, Positive, Range
 
 LrScaling = Literal["none", "linear", "sqrt"]
@@ -42,7 +43,13 @@ def sgd(
     exclude_norm_and_bias: bool,
     nesterov: bool = False,
 ) -> torch.optim.Optimizer:
-    """Stochastic gradient descent; weight decay on everything, or all but norms and biases."""
+    """Stochastic gradient descent; weight decay on everything, or all but norms and biases.
+
+    Raises:
+        BadInput: Nesterov's form without momentum.
+    """
+    if nesterov and momentum == 0:
+        raise BadInput("optimizer.nesterov=true needs optimizer.momentum above 0, for example 0.9.")
     groups = _excluding(param_groups, exclude_norm_and_bias, weight_decay=0.0)
     return torch.optim.SGD(
         groups,

@@ -4,6 +4,7 @@ The entry points compare every configuration value with the annotation of the pa
 hyper-parameter has one name, one place and one stated range.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -20,7 +21,8 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         return (
-            (self.above is None or value > self.above)
+            math.isfinite(value)
+            and (self.above is None or value > self.above)
             and (self.at_least is None or value >= self.at_least)
             and (self.below is None or value < self.below)
             and (self.at_most is None or value <= self.at_most)
@@ -29,7 +31,7 @@ class Range:
     def __str__(self) -> str:
         names = {"above": "above", "at_least": "at least", "below": "below", "at_most": "at most"}
         limits = [f"{word} {getattr(self, key):g}" for key, word in names.items() if getattr(self, key) is not None]
-        return " and ".join(limits) + (f" (usual: {self.usual})" if self.usual else "")
+        return (" and ".join(limits) or "finite") + (f" (usual: {self.usual})" if self.usual else "")
 
 
 Count = Annotated[int, Range(at_least=1)]

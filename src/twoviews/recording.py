@@ -16,7 +16,7 @@ from twoviews.loop import Training
 from twoviews.pictures import draw_curves, draw_views
 from twoviews.run import Run
 from twoviews.runtime import StopSignal
-from twoviews.tracking import Metrics, Mirror, read, run_id
+from twoviews.tracking import Metrics, Mirror, read, run_id, wait_for_writer
 
 FAILED = 1  # exit code of a training that went wrong
 
@@ -45,17 +45,19 @@ class Recording:
         self.run, self.metrics, self.mirror = Run(folder), None, None
         self._first = distributed.rank() == 0
         if self._first:
+            tracking = build(cfg.tracking)
+            tracking.check((folder / "last.pt").exists() and not cfg.fresh, console.say)
+            wait_for_writer(folder)
             if cfg.fresh and (aside := self.run.set_aside()):
                 console.say(f"fresh=true: the old results are in {aside}.")
-            resumed = (folder / "last.pt").exists()
-            tracking = build(cfg.tracking)
-            tracking.check(resumed, console.say)
             content = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
             self.run.begin(content, digest(cfg), describe_data(parts.data))
             self._tracking = tracking
-        distributed.barrier()
-        self._state = self.run.load(console.say)
-        if self._first:
+            self._state = self.run.load(console.say)
+        distributed.barrier()  # process 0 has put a damaged checkpoint out of the way
+        if not self._first:
+            self._state = self.run.load(console.say)
+        else:
             self.metrics = Metrics(folder, self._state["metrics_bytes"] if self._state else 0, console.say)
             draw_views(folder / "views.png", parts.data.train, parts.views, cfg.seed)
             self.mirror: Mirror | None = self._tracking.start(folder, console.say)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from twoviews import distributed
 from twoviews.backbones import Encoder
-from twoviews.config import ROOT
+from twoviews.config import ROOT, build, flat
 from twoviews.errors import BadInput
 
 
@@ -55,7 +56,7 @@ class Run:
         """Record configuration, code state, environment and data; or, where a run has begun, insist that it is this one.
 
         Raises:
-            BadInput: the folder holds a run with another configuration.
+            BadInput: the folder holds a run with another configuration or other images.
         """
         from omegaconf import OmegaConf
 
@@ -67,6 +68,11 @@ class Run:
                 "old results beside it, or choose another folder with hydra.run.dir=."
             )
         if recorded:
+            if self.read("data.json")["digest"] != data["digest"]:
+                raise BadInput(
+                    f"the images of {data['name']} are not those that {self.folder} was trained on; put them back, or start over "
+                    "with fresh=true, which keeps the old results beside it."
+                )
             return
         write_atomically(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
         commit, difference = code_state()
@@ -77,7 +83,7 @@ class Run:
         self.write("environment.json", {**environment(), "digest": digest})
 
     def _changed(self, config: dict[str, Any]) -> str:
-        before, now = _flat(self.config()), _flat(config)
+        before, now = flat(self.config()), flat(config)
         keys = [
             key
             for key in sorted({*before, *now})
@@ -111,7 +117,7 @@ class Run:
         while (other := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
             number += 1
         self.folder.rename(other)
-        self.folder.mkdir()
+        self.folder.mkdir(exist_ok=True)
         return other
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -126,7 +132,7 @@ class Run:
         if last.exists():
             last.replace(previous)
         new.replace(last)
-        _sync_folder(self.folder)
+        _sync(self.folder)
 
     def load(self, say) -> dict[str, Any] | None:
         """The last whole checkpoint, on the CPU, or None; says so when it had to fall back to the one before.
@@ -143,6 +149,9 @@ class Run:
                 state = load_checkpoint(path)
             except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
                 damaged.append(name)
+                if distributed.rank() == 0:
+                    # Out of the way, or the next save would keep it in place of the good one.
+                    path.replace(self.folder / "damaged.pt")
                 say(f"warning: {path} is damaged ({str(error).splitlines()[0]}); trying the checkpoint before it.")
                 continue
             return state
@@ -161,6 +170,7 @@ class Run:
         weights = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
         new = self.folder / "encoder.new"
         save_file(weights, new)
+        _sync(new)
         new.replace(self.folder / "encoder.safetensors")
         self.write("encoder.json", {**description, "features": encoder.out_dim})
 
@@ -170,20 +180,16 @@ class Run:
         Raises:
             BadInput: the run has not written an encoder yet.
         """
-        from hydra.utils import instantiate
+        from omegaconf import OmegaConf
         from safetensors.torch import load_file
 
         description = self.read("encoder.json")
-        if not description:
+        if not description or not (self.folder / "encoder.safetensors").exists():
             raise BadInput(
                 f"{self.folder} holds no encoder yet; let the run finish, or interrupt it (Ctrl-C), which writes one."
             )
-        encoder = instantiate(
-            description["backbone"],
-            channels=description["channels"],
-            image_size=description["image_size"],
-            _convert_="all",
-        )
+        sizes = {"channels": description["channels"], "image_size": description["image_size"]}
+        encoder = build(OmegaConf.create(description["backbone"]), **sizes)
         encoder.load_state_dict(load_file(self.folder / "encoder.safetensors"))
         return encoder
 
@@ -216,25 +222,21 @@ def write_atomically(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix.rstrip("."): tree}
-    return {key: value for name, node in tree.items() for key, value in _flat(node, f"{prefix}{name}.").items()}
-
-
 def code_state() -> tuple[str, str]:
     """The commit this code is at and what was changed since; ("none", "") outside a git checkout."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, errors="replace", check=True
+        ).stdout
 
     try:
         return git("rev-parse", "HEAD").strip(), git("diff", "HEAD", "--", ".", ":!outputs", ":!multirun")

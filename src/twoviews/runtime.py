@@ -11,7 +11,7 @@ import torch
 
 from twoviews import distributed
 from twoviews.errors import BadInput
-from twoviews.ranges import Count, Index, NotNegative
+from twoviews.ranges import Count, NotNegative
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class StopSignal:
     """Remembers SIGTERM, SIGUSR2 and Ctrl-C until the loop asks; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
-        self.number: Index = 0
+        self.number = 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -91,6 +91,9 @@ class StopSignal:
         if number == signal.SIGINT and self.number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number
+        if distributed.rank() == 0:
+            # Not print: a signal may come in the middle of one.
+            os.write(2, f"{self.name}: stopping as soon as the state can be saved\n".encode())
 
     @property
     def name(self) -> str:
@@ -99,4 +102,5 @@ class StopSignal:
 
     def received(self, device: torch.device) -> bool:
         """Whether any process was asked to stop; all processes must ask together."""
-        return distributed.any_process(self.number != 0, device)
+        self.number = distributed.largest(self.number, device)
+        return self.number != 0

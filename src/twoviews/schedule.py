@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from twoviews.errors import BadInput
 from twoviews.ranges import Fraction, NotNegative
 
 
@@ -19,6 +20,9 @@ class Cosine:
         final: multiplier at the end.
         every: "step" follows the curve at each optimizer step; "epoch" holds it for an epoch; "epoch_from_1" as well,
             but counts epochs from 1, as MoCo's CIFAR demo does, whose last epoch therefore has a learning rate of 0.
+
+    Raises:
+        BadInput: the warm-up is longer than the training.
     """
 
     epochs: NotNegative
@@ -26,6 +30,13 @@ class Cosine:
     warmup_start: Fraction = 0.0
     final: Fraction = 0.0
     every: Literal["step", "epoch", "epoch_from_1"] = "step"
+
+    def __post_init__(self) -> None:
+        if self.warmup_epochs > self.epochs:
+            raise BadInput(
+                f"schedule.warmup_epochs={self.warmup_epochs:g} is longer than the training of {self.epochs:g} epochs, so the "
+                f"learning rate would never be reached; use at most {self.epochs:g}, for example {self.epochs / 10:g}."
+            )
 
     def __call__(self, epoch: float) -> float:
         """The multiplier after `epoch` epochs."""

@@ -5,6 +5,7 @@ import builtins
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -38,7 +39,7 @@ def complaint(value: Any, annotation: Any) -> str:
         bool: (isinstance(value, bool), "is not true or false"),
         int: (number and isinstance(value, int), "is not a whole number"),
         float: (number, "is not a number"),
-        str: (number or isinstance(value, str), "is not a text"),
+        str: (isinstance(value, str), "is a number where a text belongs; quote it twice, as in key='\"2024\"'"),
         types.NoneType: (value is None, "is not null"),
     }.get(annotation, (True, ""))
     return "" if fits else sentence
@@ -58,9 +59,17 @@ def _wrong_sequence(value: Any, kinds: Sequence[Any], fixed: bool) -> str:
     return next(filter(None, complaints), "")
 
 
+@dataclass(frozen=True)
+class Parameter:
+    """What a value goes to."""
+
+    annotation: Any  # None where it cannot be checked
+    required: bool
+
+
 @cache
-def signature(target: str) -> dict[str, Any]:
-    """Parameters of a function, class or dataclass of this package, with those annotations that can be checked.
+def signature(target: str) -> dict[str, Parameter]:
+    """Parameters of a function, class or dataclass of this package, by name.
 
     Raises:
         BadInput: there is no such target, or it is not ours: a configuration must not run arbitrary code.
@@ -82,15 +91,21 @@ def signature(target: str) -> dict[str, Any]:
         if init is None:
             attributes = [node for node in found.body if isinstance(node, ast.AnnAssign)]
             return {
-                one.target.id: _evaluate(one.annotation, names)
+                one.target.id: Parameter(_evaluate(one.annotation, names), one.value is None)
                 for one in attributes
                 if isinstance(one.target, ast.Name)
             }
         found = init
     if not isinstance(found, ast.FunctionDef):
         raise BadInput(f"_target_={target}: {module} has no '{name}'.")
-    parameters = [*found.args.args, *found.args.kwonlyargs]
-    return {one.arg: _evaluate(one.annotation, names) for one in parameters if one.arg != "self"}
+    arguments = found.args
+    defaults = [None] * (len(arguments.args) - len(arguments.defaults)) + arguments.defaults + arguments.kw_defaults
+    parameters = zip([*arguments.args, *arguments.kwonlyargs], defaults, strict=True)
+    return {
+        one.arg: Parameter(_evaluate(one.annotation, names), default is None)
+        for one, default in parameters
+        if one.arg != "self"
+    }
 
 
 def _evaluate(node: ast.expr | None, names: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from filelock import Timeout
+from filelock import BaseFileLock, Timeout
 
 from twoviews.errors import BadInput
 from twoviews.tracking.state import State, mirroring, replace, writer_lock
@@ -42,12 +42,7 @@ class Metrics:
     def __init__(self, folder: Path, kept_bytes: int = 0, say: Callable[[str], None] = print):
         self._folder, self._path = folder, folder / NAME
         self._lock = writer_lock(folder)
-        try:
-            self._lock.acquire(timeout=PATIENCE_S)
-        except Timeout as error:
-            raise BadInput(
-                f"another process is training into {folder}; wait for its end, or name another folder: hydra.run.dir=…"
-            ) from error
+        acquire(self._lock, folder)
         self._path.touch()
         whole = self._path.stat().st_size
         if kept_bytes > whole:
@@ -111,6 +106,31 @@ class Metrics:
             self.commit(kept_bytes)
             os.truncate(self._path, kept_bytes)
         return times
+
+
+def acquire(lock: BaseFileLock, folder: Path) -> None:
+    """Hold the writer's lock; waits for a process that is about to end, as after a requeue.
+
+    Raises:
+        BadInput: another process is training into `folder`.
+    """
+    try:
+        lock.acquire(timeout=PATIENCE_S)
+    except Timeout as error:
+        raise BadInput(
+            f"another process is training into {folder}; wait for its end, or name another folder: hydra.run.dir=..."
+        ) from error
+
+
+def wait_for_writer(folder: Path) -> None:
+    """Return when nobody trains into `folder`, so that its last checkpoint is really the last.
+
+    Raises:
+        BadInput: another process is training into it.
+    """
+    lock = writer_lock(folder)
+    acquire(lock, folder)
+    lock.release()
 
 
 def read(folder: Path) -> Iterator[dict[str, float]]:
