@@ -12,6 +12,7 @@ from conftest import ROOT, SMALL, SMALL_MOCO, assert_same_weights, start
 from hydra.utils import instantiate
 
 from twoviews.run import Run
+from twoviews.runtime import StopSignal
 from twoviews.tracking import read
 
 LONG = ("epochs=12", "tracking=files", "protocol.knn.every_epochs=4")
@@ -83,7 +84,8 @@ def test_damaged_checkpoint_falls_back(tmp_path: Path, undisturbed: Path) -> Non
     process.wait()
     last = tmp_path / "run" / "last.pt"
     content = bytearray(last.read_bytes())
-    content[len(content) // 2] ^= 0xFF
+    middle = len(content) // 2
+    content[middle : middle + 256] = bytes(byte ^ 0xFF for byte in content[middle : middle + 256])  # more than padding
     last.write_bytes(content)
     assert train(tmp_path).wait(300) == 0
     assert "is damaged" in (tmp_path / "stdout.txt").read_text()
@@ -132,17 +134,18 @@ def test_every_method_resumes(tmp_path: Path, method: str, optimizer: str) -> No
     assert_same_weights(tmp_path / "whole", tmp_path / "broken")
 
 
-class Never:
+class Never(StopSignal):
     """A signal that does not come."""
 
     def received(self, device: torch.device) -> bool:
         return False
 
 
-class After(Never):
+class After(StopSignal):
     """A signal that comes after some steps."""
 
     def __init__(self, steps: int):
+        super().__init__()
         self.left = steps
 
     def received(self, device: torch.device) -> bool:
