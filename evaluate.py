@@ -10,7 +10,7 @@ from twoviews.config import build, entry
 def main(cfg, folder: Path) -> int:
     """Rebuild encoder and data from the run, measure, and write evaluation.json beside its results."""
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
 
     from twoviews.assembly import load_data
     from twoviews.console import Console
@@ -22,7 +22,7 @@ def main(cfg, folder: Path) -> int:
     recorded = OmegaConf.create(run.config())
     asked = HydraConfig.get().overrides.task
     dotted = OmegaConf.from_dotlist([one for one in asked if one.startswith(("protocol.", "runtime."))])
-    runtime = build(OmegaConf.merge(recorded.runtime, dotted.get("runtime", {})))
+    runtime = build(DictConfig({**recorded.runtime, **dotted.get("runtime", {})}))
     device = runtime.torch_device()
     data = load_data(recorded).to(device)
     if data.test is None:

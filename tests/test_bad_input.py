@@ -143,7 +143,7 @@ def test_run_folder_of_another_run(command) -> None:
     assert command("train", *SMALL_MOCO, "epochs=1", "hydra.run.dir=run").code == 0
     before = Path("run/last.pt").read_bytes()
     finished = command("train", *SMALL_MOCO, "epochs=1", "optimizer.lr=0.01", "hydra.run.dir=run")
-    refused(finished, "optimizer.lr is 0.03 there and 0.01 here", "fresh=true")
+    refused(finished, "optimizer.lr is 0.12 there and 0.01 here", "fresh=true")
     assert Path("run/last.pt").read_bytes() == before
 
 

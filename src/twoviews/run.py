@@ -4,6 +4,7 @@ The checkpoint is written beside, flushed to the disk and renamed, and the one b
 process dies at, one whole checkpoint is there.
 """
 
+import io
 import json
 import os
 import platform
@@ -125,10 +126,17 @@ class Run:
     def save(self, state: dict[str, Any]) -> None:
         """Make `state` the last checkpoint and keep the one before it as previous.pt."""
         last, previous, new = (self.folder / name for name in ("last.pt", "previous.pt", "new.pt"))
-        with new.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        # By way of memory: torch reports a full disk as a defect of its own when it writes the file itself.
+        content = io.BytesIO()
+        torch.save(state, content)
+        try:
+            with new.open("wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
         if last.exists():
             last.replace(previous)
         new.replace(last)
@@ -180,7 +188,7 @@ class Run:
         Raises:
             BadInput: the run has not written an encoder yet.
         """
-        from omegaconf import OmegaConf
+        from omegaconf import DictConfig
         from safetensors.torch import load_file
 
         description = self.read("encoder.json")
@@ -189,7 +197,7 @@ class Run:
                 f"{self.folder} holds no encoder yet; let the run finish, or interrupt it (Ctrl-C), which writes one."
             )
         sizes = {"channels": description["channels"], "image_size": description["image_size"]}
-        encoder = build(OmegaConf.create(description["backbone"]), **sizes)
+        encoder = build(DictConfig(description["backbone"]), **sizes)
         encoder.load_state_dict(load_file(self.folder / "encoder.safetensors"))
         return encoder
 
