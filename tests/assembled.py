@@ -95,4 +95,4 @@ def _process(rank: int, processes: int, folder: Path, function: Callable, argume
 def in_processes(processes: int, folder: Path, function: Callable, *arguments: Any) -> list[Any]:
     """What a function of a test module returns in each of several processes that know each other."""
     torch.multiprocessing.spawn(_process, (processes, folder, function, arguments), processes)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]

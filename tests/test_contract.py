@@ -51,7 +51,7 @@ def test_a_checkpoint_goes_on_bit_for_bit(name):
     file.seek(0)
     other = build(config(name, "seed=1"))
     other.loader = parts.loader
-    for part, state in zip((other.method, other.optimizer), torch.load(file), strict=True):
+    for part, state in zip((other.method, other.optimizer), torch.load(file, weights_only=True), strict=True):
         part.load_state_dict(state)
     found = [step(other, number) for number in (2, 3)]
     assert torch.equal(torch.stack(found), torch.stack(expected))
