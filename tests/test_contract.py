@@ -66,4 +66,4 @@ def test_it_learns(name):
     if hasattr(parts.method, "queue"):
         parts.method.queue.push = lambda z: None  # or the batch would become its own negatives
     losses = [step(parts, 0).item() for _ in range(8)]
-    assert min(losses[-3:]) < losses[0] - 0.02
+    assert min(losses[-3:]) < losses[0] - min(0.02, losses[0] / 5)

@@ -162,7 +162,7 @@ def test_methods_compute_what_one_process_does(name, two):
         # Measured against the whole: some gradients are zero but for rounding, such as of a bias ahead of a batch norm.
         whole = torch.stack([gradient.norm() for gradient in one["gradients"].values()]).norm()
         for key, gradient in one["gradients"].items():
-            assert (found["gradients"][key] - gradient).norm() / whole < 5e-5, (rank, key)
+            assert (found["gradients"][key] - gradient).norm() / whole < 5e-4, (rank, key)
         for key, value in one["state"].items():
             if not key.endswith("num_batches_tracked"):
                 torch.testing.assert_close(
