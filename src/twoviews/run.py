@@ -20,6 +20,7 @@ from twoviews import distributed
 from twoviews.backbones import Encoder
 from twoviews.config import ROOT, build, flat
 from twoviews.errors import BadInput
+from twoviews.tracking.state import replace
 
 
 class Run:
@@ -75,11 +76,11 @@ class Run:
                     "with fresh=true, which keeps the old results beside it."
                 )
             return
-        write_atomically(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+        replace(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
         commit, difference = code_state()
-        write_atomically(self.folder / "commit.txt", commit + "\n")
+        replace(self.folder / "commit.txt", commit + "\n")
         if difference:
-            write_atomically(self.folder / "diff.patch", difference)
+            replace(self.folder / "diff.patch", difference)
         self.write("data.json", data)
         self.write("environment.json", {**environment(), "digest": digest})
 
@@ -108,7 +109,7 @@ class Run:
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file of the run, whole or not at all."""
-        write_atomically(self.folder / name, json.dumps(content, indent=2) + "\n")
+        replace(self.folder / name, json.dumps(content, indent=2) + "\n")
 
     def set_aside(self) -> Path | None:
         """Rename the folder to <name>.1 (.2, …) and begin an empty one; None when there was nothing."""
@@ -218,16 +219,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if broken:
             raise ValueError(f"wrong checksum of {broken}")
     return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The whole text or nothing at all, whatever moment the process dies at."""
-    new = path.with_name(path.name + ".new")
-    with new.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
 
 
 def _sync(path: Path) -> None:
