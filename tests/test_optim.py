@@ -58,8 +58,8 @@ def lars_by_loop(decay: float, momentum: float, eta: float, adapt: bool) -> list
     return found
 
 
-def larc_by_loop(decay: float, momentum: float, eta: float) -> list[torch.Tensor]:
-    """apex's LARC with clip=False around SGD: the learning rate is outside the momentum; no decay where a norm is zero."""
+def larc_by_loop(decay: float, momentum: float, eta: float, clip: bool) -> list[torch.Tensor]:
+    """apex's LARC around SGD: the learning rate is outside the momentum; no decay where a norm is zero."""
     found = []
     for number, w in enumerate(p.detach().clone() for p in weights()):
         v = torch.zeros_like(w)
@@ -69,7 +69,8 @@ def larc_by_loop(decay: float, momentum: float, eta: float) -> list[torch.Tensor
             g = gradients(step)[number]
             w_norm, g_norm = w.square().sum().sqrt().item(), g.square().sum().sqrt().item()
             if w_norm != 0 and g_norm != 0:
-                g = (g + decay * w) * (eta * w_norm / (g_norm + w_norm * decay + 1e-8))
+                rate = eta * w_norm / (g_norm + w_norm * decay + 1e-8)
+                g = (g + decay * w) * (min(rate / lr, 1) if clip else rate)
             v = momentum * v + g
             w = w - lr * v
         found.append(w)
@@ -92,11 +93,13 @@ def test_lars_without_adaptation_is_momentum_with_the_rate_inside():
         torch.testing.assert_close(value, expected)
 
 
+@pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_larc_against_a_loop(decay):
+def test_larc_against_a_loop(decay, clip):
     parameters = weights()
-    found = run(LARC(parameters, lr=9, momentum=0.9, weight_decay=decay, trust_coefficient=0.1), parameters)
-    for value, expected in zip(found, larc_by_loop(decay, 0.9, 0.1), strict=True):
+    optimizer = LARC(parameters, lr=9, momentum=0.9, weight_decay=decay, trust_coefficient=0.1, clip=clip)
+    found = run(optimizer, parameters)
+    for value, expected in zip(found, larc_by_loop(decay, 0.9, 0.1, clip), strict=True):
         torch.testing.assert_close(value, expected)
 
 
@@ -134,7 +137,7 @@ MAKERS = {
     "sgd": lambda groups, exclude: sgd(groups, 512, 0.03, "linear", 0.9, 0.1, exclude),
     "adamw": lambda groups, exclude: adamw(groups, 512, 0.03, "linear", 0.9, 0.95, 0.1, exclude),
     "lars": lambda groups, exclude: lars(groups, 512, 0.03, "linear", 0.9, 0.1, 0.001, exclude),
-    "larc": lambda groups, exclude: larc(groups, 512, 0.03, "linear", 0.9, 0.1, 0.001, exclude),
+    "larc": lambda groups, exclude: larc(groups, 512, 0.03, "linear", 0.9, 0.1, 0.001, exclude, False),
 }
 
 

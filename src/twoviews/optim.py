@@ -109,17 +109,20 @@ class LARS(torch.optim.Optimizer):
 
 
 class LARC(torch.optim.Optimizer):
-    """LARS in the form SwAV uses (apex's LARC with clip=False around SGD).
+    """LARS in the form of apex's LARC around SGD: SwAV uses it without `clip`, solo-learn, under the name LARS, with it.
 
     For each layer with weights w and gradient g:
     g' <- trust_coefficient * |w| / (|g| + weight_decay * |w|) * (g + weight_decay * w), if both norms are non-zero, else g;
     v <- momentum * v + g';  w <- w - lr * v.
+    With `clip` the factor before the bracket is divided by lr and at most 1: the layer's rate is then never above lr.
     All parameters are adapted, norms and biases too, unless a group has `adapt` False.
     """
 
-    def __init__(self, params, lr: float, momentum: float, weight_decay: float, trust_coefficient: float):
+    def __init__(
+        self, params, lr: float, momentum: float, weight_decay: float, trust_coefficient: float, clip: bool = False
+    ):
         defaults = {"momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient}
-        super().__init__(params, {"lr": lr, **defaults, "adapt": True})
+        super().__init__(params, {"lr": lr, **defaults, "clip": clip, "adapt": True})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
@@ -132,7 +135,10 @@ class LARC(torch.optim.Optimizer):
             if group["adapt"]:
                 w, g = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(gradients))
                 usable = (w > 0) & (g > 0)
-                ratios = torch.where(usable, group["trust_coefficient"] * w / (g + decay * w + 1e-8), 1.0)
+                ratios = group["trust_coefficient"] * w / (g + decay * w + 1e-8)
+                if group["clip"]:
+                    ratios = (ratios / group["lr"]).clamp(max=1.0)
+                ratios = torch.where(usable, ratios, 1.0)
                 decays = torch.where(usable, decay, 0.0)
                 decayed = torch._foreach_mul(weights, list(decays.to(weights[0].dtype).unbind()))
                 gradients = torch._foreach_mul(torch._foreach_add(gradients, decayed), list(ratios.unbind()))
@@ -179,7 +185,8 @@ def larc(
     weight_decay: NotNegative,
     trust_coefficient: Fraction,
     exclude_norm_and_bias: bool,
+    clip: bool,
 ) -> torch.optim.Optimizer:
-    """LARC; SwAV excludes nothing."""
+    """LARC; SwAV excludes nothing and does not clip, solo-learn's CIFAR recipes do both."""
     groups = _excluding(param_groups, exclude_norm_and_bias, weight_decay=0.0, adapt=False)
-    return LARC(groups, scaled_lr(lr, lr_scaling, batch_size), momentum, weight_decay, trust_coefficient)
+    return LARC(groups, scaled_lr(lr, lr_scaling, batch_size), momentum, weight_decay, trust_coefficient, clip)
