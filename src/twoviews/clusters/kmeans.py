@@ -1,0 +1,265 @@
+"""K-means: faiss finds the nearest centroids, on a GPU where it can, and over-relaxed steps move them.
+
+Lloyd's step moves a centroid c to the mean m of its points; here it goes on to c + OVERSTEP (m - c). The sum of squared
+distances to n points is n |c - m|^2 plus what does not depend on c, so that any factor up to 2 keeps Lloyd's guarantee
+that no step makes it larger. Close to 2 the centroids swing around the nearest optimum instead of creeping towards it, and
+ten steps end lower than the best of five times twenty plain ones (benchmarks/kmeans.py).
+Shapes: N points, D dimensions, K clusters. Letters: c centroids, m means.
+"""
+
+import functools
+import logging
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from twoviews import distributed
+from twoviews.errors import BadInput
+from twoviews.randomness import generator
+from twoviews.ranges import Count, NotNegative
+
+OVERSTEP = 1.9
+JUDGES = 2_000  # points that tell whether a warm start is worth more than a cold one
+
+# Points and centroids to squared distance and number of each point's nearest centroid.
+Nearest = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """A partition of N points into K clusters, of which some may be empty."""
+
+    assignment: Int[Tensor, " N"]  # int64, 0 … K - 1: the nearest centroid
+    centroids: Float[Tensor, "K D"]  # means as they are; unit rows if spherical
+    distance: Float[Tensor, " N"]  # squared Euclidean distance to the centroid
+    iterations: int  # times that all points were assigned anew before these centroids stood
+
+    @property
+    def sizes(self) -> Int[Tensor, " K"]:
+        """Points of each cluster; 0 is an empty one."""
+        return torch.bincount(self.assignment, minlength=len(self.centroids))
+
+    @property
+    def inertia(self) -> float:
+        """Sum of the squared distances, which k-means makes small."""
+        return self.distance.double().sum().item()
+
+
+@dataclass(frozen=True)
+class Clustered:
+    """Clusterings of the training images at the start of an epoch."""
+
+    x: Float[Tensor, "N D"]
+    clusters: dict[str, Clusters]  # by name, such as "k250"
+    previous: dict[str, Int[Tensor, " N"]]  # assignments of the epoch before, negative where unknown; {} at first
+    index: Int[Tensor, " N"] | None = None  # which training images the rows are; None: all, in order
+
+
+@torch.no_grad()
+def kmeans(
+    x: Float[Tensor, "N D"],
+    k: Count,
+    *,
+    seed: int,
+    start: Int[Tensor, " N"] | Float[Tensor, "K D"] | None = None,
+    spherical: bool = False,
+    iterations: Count = 10,
+    tolerance: NotNegative = 1e-3,
+    max_points_per_centroid: Count = 1000,
+) -> Clusters:
+    """K clusters of the rows of `x`, on its device; equal input gives equal bits.
+
+    With several processes the first one computes, and all get its result.
+
+    Args:
+        x: the points, the same on every process.
+        k: K.
+        seed: of the cold start, of samples and of what replaces empty clusters.
+        start: an earlier assignment of the same points, or earlier centroids. The assignment is worth more where the
+            points have moved together since, as embeddings do from epoch to epoch: the centroids move along with them.
+            A start that has become worse than randomly drawn points gives way to a cold start.
+        spherical: keep the centroids at unit length, so that unit rows are compared by angle.
+        iterations: assignments of all points at most, before the last one.
+        tolerance: stop when one lowers the inertia by a smaller share than this.
+        max_points_per_centroid: with more than K times so many points the centroids are found on a sample of that size.
+
+    Raises:
+        BadInput: there are fewer points than clusters, or points that are not finite.
+    """
+    x = x.float()
+    _check(x, k)
+    if distributed.processes() > 1 and distributed.rank() > 0:
+        assignment, distance = torch.empty(len(x), dtype=torch.long), torch.empty(len(x))
+        centroids, steps = torch.empty(k, x.shape[1]), 0
+    else:
+        points, nearest, drawn = x.cpu().contiguous(), _nearest(x.device), generator(seed, "kmeans")
+        start = None if start is None else start.cpu().contiguous()
+        sample = points
+        if len(points) > k * max_points_per_centroid:
+            rows = torch.randperm(len(points), generator=drawn)[: k * max_points_per_centroid]
+            sample = points[rows]
+            start = start if start is None or start.is_floating_point() else start[rows]
+        first = _warm(sample, k, start, nearest, spherical, drawn) if start is not None else None
+        first = _cold(sample, k, nearest, drawn) if first is None else first
+        centroids, steps = _steps(sample, first, k, nearest, spherical, iterations, tolerance, drawn)
+        assignment = nearest(points, centroids)[1]
+        # Not faiss's own, |x|^2 - 2 x c + |c|^2, which has few digits where it is small.
+        distance = (points - centroids[assignment]).square().sum(1)
+    shared = (assignment, centroids, distance, torch.tensor(steps))
+    assignment, centroids, distance, count = (distributed.from_first(value.to(x.device)) for value in shared)
+    return Clusters(assignment, centroids, distance, int(count))
+
+
+def _check(x: Float[Tensor, "N D"], k: int) -> None:
+    if k > len(x):
+        raise BadInput(f"{k} clusters are more than the {len(x)} points there are; use k={len(x)} or less.")
+    broken = (~x.square().sum(1).isfinite()).nonzero()[:, 0]
+    if len(broken):
+        raise BadInput(
+            f"{len(broken)} of {len(x)} points to cluster are not finite, number {int(broken[0])} the first: nothing can be "
+            "near them; if a training made them, use a lower optimizer.lr or runtime.precision=fp32."
+        )
+
+
+def _means(x: Tensor, assignment: Tensor, k: int, spherical: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Means [K, D], of unit length if spherical; sizes [K]; the inertia [] about them without the sum of |x|^2."""
+    sizes = torch.bincount(assignment, minlength=k)
+    total = x.new_zeros(k, x.shape[1]).index_add_(0, assignment, x)
+    m = nnf.normalize(total, dim=1) if spherical else total / sizes.clamp(min=1)[:, None]
+    return m, sizes, (sizes * m.double().square().sum(1) - 2 * (m.double() * total).sum(1)).sum()
+
+
+def _warm(
+    x: Tensor, k: int, start: Tensor, nearest: Nearest, spherical: bool, drawn: torch.Generator
+) -> Int[Tensor, " N"] | None:
+    """The assignment that a start amounts to; None if its means are worse than K points drawn at random.
+
+    Compared where both stand before any step. Embeddings of consecutive epochs whose assignment was shuffled in part
+    ended worse than from a cold start from about that point on.
+    """
+    assignment = nearest(x, start)[1] if start.is_floating_point() else start
+    order = torch.randperm(len(x), generator=drawn)
+    drawn_points, judges = x[order[:k]], order[k : k + JUDGES]
+    m, _, _ = _means(x, assignment, k, spherical)
+    distance = (x[judges] - m[assignment[judges]]).square().sum()
+    return assignment if distance <= nearest(x[judges], drawn_points)[0].sum() else None
+
+
+def _cold(x: Tensor, k: int, nearest: Nearest, drawn: torch.Generator) -> Int[Tensor, " N"]:
+    """The nearest of K points that are drawn as k-means++ does, but twice as many in each round as in the one before."""
+    rows, count = torch.randint(len(x), (1,), generator=drawn), 0
+    distance, assignment = x.new_full((len(x),), torch.inf), torch.zeros(len(x), dtype=torch.long)
+    while len(rows):
+        near, which = nearest(x, x[rows])
+        closer = near < distance
+        distance, assignment = torch.where(closer, near, distance), torch.where(closer, which + count, assignment)
+        distance[rows] = 0  # exactly, whatever the rounding
+        count += len(rows)
+        rows = _far(distance, min(count, k - count), drawn)
+    return assignment
+
+
+def _far(distance: Float[Tensor, " N"], count: int, drawn: torch.Generator) -> Int[Tensor, " n"]:
+    """Up to `count` different points, drawn in proportion to `distance`; none if all of it is 0."""
+    reach = distance.double().cumsum(0)
+    if reach[-1] == 0:
+        return torch.empty(0, dtype=torch.long)
+    at = (torch.arange(count) + torch.rand(count, generator=drawn, dtype=torch.double)) / max(count, 1) * reach[-1]
+    return torch.searchsorted(reach, at, right=True).clamp(max=len(distance) - 1).unique()
+
+
+def _steps(
+    x: Float[Tensor, "N D"],
+    assignment: Int[Tensor, " N"],
+    k: int,
+    nearest: Nearest,
+    spherical: bool,
+    iterations: int,
+    tolerance: float,
+    drawn: torch.Generator,
+) -> tuple[Float[Tensor, "K D"], int]:
+    """The means after the last step, and how many steps there were."""
+    power = torch.linalg.vector_norm(x, dim=1).double().square().sum()
+    c, inertia = x[:1].expand(k, -1), float("inf")
+    for step in range(iterations + 1):
+        m, sizes, rest = _means(x, assignment, k, spherical)
+        m = torch.where(sizes[:, None] > 0, m, c)
+        before, inertia = inertia, (power + rest).item()
+        if step == iterations or before - inertia <= tolerance * inertia:
+            return m, step
+        c = c + OVERSTEP * (m - c) if step > 0 else m.clone()
+        empty = (sizes == 0).nonzero()[:, 0]
+        if len(empty):
+            rows = _far((x - m[assignment]).square().sum(1), len(empty), drawn)
+            c[empty[: len(rows)]] = x[rows]
+        c = nnf.normalize(c, dim=1) if spherical else c
+        assignment = nearest(x, c)[1]
+    raise AssertionError("unreachable")
+
+
+def _nearest(device: torch.device) -> Nearest:
+    """faiss's exact search, on that device if it is a GPU that faiss can use, else on the CPU."""
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells which instruction sets it has tried
+    import faiss  # here: some builds crash if they are loaded before torch, or hang in a process forked after
+
+    faiss.omp_set_num_threads(torch.get_num_threads())  # it counts threads of its own
+    resources = faiss.StandardGpuResources() if device.type == "cuda" and _gpu_works(device.index or 0) else None
+
+    def nearest(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        index = faiss.IndexFlatL2(x.shape[1])
+        if resources:
+            index = faiss.index_cpu_to_gpu(resources, device.index or 0, index)
+        index.add(c.numpy())
+        distance, assignment = index.search(x.numpy(), 1)
+        return torch.from_numpy(distance[:, 0]), torch.from_numpy(assignment[:, 0])
+
+    return nearest
+
+
+_PROBE = """
+import sys, faiss, numpy
+x = numpy.eye(64, dtype="float32")
+index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), int(sys.argv[1]), faiss.IndexFlatL2(64))
+index.add(x)
+sys.exit(0 if (index.search(x, 1)[1][:, 0] == range(64)).all() else "wrong neighbours")
+"""
+
+
+@functools.cache
+def _gpu_works(number: int) -> bool:
+    """Whether faiss can search on that GPU; tried in another process, because faiss ends the one in which it cannot."""
+    import faiss
+
+    reason = "this build finds no GPU"
+    if faiss.get_num_gpus() > number:
+        probe = subprocess.run([sys.executable, "-c", _PROBE, str(number)], capture_output=True, text=True, timeout=300)
+        if probe.returncode == 0:
+            return True
+        reason = (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1]
+    warnings.warn(f"faiss cannot use the GPU ({reason}): k-means runs on the CPU, with the same result.", stacklevel=4)
+    return False
+
+
+def concentration(clusters: Clusters, temperature: float) -> Float[Tensor, " K"]:
+    """Phi of eq. 12 of PCL, arXiv:2005.04966, scaled to a mean of `temperature`: small for large, dense clusters.
+
+    The mean distance (not squared) of a cluster's n points over log(n + 10). As in the authors' code, clusters with fewer
+    than two points get the largest value, and all are clipped to the 10th and 90th percentile. Where no cluster extends at
+    all, each gets `temperature`.
+    """
+    assignment, distance = clusters.assignment.cpu(), clusters.distance.cpu()  # sums on a GPU come out in varying order
+    sizes = torch.bincount(assignment, minlength=len(clusters.centroids))
+    total = torch.bincount(assignment, distance.double().sqrt(), minlength=len(sizes))
+    phi = total / sizes / (sizes.double() + 10).log()
+    phi = torch.where(sizes > 1, phi, phi[sizes > 1].max() if (sizes > 1).any() else 0.0)
+    phi = phi.clamp(phi.quantile(0.1), phi.quantile(0.9))
+    mean = phi.mean()
+    phi = phi * (temperature / mean) if mean > 0 else torch.full_like(phi, temperature)
+    return phi.float().to(clusters.centroids.device)

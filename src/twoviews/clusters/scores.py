@@ -1,0 +1,97 @@
+"""How good a clustering is: against labels where there are any, else by its own geometry, and against the epoch before.
+
+Shapes: N points, D dimensions, K clusters.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from twoviews.clusters.kmeans import Clusters
+from twoviews.randomness import generator
+
+SAMPLE = 2_000  # points whose silhouette is taken; the mean of so many is within 0.02 of that of all
+CHUNK_BYTES = 64 * 2**20  # of distances held at once
+
+
+def scores(
+    x: Float[Tensor, "N D"],
+    clusters: Clusters,
+    *,
+    labels: Int[Tensor, " N"] | None,
+    previous: Int[Tensor, " N"] | None,
+    seed: int,
+) -> dict[str, float]:
+    """Numbers worth logging of one clustering of `x`.
+
+    Always: `largest` and `smallest` (points of those clusters that have any) and `empty` (clusters without points).
+    With labels, in percent: `nmi` (normalised by the arithmetic mean of the entropies), `ari` (0 by chance), `purity`
+    (points that have the most frequent label of their cluster) and `accuracy` (points that have the label which a
+    one-to-one matching gives their cluster: the best matching, found by the Hungarian algorithm; with more clusters than
+    classes the clusters left over count as wrong, so then it is far below purity, and with fewer the classes left over).
+    Without labels: `silhouette` in [-1, 1], of at most SAMPLE points drawn by `seed`, each against all N.
+    With previous: `stability`, the NMI of this assignment with that one, in percent.
+
+    Args:
+        x: the points.
+        clusters: of these points.
+        labels: classes 0, 1, ….
+        previous: the assignment of the same points in the epoch before, to any number of clusters; negative: unknown.
+        seed: of the sample.
+    """
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    assignment, sizes = clusters.assignment.cpu(), clusters.sizes
+    filled = sizes[sizes > 0]
+    found = {
+        "largest": float(filled.max()),
+        "smallest": float(filled.min()),
+        "empty": float(len(sizes) - len(filled)),
+    }
+    if labels is not None:
+        labels = labels.cpu()
+        found["nmi"] = 100 * float(normalized_mutual_info_score(labels, assignment))
+        found["ari"] = 100 * float(adjusted_rand_score(labels, assignment))
+        found["accuracy"], found["purity"] = accuracy_and_purity(assignment, labels)
+    else:
+        found["silhouette"] = silhouette(x, clusters, seed)
+    if previous is not None and (known := (previous := previous.cpu()) >= 0).any():
+        found["stability"] = 100 * float(normalized_mutual_info_score(previous[known], assignment[known]))
+    return found
+
+
+def accuracy_and_purity(assignment: Int[Tensor, " N"], labels: Int[Tensor, " N"]) -> tuple[float, float]:
+    """Points with the label of their cluster, in percent: by the best one-to-one matching, and by majority."""
+    from scipy.optimize import linear_sum_assignment
+
+    classes = int(labels.max()) + 1
+    table = torch.bincount(assignment * classes + labels, minlength=(int(assignment.max()) + 1) * classes)
+    table = table.view(-1, classes)  # [K, classes], points in common
+    cluster, label = linear_sum_assignment(table.numpy(), maximize=True)
+    matched, majority = table[cluster, label].sum(), table.amax(1).sum()
+    return 100 * matched.item() / len(labels), 100 * majority.item() / len(labels)
+
+
+@torch.no_grad()
+def silhouette(x: Float[Tensor, "N D"], clusters: Clusters, seed: int) -> float:
+    """Mean of (b - a) / max(a, b) over a sample; in [-1, 1], 0 for points alone in their cluster or if there is but one.
+
+    a is a point's mean distance to the others of its cluster, b to the points of the nearest other cluster (Rousseeuw
+    1987). Clusters are not thinned out: with hundreds of them a sample would hold few points of each.
+    """
+    n, assignment = len(x), clusters.assignment
+    sample = torch.randperm(n, generator=generator(seed, "silhouette"))[:SAMPLE].to(x.device)
+    sizes = clusters.sizes.float()
+    values = []
+    for points in sample.split(max(1, CHUNK_BYTES // (4 * n))):
+        distance = torch.cdist(x, x[points])  # [N, points]
+        distance[points, torch.arange(len(points), device=x.device)] = 0  # exactly, whatever the rounding
+        total = distance.new_zeros(len(sizes), len(points)).index_add_(0, assignment, distance)
+        own = assignment[points][None]  # [1, points]
+        company = sizes[own[0]] - 1
+        a = total.gather(0, own)[0] / company.clamp(min=1)
+        b = (total / sizes[:, None].clamp(min=1)).masked_fill(sizes[:, None] == 0, torch.inf)
+        b = b.scatter(0, own, torch.inf).amin(0)
+        value = (b - a) / torch.maximum(a, b)
+        values.append(torch.where((company > 0) & b.isfinite() & (torch.maximum(a, b) > 0), value, 0))
+    return torch.cat(values).mean().item()
