@@ -44,6 +44,8 @@ def main(cfg, folder: Path) -> int:
                 seed=cfg.seed,
                 protocols=parts.protocols,
                 judge=parts.judge if data.test else None,
+                embed=parts.embed,
+                score=parts.score,
             )
             recording.resume(training)
             try:

@@ -33,7 +33,7 @@ def test_features_are_the_encoders_in_eval_mode_and_the_mode_is_put_back(channel
     with torch.no_grad():
         torch.testing.assert_close(found.x, encoder.eval()(x), rtol=1e-4, atol=1e-5)
     assert torch.equal(found.y, data.memory.labels.long())
-    Judged(encoder, data, torch.device("cpu"), torch.float32).embed(data.test)
+    assert len(Judged(encoder, data, torch.device("cpu"), torch.float32).test.x) == 30
     assert not encoder.training
 
 

@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
 
 from twoviews import distributed
 from twoviews.backbones import Encoder
+from twoviews.clusters.kmeans import Clustered
+from twoviews.clusters.scores import scores
 from twoviews.config import build
 from twoviews.console import Console, duration
 from twoviews.data.images import ImageData
 from twoviews.data.loader import Loader
 from twoviews.data.views import Views
 from twoviews.errors import BadInput
-from twoviews.features import Judged
+from twoviews.features import Judged, embed
 from twoviews.layers import sync_batch_norms
 from twoviews.methods.method import Method
 from twoviews.randomness import seed_of
@@ -39,10 +43,27 @@ class Parts:
     optimizer: torch.optim.Optimizer
     schedule: Any
     protocols: dict[str, Any]
+    notes: list[str]  # what the method says about its fit to the data
 
     def judge(self, encoder: Encoder) -> Judged:
         """An encoder with the labelled images of the data."""
         return Judged(encoder, self.data, self.device, self.runtime.dtype(self.device), self.runtime.channels_last)
+
+    def embed(self, module: nn.Module) -> Float[Tensor, "N D"]:
+        """What a module makes of all training images."""
+        dtype = self.runtime.dtype(self.device)
+        return embed(module, self.data.train, self.data, self.device, dtype, self.runtime.channels_last, shared=True)
+
+    def score(self, clustered: Clustered) -> dict[str, float]:
+        """How clusterings of the training images agree with their labels and with the epoch before."""
+        labels, index, found = self.data.train.labels, clustered.index, {}
+        if labels is not None and index is not None:
+            labels = labels[index.to(labels.device)]
+        for name, clusters in clustered.clusters.items():
+            previous = clustered.previous.get(name)
+            values = scores(clustered.x, clusters, labels=labels, previous=previous, seed=self.loader.seed)
+            found.update({f"e_step/{name}/{key}": value for key, value in values.items()})
+        return found
 
 
 def load_data(cfg: DictConfig) -> ImageData:
@@ -101,7 +122,7 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
             f"a batch of {micro_batch} image has no statistics for batch norm; use batch_size={2 * runtime.accumulate} or more."
         )
     try:
-        method.check(micro_batch, len(data.train), distributed.processes())
+        notes = method.prepare(micro_batch, len(data.train), distributed.processes())
     except BadInput as error:
         if runtime.accumulate == 1:
             raise
@@ -122,6 +143,7 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
         optimizer=optimizer,
         schedule=build(cfg.schedule),
         protocols={name: build(node) for name, node in (cfg.get("protocol") or {}).items()} if data.test else {},
+        notes=notes,
     )
 
 
@@ -145,6 +167,8 @@ def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
         f"method    {type(parts.method).__name__}: {parameter_count(parts.method) / 1e6:.2f} million parameters, of which "
         f"the encoder {parameter_count(parts.method.encoder) / 1e6:.2f}; {parts.method.encoder.out_dim} features"
     )
+    for note in parts.notes:
+        console.say(f"          {note}")
     base, scaling = cfg.optimizer.lr, cfg.optimizer.lr_scaling
     rule = {"linear": f" = {base:g} x {size} / 256", "sqrt": f" = {base:g} x sqrt({size})", "none": ""}[scaling]
     console.say(f"lr        {lr:g}{rule} (optimizer.lr={base:g}, lr_scaling={scaling})")

@@ -103,13 +103,17 @@ def sum_with_gradient(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mean(x: Tensor) -> Tensor:
-    """The mean over processes, without gradient."""
+def total(x: Tensor) -> Tensor:
+    """The sum over processes, without gradient."""
     if processes() > 1:
         x = x.clone()
         dist.all_reduce(x)
-        x /= processes()
     return x
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean over processes, without gradient."""
+    return total(x.detach()) / processes()
 
 
 @torch.no_grad()

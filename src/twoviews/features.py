@@ -5,9 +5,10 @@ from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from twoviews import distributed
 from twoviews.backbones import Encoder
 from twoviews.data.images import ImageData, Images
 from twoviews.data.views import eval_view
@@ -37,11 +38,53 @@ class Pixels(Encoder):
         return nnf.adaptive_avg_pool2d(images, self.side).flatten(1)
 
 
+@torch.no_grad()
+def embed(
+    module: nn.Module,
+    images: Images,
+    data: ImageData,
+    device: torch.device,
+    dtype: torch.dtype,
+    channels_last: bool = False,
+    shared: bool = False,
+) -> Float[Tensor, "N D"]:
+    """What a module makes of all images, in their order, under the eval transform; float32, on the device.
+
+    Args:
+        module: images [B, C, S, S] -> [B, D]; in whatever mode, it runs in eval mode and the mode is put back.
+        images: a split of `data`.
+        data: its size and channel statistics.
+        device: where to compute.
+        dtype: number format of the forward pass.
+        channels_last: memory format of the images.
+        shared: several processes do a share each, and all get the whole.
+    """
+    rank, processes = (distributed.rank(), distributed.processes()) if shared else (0, 1)
+    training, x = module.training, None
+    module.eval()
+    # Whole batches are dealt out, so that each image has the same company, and the same rounding, in one process.
+    own = torch.arange(len(images)).split(BATCH)[rank::processes]
+    for pixels, sizes, index in images.batches(BATCH, torch.cat(own) if processes > 1 and own else None):
+        batch = eval_view(
+            pixels.to(device, non_blocking=True), sizes, size=data.size, crop=1.0, mean=data.mean, std=data.std
+        )
+        if channels_last:
+            batch = batch.to(memory_format=torch.channels_last)
+        with autocast(device, dtype):
+            rows = module(batch).float()
+        if x is None:
+            x = torch.zeros(len(images), rows.shape[1], device=device)
+        x[index.to(device)] = rows
+    module.train(training)
+    assert x is not None
+    return distributed.total(x) if shared else x
+
+
 class Judged:
     """An encoder with the labelled images it is judged on; features are computed when first asked for.
 
     Args:
-        encoder: in whatever mode; features are taken in eval mode and the mode is put back.
+        encoder: in whatever mode.
         data: memory and test images with labels.
         device: where to compute.
         dtype: number format of the forward pass.
@@ -52,37 +95,19 @@ class Judged:
         self, encoder: Encoder, data: ImageData, device: torch.device, dtype: torch.dtype, channels_last: bool = False
     ):
         self.encoder, self.data, self.device, self.dtype = encoder, data, device, dtype
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.channels_last = channels_last
 
     @cached_property
     def memory(self) -> Features:
         """Of the bank that kNN votes with and linear classifiers learn from."""
-        assert self.data.memory is not None
-        return self.embed(self.data.memory)
+        return self._features(self.data.memory)
 
     @cached_property
     def test(self) -> Features:
         """Of the images that are classified."""
-        assert self.data.test is not None
-        return self.embed(self.data.test)
+        return self._features(self.data.test)
 
-    @torch.no_grad()
-    def embed(self, images: Images) -> Features:
-        """Features of all images in their order, under the eval transform."""
-        training = self.encoder.training
-        self.encoder.eval()
-        x = torch.empty(len(images), self.encoder.out_dim, device=self.device)
-        for pixels, sizes, index in images.batches(BATCH):
-            batch = eval_view(
-                pixels.to(self.device, non_blocking=True),
-                sizes,
-                size=self.data.size,
-                crop=1.0,
-                mean=self.data.mean,
-                std=self.data.std,
-            )
-            with autocast(self.device, self.dtype):
-                x[index.to(self.device)] = self.encoder(batch.to(memory_format=self.memory_format)).float()
-        self.encoder.train(training)
-        assert images.labels is not None
+    def _features(self, images: Images | None) -> Features:
+        assert images is not None and images.labels is not None
+        x = embed(self.encoder, images, self.data, self.device, self.dtype, self.channels_last)
         return Features(x, images.labels.to(self.device).long())

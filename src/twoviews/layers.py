@@ -1,7 +1,8 @@
 """What two or more methods are made of: heads, queues, moving averages and batch norms."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 import torch
 from jaxtyping import Float
@@ -31,6 +32,12 @@ def mlp(dims: list[int], *, norm: bool = True, last_norm: bool = False, last_aff
     if last_norm:
         layers.append(nn.BatchNorm1d(dims[-1], affine=last_affine))
     return nn.Sequential(*layers)
+
+
+def encode_crops(encoder: nn.Module, views: Sequence[Float[Tensor, "B C _h _w"]]) -> Float[Tensor, "VB F"]:
+    """Features of all views, view after view; neighbours of one size go through the encoder as one batch."""
+    groups = [list(group) for _, group in groupby(views, key=lambda view: view.shape[-2:])]
+    return torch.cat([encoder(torch.cat(group)) for group in groups])
 
 
 def spread(z: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
@@ -69,6 +76,25 @@ class Queue(nn.Module):
         self.register_buffer("rows", nnf.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
 
+    def check(self, batch_size: int, per_image: int, train_images: int) -> None:
+        """Whether it can be a queue of negatives for steps that push `per_image` rows for each image.
+
+        Raises:
+            BadInput: it would hold an image's own older keys, or not even the rows of one step.
+        """
+        keys = batch_size * per_image
+        if self.size > train_images:
+            raise BadInput(
+                f"method.queue_size={self.size} is larger than the {train_images} training images, so an image would be "
+                f"contrasted with its own older keys; use at most {train_images}, for example "
+                f"method.queue_size={max(keys, train_images // 2 // keys * keys)}."
+            )
+        if self.size < keys:
+            raise BadInput(
+                f"method.queue_size={self.size} is smaller than the {keys} keys of one step; use "
+                f"method.queue_size={4 * keys} or batch_size={max(1, self.size // per_image)}."
+            )
+
     @torch.no_grad()
     def push(self, z: Float[Tensor, "B D"]) -> None:
         """Overwrite the oldest B rows, B <= size; wraps around at the end, whatever B is."""
@@ -105,6 +131,32 @@ class SplitBatchNorm(nn.BatchNorm2d):
         self.running_mean.copy_(distributed.mean(mean.view(parts, c).mean(0)))
         self.running_var.copy_(distributed.mean(var.view(parts, c).mean(0)))
         return y.reshape(b, c, h, w)
+
+
+def check_splits(splits: int, batch_size: int, processes: int) -> None:
+    """Whether a batch can be cut into that many parts for SplitBatchNorm.
+
+    Raises:
+        BadInput: it cannot; with the sizes that could.
+    """
+    if splits > 1 and (splits % processes or batch_size % splits or batch_size // splits < 2):
+        batch = f"batch_size={max(2, round(batch_size / splits)) * splits} or " if splits % processes == 0 else ""
+        raise BadInput(
+            f"method.bn_splits={splits} needs a batch_size that is a multiple of it (at least {2 * splits}) and a number "
+            f"of processes that divides it; this is batch_size={batch_size} and {processes} process(es): use "
+            f"{batch}method.bn_splits=1."
+        )
+
+
+@torch.no_grad()
+def shuffled_keys(key_encoder: nn.Module, x: Float[Tensor, "B C H W"], splits: int) -> Float[Tensor, "B D"]:
+    """Unit embeddings by ShuffleBN: keys see other batch-norm company than their queries, over parts and over processes."""
+    if splits == 1:
+        return nnf.normalize(key_encoder(x).float(), dim=1)
+    everything = distributed.gather(x)
+    order = distributed.from_first(torch.randperm(len(everything)).to(x.device))
+    k = nnf.normalize(key_encoder(everything[distributed.local_rows(order)]).float(), dim=1)
+    return distributed.local_rows(distributed.gather(k)[order.argsort()])
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):

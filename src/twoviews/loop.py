@@ -12,10 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from twoviews import distributed
 from twoviews.backbones import Encoder
+from twoviews.clusters.kmeans import Clustered
 from twoviews.console import Console, duration
 from twoviews.data.loader import Batch, Loader
 from twoviews.features import Judged, Pixels
-from twoviews.methods.method import Method, Progress
+from twoviews.methods.method import Embed, Method, Progress
 from twoviews.protocols.protocol import Protocol
 from twoviews.randomness import seed_of
 from twoviews.run import Run
@@ -56,6 +57,8 @@ class Training:
         seed: of all randomness after initialisation.
         protocols: what to measure in passing, by name.
         judge: an encoder with the labelled images it is measured on; None where there are no labels.
+        embed: what a module makes of all training images.
+        score: numbers about clusterings of the training images.
     """
 
     def __init__(
@@ -73,10 +76,13 @@ class Training:
         seed: int,
         protocols: Mapping[str, Protocol],
         judge: Callable[[Encoder], Judged] | None,
+        embed: Embed,
+        score: Callable[[Clustered], dict[str, float]],
     ):
         self.method, self.loader, self.optimizer, self.schedule = method, loader, optimizer, schedule
         self.runtime, self.run, self.metrics, self.console = runtime, run, metrics, console
         self.epochs, self.seed, self.protocols, self.judge = epochs, seed, protocols, judge
+        self.embed, self.score = embed, score
         self.device = runtime.torch_device()
         self.dtype = runtime.dtype(self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -160,6 +166,8 @@ class Training:
                 if stop.received(self.device):
                     return False
                 epoch = self.position.step // steps
+                if self.position.step % steps == 0:
+                    self._before_epoch(epoch)
                 self.loader.set_epoch(epoch, start=self.position.step - epoch * steps)
                 if self._train_epoch(wrapped, stop):
                     self._watch(epoch + 1)
@@ -167,6 +175,18 @@ class Training:
             return True
         finally:
             self.console.stop()
+
+    def _before_epoch(self, epoch: int) -> None:
+        """The method's E-step, if it has one, with its seconds and scores.
+
+        Nothing is saved between this and the first step of the epoch: an interrupted E-step is done again, from the
+        weights and centroids that it began with.
+        """
+        start = time.monotonic()
+        clustered = self.method.before_epoch(epoch, self.embed, seed_of(self.seed, "e-step", epoch))
+        if clustered:
+            values = {"time/e_step": time.monotonic() - start}
+            self._log({**values, **(self.score(clustered) if distributed.rank() == 0 else {})})
 
     def _wrapped(self) -> Callable:
         wrapped: Any = self.method
@@ -217,6 +237,7 @@ class Training:
                 self.scaler.scale(output.loss / parts).backward()
             losses.append(output.loss.detach())
             metrics = output.metrics
+        self.method.before_step(Progress(self.position.step, len(self.loader), self.epochs))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -267,7 +288,7 @@ class Training:
         left = self.epochs - self.epoch
         self.console.say(
             f"{rate:.0f} images/s: an epoch takes {duration(epoch)}, the rest of the run about "
-            f"{duration(left * epoch + left / every * watching)}."
+            f"{duration(left * (epoch + self.latest.get('time/e_step', 0)) + left / every * watching)}."
         )
 
     def _baselines(self) -> None:

@@ -236,7 +236,7 @@ def test_split_norms_are_in_both_encoders_and_only_there_when_asked_for():
 def test_check(options, batch_size, images, processes, message):
     method = small(**{"queue_size": 64, **options})
     if message is None:
-        method.check(batch_size, images, processes)
+        method.prepare(batch_size, images, processes)
     else:
         with pytest.raises(BadInput, match=message):
-            method.check(batch_size, images, processes)
+            method.prepare(batch_size, images, processes)

@@ -4,14 +4,19 @@ A method is a module whose forward pass is its loss. It never sees labels, the c
 the loop never looks into it. No method derives from another: a variant of a paper is a file of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from twoviews.backbones import Encoder
+from twoviews.clusters.kmeans import Clustered
 from twoviews.layers import without_duplicates
+
+# What a module makes of all N training images, [N, D] in the order of their index: in eval mode, without gradient, under
+# the eval transform, in float32, and the same on every process.
+Embed = Callable[[nn.Module], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,16 +56,25 @@ class Method(nn.Module):
         """The loss of a batch; `index` says which training images it holds."""
         raise NotImplementedError
 
-    def check(self, batch_size: int, train_images: int, processes: int) -> None:
-        """Refuse what cannot work with this much data; sizes are over all processes.
+    def prepare(self, batch_size: int, train_images: int, processes: int) -> list[str]:
+        """Refuse what cannot work with this much data, make state whose size depends on it; sentences for the user.
+
+        Called once, before the optimizer is made and before a checkpoint is loaded; sizes are over all processes.
 
         Raises:
             BadInput: with the value, the limit and the remedy.
         """
+        return []
 
     def param_groups(self) -> list[dict]:
         """Every trainable parameter in exactly one group; "fixed_lr": True keeps a group off the schedule."""
         return [{"params": without_duplicates([self])}]
+
+    def before_epoch(self, epoch: int, embed: Embed, seed: int) -> Clustered | None:
+        """Called before the first step of each epoch, counted from 0, with that epoch's seed: an E-step."""
+
+    def before_step(self, progress: Progress) -> None:
+        """Called between the gradients and the optimizer's step, whose count they do not include: frozen parameters."""
 
     def after_step(self, progress: Progress) -> None:
         """Called after each optimizer step: moving averages."""

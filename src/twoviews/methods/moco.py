@@ -15,8 +15,16 @@ from torch.nn import functional as nnf
 
 from twoviews import distributed
 from twoviews.backbones import Encoder
-from twoviews.errors import BadInput
-from twoviews.layers import Queue, ema_update, frozen_copy, mlp, split_batch_norms, spread
+from twoviews.layers import (
+    Queue,
+    check_splits,
+    ema_update,
+    frozen_copy,
+    mlp,
+    shuffled_keys,
+    split_batch_norms,
+    spread,
+)
 from twoviews.methods.method import Method, Output, Progress
 from twoviews.ranges import Count, EmaMomentum, Temperature
 
@@ -70,41 +78,17 @@ class MoCo(Method):
         self.key_encoder = frozen_copy(nn.Sequential(self.encoder, self.projector))
         self.queue = Queue(queue_size, embed_dim)
 
-    def check(self, batch_size: int, train_images: int, processes: int) -> None:
+    def prepare(self, batch_size: int, train_images: int, processes: int) -> list[str]:
         """Queue against data and batch, batch against the parts of SplitBatchNorm."""
-        keys = batch_size * (2 if self.symmetric else 1)
-        size, splits = self.queue.size, self.bn_splits
-        if size > train_images:
-            raise BadInput(
-                f"method.queue_size={size} is larger than the {train_images} training images, so an image would be "
-                f"contrasted with its own older keys; use at most {train_images}, for example "
-                f"method.queue_size={max(keys, train_images // 2 // keys * keys)}."
-            )
-        if size < keys:
-            raise BadInput(
-                f"method.queue_size={size} is smaller than the {keys} keys of one step; use method.queue_size={4 * keys} "
-                f"or batch_size={max(1, batch_size * size // keys)}."
-            )
-        if splits > 1 and (splits % processes or batch_size % splits or batch_size // splits < 2):
-            batch = f"batch_size={max(2, round(batch_size / splits)) * splits} or " if splits % processes == 0 else ""
-            raise BadInput(
-                f"method.bn_splits={splits} needs a batch_size that is a multiple of it (at least {2 * splits}) and a number "
-                f"of processes that divides it; this is batch_size={batch_size} and {processes} process(es): use "
-                f"{batch}method.bn_splits=1."
-            )
+        self.queue.check(batch_size, 2 if self.symmetric else 1, train_images)
+        check_splits(self.bn_splits, batch_size, processes)
+        return []
 
     def _queries(self, x: Tensor) -> Float[Tensor, "B D"]:
         return nnf.normalize(self.projector(self.encoder(x)).float(), dim=1)
 
-    @torch.no_grad()
     def _keys(self, x: Tensor) -> Float[Tensor, "B D"]:
-        """ShuffleBN: keys see other batch-norm company than their queries, over parts and over processes."""
-        if self.bn_splits == 1:
-            return nnf.normalize(self.key_encoder(x).float(), dim=1)
-        everything = distributed.gather(x)
-        order = distributed.from_first(torch.randperm(len(everything)).to(x.device))
-        k = nnf.normalize(self.key_encoder(everything[distributed.local_rows(order)]).float(), dim=1)
-        return distributed.local_rows(distributed.gather(k)[order.argsort()])
+        return shuffled_keys(self.key_encoder, x, self.bn_splits)
 
     def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
         """Queries of the first view against keys of the second, and the reverse if symmetric."""

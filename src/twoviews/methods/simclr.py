@@ -52,12 +52,13 @@ class SimCLR(Method):
         self.encoder = encoder
         self.projector = mlp([encoder.out_dim, hidden_dim, embed_dim])
 
-    def check(self, batch_size: int, train_images: int, processes: int) -> None:
+    def prepare(self, batch_size: int, train_images: int, processes: int) -> list[str]:
         """Negatives come from the batch."""
         if batch_size < 2:
             raise BadInput(
                 f"batch_size={batch_size} leaves SimCLR without negatives; use at least 2, usually 256 or more."
             )
+        return []
 
     def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
         """Both views go through the encoder as one batch, as in the authors' code, so they share batch-norm statistics."""
