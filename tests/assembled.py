@@ -25,9 +25,20 @@ CONF = Path(__file__).parents[1] / "conf"
 METHODS = {path.stem: [] for path in sorted((CONF / "method").glob("*.yaml"))} | {
     "moco_symmetric": ["method.symmetric=true"],
     "moco_plain_norms": ["method.bn_splits=1"],
+    "pcl_masked": ["method.mask_same_cluster=true"],
+    "pcl_drawn": ["method.negative_prototypes=3"],
 }
 # Where a method has such a parameter, the test gives it this value.
-SMALL = {"embed_dim": 16, "hidden_dim": 24, "queue_size": 80, "bn_splits": 4}
+SMALL = {
+    "embed_dim": 16,
+    "hidden_dim": 24,
+    "queue_size": 80,
+    "bn_splits": 4,
+    "prototypes": 12,
+    "clusters": [20, 40],
+    "negative_prototypes": "null",
+    "warmup_epochs": 0,
+}
 BATCH = 16
 
 
@@ -56,10 +67,12 @@ def config(name: str, *overrides: str) -> DictConfig:
 
 
 def build(cfg: DictConfig) -> Parts:
-    """The parts of that training, as the entry point makes them."""
+    """The parts of that training, as the entry point makes them, at the start of its first epoch."""
     data = load_data(cfg)
     runtime = hydra.utils.instantiate(cfg.runtime)
-    return make_parts(cfg, data, make_views(cfg, data), runtime, torch.device("cpu"))
+    parts = make_parts(cfg, data, make_views(cfg, data), runtime, torch.device("cpu"))
+    parts.method.before_epoch(0, parts.embed, seed=0)
+    return parts
 
 
 def batch_of(parts: Parts, number: int) -> Batch:
@@ -75,6 +88,7 @@ def step(parts: Parts, number: int, batch: Batch | None = None, wrapped: Callabl
     torch.manual_seed(number)
     loss = (wrapped or parts.method)(batch.views, batch.index).loss
     loss.backward()
+    parts.method.before_step(Progress(number, len(parts.loader), 4))
     parts.optimizer.step()
     parts.optimizer.zero_grad()
     parts.method.after_step(Progress(number + 1, len(parts.loader), 4))

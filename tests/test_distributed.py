@@ -166,7 +166,7 @@ def test_methods_compute_what_one_process_does(name, two):
         for key, value in one["state"].items():
             if not key.endswith("num_batches_tracked"):
                 torch.testing.assert_close(
-                    found["state"][key], value, rtol=1e-3, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
+                    found["state"][key], value, rtol=1e-3, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}"
                 )
     first, second = (found["state"] for found in both)
     assert all(torch.equal(second[key], value) for key, value in first.items())

@@ -39,7 +39,7 @@ def same_metrics(one: Path, other: Path) -> None:
             (line["step"], key, value)
             for line in lines(folder)
             for key, value in line.items()
-            if key not in ("time", "images_per_s", "step", "epoch")
+            if key not in ("time", "images_per_s", "time/e_step", "step", "epoch")
         ]
 
     assert points(one) == points(other)
@@ -74,6 +74,40 @@ def test_stopped_by_signal_in_mid_epoch(tmp_path: Path, undisturbed: Path, numbe
     assert train(tmp_path).wait(300) == 0
     assert_same_weights(undisturbed / "run", tmp_path / "run")
     same_metrics(undisturbed, tmp_path)
+
+
+PCL = ("method=pcl", "method.warmup_epochs=1", "method.clusters=[8,20]", "epochs=4")
+SIGNAL_IN_E_STEP = """
+import os, runpy, sys
+from twoviews.methods import pcl
+
+kmeans, calls = pcl.kmeans, 0
+
+def signalled(*args, **options):
+    global calls
+    calls += 1
+    if calls == 4:
+        os.kill(os.getpid(), int(sys.argv[1]))
+    return kmeans(*args, **options)
+
+pcl.kmeans = signalled
+sys.argv[:] = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_in_the_middle_of_an_e_step(tmp_path: Path, number: signal.Signals) -> None:
+    """In the second E-step, which starts from the first one's centroids, between its two clusterings."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert train(whole, *PCL).wait(300) == 0, (whole / "stderr.txt").read_text()
+    command = [str(ROOT / "train.py"), *SMALL_MOCO, *LONG, *PCL, f"hydra.run.dir={broken / 'run'}"]
+    process = start(["-c", SIGNAL_IN_E_STEP, str(int(number)), *command], broken)
+    assert process.wait(300) == (-number if number == signal.SIGKILL else 128 + number)
+    assert [line["step"] for line in lines(broken) if "time/e_step" in line][0] == 4
+    assert train(broken, *PCL).wait(300) == 0
+    assert_same_weights(whole / "run", broken / "run")
+    same_metrics(whole, broken)
 
 
 def test_damaged_checkpoint_falls_back(tmp_path: Path, undisturbed: Path) -> None:
@@ -120,8 +154,10 @@ METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")
 def test_every_method_resumes(tmp_path: Path, method: str, optimizer: str) -> None:
     if optimizer != "sgd" and method not in ("byol", "simsiam"):
         pytest.skip("optimizers with state are covered by two methods")
-    queue = ["method.queue_size=96", "method.bn_splits=4"] if method.startswith("moco") else []
-    overrides = [*SMALL, f"method={method}", "augmentation=digits", f"optimizer={optimizer}", *queue]
+    fitting = ["method.queue_size=96", "method.bn_splits=4"] if method.startswith(("moco", "pcl")) else []
+    if method.startswith("pcl"):
+        fitting += ["method.clusters=[8,20]", "method.negative_prototypes=null", "method.warmup_epochs=1"]
+    overrides = [*SMALL, f"method={method}", "augmentation=digits", f"optimizer={optimizer}", *fitting]
     whole, broken = (build(overrides, tmp_path / name) for name in ("whole", "broken"))
     assert whole.fit(Never())
     assert not broken.fit(After(6))
@@ -179,4 +215,6 @@ def build(overrides: list[str], folder: Path):
         seed=cfg.seed,
         protocols={},
         judge=None,
+        embed=parts.embed,
+        score=parts.score,
     )

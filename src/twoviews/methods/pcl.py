@@ -1,0 +1,208 @@
+"""PCL: MoCo, and beside the other view's key a prototype for each image: the centroid of its cluster.
+
+Li et al., "Prototypical Contrastive Learning of Unsupervised Representations", arXiv:2005.04966, and salesforce/PCL.
+The E-step at the start of an epoch clusters what the momentum encoder makes of all training images, for several numbers
+of clusters; the M-step is the training of the epoch.
+Shapes: B images, D embedding, N training images, K clusters. Letters: q queries, k keys, c prototypes, phi concentrations.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from twoviews import distributed
+from twoviews.backbones import Encoder
+from twoviews.clusters.kmeans import Clustered, concentration, kmeans
+from twoviews.errors import BadInput
+from twoviews.layers import (
+    Queue,
+    check_splits,
+    ema_update,
+    frozen_copy,
+    mlp,
+    shuffled_keys,
+    split_batch_norms,
+    spread,
+)
+from twoviews.methods.method import Embed, Method, Output, Progress
+from twoviews.methods.moco import info_nce
+from twoviews.randomness import seed_of
+from twoviews.ranges import Count, EmaMomentum, Temperature
+
+IMAGES_PER_CLUSTER = (200, 100, 50)  # of the default: k = 250, 500 and 1000 for CIFAR's 50,000 images
+
+
+def proto_nce(
+    q: Float[Tensor, "B D"],
+    c: Float[Tensor, "R D"],
+    phi: Float[Tensor, " R"],
+    own: Int[Tensor, " B"],
+    false_negatives: Bool[Tensor, "B R"] | None = None,
+) -> Float[Tensor, ""]:
+    """Eq. 11 for one clustering: cross-entropy of each image's own prototype among R candidates; unit rows.
+
+    Args:
+        q: queries.
+        c: candidate prototypes.
+        phi: concentration of each candidate, the temperature of its column.
+        own: which candidate is the image's.
+        false_negatives: candidates that are left out, image by image.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        logits = q @ c.T / phi  # [B, R]
+    if false_negatives is not None:
+        logits = logits.masked_fill(false_negatives, -torch.inf)
+    return nnf.cross_entropy(logits, own)
+
+
+class Prototypes(nn.Module):
+    """One clustering of the N training images; part of the checkpoint."""
+
+    assignment: Int[Tensor, " N"]
+    centroids: Float[Tensor, "K D"]  # means as k-means leaves them, not of unit length
+    phi: Float[Tensor, " K"]
+
+    def __init__(self, k: int, images: int, dim: int):
+        super().__init__()
+        self.k = k
+        self.register_buffer("assignment", torch.zeros(images, dtype=torch.long))
+        self.register_buffer("centroids", torch.zeros(k, dim))
+        self.register_buffer("phi", torch.ones(k))
+
+
+class PCL(Method):
+    """Algorithm 1 of the paper.
+
+    Args:
+        encoder: the network to pretrain; the query encoder without its head.
+        embed_dim: D.
+        queue_size: negatives of the InfoNCE part, at most the number of training images.
+        momentum: m of the moving average that makes the key encoder.
+        temperature: T of InfoNCE, and the mean of the concentrations.
+        mlp_head: a hidden layer as wide as the features before the embedding (v2), instead of one linear layer (v1).
+        bn_splits: parts of the batch, over all processes, with batch-norm statistics of their own; 1 is ordinary batch norm.
+        clusters: k of each clustering; None: one cluster for 200, for 100 and for 50 images.
+        negative_prototypes: how many prototypes of clusters that no image of the batch is in are drawn as negatives, beside
+            those of the other images; None: all of them.
+        mask_same_cluster: leave out the prototypes of images in an image's own cluster, which are false negatives; the
+            original keeps them.
+        warmup_epochs: epochs of InfoNCE alone.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        embed_dim: Count,
+        queue_size: Count,
+        momentum: EmaMomentum,
+        temperature: Temperature,
+        mlp_head: bool,
+        bn_splits: Count,
+        clusters: list[Count] | None,
+        negative_prototypes: Count | None,
+        mask_same_cluster: bool,
+        warmup_epochs: int,
+    ):
+        super().__init__()
+        self.embed_dim, self.momentum, self.temperature, self.bn_splits = embed_dim, momentum, temperature, bn_splits
+        self.clusters, self.negative_prototypes = clusters, negative_prototypes
+        self.mask_same_cluster, self.warmup_epochs = mask_same_cluster, warmup_epochs
+        self.encoder = encoder
+        features = encoder.out_dim
+        self.projector = mlp([features, features, embed_dim] if mlp_head else [features, embed_dim], norm=False)
+        if bn_splits > 1:
+            split_batch_norms(self.encoder, bn_splits)
+        self.key_encoder = frozen_copy(nn.Sequential(self.encoder, self.projector))
+        self.queue = Queue(queue_size, embed_dim)
+        self.prototypes = nn.ModuleList()
+        self.clustered = False
+
+    def get_extra_state(self) -> Tensor:
+        """Whether there has been an E-step; in memory on the CPU, so that asking does not wait for the device."""
+        return torch.tensor(self.clustered)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """What `get_extra_state` gave."""
+        self.clustered = bool(state)
+
+    def prepare(self, batch_size: int, train_images: int, processes: int) -> list[str]:
+        """Queue, parts of the batch and clusters against the data; room for the assignments."""
+        self.queue.check(batch_size, 1, train_images)
+        check_splits(self.bn_splits, batch_size, processes)
+        ks = self.clusters or [max(2, train_images // images) for images in IMAGES_PER_CLUSTER]
+        if max(ks) > train_images:
+            raise BadInput(
+                f"method.clusters={ks} asks for more clusters than there are training images; use at most {train_images}."
+            )
+        if len(set(ks)) < len(ks):
+            raise BadInput(f"method.clusters={ks} has a number twice; give each k once.")
+        if self.negative_prototypes and self.negative_prototypes > min(ks) - batch_size:
+            room = min(ks) - batch_size
+            fitting = f"at most {room} or " if room > 0 else ""
+            raise BadInput(
+                f"method.negative_prototypes={self.negative_prototypes} with {min(ks)} clusters, of which a batch of "
+                f"{batch_size} images can fill {min(batch_size, min(ks))}; use {fitting}null, which takes all there are."
+            )
+        self.prototypes = nn.ModuleList(Prototypes(k, train_images, self.embed_dim) for k in ks)
+        return [f"{' + '.join(f'{k:,}' for k in ks)} clusters from epoch {self.warmup_epochs + 1} on"]
+
+    def before_epoch(self, epoch: int, embed: Embed, seed: int) -> Clustered | None:
+        """The E-step: k-means of the momentum encoder's embeddings for each k, from last epoch's assignment."""
+        if epoch < self.warmup_epochs:
+            return None
+        x = nnf.normalize(embed(self.key_encoder), dim=1)
+        found, previous = {}, {}
+        for part in self.prototypes:
+            name = f"k{part.k}"
+            if self.clustered:
+                previous[name] = part.assignment.clone()
+            clusters = kmeans(x, part.k, seed=seed_of(seed, part.k), start=previous.get(name))
+            part.assignment.copy_(clusters.assignment)
+            part.centroids.copy_(clusters.centroids)
+            part.phi.copy_(concentration(clusters, self.temperature))
+            found[name] = clusters
+        self.clustered = True
+        return Clustered(x, found, previous)
+
+    def _candidates(self, part: Prototypes, positives: Int[Tensor, " B"]) -> Int[Tensor, " R"]:
+        """The prototypes of all images of the batch, first, and those of clusters that none of them is in."""
+        absent = torch.bincount(part.assignment, minlength=part.k) > 0  # an empty cluster has no mean
+        absent[positives] = False
+        rest = absent.nonzero().flatten()
+        if self.negative_prototypes:
+            drawn = torch.randperm(len(rest))[: self.negative_prototypes].to(rest.device)
+            rest = rest[distributed.from_first(drawn)]
+        return torch.cat([positives, rest])
+
+    def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
+        """InfoNCE of the two views, and once there are clusters ProtoNCE of the first, averaged over clusterings."""
+        x1, x2 = views
+        queue = self.queue.rows.clone()
+        q = nnf.normalize(self.projector(self.encoder(x1)).float(), dim=1)
+        k = shuffled_keys(self.key_encoder, x2, self.bn_splits)
+        loss = info_nce(q, k, queue, self.temperature)
+        self.queue.push(distributed.gather(k))
+        metrics = {"spread": spread(q)}
+        if self.clustered:
+            everyone = distributed.gather(index)
+            own = distributed.local_rows(torch.arange(len(everyone), device=q.device))
+            losses = []
+            for part in self.prototypes:
+                candidates = self._candidates(part, part.assignment[everyone])
+                same = None
+                if self.mask_same_cluster:
+                    same = part.assignment[index][:, None] == candidates
+                    same = same.scatter(1, own[:, None], False)
+                c = nnf.normalize(part.centroids[candidates], dim=1)
+                losses.append(proto_nce(q, c, part.phi[candidates], own, same))
+            prototype_loss = torch.stack(losses).mean()
+            metrics.update(instance_loss=loss.detach(), prototype_loss=prototype_loss.detach())
+            loss = loss + prototype_loss
+        return Output(loss, metrics)
+
+    def after_step(self, progress: Progress) -> None:
+        """The key encoder follows; batch-norm statistics stay its own, as in the original."""
+        ema_update(self.key_encoder, (self.encoder, self.projector), self.momentum)
