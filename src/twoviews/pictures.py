@@ -25,7 +25,7 @@ def draw_views(path: Path, images: Images, views: Views, seed: int) -> None:
     made = views(pixels, views.draw(sizes, generator(seed, "picture of views")))
     mean, std = views.mean[:, None, None], views.std[:, None, None]
     columns = [pixels.float() / 255, *(view * std + mean for view in made)]
-    tiles = [torch.stack([_tile(image) for image in column]) for column in columns]
+    tiles = [torch.stack([enlarged(image) for image in column]) for column in columns]
     side = max(tile.shape[1] for tile in tiles)
     gap = 4
     sheet = torch.full(
@@ -41,7 +41,7 @@ def draw_views(path: Path, images: Images, views: Views, seed: int) -> None:
     new.replace(path)
 
 
-def _tile(image: Float[Tensor, "C H W"]) -> UInt8[Tensor, "h w 3"]:
+def enlarged(image: Float[Tensor, "C H W"]) -> UInt8[Tensor, "h w 3"]:
     """Three channels as they are, others as the grey of their mean; enlarged by a whole factor."""
     colour = image if len(image) == 3 else image.mean(0, keepdim=True).expand(3, -1, -1)
     factor = max(1, -(-SHOWN_SIDE // image.shape[1]))

@@ -24,6 +24,7 @@ class Images:
     pixels: UInt8[Tensor, "N C S S"] | Decoded
     sizes: Int[Tensor, "N 2"]  # original height and width in px
     labels: Int[Tensor, "N"] | None  # 0..classes-1
+    paths: list[str] | None = None  # of the picture files, where they are files
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -50,7 +51,9 @@ class Images:
     def subset(self, index: Int[Tensor, "n"]) -> "Images":
         """Those of the images that `index` names, in its order."""
         pixels = self.pixels.subset(index) if isinstance(self.pixels, Decoded) else self.pixels[index]
-        return Images(pixels, self.sizes[index], None if self.labels is None else self.labels[index])
+        labels = None if self.labels is None else self.labels[index]
+        paths = None if self.paths is None else [self.paths[row] for row in index.tolist()]
+        return Images(pixels, self.sizes[index], labels, paths)
 
 
 @dataclass(frozen=True)

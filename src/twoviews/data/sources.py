@@ -254,7 +254,8 @@ def _data(name: str, store: Store, files: Decoded | None = None, notes: Sequence
     def split(start: int, stop: int) -> Images:
         own = pixels.subset(torch.arange(start, stop)) if isinstance(pixels, Decoded) else pixels[start:stop]
         labels = store.labels[start:stop]
-        return Images(own, store.sizes[start:stop], None if (labels < 0).any() else labels)
+        paths = None if files is None else files.paths[start:stop]
+        return Images(own, store.sizes[start:stop], None if (labels < 0).any() else labels, paths)
 
     meta = store.meta
     ranges = {part: (start, stop) for part, (start, stop) in meta["splits"].items()}

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = ("config.yaml", "environment.json", "data.json", "commit.txt")
 FILES = (*DESCRIPTION, "diff.patch", "encoder.json", "result.json")
+PATTERNS = ("*.png", "clusters*.json", "clusters*.npz")
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 # MLflow's limits, in characters and in items a call.
 KEY_LENGTH, PARAM_LENGTH, TAG_LENGTH, DATASET_DIGEST_LENGTH = 250, 6000, 8000, 36
@@ -204,7 +205,8 @@ def _status(folder: Path, closed: bool) -> str:
 def _changed_files(folder: Path, state: State) -> dict[str, list[int]]:
     """Name -> [mtime in ns, bytes] of the artifacts that MLflow does not have as they are now."""
     found = {}
-    for path in [*(folder / name for name in FILES), *sorted(folder.glob("*.png"))]:
+    more = sorted(path for pattern in PATTERNS for path in folder.glob(pattern))
+    for path in [*(folder / name for name in FILES), *more]:
         with contextlib.suppress(FileNotFoundError):
             stat = path.stat()
             found[path.name] = [stat.st_mtime_ns, stat.st_size]

@@ -1,0 +1,60 @@
+"""Cluster images by the encoder of a run: python cluster.py run=outputs/moco-cifar10-1a2b3c4d clusters=[10,50,100]."""
+
+from pathlib import Path
+
+from twoviews.config import build, entry
+
+
+@entry("cluster")
+def main(cfg, folder: Path) -> int:
+    """Embed the images once, cluster them for every k, and leave scores, assignments and pictures in the run folder."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import DictConfig, OmegaConf
+
+    from twoviews.assembly import load_data
+    from twoviews.clusters.kmeans import concentration, kmeans
+    from twoviews.clusters.scores import scores
+    from twoviews.clusters.sheet import draw_clusters
+    from twoviews.clusters.subject import Subject
+    from twoviews.console import Console
+    from twoviews.randomness import seed_of
+    from twoviews.run import Run
+    from twoviews.tracking import afterwards, page
+
+    console, run = Console(), Run.existing(cfg.run)
+    afterwards.check(run.folder)
+    recorded = OmegaConf.create(run.config())
+    dotted = OmegaConf.from_dotlist([one for one in HydraConfig.get().overrides.task if one.startswith("runtime.")])
+    runtime = build(DictConfig({**recorded.runtime, **dotted.get("runtime", {})}))
+    data = load_data(cfg if "data" in cfg else recorded)
+    for note in data.notes:
+        console.say(note)
+    subject = Subject(run, data, cfg.split, own="data" not in cfg)
+    subject.check(cfg.clusters)
+    if subject.changed:
+        console.say("warning: these are not the images of the run (their digest differs).")
+    console.say(f"features of {len(subject.images):,} images of {data.name}, split {cfg.split}")
+    x = subject.features(runtime)
+    rows, values = {}, {}
+    for k in sorted(set(cfg.clusters)):
+        clusters = kmeans(x, k, seed=seed_of(cfg.seed, k))
+        found = scores(x, clusters, labels=subject.images.labels, previous=None, seed=cfg.seed)
+        subject.save(k, clusters, concentration(clusters, cfg.temperature))
+        title = f"{run.folder.name}: {len(x):,} images of {data.name} ({cfg.split}) in {k} clusters"
+        draw_clusters(run.folder / f"{subject.name}_{k}.png", subject.images, clusters, data.classes, title)
+        last = ("largest", "smallest", "empty")
+        rows[f"k = {k}"] = ", ".join(f"{key} {found[key]:.4g}" for key in sorted(found, key=last.__contains__))
+        values[k] = found
+    subject.record({"seed": cfg.seed, "temperature": cfg.temperature}, values)
+    afterwards.add(run.folder, {f"{subject.name}/k{k}/{key}": v for k, one in values.items() for key, v in one.items()})
+    afterwards.deliver(run.folder, recorded.tracking.mirror, console.say)
+    rows["MLflow"] = page(run.folder)
+    console.table(
+        f"{run.folder.name}: {len(x):,} images of {data.name} (nmi, ari, accuracy and purity in percent)", rows
+    )
+    console.say(f"written to {run.folder}: {subject.name}.json, and _<k>.npz and _<k>.png for each k")
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The picture sheet of a clustering: made to see at a glance what its clusters have in common, and what they mix."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from twoviews.clusters.kmeans import Clusters
+from twoviews.data.images import Images
+from twoviews.data.views import eval_view
+from twoviews.pictures import enlarged
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.ImageFont import FreeTypeFont
+
+ROWS = 20  # clusters shown at most
+NEAREST, FARTHEST = 10, 4  # images of each
+LARGEST_SIDE = 128  # px; larger images are reduced to it
+GAP, CAPTION, HEAD = 8, 220, 90  # px: between images, width of the captions, height of the heading
+TEXT = 16  # px
+GREY, RED = (110, 110, 110), (220, 40, 40)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cluster on the sheet."""
+
+    cluster: int
+    members: Int[Tensor, " n"]  # images, nearest to the centroid first
+    majority: int  # the commonest class; -1 without labels
+    purity: float  # its share, in [0, 1]; 0 without labels
+    looseness: float  # mean squared distance to the centroid
+
+    def caption(self, classes: Sequence[str]) -> list[str]:
+        """Its lines of text."""
+        images = f"{len(self.members):,} image" + ("s" if len(self.members) > 1 else "")
+        if self.majority < 0:
+            return [f"cluster {self.cluster}", images, f"distance {self.looseness:.3g}"]
+        return [f"cluster {self.cluster}", images, f"{100 * self.purity:.0f} % are {classes[self.majority]}"]
+
+    @property
+    def shown(self) -> list[int]:
+        """The images to show: its nearest, then its farthest, each once."""
+        members = self.members.tolist()
+        return members[:NEAREST] + members[NEAREST:][-FARTHEST:]
+
+
+def rows(clusters: Clusters, labels: Int[Tensor, " N"] | None) -> list[Row]:
+    """All clusters that have images, the purest first; without labels the tightest first."""
+    order = clusters.distance.argsort(stable=True).cpu()
+    order = order[clusters.assignment.cpu()[order].argsort(stable=True)]
+    distance, made = clusters.distance.cpu(), []
+    for cluster, members in enumerate(order.split(clusters.sizes.tolist())):
+        if len(members):
+            majority, purity = -1, 0.0
+            if labels is not None:
+                counts = torch.bincount(labels.cpu()[members])
+                majority, purity = int(counts.argmax()), counts.max().item() / len(members)
+            made.append(Row(cluster, members, majority, purity, distance[members].mean().item()))
+    return sorted(made, key=lambda row: (-row.purity, row.looseness))
+
+
+def spread(ordered: Sequence[Row], count: int = ROWS) -> list[Row]:
+    """So many of the rows at even steps from the first to the last: the good, the middling and the bad."""
+    if len(ordered) <= count:
+        return list(ordered)
+    return [ordered[round(place)] for place in torch.linspace(0, len(ordered) - 1, count).tolist()]
+
+
+def draw_clusters(path: Path, images: Images, clusters: Clusters, classes: Sequence[str], title: str) -> None:
+    """A row for each of at most ROWS clusters: what it is, its images nearest to the centroid and those farthest away.
+
+    Where there are labels, the rows go from the purest to the most mixed cluster, and images that are not of their
+    cluster's commonest class have a red frame; else from the tightest to the loosest.
+
+    Args:
+        path: of the PNG.
+        images: what was clustered.
+        clusters: of all `images`.
+        classes: names by label.
+        title: first line of the heading.
+    """
+    from PIL import Image, ImageDraw
+
+    labels = images.labels
+    ordered = rows(clusters, labels)
+    shown = spread(ordered)
+    pictures = _pictures(images, sorted({image for row in shown for image in row.shown}))
+    side = max(picture.width for picture in pictures.values())
+    step = side + GAP
+    wide = CAPTION + (NEAREST + FARTHEST) * step + 3 * GAP
+    sheet = Image.new("RGB", (wide, HEAD + len(shown) * step + GAP), "white")
+    draw, plain, bold = ImageDraw.Draw(sheet), _font("DejaVuSans"), _font("DejaVuSans-Bold")
+    edge = CAPTION + NEAREST * step + 3 * GAP  # a wider gap sets the farthest images apart
+    draw.text((GAP, 8), title, "black", bold)
+    draw.text((GAP, 34), _explanation(len(shown), len(ordered), labels is not None), GREY, plain)
+    draw.text((CAPTION, HEAD - 26), "nearest to the centroid", GREY, plain)
+    draw.text((edge, HEAD - 26), "farthest from it", GREY, plain)
+    for number, row in enumerate(shown):
+        top = HEAD + number * step
+        for line, text in enumerate(row.caption(classes)):
+            font = bold if line == 2 else plain
+            draw.text((GAP, top + side / 2 - 34 + 24 * line), _fitted(text, font), "black" if line else GREY, font)
+        for place, image in enumerate(row.shown):
+            left = CAPTION + place * step if place < NEAREST else edge + (place - NEAREST) * step
+            sheet.paste(pictures[image], (left, top))
+            if labels is not None and labels[image] != row.majority:
+                draw.rectangle((left - 3, top - 3, left + side + 2, top + side + 2), outline=RED, width=3)
+    new = path.with_name(path.name + ".new")
+    sheet.save(new, format="PNG")
+    new.replace(path)
+
+
+def _explanation(shown: int, there: int, labelled: bool) -> str:
+    """Second line of the heading."""
+    which = "all clusters" if shown == there else f"{shown} of {there:,} clusters at even steps"
+    if not labelled:
+        return f"{which}, from the tightest to the loosest (distance: mean square of that to the centroid)"
+    return f"{which}, from the purest to the most mixed; red frame: not of the class that is commonest in the cluster"
+
+
+def _pictures(images: Images, index: list[int]) -> "dict[int, Image]":
+    """The central squares that the encoder sees, in a size to look at, by image."""
+    from PIL import Image
+
+    found, chosen = {}, torch.tensor(index)
+    for canvases, sizes, batch in images.batches(64, chosen):
+        channels, side = canvases.shape[1], canvases.shape[-1]
+        squares = eval_view(canvases.cpu(), sizes, size=side, crop=1.0, mean=(0.0,) * channels, std=(1.0,) * channels)
+        for image, square in zip(batch.tolist(), squares, strict=True):
+            picture = Image.fromarray(enlarged(square).numpy())
+            picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+            found[image] = picture
+    return found
+
+
+def _font(name: str) -> "FreeTypeFont":
+    """Matplotlib's own copy, which has Greek and Cyrillic letters too."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", TEXT)
+
+
+def _fitted(text: str, font: "FreeTypeFont") -> str:
+    """`text`, or as much of it as the caption has room for."""
+    room = CAPTION - 2 * GAP
+    if font.getlength(text) <= room:
+        return text
+    while font.getlength(text + "…") > room:
+        text = text[:-1]
+    return text + "…"

@@ -1,0 +1,68 @@
+"""What is measured of a run when its training is over: another line of its metrics.jsonl, and into the same MLflow run."""
+
+import json
+import math
+import os
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from twoviews.errors import BadInput
+from twoviews.tracking.metrics import NAME, acquire, lines, read
+from twoviews.tracking.mirror import reason
+from twoviews.tracking.sending import send
+from twoviews.tracking.state import is_written, writer_lock
+
+
+def check(folder: Path) -> None:
+    """Refuse a run that is still being trained: its encoder is about to be another.
+
+    Raises:
+        BadInput: it is.
+    """
+    if is_written(folder):
+        raise BadInput(f"{folder} is being trained at this moment; wait for its end, or interrupt it (Ctrl-C).")
+
+
+def add(folder: Path, values: Mapping[str, float]) -> None:
+    """Write the finite ones of these numbers as measured at the run's last step, unless they stand there already.
+
+    An interrupted run that goes on cuts them off again, like everything after its last checkpoint.
+
+    Raises:
+        BadInput: a process is training into `folder`.
+    """
+    lock = writer_lock(folder)
+    acquire(lock, folder)
+    try:
+        head, there = {"step": 0, "epoch": 0}, set()
+        for line in read(folder):
+            head = {key: line[key] for key in head}
+            there |= {(line["step"], name, value) for name, value in line.items()}
+        new = {name: value for name, value in values.items() if math.isfinite(value)}
+        new = {name: value for name, value in new.items() if (head["step"], name, value) not in there}
+        if not new:
+            return
+        path = folder / NAME
+        whole = max((end for end, _ in lines(path)), default=0)
+        with path.open("r+b" if path.exists() else "w+b") as file:
+            file.truncate(whole)  # what a crash tore
+            file.seek(whole)
+            file.write(json.dumps({**head, "time": round(time.time(), 3), **new}).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        lock.release()
+
+
+def deliver(folder: Path, mirror: bool, say: Callable[[str], None] = print) -> None:
+    """Send what is new in `folder` if the run is mirrored; otherwise, or if that fails, say how to send it later."""
+    later = f"`python -m twoviews.tracking sync {shlex.quote(str(folder))}` sends it."
+    if not mirror:
+        say(f"MLflow was not told, because the run has tracking=files; {later}")
+        return
+    try:
+        send(folder, closed=True)
+    except Exception as error:  # whatever is wrong with MLflow, the results are in the folder
+        say(f"MLflow does not have this yet ({reason(error)}); {later}")

@@ -1,0 +1,321 @@
+"""cluster.py as a user meets it: the files, the scores, the run's MLflow page, and the picture sheet."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL_MOCO, start
+from PIL import Image
+from sklearn.metrics import normalized_mutual_info_score
+from test_configs import composed, options
+from torch.nn import functional as nnf
+
+from twoviews.clusters import sheet
+from twoviews.clusters.kmeans import Clusters
+from twoviews.config import check
+from twoviews.data.images import Images
+from twoviews.data.sources import digits
+from twoviews.features import embed
+from twoviews.run import Run
+from twoviews.tracking import Metrics, afterwards, read, run_id, send
+from twoviews.tracking.__main__ import main as tracking
+from twoviews.tracking.sending import aim
+from twoviews.tracking.state import writer_lock
+
+PER_K = ("largest", "smallest", "empty", "nmi", "ari", "accuracy", "purity")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a small run with tracking=files; tests that write into it work on a copy, `run`."""
+    place = tmp_path_factory.mktemp("trained")
+    arguments = [*SMALL_MOCO, "protocol=[knn]", "hydra.run.dir=outputs/run"]
+    assert start([str(ROOT / "train.py"), *arguments], place).wait(300) == 0, (place / "stderr.txt").read_text()
+    return place / "outputs" / "run"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trained, tmp_path / "outputs" / "run")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> str:
+    """An SQLite store: making its tables takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+
+
+def mirror(run: Path, uri: str, experiment: str) -> None:
+    """Make it a run that was trained with tracking=mlflow."""
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("mirror: false", "mirror: true"))
+    aim(run, uri, experiment)
+
+
+def refused(done, *parts: str) -> None:
+    assert done.code == 2, done.out + done.err
+    assert "Traceback" not in done.err and done.err.count("error: ") == 1
+    for part in parts:
+        assert part in done.err, f"{part!r} is not in {done.err!r}"
+
+
+def test_files_scores_and_names(run: Path, command) -> None:
+    done = command("cluster", f"run={run}", "clusters=[20,5]")
+    assert done.code == 0, done.err
+    assert "k = 5" in done.out and "k = 20" in done.out and str(run) in done.out
+    written = json.loads((run / "clusters.json").read_text())
+    assert list(written["scores"]) == ["5", "20"] and written["settings"]["images"] == 256
+    data = digits(train_images=256)
+    x = embed(Run(run).encoder(), data.train, data, torch.device("cpu"), torch.float32, channels_last=True)
+    x = nnf.normalize(x, dim=1)
+    for k in (5, 20):
+        saved = {name: torch.from_numpy(value) for name, value in np.load(run / f"clusters_{k}.npz").items()}
+        assert saved.keys() == {"assignment", "distance", "centroids", "concentration"}
+        assert saved["centroids"].shape == (k, x.shape[1])
+        distance = (x - saved["centroids"][saved["assignment"]]).square().sum(1)
+        torch.testing.assert_close(saved["distance"], distance, rtol=1e-3, atol=1e-5)
+        assert saved["concentration"].mean() == pytest.approx(0.2, rel=1e-4)
+        assert written["scores"][str(k)].keys() == set(PER_K)
+        nmi = 100 * normalized_mutual_info_score(data.train.labels, saved["assignment"])
+        assert written["scores"][str(k)]["nmi"] == pytest.approx(nmi)
+        assert Image.open(run / f"clusters_{k}.png").format == "PNG"
+    last = list(read(run))[-1]
+    assert last["step"] == json.loads((run / "result.json").read_text())["step"]
+    for k, scores in written["scores"].items():
+        assert {key: last[f"clusters/k{k}/{key}"] for key in scores} == scores
+
+
+def test_the_same_again_adds_nothing_and_k_does_not_depend_on_the_others(run: Path, command) -> None:
+    def assignment(name: str) -> np.ndarray:
+        return np.load(run / f"{name}.npz")["assignment"]
+
+    assert command("cluster", f"run={run}", "clusters=[5,20]").code == 0
+    both, lines = assignment("clusters_20"), (run / "metrics.jsonl").read_bytes()
+    scores = json.loads((run / "clusters.json").read_text())["scores"]
+    assert command("cluster", f"run={run}", "clusters=[20]").code == 0
+    assert (assignment("clusters_20") == both).all()
+    assert (run / "metrics.jsonl").read_bytes() == lines
+    assert json.loads((run / "clusters.json").read_text())["scores"] == scores  # of k = 5 too
+    assert command("cluster", f"run={run}", "clusters=[20]", "seed=1").code == 0
+    assert (assignment("clusters_20") != both).any()
+    assert list(json.loads((run / "clusters.json").read_text())["scores"]) == ["20"]
+
+
+def test_another_split_leaves_the_first_alone(run: Path, command) -> None:
+    assert command("cluster", f"run={run}", "clusters=[5]").code == 0
+    before = (run / "clusters.json").read_bytes()
+    done = command("cluster", f"run={run}", "clusters=[5]", "split=test")
+    assert done.code == 0, done.err
+    assert (run / "clusters.json").read_bytes() == before
+    assert json.loads((run / "clusters_test.json").read_text())["settings"]["images"] == 360
+    assert len(np.load(run / "clusters_test_5.npz")["assignment"]) == 360
+    assert "clusters_test/k5/nmi" in list(read(run))[-1]
+
+
+def test_other_pictures_without_labels(run: Path, command, tmp_path: Path) -> None:
+    photo = Image.fromarray(_flower())
+    (tmp_path / "my photos").mkdir()
+    for number in range(40):
+        left, top = 12 * number, 7 * number
+        photo.crop((left, top, left + 90, top + 60)).save(tmp_path / "my photos" / f"{number:02}.png")
+    other = ("data=folder", "data.root=my photos", "data.workers=0", "data.cache=cache")
+    refused(command("cluster", f"run={run}", "clusters=[4]", *other), "1 channel", "have 3", "data.channels=1")
+    done = command("cluster", f"run={run}", "clusters=[4]", *other, "data.channels=1")
+    assert done.code == 0, done.err
+    written = json.loads((run / "clusters_my_photos.json").read_text())
+    assert written["scores"]["4"].keys() == {"largest", "smallest", "empty", "silhouette"}
+    saved = np.load(run / "clusters_my_photos_4.npz")
+    assert [Path(path).name for path in saved["paths"]] == [f"{number:02}.png" for number in range(40)]
+    assert "clusters_my_photos/k4/silhouette" in list(read(run))[-1]
+    assert Image.open(run / "clusters_my_photos_4.png").height > 4 * 60
+    refused(command("cluster", f"run={run}", "clusters=[4]", *other, "data.channels=1", "split=test"), "split=train")
+
+
+# (arguments, what the sentence names)
+COMMANDS = [
+    (["clusters=[0]"], ["clusters=[0]", "at least 2"]),
+    (["clusters=[1]"], ["clusters=[1]", "at least 2"]),
+    (["clusters=[]"], ["clusters=[]", "clusters=[10,50]"]),
+    (["clusters=ten"], ["clusters=ten", "not a list"]),
+    (["clusters=[ten]"], ["clusters=['ten']", "whole number"]),
+    ([], ["clusters", "not set"]),
+    (["clusters=[5,257]"], ["clusters=257", "256 images", "at most 256"]),
+    (["clusters=[5]", "split=nonsense"], ["split=nonsense", "train, memory, test"]),
+    (["clusters=[5]", "splt=test"], ["splt", "'split'"]),
+    (["clusters=[5]", "seed=-1"], ["seed=-1", "at least 0"]),
+    (["clusters=[5]", "temperature=0"], ["temperature=0", "above 0"]),
+    (["clusters=[5]", "runtime.device=gpu"], ["gpu", "cuda"]),
+    (["clusters=[5]", "data.root=photos"], ["data.root", "choose one of: array"]),
+    (["clusters=[5]", "data=folder"], ["data.root"]),
+    (["clusters=[5]", "data=nonsense"], ["nonsense", "folder"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "parts"), COMMANDS, ids=[" ".join(one) or "nothing" for one, _ in COMMANDS])
+def test_bad_input(trained: Path, command, arguments: list[str], parts: list[str]) -> None:
+    before = sorted(trained.iterdir())
+    refused(command("cluster", f"run={trained}", *arguments), *parts)
+    assert sorted(trained.iterdir()) == before
+
+
+@pytest.mark.parametrize("data", [name for name in options("data") if name != "digits"])
+def test_other_data_compose(data: str) -> None:
+    # digits.yaml is a whole recipe, with a network and an optimizer.
+    check("cluster", composed("run=x", "clusters=[2]", f"data={data}", name="cluster"))
+
+
+def test_folders_that_cannot_be_clustered(run: Path, command, tmp_path: Path) -> None:
+    refused(command("cluster", "clusters=[5]"), "run")
+    refused(command("cluster", f"run={run.parent}/other", "clusters=[5]"), "holds no run", str(run))
+    with writer_lock(run):
+        refused(command("cluster", f"run={run}", "clusters=[5]"), "is being trained", "Ctrl-C")
+    (run / "encoder.safetensors").unlink()
+    refused(command("cluster", f"run={run}", "clusters=[5]"), "holds no encoder yet")
+
+
+def test_everything_in_the_same_mlflow_run(run: Path, store: str, command) -> None:
+    from mlflow.tracking import MlflowClient
+
+    mirror(run, store, "same")
+    send(run, closed=True)
+    made = run_id(run)
+    done = command("cluster", f"run={run}", "clusters=[6,12]")
+    assert done.code == 0, done.err
+    plain = re.sub(r"[\s│]", "", done.out)  # the table folds long lines
+    assert "tracking sync" not in done.out and f"runs/{made}" in plain
+    client = MlflowClient(store)
+    (stored,) = client.search_runs([client.get_experiment_by_name("same").experiment_id])
+    assert (stored.info.run_id, stored.info.status) == (made, "FINISHED")
+    scores = json.loads((run / "clusters.json").read_text())["scores"]
+    for k in ("6", "12"):
+        assert {key: stored.data.metrics[f"clusters/k{k}/{key}"] for key in PER_K} == scores[k]
+    artifacts = {artifact.path for artifact in client.list_artifacts(made)}
+    assert artifacts >= {"clusters.json", "clusters_6.npz", "clusters_6.png", "clusters_12.npz", "clusters_12.png"}
+    assert stored.data.metrics["knn/top1"] == json.loads((run / "result.json").read_text())["knn/top1"]
+
+
+def test_a_server_that_is_away_costs_nothing(run: Path, store: str, command) -> None:
+    from mlflow.tracking import MlflowClient
+
+    done = command("cluster", f"run={run}", "clusters=[5]")
+    assert done.code == 0 and "MLflow was not told, because the run has tracking=files" in done.out
+    mirror(run, "http://127.0.0.1:9", "away")
+    done = command("cluster", f"run={run}", "clusters=[7]")
+    assert done.code == 0, done.err
+    assert "MLflow does not have this yet" in done.out and f"`python -m twoviews.tracking sync {run}`" in done.out
+    assert (run / "clusters_7.png").exists() and "clusters/k7/nmi" in list(read(run))[-1]
+    assert tracking(["sync", str(run), "--uri", store, "--experiment", "later"]) == 0
+    stored = MlflowClient(store).get_run(run_id(run))
+    assert {"clusters/k5/nmi", "clusters/k7/nmi", "knn/top1"} <= stored.data.metrics.keys()
+
+
+# the record
+
+
+def test_a_line_added_afterwards(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path)
+    metrics.log(3, 0.5, {"train/loss": 1.0})
+    kept = metrics.mark()
+    metrics.log(4, 0.75, {"train/loss": 0.5})
+    metrics.close()
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 5, "epo')  # kill -9 in the middle of a write
+    afterwards.add(tmp_path, {"clusters/k5/nmi": 50.0, "clusters/k5/silhouette": float("nan")})
+    assert list(read(tmp_path))[-1] | {"time": 0} == {"step": 4, "epoch": 0.75, "time": 0, "clusters/k5/nmi": 50.0}
+    afterwards.add(tmp_path, {"clusters/k5/nmi": 50.0, "clusters/k9/nmi": 60.0})
+    assert list(read(tmp_path))[-1].keys() == {"step", "epoch", "time", "clusters/k9/nmi"}
+    Metrics(tmp_path, kept).close()  # the run goes on from its checkpoint
+    assert [line["step"] for line in read(tmp_path)] == [3]
+
+
+def test_a_line_added_to_nothing(tmp_path: Path) -> None:
+    afterwards.add(tmp_path, {"clusters/k5/nmi": 50.0})
+    assert [line["step"] for line in read(tmp_path)] == [0]
+
+
+# the picture
+
+
+def _flower() -> np.ndarray:
+    from sklearn.datasets import load_sample_images
+
+    return load_sample_images().images[1]
+
+
+def grouped(assignment: list[int], k: int, labels: list[int] | None = None, size: int = 32, channels: int = 1):
+    """Images (all grey) and clusters of them; image i is i away from its centroid."""
+    count = len(assignment)
+    pixels = torch.full((count, channels, size, size), 128, dtype=torch.uint8)
+    images = Images(pixels, torch.full((count, 2), size), None if labels is None else torch.tensor(labels))
+    distance = torch.arange(count, dtype=torch.float32)
+    return images, Clusters(torch.tensor(assignment), torch.zeros(k, 2), distance, 1)
+
+
+def drawn(path: Path, images: Images, clusters: Clusters) -> np.ndarray:
+    sheet.draw_clusters(path, images, clusters, ("cat", "кошка", "a very long name of a class indeed"), "title")
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def height(rows: int, side: int) -> int:
+    return sheet.HEAD + rows * (side + sheet.GAP) + sheet.GAP
+
+
+def test_rows_are_the_clusters_in_order(tmp_path: Path) -> None:
+    # Cluster 0: half; 1: pure and tight; 2: empty; 3: pure, one image; 4: two thirds.
+    images, clusters = grouped([1, 1, 0, 0, 3, 4, 4, 4], 5, [0, 0, 1, 0, 2, 1, 0, 1])
+    rows = sheet.rows(clusters, images.labels)
+    assert [(row.cluster, row.majority, round(row.purity, 2)) for row in rows] == [
+        (1, 0, 1),
+        (3, 2, 1),
+        (4, 1, 0.67),
+        (0, 0, 0.5),
+    ]
+    assert [row.cluster for row in sheet.rows(clusters, None)] == [1, 0, 3, 4]
+    assert rows[2].members.tolist() == [5, 6, 7]
+    assert rows[2].caption(("a", "b", "c")) == ["cluster 4", "3 images", "67 % are b"]
+    assert rows[1].caption(("a", "b", "c")) == ["cluster 3", "1 image", "100 % are c"]
+    assert sheet.rows(clusters, None)[0].caption(()) == ["cluster 1", "2 images", "distance 0.5"]
+    picture = drawn(tmp_path / "sheet.png", images, clusters)
+    assert picture.shape[0] == height(4, 96)
+    step, framed = 96 + sheet.GAP, []
+    for row in range(4):
+        line = picture[sheet.HEAD + row * step - 2]  # px above the images, where frames run
+        framed.append([bool((line[sheet.CAPTION + step * place + 48] == sheet.RED).all()) for place in range(4)])
+    assert framed == [[False] * 4, [False] * 4, [False, True, False, False], [True, False, False, False]]
+
+
+def test_a_spread_of_many_clusters(tmp_path: Path) -> None:
+    images, clusters = grouped(list(range(50)) * 2, 50)
+    chosen = [row.cluster for row in sheet.spread(sheet.rows(clusters, None))]
+    assert len(chosen) == sheet.ROWS and (chosen[0], chosen[-1]) == (0, 49) and chosen == sorted(set(chosen))
+    assert drawn(tmp_path / "sheet.png", images, clusters).shape[0] == height(sheet.ROWS, 96)
+
+
+def test_nearest_and_farthest_each_once() -> None:
+    shown = [sheet.rows(grouped([0] * count, 1)[1], None)[0].shown for count in (3, 12, 30)]
+    assert shown == [[0, 1, 2], list(range(12)), [*range(10), 26, 27, 28, 29]]
+
+
+@pytest.mark.parametrize(("size", "side"), [(8, 96), (40, 120), (64, 128), (224, 128)])
+def test_images_in_a_size_to_look_at(tmp_path: Path, size: int, side: int) -> None:
+    images, clusters = grouped([0, 1, 1], 2, size=size, channels=5)
+    picture = drawn(tmp_path / "sheet.png", images, clusters)
+    assert picture.shape[0] == height(2, side)
+    grey = (abs(picture - 128) <= 1).all(axis=2)
+    assert grey[sheet.HEAD : sheet.HEAD + side, sheet.CAPTION : sheet.CAPTION + side].all()
+
+
+def test_pictures_that_are_not_square_keep_their_shape(tmp_path: Path) -> None:
+    # A circle in a picture of 60 x 120 px, whose canvas makes an ellipse of it: on the sheet it is round again.
+    y, x = torch.meshgrid(torch.arange(60) - 29.5, torch.arange(120) - 59.5, indexing="ij")
+    picture = ((y**2 + x**2) < 20**2).float() * 255
+    canvas = nnf.interpolate(picture[None, None], (96, 96), mode="bilinear", antialias=True)
+    images, clusters = grouped([0], 1, size=96)
+    images = replace(images, pixels=canvas.round().byte(), sizes=torch.tensor([[60, 120]]))
+    shown = drawn(tmp_path / "sheet.png", images, clusters)[sheet.HEAD :, sheet.CAPTION :][:96, :96, 0] > 128
+    assert shown.any(axis=0).sum() == pytest.approx(64, abs=2) and shown.any(axis=1).sum() == pytest.approx(64, abs=2)
