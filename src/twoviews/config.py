@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from twoviews.errors import BadInput, nearest
-from twoviews.ranges import Count, Index
+from twoviews.ranges import Count, Index, Range, Temperature
 from twoviews.signatures import Parameter, complaint, signature
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,11 +71,22 @@ class Evaluate:
     run: str
 
 
-_ROOTS: dict[str, type] = {"train": Train, "evaluate": Evaluate}
+@dataclass(frozen=True)
+class Cluster:
+    """Root scalars of conf/cluster.yaml."""
+
+    run: str
+    clusters: Sequence[Annotated[int, Range(at_least=2)]]
+    split: Literal["train", "memory", "test"]
+    seed: Index
+    temperature: Temperature
+
+
+_ROOTS: dict[str, type] = {"train": Train, "evaluate": Evaluate, "cluster": Cluster}
 
 
 def entry(
-    name: Literal["train", "evaluate"],
+    name: Literal["train", "evaluate", "cluster"],
 ) -> Callable[[Callable[[DictConfig, Path], int | None]], Callable[[], None]]:
     """A command whose configuration is conf/<name>.yaml: main(cfg, folder) gets it checked, with the run folder.
 
@@ -270,12 +281,15 @@ def _options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+_FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd")  # of Hydra's command line
+
+
 def _diagnose(name: str, arguments: list[str], error: Exception) -> str:
     """One sentence for a command that Hydra refused, found by going through its overrides one by one."""
     GlobalHydra.instance().clear()
     overrides: list[Override] = []
-    for argument in arguments:
-        if argument.startswith("-"):
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument.startswith("-") or (before in _FLAGS_WITH_VALUE and "=" not in argument):
             continue
         try:
             overrides += OverridesParser.create().parse_overrides([argument])
@@ -329,6 +343,9 @@ def _unknown_override(override: Override, content: Any) -> str:
         if part not in content:
             known = [key for key in content if key != "_target_"]
             if not prefix:
+                if part in _groups():
+                    chosen = ", ".join(_options(part))
+                    return f"no {part} is chosen here for {override.key_or_group} to change; choose one of: {chosen}."
                 known += [group for group in _groups() if group not in (*content, "hydra")]
             return _unknown_key(prefix, part, known)
         prefix, content = f"{prefix}{part}.", content[part]
