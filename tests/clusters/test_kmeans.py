@@ -62,13 +62,18 @@ def test_inertia_is_that_of_the_original_recipe_or_less(data, k):
     assert kmeans(x, k, seed=0).inertia < 1.01 * original(x, k)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_few_clusters_need_a_lucky_start_no_more_often_than_the_originals(seed):
-    assert kmeans(digits(), 10, seed=seed, iterations=30).inertia < 1.06 * original(digits(), 10)
+def test_few_clusters_are_a_matter_of_luck_and_want_more_starts():
+    x = digits()
+    one, several = kmeans(x, 10, seed=1), kmeans(x, 10, seed=1, starts=5)
+    assert several.inertia < 1.01 * original(x, 10)
+    assert several.inertia < one.inertia
+    # A good start is one of them.
+    again = kmeans(x, 10, seed=5, start=several.assignment, starts=2)
+    assert again.inertia <= several.inertia
 
 
 def test_spherical_against_slow_steps():
-    x = nnf.normalize(digits() - digits().mean(0), dim=1)
+    x = nnf.normalize(patches() - patches().mean(1, keepdim=True), dim=1)
     found = kmeans(x, 60, seed=0, spherical=True)
     torch.testing.assert_close(found.centroids.norm(dim=1), torch.ones(60))
     cosine = x @ found.centroids.T

@@ -98,7 +98,7 @@ def test_silhouette_of_a_sample_sees_all_points(monkeypatch):
     x, _ = digits()
     found = kmeans(x, 100, seed=0)
     whole = silhouette(x, found, seed=0)
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * len(x) * 7)  # seven points at once
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * len(x) * 70)  # seventy points at once
     assert silhouette(x, found, seed=0) == pytest.approx(whole, abs=1e-5)
     monkeypatch.setattr(module, "SAMPLE", 400)
     assert silhouette(x, found, seed=0) == silhouette(x, found, seed=0) != silhouette(x, found, seed=1)

@@ -70,6 +70,7 @@ def kmeans(
     seed: int,
     start: Int[Tensor, " N"] | Float[Tensor, "K D"] | None = None,
     spherical: bool = False,
+    starts: Count = 1,
     iterations: Count = 10,
     tolerance: NotNegative = 1e-3,
     max_points_per_centroid: Count = 1000,
@@ -81,12 +82,13 @@ def kmeans(
     Args:
         x: the points, the same on every process.
         k: K.
-        seed: of the cold start, of samples and of what replaces empty clusters.
+        seed: of cold starts, of samples and of what replaces empty clusters.
         start: an earlier assignment of the same points, or earlier centroids. The assignment is worth more where the
             points have moved together since, as embeddings do from epoch to epoch: the centroids move along with them.
-            A start that has become worse than randomly drawn points gives way to a cold start.
+            A start that is worse than randomly drawn points gives way to a cold one.
         spherical: keep the centroids at unit length, so that unit rows are compared by angle.
-        iterations: assignments of all points at most, before the last one.
+        starts: the best of so many; all but the one from `start` are cold. With hundreds of clusters they differ little.
+        iterations: assignments of all points at most, for each start.
         tolerance: stop when one lowers the inertia by a smaller share than this.
         max_points_per_centroid: with more than K times so many points the centroids are found on a sample of that size.
 
@@ -100,15 +102,17 @@ def kmeans(
         centroids, steps = torch.empty(k, x.shape[1]), 0
     else:
         points, nearest, drawn = x.cpu().contiguous(), _nearest(x.device), generator(seed, "kmeans")
-        start = None if start is None else start.cpu().contiguous()
+        begin = None if start is None else start.cpu().contiguous()
         sample = points
         if len(points) > k * max_points_per_centroid:
             rows = torch.randperm(len(points), generator=drawn)[: k * max_points_per_centroid]
             sample = points[rows]
-            start = start if start is None or start.is_floating_point() else start[rows]
-        first = _warm(sample, k, start, nearest, spherical, drawn) if start is not None else None
-        first = _cold(sample, k, nearest, drawn) if first is None else first
-        centroids, steps = _steps(sample, first, k, nearest, spherical, iterations, tolerance, drawn)
+            begin = begin if begin is None or begin.is_floating_point() else begin[rows]
+        search = _Search(sample, k, spherical, nearest, drawn)
+        warm = None if begin is None else search.warm(begin)
+        tried = [search.steps(search.cold() if warm is None else warm, iterations, tolerance)]
+        tried += [search.steps(search.cold(), iterations, tolerance) for _ in range(starts - 1)]
+        _, centroids, steps = min(tried, key=lambda result: result[0])
         assignment = nearest(points, centroids)[1]
         # Not faiss's own, |x|^2 - 2 x c + |c|^2, which has few digits where it is small.
         distance = (points - centroids[assignment]).square().sum(1)
@@ -128,80 +132,80 @@ def _check(x: Float[Tensor, "N D"], k: int) -> None:
         )
 
 
-def _means(x: Tensor, assignment: Tensor, k: int, spherical: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Means [K, D], of unit length if spherical; sizes [K]; the inertia [] about them without the sum of |x|^2."""
-    sizes = torch.bincount(assignment, minlength=k)
-    total = x.new_zeros(k, x.shape[1]).index_add_(0, assignment, x)
-    m = nnf.normalize(total, dim=1) if spherical else total / sizes.clamp(min=1)[:, None]
-    return m, sizes, (sizes * m.double().square().sum(1) - 2 * (m.double() * total).sum(1)).sum()
+@dataclass(frozen=True)
+class _Search:
+    """Ways to find K centroids of some points."""
 
+    x: Float[Tensor, "N D"]
+    k: int
+    spherical: bool
+    nearest: Nearest
+    drawn: torch.Generator
 
-def _warm(
-    x: Tensor, k: int, start: Tensor, nearest: Nearest, spherical: bool, drawn: torch.Generator
-) -> Int[Tensor, " N"] | None:
-    """The assignment that a start amounts to; None if its means are worse than K points drawn at random.
+    def warm(self, start: Int[Tensor, " N"] | Float[Tensor, "K D"]) -> Int[Tensor, " N"] | None:
+        """The assignment that a start amounts to; None if its means are worse than K points drawn at random.
 
-    Compared where both stand before any step. Embeddings of consecutive epochs whose assignment was shuffled in part
-    ended worse than from a cold start from about that point on.
-    """
-    assignment = nearest(x, start)[1] if start.is_floating_point() else start
-    order = torch.randperm(len(x), generator=drawn)
-    drawn_points, judges = x[order[:k]], order[k : k + JUDGES]
-    m, _, _ = _means(x, assignment, k, spherical)
-    distance = (x[judges] - m[assignment[judges]]).square().sum()
-    return assignment if distance <= nearest(x[judges], drawn_points)[0].sum() else None
+        Both are compared as they are before any step. Embeddings of consecutive epochs whose assignment was spoilt more
+        and more ended worse than from a cold start from about that point on.
+        """
+        assignment = self.nearest(self.x, start)[1] if start.is_floating_point() else start
+        order = torch.randperm(len(self.x), generator=self.drawn)
+        random, judges = self.x[order[: self.k]], order[self.k : self.k + JUDGES]
+        m, _, _ = self._means(assignment)
+        distance = (self.x[judges] - m[assignment[judges]]).square().sum()
+        return assignment if distance <= self.nearest(self.x[judges], random)[0].sum() else None
 
+    def cold(self) -> Int[Tensor, " N"]:
+        """The nearest of K points that are drawn as k-means++ does, but in rounds of as many as there are already."""
+        distance, assignment = self.x.new_full((len(self.x),), torch.inf), torch.zeros(len(self.x), dtype=torch.long)
+        rows, count = torch.randint(len(self.x), (1,), generator=self.drawn), 0
+        while len(rows):
+            near, which = self.nearest(self.x, self.x[rows])
+            closer = near < distance
+            distance, assignment = torch.where(closer, near, distance), torch.where(closer, which + count, assignment)
+            distance[rows] = 0  # exactly, whatever the rounding
+            count += len(rows)
+            rows = self._far(distance, min(count, self.k - count))
+        return assignment
 
-def _cold(x: Tensor, k: int, nearest: Nearest, drawn: torch.Generator) -> Int[Tensor, " N"]:
-    """The nearest of K points that are drawn as k-means++ does, but twice as many in each round as in the one before."""
-    rows, count = torch.randint(len(x), (1,), generator=drawn), 0
-    distance, assignment = x.new_full((len(x),), torch.inf), torch.zeros(len(x), dtype=torch.long)
-    while len(rows):
-        near, which = nearest(x, x[rows])
-        closer = near < distance
-        distance, assignment = torch.where(closer, near, distance), torch.where(closer, which + count, assignment)
-        distance[rows] = 0  # exactly, whatever the rounding
-        count += len(rows)
-        rows = _far(distance, min(count, k - count), drawn)
-    return assignment
+    def steps(
+        self, assignment: Int[Tensor, " N"], iterations: int, tolerance: float
+    ) -> tuple[float, Float[Tensor, "K D"], int]:
+        """Inertia, means and number of steps, from an assignment on."""
+        power = torch.linalg.vector_norm(self.x, dim=1).double().square().sum()
+        c, inertia = self.x[:1].expand(self.k, -1), float("inf")
+        for step in range(iterations + 1):
+            m, sizes, rest = self._means(assignment)
+            m = torch.where(sizes[:, None] > 0, m, c)
+            before, inertia = inertia, (power + rest).item()
+            if step == iterations or before - inertia <= tolerance * inertia:
+                break
+            c = c + OVERSTEP * (m - c) if step > 0 else m.clone()
+            empty = (sizes == 0).nonzero()[:, 0]
+            if len(empty):
+                rows = self._far((self.x - m[assignment]).square().sum(1), len(empty))
+                c[empty[: len(rows)]] = self.x[rows]
+            c = nnf.normalize(c, dim=1) if self.spherical else c
+            assignment = self.nearest(self.x, c)[1]
+        return inertia, m, step
 
+    def _means(
+        self, assignment: Int[Tensor, " N"]
+    ) -> tuple[Float[Tensor, "K D"], Int[Tensor, " K"], Float[Tensor, ""]]:
+        """Means, of unit length if spherical; sizes; the inertia about them without the sum of |x|^2."""
+        sizes = torch.bincount(assignment, minlength=self.k)
+        total = self.x.new_zeros(self.k, self.x.shape[1]).index_add_(0, assignment, self.x)
+        m = nnf.normalize(total, dim=1) if self.spherical else total / sizes.clamp(min=1)[:, None]
+        return m, sizes, (sizes * m.double().square().sum(1) - 2 * (m.double() * total).sum(1)).sum()
 
-def _far(distance: Float[Tensor, " N"], count: int, drawn: torch.Generator) -> Int[Tensor, " n"]:
-    """Up to `count` different points, drawn in proportion to `distance`; none if all of it is 0."""
-    reach = distance.double().cumsum(0)
-    if reach[-1] == 0:
-        return torch.empty(0, dtype=torch.long)
-    at = (torch.arange(count) + torch.rand(count, generator=drawn, dtype=torch.double)) / max(count, 1) * reach[-1]
-    return torch.searchsorted(reach, at, right=True).clamp(max=len(distance) - 1).unique()
-
-
-def _steps(
-    x: Float[Tensor, "N D"],
-    assignment: Int[Tensor, " N"],
-    k: int,
-    nearest: Nearest,
-    spherical: bool,
-    iterations: int,
-    tolerance: float,
-    drawn: torch.Generator,
-) -> tuple[Float[Tensor, "K D"], int]:
-    """The means after the last step, and how many steps there were."""
-    power = torch.linalg.vector_norm(x, dim=1).double().square().sum()
-    c, inertia = x[:1].expand(k, -1), float("inf")
-    for step in range(iterations + 1):
-        m, sizes, rest = _means(x, assignment, k, spherical)
-        m = torch.where(sizes[:, None] > 0, m, c)
-        before, inertia = inertia, (power + rest).item()
-        if step == iterations or before - inertia <= tolerance * inertia:
-            return m, step
-        c = c + OVERSTEP * (m - c) if step > 0 else m.clone()
-        empty = (sizes == 0).nonzero()[:, 0]
-        if len(empty):
-            rows = _far((x - m[assignment]).square().sum(1), len(empty), drawn)
-            c[empty[: len(rows)]] = x[rows]
-        c = nnf.normalize(c, dim=1) if spherical else c
-        assignment = nearest(x, c)[1]
-    raise AssertionError("unreachable")
+    def _far(self, distance: Float[Tensor, " N"], count: int) -> Int[Tensor, " n"]:
+        """Up to `count` different points, drawn in proportion to `distance`; none if that is 0 everywhere."""
+        reach = distance.double().cumsum(0)
+        if count == 0 or reach[-1] == 0:
+            return torch.empty(0, dtype=torch.long)
+        at = torch.arange(count) + torch.rand(count, generator=self.drawn, dtype=torch.double)
+        rows = torch.searchsorted(reach, at / count * reach[-1], right=True)
+        return rows.clamp(max=len(distance) - 1).unique()
 
 
 def _nearest(device: torch.device) -> Nearest:

@@ -47,6 +47,7 @@ class DeepClusterV2(Method):
     views = None
     bank: Float[Tensor, "2 N D"]  # unit embeddings, as the training of the epoch before made them
     seen: Bool[Tensor, " N"]  # which rows of the bank are from this epoch
+    assignments: Int[Tensor, "H N"]
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ Shapes: B images, D embedding, N training images, K clusters. Letters: q queries
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -117,7 +118,7 @@ class PCL(Method):
             split_batch_norms(self.encoder, bn_splits)
         self.key_encoder = frozen_copy(nn.Sequential(self.encoder, self.projector))
         self.queue = Queue(queue_size, embed_dim)
-        self.prototypes = nn.ModuleList()
+        self.prototypes: Sequence[Prototypes] = []
         self.clustered = False
 
     def get_extra_state(self) -> Tensor:
@@ -146,7 +147,8 @@ class PCL(Method):
                 f"method.negative_prototypes={self.negative_prototypes} with {min(ks)} clusters, of which a batch of "
                 f"{batch_size} images can fill {min(batch_size, min(ks))}; use {fitting}null, which takes all there are."
             )
-        self.prototypes = nn.ModuleList(Prototypes(k, train_images, self.embed_dim) for k in ks)
+        modules: Any = nn.ModuleList(Prototypes(k, train_images, self.embed_dim) for k in ks)
+        self.prototypes = modules
         return [f"{' + '.join(f'{k:,}' for k in ks)} clusters from epoch {self.warmup_epochs + 1} on"]
 
     def before_epoch(self, epoch: int, embed: Embed, seed: int) -> Clustered | None:

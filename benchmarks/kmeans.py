@@ -1,0 +1,250 @@
+"""K-means of an E-step against the recipe of PCL's own code, on the features of consecutive epochs.
+
+    OMP_NUM_THREADS=1 python benchmarks/kmeans.py --train features method=pcl data=folder data.root=<images>
+    OMP_NUM_THREADS=1 python benchmarks/kmeans.py --features features/*.npy --k 1000 --rounds 5
+
+The first command trains and keeps the embeddings that each E-step clusters; the second compares. In every round each
+setting goes through the epochs in a chain, from its own assignment of the epoch before, and the recipe (five times twenty
+steps from random points, the best of them, faiss on all points) is run beside it on the same features. Times are CPU
+seconds of the process, which other programs disturb least; what counts are ratios within a round.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twoviews.clusters.kmeans import Clusters, concentration, kmeans
+
+SETTINGS: dict[str, dict[str, Any]] = {"default": {}, "iterations=5": {"iterations": 5}}
+GOALS = (
+    (4.5, 1.005),
+    (9.0, 1.011),
+)  # times faster than the recipe, at an inertia of at most so many times the recipe's
+RECIPE = "recipe"
+
+
+def recipe(x: Tensor, k: int, seed: int) -> Clusters:
+    """K-means as salesforce/PCL calls it, but on the CPU."""
+    import faiss
+
+    rows = x.numpy()
+    clustering = faiss.Clustering(x.shape[1], k)
+    clustering.niter, clustering.nredo, clustering.seed = 20, 5, seed
+    clustering.max_points_per_centroid, clustering.min_points_per_centroid = 1000, 10
+    index = faiss.IndexFlatL2(x.shape[1])
+    clustering.train(rows, index)
+    distance, assignment = index.search(rows, 1)
+    centroids = faiss.vector_to_array(clustering.centroids).reshape(k, -1)
+    return Clusters(
+        torch.from_numpy(assignment[:, 0]),
+        torch.from_numpy(centroids),
+        torch.from_numpy(distance[:, 0]),
+        iterations=100,
+    )
+
+
+def recipe_concentration(clusters: Clusters, temperature: float) -> list[float]:
+    """The same code's phi: point by point."""
+    members: list[list[float]] = [[] for _ in clusters.centroids]
+    for cluster, squared in zip(clusters.assignment.tolist(), clusters.distance.tolist(), strict=True):
+        members[cluster].append(squared)
+    phi = np.zeros(len(members))
+    for cluster, own in enumerate(members):
+        if len(own) > 1:
+            phi[cluster] = np.sqrt(own).mean() / math.log(len(own) + 10)
+    phi[[len(own) <= 1 for own in members]] = phi.max()
+    phi = phi.clip(np.percentile(phi, 10), np.percentile(phi, 90))
+    return (temperature * phi / phi.mean()).tolist()
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    """What it returns, and the CPU seconds that took."""
+    start = time.process_time()
+    value = function()
+    return value, time.process_time() - start
+
+
+def load(path: Path) -> Tensor:
+    """Features [N, D] of an .npy or .pt file."""
+    x = torch.load(path, weights_only=True) if path.suffix == ".pt" else torch.from_numpy(np.load(path))
+    return x.float().contiguous()
+
+
+def check(x: Tensor, clusters: Clusters, again: Callable[[], Clusters]) -> None:
+    """Nearest centroids, true distances, the same bits a second time, and the loop's concentration."""
+    some = slice(None, None, max(1, len(x) // 2000))
+    squared = torch.cdist(x[some].double(), clusters.centroids.double()).square()
+    own = squared.gather(1, clusters.assignment[some, None])[:, 0]
+    scale = squared.max()
+    assert ((own - squared.amin(1)) / scale).max() < 1e-6, "not the nearest centroids"
+    assert ((own - clusters.distance[some]) / scale).abs().max() < 1e-6, "not the distances"
+    second = again()
+    for name in ("assignment", "centroids", "distance"):
+        assert torch.equal(getattr(second, name), getattr(clusters, name)), f"another {name} the second time"
+    loop = torch.tensor(recipe_concentration(clusters, 0.2))
+    assert torch.allclose(concentration(clusters, 0.2), loop, rtol=1e-5), "not the loop's concentration"
+
+
+def once(name: str, x: Tensor, k: int, number: int, epoch: int, start: Tensor | None) -> Clusters:
+    """One setting, or the recipe, on one epoch's features."""
+    if name == RECIPE:
+        return recipe(x, k, seed=number)
+    return kmeans(x, k, seed=1000 * number + epoch, start=start, **SETTINGS[name])
+
+
+def compare(epochs: list[Tensor], k: int, rounds: int) -> list[dict[str, Any]]:
+    """One row a round, epoch and setting: CPU seconds, inertia, and both against the recipe's."""
+    rows = []
+    names = [RECIPE, *SETTINGS]
+    for number in range(rounds):
+        previous: dict[str, Tensor] = {}
+        for epoch, x in enumerate(epochs):
+            turn = (number + epoch) % len(names)
+            found: dict[str, tuple[Clusters, float]] = {}
+            for name in names[turn:] + names[:turn]:
+                run = partial(once, name, x, k, number, epoch, previous.get(name))
+                found[name] = timed(run)
+                if number == 0 and epoch < 2 and name != RECIPE:
+                    check(x, found[name][0], run)
+            best, seconds = found[RECIPE]
+            for name, (clusters, taken) in found.items():
+                previous[name] = clusters.assignment
+                rows.append(
+                    {
+                        "round": number,
+                        "epoch": epoch,
+                        "setting": name,
+                        "cpu_seconds": taken,
+                        "speed": seconds / taken,
+                        "inertia": clusters.inertia / best.inertia,
+                        "iterations": clusters.iterations,
+                        "empty": int((clusters.sizes == 0).sum()),
+                    }
+                )
+            print(f"round {number + 1} of {rounds}, epoch {epoch}: recipe {seconds:.1f} s", file=sys.stderr, flush=True)
+    return rows
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Medians over rounds for each epoch, and which goals every epoch reaches."""
+    print(f"{'setting':14} {'epoch':>5} {'x faster':>9} {'inertia':>8} {'worst':>8} {'iterations':>10} {'empty':>6}")
+    for name in SETTINGS:
+        speeds, inertias = [], []
+        for epoch in sorted({row["epoch"] for row in rows}):
+            own = [row for row in rows if row["setting"] == name and row["epoch"] == epoch]
+            middle = {
+                key: statistics.median(row[key] for row in own) for key in ("speed", "inertia", "iterations", "empty")
+            }
+            worst = max(row["inertia"] for row in own)
+            speeds.append(middle["speed"])
+            inertias.append(middle["inertia"])
+            print(
+                f"{name:14} {epoch:5} {middle['speed']:9.1f} {middle['inertia']:8.4f} {worst:8.4f} "
+                f"{middle['iterations']:10.0f} {middle['empty']:6.0f}"
+            )
+        for speed, inertia in GOALS:
+            reached = min(speeds) >= speed and max(inertias) <= inertia
+            print(
+                f"  {'reaches' if reached else 'misses '}: >= {speed} x faster at <= {inertia} of the inertia, every epoch"
+            )
+
+
+def compare_concentration(x: Tensor, k: int) -> None:
+    """The loop's time over ours for phi."""
+    clusters = kmeans(x, k, seed=0, iterations=1)
+    ratios = []
+    for _ in range(5):
+        _, loop = timed(lambda: recipe_concentration(clusters, 0.2))
+        _, ours = timed(lambda: [concentration(clusters, 0.2) for _ in range(10)])
+        ratios.append(10 * loop / ours)
+    print(f"concentration: {statistics.median(ratios):.0f} x faster than the loop")
+
+
+def train(folder: Path, overrides: list[str]) -> None:
+    """Keep what each E-step of a training clusters, as <folder>/epoch_00.npy and so on."""
+    import hydra
+
+    from twoviews import config
+    from twoviews.assembly import load_data, make_parts, make_views
+    from twoviews.clusters.kmeans import Clustered
+    from twoviews.console import Console
+    from twoviews.loop import Training
+    from twoviews.run import Run
+    from twoviews.runtime import StopSignal
+
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.CONF)):
+        cfg = hydra.compose("train", ["experiment=laptop", "method=pcl", "method.warmup_epochs=0", *overrides])
+    config.check("train", cfg)
+    data, runtime = load_data(cfg), config.build(cfg.runtime)
+    parts = make_parts(cfg, data, make_views(cfg, data), runtime, runtime.torch_device())
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def keep(clustered: Clustered) -> dict[str, float]:
+        np.save(folder / f"epoch_{len(list(folder.glob('*.npy'))):02d}.npy", clustered.x.cpu().numpy())
+        return {}
+
+    training = Training(
+        method=parts.method,
+        loader=parts.loader,
+        optimizer=parts.optimizer,
+        schedule=parts.schedule,
+        runtime=runtime,
+        run=Run(folder / "run"),
+        metrics=None,
+        console=Console(),
+        epochs=cfg.epochs,
+        seed=cfg.seed,
+        protocols={},
+        judge=None,
+        embed=parts.embed,
+        score=keep,
+    )
+    with StopSignal() as stop:
+        training.fit(stop)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, metavar="FOLDER", help="train, and write the features of each epoch here")
+    parser.add_argument(
+        "--features", type=Path, nargs="+", help="files of consecutive epochs, .npy or .pt, [N, D] each"
+    )
+    parser.add_argument("--k", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write all numbers here, for example below benchmarks/results/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for --train, as of train.py")
+    options = parser.parse_args()
+    if options.train:
+        train(options.train, options.overrides)
+        return
+    if not options.features or options.overrides:
+        parser.error("give --train FOLDER or --features FILES")
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    epochs = [load(path) for path in options.features]
+    points, dim = epochs[0].shape
+    print(f"{len(epochs)} epochs of {points:,} x {dim}, k = {options.k}, {torch.get_num_threads()} thread(s)")
+    rows = compare(epochs, options.k, options.rounds)
+    report(rows)
+    compare_concentration(epochs[-1], options.k)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"points": points, "dim": dim, "k": options.k, "faiss": faiss.__version__, "torch": torch.__version__}
+        options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
