@@ -157,7 +157,8 @@ def test_methods_compute_what_one_process_does(name, two):
     one = train_two_steps(name)
     both = [results["methods"][name] for results in two]
     for rank, found in enumerate(both):
-        torch.testing.assert_close(found["losses"], one["losses"], rtol=1e-5, atol=1e-6)
+        # The second loss has the rounding of the first step in it, which SwAV's codes magnify twentyfold (1 / epsilon).
+        torch.testing.assert_close(found["losses"], one["losses"], rtol=1e-4, atol=1e-6)
         assert found["gradients"].keys() == one["gradients"].keys()
         # Measured against the whole: some gradients are zero but for rounding, such as of a bias ahead of a batch norm.
         whole = torch.stack([gradient.norm() for gradient in one["gradients"].values()]).norm()
