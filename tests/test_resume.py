@@ -81,17 +81,17 @@ SIGNAL_IN_E_STEP = """
 import os, runpy, sys
 from twoviews.methods import pcl
 
+number, *sys.argv[:] = int(sys.argv[1]), *sys.argv[2:]
 kmeans, calls = pcl.kmeans, 0
 
 def signalled(*args, **options):
     global calls
     calls += 1
     if calls == 4:
-        os.kill(os.getpid(), int(sys.argv[1]))
+        os.kill(os.getpid(), number)
     return kmeans(*args, **options)
 
 pcl.kmeans = signalled
-sys.argv[:] = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
