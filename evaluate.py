@@ -39,7 +39,7 @@ def main(cfg, folder: Path) -> int:
     judged = Judged(encoder, data, device, runtime.dtype(device), runtime.channels_last)
     values = {}
     for name, node in protocols.items():
-        values.update({f"{name}/{key}": value for key, value in build(node)(judged).items()})
+        values.update({f"{name}/{key}": value for key, value in build(node)(judged).values.items()})
         console.say(
             f"{name}: "
             + ", ".join(f"{key} {value}" for key, value in node.items() if key[0] != "_" and key != "every_epochs")

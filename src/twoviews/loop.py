@@ -297,10 +297,10 @@ class Training:
             self.console.say("measuring kNN of raw pixels and of the untrained encoder …")
             knn, start = self.protocols["knn"], time.monotonic()
             untrained = self.judge(self.method.encoder)
-            values = {"baseline/untrained_knn_top1": knn(untrained)["top1"]}
+            values = {"baseline/untrained_knn_top1": knn(untrained).values["top1"]}
             self._watch_seconds = time.monotonic() - start
             pixels = Pixels(untrained.data.channels, untrained.data.size)
-            values["baseline/pixels_knn_top1"] = knn(self.judge(pixels))["top1"]
+            values["baseline/pixels_knn_top1"] = knn(self.judge(pixels)).values["top1"]
             self._log(values)
         distributed.barrier()
 
@@ -313,6 +313,6 @@ class Training:
         ]
         if distributed.rank() == 0 and self.judge and due:
             judged = self.judge(self.method.encoder)
-            values = {f"{name}/{key}": value for name in due for key, value in self.protocols[name](judged).items()}
-            self._log(values)
+            verdicts = {name: self.protocols[name](judged) for name in due}
+            self._log({f"{name}/{key}": v for name, verdict in verdicts.items() for key, v in verdict.values.items()})
         distributed.barrier()

@@ -93,7 +93,7 @@ def test_protocol_measures_test_against_memory():
     data = digits()
     data = replace(data, memory=data.memory.subset(torch.arange(300)), test=data.test.subset(torch.arange(50)))
     judged = Judged(Pixels(1, 32), data, torch.device("cpu"), torch.float32)
-    found = KNN(k=20, temperature=0.1, every_epochs=1)(judged)
+    found = KNN(k=20, temperature=0.1, every_epochs=1)(judged).values
     bank, test = data.memory.pixels.flatten(1).float(), data.test.pixels.flatten(1).float()
     # Normalised pixels are (pixel / 255 - mean) / std.
     rows, queries = [(x / 255 - data.mean[0]) / data.std[0] for x in (bank, test)]

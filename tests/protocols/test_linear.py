@@ -79,7 +79,7 @@ def by_hand(memory: Features, test: Features, decays: list[float], iterations: i
 def test_chooses_on_held_out_images_and_fits_again_on_all():
     memory, test = pixels(0, 500), pixels(500, 900)
     decays = [3.0, 0.01, 100.0]
-    found = Linear(decays, held_out=0.2, iterations=50, every_epochs=0)(judged(memory, test))
+    found = Linear(decays, held_out=0.2, iterations=50, every_epochs=0)(judged(memory, test)).values
     accuracy, chosen = by_hand(memory, test, decays, 50)
     assert found == {"top1": pytest.approx(accuracy), "weight_decay": chosen}
     assert chosen == 0.01
@@ -89,8 +89,8 @@ def test_chooses_on_held_out_images_and_fits_again_on_all():
 def test_test_labels_have_no_say_in_the_choice():
     memory, test = pixels(0, 300), pixels(500, 600)
     linear = Linear([10.0, 0.01], held_out=0.2, iterations=30, every_epochs=0)
-    honest = linear(judged(memory, test))
-    lied_to = linear(judged(memory, Features(test.x, (test.y + 1) % 10)))
+    honest = linear(judged(memory, test)).values
+    lied_to = linear(judged(memory, Features(test.x, (test.y + 1) % 10))).values
     assert honest["weight_decay"] == lied_to["weight_decay"]
     assert lied_to["top1"] < 20 < honest["top1"]
 
@@ -100,7 +100,7 @@ def test_scale_and_offset_of_features_do_not_matter():
     linear = Linear([0.01], held_out=0.2, iterations=100, every_epochs=0)
     scale, offset = torch.logspace(-1, 2, 64), torch.linspace(-5, 5, 64)
     moved = judged(Features(memory.x * scale + offset, memory.y), Features(test.x * scale + offset, test.y))
-    assert linear(moved)["top1"] == pytest.approx(linear(judged(memory, test))["top1"], abs=1.01)
+    assert linear(moved).values["top1"] == pytest.approx(linear(judged(memory, test)).values["top1"], abs=1.01)
 
 
 def test_refuses_an_empty_list_of_candidates():

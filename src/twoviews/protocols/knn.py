@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from twoviews.features import Features, Judged
-from twoviews.protocols.protocol import Protocol
+from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.ranges import Count, Index, Temperature
 
 CHUNK_BYTES = 64 * 2**20  # of similarities held at once
@@ -54,7 +54,7 @@ class KNN(Protocol):
     def __init__(self, k: Count, temperature: Temperature, every_epochs: Index):
         self.k, self.temperature, self.every_epochs = k, temperature, every_epochs
 
-    def __call__(self, judged: Judged) -> dict[str, float]:
+    def __call__(self, judged: Judged) -> Verdict:
         """top1 of the encoder's features (before any projector), in percent."""
         scores = knn_scores(judged.test.x, judged.memory, len(judged.data.classes), self.k, self.temperature)
-        return {"top1": top1(scores, judged.test.y)}
+        return Verdict({"top1": top1(scores, judged.test.y)}, scores / scores.sum(1, keepdim=True))

@@ -16,9 +16,36 @@ from torch.nn import functional as nnf
 from twoviews.errors import BadInput
 from twoviews.features import Judged
 from twoviews.protocols.knn import top1
-from twoviews.protocols.protocol import Protocol
+from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.randomness import generator
 from twoviews.ranges import Count, Index, NotNegative, Range
+
+
+class Probe(nn.Module):
+    """Features to logits: standardised, then a linear classifier.
+
+    Args:
+        mean: [F], of the features.
+        std: [F], likewise, positive.
+        linear: [C, F], on standardised features.
+    """
+
+    mean: Float[Tensor, " F"]
+    std: Float[Tensor, " F"]
+
+    def __init__(self, mean: Float[Tensor, " F"], std: Float[Tensor, " F"], linear: nn.Linear):
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.linear = linear
+
+    def standardised(self, x: Float[Tensor, "N F"]) -> Float[Tensor, "N F"]:
+        """What the classifier's weights are about."""
+        return (x - self.mean) / self.std
+
+    def forward(self, x: Float[Tensor, "N F"]) -> Float[Tensor, "N C"]:
+        """Logits."""
+        return self.linear(self.standardised(x))
 
 
 def fit(x: Float[Tensor, "N F"], y: Int[Tensor, " N"], classes: int, weight_decay: float, iterations: int) -> nn.Linear:
@@ -77,9 +104,9 @@ class Linear(Protocol):
         self.weight_decays, self.held_out = list(weight_decays), held_out
         self.iterations, self.every_epochs = iterations, every_epochs
 
-    def __call__(self, judged: Judged) -> dict[str, float]:
-        """top1 on the test images and the weight decay it was reached with."""
-        classes, memory, test = len(judged.data.classes), judged.memory, judged.test
+    def probe(self, judged: Judged) -> tuple[Probe, float]:
+        """The classifier, and the weight decay that was chosen for it; the test images are not looked at."""
+        classes, memory = len(judged.data.classes), judged.memory
         mean, std = memory.x.mean(0), memory.x.std(0) + 1e-6
         x, y = (memory.x - mean) / std, memory.y
         rest, chooses = held_out(y, self.held_out)
@@ -89,5 +116,10 @@ class Linear(Protocol):
             accuracy = top1(linear(x[chooses]), y[chooses])
             if accuracy > best:
                 best, chosen = accuracy, weight_decay
-        linear = fit(x, y, classes, chosen, self.iterations)
-        return {"top1": top1(linear((test.x - mean) / std), test.y), "weight_decay": chosen}
+        return Probe(mean, std, fit(x, y, classes, chosen, self.iterations)), chosen
+
+    def __call__(self, judged: Judged) -> Verdict:
+        """top1 on the test images and the weight decay it was reached with."""
+        probe, weight_decay = self.probe(judged)
+        scores = probe(judged.test.x)
+        return Verdict({"top1": top1(scores, judged.test.y), "weight_decay": weight_decay}, scores.softmax(1))
