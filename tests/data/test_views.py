@@ -289,6 +289,9 @@ def test_eval_view_of_a_whole_square_is_the_normalised_picture():
     x = eval_view(images, sizes_of(images), size=32, crop=1.0, mean=MEAN, std=STD)
     expected = (images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     torch.testing.assert_close(x, expected, atol=1e-6, rtol=1e-6)
+    # Beside one that has to be cropped it is resampled, to the same.
+    sizes = torch.cat([sizes_of(images)[:7], torch.tensor([[32, 48]])])
+    torch.testing.assert_close(eval_view(images, sizes, size=32, crop=1.0, mean=MEAN, std=STD)[:7], x[:7])
 
 
 @pytest.mark.parametrize("resized, size", [(64, 56), (36, 32), (128, 112)])

@@ -168,11 +168,14 @@ def eval_view(
         mean: of each channel, of pixels in [0, 1].
         std: of each channel, of pixels in [0, 1].
     """
+    statistics = [torch.tensor(values, dtype=torch.float32, device=images.device) for values in (mean, std)]
+    if crop == 1 and size == images.shape[-1] and (sizes[:, 0] == sizes[:, 1]).all():  # nothing to resample
+        return pixels.normalise(images.float().div_(255), *statistics)
     original = sizes.to(images.device, torch.float32)
     square = crop * original.amin(dim=1, keepdim=True).expand_as(original)
     to_canvas = images.shape[-1] / original
     x = pixels.resample(images, (original - square) / 2 * to_canvas, square * to_canvas, size, bleed=True)
-    return pixels.normalise(x, *(torch.tensor(t, dtype=torch.float32, device=images.device) for t in (mean, std)))
+    return pixels.normalise(x, *statistics)
 
 
 def _draw(view: View, sizes: Float[Tensor, "B 2"], generator: torch.Generator) -> Draw:
