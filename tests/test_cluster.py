@@ -175,7 +175,7 @@ def test_folders_that_cannot_be_clustered(run: Path, command, tmp_path: Path) ->
     with writer_lock(run):
         refused(command("cluster", f"run={run}", "clusters=[5]"), "is being trained", "Ctrl-C")
     (run / "encoder.safetensors").unlink()
-    refused(command("cluster", f"run={run}", "clusters=[5]"), "holds no encoder yet")
+    refused(command("cluster", f"run={run}", "clusters=[5]"), "holds no encoder")
 
 
 def test_everything_in_the_same_mlflow_run(run: Path, store: str, command) -> None:

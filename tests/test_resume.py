@@ -71,6 +71,13 @@ def test_stopped_by_signal_in_mid_epoch(tmp_path: Path, undisturbed: Path, numbe
     assert result["state"] == "interrupted"
     assert (tmp_path / "run" / "encoder.safetensors").exists()
     assert "the same command goes on" in (tmp_path / "stdout.txt").read_text()
+    if number == signal.SIGTERM:
+        process, step = train(tmp_path), result["step"]
+        while process.poll() is None and not any(line["step"] > step for line in lines(tmp_path)):
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "run" / "encoder.safetensors").exists()  # it was that of the interruption
     assert train(tmp_path).wait(300) == 0
     assert_same_weights(undisturbed / "run", tmp_path / "run")
     same_metrics(undisturbed, tmp_path)

@@ -70,6 +70,8 @@ class Recording:
         if self._state:
             training.restore(self._state)
             self.console.say(f"resuming at step {training.position.step} (epoch {training.epoch:.2f}).")
+            if self._first:  # of the step where it was interrupted: after a kill -9 it would pass for the last one's
+                self.run.folder.joinpath("encoder.safetensors").unlink(missing_ok=True)
         self._state = None
 
     def finish(self, training: Training, finished: bool, stop: StopSignal) -> int:

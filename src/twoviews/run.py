@@ -195,7 +195,7 @@ class Run:
         description = self.read("encoder.json")
         if not description or not (self.folder / "encoder.safetensors").exists():
             raise BadInput(
-                f"{self.folder} holds no encoder yet; let the run finish, or interrupt it (Ctrl-C), which writes one."
+                f"{self.folder} holds no encoder; let the run finish (the same command goes on), or interrupt it (Ctrl-C), which writes one."
             )
         sizes = {"channels": description["channels"], "image_size": description["image_size"]}
         encoder = build(DictConfig(description["backbone"]), **sizes)
