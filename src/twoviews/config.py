@@ -260,6 +260,8 @@ def _check_keys(prefix: str, given: Mapping, parameters: Mapping[str, Parameter]
             raise BadInput(_unknown_key(prefix, str(key), known))
         if value == "???":
             raise BadInput(f"{prefix}{key} is not set; give it a value: {prefix}{key}=...")
+        if key in parameters and isinstance(value, Mapping) and "_target_" in value:
+            _check_node(f"{prefix}{key}", value)
         if key in parameters and (wrong := complaint(value, parameters[key].annotation)):
             raise BadInput(f"{prefix}{key}={value} {wrong}.")
 

@@ -1,0 +1,155 @@
+"""Few labels: how good a classifier gets that is given the labels of some of the images, over several draws of them.
+
+The linear probe of `linear` on frozen features and, if asked for, fine-tuning. The draws are stratified and our own, not
+the lists of ImageNet files that SimCLR published.
+Shapes: N memory images, F features, C classes.
+"""
+
+import statistics
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from twoviews.errors import BadInput
+from twoviews.features import Features, Judged
+from twoviews.protocols.finetune import FineTune
+from twoviews.protocols.knn import top1
+from twoviews.protocols.labelled import accuracies, labelled
+from twoviews.protocols.linear import Probe, fit, held_out
+from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.randomness import generator
+from twoviews.ranges import Count, Index, NotNegative, Range
+
+
+def quota(y: Int[Tensor, " N"], classes: int, share: float) -> tuple[Int[Tensor, " C"], int]:
+    """Images of each class that make up a share of all, rounded, and how many classes had to be raised to one image."""
+    members = torch.bincount(y, minlength=classes).cpu()
+    wanted = (share * members).round().long()
+    raised = (wanted == 0) & (members > 0)
+    return wanted + raised, int(raised.sum())
+
+
+def drawn(y: Int[Tensor, " N"], counts: Int[Tensor, " C"], *key: int | str) -> Int[Tensor, " n"]:
+    """Sorted index of so many random images of each class, a function of `key`."""
+    labels = y.cpu()
+    order = torch.randperm(len(labels), generator=generator("few labels", *key))
+    parts = [order[labels[order] == label][:count] for label, count in enumerate(counts.tolist())]
+    return torch.cat(parts).sort().values
+
+
+class FewLabels(Protocol):
+    """Mean and standard deviation of the accuracy over draws of few labelled memory images.
+
+    Args:
+        shares: settings that are shares of the memory images, class by class; a class whose share rounds to no image
+            gives one, and a note says so.
+        per_class: settings that are numbers of images of each class.
+        draws: of each setting.
+        weight_decays: candidates of the linear probe, chosen on a held-out part of the draw; where a class has a single
+            image, nothing can be held out and the largest is taken.
+        held_out: share of a draw that chooses.
+        iterations: of LBFGS, at most.
+        finetune: fine-tune on each draw, too; null: only the linear probe.
+        seed: of the draws.
+        every_epochs: how often it is measured in training; 0 is at the end only.
+
+    Raises:
+        BadInput: there is no setting or no candidate, or `finetune` is something else.
+    """
+
+    def __init__(
+        self,
+        shares: Sequence[Annotated[float, Range(above=0, at_most=1, usual="0.01 and 0.1")]],
+        per_class: Sequence[Count],
+        draws: Annotated[int, Range(at_least=2, usual="3 to 10")],
+        weight_decays: Sequence[NotNegative],
+        held_out: Annotated[float, Range(above=0, below=1, usual="0.2")],
+        iterations: Count,
+        finetune: FineTune | None,
+        seed: Index,
+        every_epochs: Index,
+    ):
+        if not [*shares, *per_class]:
+            raise BadInput("protocol.few_labels.shares=[] and per_class=[] leave nothing to do; use shares=[0.01,0.1].")
+        if not weight_decays:
+            raise BadInput("protocol.few_labels.weight_decays=[] leaves nothing to choose from; use [0] for none.")
+        if finetune is not None and not isinstance(finetune, FineTune):
+            raise BadInput("protocol.few_labels.finetune is null or comes with protocol=few_labels_finetune.")
+        self.shares, self.per_class, self.draws = list(shares), list(per_class), draws
+        self.weight_decays, self.held_out, self.iterations = list(weight_decays), held_out, iterations
+        self.finetune, self.seed, self.every_epochs = finetune, seed, every_epochs
+
+    def settings(self, judged: Judged) -> dict[str, tuple[Int[Tensor, " C"], str]]:
+        """Images of each class by the name of the setting, and what has to be said about it.
+
+        Raises:
+            BadInput: a class has fewer images than are asked of each.
+        """
+        y, names, found = judged.memory.y, judged.data.classes, {}
+        for share in self.shares:
+            counts, raised = quota(y, len(names), share)
+            note = f"{raised} of {len(names)} classes would have no image and give one" if raised else ""
+            found[f"{100 * share:g}pct"] = counts, note
+        members = torch.bincount(y, minlength=len(names)).cpu()
+        for count in self.per_class:
+            if count > members.min():
+                least = int(members.argmin())
+                raise BadInput(
+                    f"protocol.few_labels.per_class has {count}, but class '{names[least]}' has {members[least]} memory images; "
+                    f"use at most {members[least]}."
+                )
+            found[f"{count}_per_class"] = torch.full_like(members, count), ""
+        return found
+
+    def probe(self, memory: Features, index: Int[Tensor, " n"], classes: int) -> Probe:
+        """Softmax regression on some of the memory images, standardised like all of them, which takes no labels."""
+        mean, std = memory.x.mean(0), memory.x.std(0) + 1e-6
+        rows = index.to(memory.y.device)
+        x, y = (memory.x[rows] - mean) / std, memory.y[rows]
+        return Probe(mean, std, fit(x, y, classes, self._weight_decay(x, y, classes), self.iterations))
+
+    def _weight_decay(self, x: Tensor, y: Tensor, classes: int) -> float:
+        rest, chooses = held_out(y, self.held_out)
+        if len(self.weight_decays) == 1 or len(y[rest].unique()) < len(y.unique()):
+            return max(self.weight_decays)
+        fits = [fit(x[rest], y[rest], classes, candidate, self.iterations) for candidate in self.weight_decays]
+        found = [top1(linear(x[chooses]), y[chooses]) for linear in fits]
+        return self.weight_decays[found.index(max(found))]
+
+    def __call__(self, judged: Judged) -> Verdict:
+        """top1_<setting> and top1_<setting>_std of the probe, the same after finetune_, and all as a table.
+
+        top1 is the first setting's.
+        """
+        memory, _ = labelled(judged)
+        classes, y = len(judged.data.classes), judged.test.y
+        values: dict[str, float] = {}
+        rows: list[dict[str, float | int | str]] = []
+        for name, (counts, note) in self.settings(judged).items():
+            found: dict[str, list[dict[str, float]]] = {"": [], "finetune_": []}
+            for draw in range(self.draws):
+                index = drawn(judged.memory.y, counts, self.seed, name, draw)
+                found[""].append(accuracies(self.probe(judged.memory, index, classes)(judged.test.x), y))
+                if self.finetune:
+                    model, _ = self.finetune.fitted(judged, memory.subset(index), name, draw)
+                    found["finetune_"].append(accuracies(self.finetune.scores(judged, model), y))
+            for prefix, draws in found.items():
+                if not draws:
+                    continue
+                row: dict[str, float | int | str] = {
+                    "setting": name,
+                    "classifier": "fine-tuned" if prefix else "linear",
+                    "images": int(counts.sum()),
+                    "draws": self.draws,
+                }
+                for key in draws[0]:
+                    of_draws = [one[key] for one in draws]
+                    row[key], row[f"{key}_std"] = statistics.fmean(of_draws), statistics.stdev(of_draws)
+                    if key == "top1":
+                        values[f"{prefix}top1_{name}"] = float(row[key])
+                        values[f"{prefix}top1_{name}_std"] = float(row[f"{key}_std"])
+                rows.append({**row, "note": note})
+        return Verdict({"top1": next(iter(values.values())), **values}, None, {"few_labels": rows})

@@ -1,0 +1,181 @@
+"""Fine-tuning: a copy of the encoder with a linear classifier, trained on labelled images, whole or from some layer on.
+
+The learning rate may fall towards the input by a factor a layer, as in Clark et al., "ELECTRA", arXiv:2003.10555 (app. A),
+and Bao et al., "BEiT", arXiv:2106.08254 (app. H).
+Shapes: B images of a batch.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from twoviews.backbones import Encoder
+from twoviews.data.images import Images
+from twoviews.errors import BadInput, nearest
+from twoviews.features import Judged, embed
+from twoviews.optim import LrScaling, sgd
+from twoviews.protocols.labelled import accuracies, as_tables, classifier, crops, descend, labelled
+from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.randomness import seed_of
+from twoviews.ranges import Count, Fraction, Index, NotNegative, Positive, Range
+from twoviews.runtime import autocast
+from twoviews.schedule import Cosine
+
+
+@dataclass
+class Layer:
+    """A part of an encoder that has one learning rate."""
+
+    name: str  # of its first module, such as layer4.0
+    modules: list[nn.Module]
+    parameters: list[nn.Parameter]
+
+
+def layers(encoder: Encoder) -> list[Layer]:
+    """The children of the encoder from input to output, those of a Sequential one by one.
+
+    Modules that have no matrix of weights (norms, activations, pooling) belong to the layer before them, parameters of
+    the encoder itself (a class token, position embeddings) to the first. An encoder around one model (timm's) has the
+    layers of that model.
+    """
+    model: nn.Module = encoder
+    while len(children := dict(model.named_children())) == 1 and not list(model.parameters(recurse=False)):
+        (model,) = children.values()
+    if not children:  # a single layer in itself
+        return [Layer("", [model], list(model.parameters()))]
+    found: list[Layer] = []
+    for name, child in children.items():
+        parts = {name: child}
+        if isinstance(child, nn.Sequential | nn.ModuleList) and len(child):
+            parts = {f"{name}.{number}": part for number, part in enumerate(child)}
+        for path, part in parts.items():
+            if found and all(p.ndim <= 1 for p in part.parameters()):
+                found[-1].modules.append(part)
+                found[-1].parameters += part.parameters()
+            else:
+                found.append(Layer(path, [part], list(part.parameters())))
+    found[0].parameters += model.parameters(recurse=False)
+    return found
+
+
+class FineTune(Protocol):
+    """Accuracy of the encoder after training it with a linear classifier; the run's own encoder is not touched.
+
+    Args:
+        unfreeze_from: the first layer to train, such as "layer4" or "layer4.1"; what comes before stays frozen and in
+            eval mode; null: all are trained.
+        layer_decay: the learning rate of the l-th layer from the output (the classifier is 0) is lr * layer_decay^l.
+        epochs: passes over the memory images.
+        warmup_epochs: of linear warm-up, before half a cosine.
+        batch_size: images a step; clamped to the memory images.
+        lr: learning rate of the classifier.
+        lr_scaling: "linear" means lr * batch_size / 256, with the batch size that is used.
+        momentum: of SGD.
+        weight_decay: on everything that is trained.
+        smallest_crop: smallest area of a crop as a share of the picture.
+        flip: probability of mirroring left to right.
+        seed: of classifier, order, crops and dropout.
+        every_epochs: how often it is measured in training; 0 is at the end only.
+    """
+
+    def __init__(
+        self,
+        unfreeze_from: str | None,
+        layer_decay: Annotated[float, Range(above=0, at_most=1, usual="0.65 to 1")],
+        epochs: Count,
+        warmup_epochs: NotNegative,
+        batch_size: Annotated[int, Range(at_least=2)],
+        lr: Positive,
+        lr_scaling: Literal["none", "linear"],
+        momentum: Annotated[float, Range(at_least=0, below=1, usual="0.9")],
+        weight_decay: NotNegative,
+        smallest_crop: Annotated[float, Range(above=0, at_most=1, usual="0.08")],
+        flip: Fraction,
+        seed: Index,
+        every_epochs: Index,
+    ):
+        if warmup_epochs > epochs:
+            raise BadInput(
+                f"protocol.finetune.warmup_epochs={warmup_epochs:g} is longer than the training of {epochs} epochs; use less."
+            )
+        self.unfreeze_from, self.layer_decay, self.epochs = unfreeze_from, layer_decay, epochs
+        self.warmup_epochs, self.batch_size, self.lr = warmup_epochs, batch_size, lr
+        self.lr_scaling: LrScaling = lr_scaling
+        self.momentum, self.weight_decay = momentum, weight_decay
+        self.smallest_crop, self.flip, self.seed, self.every_epochs = smallest_crop, flip, seed, every_epochs
+
+    def trained_layers(self, encoder: Encoder) -> list[Layer]:
+        """Those that are trained; after the call the others are frozen, and only these are in training mode.
+
+        Raises:
+            BadInput: there is no layer of that name.
+        """
+        found, begin = layers(encoder), 0
+        if self.unfreeze_from is not None:
+            names = [layer.name for layer in found]
+            named = [i for i, name in enumerate(names) if f"{name}.".startswith(f"{self.unfreeze_from}.")]
+            if not named:
+                close = nearest(self.unfreeze_from, names)
+                raise BadInput(
+                    f"protocol.finetune.unfreeze_from={self.unfreeze_from} is no layer of this encoder.{close} Layers: "
+                    f"{', '.join(names)}; null trains all."
+                )
+            begin = named[0]
+        encoder.train(begin == 0).requires_grad_(False)
+        for layer in found[begin:]:
+            for module in layer.modules:
+                module.train()
+            for parameter in layer.parameters:
+                parameter.requires_grad_(True)
+        return found[begin:]
+
+    def rates(self, trained: list[Layer], head: nn.Linear) -> list[dict]:
+        """Parameter groups of the trained layers and the classifier, with `scale`, the factor of their learning rate."""
+        groups = [
+            {"params": layer.parameters, "scale": self.layer_decay ** (len(trained) - number)}
+            for number, layer in enumerate(trained)
+        ]
+        return [*groups, {"params": list(head.parameters()), "scale": 1.0}]
+
+    def fitted(self, judged: Judged, images: Images, *key: int | str) -> tuple[nn.Sequential, list[str]]:
+        """Copy of the encoder and classifier, trained on these images, and what has to be said; a function of `key`."""
+        encoder = copy.deepcopy(judged.encoder)
+        if judged.channels_last:
+            encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        trained, seed = self.trained_layers(encoder), seed_of(self.seed, "finetune", *key)
+        loader, notes = crops(judged, images, self.batch_size, self.smallest_crop, self.flip, seed)
+        head = classifier(encoder.out_dim, len(judged.data.classes), judged.device, seed)
+        numbers = (loader.batch_size, self.lr, self.lr_scaling, self.momentum, self.weight_decay)
+        optimizer = sgd(self.rates(trained, head), *numbers, exclude_norm_and_bias=False)
+        for group in optimizer.param_groups:
+            group["lr"] *= group["scale"]
+        model = nn.Sequential(encoder, head)
+
+        def logits(images: Float[Tensor, "B _ _h _w"]) -> Tensor:
+            with autocast(judged.device, judged.dtype):
+                return model(images)
+
+        devices = [judged.device] if judged.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)  # of dropout, which takes no generator
+            schedule = Cosine(self.epochs, self.warmup_epochs)
+            descend(logits, loader, optimizer, schedule, self.epochs, judged)
+        return model, notes
+
+    def scores(self, judged: Judged, model: nn.Module) -> Float[Tensor, "M C"]:
+        """Logits of the test images under the eval transform."""
+        test = labelled(judged)[1]
+        return embed(model, test, judged.data, judged.device, judged.dtype, judged.channels_last)
+
+    def __call__(self, judged: Judged) -> Verdict:
+        """top1 and top5 on the test images."""
+        memory, test = labelled(judged)
+        model, notes = self.fitted(judged, memory)
+        scores = self.scores(judged, model)
+        assert test.labels is not None
+        labels = test.labels.to(judged.device).long()
+        return Verdict(accuracies(scores, labels), scores.softmax(1), as_tables(notes))

@@ -1,0 +1,108 @@
+"""What the protocols that train on labelled images share: crops of the images, a first classifier, the descent, the score.
+
+Shapes: B images of a batch, M test images, C classes.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from twoviews.data.images import Images
+from twoviews.data.loader import Loader
+from twoviews.data.views import Views
+from twoviews.errors import BadInput
+from twoviews.features import Judged
+from twoviews.protocols.knn import top1
+from twoviews.randomness import generator
+from twoviews.schedule import Schedule
+
+
+def labelled(judged: Judged) -> tuple[Images, Images]:
+    """The memory images, to train on, and the test images.
+
+    Raises:
+        BadInput: there are none.
+    """
+    memory, test = judged.data.memory, judged.data.test
+    if memory is None or test is None:
+        raise BadInput(
+            f"{judged.data.name} has no labelled images to train a classifier on and to test it; choose other data."
+        )
+    return memory, test
+
+
+def accuracies(scores: Float[Tensor, "M C"], labels: Int[Tensor, " M"]) -> dict[str, float]:
+    """top1, and top5 where there are more than five classes, in percent."""
+    values = {"top1": top1(scores, labels)}
+    if scores.shape[1] > 5:
+        hit = (scores.topk(5, dim=1).indices == labels[:, None]).any(1)
+        values["top5"] = 100 * hit.sum().item() / len(labels)
+    return values
+
+
+def classifier(features: int, classes: int, device: torch.device, *key: int | str) -> nn.Linear:
+    """Weights from N(0, 0.01^2) and biases of 0, as MoCo, SimSiam and SwAV begin; a function of `key`."""
+    linear = nn.utils.skip_init(nn.Linear, features, classes)  # torch's own would draw from the global generator
+    nn.init.normal_(linear.weight, std=0.01, generator=generator("classifier", *key))
+    nn.init.zeros_(linear.bias)
+    return linear.to(device)
+
+
+def crops(
+    judged: Judged, images: Images, batch_size: int, smallest_crop: float, flip: float, seed: int
+) -> tuple[Loader, list[str]]:
+    """Batches of one random crop of each image, and what has to be said about their size.
+
+    The images that do not fill a last batch sit out an epoch, other ones each time.
+    """
+    data, notes = judged.data, []
+    if batch_size > len(images):
+        notes.append(f"batch_size={batch_size} is larger than the {len(images)} images: batches have {len(images)}.")
+    view = {"scale": [smallest_crop, 1], "flip": flip}
+    views = Views({"crop": view}, size=data.size, channels=data.channels, mean=data.mean, std=data.std)
+    return Loader(images, views, batch_size=min(batch_size, len(images)), seed=seed, device=judged.device), notes
+
+
+def descend(
+    logits: Callable[[Float[Tensor, "B _ _h _w"]], Float[Tensor, "B C"]],
+    loader: Loader,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    epochs: int,
+    judged: Judged,
+) -> None:
+    """So many epochs of cross-entropy; each group's learning rate is its own times the schedule's factor.
+
+    Raises:
+        BadInput: the loss became infinite or not a number.
+    """
+    assert loader.images.labels is not None
+    labels = loader.images.labels.to(judged.device).long()
+    form = torch.channels_last if judged.channels_last else torch.contiguous_format
+    rates = [group["lr"] for group in optimizer.param_groups]
+    scaler = torch.amp.GradScaler(judged.device.type, enabled=judged.dtype == torch.float16)
+    for epoch in range(epochs):
+        loader.set_epoch(epoch)
+        for step, batch in enumerate(loader):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * schedule(epoch + step / len(loader))
+            with torch.enable_grad():
+                scores = logits(batch.views[0].to(memory_format=form))
+                loss = nnf.cross_entropy(scores.float(), labels[batch.index])
+                scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+        if not loss.isfinite():
+            raise BadInput(
+                f"training on labelled images diverged in epoch {epoch + 1} (loss {loss.item()}) with a learning rate of "
+                f"{max(rates):g}; use a smaller lr for this protocol, for example {max(rates) / 10:g}."
+            )
+
+
+def as_tables(notes: list[str]) -> dict[str, list[dict[str, float | int | str]]]:
+    """Sentences as a table of a verdict, if there are any."""
+    return {"notes": [{"note": note} for note in notes]} if notes else {}

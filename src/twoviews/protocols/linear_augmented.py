@@ -1,0 +1,98 @@
+"""The published linear protocol: random crops and flips of the images every epoch, each through the frozen backbone.
+
+He et al., "Momentum Contrast", arXiv:1911.05722, sec. 4.1, and the evaluation scripts of MoCo, SimSiam and SwAV; their
+numbers are conf/protocol/linear_moco.yaml, linear_simsiam.yaml and linear_swav.yaml. It is there for comparison with
+papers and costs as many passes of the backbone as it has epochs; `linear` and `linear_sgd` need one. Unlike those scripts,
+which report the best epoch on the test images, this reports the last.
+Shapes: B images of a batch.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from twoviews.features import Judged
+from twoviews.optim import LrScaling, larc, scaled_lr, sgd
+from twoviews.protocols.labelled import accuracies, as_tables, classifier, crops, descend, labelled
+from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.ranges import Count, Fraction, Index, NotNegative, Positive, Range
+from twoviews.runtime import autocast
+from twoviews.schedule import Cosine, Step
+
+TRUST = 0.001  # coefficient of LARS in SimSiam's main_lincls.py
+
+
+class LinearAugmented(Protocol):
+    """Accuracy of a linear classifier on the features of augmented images; the learning rate changes between epochs.
+
+    Args:
+        optimizer: "sgd", or "larc", which is LARS as SimSiam uses it: apex's, without clipping, on weights and biases.
+        lr: learning rate at the start.
+        lr_scaling: "linear" means lr * batch_size / 256, with the batch size that is used.
+        momentum: of the optimizer.
+        weight_decay: on weights and biases.
+        batch_size: images a step; clamped to the memory images.
+        epochs: passes of the backbone over the memory images.
+        milestones: epochs at which the learning rate falls to a tenth; null: half a cosine.
+        smallest_crop: smallest area of a crop as a share of the picture.
+        flip: probability of mirroring left to right.
+        seed: of classifier, order and crops.
+        every_epochs: how often it is measured in training; 0 is at the end only.
+    """
+
+    def __init__(
+        self,
+        optimizer: Literal["sgd", "larc"],
+        lr: Positive,
+        lr_scaling: Literal["none", "linear"],
+        momentum: Annotated[float, Range(at_least=0, below=1, usual="0.9")],
+        weight_decay: NotNegative,
+        batch_size: Count,
+        epochs: Count,
+        milestones: Sequence[NotNegative] | None,
+        smallest_crop: Annotated[float, Range(above=0, at_most=1, usual="0.08")],
+        flip: Fraction,
+        seed: Index,
+        every_epochs: Index,
+    ):
+        self.optimizer, self.lr, self.momentum = optimizer, lr, momentum
+        self.lr_scaling: LrScaling = lr_scaling
+        self.weight_decay, self.batch_size, self.epochs, self.milestones = weight_decay, batch_size, epochs, milestones
+        self.smallest_crop, self.flip, self.seed, self.every_epochs = smallest_crop, flip, seed, every_epochs
+
+    def __call__(self, judged: Judged) -> Verdict:
+        """top1 and top5 on the test images, learning rate and batch size that were used, and a note if it was clamped."""
+        memory, _ = labelled(judged)
+        encoder, training = judged.encoder, judged.encoder.training
+        before = {name: value.clone() for name, value in encoder.state_dict().items()}
+        loader, notes = crops(judged, memory, self.batch_size, self.smallest_crop, self.flip, self.seed)
+        head = classifier(encoder.out_dim, len(judged.data.classes), judged.device, self.seed)
+        numbers = (loader.batch_size, self.lr, self.lr_scaling, self.momentum, self.weight_decay)
+        groups = [{"params": list(head.parameters())}]
+        if self.optimizer == "sgd":
+            optimizer = sgd(groups, *numbers, exclude_norm_and_bias=False)
+        else:
+            optimizer = larc(groups, *numbers, trust_coefficient=TRUST, exclude_norm_and_bias=False, clip=False)
+        cosine = Cosine(self.epochs, every="epoch")
+        schedule = cosine if self.milestones is None else Step(self.milestones, 0.1)
+
+        def logits(images: Float[Tensor, "B _ _h _w"]) -> Tensor:
+            with torch.no_grad(), autocast(judged.device, judged.dtype):
+                features = encoder(images)
+            return head(features.float())
+
+        encoder.eval()
+        descend(logits, loader, optimizer, schedule, self.epochs, judged)
+        encoder.train(training)
+        changed = [name for name, value in encoder.state_dict().items() if not torch.equal(value, before[name])]
+        assert not changed, f"the frozen encoder changed: {changed}"
+        with torch.no_grad():
+            scores = head(judged.test.x)
+        used = {
+            "learning_rate": scaled_lr(self.lr, self.lr_scaling, loader.batch_size),
+            "batch_size": float(loader.batch_size),
+        }
+        return Verdict({**accuracies(scores, judged.test.y), **used}, scores.softmax(1), as_tables(notes))

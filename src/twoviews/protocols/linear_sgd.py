@@ -1,0 +1,156 @@
+"""A linear classifier on frozen features by SGD: many learning rates and weight decays at once, on features computed once.
+
+All classifiers see the same batches and are multiplied in one matrix product. The best is chosen on a held-out part of
+the memory images and trained again on all of them; the test images are not looked at before.
+Shapes: N bank, M queries, F features, C classes, G points of the grid.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Annotated
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from twoviews.errors import BadInput
+from twoviews.features import Judged
+from twoviews.protocols.knn import top1
+from twoviews.protocols.labelled import accuracies
+from twoviews.protocols.linear import Probe, held_out
+from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.randomness import generator
+from twoviews.ranges import Count, Index, NotNegative, Positive, Range
+from twoviews.schedule import Cosine
+
+
+@dataclass(frozen=True)
+class Stack:
+    """G linear classifiers."""
+
+    weight: Float[Tensor, "G C F"]
+    bias: Float[Tensor, "G C"]
+
+    def linear(self, point: int) -> nn.Linear:
+        """One of them."""
+        weight = self.weight[point]
+        linear = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], device=weight.device)
+        linear.requires_grad_(False)
+        linear.weight.copy_(weight)
+        linear.bias.copy_(self.bias[point])
+        return linear
+
+
+@torch.no_grad()
+def sgd(
+    x: Float[Tensor, "N F"],
+    y: Int[Tensor, " N"],
+    classes: int,
+    grid: Sequence[tuple[float, float]],
+    *,
+    momentum: float,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+) -> Stack:
+    """One classifier for each (learning rate, weight decay), from zero, with half a cosine over all steps.
+
+    Each goes as torch.optim.SGD would take it alone on mean cross-entropy; biases are not decayed. The gradient is
+    written out: (softmax - one-hot)^T x / B. The last batch of an epoch is as short as it comes out.
+    """
+    count, features = len(grid), x.shape[1]
+    weight, bias = x.new_zeros(count, classes, features), x.new_zeros(count, classes)
+    v_weight, v_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+    rates, decays = x.new_tensor(grid).unbind(1)
+    schedule, steps = Cosine(epochs), -(-len(x) // batch_size)
+    for epoch in range(epochs):
+        order = torch.randperm(len(x), generator=generator(seed, "linear_sgd", epoch)).to(x.device)
+        for step, rows in enumerate(order.split(batch_size)):
+            batch = x[rows]
+            logits = torch.addmm(bias.flatten(), batch, weight.view(-1, features).T).view(-1, count, classes)
+            slope = (logits.softmax(2) - nnf.one_hot(y[rows], classes)[:, None]) / len(rows)
+            v_weight.mul_(momentum).add_((slope.flatten(1).T @ batch).view_as(weight))
+            v_weight.addcmul_(decays[:, None, None], weight)
+            v_bias.mul_(momentum).add_(slope.sum(0))
+            factor = schedule(epoch + step / steps)
+            weight.addcmul_(rates[:, None, None], v_weight, value=-factor)
+            bias.addcmul_(rates[:, None], v_bias, value=-factor)
+    return Stack(weight, bias)
+
+
+class LinearSGD(Protocol):
+    """Accuracy of a linear classifier trained by SGD on standardised features.
+
+    Args:
+        learning_rates: candidates, each with each of `weight_decays`; not scaled by the batch size.
+        weight_decays: candidates. The pair with the best accuracy on the held-out memory images, of equals that with
+            the smallest loss there, is trained again on all memory images.
+        held_out: share of the memory images that chooses.
+        momentum: of SGD.
+        batch_size: images a step; more than there are means all of them.
+        epochs: passes over the features.
+        seed: of the order.
+        every_epochs: how often it is measured in training; 0 is at the end only.
+
+    Raises:
+        BadInput: there is no candidate.
+    """
+
+    def __init__(
+        self,
+        learning_rates: Sequence[Positive],
+        weight_decays: Sequence[NotNegative],
+        held_out: Annotated[float, Range(above=0, below=1, usual="0.1")],
+        momentum: Annotated[float, Range(at_least=0, below=1, usual="0.9")],
+        batch_size: Count,
+        epochs: Count,
+        seed: Index,
+        every_epochs: Index,
+    ):
+        for name, candidates in (("learning_rates", learning_rates), ("weight_decays", weight_decays)):
+            if not candidates:
+                raise BadInput(f"protocol.linear_sgd.{name}=[] leaves nothing to choose from; give one number or more.")
+        self.learning_rates, self.weight_decays, self.held_out = list(learning_rates), list(weight_decays), held_out
+        self.momentum, self.batch_size, self.epochs, self.seed = momentum, batch_size, epochs, seed
+        self.every_epochs = every_epochs
+
+    def probe(self, judged: Judged) -> tuple[Probe, list[dict[str, float]]]:
+        """The classifier, and the candidates from best to worst; the test images are not looked at.
+
+        Raises:
+            BadInput: none of the candidates stays finite.
+        """
+        memory = judged.memory
+        mean, std = memory.x.mean(0), memory.x.std(0) + 1e-6
+        x, y, classes = (memory.x - mean) / std, memory.y, len(judged.data.classes)
+        rest, chooses = held_out(y, self.held_out)
+        grid = list(product(self.learning_rates, self.weight_decays))
+        stack, rows = self._sgd(x[rest], y[rest], classes, grid), []
+        for point, (learning_rate, weight_decay) in enumerate(grid):
+            # A candidate that ran away scores nan, of which the loss is nan, too; it comes last.
+            scores = stack.linear(point)(x[chooses]).nan_to_num(torch.nan, torch.nan, torch.nan)
+            loss = nnf.cross_entropy(scores, y[chooses]).nan_to_num(torch.inf).item()
+            pair = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+            rows.append({**pair, "held_out_top1": top1(scores, y[chooses]), "held_out_loss": loss})
+        rows.sort(key=lambda row: (row["held_out_loss"] == math.inf, -row["held_out_top1"], row["held_out_loss"]))
+        if rows[0]["held_out_loss"] == math.inf:
+            raise BadInput(
+                f"all of protocol.linear_sgd.learning_rates={self.learning_rates} diverge; use smaller ones, such as [0.001]."
+            )
+        best = rows[0]["learning_rate"], rows[0]["weight_decay"]
+        return Probe(mean, std, self._sgd(x, y, classes, [best]).linear(0)), rows
+
+    def _sgd(self, x: Tensor, y: Tensor, classes: int, grid: list[tuple[float, float]]) -> Stack:
+        numbers = {"momentum": self.momentum, "batch_size": self.batch_size, "epochs": self.epochs, "seed": self.seed}
+        return sgd(x, y, classes, grid, **numbers)
+
+    def __call__(self, judged: Judged) -> Verdict:
+        """top1 and top5 on the test images, the pair they were reached with, and all pairs as a table."""
+        probe, rows = self.probe(judged)
+        scores, chosen = probe(judged.test.x), {key: rows[0][key] for key in ("learning_rate", "weight_decay")}
+        return Verdict(
+            {**accuracies(scores, judged.test.y), **chosen}, scores.softmax(1), {"grid": [{**row} for row in rows]}
+        )

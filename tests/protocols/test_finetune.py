@@ -1,0 +1,158 @@
+"""Fine-tuning against a loop, its layers against what they should be, and the run's own encoder untouched."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from test_labelled import same, small, state
+from torch import nn
+from torch.nn import functional as nnf
+
+from twoviews.backbones import ResNet, Timm
+from twoviews.errors import BadInput
+from twoviews.features import embed
+from twoviews.protocols import finetune
+from twoviews.protocols.finetune import FineTune, layers
+from twoviews.protocols.labelled import classifier, crops, labelled
+from twoviews.randomness import seed_of
+
+
+def protocol(**changes) -> FineTune:
+    numbers = {"unfreeze_from": None, "layer_decay": 1.0, "epochs": 2, "warmup_epochs": 0, "batch_size": 40, "lr": 0.05}
+    numbers |= {"lr_scaling": "none", "momentum": 0.9, "weight_decay": 1e-3, "smallest_crop": 0.6, "flip": 0.0}
+    return FineTune(**{**numbers, "seed": 0, "every_epochs": 0, **changes})
+
+
+def test_layers_of_a_resnet_go_from_input_to_output():
+    encoder = ResNet(1, 32, "basic", [2, 1], width=4)
+    assert [layer.name for layer in layers(encoder)] == ["conv1", "layer1.0", "layer1.1", "layer2.0"]
+    assert layers(encoder)[0].modules == [encoder.conv1, encoder.bn1, encoder.relu, encoder.maxpool]
+
+
+def test_layers_of_a_vision_transformer_are_its_blocks():
+    encoder = Timm(1, 32, "vit_tiny_patch16_224")
+    found = layers(encoder)
+    assert [layer.name for layer in found] == ["patch_embed", *(f"blocks.{number}" for number in range(12))]
+    assert any(p is encoder.model.cls_token for p in found[0].parameters)
+    assert any(p is encoder.model.norm.weight for p in found[-1].parameters)
+    counted = sorted(id(p) for layer in found for p in layer.parameters)
+    assert counted == sorted(id(p) for p in encoder.parameters())
+
+
+@pytest.mark.parametrize(("unfreeze_from", "scales"), [(None, [0.125, 0.25, 0.5, 1]), ("layer1", [0.25, 0.5, 1])])
+def test_learning_rates_are_the_closed_form(unfreeze_from, scales, monkeypatch):
+    """lr * layer_decay^l, l counted from the classifier, times half a cosine after the warm-up."""
+    judged, seen = small(80), []
+
+    class Spy(torch.optim.SGD):
+        def step(self, *arguments):
+            seen.append([group["lr"] for group in self.param_groups])
+            return super().step(*arguments)
+
+    monkeypatch.setattr(torch.optim, "SGD", Spy)
+    numbers = {"layer_decay": 0.5, "epochs": 4, "warmup_epochs": 1, "unfreeze_from": unfreeze_from}
+    protocol(**numbers, lr=0.1, lr_scaling="linear")(judged)
+    base = 0.1 * 40 / 256
+    factors = [0, 0.5] + [(1 + torch.cos(torch.tensor(torch.pi * k / 6)).item()) / 2 for k in range(6)]
+    torch.testing.assert_close(torch.tensor(seen), base * torch.outer(torch.tensor(factors), torch.tensor(scales)))
+
+
+def test_it_is_the_loop_that_one_would_write():
+    judged = small(100)  # 100 / 40: two batches an epoch
+    tuned = protocol(layer_decay=0.5)
+    model, notes = tuned.fitted(judged, labelled(judged)[0])
+    seed = seed_of(0, "finetune")
+    loader, _ = crops(judged, labelled(judged)[0], 40, 0.6, 0.0, seed)
+    encoder, head = copy.deepcopy(judged.encoder).train(), classifier(16, 10, judged.device, seed)
+    stem = [*encoder.conv1.parameters(), *encoder.bn1.parameters()]
+    groups = [
+        {"params": stem, "lr": 0.05 / 8},
+        {"params": encoder.layer1.parameters(), "lr": 0.05 / 4},
+        {"params": encoder.layer2.parameters(), "lr": 0.05 / 2},
+        {"params": head.parameters(), "lr": 0.05},
+    ]
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=1e-3)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            optimizer.zero_grad()
+            nnf.cross_entropy(head(encoder(batch.views[0])), judged.data.memory.labels[batch.index]).backward()
+            optimizer.step()
+            cosine.step()
+    assert notes == []
+    for name, value in nn.Sequential(encoder, head).state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_runs_own_encoder_is_untouched(training):
+    judged = small(80)
+    judged.encoder.train(training)
+    before, numbers = state(judged.encoder), torch.get_rng_state()
+    first = protocol()(judged)
+    assert same(before, state(judged.encoder))
+    assert judged.encoder.training == training
+    assert all(p.requires_grad and p.grad is None for p in judged.encoder.parameters())
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert torch.equal(first.probabilities, protocol()(judged).probabilities)
+    assert not torch.equal(first.probabilities, protocol(seed=1)(judged).probabilities)
+
+
+@pytest.mark.parametrize(
+    ("unfreeze_from", "frozen"),
+    [
+        (None, []),
+        ("layer1", ["conv1", "bn1"]),
+        ("layer2", ["conv1", "bn1", "layer1"]),
+        ("layer2.0", ["conv1", "layer1"]),
+    ],
+)
+def test_only_what_is_unfrozen_changes(unfreeze_from, frozen):
+    judged = small(80)
+    model, _ = protocol(unfreeze_from=unfreeze_from, weight_decay=0.1).fitted(judged, labelled(judged)[0])
+    before, after = state(judged.encoder), state(model[0])
+    kept = {name for name in before if torch.equal(before[name], after[name])}
+    # Running statistics of norms, too.
+    names = [name for name in before if name.split(".")[0] in (frozen + ["bn1"] if frozen else [])]
+    assert kept == set(names)
+    assert len(names) < len(before)
+
+
+def test_an_unknown_layer_is_refused_with_the_known_ones():
+    with pytest.raises(BadInput, match=r"unfreeze_from=layer9 is no layer .* Did you mean .*conv1, layer1.0, layer2.0"):
+        protocol(unfreeze_from="layer9")(small(20))
+
+
+def test_warm_up_longer_than_the_training_is_refused():
+    with pytest.raises(BadInput, match="warmup_epochs=3"):
+        protocol(warmup_epochs=3)
+
+
+def test_it_learns_by_heart_what_a_classifier_alone_does_not():
+    judged = small(80)
+    judged.data = replace(judged.data, test=judged.data.memory)
+    numbers = {"epochs": 25, "batch_size": 20, "lr": 0.1, "smallest_crop": 1.0, "weight_decay": 0.0}
+    whole = protocol(**numbers)(judged).values
+    alone = protocol(**numbers, layer_decay=1e-6)(judged).values
+    assert whole["top1"] > 90 > alone["top1"] + 20
+    assert 100 >= whole["top5"] >= whole["top1"]
+
+
+def test_half_precision_of_the_forward_pass_is_the_judgeds(monkeypatch):
+    judged, seen = small(40), []
+    judged.dtype = torch.bfloat16
+    judged.encoder.conv1.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    verdict = protocol(epochs=1)(judged)
+    assert set(seen) == {torch.bfloat16}
+    assert verdict.probabilities.dtype == torch.float32
+
+
+def test_scores_are_of_the_eval_transform_and_mode():
+    judged = small(80)
+    tuned = protocol()
+    model, _ = tuned.fitted(judged, labelled(judged)[0])
+    x = embed(model[0], judged.data.test, judged.data, judged.device, judged.dtype)
+    torch.testing.assert_close(tuned.scores(judged, model), model[1](x).detach(), rtol=1e-4, atol=1e-5)
+    assert finetune.embed is embed
