@@ -19,6 +19,7 @@ class Encoder(nn.Module):
     """Abstract: images [B, C, H, W] to features [B, out_dim]."""
 
     out_dim: int
+    recipe: dict[str, Any]  # the node of a configuration that builds it again, for other images too
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
         """Features before any projection head."""
@@ -106,6 +107,14 @@ class ResNet(Encoder):
         zero_init_residual: bool = False,
     ):
         super().__init__()
+        self.recipe = {
+            "_target_": "twoviews.backbones.ResNet",
+            "block": block,
+            "depths": list(depths),
+            "width": width,
+            "stem": stem,
+            "zero_init_residual": zero_init_residual,
+        }
         stride = {"cifar": 1, "strided": 2, "imagenet": 4}[stem] * 2 ** (len(depths) - 1)
         if image_size <= stride:
             remedy = (
@@ -176,6 +185,7 @@ class Timm(Encoder):
         super().__init__()
         import timm
 
+        self.recipe = {"_target_": "twoviews.backbones.Timm", "name": name, "drop_path_rate": drop_path_rate}
         if name not in timm.list_models():
             raise BadInput(
                 f"backbone.name={name} is not a model of timm {timm.__version__}.{nearest(name, timm.list_models())}"
@@ -183,8 +193,13 @@ class Timm(Encoder):
         options: dict[str, Any] = {"num_classes": 0, "in_chans": channels, "pretrained": False}
         if drop_path_rate:
             options["drop_path_rate"] = drop_path_rate
+        self.options: dict[str, Any] = {
+            "num_classes": 0,
+            "in_chans": channels,
+        }  # for timm.create_model, beside the name
         try:
             self.model = timm.create_model(name, img_size=image_size, **options)
+            self.options["img_size"] = image_size
         except TypeError:
             # Convolutional models take images of any size and no `img_size`.
             try:

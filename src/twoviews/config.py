@@ -207,8 +207,12 @@ def build(node: DictConfig, **given: Any) -> Any:
     """What a group's `_target_` makes of its values and those `given` beside them.
 
     Raises:
+        BadInput: a `_target_` is not part of this package: the config.yaml of a run may come from anywhere.
         Exception: what the target raised, without Hydra's words around it.
     """
+    for key, value in flat(OmegaConf.to_container(node)).items():
+        if key.rpartition(".")[2] == "_target_":
+            signature(str(value))
     try:
         return instantiate(node, **given, _convert_="all")
     except InstantiationException as error:

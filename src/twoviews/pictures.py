@@ -2,17 +2,26 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from twoviews.data.images import Images
-from twoviews.data.views import Views
+from twoviews.data.views import Views, eval_view
 from twoviews.randomness import generator
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.ImageFont import FreeTypeFont
+
 SHOWN_SIDE = 96  # px; smaller views are enlarged to at least this, pixel by pixel
+LARGEST_SIDE = 128  # px; larger images on a sheet are reduced to it
 IMAGES = 10
+GAP = 8  # px, between images on a sheet
+TEXT = 16  # px
+GREY, RED = (110, 110, 110), (220, 40, 40)
 
 
 def draw_views(path: Path, images: Images, views: Views, seed: int) -> None:
@@ -47,6 +56,38 @@ def enlarged(image: Float[Tensor, "C H W"]) -> UInt8[Tensor, "h w 3"]:
     factor = max(1, -(-SHOWN_SIDE // image.shape[1]))
     large = colour.clamp(0, 1).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
     return (large * 255).round().byte().permute(1, 2, 0)
+
+
+def squares(images: Images, index: list[int]) -> "dict[int, Image]":
+    """The central squares that the encoder sees, in a size to look at, by image."""
+    from PIL import Image
+
+    found, chosen = {}, torch.tensor(index)
+    for canvases, sizes, batch in images.batches(64, chosen):
+        channels, side = canvases.shape[1], canvases.shape[-1]
+        whole = eval_view(canvases.cpu(), sizes, size=side, crop=1.0, mean=(0.0,) * channels, std=(1.0,) * channels)
+        for image, square in zip(batch.tolist(), whole, strict=True):
+            picture = Image.fromarray(enlarged(square).numpy())
+            picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+            found[image] = picture
+    return found
+
+
+def font(name: str) -> "FreeTypeFont":
+    """Matplotlib's own copy, which has Greek and Cyrillic letters too."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", TEXT)
+
+
+def fitted(text: str, face: "FreeTypeFont", room: float) -> str:
+    """`text`, or as much of it as `room` px hold."""
+    if face.getlength(text) <= room:
+        return text
+    while text and face.getlength(text + "…") > room:
+        text = text[:-1]
+    return text + "…"
 
 
 def draw_curves(path: Path, lines: Iterable[Mapping[str, float]]) -> None:

@@ -189,18 +189,37 @@ class Run:
         Raises:
             BadInput: the run has not written an encoder yet.
         """
-        from omegaconf import DictConfig
-        from safetensors.torch import load_file
-
-        description = self.read("encoder.json")
-        if not description or not (self.folder / "encoder.safetensors").exists():
+        if not (self.folder / "encoder.json").exists() or not (self.folder / "encoder.safetensors").exists():
             raise BadInput(
                 f"{self.folder} holds no encoder; let the run finish (the same command goes on), or interrupt it (Ctrl-C), which writes one."
             )
+        return load_encoder(self.folder / "encoder.safetensors")[0]
+
+
+def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
+    """The encoder of a file of weights with encoder.json beside it, and what that says.
+
+    Raises:
+        BadInput: the two do not make an encoder.
+    """
+    from omegaconf import DictConfig
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    beside = path.with_name("encoder.json")
+    try:
+        description = json.loads(beside.read_text())
         sizes = {"channels": description["channels"], "image_size": description["image_size"]}
         encoder = build(DictConfig(description["backbone"]), **sizes)
-        encoder.load_state_dict(load_file(self.folder / "encoder.safetensors"))
-        return encoder
+        if not isinstance(encoder, Encoder):
+            raise TypeError("the backbone is no encoder")
+        encoder.load_state_dict(load_file(path))
+        if not len(description["mean"]) == len(description["std"]) == description["channels"]:
+            raise TypeError("mean and std are not those of the channels")
+    except (SafetensorError, RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(f"{path} and {beside.name} beside it do not make an encoder: {reason[:200]}.") from error
+    return encoder, description
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

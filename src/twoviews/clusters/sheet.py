@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
@@ -11,19 +10,11 @@ from torch import Tensor
 
 from twoviews.clusters.kmeans import Clusters
 from twoviews.data.images import Images
-from twoviews.data.views import eval_view
-from twoviews.pictures import enlarged
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from PIL.ImageFont import FreeTypeFont
+from twoviews.pictures import GAP, GREY, RED, fitted, font, squares
 
 ROWS = 20  # clusters shown at most
 NEAREST, FARTHEST = 10, 4  # images of each
-LARGEST_SIDE = 128  # px; larger images are reduced to it
-GAP, CAPTION, HEAD = 8, 220, 90  # px: between images, width of the captions, height of the heading
-TEXT = 16  # px
-GREY, RED = (110, 110, 110), (220, 40, 40)
+CAPTION, HEAD = 220, 90  # px: width of the captions, height of the heading
 
 
 @dataclass(frozen=True)
@@ -90,12 +81,12 @@ def draw_clusters(path: Path, images: Images, clusters: Clusters, classes: Seque
     labels = images.labels
     ordered = rows(clusters, labels)
     shown = spread(ordered)
-    pictures = _pictures(images, sorted({image for row in shown for image in row.shown}))
+    pictures = squares(images, sorted({image for row in shown for image in row.shown}))
     side = max(picture.width for picture in pictures.values())
     step = side + GAP
     wide = CAPTION + (NEAREST + FARTHEST) * step + 3 * GAP
     sheet = Image.new("RGB", (wide, HEAD + len(shown) * step + GAP), "white")
-    draw, plain, bold = ImageDraw.Draw(sheet), _font("DejaVuSans"), _font("DejaVuSans-Bold")
+    draw, plain, bold = ImageDraw.Draw(sheet), font("DejaVuSans"), font("DejaVuSans-Bold")
     edge = CAPTION + NEAREST * step + 3 * GAP  # a wider gap sets the farthest images apart
     draw.text((GAP, 8), title, "black", bold)
     draw.text((GAP, 34), _explanation(len(shown), len(ordered), labels is not None), GREY, plain)
@@ -104,8 +95,9 @@ def draw_clusters(path: Path, images: Images, clusters: Clusters, classes: Seque
     for number, row in enumerate(shown):
         top = HEAD + number * step
         for line, text in enumerate(row.caption(classes)):
-            font = bold if line == 2 else plain
-            draw.text((GAP, top + side / 2 - 34 + 24 * line), _fitted(text, font), "black" if line else GREY, font)
+            face = bold if line == 2 else plain
+            text = fitted(text, face, CAPTION - 2 * GAP)
+            draw.text((GAP, top + side / 2 - 34 + 24 * line), text, "black" if line else GREY, face)
         for place, image in enumerate(row.shown):
             left = CAPTION + place * step if place < NEAREST else edge + (place - NEAREST) * step
             sheet.paste(pictures[image], (left, top))
@@ -122,36 +114,3 @@ def _explanation(shown: int, there: int, labelled: bool) -> str:
     if not labelled:
         return f"{which}, from the tightest to the loosest (distance: mean square of that to the centroid)"
     return f"{which}, from the purest to the most mixed; red frame: not of the class that is commonest in the cluster"
-
-
-def _pictures(images: Images, index: list[int]) -> "dict[int, Image]":
-    """The central squares that the encoder sees, in a size to look at, by image."""
-    from PIL import Image
-
-    found, chosen = {}, torch.tensor(index)
-    for canvases, sizes, batch in images.batches(64, chosen):
-        channels, side = canvases.shape[1], canvases.shape[-1]
-        squares = eval_view(canvases.cpu(), sizes, size=side, crop=1.0, mean=(0.0,) * channels, std=(1.0,) * channels)
-        for image, square in zip(batch.tolist(), squares, strict=True):
-            picture = Image.fromarray(enlarged(square).numpy())
-            picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-            found[image] = picture
-    return found
-
-
-def _font(name: str) -> "FreeTypeFont":
-    """Matplotlib's own copy, which has Greek and Cyrillic letters too."""
-    import matplotlib
-    from PIL import ImageFont
-
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", TEXT)
-
-
-def _fitted(text: str, font: "FreeTypeFont") -> str:
-    """`text`, or as much of it as the caption has room for."""
-    room = CAPTION - 2 * GAP
-    if font.getlength(text) <= room:
-        return text
-    while font.getlength(text + "…") > room:
-        text = text[:-1]
-    return text + "…"

@@ -1,0 +1,59 @@
+"""Features to take elsewhere: embeddings.npz of a split, or of pictures of one's own.
+
+Shapes: N images, F features.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+
+from twoviews.errors import BadInput
+from twoviews.evaluation.given import embed_given, pictures, split
+from twoviews.features import Judged
+from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.ranges import Index
+
+
+class Embed(Protocol):
+    """Writes embeddings.npz: features [N, F] float32, labels [N] (-1: none), paths [N] ("": no file), classes.
+
+    Args:
+        split: train, memory or test; the last two are labelled, where there are any.
+        images: in place of the split a picture file, a folder of them, or a pattern.
+        every_epochs: how often it is done in training; 0 is at the end only.
+    """
+
+    def __init__(self, split: Literal["train", "memory", "test"], images: str | None, every_epochs: Index):
+        self.split, self.images, self.every_epochs = split, images, every_epochs
+
+    def __call__(self, judged: Judged) -> Verdict:
+        """Numbers of images and features; broken files have no row in embeddings.npz and one each in the table.
+
+        Raises:
+            BadInput: there are no such images, or none of them is a sound picture.
+        """
+        tables = {}
+        if self.images is None:
+            images, x = split(judged, self.split)
+        else:
+            given = embed_given(pictures(self.images), judged)
+            images, x = given.images, given.x
+            if given.broken:
+                tables["broken"] = [{"image": given.paths[row], "broken": why} for row, why in given.broken.items()]
+        if not len(x):
+            raise BadInput(f"images={self.images}: none of them is a sound picture ({tables['broken'][0]['broken']}).")
+        if judged.folder is not None:
+            labels = torch.full((len(x),), -1) if images.labels is None else images.labels.long().cpu()
+            path = judged.folder / "embeddings.npz"
+            new = path.with_name(path.name + ".new")
+            with new.open("wb") as file:
+                np.savez(
+                    file,
+                    features=x.cpu().numpy(),
+                    labels=labels.numpy(),
+                    paths=np.array(images.paths or [""] * len(x)),
+                    classes=np.array(judged.data.classes, dtype=str),
+                )
+            new.replace(path)
+        return Verdict({"images": float(len(x)), "features": float(x.shape[1])}, tables=tables)

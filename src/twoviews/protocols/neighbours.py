@@ -1,0 +1,107 @@
+"""The training images that an encoder finds most like others: to look at what its features are about.
+
+Shapes: N training images, M others, K neighbours, F features.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from twoviews.data.images import Images
+from twoviews.evaluation.given import embed_given, pictures, split
+from twoviews.evaluation.sheet import Row, draw_neighbours
+from twoviews.features import Judged
+from twoviews.protocols.knn import CHUNK_BYTES
+from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.randomness import generator
+from twoviews.ranges import Count, Index
+
+
+def nearest_rows(
+    queries: Float[Tensor, "M F"], bank: Float[Tensor, "N F"], k: int, own: Int[Tensor, " M"] | None
+) -> tuple[Float[Tensor, "M K"], Int[Tensor, "M K"]]:
+    """Cosines and rows of the k bank rows nearest to each query, the nearest first; row own[i] is not query i's."""
+    bank = nnf.normalize(bank, dim=1)
+    cosines, rows = [], []
+    for part in torch.arange(len(queries), device=bank.device).split(max(1, CHUNK_BYTES // (4 * len(bank)))):
+        similarity = nnf.normalize(queries[part], dim=1) @ bank.T
+        if own is not None:
+            similarity.scatter_(1, own.to(bank.device)[part, None], -2.0)  # less than any cosine
+        found = similarity.topk(min(k, len(bank) - (own is not None)), dim=1)
+        cosines.append(found.values)
+        rows.append(found.indices)
+    return torch.cat(cosines).cpu(), torch.cat(rows).cpu()
+
+
+class Neighbours(Protocol):
+    """A table of the nearest training images, and neighbours.png, a sheet of them.
+
+    Args:
+        images: a picture file, a folder of them, or a pattern; None: a sample of the test images (of the training
+            images, each but itself, where there are no test images).
+        k: neighbours of each; clamped to the training images.
+        sample: how many images the sample has.
+        seed: of the sample.
+        every_epochs: how often it is done in training; 0 is at the end only.
+    """
+
+    def __init__(self, images: str | None, k: Count, sample: Count, seed: Index, every_epochs: Index):
+        self.images, self.k, self.sample, self.seed, self.every_epochs = images, k, sample, seed, every_epochs
+
+    def __call__(self, judged: Judged) -> Verdict:
+        """agreement: the share of neighbours of the image's own class in percent, where both are labelled.
+
+        Raises:
+            BadInput: there are no such pictures.
+        """
+        data, broken = judged.data, []
+        paths = None if self.images is None else pictures(self.images)
+        train, bank = split(judged, "train")
+        if paths is not None:
+            given = embed_given(paths, judged)
+            shown, x, names, own = given.images, given.x, given.images.paths or [], None
+            broken = [(given.paths[row], why) for row, why in given.broken.items()]
+        else:
+            shown, x, names, own = self._sampled(judged)
+        cosines, rows = nearest_rows(x, bank, self.k, own) if len(x) else (torch.empty(0, 1), torch.empty(0, 1).long())
+        made = [
+            Row(
+                name=names[number],
+                image=number,
+                label=-1 if shown.labels is None else int(shown.labels[number]),
+                neighbours=rows[number].tolist(),
+                cosines=cosines[number].tolist(),
+            )
+            for number in range(len(x))
+        ]
+        table = [
+            {
+                "image": row.name,
+                "rank": rank + 1,
+                "neighbour": train.paths[found] if train.paths else f"{found}",
+                "class": "" if train.labels is None else data.classes[int(train.labels[found])],
+                "cosine": round(row.cosines[rank], 4),
+                "broken": "",
+            }
+            for row in made
+            for rank, found in enumerate(row.neighbours)
+        ]
+        empty = dict.fromkeys(("rank", "neighbour", "class", "cosine"), "")
+        table += [{"image": name, **empty, "broken": why} for name, why in broken]
+        if judged.folder is not None and made:
+            title = f"the nearest of {len(train):,} training images of {data.name}"
+            draw_neighbours(judged.folder / "neighbours.png", shown, train, made, data.classes, title)
+        values = {"images": float(len(made)), "broken": float(len(broken))}
+        if made and shown.labels is not None and train.labels is not None:
+            agree = train.labels.cpu()[rows] == shown.labels.cpu()[:, None]
+            values["agreement"] = 100 * agree.float().mean().item()
+        return Verdict(values, tables={"neighbours": table})
+
+    def _sampled(self, judged: Judged) -> tuple[Images, Float[Tensor, "M F"], list[str], Int[Tensor, " M"] | None]:
+        """Images, their features, what they are called, and which training images they are."""
+        which = "train" if judged.data.test is None else "test"
+        images, x = split(judged, which)
+        chosen = torch.randperm(len(images), generator=generator(self.seed, "neighbours"))[: self.sample].sort().values
+        names = [f"{which} {row}" if images.paths is None else images.paths[row] for row in chosen.tolist()]
+        return images.subset(chosen), x[chosen.to(x.device)], names, chosen if which == "train" else None
