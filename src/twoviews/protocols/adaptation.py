@@ -1,0 +1,172 @@
+"""Test-time adaptation: an encoder and its linear probe change while they classify a stream of corrupted images.
+
+Online, one pass: each batch is classified before anything is learnt from it, and each stream starts again from the
+run's own weights. All work is done on copies, so that the encoder stays as it is whatever happens.
+
+Shapes: B images of a batch, F features, K classes, N supports.
+"""
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from twoviews.errors import BadInput
+from twoviews.features import Judged
+from twoviews.layers import SplitBatchNorm, SyncBatchNorm
+from twoviews.protocols.linear import Linear, Probe
+from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.protocols.streams import Classify, Streams, headline
+from twoviews.runtime import autocast
+
+
+class Model(nn.Module):
+    """A frozen copy, in eval mode, of an encoder with its probe: normalised images to logits.
+
+    Args:
+        judged: whose encoder, device and number format; fp16, in which small gradients vanish, becomes fp32.
+        probe: its linear classifier.
+    """
+
+    def __init__(self, judged: Judged, probe: Probe):
+        super().__init__()
+        self.encoder, self.probe = copy.deepcopy(judged.encoder), copy.deepcopy(probe)
+        self.device = judged.device
+        self.dtype = torch.float32 if judged.dtype == torch.float16 else judged.dtype
+        self.requires_grad_(False).eval()
+
+    def features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
+        """What the classifier's weights are about: standardised features, float32."""
+        with autocast(self.device, self.dtype):
+            x = self.encoder(images)
+        return self.probe.standardised(x.float())
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
+        """Logits."""
+        return self.probe.linear(self.features(images))
+
+    def batch_norms(self) -> list[_BatchNorm]:
+        """Its batch norms, which from now on normalise by the statistics of the batch; dropout stays off."""
+        norms = [module for module in self.encoder.modules() if isinstance(module, _BatchNorm)]
+        for norm in norms:
+            norm.train()
+            if isinstance(norm, (SplitBatchNorm, SyncBatchNorm, nn.SyncBatchNorm)):
+                # One whole batch in one process, however the run divided its own.
+                norm.forward = partial(_normalised, norm)  # type: ignore[method-assign]
+        return norms
+
+
+def _normalised(norm: _BatchNorm, x: Tensor) -> Tensor:
+    return nnf.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
+
+
+def affine(norms: Sequence[_BatchNorm], protocol: str) -> list[nn.Parameter]:
+    """Scales and offsets of batch norms, made trainable.
+
+    Raises:
+        BadInput: there are none.
+    """
+    parameters = [parameter for norm in norms for parameter in norm.parameters()]
+    if not parameters:
+        raise BadInput(
+            f"protocol={protocol} changes the scales and offsets of batch norms, and this encoder has none; use protocol=t3a."
+        )
+    for parameter in parameters:
+        parameter.requires_grad_()
+    return parameters
+
+
+def entropy(logits: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
+    """Of each softmax, in nats."""
+    return -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
+
+
+class Memory:
+    """Features with pseudo-labels, of which each class keeps those of smallest entropy; at first the classifier's rows.
+
+    Args:
+        linear: the classifier.
+        per_class: how many a class keeps; None is all.
+    """
+
+    z: Float[Tensor, "N F"]
+    logits: Float[Tensor, "N K"]
+
+    def __init__(self, linear: nn.Linear, per_class: int | None):
+        self.per_class = per_class
+        self.z = linear.weight.detach().clone()
+        self.logits = linear(self.z).detach()
+
+    @property
+    def labels(self) -> Int[Tensor, " N"]:
+        """Pseudo-labels."""
+        return self.logits.argmax(1)
+
+    def add(self, z: Float[Tensor, "B F"], logits: Float[Tensor, "B K"]) -> None:
+        """Append a batch, then filter."""
+        self.z, self.logits = torch.cat([self.z, z.detach()]), torch.cat([self.logits, logits.detach()])
+        if self.per_class is not None:
+            order = entropy(self.logits).argsort(stable=True)
+            order = order[self.labels[order].argsort(stable=True)]  # class after class, each from the smallest entropy
+            counts = torch.bincount(self.labels, minlength=self.logits.shape[1])
+            first = (counts.cumsum(0) - counts)[self.labels[order]]
+            kept = order[torch.arange(len(order), device=order.device) - first < self.per_class]
+            self.z, self.logits = self.z[kept], self.logits[kept]
+
+    def prototypes(self) -> Float[Tensor, "K F"]:
+        """Sums of the unit features of each class; 0 for a class without any."""
+        return nnf.one_hot(self.labels, self.logits.shape[1]).T.to(self.z.dtype) @ nnf.normalize(self.z, dim=1)
+
+
+class Adaptation(Protocol):
+    """Abstract: accuracy of an adapting classifier beside that of the same classifier left alone.
+
+    Args:
+        linear: how the probe is fitted.
+        corruptions: names, as in `twoviews.data.corruptions`; None is all fifteen.
+        severities: 1 to 5 each.
+        images: how many of the test images, with the shares of the classes kept; None is all.
+        batch_size: images at most; a stream is cut into batches that differ by at most one.
+        seed: of corruptions, order and bootstrap.
+    """
+
+    linear: Linear
+    corruptions: Sequence[str] | None
+    severities: Sequence[int]
+    images: int | None
+    batch_size: int
+    seed: int
+
+    def start(self, model: Model) -> Classify:
+        """A classifier for one stream; `model` is its own to change."""
+        raise NotImplementedError
+
+    def __call__(self, judged: Judged) -> Verdict:
+        """top1 is the mean over corruptions and severities, `unadapted` without adaptation, `gain` the difference.
+
+        Each with the limits of its 95 % interval, `_low` and `_high`; that of the gain is of paired differences.
+        """
+        streams = Streams(judged, self.corruptions, self.severities, self.images, self.seed)
+        probe, name = self.linear.probe(judged)[0], type(self).__name__.lower()
+
+        def unadapted() -> Classify:
+            return torch.no_grad()(Model(judged, probe))
+
+        before = streams.answers(self.batch_size, unadapted)
+        after = streams.answers(self.batch_size, lambda: self.start(Model(judged, probe)))
+        tables = {"none": streams.table(before), name: streams.table(after)}
+        values = {**headline(tables[name], "top1"), **headline(tables["none"], "unadapted")}
+        difference = after.shares[-1:] - before.shares[-1:]
+        low, high = streams.intervals(difference)[0].tolist()
+        values |= {"gain": 100 * difference.mean().item(), "gain_low": low, "gain_high": high}
+        rows = [
+            {"method": method, **row}
+            for pair in zip(*tables.values(), strict=True)
+            for method, row in zip(tables, pair, strict=True)
+        ]
+        return Verdict(values, tables={"adaptation": rows})

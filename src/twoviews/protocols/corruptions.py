@@ -1,0 +1,48 @@
+"""Robustness: accuracy of a frozen encoder and its linear probe on corrupted test images.
+
+The corruptions of CIFAR-10-C and ImageNet-C, arXiv:1903.12261, made on the fly (`twoviews.data.corruptions`; frost is a
+procedural substitute). The probe has seen clean images only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from twoviews.features import BATCH, Judged
+from twoviews.protocols.adaptation import Model
+from twoviews.protocols.linear import Linear
+from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.protocols.streams import Streams, headline
+from twoviews.ranges import Count, Index, Severity
+
+
+@dataclass
+class Corruptions(Protocol):
+    """Accuracy per corruption and severity, and its mean.
+
+    Args:
+        linear: how the probe is fitted.
+        corruptions: names, as in `twoviews.data.corruptions`; None is all fifteen.
+        severities: 1 to 5 each.
+        images: how many of the test images, with the shares of the classes kept; None is all.
+        seed: of corruptions, choice of images and bootstrap.
+        every_epochs: how often it is measured in training; 0 is at the end only.
+    """
+
+    linear: Linear
+    corruptions: Sequence[str] | None
+    severities: Sequence[Severity]
+    images: Count | None
+    seed: Index
+    every_epochs: Index
+
+    def __call__(self, judged: Judged) -> Verdict:
+        """top1 is the mean over corruptions and severities; `clean` the accuracy on the same images as they are.
+
+        Each with the limits of its 95 % interval, `_low` and `_high`.
+        """
+        streams = Streams(judged, self.corruptions, self.severities, self.images, self.seed)
+        model = Model(judged, self.linear.probe(judged)[0])
+        table = streams.table(streams.answers(BATCH, lambda: torch.no_grad()(model)))
+        return Verdict({**headline(table, "top1"), **headline(table[:1], "clean")}, tables={"corruptions": table})
