@@ -4,11 +4,15 @@ Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimina
 Shapes: N bank, M queries, F features.
 """
 
+import math
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from twoviews.evaluation.scores import ranks
 from twoviews.features import Features, Judged
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.ranges import Count, Index, Temperature
@@ -16,30 +20,75 @@ from twoviews.ranges import Count, Index, Temperature
 CHUNK_BYTES = 64 * 2**20  # of similarities held at once
 
 
-@torch.no_grad()
-def knn_scores(
-    queries: Float[Tensor, "M F"], bank: Features, classes: int, k: int, temperature: float
-) -> Float[Tensor, "M classes"]:
-    """Votes for each class: sum over the k most similar bank rows of exp((cosine - largest cosine) / temperature).
+def largest(x: Float[Tensor, "m N"], k: int) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
+    """The k largest numbers of each row, largest first, and their columns: topk, in half its time if k is small against N.
 
-    Works in chunks of queries, so that beside the result it needs a copy of bank and queries and CHUNK_BYTES.
+    The columns are dealt out to sqrt(N k) groups. Only the k groups with the largest maxima are searched: a number in
+    another group has at least those k maxima before it.
+    """
+    columns = x.shape[1]
+    groups = math.isqrt(columns * k)
+    size = columns // groups
+    if size < 4:  # the search of the groups would cost as much as it spares
+        return x.topk(k, dim=1)
+    # Neighbouring columns are in different groups, so that maxima are taken of whole vectors.
+    dealt = x[:, : size * groups].view(len(x), size, groups)
+    chosen = dealt.amax(1).topk(k, dim=1, sorted=False).indices
+    steps = torch.arange(0, columns, groups, device=x.device)[:size]
+    rest = torch.arange(size * groups, columns, device=x.device).expand(len(x), -1)
+    index = torch.cat(((chosen[:, None] + steps[:, None]).flatten(1), rest), dim=1)
+    found, place = x.gather(1, index).topk(k, dim=1)
+    return found, index.gather(1, place)
+
+
+def neighbours(
+    queries: Float[Tensor, "M F"], bank: Features, k: int
+) -> Iterator[tuple[slice, Float[Tensor, "m k"], Int[Tensor, "m k"]]]:
+    """Chunk by chunk of the queries: which they are, cosines of their k most similar bank rows, largest first, and classes.
+
+    Exact. Needs a normalised copy of the bank, CHUNK_BYTES of similarities (one query's, if the bank is so large that
+    they are more) and less than that again for the search; k is clamped to the bank.
     """
     rows = nnf.normalize(bank.x, dim=1)
     k = min(k, len(rows))
     chunk = max(1, CHUNK_BYTES // (4 * len(rows)))
-    scores = torch.zeros(len(queries), classes, device=queries.device)
     for start in range(0, len(queries), chunk):
-        similarity = nnf.normalize(queries[start : start + chunk], dim=1) @ rows.T
-        nearest, index = similarity.topk(k, dim=1, sorted=False)
-        # Relative to the query's nearest, whose vote is 1 at any temperature: the others cannot overflow, nor all vanish.
-        votes = ((nearest - nearest.amax(1, keepdim=True)) / temperature).exp()
-        scores[start : start + chunk].scatter_add_(1, bank.y[index], votes)
+        which = slice(start, start + chunk)
+        nearest, index = largest(nnf.normalize(queries[which], dim=1) @ rows.T, k)
+        yield which, nearest, bank.y[index]
+
+
+def votes(nearest: Float[Tensor, "m k"], temperature: float) -> Float[Tensor, "m k"]:
+    """exp((cosine - largest cosine) / temperature), of cosines whose first is the largest.
+
+    Relative to the nearest, whose vote is 1 at any temperature, the others cannot overflow, nor all vanish.
+    """
+    return ((nearest - nearest[:, :1]) / temperature).exp()
+
+
+@torch.no_grad()
+def knn_scores(
+    queries: Float[Tensor, "M F"], bank: Features, classes: int, k: int, temperature: float
+) -> Float[Tensor, "M classes"]:
+    """Sum for each class of the `votes` of those of the k nearest bank rows that belong to it.
+
+    Beside the result it needs what `neighbours` does.
+    """
+    scores = torch.zeros(len(queries), classes, device=queries.device)
+    for which, nearest, labels in neighbours(queries, bank, k):
+        scores[which].scatter_add_(1, labels, votes(nearest, temperature))
     return scores
 
 
 def top1(scores: Float[Tensor, "M classes"], labels: Int[Tensor, " M"]) -> float:
     """Share of rows whose largest score is the label's, in percent."""
     return 100 * (scores.argmax(1) == labels).sum().item() / len(labels)
+
+
+def accuracies(scores: Float[Tensor, "M classes"], labels: Int[Tensor, " M"]) -> dict[str, float]:
+    """top1 of votes, and top5 where there are more than five classes, in percent."""
+    five = {"top5": 100 * (ranks(scores, labels) < 5).sum().item() / len(labels)} if scores.shape[1] > 5 else {}
+    return {"top1": top1(scores, labels), **five}
 
 
 class KNN(Protocol):
@@ -55,6 +104,6 @@ class KNN(Protocol):
         self.k, self.temperature, self.every_epochs = k, temperature, every_epochs
 
     def __call__(self, judged: Judged) -> Verdict:
-        """top1 of the encoder's features (before any projector), in percent."""
+        """top1, and top5 of more than five classes, of the encoder's features (before any projector), in percent."""
         scores = knn_scores(judged.test.x, judged.memory, len(judged.data.classes), self.k, self.temperature)
-        return Verdict({"top1": top1(scores, judged.test.y)}, scores / scores.sum(1, keepdim=True))
+        return Verdict(accuracies(scores, judged.test.y), scores / scores.sum(1, keepdim=True))

@@ -1,0 +1,125 @@
+"""kNN against the bare matrix product of normalised queries and bank, in one process.
+
+    python benchmarks/knn.py --rounds 3
+    python benchmarks/knn.py --features run/features.npz --rounds 3
+
+In each round every function is run once, in turns that change, and what counts is its time over that of the product in
+the same round. The features are random rows, on which all cosines are alike, and mixtures as encoders make them:
+non-negative, of few directions, in ten unequal clouds; or those of an .npz with memory_x, memory_y and test_x.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from twoviews.features import Features
+from twoviews.protocols import knn
+from twoviews.protocols.knn_grid import KNNGrid
+
+KS, TEMPERATURES = [1, 5, 10, 20, 50, 100, 200], [0.07, 0.1, 0.2, 0.5]
+CLASSES = 10
+GOAL = 1.3
+
+
+def random_features(bank: int, queries: int, dim: int) -> tuple[Features, Features]:
+    """Independent normal numbers: (bank, queries)."""
+    made = torch.Generator().manual_seed(0)
+    x, y = torch.randn(bank + queries, dim, generator=made), torch.randint(CLASSES, (bank + queries,), generator=made)
+    return Features(x[:bank], y[:bank]), Features(x[bank:], y[bank:])
+
+
+def clouded_features(bank: int, queries: int, dim: int) -> tuple[Features, Features]:
+    """Rectified clouds of different size and direction, with spectra that fall as 1 / sqrt(rank): (bank, queries)."""
+    made = torch.Generator().manual_seed(1)
+    y = torch.randint(CLASSES, (bank + queries,), generator=made)
+    scales = torch.arange(1, dim + 1).rsqrt()
+    turn = torch.linalg.qr(torch.randn(dim, dim, generator=made))[0]
+    centres = torch.randn(CLASSES, dim, generator=made) * scales * torch.linspace(0.3, 1, CLASSES)[:, None]
+    x = (((centres[y] + torch.randn(bank + queries, dim, generator=made) * scales) @ turn) + 0.05).relu()
+    return Features(x[:bank], y[:bank]), Features(x[bank:], y[bank:])
+
+
+def read_features(path: Path) -> tuple[Features, Features]:
+    """Of a run: (bank, queries)."""
+    with np.load(path) as file:
+        bank = Features(torch.from_numpy(file["memory_x"]).float(), torch.from_numpy(file["memory_y"]).long())
+        x = torch.from_numpy(file["test_x"]).float()
+    return bank, Features(x, torch.zeros(len(x), dtype=torch.long))
+
+
+def product(bank: Tensor, queries: Tensor) -> None:
+    """The cosines in chunks of the size that kNN takes, thrown away; the rows are normalised already."""
+    chunk = max(1, knn.CHUNK_BYTES // (4 * len(bank)))
+    for start in range(0, len(queries), chunk):
+        queries[start : start + chunk] @ bank.T
+
+
+def grid(bank: Features, queries: Features) -> None:
+    """All scores of the grid."""
+    for _, scores, _ in KNNGrid(KS, TEMPERATURES, 0)._scores(queries, bank, CLASSES):
+        scores.argmax(1)
+
+
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def compare(name: str, bank: Features, queries: Features, rounds: int) -> None:
+    """Medians over rounds of the times over the product's."""
+    device = bank.x.device
+    rows, unit = nnf.normalize(bank.x, dim=1), nnf.normalize(queries.x, dim=1)
+    functions: dict[str, Callable[[], object]] = {
+        "product": lambda: product(rows, unit),
+        "kNN, k=200": lambda: knn.knn_scores(queries.x, bank, CLASSES, 200, 0.1),
+        "kNN, k=20": lambda: knn.knn_scores(queries.x, bank, CLASSES, 20, 0.1),
+        f"grid of {len(KS)} x {len(TEMPERATURES)}": lambda: grid(bank, queries),
+    }
+    names, times = list(functions), {name: [] for name in functions}
+    seconds(functions["kNN, k=20"], device)  # memory is claimed, threads start
+    for turn in range(rounds):
+        for offset in range(len(names)):
+            current = names[(turn + offset) % len(names)]
+            times[current].append(seconds(functions[current], device))
+    print(f"{name}: {len(queries.x):,} x {len(bank.x):,} x {bank.x.shape[1]}, {device}, {torch.get_num_threads()} thread(s)")
+    for current in names:
+        ratio = statistics.median(t / base for t, base in zip(times[current], times["product"], strict=True))
+        verdict = "" if current == "product" else f"  {'reaches' if ratio <= GOAL else 'misses'} {GOAL}"
+        print(f"  {current:16} {statistics.median(times[current]):8.3f} s {ratio:6.2f} x{verdict}", flush=True)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bank", type=int, default=50_000)
+    parser.add_argument("--queries", type=int, default=10_000)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--features", type=Path, help=".npz of a run, instead of made features")
+    options = parser.parse_args()
+    sizes = (options.bank, options.queries, options.dim)
+    if options.features:
+        sets = {str(options.features): read_features(options.features)}
+    else:
+        sets = {"random": random_features(*sizes), "clouds": clouded_features(*sizes)}
+    for name, both in sets.items():
+        bank, queries = (Features(one.x.to(options.device), one.y.to(options.device)) for one in both)
+        compare(name, bank, queries, options.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Health of an encoder without labels: whether its features use their space, and know two views of one image as one.
+
+Shapes: N images, F features.
+"""
+
+from typing import Annotated
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from twoviews.data.images import Images
+from twoviews.data.views import Views
+from twoviews.features import BATCH, Judged, embed
+from twoviews.layers import spread
+from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.randomness import generator
+from twoviews.ranges import Count, Fraction, Index, Range
+from twoviews.runtime import autocast
+
+# Thresholds of the advice. Small ResNets on CIFAR-10 and on digits had a spread of 0.16 and 22 to 27 effective dimensions
+# before training, and 0.33 to 0.56 and 38 to 65 after some epochs of any method.
+COLLAPSED = 0.995  # mean cosine of different images
+FEW = 5.0  # effective dimensions (RankMe)
+NARROW = 0.25  # spread
+UNKNOWING = 0.3  # share by which two views of an image are nearer than views of different images, in squared distance
+
+
+def rankme(x: Float[Tensor, "N F"]) -> float:
+    """Effective rank, from 1 to min(N, F): exp of the entropy of the normalised singular values.
+
+    Garrido et al., arXiv:2210.02885, eq. 1 and 2: of features as they are, neither centred nor normalised.
+    """
+    values = torch.linalg.svdvals(x.float()).double()
+    # The same epsilon as in the paper; of features that are all 0 the rank is 1.
+    p = values / values.sum().clamp(min=1e-30) + 1e-7
+    return max(1.0, torch.special.entr(p).sum().exp().item())
+
+
+def alignment(x: Float[Tensor, "N F"], y: Float[Tensor, "N F"]) -> float:
+    """Mean squared distance of the unit features of two views of an image, in [0, 4].
+
+    Wang and Isola, arXiv:2005.10242, sec. 4.1, alpha = 2.
+    """
+    return (_unit(x) - _unit(y)).square().sum(1).mean().item()
+
+
+def uniformity(x: Float[Tensor, "N F"]) -> float:
+    """Log of the mean of exp(-2 |u - v|^2) over pairs of different unit features, in [-8, 0]; 0 if all are one point.
+
+    Wang and Isola, arXiv:2005.10242, sec. 4.1, t = 2. About -4 is the least that many points can reach.
+    """
+    u = _unit(x)
+    # A point's distance to itself is left out exactly; rounding may give others a negative one.
+    squared = (2 - 2 * (u @ u.T)).clamp(min=0).fill_diagonal_(torch.inf)
+    return ((-2 * squared).exp().sum() / (len(u) * (len(u) - 1))).log().item()
+
+
+def similarities(x: Float[Tensor, "N F"], y: Float[Tensor, "N F"]) -> tuple[float, float]:
+    """Mean cosine of two views of one image, and of views of two different images."""
+    u, v = _unit(x), _unit(y)
+    own = (u * v).sum(1).sum()
+    others = u.sum(0) @ v.sum(0) - own
+    return (own / len(u)).item(), (others / (len(u) * (len(u) - 1))).item()
+
+
+def _unit(x: Float[Tensor, "N F"]) -> Float[Tensor, "N F"]:
+    return nnf.normalize(x.double(), dim=1)
+
+
+def advice(values: dict[str, float]) -> str | None:
+    """A sentence on what the numbers of `Health` say is wrong, and what to do; None where nothing is."""
+    if values["negative_similarity"] > COLLAPSED or values["rankme"] < 2:
+        return (
+            f"the features of different images are all but equal (mean cosine {values['negative_similarity']:.4f}, "
+            f"{values['rankme']:.1f} effective dimensions): the encoder has collapsed; lower optimizer.lr, give the batch norms "
+            "larger batches, and check that the views are not too alike (preview=true)."
+        )
+    if values["rankme"] < FEW:
+        return (
+            f"the features use only {values['rankme']:.1f} effective dimensions: most of them have collapsed; lower "
+            "optimizer.lr, or give the batch norms larger batches."
+        )
+    if values["spread"] < NARROW:
+        return (
+            f"the features' spread is {values['spread']:.2f}, as of an untrained network: the encoder has learnt little yet, so "
+            "train longer; if it was larger before, the encoder is collapsing, so lower optimizer.lr."
+        )
+    if values["positive_similarity"] - values["negative_similarity"] < UNKNOWING * (1 - values["negative_similarity"]):
+        return (
+            f"two views of an image are hardly more alike (mean cosine {values['positive_similarity']:.3f}) than views of "
+            f"different images ({values['negative_similarity']:.3f}): the encoder has learnt little yet; train longer, or raise "
+            "optimizer.lr."
+        )
+    return None
+
+
+class Health(Protocol):
+    """Spread, RankMe, alignment, uniformity and similarities of the encoder's features (before any projector).
+
+    They are about `images` of the training images, drawn once and the same ones in every run on the data: their features
+    under the eval transform, and those of two views each, random crops that may be mirrored.
+
+    Args:
+        images: how many; RankMe is at most so many, and no more than the encoder has features.
+        scale: area of a crop as a share of the picture, smallest and largest.
+        flip: probability of mirroring left to right.
+        every_epochs: how often it is measured in training; 0 is at the end only.
+    """
+
+    def __init__(
+        self,
+        images: Annotated[int, Range(at_least=2, usual="2000")],
+        scale: tuple[
+            Annotated[float, Range(above=0, at_most=1)], Annotated[float, Range(above=0, at_most=1)]
+        ],
+        flip: Fraction,
+        every_epochs: Index,
+    ):
+        self.images, self.scale, self.flip, self.every_epochs = images, tuple(scale), flip, every_epochs
+
+    @torch.no_grad()
+    def __call__(self, judged: Judged) -> Verdict:
+        """spread, rankme, alignment, uniformity, positive_similarity and negative_similarity (mean cosines); no labels needed.
+
+        Features that end in a ReLU are never negative, so that their spread stays below 1 and their cosines above 0.
+        """
+        data = judged.data
+        chosen = torch.randperm(len(data.train), generator=generator("health", len(data.train)))[: self.images]
+        shown = data.train.subset(chosen)
+        x = embed(judged.encoder, shown, data, judged.device, judged.dtype, judged.channels_last)
+        one, other = self._views(judged, shown)
+        positive, negative = similarities(one, other)
+        return Verdict(
+            {
+                "spread": spread(x).item(),
+                "rankme": rankme(x),
+                "alignment": alignment(one, other),
+                "uniformity": uniformity(x),
+                "positive_similarity": positive,
+                "negative_similarity": negative,
+            }
+        )
+
+    def _views(self, judged: Judged, images: Images) -> tuple[Float[Tensor, "N F"], Float[Tensor, "N F"]]:
+        """Features of two random views of each image, in eval mode."""
+        data, encoder, training = judged.data, judged.encoder, judged.encoder.training
+        recipe = {"count": 2, "scale": self.scale, "flip": self.flip}
+        make = Views({"both": recipe}, size=data.size, channels=data.channels, mean=data.mean, std=data.std)
+        encoder.eval()
+        rows = []
+        for number, (pixels, sizes, _) in enumerate(images.batches(BATCH)):
+            views = make(pixels.to(judged.device), make.draw(sizes, generator("health", "views", number)))
+            form = torch.channels_last if judged.channels_last else torch.contiguous_format
+            with autocast(judged.device, judged.dtype):
+                rows.append([encoder(view.to(memory_format=form)).float() for view in views])
+        encoder.train(training)
+        first, second = zip(*rows, strict=True)
+        return torch.cat(first), torch.cat(second)
