@@ -68,7 +68,9 @@ class Train:
 class Evaluate:
     """Root scalars of conf/evaluate.yaml."""
 
-    run: str
+    run: str | Sequence[str]
+    images: str | None
+    format: Literal["torchvision", "timm", "safetensors", "onnx"]
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 PLAIN_SECONDS = 10.0  # between two progress lines where the output is not a terminal
+ROWS = 40  # of a table that are shown
 
 
 class Console:
@@ -68,6 +69,17 @@ class Console:
         table.add_column(overflow="fold")
         for name, value in rows.items():
             table.add_row(name, value)
+        self._rich.print(table)
+
+    def rows(self, title: str, rows: Sequence[Mapping[str, object]]) -> None:
+        """A table with a column for each key; of many rows the first ones."""
+        if self.quiet or not rows:
+            return
+        table = Table(title=title + (f" (the first {ROWS} of {len(rows):,})" if len(rows) > ROWS else ""))
+        for name in rows[0]:
+            table.add_column(name, overflow="fold")
+        for row in rows[:ROWS]:
+            table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
         self._rich.print(table)
 
 

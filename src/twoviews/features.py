@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +13,7 @@ from twoviews import distributed
 from twoviews.backbones import Encoder
 from twoviews.data.images import ImageData, Images
 from twoviews.data.views import eval_view
+from twoviews.errors import BadInput
 from twoviews.runtime import autocast
 
 BATCH = 256  # images a forward pass; 512 were measured 1.4 times as slow on a CPU, out of whose cache they fall
@@ -89,13 +91,20 @@ class Judged:
         device: where to compute.
         dtype: number format of the forward pass.
         channels_last: memory format of the images.
+        folder: where protocols put files of theirs; None: nowhere, they make none.
     """
 
     def __init__(
-        self, encoder: Encoder, data: ImageData, device: torch.device, dtype: torch.dtype, channels_last: bool = False
+        self,
+        encoder: Encoder,
+        data: ImageData,
+        device: torch.device,
+        dtype: torch.dtype,
+        channels_last: bool = False,
+        folder: Path | None = None,
     ):
         self.encoder, self.data, self.device, self.dtype = encoder, data, device, dtype
-        self.channels_last = channels_last
+        self.channels_last, self.folder = channels_last, folder
 
     @cached_property
     def memory(self) -> Features:
@@ -108,6 +117,9 @@ class Judged:
         return self._features(self.data.test)
 
     def _features(self, images: Images | None) -> Features:
-        assert images is not None and images.labels is not None
+        if images is None or images.labels is None:
+            raise BadInput(
+                f"{self.data.name} has no labelled training and test images, and accuracy cannot be measured."
+            )
         x = embed(self.encoder, images, self.data, self.device, self.dtype, self.channels_last)
         return Features(x, images.labels.to(self.device).long())

@@ -4,6 +4,11 @@ import csv
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from twoviews.console import Console
+from twoviews.evaluation.pictures import draw_comparison
+from twoviews.tracking.state import replace
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,21 @@ class Evaluation:
 
 
 Row = dict[str, float | int | str]
+
+
+def compare(evaluations: Mapping[str, Evaluation], folder: Path, console: Console) -> None:
+    """Show the runs side by side, and write comparison.csv, comparison.md and comparison.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name, order = headline(evaluations), ordered(evaluations)
+    replace(folder / "comparison.csv", as_csv(table(evaluations)))
+    replace(folder / "comparison.md", as_markdown(evaluations))
+    having = [run for run in order if name in evaluations[run].values]
+    if name is not None:
+        values = {run: evaluations[run].values[name] for run in having}
+        intervals = {run: evaluations[run].intervals[name] for run in having if name in evaluations[run].intervals}
+        draw_comparison(folder / "comparison.png", values, intervals, name, f"{len(values)} runs")
+    console.table(f"{len(order)} runs by {name}", {run: _cell(evaluations[run], name) if name else "" for run in order})
+    console.say(f"written to {folder}: comparison.csv, comparison.md and comparison.png")
 
 
 def headline(evaluations: Mapping[str, Evaluation]) -> str | None:

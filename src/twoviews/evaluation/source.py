@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,16 @@ class Source:
                 f"{data.channels}; choose others (for picture files, data.channels=1 and 3 are possible)."
             )
         return replace(data, size=self.image_size, mean=self.mean, std=self.std)
+
+
+def named(run: str | Sequence[str]) -> list[str]:
+    """Each of several, and for a folder that is no run but holds some, such as that of a sweep, these."""
+    found = []
+    for one in [run] if isinstance(run, str) else run:
+        folder = Path(one).expanduser()
+        within = [] if (folder / "config.yaml").exists() else sorted(folder.glob("*/config.yaml"))
+        found += [str(config.parent) for config in within] or [one]
+    return found
 
 
 def open_source(run: str, data: Callable[[], ImageData] | None = None) -> Source:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = ("config.yaml", "environment.json", "data.json", "commit.txt")
 FILES = (*DESCRIPTION, "diff.patch", "encoder.json", "result.json")
-PATTERNS = ("*.png", "clusters*.json", "clusters*.npz")
+PATTERNS = ("*.png", "clusters*.json", "clusters*.npz", "evaluation/*.*")
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 # MLflow's limits, in characters and in items a call.
 KEY_LENGTH, PARAM_LENGTH, TAG_LENGTH, DATASET_DIGEST_LENGTH = 250, 6000, 8000, 36
@@ -63,7 +63,8 @@ def send(folder: Path, closed: bool) -> int:
         if status != state.status:
             _tell_status(client, run.info.run_id, folder, state, status)
         for name, stamp in changed.items():
-            client.log_artifact(run.info.run_id, str(folder / name))
+            within = str(Path(name).parent)
+            client.log_artifact(run.info.run_id, str(folder / name), None if within == "." else within)
             state.files[name] = stamp
             state.save(folder)
         return sent
@@ -209,7 +210,7 @@ def _changed_files(folder: Path, state: State) -> dict[str, list[int]]:
     for path in [*(folder / name for name in FILES), *more]:
         with contextlib.suppress(FileNotFoundError):
             stat = path.stat()
-            found[path.name] = [stat.st_mtime_ns, stat.st_size]
+            found[path.relative_to(folder).as_posix()] = [stat.st_mtime_ns, stat.st_size]
     return {name: stamp for name, stamp in found.items() if state.files.get(name) != stamp}
 
 

@@ -1,0 +1,130 @@
+"""One encoder judged by protocols: numbers with intervals and settings, tables and pictures, beside the run and in MLflow."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from twoviews.assembly import load_data
+from twoviews.config import build, flat
+from twoviews.console import Console
+from twoviews.data.images import ImageData
+from twoviews.evaluation.comparison import Evaluation, as_csv
+from twoviews.evaluation.pictures import draw_confusion, draw_knn_curve, draw_per_class, published_curve
+from twoviews.evaluation.scores import scores
+from twoviews.evaluation.source import Source
+from twoviews.features import Judged
+from twoviews.protocols.health import advice
+from twoviews.protocols.protocol import Verdict
+from twoviews.run import Run
+from twoviews.tracking import afterwards, read
+from twoviews.tracking.state import replace
+
+FOLDER = "evaluation"  # of tables and pictures, in the run's
+
+
+def protocols(cfg: DictConfig, asked: Sequence[str], recorded: Mapping[str, Any] | None) -> DictConfig:
+    """The protocols' nodes: the numbers that the run used, unless another file was chosen; then what the command says.
+
+    Args:
+        cfg: of evaluate.py.
+        asked: the command's overrides.
+        recorded: the run's configuration; None if it is no run.
+    """
+    plain = re.findall(r"\w+", next((one for one in asked if one.startswith("protocol=")), "knn linear"))
+    there = (recorded or {}).get("protocol") or {}
+    used = {name: there[name] for name in cfg.protocol if name in there and name in plain}
+    dotted = OmegaConf.from_dotlist([one for one in asked if one.startswith("protocol.")])
+    return OmegaConf.merge(cfg, {"protocol": used}, {"protocol": dotted.get("protocol", {})}).protocol
+
+
+def evaluate(source: Source, cfg: DictConfig, asked: Sequence[str], console: Console) -> Evaluation:
+    """Measure, show and write down; evaluation.json and the folder "evaluation" beside the run hold everything.
+
+    Args:
+        source: the encoder.
+        cfg: the checked configuration of evaluate.py.
+        asked: the command's overrides.
+        console: where a person looks.
+
+    Raises:
+        BadInput: a protocol cannot judge this encoder on these images.
+    """
+    recorded = OmegaConf.create(source.config or {})
+    own = source.config is not None and "data" not in cfg
+    dotted = OmegaConf.from_dotlist([one for one in asked if one.startswith("runtime.")])
+    runtime = build(DictConfig({**recorded.get("runtime", cfg.runtime), **dotted.get("runtime", {})}))
+    device = runtime.torch_device()
+    data = source.fed(load_data(recorded if own else cfg)).to(device)
+    for note in (*source.notes, *data.notes):
+        console.say(note)
+    if own and data.digest != Run(source.folder).read("data.json")["digest"]:
+        console.say("warning: these are not the images of the run (their digest differs), so the numbers are not its.")
+    nodes = protocols(cfg, asked, source.config)
+    folder = source.folder / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    judged = Judged(
+        source.encoder.to(device), data, device, runtime.dtype(device), runtime.channels_last, folder=folder
+    )
+    values, intervals, rows = {}, {}, {}
+    for name, node in nodes.items():
+        verdict = build(node)(judged)
+        found, between = _written(str(name), verdict, judged, source.name)
+        for table, lines in verdict.tables.items():
+            console.rows(f"{name}: {table}", lines)
+        values.update(found)
+        intervals.update(between)
+        if name == "health" and (sentence := advice(verdict.values)):
+            rows["advice"] = sentence
+    if source.config is not None:
+        draw_knn_curve(folder / "knn_curve.png", read(source.folder), published_curve(source.config), source.name)
+    rows = {**{name: _shown(name, value, intervals) for name, value in values.items()}, **rows}
+    settings = {f"protocol.{key}": value for key, value in flat(OmegaConf.to_container(nodes, resolve=True)).items()}
+    settings = {key: value for key, value in settings.items() if not key.endswith(("_target_", "every_epochs"))}
+    about = _about(data)
+    write = {**values, "intervals": intervals, "data": about, "protocol": OmegaConf.to_container(nodes, resolve=True)}
+    Run(source.folder).write("evaluation.json", write)
+    if source.config is not None:
+        afterwards.add(source.folder, {f"evaluation/{name}": value for name, value in values.items()})
+        afterwards.deliver(source.folder, recorded.tracking.mirror, console.say)
+    console.table(f"{source.name}: kNN bank {about['memory']:,}, test {about['test']:,} images of {data.name}", rows)
+    console.say(", ".join(f"{key.removeprefix('protocol.')} {value}" for key, value in settings.items()))
+    console.say(f"written to {source.folder / 'evaluation.json'} and {folder}")
+    return Evaluation(values, intervals, {**settings, "data": data.name, "digest": data.digest})
+
+
+def _about(data: ImageData) -> dict[str, Any]:
+    return {
+        "name": data.name,
+        "digest": data.digest,
+        "memory": len(data.memory or ()),
+        "test": len(data.test or ()),
+        "size": data.size,
+    }
+
+
+def _written(
+    name: str, verdict: Verdict, judged: Judged, title: str
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Values and intervals by full name; tables and pictures go to the folder."""
+    values, intervals, tables = dict(verdict.values), {}, dict(verdict.tables)
+    assert judged.folder is not None
+    if verdict.probabilities is not None:
+        found = scores(verdict.probabilities, judged.test.y, judged.data.classes)
+        values = {**found.values, **values}
+        intervals = found.intervals
+        tables["classes"] = found.per_class
+        about = f"{title}, {name}"
+        draw_confusion(judged.folder / f"{name}_confusion.png", found.confusion, judged.data.classes, about)
+        draw_per_class(judged.folder / f"{name}_classes.png", found.per_class, about)
+    for table, lines in tables.items():
+        replace(judged.folder / f"{name}_{table}.csv", as_csv(lines))
+    order = sorted(values, key=lambda key: (not key.startswith("top"), key))
+    return {f"{name}/{key}": values[key] for key in order}, {f"{name}/{key}": v for key, v in intervals.items()}
+
+
+def _shown(name: str, value: float, intervals: Mapping[str, tuple[float, float]]) -> str:
+    low, high = intervals.get(name, (None, None))
+    text = f"{value:.2f} %" if "/top" in name else f"{value:.4g}"
+    return text if low is None else f"{text}  [{low:.2f}, {high:.2f}]"
