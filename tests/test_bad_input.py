@@ -31,6 +31,12 @@ COMMANDS = [
     (["+typo=3"], ["typo"]),
     (["+epoch=3"], ["epoch", "'epochs'"]),
     (["protocol.knn.kk=3"], ["protocol.knn", "kk"]),
+    (
+        ["protocol=[few_labels_finetune]", "protocol.few_labels.finetune.lr=-3"],
+        ["few_labels.finetune.lr=-3", "above 0"],
+    ),
+    (["protocol=[few_labels_finetune]", "protocol.few_labels.finetune._target_=os.system"], ["os.system", "twoviews"]),
+    (["protocol=[linear_simsiam]", "protocol.linear_simsiam.optimizer=lars"], ["optimizer=lars", "larc"]),
     (["+runtime.devise=cpu"], ["devise", "'runtime.device'"]),
     (["method.temperature=0"], ["method.temperature=0", "above 0", "0.05 to 0.5"]),
     (["method.temperature=warm"], ["method.temperature=warm", "not a number"]),

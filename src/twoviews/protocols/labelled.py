@@ -45,7 +45,8 @@ def accuracies(scores: Float[Tensor, "M C"], labels: Int[Tensor, " M"]) -> dict[
 
 def classifier(features: int, classes: int, device: torch.device, *key: int | str) -> nn.Linear:
     """Weights from N(0, 0.01^2) and biases of 0, as MoCo, SimSiam and SwAV begin; a function of `key`."""
-    linear = nn.utils.skip_init(nn.Linear, features, classes)  # torch's own would draw from the global generator
+    # On meta first: torch's own initialisation would draw from the global generator.
+    linear = nn.Linear(features, classes, device="meta").to_empty(device="cpu")
     nn.init.normal_(linear.weight, std=0.01, generator=generator("classifier", *key))
     nn.init.zeros_(linear.bias)
     return linear.to(device)

@@ -37,7 +37,8 @@ class Stack:
     def linear(self, point: int) -> nn.Linear:
         """One of them."""
         weight = self.weight[point]
-        linear = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], device=weight.device)
+        # On meta first: torch's own initialisation would draw from the global generator.
+        linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta").to_empty(device=weight.device)
         linear.requires_grad_(False)
         linear.weight.copy_(weight)
         linear.bias.copy_(self.bias[point])
