@@ -264,7 +264,7 @@ def test_pixelate_by_half_is_the_mean_of_four():
     found = corrupt(x, torch.arange(4), "pixelate", 2, seed=0)
     expected = nnf.avg_pool2d(x.float(), 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert (found.float() - expected).abs().max() <= 1  # rounded after the rows and after the columns
-    assert distance(found, expected) < 0.4
+    assert distance(found, expected) < 0.6 < distance(found, x)
 
 
 @pytest.mark.parametrize(("side", "severity", "quality"), [(32, 1, 80), (32, 5, 40), (96, 5, 7)])
