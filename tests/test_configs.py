@@ -87,7 +87,15 @@ def test_every_data_set_passes_the_check(data: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "choice", ["tracking=files", "tracking=mlflow", "protocol=[knn]", "protocol=[linear]", "protocol=knn"]
+    "choice",
+    [
+        "tracking=files",
+        "tracking=mlflow",
+        "protocol=[knn]",
+        "protocol=[linear]",
+        "protocol=knn",
+        "protocol=[corruptions,bn,tent,t3a,tsd,tsd_mended]",
+    ],
 )
 def test_other_groups(choice: str) -> None:
     cfg = composed(choice)

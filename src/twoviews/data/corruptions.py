@@ -6,8 +6,8 @@ geometric mean of 32 and 224) get the numbers of CIFAR-10-C, larger ones those o
 published, except in elastic_transform, whose lengths are shares of the side.
 
 Each image draws from a generator of its own, and only operations that treat images one by one are used, so that the
-company of an image changes nothing. The random numbers are not the authors', and neither are the libraries: OpenCV's
-warp rounds positions to 1/32 px, ImageMagick's blur works in 16 bits, and here they are exact; frost lacks their
+company of an image changes nothing. The random numbers are not the authors', and neither are the libraries: older
+OpenCV warps round positions to 1/32 px, ImageMagick blurs in 16 bits, and here both are exact; frost lacks their
 photographs.
 
 Shapes: B images, C channels, S px of side. Pixels are float64 in [0, 255] inside, and truncated to whole numbers at the

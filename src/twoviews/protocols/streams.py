@@ -32,7 +32,7 @@ class Answers:
     seconds: Float[Tensor, " S"]  # for an image, without the corruption
 
     @property
-    def shares(self) -> Float[Tensor, "S+1 M"]:
+    def shares(self) -> Float[Tensor, "R M"]:
         """1 where it is right, and at last, for each image, the mean over the corrupted streams."""
         right = self.right.double()
         return torch.cat([right, right[1:].mean(0, keepdim=True)])
