@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -212,13 +212,20 @@ def build(node: DictConfig, **given: Any) -> Any:
         BadInput: a `_target_` is not part of this package: the config.yaml of a run may come from anywhere.
         Exception: what the target raised, without Hydra's words around it.
     """
-    for key, value in flat(OmegaConf.to_container(node)).items():
-        if key.rpartition(".")[2] == "_target_":
-            signature(str(value))
+    for target in _targets(OmegaConf.to_container(node)):
+        signature(target)
     try:
         return instantiate(node, **given, _convert_="all")
     except InstantiationException as error:
         raise (error.__cause__ or error) from None
+
+
+def _targets(tree: Any) -> Iterator[str]:
+    """Every `_target_` in a tree of dictionaries and lists."""
+    if isinstance(tree, dict):
+        yield from [str(tree["_target_"])] if "_target_" in tree else []
+    for node in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from _targets(node)
 
 
 # ------------------------------------------------------------------------------------------ values against signatures

@@ -191,7 +191,8 @@ class Run:
         """
         if not (self.folder / "encoder.json").exists() or not (self.folder / "encoder.safetensors").exists():
             raise BadInput(
-                f"{self.folder} holds no encoder; let the run finish (the same command goes on), or interrupt it (Ctrl-C), which writes one."
+                f"{self.folder} holds no encoder; let the run finish (the same command goes on), or interrupt it (Ctrl-C), "
+                "which writes one."
             )
         return load_encoder(self.folder / "encoder.safetensors")[0]
 

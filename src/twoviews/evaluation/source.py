@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,7 +130,8 @@ def tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = flat(torch.load(path, map_location="cpu", weights_only=True))
+        with warnings.catch_warnings(action="ignore"):  # about unusual versions of pickle
+            content = flat(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # of many kinds; nothing in the file can have done more than fail to be read
         if isinstance(error, OSError) and error.errno:
             raise

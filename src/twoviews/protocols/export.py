@@ -24,6 +24,7 @@ from twoviews.run import load_encoder
 
 COMPARED = 32  # images that the file and the encoder are compared on
 TOLERANCE = 1e-4  # of a feature, or of the largest feature where that is above 1
+NOTE = "The stem is one for small images: replace conv1 and maxpool as shown before loading the weights."
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -64,6 +65,7 @@ class Export(Protocol):
             about = {
                 "file": name,
                 "load": load,
+                "note": NOTE if any("model.maxpool" in line for line in load) else "",
                 "input": f"[B, {data.channels}, {data.size}, {data.size}] float32: the central square of a picture, "
                 f"pixels in [0, 1]{', red green blue' if data.channels == 3 else ''}, minus mean, over std",
                 "mean": list(data.mean),
@@ -78,7 +80,7 @@ class Export(Protocol):
             folder.mkdir(exist_ok=True)
             for file in sorted(Path(place).iterdir()):
                 file.replace(folder / file.name)
-        row = {"file": str(folder / name), "difference": difference, "to load it": "; ".join(load)}
+        row = {"file": str(folder / name), "difference": difference, "load": "; ".join(load), "note": about["note"]}
         return Verdict({"difference": difference, "images": float(len(images))}, tables={"export": [row]})
 
 
@@ -157,12 +159,12 @@ def _timm(encoder: Encoder, judged: Judged, place: Path, images: Tensor) -> tupl
     import timm
     from safetensors.torch import load_file, save_file
 
+    options: dict[str, Any] = {"num_classes": 0}
     if isinstance(encoder, Timm):
-        name, options = encoder.recipe["name"], encoder.options
-        weights, modules, lines = encoder.model.state_dict(), [None, None], []
+        name, options, weights = encoder.recipe["name"], encoder.options, encoder.model.state_dict()
+        modules, lines = [None, None], []
     else:
-        name, stem = _library_name(encoder, "timm")
-        weights, options = encoder.state_dict(), {"num_classes": 0}
+        (name, stem), weights = _library_name(encoder, "timm"), encoder.state_dict()
         modules, lines = _stem(stem, judged.data.channels)
     file = f"timm_{name}.safetensors"
     save_file({key: value.contiguous() for key, value in weights.items()}, place / file)

@@ -1,0 +1,270 @@
+"""Predict, embed and neighbours on files of one's own: alpha, CMYK, 16 bits, a broken one, and the errors."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from test_configs import composed
+
+from twoviews.backbones import ResNet
+from twoviews.config import build, check
+from twoviews.data.images import Images
+from twoviews.data.sources import digits, folder
+from twoviews.errors import BadInput
+from twoviews.evaluation import given, sheet
+from twoviews.features import Judged
+from twoviews.pictures import GAP, RED
+from twoviews.protocols.embed import Embed
+from twoviews.protocols.linear import Linear
+from twoviews.protocols.neighbours import Neighbours, nearest_rows
+from twoviews.protocols.predict import Predict
+
+LINEAR = {"weight_decays": [1e-3], "held_out": 0.1, "iterations": 30, "every_epochs": 0}
+KINDS = ("alpha.png", "broken.jpg", "cmyk.jpg", "deep.tif", "palette.gif", "photo.jpg", "turned.jpg")
+
+
+def encoder(channels: int) -> ResNet:
+    torch.manual_seed(0)
+    made = ResNet(channels, 32, "basic", [1, 1], width=8)
+    made(torch.randn(16, channels, 32, 32))  # running statistics
+    return made
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory) -> Path:
+    """Two classes of crops from scikit-learn's photographs, as files."""
+    root = tmp_path_factory.mktemp("set")
+    for name, photo in zip(("china", "flower"), load_sample_images().images, strict=True):
+        for part, count in (("train", 20), ("test", 5)):
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                left, top = 11 * number, 7 * number + (300 if part == "test" else 0)
+                crop = photo[top : top + 60, left : left + 60]
+                Image.fromarray(crop).save(root / part / name / f"{number:02}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """What people's folders hold."""
+    place = tmp_path_factory.mktemp("my photos")
+    flower = Image.fromarray(load_sample_images().images[1])
+    transparent = flower.convert("RGBA")
+    transparent.putalpha(Image.linear_gradient("L").resize(flower.size))
+    transparent.save(place / "alpha.png")
+    flower.convert("CMYK").save(place / "cmyk.jpg")
+    Image.fromarray(np.asarray(flower.convert("L")).astype(np.uint16) * 257).save(place / "deep.tif")
+    flower.convert("P").save(place / "palette.gif")
+    flower.save(place / "photo.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    flower.transpose(Image.Transpose.ROTATE_90).save(place / "turned.jpg", exif=exif)
+    (place / "broken.jpg").write_bytes((place / "photo.jpg").read_bytes()[:200])
+    (place / "notes.txt").write_text("not a picture")
+    return place
+
+
+@pytest.fixture
+def judged(classes: Path, tmp_path: Path) -> Judged:
+    data = folder(root=str(classes), size=32, workers=0, cache=str(tmp_path / "cache"))
+    made = Judged(encoder(3), data, torch.device("cpu"), torch.float32)
+    made.folder = tmp_path
+    return made
+
+
+def predict(images: str | None) -> Predict:
+    return Predict(images, **LINEAR)
+
+
+def test_every_kind_of_file_is_predicted_or_named(judged: Judged, photos: Path, tmp_path: Path) -> None:
+    found = predict(str(photos))(judged)
+    rows = found.tables["predictions"]
+    assert [Path(row["image"]).name for row in rows] == list(KINDS)
+    assert found.values == {"images": 7, "broken": 1} and found.probabilities is None
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [row["image"] for row in written] == [row["image"] for row in rows]
+    full = {
+        Path(one["image"]).name: one for one in json.loads((tmp_path / "predictions.json").read_text())["predictions"]
+    }
+    assert set(full) == set(KINDS)
+    for row in rows:
+        one = full[Path(row["image"]).name]
+        if "broken" in row["image"]:
+            assert row["class"] == "" and row["broken"] == one["broken"] != "" and "probabilities" not in one
+        else:
+            assert row["broken"] == "" and one["class"] == row["class"] in ("china", "flower")
+            assert sum(one["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+            assert row["probability"] == max(one["probabilities"].values())
+            assert row["second_probability"] == pytest.approx(1 - row["probability"], abs=1e-5)
+    # The same picture in another mode, or turned and marked as turned, is the same to the encoder.
+    shares = {name: full[name]["probabilities"]["flower"] for name in KINDS if name != "broken.jpg"}
+    assert shares["turned.jpg"] == pytest.approx(shares["photo.jpg"], abs=0.05)
+    assert shares["cmyk.jpg"] == pytest.approx(shares["photo.jpg"], abs=0.2)
+
+
+def test_a_test_image_by_its_file_is_what_the_protocol_linear_makes_of_it(judged: Judged, classes: Path) -> None:
+    rows = predict(str(classes / "test"))(judged).tables["predictions"]
+    expected = Linear(**LINEAR)(judged).probabilities
+    assert [row["image"] for row in rows] == judged.data.test.paths
+    for row, shares in zip(rows, expected, strict=True):
+        assert row["class"] == ("china", "flower")[int(shares.argmax())]
+        assert row["probability"] == pytest.approx(shares.max().item(), abs=1e-4)
+    assert {row["class"] for row in rows} == {"china", "flower"}
+
+
+def test_grey_runs_and_more_than_a_chunk(photos: Path, classes: Path, tmp_path: Path) -> None:
+    data = digits(train_images=100)
+    made = Judged(encoder(1), replace(data, memory=data.train), torch.device("cpu"), torch.float32)
+    made.folder = None
+    found = predict(str(photos / "*.jpg"))(made)
+    assert [Path(row["image"]).name for row in found.tables["predictions"]] == [
+        "broken.jpg",
+        "cmyk.jpg",
+        "photo.jpg",
+        "turned.jpg",
+    ]
+    many = given.embed_given(given.pictures(f"{classes}/train/*/*.png"), made)
+    assert len(many.x) == 40 > 32 and not many.broken
+    alone = given.embed_given(many.paths[35:36], made)
+    torch.testing.assert_close(many.x[35:36], alone.x, rtol=1e-4, atol=1e-5)
+    assert not list(tmp_path.glob("predictions*"))
+
+
+def test_what_images_may_be(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(photos)
+    assert given.pictures("photo.jpg") == ["photo.jpg"]
+    assert given.pictures(str(photos)) == [f"{photos}/{name}" for name in KINDS]
+    assert given.pictures("*.jpg") == ["broken.jpg", "cmyk.jpg", "photo.jpg", "turned.jpg"]
+    assert given.pictures(f"{photos}/[ad]*") == [f"{photos}/alpha.png", f"{photos}/deep.tif"]
+    assert given.pictures("notes.txt") == ["notes.txt"]  # what is named outright is tried, and named if it is broken
+    for images, part in (
+        (None, "images= names no pictures"),
+        ("", "images= names no pictures"),
+        ("phto.jpg", r"no such file or folder. Did you mean 'photo.jpg'\?"),
+        ("*.heic", "fits no picture"),
+    ):
+        with pytest.raises(BadInput, match=part):
+            given.pictures(images)
+
+
+def test_predict_refuses(judged: Judged, photos: Path) -> None:
+    image = str(photos / "photo.jpg")
+    judged.data = replace(judged.data, memory=None, test=None)
+    with pytest.raises(BadInput, match="no labelled images"):
+        predict(image)(judged)
+    judged.data = replace(judged.data, channels=4)
+    with pytest.raises(BadInput, match="4 channels, and picture files have 1 or 3"):
+        given.embed_given([image], judged)
+
+
+def test_embeddings(judged: Judged, photos: Path, tmp_path: Path) -> None:
+    assert Embed("test", None, 0)(judged).values == {"images": 10, "features": 16}
+    saved = np.load(tmp_path / "embeddings.npz", allow_pickle=False)
+    assert saved["features"].dtype == np.float32 and (saved["features"] == judged.test.x.numpy()).all()
+    assert saved["labels"].tolist() == judged.data.test.labels.tolist() and saved["classes"].tolist() == [
+        "china",
+        "flower",
+    ]
+    assert saved["paths"].tolist() == judged.data.test.paths
+    found = Embed("test", str(photos), 0)(judged)
+    saved = np.load(tmp_path / "embeddings.npz", allow_pickle=False)
+    assert [Path(path).name for path in saved["paths"]] == [name for name in KINDS if name != "broken.jpg"]
+    assert saved["labels"].tolist() == [-1] * 6 and len(saved["features"]) == 6
+    assert Path(found.tables["broken"][0]["image"]).name == "broken.jpg"
+    with pytest.raises(BadInput, match="none of them is a sound picture"):
+        Embed("test", str(photos / "broken.jpg"), 0)(judged)
+    judged.data = replace(judged.data, memory=None, test=None)
+    with pytest.raises(BadInput, match="no labelled images, so no test images; use train"):
+        Embed("test", None, 0)(judged)
+    assert Embed("train", None, 0)(judged).values["images"] == 40
+
+
+def test_nearest_rows_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = digits().train.pixels[:300].flatten(1).float()
+    bank, queries = images[:200], images[200:]
+    monkeypatch.setattr("twoviews.protocols.neighbours.CHUNK_BYTES", 4 * 200 * 7)  # 15 chunks
+    cosines, rows = nearest_rows(queries, bank, 5, None)
+    for query, values, found in zip(queries.numpy(), cosines, rows, strict=True):
+        all_ = [float(row @ query / np.linalg.norm(row) / np.linalg.norm(query)) for row in bank.numpy()]
+        best = sorted(range(200), key=lambda i: -all_[i])[:5]
+        assert found.tolist() == best
+        assert values.tolist() == pytest.approx([all_[i] for i in best], abs=1e-5)
+    own = torch.arange(200)
+    assert not (nearest_rows(bank, bank, 199, own)[1] == own[:, None]).any()
+    assert (nearest_rows(bank, bank, 1, None)[1][:, 0] == own).float().mean() > 0.99
+
+
+def test_neighbours_of_pictures_and_of_samples(judged: Judged, classes: Path, photos: Path, tmp_path: Path) -> None:
+    train = judged.data.train
+    found = Neighbours(train.paths[3], 4, 20, 0, 0)(judged)
+    rows = found.tables["neighbours"]
+    assert [row["rank"] for row in rows] == [1, 2, 3, 4] and rows[0]["neighbour"] == train.paths[3]
+    assert rows[0]["cosine"] == pytest.approx(1, abs=1e-4) and rows[0]["class"] == "china"
+    found = Neighbours(str(photos), 3, 20, 0, 0)(judged)
+    broken = [row for row in found.tables["neighbours"] if row["broken"]]
+    assert [Path(row["image"]).name for row in broken] == ["broken.jpg"] and len(
+        found.tables["neighbours"]
+    ) == 6 * 3 + 1
+    assert found.values == {"images": 6, "broken": 1}
+    assert len({tuple(row) for row in found.tables["neighbours"]}) == 1  # equal keys
+    (tmp_path / "neighbours.png").unlink()
+    found = Neighbours(None, 5, 4, 0, 0)(judged)
+    table = found.tables["neighbours"]
+    labels = dict(zip(judged.data.test.paths, judged.data.test.labels.tolist(), strict=True))
+    agree = [row["class"] == judged.data.classes[labels[row["image"]]] for row in table]
+    assert (
+        found.values["agreement"] == pytest.approx(100 * sum(agree) / 20) and len({row["image"] for row in table}) == 4
+    )
+    assert Neighbours(None, 5, 4, 0, 0)(judged).tables == found.tables
+    assert {row["image"] for row in Neighbours(None, 5, 4, 1, 0)(judged).tables["neighbours"]} != {
+        row["image"] for row in table
+    }
+    assert Image.open(tmp_path / "neighbours.png").format == "PNG"
+    judged.data = replace(judged.data, memory=None, test=None)
+    alone = Neighbours(None, 500, 3, 0, 0)(judged).tables["neighbours"]
+    assert len(alone) == 3 * 39 and not any(row["image"] == row["neighbour"] for row in alone)
+    (tmp_path / "neighbours.png").unlink()
+    assert Neighbours(str(photos / "broken.jpg"), 3, 20, 0, 0)(judged).values == {"images": 0, "broken": 1}
+    assert not (tmp_path / "neighbours.png").exists()
+
+
+def test_the_sheet_frames_what_is_of_another_class(tmp_path: Path) -> None:
+    def grey(values: list[int], labels: list[int] | None) -> Images:
+        pixels = torch.tensor(values, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 32, 32).contiguous()
+        return Images(pixels, torch.full((len(values), 2), 32), None if labels is None else torch.tensor(labels))
+
+    train = grey([10, 20, 30], [0, 1, 0])
+    for labels, framed in (([0, 1], [[False, True, False], [True, False, True]]), (None, [[False] * 3] * 2)):
+        own = grey([100, 200], labels)
+        rows = [
+            sheet.Row(f"photo {i}.jpg", i, -1 if labels is None else labels[i], [0, 1, 2], [0.9, 0.8, 0.7])
+            for i in (0, 1)
+        ]
+        sheet.draw_neighbours(tmp_path / "sheet.png", own, train, rows, ("cat", "кошка"), "title")
+        picture = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
+        high, start, wide = 96 + 2 * sheet.LINE + GAP, GAP + 96 + GAP + 3 * GAP, 96 + GAP
+        assert picture.shape[0] == sheet.HEAD + 2 * high + GAP
+        found = []
+        for row in range(2):
+            top = sheet.HEAD + row * high
+            assert (picture[top + 48, GAP + 48] == (100, 200)[row]).all()
+            assert [picture[top + 48, start + wide * place + 48, 0] for place in range(3)] == [10, 20, 30]
+            found.append([bool((picture[top - 2, start + wide * place + 48] == RED).all()) for place in range(3)])
+        assert found == framed
+
+
+@pytest.mark.parametrize("name", ["predict", "embed", "neighbours", "export"])
+def test_their_files_compose_and_build(name: str) -> None:
+    cfg = composed(f"protocol=[{name}]")
+    check("train", cfg)
+    assert list(cfg.protocol) == [name] and build(cfg.protocol[name]).every_epochs == 0
+    if name == "predict":
+        numbers = composed("protocol=[linear]").protocol.linear
+        assert {key: cfg.protocol.predict[key] for key in LINEAR} == {key: numbers[key] for key in LINEAR}
