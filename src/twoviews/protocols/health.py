@@ -112,9 +112,7 @@ class Health(Protocol):
     def __init__(
         self,
         images: Annotated[int, Range(at_least=2, usual="2000")],
-        scale: tuple[
-            Annotated[float, Range(above=0, at_most=1)], Annotated[float, Range(above=0, at_most=1)]
-        ],
+        scale: tuple[Annotated[float, Range(above=0, at_most=1)], Annotated[float, Range(above=0, at_most=1)]],
         flip: Fraction,
         every_epochs: Index,
     ):
