@@ -94,14 +94,14 @@ def draw_map(
     from sklearn.preprocessing import normalize
 
     chosen = torch.randperm(len(x), generator=generator(seed, "map"))[:MAPPED]
-    points = normalize(x.cpu()[chosen].double().numpy())
+    points: Any = normalize(x.cpu()[chosen].double().numpy())
     state = seed_of(seed, "map") % 2**32
     if points.shape[1] > 50:  # as van der Maaten and Hinton (2008) did: distances become cheap, and lose noise
         points = PCA(min(50, len(points)), random_state=state).fit_transform(points)
     # Its default of 30 neighbours is too many for fewer than 91 images.
     perplexity = min(30.0, (len(points) - 1) / 3)
     plane = TSNE(init="pca", perplexity=perplexity, random_state=state).fit_transform(points)
-    figure, axis = _figure(9.5, 8)
+    figure, axis = _figure(9.5, 6.8)
     colours = _colours(len(classes))
     # In the order of the draw, so that no class covers another.
     shown = None if labels is None else [colours[label] for label in labels.cpu()[chosen].tolist()]
