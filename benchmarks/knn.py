@@ -94,7 +94,9 @@ def compare(name: str, bank: Features, queries: Features, rounds: int) -> None:
         for offset in range(len(names)):
             current = names[(turn + offset) % len(names)]
             times[current].append(seconds(functions[current], device))
-    print(f"{name}: {len(queries.x):,} x {len(bank.x):,} x {bank.x.shape[1]}, {device}, {torch.get_num_threads()} thread(s)")
+    print(
+        f"{name}: {len(queries.x):,} x {len(bank.x):,} x {bank.x.shape[1]}, {device}, {torch.get_num_threads()} thread(s)"
+    )
     for current in names:
         ratio = statistics.median(t / base for t, base in zip(times[current], times["product"], strict=True))
         verdict = "" if current == "product" else f"  {'reaches' if ratio <= GOAL else 'misses'} {GOAL}"

@@ -32,8 +32,9 @@ def test_csv_has_every_number_and_empty_cells_for_the_others():
     expected = set()
     for row in rows:
         one = RUNS[row["run"]]
-        bounds = {f"{name} low": low for name, (low, _) in one.intervals.items()}
-        bounds |= {f"{name} high": high for name, (_, high) in one.intervals.items()}
+        bounds = {
+            f"{name} {end}": both[n] for name, both in one.intervals.items() for n, end in enumerate(("low", "high"))
+        }
         known = {**one.values, **bounds, **one.settings}
         expected |= known.keys()
         assert {name: float(cell) for name, cell in row.items() if cell and name != "run"} == known

@@ -141,3 +141,9 @@ def test_what_is_not_finite_is_named():
     broken[3, 2] = torch.nan
     with pytest.raises(BadInput, match="1 of 1297 test images"):
         scores(broken, y, DIGITS)
+
+
+def test_one_class_alone():
+    found = scores(torch.ones(4, 1), torch.zeros(4, dtype=torch.long), ("digit",))
+    assert found.values == {"top1": 100, "precision": 100, "recall": 100, "f1": 100, "ece": 0}
+    assert found.intervals == {"top1": (100, 100)}

@@ -97,13 +97,11 @@ def test_map_keeps_neighbours_and_is_the_same_twice(tmp_path, drawn, monkeypatch
     monkeypatch.setattr(pictures, "MAPPED", 250)
     x, y = (torch.from_numpy(values) for values in load_digits(return_X_y=True))
     twice(tmp_path, lambda path: draw_map(path, x.float(), y.long(), list("0123456789"), "digits", seed=3))
-    groups = [np.asarray(group.get_offsets()) for group in drawn[-1].axes[0].collections]
-    assert sum(map(len, groups)) == 250 and len(groups) == 10
-    plane, place = np.concatenate(groups), {}
-    for row in torch.randperm(len(x), generator=pictures.generator(3, "map"))[:250].tolist():
-        place.setdefault(int(y[row]), []).append(row)
-    rows = [row for number in range(10) for row in place[number]]
-    unit = torch.nn.functional.normalize(x[rows], dim=1)
+    points = drawn[-1].axes[0].collections[0]
+    rows = torch.randperm(len(x), generator=pictures.generator(3, "map"))[:250]
+    plane, unit = np.asarray(points.get_offsets()), torch.nn.functional.normalize(x[rows], dim=1)
+    assert [tuple(c) for c in points.get_facecolors()] == [pictures._colours(10)[n] for n in y[rows].tolist()]
+    assert [text.get_text() for text in drawn[-1].legends[0].get_texts()] == list("0123456789")
     assert trustworthiness(unit.numpy(), plane, n_neighbors=5) > 0.9
     draw_map(tmp_path / "few.png", x[:5].float(), None, (), "five images without labels")
 
@@ -113,14 +111,16 @@ def test_knn_curve(tmp_path, drawn):
     twice(tmp_path, lambda path: draw_knn_curve(path, LINES, curve, "moco"))
     lines = {line.get_label(): line for line in drawn[-1].axes[0].lines}
     assert lines["this run"].get_xydata().tolist() == [[10, 48.0], [20, 61.0]]
-    assert lines["MoCo's CIFAR-10 demo, 200 epochs"].get_xydata().tolist() == [list(point) for point in MOCO_DEMO]
+    assert lines["MoCo's CIFAR-10 demo, 200 epochs, of the projection"].get_xydata().tolist() == [
+        list(point) for point in MOCO_DEMO
+    ]
     assert lines["raw pixels: 35.4"].get_ydata()[0] == 35.4
     assert not draw_knn_curve(tmp_path / "none.png", LINES[:1], {}, "nothing")
     assert not (tmp_path / "none.png").exists()
 
 
 def test_published_curve_is_of_that_recipe_alone():
-    assert list(published_curve(MOCO)) == ["MoCo's CIFAR-10 demo, 200 epochs"]
+    assert list(published_curve(MOCO)) == ["MoCo's CIFAR-10 demo, 200 epochs, of the projection"]
     for part, change in (
         ("method", {"symmetric": True}),
         ("method", {"temperature": 0.2}),

@@ -65,7 +65,8 @@ def table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
     settings = _names(evaluation.settings for evaluation in evaluations.values())
     rows = []
     for run in ordered(evaluations):
-        one, row = evaluations[run], {"run": run}
+        one = evaluations[run]
+        row: Row = {"run": run}
         for name in values:
             row[name] = one.values.get(name, "")
             if name in bounded:

@@ -62,15 +62,20 @@ def draw_per_class(path: Path, rows: Sequence[Row], title: str) -> None:
     mean = sum(float(row["accuracy"]) * int(row["images"]) for row in known) / total
     figure, axis = _figure(8, min(24.0, 1.4 + 0.3 * len(known)))
     _bars(axis, [float(row["accuracy"]) for row in known], [(float(row["low"]), float(row["high"])) for row in known])
-    axis.axvline(mean, color="black", linestyle="--", linewidth=1, label=f"all images: {mean:.1f} %")
+    axis.axvline(mean, color="black", linestyle="--", linewidth=1)
     axis.set_yticks(*_named([f"{row['class']} ({row['images']:,})" for row in known]))
-    axis.set(title=title, xlabel=f"accuracy, %, with {CONFIDENCE} % intervals", xlim=(0, 100))
-    axis.legend(loc="lower left")
+    explained = f"accuracy, %, with {CONFIDENCE} % intervals; dashed: of all images, {mean:.1f}"
+    axis.set(title=title, xlabel=explained, xlim=(0, 100))
     _save(figure, path)
 
 
 def draw_map(
-    path: Path, x: Float[Tensor, "N F"], labels: Int[Tensor, " N"] | None, classes: Sequence[str], title: str, seed: int = 0
+    path: Path,
+    x: Float[Tensor, "N F"],
+    labels: Int[Tensor, " N"] | None,
+    classes: Sequence[str],
+    title: str,
+    seed: int = 0,
 ) -> None:
     """Images in the plane, those near each other that have near features: t-SNE of unit features, begun from their PCA.
 
@@ -89,25 +94,24 @@ def draw_map(
     from sklearn.preprocessing import normalize
 
     chosen = torch.randperm(len(x), generator=generator(seed, "map"))[:MAPPED]
-    points = normalize(x.cpu()[chosen].double().numpy())
+    points: Any = normalize(x.cpu()[chosen].double().numpy())
     state = seed_of(seed, "map") % 2**32
     if points.shape[1] > 50:  # as van der Maaten and Hinton (2008) did: distances become cheap, and lose noise
         points = PCA(min(50, len(points)), random_state=state).fit_transform(points)
     # Its default of 30 neighbours is too many for fewer than 91 images.
     perplexity = min(30.0, (len(points) - 1) / 3)
     plane = TSNE(init="pca", perplexity=perplexity, random_state=state).fit_transform(points)
-    figure, axis = _figure(9.5, 8)
-    if labels is None:
-        axis.scatter(plane[:, 0], plane[:, 1], s=9, linewidths=0)
-    else:
-        shown = labels.cpu()[chosen].numpy()
-        for number, (name, colour) in enumerate(zip(classes, _colours(len(classes)), strict=True)):
-            own = plane[shown == number]
-            axis.scatter(own[:, 0], own[:, 1], s=9, linewidths=0, color=colour, label=name)
-        if len(classes) <= NAMED:
-            columns = 1 if len(classes) <= 20 else 2
-            figure.legend(loc="outside right upper", markerscale=3, ncols=columns, frameon=False)
-    axis.set(title=f"{title}: {len(plane):,} images, t-SNE", xticks=[], yticks=[], aspect="equal")
+    figure, axis = _figure(9.5, 6.8)
+    colours = _colours(len(classes))
+    # In the order of the draw, so that no class covers another.
+    shown = None if labels is None else [colours[label] for label in labels.cpu()[chosen].tolist()]
+    axis.scatter(plane[:, 0], plane[:, 1], s=9, linewidths=0, color=shown)
+    if labels is not None and len(classes) <= NAMED:
+        for name, colour in zip(classes, colours, strict=True):
+            axis.scatter([], [], s=80, linewidths=0, color=colour, label=name)
+        figure.legend(loc="outside right upper", ncols=1 if len(classes) <= 20 else 2, frameon=False)
+    axis.set(title=f"{title}: {len(plane):,} images, t-SNE", xticks=[], yticks=[])
+    axis.set_aspect("equal", adjustable="datalim")
     _save(figure, path)
 
 
@@ -120,7 +124,7 @@ def published_curve(config: Mapping[str, Any]) -> dict[str, Sequence[tuple[float
     target, source = str(method.get("_target_")), str(data.get("_target_"))
     same = all(method.get(name) == value for name, value in MOCO_DEMO_METHOD.items())
     if target.endswith(".MoCo") and source.endswith(".cifar10") and same:
-        return {"MoCo's CIFAR-10 demo, 200 epochs": MOCO_DEMO}
+        return {"MoCo's CIFAR-10 demo, 200 epochs, of the projection": MOCO_DEMO}
     return {}
 
 
@@ -192,7 +196,9 @@ def _bars(axis: "Axes", values: Sequence[float], ends: Sequence[tuple[float, flo
     axis.set_ylim(len(values) - 0.5, -0.5)
     if len(values) <= NAMED:
         for place, value in enumerate(values):
-            axis.annotate(f"{value:.1f}", (0, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+            axis.annotate(
+                f"{value:.1f}", (0, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+            )
     axis.grid(axis="x", alpha=0.3)
 
 

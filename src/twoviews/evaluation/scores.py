@@ -72,10 +72,12 @@ def scores(
         )
     p, labels = probabilities.double().cpu(), labels.cpu()
     rank, predicted, count = ranks(p, labels), p.argmax(1), p.shape[1]
-    hits = {name: 100 * (rank < best).double() for name, best in (("top1", 1), ("top5", 5)) if best < count}
+    hits = {
+        name: 100 * (rank < best).double() for name, best in (("top1", 1), ("top5", 5)) if best == 1 or best < count
+    }
     numbers, images = range(count), torch.bincount(labels, minlength=count)
     present = images > 0
-    precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, labels=numbers, zero_division=0.0)
+    precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, labels=numbers, zero_division=0.0)  # type: ignore[arg-type]
     auc = _roc_auc(p, labels)
     columns = {"precision": 100 * precision, "recall": 100 * recall, "f1": 100 * f1, "roc_auc": 100 * auc}
     values = {name: hit.mean().item() for name, hit in hits.items()}

@@ -16,7 +16,7 @@ from twoviews.features import BATCH, Judged, embed
 from twoviews.layers import spread
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.randomness import generator
-from twoviews.ranges import Count, Fraction, Index, Range
+from twoviews.ranges import Fraction, Index, Range
 from twoviews.runtime import autocast
 
 # Thresholds of the advice. Small ResNets on CIFAR-10 and on digits had a spread of 0.16 and 22 to 27 effective dimensions
@@ -112,9 +112,7 @@ class Health(Protocol):
     def __init__(
         self,
         images: Annotated[int, Range(at_least=2, usual="2000")],
-        scale: tuple[
-            Annotated[float, Range(above=0, at_most=1)], Annotated[float, Range(above=0, at_most=1)]
-        ],
+        scale: tuple[Annotated[float, Range(above=0, at_most=1)], Annotated[float, Range(above=0, at_most=1)]],
         flip: Fraction,
         every_epochs: Index,
     ):
