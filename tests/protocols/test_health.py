@@ -124,7 +124,7 @@ def test_advice_of_measured_encoders():
         ({"rankme": 1.5}, "all but equal"),
         ({"rankme": 3.0}, "only 3.0 effective dimensions"),
         ({"spread": 0.16}, "as of an untrained network"),
-        ({"positive_similarity": 0.75}, "hardly more alike"),
+        ({"positive_similarity": 0.75}, None),  # views can be as hard as one likes
     ],
 )
 def test_advice(change, said):

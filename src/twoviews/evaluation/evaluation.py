@@ -21,6 +21,7 @@ from twoviews.run import Run
 from twoviews.tracking import afterwards, read
 from twoviews.tracking.state import replace
 
+FEW = 12  # values of a protocol that are shown as they are; those with more have a table of them
 FOLDER = "evaluation"  # of tables and pictures, in the run's
 
 
@@ -67,7 +68,7 @@ def evaluate(source: Source, cfg: DictConfig, asked: Sequence[str], console: Con
     judged = Judged(
         source.encoder.to(device), data, device, runtime.dtype(device), runtime.channels_last, folder=folder
     )
-    values, intervals, rows = {}, {}, {}
+    values, intervals, shown, rows = {}, {}, [], {}
     for name, node in nodes.items():
         verdict = build(node)(judged)
         found, between = _written(str(name), verdict, judged, source.name)
@@ -75,11 +76,13 @@ def evaluate(source: Source, cfg: DictConfig, asked: Sequence[str], console: Con
             console.rows(f"{name}: {table}", lines)
         values.update(found)
         intervals.update(between)
+        if len(verdict.values) <= FEW:
+            shown += found
         if name == "health" and (sentence := advice(verdict.values)):
             rows["advice"] = sentence
     if source.config is not None:
         draw_knn_curve(folder / "knn_curve.png", read(source.folder), published_curve(source.config), source.name)
-    rows = {**{name: _shown(name, value, intervals) for name, value in values.items()}, **rows}
+    rows = {**{name: _shown(name, value, intervals) for name, value in values.items() if name in shown}, **rows}
     settings = {f"protocol.{key}": value for key, value in flat(OmegaConf.to_container(nodes, resolve=True)).items()}
     settings = {key: value for key, value in settings.items() if not key.endswith(("_target_", "every_epochs"))}
     about = _about(data)

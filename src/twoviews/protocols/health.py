@@ -24,7 +24,6 @@ from twoviews.runtime import autocast
 COLLAPSED = 0.995  # mean cosine of different images
 FEW = 5.0  # effective dimensions (RankMe)
 NARROW = 0.25  # spread
-UNKNOWING = 0.3  # share by which two views of an image are nearer than views of different images, in squared distance
 
 
 def rankme(x: Float[Tensor, "N F"]) -> float:
@@ -86,12 +85,6 @@ def advice(values: dict[str, float]) -> str | None:
         return (
             f"the features' spread is {values['spread']:.2f}, as of an untrained network: the encoder has learnt little yet, so "
             "train longer; if it was larger before, the encoder is collapsing, so lower optimizer.lr."
-        )
-    if values["positive_similarity"] - values["negative_similarity"] < UNKNOWING * (1 - values["negative_similarity"]):
-        return (
-            f"two views of an image are hardly more alike (mean cosine {values['positive_similarity']:.3f}) than views of "
-            f"different images ({values['negative_similarity']:.3f}): the encoder has learnt little yet; train longer, or raise "
-            "optimizer.lr."
         )
     return None
 
