@@ -44,6 +44,16 @@ class Finished:
         return Path(last.removeprefix("run: "))
 
 
+def refused(finished: Finished, *parts: str) -> None:
+    """It ended with exit code 2 and one sentence, which has these parts."""
+    assert finished.code == 2, finished.out + finished.err
+    assert "Traceback" not in finished.err
+    error = [line for line in finished.err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and finished.err.strip().endswith(error[0]), finished.err
+    for part in parts:
+        assert part in error[0], f"{part!r} is not in {error[0]!r}"
+
+
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> Callable[..., Finished]:
     """command("train", "method=moco", ...): the entry point in this process, in an empty working directory."""

@@ -7,18 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL_MOCO, Finished, start
+from conftest import ROOT, SMALL_MOCO, Finished, refused, start
 from PIL import Image
-
-
-def refused(finished: Finished, *parts: str) -> None:
-    assert finished.code == 2, finished.out + finished.err
-    assert "Traceback" not in finished.err
-    error = [line for line in finished.err.splitlines() if line.startswith("error: ")]
-    assert len(error) == 1 and finished.err.strip().endswith(error[0]), finished.err
-    for part in parts:
-        assert part in error[0], f"{part!r} is not in {error[0]!r}"
-
 
 # (arguments, what the sentence names: the key, the value, the limit or the remedy)
 COMMANDS = [

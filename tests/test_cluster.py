@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_MOCO, start
+from conftest import ROOT, SMALL_MOCO, refused, start
 from PIL import Image
 from sklearn.metrics import normalized_mutual_info_score
 from test_configs import composed, options
@@ -55,13 +55,6 @@ def mirror(run: Path, uri: str, experiment: str) -> None:
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("mirror: false", "mirror: true"))
     aim(run, uri, experiment)
-
-
-def refused(done, *parts: str) -> None:
-    assert done.code == 2, done.out + done.err
-    assert "Traceback" not in done.err and done.err.count("error: ") == 1
-    for part in parts:
-        assert part in done.err, f"{part!r} is not in {done.err!r}"
 
 
 def test_files_scores_and_names(run: Path, command) -> None:

@@ -316,6 +316,11 @@ def _diagnose(name: str, arguments: list[str], error: Exception) -> str:
         if (CONF / group).is_dir():
             choices.append(override.input_line)
             known = _options(group)
+            if name != "train" and override.input_line == "data=digits":
+                return (
+                    "data=digits is a whole recipe of train.py; a run's own images need no data=, and others are named with "
+                    "data=folder or data=array data.root=<images>, data=cifar10 and so on."
+                )
             for value in _values(override):
                 if value not in known:
                     return (

@@ -36,6 +36,12 @@ def protocols(cfg: DictConfig, asked: Sequence[str], recorded: Mapping[str, Any]
     plain = re.findall(r"\w+", next((one for one in asked if one.startswith("protocol=")), "knn linear"))
     there = (recorded or {}).get("protocol") or {}
     used = {name: there[name] for name in cfg.protocol if name in there and name in plain}
+    if probe := there.get("linear"):  # the run's own, also for those that classify with it
+        used.update({name: {"linear": probe} for name, node in cfg.protocol.items() if "linear" in node})
+        if "predict" in cfg.protocol:
+            used["predict"] = {
+                key: value for key, value in probe.items() if key in cfg.protocol.predict and key[0] != "_"
+            }
     dotted = OmegaConf.from_dotlist([one for one in asked if one.startswith("protocol.")])
     return OmegaConf.merge(cfg, {"protocol": used}, {"protocol": dotted.get("protocol", {})}).protocol
 

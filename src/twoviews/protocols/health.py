@@ -3,6 +3,7 @@
 Shapes: N images, F features.
 """
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -105,7 +106,7 @@ class Health(Protocol):
     def __init__(
         self,
         images: Annotated[int, Range(at_least=2, usual="2000")],
-        scale: tuple[Annotated[float, Range(above=0, at_most=1)], Annotated[float, Range(above=0, at_most=1)]],
+        scale: Sequence[Annotated[float, Range(above=0, at_most=1)]],
         flip: Fraction,
         every_epochs: Index,
     ):

@@ -1,0 +1,91 @@
+"""evaluate.py as a user meets it: any encoder, any protocol, what it leaves behind, several runs in one call."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL_MOCO, refused, start
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
+
+from twoviews.tracking import read
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder with two finished runs."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1):
+        run = [str(ROOT / "train.py"), *SMALL_MOCO, f"seed={seed}", "epochs=1", f"hydra.run.dir={folder / str(seed)}"]
+        assert start(run, folder / f"log{seed}").wait(300) == 0
+    return folder
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_numbers_tables_and_pictures_beside_the_run(runs: Path, command) -> None:
+    run = runs / "0"
+    done = command("evaluate", f"run={run}", "protocol=[knn_small,linear,health]")
+    assert done.code == 0, done.err
+    found = json.loads((run / "evaluation.json").read_text())
+    result = json.loads((run / "result.json").read_text())
+    assert found["knn/top1"] == result["knn/top1"] and found["linear/top1"] == result["linear/top1"]
+    low, high = found["intervals"]["knn/top1"]
+    assert low < found["knn/top1"] < high
+    assert found["protocol"]["knn"]["k"] == 20 and found["data"]["test"] == 360
+    files = {path.name for path in (run / "evaluation").iterdir()}
+    for name in ("knn", "linear"):
+        assert files >= {f"{name}_confusion.png", f"{name}_classes.png", f"{name}_classes.csv"}
+    assert "knn_curve.png" in files
+    rows = table(run / "evaluation" / "knn_classes.csv")
+    hits = sum(int(row["images"]) * float(row["accuracy"]) for row in rows) / 360
+    assert hits == pytest.approx(found["knn/top1"])
+    assert list(read(run))[-1]["evaluation/knn/top1"] == found["knn/top1"]
+
+
+def test_several_runs_in_one_table(runs: Path, command) -> None:
+    done = command("evaluate", f"run={runs}", "protocol=knn_small")
+    assert done.code == 0, done.err
+    rows = table(Path("outputs/comparison.csv"))
+    assert {row["run"] for row in rows} == {"0", "1"}
+    for row in rows:
+        found = json.loads((runs / row["run"] / "evaluation.json").read_text())
+        assert float(row["knn/top1"]) == found["knn/top1"]
+    assert "| 0 |" in Path("outputs/comparison.md").read_text() and Path("outputs/comparison.png").exists()
+
+
+def test_classes_of_own_pictures(runs: Path, command) -> None:
+    Path("photos").mkdir()
+    for number, pixels in enumerate(load_digits().images[:3]):
+        Image.fromarray((pixels * 15).astype(np.uint8)).resize((40, 40)).save(f"photos/{number}.png")
+    Path("photos/broken.png").write_bytes(b"no picture")
+    done = command("evaluate", f"run={runs / '0'}", "protocol=predict", "images=photos")
+    assert done.code == 0, done.err
+    rows = table(runs / "0" / "evaluation" / "predictions.csv")
+    assert len(rows) == 4 and [bool(row["broken"]) for row in rows] == [False, False, False, True]
+    assert all(row["class"] in "0123456789" for row in rows)
+    refused(command("evaluate", f"run={runs / '0'}", "protocol=predict", "images=photo"), "photos")
+
+
+def test_a_network_of_torchvision_on_images_of_the_command_line(command) -> None:
+    photos = [Image.fromarray(one) for one in load_sample_images().images]
+    for split in ("train", "test"):
+        for label, photo in enumerate(photos):
+            folder = Path(f"images/{split}/{label}")
+            folder.mkdir(parents=True)
+            for number in range(12):
+                left = 20 * number + (10 if split == "test" else 0)
+                photo.crop((left, 50, left + 200, 250)).resize((64, 64)).save(folder / f"{number}.png")
+    images = ("data=folder", "data.root=images", "data.cache=c", "data.workers=0", "data.size=64")
+    done = command("evaluate", "run=torchvision:resnet18", *images, "protocol=knn_small", "runtime.device=cpu")
+    assert done.code == 0, done.err
+    found = json.loads(next(Path("outputs").glob("evaluation-*/evaluation.json")).read_text())
+    assert found["data"]["test"] == 24 and found["knn/top1"] > 50
+    refused(command("evaluate", "run=torchvision:resnet18"), "data=")
+    refused(command("evaluate", "run=torchvision:resnet81", *images), "resnet18")
+    refused(command("evaluate", "run=x", "data=digits"), "recipe of train.py")
