@@ -122,3 +122,10 @@ def test_timm_gives_pooled_features_at_any_size():
 def test_timm_refuses_in_one_sentence(name, size, rate, message):
     with pytest.raises(BadInput, match=message):
         Timm(3, size, name, rate)
+
+
+def test_a_model_for_one_size_refuses_views_of_another():
+    encoder = Timm(1, 32, "vit_tiny_patch16_224")
+    assert encoder(torch.zeros(2, 1, 32, 32)).shape == (2, 192)
+    with pytest.raises(BadInput, match=r"24x24 px.*size=null"):
+        encoder(torch.zeros(2, 1, 24, 24))

@@ -205,6 +205,7 @@ def test_micro_batches_train_like_the_batch(command) -> None:
         *small,
         "method=supervised",
         "backbone=timm",
+        "augmentation.views.both.size=null",
         "epochs=1",
         "runtime.log_every=1",
         "data.train_images=128",

@@ -224,5 +224,16 @@ class Timm(Encoder):
         self.out_dim = features.shape[1]
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
-        """The pooled features that timm's classifier would see."""
-        return self.model(images)
+        """The pooled features that timm's classifier would see.
+
+        Raises:
+            BadInput: the model is built for images of one size, and these have another.
+        """
+        try:
+            return self.model(images)
+        except AssertionError as error:
+            height, width = images.shape[2:]
+            raise BadInput(
+                f"backbone.name={self.recipe['name']} cannot take views of {height}x{width} px ({error}); give them the images' "
+                "size with augmentation.views.<name>.size=null, or choose a model for any size."
+            ) from error
