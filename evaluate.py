@@ -8,6 +8,8 @@ from twoviews.config import entry
 @entry("evaluate")
 def main(cfg, folder: Path) -> int:
     """Rebuild encoder and data, measure, leave the findings beside the run; several runs are compared at the end."""
+    from functools import cache
+
     from hydra.core.hydra_config import HydraConfig
 
     from twoviews.assembly import load_data
@@ -17,9 +19,11 @@ def main(cfg, folder: Path) -> int:
     from twoviews.evaluation.source import named, open_source
 
     console, asked, evaluations = Console(), HydraConfig.get().overrides.task, {}
+    data = cache(lambda: load_data(cfg)) if "data" in cfg else None
     for run in named(cfg.run):
-        source = open_source(run, (lambda: load_data(cfg)) if "data" in cfg else None)
-        evaluations[source.name] = evaluate(source, cfg, asked, console)
+        source = open_source(run, data)
+        name = str(source.folder) if source.name in evaluations else source.name
+        evaluations[name] = evaluate(source, data, cfg, asked, console)
     if len(evaluations) > 1:
         compare(evaluations, Path("outputs"), console)
     return 0

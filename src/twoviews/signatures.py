@@ -89,12 +89,15 @@ def signature(target: str) -> dict[str, Parameter]:
     if isinstance(found, ast.ClassDef):
         init = next((node for node in found.body if getattr(node, "name", None) == "__init__"), None)
         if init is None:
+            if not any("dataclass" in ast.unparse(one) for one in found.decorator_list):
+                return {}  # annotations of an abstract class are promises, not parameters
             attributes = [node for node in found.body if isinstance(node, ast.AnnAssign)]
-            return {
+            own = {
                 one.target.id: Parameter(_evaluate(one.annotation, names), one.value is None)
                 for one in attributes
                 if isinstance(one.target, ast.Name)
             }
+            return {**_inherited(found, tree), **own}
         found = init
     if not isinstance(found, ast.FunctionDef):
         raise BadInput(f"_target_={target}: {module} has no '{name}'.")
@@ -106,6 +109,22 @@ def signature(target: str) -> dict[str, Parameter]:
         for one, default in parameters
         if one.arg != "self"
     }
+
+
+def _inherited(found: ast.ClassDef, tree: ast.Module) -> dict[str, Parameter]:
+    """Fields of the dataclasses that a dataclass of `tree` derives from, as far as they are imported by name."""
+    imported = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    bases = [imported.get(base.id, "") for base in found.bases if isinstance(base, ast.Name)]
+    fields: dict[str, Parameter] = {}
+    for base in bases:
+        if base.startswith("twoviews."):
+            fields |= signature(base)
+    return fields
 
 
 def _evaluate(node: ast.expr | None, names: dict[str, Any]) -> Any:

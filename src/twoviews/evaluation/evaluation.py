@@ -1,7 +1,7 @@
 """One encoder judged by protocols: numbers with intervals and settings, tables and pictures, beside the run and in MLflow."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -46,11 +46,14 @@ def protocols(cfg: DictConfig, asked: Sequence[str], recorded: Mapping[str, Any]
     return OmegaConf.merge(cfg, {"protocol": used}, {"protocol": dotted.get("protocol", {})}).protocol
 
 
-def evaluate(source: Source, cfg: DictConfig, asked: Sequence[str], console: Console) -> Evaluation:
+def evaluate(
+    source: Source, given: Callable[[], ImageData] | None, cfg: DictConfig, asked: Sequence[str], console: Console
+) -> Evaluation:
     """Measure, show and write down; evaluation.json and the folder "evaluation" beside the run hold everything.
 
     Args:
         source: the encoder.
+        given: the images of the command line; None: those of the run.
         cfg: the checked configuration of evaluate.py.
         asked: the command's overrides.
         console: where a person looks.
@@ -59,14 +62,13 @@ def evaluate(source: Source, cfg: DictConfig, asked: Sequence[str], console: Con
         BadInput: a protocol cannot judge this encoder on these images.
     """
     recorded = OmegaConf.create(source.config or {})
-    own = source.config is not None and "data" not in cfg
     dotted = OmegaConf.from_dotlist([one for one in asked if one.startswith("runtime.")])
     runtime = build(DictConfig({**recorded.get("runtime", cfg.runtime), **dotted.get("runtime", {})}))
     device = runtime.torch_device()
-    data = source.fed(load_data(recorded if own else cfg)).to(device)
+    data = source.fed(given() if given else load_data(recorded)).to(device)
     for note in (*source.notes, *data.notes):
         console.say(note)
-    if own and data.digest != Run(source.folder).read("data.json")["digest"]:
+    if given is None and data.digest != Run(source.folder).read("data.json")["digest"]:
         console.say("warning: these are not the images of the run (their digest differs), so the numbers are not its.")
     nodes = protocols(cfg, asked, source.config)
     folder = source.folder / FOLDER

@@ -8,7 +8,9 @@ Shapes: B images of a batch, F features, K classes, N supports.
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +24,7 @@ from twoviews.layers import SplitBatchNorm, SyncBatchNorm
 from twoviews.protocols.linear import Linear, Probe
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.protocols.streams import Classify, Streams, headline
+from twoviews.ranges import Count, Index, Range, Severity
 from twoviews.runtime import autocast
 
 
@@ -123,6 +126,7 @@ class Memory:
         return nnf.one_hot(self.labels, self.logits.shape[1]).T.to(self.z.dtype) @ nnf.normalize(self.z, dim=1)
 
 
+@dataclass
 class Adaptation(Protocol):
     """Abstract: accuracy of an adapting classifier beside that of the same classifier left alone.
 
@@ -133,14 +137,16 @@ class Adaptation(Protocol):
         images: how many of the test images, with the shares of the classes kept; None is all.
         batch_size: images at most; a stream is cut into batches that differ by at most one.
         seed: of corruptions, order and bootstrap.
+        every_epochs: how often it is measured in training; 0 is at the end only.
     """
 
     linear: Linear
     corruptions: Sequence[str] | None
-    severities: Sequence[int]
-    images: int | None
-    batch_size: int
-    seed: int
+    severities: Sequence[Severity]
+    images: Count | None
+    batch_size: Annotated[int, Range(at_least=2, usual="128 to 200")]
+    seed: Index
+    every_epochs: Index
 
     def start(self, model: Model) -> Classify:
         """A classifier for one stream; `model` is its own to change."""

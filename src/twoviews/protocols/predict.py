@@ -3,13 +3,13 @@
 Shapes: n pictures, C classes.
 """
 
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from twoviews.errors import BadInput
+from twoviews.evaluation.comparison import as_csv
 from twoviews.evaluation.given import embed_given, pictures
 from twoviews.features import Judged
 from twoviews.protocols.linear import Linear
@@ -81,9 +81,4 @@ class Predict(Protocol):
 
 def _write(folder: Path, rows: list[dict[str, Any]], full: dict[str, Any]) -> None:
     replace(folder / "predictions.json", json.dumps(full, indent=2, ensure_ascii=False) + "\n")
-    new = folder / "predictions.csv.new"
-    with new.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    new.replace(folder / "predictions.csv")
+    replace(folder / "predictions.csv", as_csv(rows))

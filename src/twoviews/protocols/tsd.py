@@ -11,9 +11,8 @@ raw logits against probabilities with a sign that drives neighbours apart. `as_r
 Shapes: B images, F features, K classes, N supports.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -22,9 +21,8 @@ from torch.nn import functional as nnf
 
 from twoviews.errors import BadInput
 from twoviews.protocols.adaptation import Adaptation, Memory, Model, affine
-from twoviews.protocols.linear import Linear
 from twoviews.protocols.streams import Classify
-from twoviews.ranges import Count, Index, NotNegative, Positive, Range, Severity
+from twoviews.ranges import Count, NotNegative, Positive
 
 
 def distillation(
@@ -64,32 +62,24 @@ class TSD(Adaptation):
     Features are those that the probe's weights are about (standardised).
 
     Args:
-        linear: this and what is not listed: see `Adaptation`.
         lr: of Adam; in the released code 1e-4 for all parameters, 1e-3 for those of batch norms.
         update: all parameters of encoder and classifier, or the scales and offsets of batch norms.
         per_class: supports that a class keeps (`filter_K`); None is all.
         neighbours: of the local-clustering term.
         lam: weight of that term.
         as_released: with the released code's peculiarities.
-        every_epochs: how often it is measured in training; 0 is at the end only.
+        others: see `Adaptation`.
 
     Raises:
         BadInput: a local-clustering term as released, which has none.
     """
 
-    linear: Linear
-    corruptions: Sequence[str] | None
-    severities: Sequence[Severity]
-    images: Count | None
-    batch_size: Annotated[int, Range(at_least=2, usual="128 to 200")]
-    seed: Index
     lr: Positive
     update: Literal["all", "affine"]
     per_class: Count | None
     neighbours: Count
     lam: NotNegative
     as_released: bool
-    every_epochs: Index
 
     def __post_init__(self) -> None:
         if self.as_released and self.lam:
