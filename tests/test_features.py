@@ -19,7 +19,7 @@ def few(count: int) -> ImageData:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_features_are_the_encoders_in_eval_mode_and_the_mode_is_put_back(channels_last, monkeypatch):
-    monkeypatch.setattr(features, "BATCH", 50)  # 120 images: two batches and a short one
+    monkeypatch.setitem(features.BATCH, "cpu", 50)  # 120 images: two batches and a short one
     data = few(120)
     torch.manual_seed(0)
     encoder = ResNet(1, 32, "basic", [1, 1], width=4)

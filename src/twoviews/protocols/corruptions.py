@@ -44,5 +44,5 @@ class Corruptions(Protocol):
         """
         streams = Streams(judged, self.corruptions, self.severities, self.images, self.seed)
         model = Model(judged, self.linear.probe(judged)[0])
-        table = streams.table(streams.answers(BATCH, lambda: torch.no_grad()(model)))
+        table = streams.table(streams.answers(BATCH[judged.device.type], lambda: torch.no_grad()(model)))
         return Verdict({**headline(table, "top1"), **headline(table[:1], "clean")}, tables={"corruptions": table})

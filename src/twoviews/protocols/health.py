@@ -142,7 +142,7 @@ class Health(Protocol):
         make = Views({"both": recipe}, size=data.size, channels=data.channels, mean=data.mean, std=data.std)
         encoder.eval()
         rows = []
-        for number, (pixels, sizes, _) in enumerate(images.batches(BATCH)):
+        for number, (pixels, sizes, _) in enumerate(images.batches(BATCH[judged.device.type])):
             views = make(pixels.to(judged.device), make.draw(sizes, generator("health", "views", number)))
             form = torch.channels_last if judged.channels_last else torch.contiguous_format
             with autocast(judged.device, judged.dtype):
