@@ -1,6 +1,6 @@
 """K-means of an E-step against the recipe of PCL's own code, on the features of consecutive epochs.
 
-    OMP_NUM_THREADS=1 python benchmarks/kmeans.py --train features method=pcl data=folder data.root=<images>
+    OMP_NUM_THREADS=1 python benchmarks/kmeans.py --train features data=folder data.root=<images>
     OMP_NUM_THREADS=1 python benchmarks/kmeans.py --features features/*.npy --k 1000 --rounds 5
 
 The first command trains and keeps the embeddings that each E-step clusters; the second compares. In every round each
@@ -172,46 +172,24 @@ def compare_concentration(x: Tensor, k: int) -> None:
 
 
 def train(folder: Path, overrides: list[str]) -> None:
-    """Keep what each E-step of a training clusters, as <folder>/epoch_00.npy and so on."""
-    import hydra
+    """Keep what each E-step of train.py clusters, as <folder>/epoch_00.npy and so on."""
+    import runpy
 
-    from twoviews import config
-    from twoviews.assembly import load_data, make_parts, make_views
-    from twoviews.clusters.kmeans import Clustered
-    from twoviews.console import Console
-    from twoviews.loop import Training
-    from twoviews.run import Run
-    from twoviews.runtime import StopSignal
+    from twoviews.config import ROOT
+    from twoviews.methods import pcl
 
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.CONF)):
-        cfg = hydra.compose("train", ["experiment=laptop", "method=pcl", "method.warmup_epochs=0", *overrides])
-    config.check("train", cfg)
-    data, runtime = load_data(cfg), config.build(cfg.runtime)
-    parts = make_parts(cfg, data, make_views(cfg, data), runtime, runtime.torch_device())
     folder.mkdir(parents=True, exist_ok=True)
+    seen: list[Tensor] = []
 
-    def keep(clustered: Clustered) -> dict[str, float]:
-        np.save(folder / f"epoch_{len(list(folder.glob('*.npy'))):02d}.npy", clustered.x.cpu().numpy())
-        return {}
+    def keep(x: Tensor, k: int, **options: Any) -> Clusters:
+        if not seen or seen[-1] is not x:  # each E-step clusters its features several times
+            np.save(folder / f"epoch_{len(seen):02d}.npy", x.cpu().numpy())
+            seen.append(x)
+        return kmeans(x, k, **options)
 
-    training = Training(
-        method=parts.method,
-        loader=parts.loader,
-        optimizer=parts.optimizer,
-        schedule=parts.schedule,
-        runtime=runtime,
-        run=Run(folder / "run"),
-        metrics=None,
-        console=Console(),
-        epochs=cfg.epochs,
-        seed=cfg.seed,
-        protocols={},
-        judge=None,
-        embed=parts.embed,
-        score=keep,
-    )
-    with StopSignal() as stop:
-        training.fit(stop)
+    pcl.kmeans = keep
+    sys.argv = [str(ROOT / "train.py"), "experiment=laptop", "method=pcl", "method.warmup_epochs=0", *overrides]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def main() -> None:
