@@ -67,3 +67,17 @@ def test_it_learns(name):
         parts.method.queue.push = lambda z: None  # or the batch would become its own negatives
     losses = [step(parts, 0).item() for _ in range(8)]
     assert min(losses[-3:]) < losses[0] - min(0.02, losses[0] / 5)
+
+
+def test_an_e_step_sees_images_at_the_size_of_the_views():
+    parts = build(config("pcl"))
+    seen = []
+
+    def look(images: torch.Tensor) -> torch.Tensor:
+        seen.append(images.shape[1:])
+        return images.mean((2, 3))
+
+    module = torch.nn.Module()
+    module.forward = look
+    assert len(parts.embed(module)) == len(parts.data.train)
+    assert set(seen) == {(1, 24, 24)}

@@ -1,7 +1,7 @@
 """From a checked configuration to the parts of a run, and the sentences that say what the run will do."""
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,9 @@ class Parts:
         return Judged(encoder, self.data, self.device, self.runtime.dtype(self.device), self.runtime.channels_last)
 
     def embed(self, module: nn.Module) -> Float[Tensor, "N D"]:
-        """What a module makes of all training images."""
-        dtype = self.runtime.dtype(self.device)
-        return embed(module, self.data.train, self.data, self.device, dtype, self.runtime.channels_last, shared=True)
+        """What a module makes of all training images, at the size of the views, as PCL's code does with its 224 px."""
+        dtype, data = self.runtime.dtype(self.device), replace(self.data, size=max(self.views.sizes))
+        return embed(module, data.train, data, self.device, dtype, self.runtime.channels_last, shared=True)
 
     def score(self, clustered: Clustered) -> dict[str, float]:
         """How clusterings of the training images agree with their labels and with the epoch before."""
@@ -132,6 +132,7 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
     if distributed.processes() > 1:
         sync_batch_norms(method, device)
     method.to(device, memory_format=torch.channels_last if runtime.channels_last else torch.contiguous_format)
+    protocols = {name: build(node) for name, node in (cfg.get("protocol") or {}).items()}
     optimizer = build(cfg.optimizer, batch_size=cfg.batch_size, _partial_=True)(method.param_groups())
     return Parts(
         runtime=runtime,
@@ -142,7 +143,7 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
         loader=loader,
         optimizer=optimizer,
         schedule=build(cfg.schedule),
-        protocols={name: build(node) for name, node in (cfg.get("protocol") or {}).items()} if data.test else {},
+        protocols={name: one for name, one in protocols.items() if data.test or not one.needs_labels},
         notes=notes,
     )
 

@@ -16,8 +16,8 @@ SOLARIZE_FROM = 128 / 255  # RandomSolarize(128) on 8-bit pixels
 
 def resample(
     images: UInt8[Tensor, "B C H W"],
-    start: Float[Tensor, "B 2"],
-    extent: Float[Tensor, "B 2"],
+    start: Float[Tensor, "_ 2"],
+    extent: Float[Tensor, "_ 2"],
     size: int,
     *,
     flip: Bool[Tensor, "B"] | None = None,
@@ -27,7 +27,8 @@ def resample(
 
     Args:
         images: square, H = W.
-        start: top and left of the box in px; fractions of a px are weighed by the part covered.
+        start: top and left of the box in px; fractions of a px are weighed by the part covered. One row: the same box in
+            all images, which is several times as fast.
         extent: height and width of the box in px.
         size: side of the result in px.
         flip: images to mirror left to right.
@@ -36,6 +37,9 @@ def resample(
     count, channels, side, _ = images.shape
     mirrored = None if flip is None else torch.stack((torch.zeros_like(flip), flip), dim=1)
     weights = _triangles(start, extent, side, size, mirrored, bleed)
+    if len(start) == 1 < count:
+        x = images.float() @ weights[0, 1].mT
+        return (x.mT @ weights[0, 0].mT).mT.contiguous().div_(255)
     # [B, H, C, W]: the layout in which both products are plain batched ones, without a copy of the weights per channel.
     x = images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     x = torch.bmm(weights[:, 0], x.view(count, side, channels * side))

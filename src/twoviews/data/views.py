@@ -171,6 +171,8 @@ def eval_view(
     statistics = [torch.tensor(values, dtype=torch.float32, device=images.device) for values in (mean, std)]
     if crop == 1 and size == images.shape[-1] and (sizes[:, 0] == sizes[:, 1]).all():  # nothing to resample
         return pixels.normalise(images.float().div_(255), *statistics)
+    if (sizes == sizes[:1]).all():  # one box for all
+        sizes = sizes[:1]
     original = sizes.to(images.device, torch.float32)
     square = crop * original.amin(dim=1, keepdim=True).expand_as(original)
     to_canvas = images.shape[-1] / original
