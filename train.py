@@ -43,7 +43,7 @@ def main(cfg, folder: Path) -> int:
                 epochs=cfg.epochs,
                 seed=cfg.seed,
                 protocols=parts.protocols,
-                judge=parts.judge if data.test else None,
+                judge=parts.judge,
                 embed=parts.embed,
                 score=parts.score,
             )

@@ -188,7 +188,7 @@ def train(folder: Path, overrides: list[str]) -> None:
         return kmeans(x, k, **options)
 
     pcl.kmeans = keep
-    sys.argv = [str(ROOT / "train.py"), "experiment=laptop", "method=pcl", "method.warmup_epochs=0", *overrides]
+    sys.argv = [str(ROOT / "train.py"), "experiment=laptop", "method=pcl", *overrides]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -10,6 +10,7 @@ from conftest import ROOT, SMALL_MOCO, refused, start
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
+from twoviews.run import load_checkpoint
 from twoviews.tracking import read
 
 
@@ -89,3 +90,22 @@ def test_a_network_of_torchvision_on_images_of_the_command_line(command) -> None
     refused(command("evaluate", "run=torchvision:resnet18"), "data=")
     refused(command("evaluate", "run=torchvision:resnet81", *images), "resnet18")
     refused(command("evaluate", "run=x", "data=digits"), "recipe of train.py")
+
+
+def test_the_projection_is_judged_beside_the_features(runs: Path, command) -> None:
+    run = runs / "1"
+    assert command("evaluate", f"run={run}", "protocol=[knn_small,embed,map]").code == 0
+    before = (run / "evaluation.json").read_bytes()
+    done = command("evaluate", f"run={run}", "protocol=[knn_small,embed,map]", "feature=projection")
+    assert done.code == 0, done.err
+    of_features, of_projection = (run / "evaluation" / name for name in ("", "projection"))
+    x, z = (np.load(folder / "embeddings.npz")["features"] for folder in (of_features, of_projection))
+    layer = load_checkpoint(run / "last.pt")["method"]  # MoCo's projector is one linear layer
+    weight, bias = (layer[f"projector.0.{name}"].numpy() for name in ("weight", "bias"))
+    np.testing.assert_allclose(z, x @ weight.T + bias, rtol=1e-3, atol=1e-4)
+    found = json.loads((of_projection / "evaluation.json").read_text())
+    assert found["embed/features"] == 16 and 0 < found["knn/top1"] <= 100
+    assert (run / "evaluation.json").read_bytes() == before
+    assert list(read(run))[-1]["evaluation/projection/knn/top1"] == found["knn/top1"]
+    for folder in (of_features, of_projection):
+        assert Image.open(folder / "map.png").size[0] > 500

@@ -69,6 +69,7 @@ class Evaluate:
     """Root scalars of conf/evaluate.yaml."""
 
     run: str | Sequence[str]
+    feature: Literal["backbone", "projection"]
     images: str | None
     format: Literal["torchvision", "timm", "safetensors", "onnx"]
 

@@ -56,7 +56,7 @@ class Training:
         epochs: length of the training.
         seed: of all randomness after initialisation.
         protocols: what to measure in passing, by name.
-        judge: an encoder with the labelled images it is measured on; None where there are no labels.
+        judge: an encoder with the images it is measured on.
         embed: what a module makes of all training images.
         score: numbers about clusterings of the training images.
     """
@@ -75,7 +75,7 @@ class Training:
         epochs: int,
         seed: int,
         protocols: Mapping[str, Protocol],
-        judge: Callable[[Encoder], Judged] | None,
+        judge: Callable[[Encoder], Judged],
         embed: Embed,
         score: Callable[[Clustered], dict[str, float]],
     ):
@@ -293,7 +293,7 @@ class Training:
 
     def _baselines(self) -> None:
         """KNN of the untrained encoder and of raw pixels: a method that does not beat both has learnt nothing."""
-        if distributed.rank() == 0 and self.judge and "knn" in self.protocols:
+        if distributed.rank() == 0 and "knn" in self.protocols:
             self.console.say("measuring kNN of raw pixels and of the untrained encoder …")
             knn, start = self.protocols["knn"], time.monotonic()
             untrained = self.judge(self.method.encoder)
@@ -311,7 +311,7 @@ class Training:
             for name, protocol in self.protocols.items()
             if epoch == self.epochs or (protocol.every_epochs and epoch % protocol.every_epochs == 0)
         ]
-        if distributed.rank() == 0 and self.judge and due:
+        if distributed.rank() == 0 and due:
             judged = self.judge(self.method.encoder)
             verdicts = {name: self.protocols[name](judged) for name in due}
             self._log({f"{name}/{key}": v for name, verdict in verdicts.items() for key, v in verdict.values.items()})

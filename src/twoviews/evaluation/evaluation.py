@@ -1,5 +1,6 @@
 """One encoder judged by protocols: numbers with intervals and settings, tables and pictures, beside the run and in MLflow."""
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,9 @@ from twoviews.config import build, flat
 from twoviews.console import Console
 from twoviews.data.images import ImageData
 from twoviews.evaluation.comparison import Evaluation, as_csv
+from twoviews.errors import BadInput
 from twoviews.evaluation.pictures import draw_confusion, draw_knn_curve, draw_per_class, published_curve
+from twoviews.evaluation.projection import projected
 from twoviews.evaluation.scores import scores
 from twoviews.evaluation.source import Source
 from twoviews.features import Judged
@@ -70,11 +73,17 @@ def evaluate(
         console.say(note)
     if given is None and data.digest != Run(source.folder).read("data.json")["digest"]:
         console.say("warning: these are not the images of the run (their digest differs), so the numbers are not its.")
+    encoder, prefix = source.encoder, ""
+    if cfg.feature == "projection":
+        if source.config is None:
+            raise BadInput(f"feature=projection needs a run, and {source.name} is a network alone; use feature=backbone.")
+        encoder, prefix = projected(encoder, Run(source.folder)), "projection/"
     nodes = protocols(cfg, asked, source.config)
-    folder = source.folder / FOLDER
+    folder = source.folder / FOLDER / prefix
+    file = (folder if prefix else source.folder) / "evaluation.json"
     folder.mkdir(parents=True, exist_ok=True)
     judged = Judged(
-        source.encoder.to(device), data, device, runtime.dtype(device), runtime.channels_last, folder=folder
+        encoder.to(device), data, device, runtime.dtype(device), runtime.channels_last, folder=folder
     )
     values, intervals, shown, rows = {}, {}, [], {}
     for name, node in nodes.items():
@@ -95,13 +104,13 @@ def evaluate(
     settings = {key: value for key, value in settings.items() if not key.endswith(("_target_", "every_epochs"))}
     about = _about(data)
     write = {**values, "intervals": intervals, "data": about, "protocol": OmegaConf.to_container(nodes, resolve=True)}
-    Run(source.folder).write("evaluation.json", write)
+    replace(file, json.dumps(write, indent=2) + "\n")
     if source.config is not None:
-        afterwards.add(source.folder, {f"evaluation/{name}": value for name, value in values.items()})
+        afterwards.add(source.folder, {f"evaluation/{prefix}{name}": value for name, value in values.items()})
         afterwards.deliver(source.folder, recorded.tracking.mirror, console.say)
     console.table(f"{source.name}: kNN bank {about['memory']:,}, test {about['test']:,} images of {data.name}", rows)
     console.say(", ".join(f"{key.removeprefix('protocol.')} {value}" for key, value in settings.items()))
-    console.say(f"written to {source.folder / 'evaluation.json'} and {folder}")
+    console.say(f"written to {file} and {folder}")
     return Evaluation(values, intervals, {**settings, "data": data.name, "digest": data.digest})
 
 

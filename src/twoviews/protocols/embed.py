@@ -24,6 +24,8 @@ class Embed(Protocol):
         every_epochs: how often it is done in training; 0 is at the end only.
     """
 
+    needs_labels = False
+
     def __init__(self, split: Literal["train", "memory", "test"], images: str | None, every_epochs: Index):
         self.split, self.images, self.every_epochs = split, images, every_epochs
 

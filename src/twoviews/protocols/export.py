@@ -37,6 +37,8 @@ class Export(Protocol):
         every_epochs: how often it is done in training; 0 is at the end only.
     """
 
+    needs_labels = False
+
     def __init__(self, format: Literal["torchvision", "timm", "safetensors", "onnx"], every_epochs: Index):
         self.format, self.every_epochs = format, every_epochs
 

@@ -103,6 +103,8 @@ class Health(Protocol):
         every_epochs: how often it is measured in training; 0 is at the end only.
     """
 
+    needs_labels = False
+
     def __init__(
         self,
         images: Annotated[int, Range(at_least=2, usual="2000")],

@@ -46,6 +46,8 @@ class Neighbours(Protocol):
         every_epochs: how often it is done in training; 0 is at the end only.
     """
 
+    needs_labels = False
+
     def __init__(self, images: str | None, k: Count, sample: Count, seed: Index, every_epochs: Index):
         self.images, self.k, self.sample, self.seed, self.every_epochs = images, k, sample, seed, every_epochs
 

@@ -27,6 +27,7 @@ class Protocol:
     """
 
     every_epochs: int
+    needs_labels: bool = True  # of the data; those that do not are measured where there are none, too
 
     def __call__(self, judged: Judged) -> Verdict:
         """The verdict; the encoder and its mode are left as they were."""

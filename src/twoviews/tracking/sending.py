@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = ("config.yaml", "environment.json", "data.json", "commit.txt")
 FILES = (*DESCRIPTION, "diff.patch", "encoder.json", "result.json")
-PATTERNS = ("*.png", "clusters*.json", "clusters*.npz", "evaluation/*.*")
+PATTERNS = ("*.png", "clusters*.json", "clusters*.npz", "evaluation/*.*", "evaluation/*/*.*")
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 # MLflow's limits, in characters and in items a call.
 KEY_LENGTH, PARAM_LENGTH, TAG_LENGTH, DATASET_DIGEST_LENGTH = 250, 6000, 8000, 36

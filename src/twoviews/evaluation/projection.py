@@ -1,0 +1,49 @@
+"""The projection of a run as an encoder: what the method's loss was about, behind the features."""
+
+from typing import Any
+
+from jaxtyping import Float
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from twoviews.backbones import Encoder
+from twoviews.config import build
+from twoviews.errors import BadInput
+from twoviews.run import Run, load_checkpoint
+
+PREFIX = "projector."
+
+
+class Projected(Encoder):
+    """Encoder and projector, one behind the other."""
+
+    def __init__(self, encoder: Encoder, projector: nn.Module, out_dim: int, recipe: dict[str, Any]):
+        super().__init__()
+        self.encoder, self.projector, self.out_dim, self.recipe = encoder, projector, out_dim, recipe
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
+        """[B, out_dim], not normalised."""
+        return self.projector(self.encoder(images))
+
+
+def projected(encoder: Encoder, run: Run) -> Projected:
+    """The encoder of a run with the projector of its last checkpoint behind it.
+
+    Raises:
+        BadInput: the method has no projector, or the checkpoint is gone.
+    """
+    path = run.folder / "last.pt"
+    if not path.exists():
+        raise BadInput(f"feature=projection needs {path}, which holds the projector and is gone; use feature=backbone.")
+    config = run.config()
+    try:
+        state = load_checkpoint(path)["method"]
+    except (ValueError, RuntimeError, EOFError) as error:
+        raise BadInput(f"{path} is damaged ({str(error).splitlines()[0]}); use feature=backbone.") from error
+    weights = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+    if not weights:
+        raise BadInput(f"the method of {run.folder} has no projector; use feature=backbone.")
+    projector = build(DictConfig(config["method"]), encoder=encoder).projector
+    projector.load_state_dict(weights)
+    last = next(module for module in reversed(list(projector.modules())) if isinstance(module, nn.Linear))
+    return Projected(encoder, projector, last.out_features, encoder.recipe)

@@ -1,0 +1,34 @@
+"""Where images lie to an encoder: its features in the plane."""
+
+from typing import Literal
+
+from twoviews.evaluation.given import split
+from twoviews.evaluation.pictures import draw_map
+from twoviews.features import Judged
+from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.ranges import Index
+
+
+class Map(Protocol):
+    """Draws map.png: images of a split in the plane by t-SNE, coloured by class where there are classes.
+
+    Args:
+        split: train, memory or test; without labelled images the first.
+        seed: of which images are shown, and of the map.
+        every_epochs: how often it is done in training; 0 is at the end only.
+    """
+
+    needs_labels = False
+
+    def __init__(self, split: Literal["train", "memory", "test"], seed: Index, every_epochs: Index):
+        self.split, self.seed, self.every_epochs = split, seed, every_epochs
+
+    def __call__(self, judged: Judged) -> Verdict:
+        """The number of images that were to choose from."""
+        data = judged.data
+        which = self.split if getattr(data, self.split) is not None else "train"
+        images, x = split(judged, which)
+        if judged.folder is not None:
+            title = f"features of {data.name}, {which}"
+            draw_map(judged.folder / "map.png", x, images.labels, data.classes, title, self.seed)
+        return Verdict({"images": float(len(x))})
