@@ -113,7 +113,6 @@ def test_refusals_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         Export("safetensors", 0)(small)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="ONNX is no part of the environment")
 def test_onnx_takes_batches_of_any_size(tmp_path: Path) -> None:
     import onnxruntime
 
