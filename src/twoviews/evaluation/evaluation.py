@@ -11,8 +11,8 @@ from twoviews.assembly import load_data
 from twoviews.config import build, flat
 from twoviews.console import Console
 from twoviews.data.images import ImageData
-from twoviews.evaluation.comparison import Evaluation, as_csv
 from twoviews.errors import BadInput
+from twoviews.evaluation.comparison import Evaluation, as_csv
 from twoviews.evaluation.pictures import draw_confusion, draw_knn_curve, draw_per_class, published_curve
 from twoviews.evaluation.projection import projected
 from twoviews.evaluation.scores import scores
@@ -76,15 +76,15 @@ def evaluate(
     encoder, prefix = source.encoder, ""
     if cfg.feature == "projection":
         if source.config is None:
-            raise BadInput(f"feature=projection needs a run, and {source.name} is a network alone; use feature=backbone.")
+            raise BadInput(
+                f"feature=projection needs a run, and {source.name} is a network alone; use feature=backbone."
+            )
         encoder, prefix = projected(encoder, Run(source.folder)), "projection/"
     nodes = protocols(cfg, asked, source.config)
     folder = source.folder / FOLDER / prefix
     file = (folder if prefix else source.folder) / "evaluation.json"
     folder.mkdir(parents=True, exist_ok=True)
-    judged = Judged(
-        encoder.to(device), data, device, runtime.dtype(device), runtime.channels_last, folder=folder
-    )
+    judged = Judged(encoder.to(device), data, device, runtime.dtype(device), runtime.channels_last, folder=folder)
     values, intervals, shown, rows = {}, {}, [], {}
     for name, node in nodes.items():
         verdict = build(node)(judged)
