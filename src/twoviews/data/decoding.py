@@ -120,7 +120,7 @@ class _Decode(Dataset[Read]):
             except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ValueError ...
                 if isinstance(error, OSError) and error.errno:  # no fault of the picture, so not kept as broken
                     unreadable = unreadable or f"{self.paths[row]} cannot be read: {error.strerror}."
-                broken.append((row, " ".join(str(error).replace(repr(self.paths[row]), "it").split())))
+                broken.append((row, " ".join(str(error).replace(repr(self.paths[row]), "").split())))
                 continue
             canvases.append(canvas)
             sizes.append(height_width)

@@ -139,7 +139,8 @@ def _written(
         draw_confusion(judged.folder / f"{name}_confusion.png", found.confusion, judged.data.classes, about)
         draw_per_class(judged.folder / f"{name}_classes.png", found.per_class, about)
     for table, lines in tables.items():
-        replace(judged.folder / f"{name}_{table}.csv", as_csv(lines))
+        file = table if table[:7] == name[:7] else f"{name}_{table}"  # predictions.csv, of predict
+        replace(judged.folder / f"{file}.csv", as_csv(lines))
     order = sorted(values, key=lambda key: (not key.startswith("top"), key))
     return {f"{name}/{key}": values[key] for key in order}, {f"{name}/{key}": v for key, v in intervals.items()}
 

@@ -5,11 +5,9 @@ Shapes: n pictures, C classes.
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from twoviews.errors import BadInput
-from twoviews.evaluation.comparison import as_csv
 from twoviews.evaluation.given import embed_given, pictures
 from twoviews.features import Judged
 from twoviews.protocols.linear import Linear
@@ -19,7 +17,7 @@ from twoviews.tracking.state import replace
 
 
 class Predict(Protocol):
-    """Class names and probabilities of given pictures; writes predictions.json and predictions.csv.
+    """Class names and probabilities of given pictures; writes predictions.json.
 
     Args:
         images: a picture file, a folder of them, or a pattern.
@@ -75,10 +73,6 @@ class Predict(Protocol):
                 else {"image": path, "broken": given.broken[row]}
             )
         if judged.folder is not None:
-            _write(judged.folder, rows, {"linear_probe_on": judged.data.name, "predictions": full})
+            content = {"linear_probe_on": judged.data.name, "predictions": full}
+            replace(judged.folder / "predictions.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         return Verdict({"images": float(len(paths)), "broken": float(len(given.broken))}, tables={"predictions": rows})
-
-
-def _write(folder: Path, rows: list[dict[str, Any]], full: dict[str, Any]) -> None:
-    replace(folder / "predictions.json", json.dumps(full, indent=2, ensure_ascii=False) + "\n")
-    replace(folder / "predictions.csv", as_csv(rows))
