@@ -228,7 +228,7 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert two.returncode == 0, two.stderr[-3000:]
-    assert "2 process(es)" in two.stdout and two.stdout.count("run: ") == 1
+    assert "processes: 2" in two.stdout and two.stdout.count("run: ") == 1
     losses = [[line["train/loss"] for line in read(tmp_path / name) if "train/loss" in line] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")

@@ -1,6 +1,7 @@
 """From a checked configuration to the parts of a run, and the sentences that say what the run will do."""
 
 import statistics
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,13 +158,13 @@ def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
     labelled = f"{len(data.classes)} classes" if data.classes else "no labels"
     console.say(
         f"data      {data.name}: {len(data.train):,} training images of {data.size}x{data.size} px, "
-        f"{data.channels} channel(s), {labelled}"
+        f"{'colour' if data.channels == 3 else f'channels: {data.channels}'}, {labelled}"
         + (f"; kNN bank {len(data.memory):,}, test {len(data.test):,}" if data.memory and data.test else "")
     )
     if not data.test:
         console.say("          without labelled test images there is no kNN or linear accuracy; watch train/spread.")
-    shapes = " ".join(f"{side}x{side}" for side in parts.views.sizes)
-    console.say(f"views     {len(parts.views)} of each image: {shapes} px")
+    shapes = " and ".join(f"{count} of {side}x{side} px" for side, count in Counter(parts.views.sizes).items())
+    console.say(f"views     of each image {shapes}")
     console.say(
         f"method    {type(parts.method).__name__}: {parameter_count(parts.method) / 1e6:.2f} million parameters, of which "
         f"the encoder {parameter_count(parts.method.encoder) / 1e6:.2f}; {parts.method.encoder.out_dim} features"
@@ -180,9 +181,9 @@ def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
     device = (
         torch.cuda.get_device_name(parts.device)
         if parts.device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
+        else f"CPU, threads: {torch.get_num_threads()}"
     )
-    console.say(f"device    {device}, {dtype}, {distributed.processes()} process(es)")
+    console.say(f"device    {device}, {dtype}, processes: {distributed.processes()}")
     console.say(f"results   {folder}")
 
 
@@ -226,7 +227,6 @@ def show_result(folder: Path, result: dict[str, Any], console: Console) -> None:
         "kNN, raw pixels": percent("baseline/pixels_knn_top1"),
         "images/s": f"{statistics.median(rates):.0f}" if rates else "-",
         "time": duration(result["seconds"]),
-        "run folder": str(folder),
         "MLflow": page(folder),
     }
     console.table(f"{folder.name}: {result['state']} after {result['epoch']:g} epochs", rows)

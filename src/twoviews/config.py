@@ -108,6 +108,8 @@ def entry(
             folder = Path(HydraConfig.get().runtime.output_dir)
             try:
                 check(name, cfg)
+                if sys.stdout.isatty():
+                    print("loading torch …", flush=True)  # some seconds, in which a person would see nothing
                 codes.append(main(cfg, folder) or 0)
                 if codes[-1] >= STOPPED:
                     sys.exit(codes[-1])  # the points of a sweep after this one shall not begin
@@ -124,7 +126,7 @@ def entry(
             # Threads that spin while they wait for one that lost its core to another program make a step several times
             # slower on a busy machine; waiting asleep costs some per cent on an idle one. Read when torch is imported.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-            _register_run_name()
+            _register_resolvers()
             codes.clear()
             begun.clear()
             try:
@@ -137,6 +139,9 @@ def entry(
                 if begun:
                     raise
                 codes.append(_bad_input(_diagnose(name, sys.argv[1:], error)))
+            except BrokenPipeError:  # the reader of `train.py --help | head` has seen enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                codes.append(STOPPED + signal.SIGPIPE)
             except OSError as error:
                 codes.append(_bad_input(_operating_system(error)))
             except KeyboardInterrupt:
@@ -198,12 +203,13 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
     return typing.cast(dict[str, Any], OmegaConf.to_container(open_copy, resolve=True))
 
 
-def _register_run_name() -> None:
+def _register_resolvers() -> None:
     def run_name(*, _root_: DictConfig) -> str:
         choices = _root_.hydra.runtime.choices
         return f"{choices.method}-{choices.data}-{digest(_root_)}"
 
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    OmegaConf.register_new_resolver("options", lambda group: ", ".join(_options(group)), replace=True)  # for --help
 
 
 def build(node: DictConfig, **given: Any) -> Any:

@@ -48,6 +48,8 @@ class Console:
         """Show where training is: in the live line, or as a plain line now and then."""
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         line = f"epoch {epoch:.2f}  step {step}  {numbers}"
+        if not values:
+            return
         if self._live:
             self._live.update(self._live.task_ids[0], completed=step, description=line)
         elif time.monotonic() - self._last_line >= PLAIN_SECONDS:

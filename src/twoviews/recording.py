@@ -77,7 +77,8 @@ class Recording:
     def finish(self, training: Training, finished: bool, stop: StopSignal) -> int:
         """Write encoder and result, show the table; 0, or 128 + n after signal n."""
         if self._first:
-            self.run.save_encoder(training.method.encoder, describe_encoder(self.cfg, self.parts.data))
+            if training.position.step:  # before that it would be an untrained one
+                self.run.save_encoder(training.method.encoder, describe_encoder(self.cfg, self.parts.data))
             result = self._end(training, "finished" if finished else "interrupted")
             if self.run.folder.joinpath("metrics.jsonl").stat().st_size:
                 draw_curves(self.run.folder / "curves.png", read(self.run.folder))
