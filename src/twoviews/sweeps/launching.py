@@ -17,6 +17,7 @@ from twoviews.code import code_state, freeze
 from twoviews.config import build, check, check_launcher, digest, flat
 from twoviews.console import Console
 from twoviews.errors import BadInput
+from twoviews.sweeps import collecting
 from twoviews.sweeps.dispatch import Dispatch
 from twoviews.sweeps.folder import New, Point, State, Sweep
 from twoviews.sweeps.truth import look
@@ -62,6 +63,9 @@ def launch(
     folder = Path(config.hydra.sweep.dir) / (options.name or name(config, swept))
     if not re.fullmatch(r"[\w.+-]+", folder.name):
         raise BadInput(f"sweep.name={folder.name} is not the name of a folder; use letters, digits and any of . _ + -")
+    tracking = frozen(config)["tracking"]
+    if config.tracking.mirror:
+        stores.check(tracking["uri"])
     if options.plan:
         show(folder, new, console)
         return 0
@@ -74,11 +78,17 @@ def launch(
     now = look(points)
     todo = [point for point in points if now[point.digest].state not in ("FINISHED", "RUNNING", "QUEUED")]
     say(sweep, points, now, todo, console)
-    dispatch = build(OmegaConf.create(launcher))
-    dispatch.submit(todo)
-    points = [point for point in sweep.points if point.digest in now]
-    if options.wait:
-        wait(dispatch, points, console)
+    if todo and config.tracking.mirror:
+        collecting.prepare(sweep, points, tracking)
+    dispatch = build(DictConfig(launcher))
+    try:
+        dispatch.submit(todo)
+        points = [point for point in sweep.points if point.digest in now]
+        if options.wait:
+            wait(dispatch, points, console)
+    finally:
+        if todo and config.tracking.mirror and not any(state.active for state in look(points).values()):
+            collecting.collect(sweep, sweep.points)
     return report(sweep, points, dispatch.look(points), console)
 
 
@@ -125,7 +135,7 @@ def composed(
 
 def frozen(cfg: DictConfig) -> dict[str, Any]:
     """A point's configuration with nothing left that depends on where and when it runs."""
-    nodes = _without(cfg, "sweep")
+    nodes = _without(cfg, "hydra", "sweep")
     content: Any = OmegaConf.to_container(nodes, resolve=True)
     content["tracking"]["uri"] = stores.resolved(content["tracking"]["uri"])
     return content
