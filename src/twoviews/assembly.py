@@ -15,6 +15,7 @@ from twoviews import distributed
 from twoviews.backbones import Encoder
 from twoviews.clusters.kmeans import Clustered
 from twoviews.clusters.scores import scores
+from twoviews.code import code_state
 from twoviews.config import build
 from twoviews.console import Console, duration
 from twoviews.data.images import ImageData
@@ -25,7 +26,7 @@ from twoviews.features import Judged, embed
 from twoviews.layers import sync_batch_norms
 from twoviews.methods.method import Method
 from twoviews.randomness import seed_of
-from twoviews.run import code_state, parameter_count
+from twoviews.run import parameter_count
 from twoviews.runtime import Runtime
 from twoviews.signatures import signature
 from twoviews.tracking import page, read

@@ -37,12 +37,16 @@ STOPPED = 128  # plus the signal's number: exit code of a run that was stopped a
 _NOT_IN_DIGEST = (
     "fresh",
     "preview",
+    "sweep",
     "tracking",
     "runtime.log_every",
     "runtime.checkpoint_minutes",
     "data.workers",
     "data.cache",
 )
+
+# Nodes that are neither a group nor a single value, and what they go to. A point of a sweep has them no more.
+_NODES = {"sweep": "twoviews.sweeps.launching.Options"}
 
 # Parameters that the program fills in: a configuration must not, or the value would be replaced in silence.
 _FILLED_IN = {
@@ -248,14 +252,40 @@ def check(name: str, cfg: DictConfig) -> None:
     assert isinstance(content, dict)
     root = {field.name: field.type for field in fields(_ROOTS[name])}
     groups = [key for key in content if key not in root and key in _groups()]
+    nodes = [key for key in content if key in _NODES]
     annotations = {key: Parameter(annotation, required=True) for key, annotation in root.items()}
-    _check_keys("", content, annotations, [*root, *groups])
+    _check_keys("", content, annotations, [*root, *groups, *nodes])
+    for node in nodes:
+        parameters = signature(_NODES[node])
+        _check_keys(f"{node}.", content[node], parameters, [*parameters])
     for group in groups:
         _check_node(group, content[group], _FILLED_IN.get(group, ()))
     views = (content.get("augmentation") or {}).get("views") or {}
     for view, recipe in views.items():
         numbers = signature("twoviews.data.views.View")
         _check_keys(f"augmentation.views.{view}.", recipe, numbers, [*numbers])
+
+
+def check_launcher(cfg: DictConfig) -> dict[str, Any]:
+    """What `build` makes the dispatch of a sweep from, after its values were compared with its signature.
+
+    Raises:
+        BadInput: a key is unknown or missing, a value has the wrong type or is out of range, or Hydra's own launcher was
+            chosen.
+    """
+    given = typing.cast(dict[str, Any], OmegaConf.to_container(cfg.hydra.launcher, resolve=True))
+    if "dispatch" not in given:
+        raise BadInput(
+            f"hydra/launcher={cfg.hydra.runtime.choices['hydra/launcher']} is not ours; choose {_launchers()}."
+        )
+    values = {key: value for key, value in given.items() if key not in ("_target_", "dispatch")}
+    parameters = signature(given["dispatch"])
+    _check_keys("hydra.launcher.", values, parameters, [*parameters])
+    return {"_target_": given["dispatch"], **values}
+
+
+def _launchers() -> str:
+    return ", ".join(_options("hydra/launcher"))
 
 
 def _check_node(path: str, node: Any, filled_in: Sequence[str] = ()) -> None:

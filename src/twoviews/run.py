@@ -8,7 +8,6 @@ import io
 import json
 import os
 import platform
-import subprocess
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from torch import nn
 
 from twoviews import distributed
 from twoviews.backbones import Encoder
-from twoviews.config import ROOT, build, flat
+from twoviews.code import code_state
+from twoviews.config import build, flat
 from twoviews.errors import BadInput
 from twoviews.tracking.state import replace
 
@@ -247,20 +247,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def code_state() -> tuple[str, str]:
-    """The commit this code is at and what was changed since; ("none", "") outside a git checkout."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, errors="replace", check=True
-        ).stdout
-
-    try:
-        return git("rev-parse", "HEAD").strip(), git("diff", "HEAD", "--", ".", ":!outputs", ":!multirun")
-    except (OSError, subprocess.CalledProcessError):
-        return "none", ""
 
 
 def environment() -> dict[str, Any]:

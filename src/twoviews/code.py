@@ -1,0 +1,71 @@
+"""Which code this is: the commit with what was changed since, and copies of it that later edits do not reach."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from twoviews.config import ROOT
+from twoviews.tracking.state import replace
+
+PARTS = ("src", "conf", "*.py")  # what runs need, below the root of the checkout
+
+
+def code_state() -> tuple[str, str]:
+    """The commit this code is at and what was changed since; ("none", "") outside a git checkout."""
+    if (ROOT / "commit.txt").exists():  # a frozen copy, which lies in a folder that git ignores
+        difference = ROOT / "diff.patch"
+        return (ROOT / "commit.txt").read_text().strip(), difference.read_text() if difference.exists() else ""
+    try:
+        return _git("rev-parse", "HEAD").strip(), _git("diff", "HEAD", "--", ".", ":!outputs", ":!multirun")
+    except (OSError, subprocess.CalledProcessError):
+        return "none", ""
+
+
+def freeze(folder: Path) -> Path:
+    """A copy of this code below `folder`, named by its content and made at most once, whole; with its `code_state`.
+
+    What git ignores is left out; what it does not know yet is copied.
+    """
+    files = {path: (ROOT / path).read_bytes() for path in _files()}
+    content = hashlib.blake2b(digest_size=4)
+    for path, data in files.items():
+        content.update(f"{path}\0{len(data)}\0".encode() + data)
+    copy = folder / content.hexdigest()
+    if copy.exists():
+        return copy
+    part = folder / f".{copy.name}.{os.getpid()}"
+    shutil.rmtree(part, ignore_errors=True)
+    for path, data in files.items():
+        (part / path).parent.mkdir(parents=True, exist_ok=True)
+        (part / path).write_bytes(data)
+    commit, difference = code_state()
+    replace(part / "commit.txt", commit + "\n")
+    if difference:
+        replace(part / "diff.patch", difference)
+    try:
+        part.rename(copy)
+    except OSError:  # another process was first
+        if not copy.exists():
+            raise
+        shutil.rmtree(part)
+    return copy
+
+
+def _files() -> list[str]:
+    """Paths below the root of the checkout, sorted."""
+    try:
+        if (ROOT / "commit.txt").exists():
+            raise FileNotFoundError
+        listed = _git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PARTS).split("\0")
+        found = [ROOT / path for path in listed if path]
+    except (OSError, subprocess.CalledProcessError):
+        found = [path for part in PARTS for one in ROOT.glob(part) for path in (one, *one.rglob("*"))]
+    kept = [path for path in found if path.is_file() and "__pycache__" not in path.parts]
+    return sorted({path.relative_to(ROOT).as_posix() for path in kept})
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True).stdout

@@ -1,0 +1,245 @@
+"""The points of a sweep on this machine: one after the other, or several at once with leases on GPUs or cores.
+
+The dispatch of this machine stays in the foreground. Ctrl-C and SIGTERM stop the points with checkpoints; if it is
+killed otherwise, the supervisors notice and do the same.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from filelock import FileLock, Timeout
+
+from twoviews.console import Console, duration
+from twoviews.errors import BadInput
+from twoviews.ranges import Count
+from twoviews.sweeps.dispatch import Dispatch
+from twoviews.sweeps.folder import Point, Sweep
+from twoviews.sweeps.supervise import LOG
+from twoviews.sweeps.truth import look
+
+
+@dataclass
+class Slot:
+    """Room for one point on this machine.
+
+    Args:
+        name: of the lease, the same for all sweeps of this user; empty for none.
+        environment: variables that put a training there.
+    """
+
+    name: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+    lease: FileLock | None = None
+
+    def take(self) -> bool:
+        """Whether nobody else of this user has it, now that this process does."""
+        if not self.name:
+            return True
+        folder = Path(tempfile.gettempdir()) / f"twoviews-leases-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self.lease = FileLock(folder / f"{self.name}.lock")
+        try:
+            self.lease.acquire(timeout=0)
+        except Timeout:
+            return False
+        return True
+
+    def give_back(self) -> None:
+        """Let others have it."""
+        if self.lease:
+            self.lease.release()
+
+
+class Local(Dispatch):
+    """One point after the other, each with the whole machine."""
+
+    def submit(self, points: Sequence[Point]) -> None:
+        """Run the points; return when the last one ended.
+
+        Raises:
+            SystemExit: a signal stopped them; its code is 128 + the signal's number.
+        """
+        work(points, [Slot()])
+
+    def cancel(self, points: Sequence[Point]) -> None:
+        """Stop those that run; the launcher goes on with the next."""
+        stop(points)
+
+
+class Pool(Dispatch):
+    """Several points at once, each with a GPU or a share of one, or with cores of its own.
+
+    Args:
+        at_once: points that run together at most; None is as many as there is room for.
+        points_per_gpu: how many share a GPU, where there are GPUs.
+        cores_per_point: CPU cores of a point; without GPUs they say how many there is room for.
+    """
+
+    def __init__(self, at_once: Count | None, points_per_gpu: Count, cores_per_point: Count):
+        self.at_once, self.points_per_gpu, self.cores_per_point = at_once, points_per_gpu, cores_per_point
+
+    def submit(self, points: Sequence[Point]) -> None:
+        """Run the points; return when the last one ended.
+
+        Raises:
+            BadInput: a point wants more cores than there are.
+            SystemExit: a signal stopped them; its code is 128 + the signal's number.
+        """
+        work(points, self.slots(), self.at_once)
+
+    def slots(self) -> list[Slot]:
+        """Room for points on this machine, taken or not.
+
+        Raises:
+            BadInput: there is none.
+        """
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.cores_per_point))}
+        shares = [(gpu, share) for share in range(self.points_per_gpu) for gpu in gpus()]
+        if shares:
+            return [Slot(f"gpu{gpu}-{share}", {**threads, "CUDA_VISIBLE_DEVICES": gpu}) for gpu, share in shares]
+        cores = len(os.sched_getaffinity(0))
+        if self.cores_per_point > cores:
+            raise BadInput(
+                f"hydra.launcher.cores_per_point={self.cores_per_point}, but this machine has {cores}; lower it."
+            )
+        return [
+            Slot(f"cores{first}-{first + self.cores_per_point - 1}", threads)
+            for first in range(0, cores - self.cores_per_point + 1, self.cores_per_point)
+        ]
+
+    def cancel(self, points: Sequence[Point]) -> None:
+        """Stop those that run; the launcher goes on with the next."""
+        stop(points)
+
+
+def gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; found without importing torch."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [one.strip() for one in visible.split(",") if one.strip() not in ("", "-1")]
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split()
+
+
+def stop(points: Sequence[Point]) -> None:
+    """Ask the supervisors of these points, as far as they run here, to stop with a checkpoint."""
+    for point in points:
+        for process in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = process.read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"twoviews.sweeps.supervise" in words and os.fsencode(point.folder) in words:
+                os.kill(int(process.parent.name), signal.SIGTERM)
+
+
+def work(points: Sequence[Point], slots: Sequence[Slot], at_once: int | None = None) -> None:
+    """Run points of one sweep in slots of this machine, in their order.
+
+    Raises:
+        SystemExit: a signal stopped them; its code is 128 + the signal's number.
+    """
+    if not points:
+        return
+    console, sweep = Console(), Sweep(points[0].folder.parent)
+    launching = sweep.launching
+    try:
+        launching.acquire(timeout=0)
+    except Timeout:
+        console.say(f"another process works on {sweep.name}; waiting for its end …")
+        launching.acquire()
+    try:
+        now = look(points)
+        left = [point for point in points if now[point.digest].state not in ("FINISHED", "RUNNING")]
+        sweep.submitted({point.digest: None for point in left}, time.time())
+        submitted = {point.digest: point.submitted for point in sweep.points}
+        with _Signals() as signals:
+            _work(left, submitted, slots, at_once or len(slots), console, signals)
+        if signals.number:
+            console.say(
+                f"stopped by {signal.Signals(signals.number).name}; what ran has a checkpoint, and the same command goes on."
+            )
+            sys.exit(128 + signals.number)
+    finally:
+        launching.release()
+
+
+class _Signals:
+    """Remembers a signal to this process until it is asked for."""
+
+    number = 0
+
+    def __enter__(self) -> "_Signals":
+        self._before = {one: signal.signal(one, self._remember) for one in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one, handler in self._before.items():
+            signal.signal(one, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.number = self.number or number
+
+
+def _work(
+    points: Sequence[Point],
+    submitted: dict[str, float],
+    slots: Sequence[Slot],
+    at_once: int,
+    console: Console,
+    signals: _Signals,
+) -> None:
+    queue, count = deque(enumerate(points, start=1)), len(points)
+    running: list[tuple[int, Point, Slot, subprocess.Popen]] = []
+    waiting_said = passed_on = False
+    while queue or running:
+        if signals.number and not passed_on:
+            passed_on = True
+            queue.clear()
+            for _, _, _, process in running:
+                process.send_signal(signal.SIGTERM)
+        for one in [one for one in running if one[3].poll() is not None]:
+            running.remove(one)
+            one[2].give_back()
+            console.say(f"[{one[0]}/{count}] {one[1].label}: {_outcome(one[1])}")
+        busy = [slot for _, _, slot, _ in running]
+        for slot in slots:
+            if queue and len(running) < at_once and slot not in busy and slot.take():
+                number, point = queue.popleft()
+                process = _start(point, submitted[point.digest], slot)
+                running.append((number, point, slot, process))
+                console.say(f"[{number}/{count}] {point.label}: begins; {point.folder / LOG}")
+        if queue and not running and not waiting_said:
+            waiting_said = True
+            console.say("everything this pool could use is leased to another one; waiting …")
+        time.sleep(0.2)
+
+
+def _start(point: Point, submitted: float, slot: Slot) -> subprocess.Popen:
+    code = point.description["code"]
+    paths = os.pathsep.join(filter(None, [str(Path(code) / "src"), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-m", "twoviews.sweeps.supervise", str(point.folder), repr(submitted)],
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **slot.environment, "PYTHONPATH": paths},
+        start_new_session=True,  # Ctrl-C in the terminal comes to this process alone, which passes it on once
+    )
+
+
+def _outcome(point: Point) -> str:
+    state, result = point.state, point.result
+    if state.state != "FINISHED":
+        return f"{state.state}: {state.reason}"
+    knn = f", kNN {result['knn/top1']:.2f} %" if "knn/top1" in result else ""
+    return f"FINISHED{knn}, {duration(result['seconds'])}"

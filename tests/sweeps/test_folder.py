@@ -1,0 +1,118 @@
+"""The folder of a sweep: made whole, changed by one process at a time, and telling the truth about who is gone."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from twoviews.errors import BadInput
+from twoviews.sweeps.folder import New, State, Sweep
+from twoviews.sweeps.truth import look
+
+
+def new(digest: str, **axes: object) -> New:
+    overrides = [f"{key}={value}" for key, value in axes.items()]
+    return New(digest, axes, overrides, f"seed: {axes.get('seed', 0)}\n", {"cwd": "/somewhere"})
+
+
+def test_points_are_run_folders_that_know_their_values(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path / "moco-digits-1")
+    points = sweep.add([new("aa", seed=0), new("bb", seed=1)], command=["-m", "seed=0,1"])
+    assert [point.digest for point in points] == ["aa", "bb"]
+    assert (points[1].folder / "config.yaml").read_text() == "seed: 1\n"
+    assert points[1].description == {
+        "digest": "bb",
+        "axes": {"seed": 1},
+        "overrides": ["seed=1"],
+        "cwd": "/somewhere",
+    }
+    assert points[1].label == "seed=1"
+    assert points[0].state == State() and points[0].result == {} and points[0].metrics() == []
+    assert sweep.record["command"] == ["-m", "seed=0,1"]
+
+
+def test_values_are_added_and_what_is_there_stays(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path / "s")
+    sweep.add([new("aa", seed=0)])
+    (sweep.folder / "aa" / "last.pt").write_text("checkpoint")
+    sweep.submitted({"aa": "12_0"}, 5.0)
+    sweep.add([new("aa", seed=0), new("bb", seed=1)])
+    assert sweep.axes == {"seed": [0, 1]}
+    assert (sweep.folder / "aa" / "last.pt").read_text() == "checkpoint"
+    assert [(point.digest, point.job) for point in sweep.points] == [("aa", "12_0"), ("bb", None)]
+
+
+def test_launches_at_once_lose_no_point(tmp_path: Path) -> None:
+    code = """
+import sys
+from twoviews.sweeps.folder import New, Sweep
+sweep, number = Sweep(sys.argv[1]), int(sys.argv[2])
+for index in range(10):
+    digest = f"{number}{index}"
+    sweep.add([New(digest, {"seed": int(digest)}, [], "")])
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "s"), str(one)]) for one in (1, 2, 3)]
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    sweep = Sweep.existing(tmp_path / "s")
+    assert sorted(int(point.digest) for point in sweep.points) == [*range(10, 40)]
+    assert sorted(sweep.axes["seed"]) == [*range(10, 40)]
+
+
+def test_a_folder_torn_by_a_crash_is_no_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = Sweep(tmp_path / "s")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sweep.add([new("aa", seed=0)])
+    assert sweep.points == [] and not (sweep.folder / "aa").exists()
+    assert sweep.add([new("aa", seed=0)])[0].description["digest"] == "aa"
+
+
+def test_a_sweep_is_found_by_folder_by_name_or_as_the_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="there is no sweep in"):
+        Sweep.existing()
+    one, other = Sweep("multirun/one"), Sweep("multirun/other")
+    one.add([new("aa", seed=0)])
+    assert Sweep.existing().name == "one" and Sweep.existing("other").folder == other.folder
+    assert Sweep.existing(tmp_path / "multirun" / "one").folder == one.folder
+    with pytest.raises(BadInput, match="no sweep 'othr'. Did you mean 'other'"):
+        Sweep.existing("othr")
+
+
+def test_whose_process_is_gone_is_lost(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path / "s")
+    points = sweep.add([new(digest, seed=int(digest)) for digest in "0123"])
+    sweep.submitted(dict.fromkeys("0123"), 5.0)
+    points = sweep.points
+    points[0].write(State("FINISHED", submitted=points[0].submitted))
+    points[1].write(State("RUNNING", submitted=points[1].submitted))
+    points[2].write(State("FAILED", submitted=0.0))  # of an earlier submission
+    code = f"""
+from pathlib import Path
+from twoviews.sweeps.folder import Sweep
+sweep = Sweep({str(sweep.folder)!r})
+locks = [sweep.launching, sweep.points[1].lock]
+for lock in locks:
+    lock.acquire()
+print("held", flush=True); input()
+"""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout and holder.stdout.readline() == "held\n"
+    assert [state.state for state in look(points).values()] == ["FINISHED", "RUNNING", "QUEUED", "QUEUED"]
+    holder.kill()
+    holder.wait()
+    assert [state.state for state in look(points).values()] == ["FINISHED", "LOST", "LOST", "LOST"]
+    assert "supervisor was killed" in look(points)["1"].reason
+
+
+def test_state_json_may_know_more_than_this_version(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path / "s")
+    (point,) = sweep.add([new("aa", seed=0)])
+    (point.folder / "state.json").write_text(json.dumps({"state": "FAILED", "mood": "bad"}))
+    assert point.state == State("FAILED")
