@@ -2,8 +2,11 @@
 
 import csv
 import io
+from pathlib import Path
 
-from twoviews.evaluation.comparison import Evaluation, as_csv, as_markdown, headline, ordered, table
+from twoviews.console import Console
+from twoviews.evaluation.comparison import Evaluation, as_csv, as_markdown, compare, headline, ordered, table
+from twoviews.tracking.stores import connect
 
 RUNS = {
     "simclr": Evaluation(
@@ -53,3 +56,18 @@ def test_markdown():
     two = {name: RUNS[name] for name in ("simclr", "untrained|resnet18")}
     assert as_markdown(two).splitlines()[-1] == "The same for all: knn.k = 200."
     assert "knn.k" not in as_markdown(two).splitlines()[0]
+
+
+def test_a_comparison_is_one_run_of_mlflow_however_often_it_is_made(tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    for value in (50.0, 60.0):
+        both = {name: Evaluation({"knn/top1": value + add}, mirror=(store, "here")) for add, name in enumerate("ab")}
+        compare(both, tmp_path / "out", Console(quiet=True))
+    client, experiment = connect(store, "here")
+    (run,) = client.search_runs([experiment])
+    assert run.info.run_name == "comparison of 2 runs" and run.info.status == "FINISHED"
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
+        f"comparison.{k}" for k in ("csv", "md", "png")
+    }
+    text = Path(client.download_artifacts(run.info.run_id, "comparison.csv", str(tmp_path))).read_text()
+    assert "60.0" in text and "50.0" not in text

@@ -1,6 +1,7 @@
 """Evaluations of several runs as one table, for a spreadsheet and for a page."""
 
 import csv
+import hashlib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,6 +9,8 @@ from pathlib import Path
 
 from twoviews.console import Console
 from twoviews.evaluation.pictures import draw_comparison
+from twoviews.tracking.mirror import reason
+from twoviews.tracking.parents import publish
 from twoviews.tracking.state import replace
 
 
@@ -18,13 +21,14 @@ class Evaluation:
     values: Mapping[str, float]  # by name, such as knn/top1
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of some of the values
     settings: Mapping[str, object] = field(default_factory=dict)  # of the protocols, such as knn.k
+    mirror: tuple[str | None, str] | None = None  # MLflow's store and experiment of the run; None: it is not mirrored
 
 
 Row = dict[str, float | int | str]
 
 
 def compare(evaluations: Mapping[str, Evaluation], folder: Path, console: Console) -> None:
-    """Show the runs side by side, and write comparison.csv, comparison.md and comparison.png."""
+    """Show the runs side by side, and write comparison.csv, comparison.md and comparison.png, in MLflow a run of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     name, order = headline(evaluations), ordered(evaluations)
     replace(folder / "comparison.csv", as_csv(table(evaluations)))
@@ -36,6 +40,16 @@ def compare(evaluations: Mapping[str, Evaluation], folder: Path, console: Consol
         draw_comparison(folder / "comparison.png", values, intervals, name, f"{len(values)} runs")
     console.table(f"{len(order)} runs by {name}", {run: _cell(evaluations[run], name) if name else "" for run in order})
     console.say(f"written to {folder}: comparison.csv, comparison.md and comparison.png")
+    where = next((one.mirror for one in evaluations.values() if one.mirror), None)
+    if where:
+        key = hashlib.blake2b(repr(sorted(evaluations)).encode(), digest_size=16).hexdigest()
+        files = [
+            folder / f"comparison.{kind}" for kind in ("csv", "md", "png") if (folder / f"comparison.{kind}").exists()
+        ]
+        try:
+            publish(*where, f"comparison of {len(order)} runs", key, {"runs": ", ".join(order)}, files)
+        except Exception as error:  # whatever is wrong with MLflow, the results are in the folder
+            console.say(f"MLflow does not have the comparison ({reason(error)}); the same command sends it.")
 
 
 def headline(evaluations: Mapping[str, Evaluation]) -> str | None:

@@ -22,7 +22,7 @@ from twoviews.protocols.health import advice
 from twoviews.protocols.protocol import Verdict
 from twoviews.run import Run
 from twoviews.tracking import afterwards, read
-from twoviews.tracking.state import replace
+from twoviews.tracking.state import State, replace
 
 FEW = 12  # values of a protocol that are shown as they are; those with more have a table of them
 FOLDER = "evaluation"  # of tables and pictures, in the run's
@@ -111,7 +111,14 @@ def evaluate(
     console.table(f"{source.name}: kNN bank {about['memory']:,}, test {about['test']:,} images of {data.name}", rows)
     console.say(", ".join(f"{key.removeprefix('protocol.')} {value}" for key, value in settings.items()))
     console.say(f"written to {file} and {folder}")
-    return Evaluation(values, intervals, {**settings, "data": data.name, "digest": data.digest})
+    state = State.load(source.folder)
+    mirrored = source.config is not None and recorded.tracking.mirror
+    return Evaluation(
+        values,
+        intervals,
+        {**settings, "data": data.name, "digest": data.digest},
+        (state.uri, state.experiment) if mirrored else None,
+    )
 
 
 def _about(data: ImageData) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,23 @@ def end_parent(uri: str | None, experiment: str, run_id: str, status: str) -> No
     """
     client, _ = stores.connect(stores.resolved(uri), experiment)
     client.set_terminated(run_id, status)
+
+
+def publish(
+    uri: str | None, experiment: str, name: str, key: str, tags: Mapping[str, str], files: Sequence[Path]
+) -> str:
+    """MLflow's id of a run that only holds files, such as a comparison; the same key replaces them.
+
+    Raises:
+        BadInput: the experiment was deleted in MLflow.
+        MlflowException: the store does not answer or refuses.
+    """
+    run_id = open_parent(uri, experiment, name, key, tags)
+    client, _ = stores.connect(stores.resolved(uri), experiment)
+    for file in files:
+        client.log_artifact(run_id, str(file))
+    end_parent(uri, experiment, run_id, "FINISHED")
+    return run_id
 
 
 def adopt(folder: Path, uri: str | None, experiment: str, parent: str, axes: Mapping[str, Any]) -> None:
