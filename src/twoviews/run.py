@@ -19,6 +19,7 @@ from twoviews import distributed
 from twoviews.backbones import Encoder
 from twoviews.code import code_state
 from twoviews.config import build, flat
+from twoviews.data import kernel
 from twoviews.errors import BadInput
 from twoviews.tracking.state import replace
 
@@ -264,6 +265,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "cuda": torch.version.cuda if gpu else None,
+        "views": "compiled" if kernel.library() else "tensors",
     }
 
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from twoviews.data import pixels
+from twoviews.data import kernel, pixels
 from twoviews.data.views import JITTER, Draw, View, Views, eval_view
 from twoviews.errors import BadInput
 
@@ -28,6 +28,16 @@ STRONG = {
     "blur": 0.5,
     "solarize": 0.2,
 }
+
+
+@pytest.fixture(autouse=True, params=["compiled", "tensors"])
+def form(request, monkeypatch) -> str:
+    """Both forms of the augmentation have to pass everything here."""
+    kernel.library.cache_clear()
+    monkeypatch.setenv("TWOVIEWS_KERNEL", "1" if request.param == "compiled" else "0")
+    assert (kernel.library() is None) == (request.param == "tensors"), "no C compiler: cc"
+    yield request.param
+    kernel.library.cache_clear()
 
 
 @cache
@@ -379,3 +389,45 @@ def test_gpu_gives_the_cpus_views():
     cpu, gpu = views(images, draws)[0], views(images.cuda(), draws)[0]
     assert gpu.is_cuda
     assert close(gpu.cpu(), cpu, draws[0].solarize)
+
+
+@pytest.mark.parametrize("side, size, channels", [(32, 24, 3), (96, 96, 3), (256, 224, 3), (64, 20, 1), (30, 17, 5)])
+def test_both_forms_agree(side, size, channels, form, monkeypatch):
+    images = photographs(6, 256, 256)[:, [0, 1, 2, 0, 1][:channels], :side, :side]
+    recipe = STRONG if channels == 3 else {key: STRONG[key] for key in ("scale", "flip", "jitter", "contrast", "blur")}
+    statistics = {"mean": [0.4, 0.5, 0.6, 0.5, 0.5][:channels], "std": [0.2, 0.3, 0.25, 0.2, 0.2][:channels]}
+    views = make({**recipe, "size": size}, size=side, channels=channels, **statistics)
+    draws = views.draw(sizes_of(images), generator(3))
+    found = []
+    for switch in "10":
+        monkeypatch.setenv("TWOVIEWS_KERNEL", switch)
+        kernel.library.cache_clear()
+        found.append(views(images, draws)[0])
+    # In standard deviations. A pixel may fall on the other side of what is solarised.
+    assert ((found[0] - found[1]).abs() > 2e-5).float().mean() < 1e-4
+
+
+def test_threads_share_the_images(form):
+    images, before = photographs(9, 32, 32), torch.get_num_threads()
+    views = make(STRONG)
+    draws = views.draw(sizes_of(images), generator(0))
+    try:
+        torch.set_num_threads(1)
+        one = views(images, draws)[0]
+        torch.set_num_threads(4)
+        torch.testing.assert_close(views(images, draws)[0], one, rtol=0, atol=0 if form == "compiled" else 1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_a_compiler_or_with_a_broken_one_tensors_do_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TWOVIEWS_KERNEL", "1")
+    for compiler in ("no-such-compiler", "false"):
+        monkeypatch.setenv("CC", compiler)
+        kernel.library.cache_clear()
+        assert kernel.library() is None
+        images = photographs(2, 32, 32)
+        views = make(STRONG)
+        assert views(images, views.draw(sizes_of(images), generator(0)))[0].isfinite().all()
+    assert not list(tmp_path.rglob("*.so"))

@@ -8,6 +8,7 @@ parameters of all images on the CPU, `Views.__call__` applies them in a few batc
 Shapes: B images, C channels, S the canvas side in px, h = w the view side in px.
 """
 
+import ctypes
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -17,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from twoviews.data import pixels
+from twoviews.data import kernel, pixels
 from twoviews.errors import BadInput, nearest
 from twoviews.ranges import Count, Fraction, NotNegative, Positive, Range
 
@@ -144,8 +145,14 @@ class Views:
     def __call__(self, images: UInt8[Tensor, "B C S S"], draws: Sequence[Draw]) -> tuple[Float[Tensor, "B C _ _"], ...]:
         """One normalised float32 tensor per view, [B, C, h, w], on the device of the images."""
         mean, std = (t.to(images.device, non_blocking=True) for t in (self.mean, self.std))
-        views = zip(draws, self.recipes, self.sizes, strict=True)
-        return tuple(pixels.normalise(_render(images, *view), mean, std) for view in views)
+        compiled = kernel.library() if images.device.type == "cpu" else None
+        made = []
+        for draw, recipe, size in zip(draws, self.recipes, self.sizes, strict=True):
+            if compiled:
+                made.append(_compiled(compiled, images, draw, size, mean, std))
+            else:
+                made.append(pixels.normalise(_render(images, draw, recipe, size), mean, std))
+        return tuple(made)
 
 
 @torch.no_grad()
@@ -230,10 +237,24 @@ def _boxes(
     return torch.cat((start, extent), dim=1)
 
 
-def _render(images: UInt8[Tensor, "B C S S"], draw: Draw, view: View, size: int) -> Float[Tensor, "B C {size} {size}"]:
+def _on_canvas(images: Tensor, draw: Draw) -> tuple[Float[Tensor, "B 2"], Float[Tensor, "B 2"]]:
+    """Top left and extent of the boxes in px of the canvas."""
     to_canvas = images.shape[-1] / draw.sizes
-    start, extent = (draw.box[:, :2] * to_canvas), (draw.box[:, 2:] * to_canvas)
-    start, extent, flip = (t.to(images.device, non_blocking=True) for t in (start, extent, draw.flip))
+    return draw.box[:, :2] * to_canvas, draw.box[:, 2:] * to_canvas
+
+
+def _compiled(
+    library: ctypes.CDLL, images: Tensor, draw: Draw, size: int, mean: Tensor, std: Tensor
+) -> Float[Tensor, "B C {size} {size}"]:
+    applied = (draw.flip, draw.order, draw.factors, draw.grayscale, draw.sigma, draw.solarize)
+    return kernel.render(
+        library, images, size, *_on_canvas(images, draw), *applied, float(pixels.SOLARIZE_FROM), mean, std
+    )
+
+
+def _render(images: UInt8[Tensor, "B C S S"], draw: Draw, view: View, size: int) -> Float[Tensor, "B C {size} {size}"]:
+    boxes = _on_canvas(images, draw)
+    start, extent, flip = (t.to(images.device, non_blocking=True) for t in (*boxes, draw.flip))
     x = pixels.resample(images, start, extent, size, flip=flip if view.flip else None)
     for stage in draw.order.unbind(dim=1):
         for index, operation in enumerate(JITTER):
