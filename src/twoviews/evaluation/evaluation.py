@@ -109,8 +109,9 @@ def evaluate(
         afterwards.add(source.folder, {f"evaluation/{prefix}{name}": value for name, value in values.items()})
         afterwards.deliver(source.folder, recorded.tracking.mirror, console.say)
     console.table(f"{source.name}: kNN bank {about['memory']:,}, test {about['test']:,} images of {data.name}", rows)
-    console.say(", ".join(f"{key.removeprefix('protocol.')} {value}" for key, value in settings.items()))
-    console.say(f"written to {file} and {folder}")
+    if len(settings) <= FEW:
+        console.say(", ".join(f"{key.removeprefix('protocol.')} {value}" for key, value in settings.items()))
+    console.say(f"written, with all settings, to {file} and {folder}")
     state = State.load(source.folder)
     mirrored = source.config is not None and recorded.tracking.mirror
     return Evaluation(

@@ -148,6 +148,11 @@ class Adaptation(Protocol):
     seed: Index
     every_epochs: Index
 
+    @property
+    def label(self) -> str:
+        """What it is called in tables."""
+        return type(self).__name__.lower()
+
     def start(self, model: Model) -> Classify:
         """A classifier for one stream; `model` is its own to change."""
         raise NotImplementedError
@@ -158,7 +163,7 @@ class Adaptation(Protocol):
         Each with the limits of its 95 % interval, `_low` and `_high`; that of the gain is of paired differences.
         """
         streams = Streams(judged, self.corruptions, self.severities, self.images, self.seed)
-        probe, name = self.linear.probe(judged)[0], type(self).__name__.lower()
+        probe, name = self.linear.probe(judged)[0], self.label
 
         def unadapted() -> Classify:
             return torch.no_grad()(Model(judged, probe))

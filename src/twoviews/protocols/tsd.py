@@ -81,6 +81,11 @@ class TSD(Adaptation):
     lam: NotNegative
     as_released: bool
 
+    @property
+    def label(self) -> str:
+        """What it is called in tables."""
+        return "tsd" if self.as_released else "tsd_mended"
+
     def __post_init__(self) -> None:
         if self.as_released and self.lam:
             raise BadInput(

@@ -1,0 +1,174 @@
+"""Two views of each image: ours against the pipelines that are usually copied, on one thread.
+
+    OMP_NUM_THREADS=1 python benchmarks/views.py --rounds 7 --json benchmarks/results/views.json
+
+Recipes: `moco` (crop, flip, colour jitter, grayscale) at 32 px, and `moco_v2` (the same with blur) at 96 px. Peers:
+torchvision's transforms on PIL images, its v2 on tensors, image by image, and lightly's MoCo transforms. Everything
+starts from decoded images in memory. Before any timing our views are compared with torchvision's own float operations,
+with the same parameters (tests/data/test_views.py has more of this), and with our tensor form. In every round all are
+run once, in turns; what counts is the median of the ratios within a round. Times are CPU seconds of the process.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from twoviews.data import kernel
+from twoviews.data.views import Views
+from twoviews.randomness import generator
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+JITTER = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+RECIPES: dict[str, dict[str, Any]] = {
+    "moco, 32 px": {"size": 32, "blur": 0.0},
+    "moco_v2, 96 px": {"size": 96, "blur": 0.5},
+}
+GOAL = 40.0  # times torchvision at 32 px
+
+
+def photographs(count: int, size: int) -> Tensor:
+    """uint8 [count, 3, size, size], cut from scikit-learn's two photographs."""
+    from sklearn.datasets import load_sample_images
+
+    where, cut = np.random.default_rng(0), []
+    pictures = load_sample_images().images
+    for number in range(count):
+        picture = pictures[number % 2]
+        side = int(where.integers(size, 3 * size))
+        top, left = where.integers(picture.shape[0] - side), where.integers(picture.shape[1] - side)
+        cut.append(np.asarray(Image.fromarray(picture[top : top + side, left : left + side]).resize((size, size))))
+    return torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2).contiguous()
+
+
+def ours(images: Tensor, recipe: dict[str, Any], compiled: bool) -> Callable[[], tuple[Tensor, ...]]:
+    """Draws and views of the whole batch, compiled or in tensors."""
+    numbers = {"count": 2, "scale": [0.2, 1], "flip": 0.5, "grayscale": 0.2, **JITTER, "blur": recipe["blur"]}
+    views = Views({"both": numbers}, size=recipe["size"], channels=3, mean=MEAN, std=STD)
+    sizes = torch.tensor(images.shape[2:]).expand(len(images), 2)
+
+    def run() -> tuple[Tensor, ...]:
+        return views(images, views.draw(sizes, generator(0, "benchmark")))
+
+    def in_tensors() -> tuple[Tensor, ...]:
+        library, kernel.library = kernel.library, lambda: None  # type: ignore[assignment]
+        try:
+            return run()
+        finally:
+            kernel.library = library
+
+    return run if compiled else in_tensors
+
+
+def peers(images: Tensor, recipe: dict[str, Any]) -> dict[str, Callable[[], object]]:
+    """Two views by other pipelines, of the same recipe."""
+    from torchvision import transforms as v1
+    from torchvision.transforms import v2
+
+    size, blur = recipe["size"], recipe["blur"]
+    kernel_size = max(3, 2 * (size // 20) + 1)
+
+    def pipeline(module: Any, ends: list[Any]) -> Any:
+        blurred = [module.RandomApply([module.GaussianBlur(kernel_size, (0.1, 2.0))], blur)] if blur else []
+        jitter = module.RandomApply([module.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
+        crop = module.RandomResizedCrop(size, (0.2, 1.0), antialias=True)
+        return module.Compose(
+            [crop, module.RandomHorizontalFlip(), jitter, module.RandomGrayscale(0.2), *blurred, *ends]
+        )
+
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    on_pil = pipeline(v1, [v1.ToTensor(), v1.Normalize(MEAN, STD)])
+    on_tensors = pipeline(v2, [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    found: dict[str, Callable[[], object]] = {
+        "torchvision, PIL": lambda: [torch.stack([on_pil(one) for one in pictures]) for _ in range(2)],
+        "torchvision v2, tensors": lambda: [torch.stack([on_tensors(one) for one in images]) for _ in range(2)],
+    }
+    try:
+        from lightly.transforms import MoCoV2Transform
+    except ImportError:
+        return found
+    lightly = MoCoV2Transform(
+        input_size=size, cj_strength=0.5, cj_bright=0.8, cj_contrast=0.8, cj_sat=0.8, cj_hue=0.2, gaussian_blur=blur
+    )
+    found["lightly"] = lambda: [torch.stack(view) for view in zip(*(lightly(one) for one in pictures), strict=True)]
+    return found
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """CPU time of one call."""
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def compare(name: str, count: int, rounds: int) -> list[dict[str, Any]]:
+    """One row for each pipeline: images a second and times torchvision's PIL pipeline, medians and extremes."""
+    recipe = RECIPES[name]
+    images = photographs(count, recipe["size"])
+    run, in_tensors = ours(images, recipe, compiled=True), ours(images, recipe, compiled=False)
+    for one, other in zip(run(), in_tensors(), strict=True):
+        assert (one - other).abs().max() < 1e-4, "the compiled views are not those of the tensors"
+    functions: dict[str, Callable[[], object]] = {
+        **peers(images, recipe),
+        "twoviews, tensors": in_tensors,
+        **({"twoviews, compiled": run} if kernel.library() else {}),
+    }
+    names, times = list(functions), {one: [] for one in functions}
+    for turn in range(rounds):
+        for offset in range(len(names)):
+            current = names[(turn + offset) % len(names)]
+            times[current].append(seconds(functions[current]))
+    rows = []
+    for current in names:
+        ratios = [base / own for base, own in zip(times["torchvision, PIL"], times[current], strict=True)]
+        rows.append(
+            {
+                "recipe": name,
+                "pipeline": current,
+                "images_per_s": count / statistics.median(times[current]),
+                "ratio": statistics.median(ratios),
+                "smallest": min(ratios),
+                "largest": max(ratios),
+            }
+        )
+        print(f"{name:16} {current:24} {rows[-1]['images_per_s']:9.0f} images/s {rows[-1]['ratio']:7.1f} x", flush=True)
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=256, help="a batch; a quarter of it at 96 px")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="write all numbers here, for example below benchmarks/results/")
+    options = parser.parse_args()
+    rows = []
+    for name, recipe in RECIPES.items():
+        rows += compare(name, options.images // (1 if recipe["size"] == 32 else 4), options.rounds)
+    best = max(row["ratio"] for row in rows if row["recipe"] == "moco, 32 px")
+    print(f"{'reaches' if best >= GOAL else 'misses'} {GOAL:g} times torchvision at 32 px")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "date": date.today().isoformat(),
+            "command": "OMP_NUM_THREADS=1 python benchmarks/views.py "
+            f"--images {options.images} --rounds {options.rounds}",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)",
+            "torch": torch.__version__,
+        }
+        options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
