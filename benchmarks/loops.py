@@ -1,0 +1,248 @@
+"""Whole training loops: ours against lightly's MoCo example and the SimSiam loop that is usually copied.
+
+    OMP_NUM_THREADS=1 python benchmarks/loops.py data.root=<cifar10> --rounds 5 --json benchmarks/results/loops.json
+
+Same backbone, images, batch, optimizer and losses on both sides. The peers' loops are written as their examples are: PIL
+images through torchvision's transforms in a DataLoader without workers, one forward pass a view, an optimizer step, and
+for MoCo the update of the momentum encoder and lightly's memory bank. Both sides begin from images in memory: the peers
+from decoded pictures, ours from the store. A round is `--steps` steps of each, in turns, after a warm-up; what counts is
+the median of the ratios within a round. Times are CPU seconds of the process. Before that the losses of both are
+compared: with other random views they cannot be equal, but their means over the last steps have to be near each other.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+from torch import nn
+from torch.nn import functional as nnf
+from torch.utils.data import DataLoader, Dataset
+
+from twoviews import config
+from twoviews.assembly import Parts, load_data, make_parts, make_views
+from twoviews.console import Console
+from twoviews.data.images import ImageData
+from twoviews.loop import Training
+from twoviews.run import Run
+
+BATCH, QUEUE, TEMPERATURE, MOMENTUM, LR = 128, 4096, 0.1, 0.99, 0.06
+APART = 0.15  # of the loss, relative
+GOALS = {"moco": 1.9, "simsiam": 1.4}
+
+Steps = Iterator[float]  # the loss of each step, made when it is asked for
+
+
+class Pictures(Dataset):
+    """Two views of decoded pictures."""
+
+    def __init__(self, images: ImageData, count: int):
+        from torchvision import transforms
+
+        pixels = next(images.train.batches(count))[0]
+        self.pictures = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pixels]
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(images.size, (0.2, 1.0)),
+                transforms.RandomHorizontalFlip(),
+                transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
+                transforms.RandomGrayscale(0.2),
+                transforms.ToTensor(),
+                transforms.Normalize(images.mean, images.std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.transform(self.pictures[row]), self.transform(self.pictures[row])
+
+
+def endless(data: ImageData) -> Iterator[list[torch.Tensor]]:
+    """Batches of a DataLoader, epoch after epoch."""
+    loader = DataLoader(Pictures(data, 50 * BATCH), batch_size=BATCH, shuffle=True, drop_last=True)
+    while True:
+        yield from loader
+
+
+def moco_of_lightly(encoder: nn.Module, features: int, data: ImageData) -> Steps:
+    """The loop of lightly's MoCo example."""
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import MoCoProjectionHead
+    from lightly.models.utils import deactivate_requires_grad, update_momentum
+
+    head = MoCoProjectionHead(features, features, 128)
+    key_encoder, key_head = deepcopy(encoder), deepcopy(head)
+    deactivate_requires_grad(key_encoder)
+    deactivate_requires_grad(key_head)
+    criterion = NTXentLoss(temperature=TEMPERATURE, memory_bank_size=(QUEUE, 128))
+    parameters = [*encoder.parameters(), *head.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=LR, momentum=0.9, weight_decay=5e-4)
+    for query_view, key_view in endless(data):
+        update_momentum(encoder, key_encoder, m=MOMENTUM)
+        update_momentum(head, key_head, m=MOMENTUM)
+        query = head(encoder(query_view))
+        with torch.no_grad():
+            key = key_head(key_encoder(key_view))
+        loss = criterion(query, key)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield loss.item()
+
+
+def simsiam_as_copied(encoder: nn.Module, features: int, data: ImageData) -> Steps:
+    """A SimSiam loop as most repositories have it: D(p1, z2) / 2 + D(p2, z1) / 2, each view by itself."""
+
+    def layer(inputs: int, outputs: int, last: bool) -> list[nn.Module]:
+        norm = nn.BatchNorm1d(outputs, affine=not last)
+        return [nn.Linear(inputs, outputs, bias=False), norm, *([] if last else [nn.ReLU(inplace=True)])]
+
+    projector = nn.Sequential(*layer(features, 512, False), *layer(512, 512, True))
+    predictor = nn.Sequential(*layer(512, 128, False), nn.Linear(128, 512))
+    parameters = [*encoder.parameters(), *projector.parameters(), *predictor.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=LR, momentum=0.9, weight_decay=5e-4)
+    for one, other in endless(data):
+        z1, z2 = projector(encoder(one)), projector(encoder(other))
+        p1, p2 = predictor(z1), predictor(z2)
+        loss = -(nnf.cosine_similarity(p1, z2.detach()).mean() + nnf.cosine_similarity(p2, z1.detach()).mean()) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield loss.item()
+
+
+PEERS: dict[str, Callable[[nn.Module, int, ImageData], Steps]] = {
+    "moco": moco_of_lightly,
+    "simsiam": simsiam_as_copied,
+}
+METHODS = {
+    "moco": [
+        f"method.queue_size={QUEUE}",
+        f"method.temperature={TEMPERATURE}",
+        "method.mlp_head=true",
+        "method.bn_splits=1",
+    ],
+    "simsiam": ["method.embed_dim=512", "method.hidden_dim=128", "method.fix_predictor_lr=false"],
+}
+
+
+def ours(parts: Parts, cfg: DictConfig, folder: Path) -> Steps:
+    """The steps of loop.py."""
+    training = Training(
+        method=parts.method,
+        loader=parts.loader,
+        optimizer=parts.optimizer,
+        schedule=parts.schedule,
+        runtime=parts.runtime,
+        run=Run(folder),
+        metrics=None,
+        console=Console(quiet=True),
+        epochs=cfg.epochs,
+        seed=cfg.seed,
+        protocols={},
+        judge=parts.judge,
+        embed=parts.embed,
+        score=parts.score,
+    )
+    wrapped = training._wrapped()
+    training.method.train()
+    for epoch in range(cfg.epochs):
+        parts.loader.set_epoch(epoch)
+        for batch in parts.loader:
+            yield training._step(wrapped, batch)[0].item()
+
+
+def composed(method: str, overrides: list[str]) -> DictConfig:
+    """experiment=laptop with whole-sized views and the numbers of both sides."""
+    shared = [
+        "experiment=laptop",
+        f"method={method}",
+        "data=folder",
+        "augmentation.views.both.size=null",
+    ]
+    numbers = [f"batch_size={BATCH}", "optimizer.lr_scaling=none", f"optimizer.lr={LR}", "schedule.warmup_epochs=0"]
+    numbers += ["optimizer.weight_decay=0.0005", "protocol=[]", "tracking=files", "epochs=50"]
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.CONF)):
+        cfg = hydra.compose("train", [*shared, *numbers, *METHODS[method], *overrides])
+    config.check("train", cfg)
+    return cfg
+
+
+def seconds(steps: Steps, count: int) -> tuple[float, list[float]]:
+    """CPU time of so many steps, and their losses."""
+    start = time.process_time()
+    losses = [next(steps) for _ in range(count)]
+    return time.process_time() - start, losses
+
+
+def compare(method: str, overrides: list[str], rounds: int, count: int) -> dict[str, Any]:
+    """Images a second of both sides and the ratio."""
+    cfg = composed(method, overrides)
+    data, runtime = load_data(cfg), config.build(cfg.runtime)
+    parts = make_parts(cfg, data, make_views(cfg, data), runtime, runtime.torch_device())
+    peer = PEERS[method](deepcopy(parts.method.encoder), parts.method.encoder.out_dim, data)
+    times: dict[str, list[float]] = {"ours": [], "peer": []}
+    losses: dict[str, list[float]] = {"ours": [], "peer": []}
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {"ours": ours(parts, cfg, Path(folder)), "peer": peer}
+        for turn in range(-1, rounds):
+            for side in ("ours", "peer") if turn % 2 else ("peer", "ours"):
+                taken, found = seconds(sides[side], count)
+                losses[side] += found
+                if turn >= 0:
+                    times[side].append(taken)
+        ends = {side: statistics.mean(found[-count:]) for side, found in losses.items()}
+        apart = abs(ends["ours"] - ends["peer"]) / abs(ends["peer"])
+        assert apart < APART, f"{method}: the losses end at {ends}, so these are not the same trainings"
+    ratios = [peer / own for peer, own in zip(times["peer"], times["ours"], strict=True)]
+    rates = {side: count * BATCH / statistics.median(taken) for side, taken in times.items()}
+    ratio = statistics.median(ratios)
+    verdict = "reaches" if ratio >= GOALS[method] else "misses"
+    print(
+        f"{method:8} {rates['ours']:7.0f} images/s, the peer {rates['peer']:7.0f}: {ratio:.2f} x "
+        f"({min(ratios):.2f} to {max(ratios):.2f}), {verdict} {GOALS[method]}; losses {ends['ours']:.3f} and {ends['peer']:.3f}",
+        flush=True,
+    )
+    row = {"method": method, "ratio": ratio, "smallest": min(ratios), "largest": max(ratios), "losses": ends}
+    return {**row, "images_per_s": rates, "precision": str(runtime.dtype(parts.device))}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10, help="a round")
+    parser.add_argument("--json", type=Path, help="write all numbers here, for example below benchmarks/results/")
+    parser.add_argument(
+        "overrides", nargs="+", metavar="key=value", help="data.root=<folder of images>, as of train.py"
+    )
+    options = parser.parse_args()
+    rows = [compare(method, options.overrides, options.rounds, options.steps) for method in PEERS]
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "date": date.today().isoformat(),
+            "command": "OMP_NUM_THREADS=1 python benchmarks/loops.py data.root=<cifar10> "
+            f"--rounds {options.rounds} --steps {options.steps}",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)",
+            "torch": torch.__version__,
+        }
+        options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
