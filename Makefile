@@ -5,7 +5,7 @@ BIN := .venv/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint types lock mlflow clean
+.PHONY: help setup train test bench lint types lock mlflow clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,12 @@ train: .venv/train  ## train: make train ARGS="method=simclr data=cifar10"; the 
 
 test: .venv/dev  ## all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: export OMP_NUM_THREADS := 1
+bench: .venv/dev  ## benchmarks against other tools, on one thread; make bench DATA=<folder of CIFAR-10> has the whole loops too
+	$(BIN)/python benchmarks/views.py --json benchmarks/results/views.json
+	$(BIN)/python benchmarks/knn.py
+	$(if $(DATA),$(BIN)/python benchmarks/loops.py data.root=$(DATA) --json benchmarks/results/loops.json)
 
 lint: .venv/dev  ## style and format
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,15 @@ class Position:
 
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # spent by this run in all its processes' lives
+
+
+def _copied(tree: Any) -> Any:
+    """Nested dictionaries and lists with copies of their tensors, on the CPU."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {key: _copied(value) for key, value in tree.items()}
+    return type(tree)(map(_copied, tree)) if isinstance(tree, list | tuple) else tree
 
 
 class Training:
@@ -93,6 +103,8 @@ class Training:
         self._advised = self._forecasted = False
         self._watch_seconds = 0.0
         self._first_step = 0
+        self._writer = ThreadPoolExecutor(1, "checkpoints")
+        self._writing: Future[None] | None = None
 
     # ------------------------------------------------------------------------------------------------------------ state
 
@@ -130,20 +142,34 @@ class Training:
         return self.position.seconds + time.monotonic() - self._started
 
     def save(self) -> None:
-        """Write a checkpoint, on process 0, and let the tracker send what it covers.
+        """Begin to write a checkpoint, on process 0; the training goes on while a copy of its state is written.
 
         Raises:
             NotFinite: the weights are not, so the checkpoint before this one is kept.
+            OSError: the checkpoint before this one could not be written.
         """
         norms = torch._foreach_norm([parameter.detach() for parameter in self.method.parameters()])
         if not math.isfinite(torch.stack(list(norms)).sum().item()):
             raise self._not_finite("weights are not finite")
         if distributed.rank() == 0:
-            state = self.state()
-            self.run.save(state)
-            if self.metrics:
-                self.metrics.commit(state["metrics_bytes"])
+            self._written()
+            self._writing = self._writer.submit(self._write, _copied(self.state()))
         self._checkpointed = time.monotonic()
+
+    def _write(self, state: dict[str, Any]) -> None:
+        self.run.save(state)
+        if self.metrics:  # from now on the tracker may send what the checkpoint covers
+            self.metrics.commit(state["metrics_bytes"])
+
+    def _written(self) -> None:
+        """Wait until the last checkpoint is on the disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
 
     # ------------------------------------------------------------------------------------------------------------- loop
 
@@ -175,6 +201,7 @@ class Training:
             return True
         finally:
             self.console.stop()
+            self._written()
 
     def _before_epoch(self, epoch: int) -> None:
         """The method's E-step, if it has one, with its seconds and scores.
