@@ -5,10 +5,10 @@ BIN := .venv/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint types lock mlflow clean
+.PHONY: help setup train test test-slurm lint types lock mlflow clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/dev  ## make .venv with everything pinned, tests and tools included
 
@@ -30,8 +30,13 @@ setup: .venv/dev  ## make .venv with everything pinned, tests and tools included
 train: .venv/train  ## train: make train ARGS="method=simclr data=cifar10"; the default learns digits in three minutes
 	$(BIN)/python train.py $(ARGS)
 
-test: .venv/dev  ## all tests
+test: .venv/dev  ## all tests but those that need a SLURM cluster
 	$(BIN)/python -m pytest $(ARGS)
+
+test-slurm: .venv/dev  ## tests of sweeps on a SLURM of virtual nodes on this machine (Debian, root)
+	tests/slurm/cluster start
+	eval "$$(tests/slurm/cluster env)" && OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm $(ARGS); \
+		code=$$?; tests/slurm/cluster stop; exit $$code
 
 lint: .venv/dev  ## style and format
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """What is true of points: their supervisors' word, as long as the supervisors live, and after that SLURM's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from twoviews.sweeps import scheduler
@@ -27,6 +27,7 @@ def look(points: Sequence[Point]) -> Mapping[str, State]:
     queue = scheduler.queue(asked) if asked else {}
     gone = [job for job in asked if queue is not None and job not in queue]
     accounts = scheduler.accounts(gone) if gone else {}
+    arrays = {job.partition("_")[0] for job in (*(queue or {}), *accounts)}
     found = {}
     for point in points:
         state = point.state
@@ -37,7 +38,7 @@ def look(points: Sequence[Point]) -> Mapping[str, State]:
         elif queue is None:
             found[point.digest] = replace(_own(point, state), job=job, reason="SLURM's controller does not answer")
         else:
-            found[point.digest] = _there(point, state, job, queue.get(job), accounts.get(job))
+            found[point.digest] = _there(point, state, job, queue.get(job) or accounts.get(job), arrays)
     return found
 
 
@@ -73,19 +74,19 @@ def _here(point: Point) -> State:
     return replace(state, state="LOST", reason=f"its launcher ended before it began; {AGAIN}")
 
 
-def _there(point: Point, state: State, job: str, queued: Said | None, accounted: Said | None) -> State:
-    """Of a point that SLURM runs, and whose supervisor has not said the last word."""
+def _there(point: Point, state: State, job: str, said: Said | None, arrays: Collection[str]) -> State:
+    """Of a point that SLURM runs, and whose supervisor has not said the last word; `arrays` are those SLURM knows of."""
     own = replace(_own(point, state), job=job)
-    said = queued or accounted
+    # Of a task that is cancelled while it waits within its array SLURM keeps no record, of the others it does.
+    if said is None and (point.cancelled >= own.submitted or job.partition("_")[0] in arrays):
+        return replace(own, state="CANCELLED", reason=f"cancelled before it began; {AGAIN}")
     if said is None:
-        word = "CANCELLED" if point.cancelled >= own.submitted else "LOST"
-        reason = "cancelled" if word == "CANCELLED" else f"SLURM knows nothing of job {job} any more; {AGAIN}"
-        return replace(own, state=word, reason=reason)
+        return replace(own, state="LOST", reason=f"SLURM knows nothing of job {job} any more; {AGAIN}")
     if said.state in scheduler.WAITING:
         reason = own.reason if said.reason in ("", "BeginTime") else f"waits: {said.reason}"
         return replace(own, state="QUEUED", reason=reason)
     if said.state in scheduler.WORKING:
-        return replace(own, state="RUNNING", node=own.node or said.node)
+        return replace(own, state="RUNNING", node=own.node or said.node, reason="")
     word = _MEANS.get(said.state, said.state)
     if word in _SAME_NAME:
         reason = _WHY.get(
