@@ -50,25 +50,27 @@ def quiet_cluster() -> Iterator[None]:
     wait_for(lambda: not slurm("squeue", "-h"), 60)
 
 
+VALUES: dict[str, object] = {
+    "timeout_min": 10,
+    "signal_delay_s": 120,
+    "array_parallelism": 16,
+    "cpus_per_task": 1,
+    "gpus_per_node": None,
+    "mem_gb": None,
+    "partition": None,
+    "account": None,
+    "nodes": 1,
+    "tasks_per_node": 1,
+    "setup": [],
+    "options": {},
+}
+
+
 def dispatch(**more: object):
     """Small jobs that all fit on the nodes at once."""
     from twoviews.sweeps.slurm import Slurm
 
-    values = {
-        "timeout_min": 10,
-        "signal_delay_s": 120,
-        "array_parallelism": 16,
-        "cpus_per_task": 1,
-        "gpus_per_node": None,
-        "mem_gb": None,
-        "partition": None,
-        "account": None,
-        "nodes": 1,
-        "tasks_per_node": 1,
-        "setup": [],
-        "options": {},
-    }
-    return Slurm(**{**values, **more})  # type: ignore[arg-type]
+    return Slurm(**{**VALUES, **more})  # type: ignore[arg-type]
 
 
 def states(points: Sequence) -> list[str]:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import cluster, dispatch, slurm, states, wait_for
+from conftest import VALUES, cluster, dispatch, slurm, states, wait_for
 from fake import FINISH, starts, sweep
 
 from twoviews.errors import BadInput
@@ -68,6 +68,8 @@ def test_cancelled_points_are_told_apart_and_the_rest_goes_on(tmp_path: Path) ->
     dispatch().cancel(points[:1])
     wait_for(lambda: states(points) == ["CANCELLED", "CANCELLED", "FINISHED"])
     assert points[0].checkpoint(), "it had a moment to write one"
+    with Sweep(tmp_path / "s").update() as record:
+        record["launcher"] = {"_target_": "twoviews.sweeps.slurm.Slurm", **VALUES}
     assert retry(Sweep(tmp_path / "s"), chosen(points, ["seed=0", "seed=1"])) == 3
     wait_for(lambda: states(points)[0] == "FINISHED")
     assert len(starts(points[2])) == 1

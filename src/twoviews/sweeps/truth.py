@@ -21,35 +21,43 @@ _WHY = {
 
 def look(points: Sequence[Point]) -> Mapping[str, State]:
     """The state of each point by its digest."""
-    jobs = {point.digest: job for point in points if (job := _job(point, point.state)) is not None}
-    asked = [jobs[point.digest] for point in points if point.digest in jobs and not settled(point, point.state)]
+    asked = {job for point in points if not settled(point, state := point.state) for job in _jobs(point, state)}
     # First the scheduler, then the files: a point that ends in between has written its state by then.
-    queue = scheduler.queue(asked) if asked else {}
+    queue = scheduler.queue([*asked]) if asked else {}
     gone = [job for job in asked if queue is not None and job not in queue]
     accounts = scheduler.accounts(gone) if gone else {}
-    arrays = {job.partition("_")[0] for job in (*(queue or {}), *accounts)}
+    known = {**accounts, **(queue or {})}
+    arrays = {job.partition("_")[0] for job in known}
     found = {}
     for point in points:
         state = point.state
         if settled(point, state):
             found[point.digest] = state
-        elif (job := _job(point, state)) is None:
+        elif not (jobs := _jobs(point, state)):
             found[point.digest] = _here(point)
         elif queue is None:
-            found[point.digest] = replace(_own(point, state), job=job, reason="SLURM's controller does not answer")
+            found[point.digest] = replace(_own(point, state), job=jobs[0], reason="SLURM's controller does not answer")
         else:
-            found[point.digest] = _there(point, state, job, queue.get(job) or accounts.get(job), arrays)
+            found[point.digest] = _there(point, state, jobs, known, arrays)
     return found
 
 
-def _job(point: Point, state: State) -> str | None:
-    """SLURM's job of the last submission; the launcher may have been killed before it wrote it down."""
-    return state.job if state.submitted > point.submitted else point.job
+def _jobs(point: Point, state: State) -> list[str]:
+    """SLURM's jobs that may be running it, the last submission first; none where it was not SLURM.
+
+    There are two if a launcher was killed before it wrote down what it had submitted.
+    """
+    if point.job is None and point.submitted > state.submitted:
+        return []
+    written = state.job if state.active else None
+    both = (state.job, point.job) if state.submitted > point.submitted else (point.job, written)
+    return [*dict.fromkeys(job for job in both if job)]
 
 
 def settled(point: Point, state: State) -> bool:
     """The last submission ended, and its supervisor said how."""
-    return state.state in ("FINISHED", "FAILED", "OUT_OF_MEMORY") and state.submitted >= point.submitted
+    ended = state.state in ("FAILED", "OUT_OF_MEMORY") and state.submitted >= point.submitted
+    return ended or state.state == "FINISHED"
 
 
 def _own(point: Point, state: State) -> State:
@@ -74,9 +82,14 @@ def _here(point: Point) -> State:
     return replace(state, state="LOST", reason=f"its launcher ended before it began; {AGAIN}")
 
 
-def _there(point: Point, state: State, job: str, said: Said | None, arrays: Collection[str]) -> State:
-    """Of a point that SLURM runs, and whose supervisor has not said the last word; `arrays` are those SLURM knows of."""
-    own = replace(_own(point, state), job=job)
+def _there(
+    point: Point, state: State, jobs: Sequence[str], known: Mapping[str, Said], arrays: Collection[str]
+) -> State:
+    """Of a point that SLURM runs, and whose supervisor has not said the last word; `arrays` are those of `known`."""
+    if state.state == "RUNNING" and state.job in known and known[state.job].state in scheduler.WORKING:
+        return state
+    job, own = jobs[0], replace(_own(point, state), job=jobs[0])
+    said = known.get(job)
     # Of a task that is cancelled while it waits within its array SLURM keeps no record, of the others it does.
     if said is None and (point.cancelled >= own.submitted or job.partition("_")[0] in arrays):
         return replace(own, state="CANCELLED", reason=f"cancelled before it began; {AGAIN}")
