@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -88,11 +87,11 @@ def test_a_plan_starts_nothing(command) -> None:
 
 def test_an_interrupted_sweep_is_completed_by_the_same_command_bit_for_bit(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    sweep = [str(ROOT / "train.py"), "-m", *SMALL_MOCO, "epochs=40", "protocol=knn_small"]
+    sweep = [str(ROOT / "train.py"), "-m", *SMALL_MOCO, "epochs=20", "protocol=knn_small"]
     launcher = start([*sweep, "seed=0,1"], tmp_path)
     wait_for(lambda: any("step" in one.read_text() for one in tmp_path.glob("multirun/*/*/metrics.jsonl")), 120)
     launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait(60) == 128 + signal.SIGTERM, (tmp_path / "stderr.txt").read_text()
+    assert launcher.wait(120) == 128 + signal.SIGTERM, (tmp_path / "stderr.txt").read_text()
     assert sweep_command(["status"]) == 1
     # With a later state of the code and one more value.
     again = start([*sweep, "seed=0,1,2", "hydra/launcher=pool"], tmp_path)
@@ -103,14 +102,13 @@ def test_an_interrupted_sweep_is_completed_by_the_same_command_bit_for_bit(tmp_p
     assert [point.axes for point in made] == [{"seed": 0}, {"seed": 1}, {"seed": 2}]
     assert made[0].state.starts == 2 and made[1].state.starts == 1
     alone = start(
-        [str(ROOT / "train.py"), *SMALL_MOCO, "epochs=40", "protocol=knn_small", "hydra.run.dir=alone"], tmp_path
+        [str(ROOT / "train.py"), *SMALL_MOCO, "epochs=20", "protocol=knn_small", "hydra.run.dir=alone"], tmp_path
     )
-    assert alone.wait(120) == 0
+    assert alone.wait(200) == 0
     assert_same_weights(made[0].folder, tmp_path / "alone")
-    begun = time.monotonic()
     third = start([*sweep, "seed=0,1,2"], tmp_path)
-    assert third.wait(60) == 0 and [point.state.starts for point in made] == [2, 1, 1]
-    assert "3 of 3 points finished" in (tmp_path / "stdout.txt").read_text() and time.monotonic() - begun < 30
+    assert third.wait(120) == 0 and [point.state.starts for point in made] == [2, 1, 1]
+    assert "3 of 3 points finished" in (tmp_path / "stdout.txt").read_text()
 
 
 def test_what_fails_while_it_runs_fails_alone(tmp_path: Path, monkeypatch) -> None:
