@@ -86,7 +86,7 @@ def _there(
     point: Point, state: State, jobs: Sequence[str], known: Mapping[str, Said], arrays: Collection[str]
 ) -> State:
     """Of a point that SLURM runs, and whose supervisor has not said the last word; `arrays` are those of `known`."""
-    if state.state == "RUNNING" and state.job in known and known[state.job].state in scheduler.WORKING:
+    if state.state == "RUNNING" and state.job and state.job in known and known[state.job].state in scheduler.WORKING:
         return state
     job, own = jobs[0], replace(_own(point, state), job=jobs[0])
     said = known.get(job)
