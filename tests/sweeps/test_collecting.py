@@ -138,6 +138,7 @@ assert codes == [0] * len(points), codes
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_64_points_that_start_at_once_lose_nothing(tmp_path: Path, uri: str) -> None:
     sweep = Sweep(tmp_path / "s")
     prepare(sweep, points(sweep, uri, 64), {"uri": uri, "experiment": "sweeps"})
@@ -146,7 +147,7 @@ def test_64_points_that_start_at_once_lose_nothing(tmp_path: Path, uri: str) -> 
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1100,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = runs(uri)

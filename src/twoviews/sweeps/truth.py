@@ -10,6 +10,7 @@ from twoviews.sweeps.scheduler import Said
 AGAIN = "the same command goes on"
 _SAME_NAME = ("FAILED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY", "CANCELLED")
 _MEANS = {"BOOT_FAIL": "NODE_FAIL", "DEADLINE": "TIMEOUT", "REVOKED": "CANCELLED"}
+_USUAL = ("", "BeginTime", "JobArrayTaskLimit", "Priority", "Resources")  # of waiting; anything else is worth telling
 _WHY = {
     "TIMEOUT": "the time limit came before a checkpoint could be written",
     "PREEMPTED": "preempted, and the cluster does not requeue",
@@ -96,7 +97,7 @@ def _there(
     if said is None:
         return replace(own, state="LOST", reason=f"SLURM knows nothing of job {job} any more; {AGAIN}")
     if said.state in scheduler.WAITING:
-        reason = own.reason if said.reason in ("", "BeginTime") else f"waits: {said.reason}"
+        reason = own.reason if said.reason in _USUAL else f"waits: {said.reason}"
         return replace(own, state="QUEUED", reason=reason)
     if said.state in scheduler.WORKING:
         return replace(own, state="RUNNING", node=own.node or said.node, reason="")
