@@ -60,9 +60,10 @@ def launch(
     swept = [one.get_key_element() for one in _parsed([*typed, *_defaults(config)]) if one.is_sweep_override()]
     launcher = check_launcher(config)
     new = composed(compose, combinations, swept)
-    folder = Path(config.hydra.sweep.dir) / (options.name or name(config, swept))
-    if not re.fullmatch(r"[\w.+-]+", folder.name):
-        raise BadInput(f"sweep.name={folder.name} is not the name of a folder; use letters, digits and any of . _ + -")
+    called = options.name or name(config, swept)
+    if not re.fullmatch(r"[\w+-][\w.+-]*", called):
+        raise BadInput(f"sweep.name={called} is not the name of a folder; use letters, digits and any of . _ + -")
+    folder = Path(config.hydra.sweep.dir) / called
     tracking = frozen(config)["tracking"]
     if config.tracking.mirror:
         stores.check(tracking["uri"])
