@@ -182,7 +182,7 @@ def _operating_system(error: OSError) -> str:
 # ---------------------------------------------------------------------------------------------------- the run's name
 
 
-def digest(cfg: DictConfig) -> str:
+def digest(cfg: DictConfig | dict[str, Any]) -> str:
     """Eight hex digits that change with everything that can change the result of a run."""
     values = {key: value for key, value in flat(_plain(cfg)).items() if not key.startswith(_NOT_IN_DIGEST)}
     numbers = {key: float(value) if isinstance(value, int) else value for key, value in values.items()}  # 1 is 1.0
@@ -196,7 +196,9 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, node in tree.items() for key, value in flat(node, f"{prefix}{name}.").items()}
 
 
-def _plain(cfg: DictConfig) -> dict[str, Any]:
+def _plain(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(cfg, dict):
+        return cfg
     open_copy = OmegaConf.create({key: cfg._get_node(key) for key in cfg if key != "hydra"})
     return typing.cast(dict[str, Any], OmegaConf.to_container(open_copy, resolve=True))
 
@@ -235,16 +237,16 @@ def _targets(tree: Any) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------ values against signatures
 
 
-def check(name: str, cfg: DictConfig) -> None:
-    """Compare every key and value with the signature it goes to.
+def check(name: str, cfg: DictConfig | dict[str, Any]) -> None:
+    """Compare every key and value of a configuration, resolved or not, with the signature it goes to.
 
     Raises:
         BadInput: a key is unknown or missing, a value has the wrong type or is out of range.
     """
-    content = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(content, dict)
+    content = cfg if isinstance(cfg, dict) else typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     root = {field.name: field.type for field in fields(_ROOTS[name])}
-    groups = [key for key in content if key not in root and key in _groups()]
+    known = _groups()
+    groups = [key for key in content if key not in root and key in known]
     nodes = [key for key in content if key in _NODES]
     annotations = {key: Parameter(annotation, required=True) for key, annotation in root.items()}
     _check_keys("", content, annotations, [*root, *groups, *nodes])
