@@ -32,11 +32,12 @@ class Dispatching(Launcher):
             BadInput: something is not right; nothing was started.
             SystemExit: points failed, or a signal stopped them.
         """
-        from twoviews.sweeps.launching import launch
+        from twoviews.sweeps.launching import Launch, launch
 
         # Hydra's own record, which the sweeper has just written beside the sweeps; sweep.json says all of it.
         Path(self._config.hydra.sweep.dir, "multirun.yaml").unlink(missing_ok=True)
-        code = launch(self._config, lambda one: self._loader.load_sweep_config(self._config, one), job_overrides)
+        order = Launch(self._config, lambda one: self._loader.load_sweep_config(self._config, one))
+        code = launch(order, job_overrides)
         if code:
             sys.exit(code)
         return []

@@ -188,7 +188,7 @@ def _operating_system(error: OSError) -> str:
 # ---------------------------------------------------------------------------------------------------- the run's name
 
 
-def digest(cfg: DictConfig) -> str:
+def digest(cfg: DictConfig | dict[str, Any]) -> str:
     """Eight hex digits that change with everything that can change the result of a run."""
     values = {key: value for key, value in flat(_plain(cfg)).items() if not key.startswith(_NOT_IN_DIGEST)}
     numbers = {key: float(value) if isinstance(value, int) else value for key, value in values.items()}  # 1 is 1.0
@@ -202,7 +202,9 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, node in tree.items() for key, value in flat(node, f"{prefix}{name}.").items()}
 
 
-def _plain(cfg: DictConfig) -> dict[str, Any]:
+def _plain(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(cfg, dict):
+        return cfg
     open_copy = OmegaConf.create({key: cfg._get_node(key) for key in cfg if key != "hydra"})
     return typing.cast(dict[str, Any], OmegaConf.to_container(open_copy, resolve=True))
 
@@ -242,16 +244,16 @@ def _targets(tree: Any) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------ values against signatures
 
 
-def check(name: str, cfg: DictConfig) -> None:
-    """Compare every key and value with the signature it goes to.
+def check(name: str, cfg: DictConfig | dict[str, Any]) -> None:
+    """Compare every key and value of a configuration, resolved or not, with the signature it goes to.
 
     Raises:
         BadInput: a key is unknown or missing, a value has the wrong type or is out of range.
     """
-    content = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(content, dict)
+    content = cfg if isinstance(cfg, dict) else typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     root = {field.name: field.type for field in fields(_ROOTS[name])}
-    groups = [key for key in content if key not in root and key in _groups()]
+    known = _groups()
+    groups = [key for key in content if key not in root and key in known]
     nodes = [key for key in content if key in _NODES]
     annotations = {key: Parameter(annotation, required=True) for key, annotation in root.items()}
     _check_keys("", content, annotations, [*root, *groups, *nodes])
@@ -266,26 +268,24 @@ def check(name: str, cfg: DictConfig) -> None:
         _check_keys(f"augmentation.views.{view}.", recipe, numbers, [*numbers])
 
 
-def check_launcher(cfg: DictConfig) -> dict[str, Any]:
-    """What `build` makes the dispatch of a sweep from, after its values were compared with its signature.
+_BUILDS = {"launcher": "dispatch", "sweeper": "search"}  # the key of conf/hydra/<kind>/*.yaml that names what is ours
+
+
+def check_plugin(cfg: DictConfig, kind: Literal["launcher", "sweeper"]) -> dict[str, Any]:
+    """What `build` makes the dispatch or the search of a sweep from, after its values were compared with its signature.
 
     Raises:
-        BadInput: a key is unknown or missing, a value has the wrong type or is out of range, or Hydra's own launcher was
+        BadInput: a key is unknown or missing, a value has the wrong type or is out of range, or one of Hydra's own was
             chosen.
     """
-    given = typing.cast(dict[str, Any], OmegaConf.to_container(cfg.hydra.launcher, resolve=True))
-    if "dispatch" not in given:
-        raise BadInput(
-            f"hydra/launcher={cfg.hydra.runtime.choices['hydra/launcher']} is not ours; choose {_launchers()}."
-        )
-    values = {key: value for key, value in given.items() if key not in ("_target_", "dispatch")}
-    parameters = signature(given["dispatch"])
-    _check_keys("hydra.launcher.", values, parameters, [*parameters])
-    return {"_target_": given["dispatch"], **values}
-
-
-def _launchers() -> str:
-    return ", ".join(_options("hydra/launcher"))
+    given, key = typing.cast(dict[str, Any], OmegaConf.to_container(cfg.hydra[kind], resolve=True)), _BUILDS[kind]
+    if key not in given:
+        chosen = cfg.hydra.runtime.choices[f"hydra/{kind}"]
+        raise BadInput(f"hydra/{kind}={chosen} is not ours; choose {', '.join(_options(f'hydra/{kind}'))}.")
+    values = {name: value for name, value in given.items() if name not in ("_target_", key)}
+    parameters = signature(given[key])
+    _check_keys(f"hydra.{kind}.", values, parameters, [*parameters])
+    return {"_target_": given[key], **values}
 
 
 def _check_node(path: str, node: Any, filled_in: Sequence[str] = ()) -> None:

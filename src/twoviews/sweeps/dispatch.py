@@ -1,9 +1,16 @@
 """Who runs the points of a sweep: the contract."""
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from twoviews.sweeps.folder import Point, State
+from twoviews.sweeps.folder import Point, State, Sweep
+
+POLL_S = 5.0  # between two looks at a cluster, each one call of squeue
+
+# From the number of points that there is room for at the moment, 0 included: as many or fewer to run now, or None when
+# there will be no more.
+Feed = Callable[[int], Sequence[Point] | None]
 
 
 class Dispatch(ABC):
@@ -21,6 +28,25 @@ class Dispatch(ABC):
         Raises:
             BadInput: the scheduler refuses.
         """
+
+    @abstractmethod
+    def room(self) -> int:
+        """How many points it runs at once, if nobody else is there."""
+
+    def serve(self, sweep: Sweep, feed: Feed) -> None:
+        """Run points as they are given; returns when there will be no more.
+
+        Args:
+            sweep: that they belong to.
+            feed: called again and again, to the end.
+
+        Raises:
+            BadInput: the scheduler refuses.
+        """
+        while (points := feed(self.room())) is not None:
+            if points:
+                self.submit(points)
+            time.sleep(POLL_S)
 
     @abstractmethod
     def cancel(self, points: Sequence[Point]) -> None:

@@ -1,0 +1,147 @@
+"""The configurations of many points, at some milliseconds each.
+
+Hydra composes a configuration in some tenths of a second, nearly all of them for choosing and merging files. Points of a
+sweep that choose the same files share that; what is left is what Hydra does last, setting the values one by one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, cast
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from twoviews.config import CONF
+
+
+@dataclass
+class _Chosen:
+    """What points share that choose the same files and set the same keys; each sets them all, so nothing of one is left.
+
+    Args:
+        cfg: with the values of the last point.
+        content: the same, resolved.
+        linked: nodes with interpolations, whose values may change with any other.
+        values: the overrides of the last point, by key.
+    """
+
+    cfg: DictConfig
+    content: dict[str, Any]
+    linked: set[str]
+    values: dict[str, Override] = field(default_factory=dict)
+
+    def set(self, override: Override) -> None:
+        """As Hydra does it."""
+        key, value = override.key_or_group, override.value()
+        OmegaConf.update(self.cfg, key, value, merge=True)
+        self.values[key] = override
+        if _linked(value):
+            self.linked.add(_node(key))
+
+
+class Composer:
+    """Resolved configurations, without Hydra's own node, by their overrides.
+
+    Args:
+        compose: Hydra's way from the overrides of a point to its configuration.
+    """
+
+    def __init__(self, compose: Callable[[list[str]], DictConfig]):
+        self._compose = compose
+        self._parsed: dict[str, Override] = {}
+        self._chosen: dict[tuple[tuple[str, ...], frozenset[str]], _Chosen] = {}
+
+    def __call__(self, overrides: Sequence[str]) -> dict[str, Any]:
+        """The resolved configuration of a point, to be read only: points share what they have in common.
+
+        Raises:
+            HydraException, OmegaConfBaseException: Hydra refuses an override.
+        """
+        parsed = [self.parse(override) for override in overrides]
+        values = [one for one in parsed if _sets_a_value(one) and not _touches(one, parsed)]
+        choices = tuple(one.input_line or "" for one in parsed if one not in values)
+        kept = choices, frozenset(one.key_or_group for one in values)
+        chosen = self._chosen.get(kept) or self._choose(choices)
+        new = [one for one in values if chosen.values.get(one.key_or_group) is not one]
+        try:
+            for one in new:
+                chosen.set(one)
+        except OmegaConfBaseException:
+            self._chosen.pop(kept, None)
+            self._compose(list(overrides))  # says it in Hydra's words
+            raise
+        nodes = {_node(one.key_or_group) for one in new} | chosen.linked
+        chosen.content = {**chosen.content, **{node: _resolved(chosen.cfg, node) for node in nodes}}
+        self._chosen[kept] = chosen
+        return chosen.content
+
+    def _choose(self, choices: Sequence[str]) -> _Chosen:
+        whole = self._compose(list(choices))
+        cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
+        OmegaConf.set_struct(cfg, True)  # which the copy does not take over: unknown keys are refused
+        raw = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
+        linked = {node for node, value in raw.items() if _linked(value)}
+        return _Chosen(cfg, {node: None if node in linked else value for node, value in raw.items()}, linked)
+
+    def parse(self, override: str) -> Override:
+        """What Hydra's grammar makes of an override."""
+        if override not in self._parsed:
+            self._parsed[override] = OverridesParser.create().parse_override(override)
+        return self._parsed[override]
+
+
+class Texts:
+    """Configurations as YAML that OmegaConf reads back; the text of a node that several points have is made once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str] = {}  # by repr, which tells 1 from 1.0 and true
+
+    def __call__(self, content: Mapping[str, Any]) -> str:
+        """The text of a resolved configuration."""
+        nodes = [{key: value} for key, value in content.items()]
+        for node in nodes:
+            if repr(node) not in self._known:
+                self._known[repr(node)] = OmegaConf.to_yaml(OmegaConf.create(node))
+        return "".join(self._known[repr(node)] for node in nodes)
+
+
+def _sets_a_value(override: Override) -> bool:
+    """Whether it changes a value that is there already, and chooses, adds or removes nothing."""
+    plain = not (override.is_add() or override.is_force_add() or override.is_delete() or override.is_hydra_override())
+    return plain and not _chooses(override) and not isinstance(override.value(), dict)
+
+
+def _touches(override: Override, others: Sequence[Override]) -> bool:
+    """Whether the order of it and another one matters, because one sets a part of what the other sets."""
+    path = f"{override.key_or_group}."
+    paths = [f"{other.key_or_group}." for other in others if other is not override and not _chooses(other)]
+    return any(path.startswith(other) or other.startswith(path) for other in paths)
+
+
+def _chooses(override: Override) -> bool:
+    """Whether it is about a file of a group: Hydra merges all of these before it sets a value."""
+    return override.package is not None or _is_group(override.key_or_group)
+
+
+@cache
+def _is_group(key: str) -> bool:
+    return (CONF / key).is_dir()
+
+
+def _node(key: str) -> str:
+    return key.partition(".")[0].partition("[")[0]
+
+
+def _resolved(cfg: DictConfig, node: str) -> Any:
+    value = cfg[node]
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _linked(value: Any) -> bool:
+    """Whether there is an interpolation in it."""
+    if isinstance(value, (dict, list)):
+        return any(_linked(one) for one in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and "${" in value

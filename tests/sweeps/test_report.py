@@ -1,0 +1,288 @@
+"""The report of a sweep says what its files say, at any time, and its pictures can be read."""
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy import stats
+
+from twoviews.sweeps import pictures
+from twoviews.sweeps.folder import New, Point, State, Sweep
+from twoviews.sweeps.report import report
+from twoviews.sweeps.results import estimate, gather, short_names, text
+
+TYPED = ["python", "train.py", "-m", "method.temperature=0.1,0.2", "seed=0,1,2"]
+
+
+def sweep_of(folder: Path, points: Sequence[Mapping[str, Any]]) -> Sweep:
+    """Each point: its axes; "knn" and "linear" in percent when it is finished; or "state" and "reason"."""
+    sweep = Sweep(folder)
+    for number, given in enumerate(points):
+        axes = {key: value for key, value in given.items() if key not in ("knn", "linear", "state", "reason", "epochs")}
+        overrides = ["method=moco", *(f"{key}={value}" for key, value in axes.items()), "sweep.wait=true"]
+        digest = f"{number:08x}"
+        points_made = sweep.add([New(digest, axes, overrides, "seed: 0\n")], command=TYPED)
+        fill(points_made[0], given)
+    return sweep
+
+
+def fill(point: Point, given: Mapping[str, Any]) -> None:
+    epochs = given.get("epochs", 4 if "knn" in given else 0)
+    lines = [
+        {"step": 10 * epoch, "epoch": epoch, "time": 1000.0 + 30 * epoch}
+        | {"knn/top1": given.get("knn", 30.0) * epoch / 4, "train/spread": 0.9, "baseline/pixels_knn_top1": 20.0}
+        for epoch in range(1, epochs + 1)
+    ]
+    (point.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if "knn" in given:
+        (point.folder / "environment.json").write_text(json.dumps({"gpu": None, "threads": 2}))
+        result = {"state": "finished", "knn/top1": given["knn"], "seconds": 180.0, "mlflow_run_id": None}
+        if "linear" in given:
+            result["linear/top1"] = given["linear"]
+        (point.folder / "result.json").write_text(json.dumps(result))
+    if "state" in given or "knn" in given:
+        point.write(State(given.get("state", "FINISHED"), reason=given.get("reason", "")))
+
+
+def page(sweep: Sweep) -> str:
+    report(sweep)
+    return (sweep.folder / "report.md").read_text()
+
+
+GRID = [
+    {"method.temperature": t, "seed": s, "knn": 40 + 50 * t + s, "linear": 60 - 50 * t + s * s}
+    for t in (0.1, 0.2)
+    for s in (0, 1, 2)
+]
+
+
+def test_interval_is_the_t_interval() -> None:
+    one = estimate([1.0, 2.0, 3.0])
+    assert one and (one.mean, one.count) == (2.0, 3)
+    assert one.half == pytest.approx(4.302652729911275 / math.sqrt(3))  # t(0.975, 2) from a table
+    single = estimate([5.0])
+    assert single and math.isnan(single.half) and str(single) == "5.00" and estimate([]) is None
+
+
+def test_best_is_the_mean_over_seeds_with_the_command_to_run_it(tmp_path: Path) -> None:
+    text_ = page(sweep_of(tmp_path / "s", GRID))
+    assert "6 of 6 points are finished." in text_ and "missing" not in text_ and "Failures" not in text_
+    assert "**temperature=0.2**: kNN **51.00 ± 2.48**, linear **51.67 ± 5.17** over 3 seeds, by kNN accuracy" in text_
+    assert "python train.py method=moco method.temperature=0.2 seed=0\n" in text_
+    assert "By linear accuracy the best is temperature=0.1: 56.67 ± 5.17." in text_
+    assert f"    {' '.join(TYPED)}" in text_
+    assert "| CPU | 6 finished | 0.6 | core-hours (threads x hours) |" in text_  # 6 x 180 s x 2 threads
+
+
+def test_paired_test_is_scipys_over_common_seeds(tmp_path: Path) -> None:
+    first, second = [50.0, 52.0, 55.0, 51.0], [49.0, 50.0, 51.0]
+    points = [{"a": 1, "seed": s, "knn": v} for s, v in enumerate(first)]
+    points += [{"a": 2, "seed": s, "knn": v} for s, v in enumerate(second)]
+    pair = gather(sweep_of(tmp_path / "s", points)).comparison
+    assert pair and pair.best.axes == {"a": 1} and pair.seeds == [0, 1, 2] and pair.difference
+    differences = [1.0, 2.0, 4.0]
+    t = statistics.mean(differences) / (statistics.stdev(differences) / math.sqrt(3))
+    assert pair.p == pytest.approx(2 * stats.t.sf(t, 2)) and pair.difference.mean == pytest.approx(7 / 3)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "sentence"),
+    [
+        ([(0, 50.0, 40.0)], "They differ by 10.00 on the one seed that both have; a paired test needs two"),
+        ([(0, 50.0, None), (1, None, 40.0)], "no seed in common"),
+        ([(0, 50.0, 40.0), (1, 51.0, 41.0)], "They differ by 10.00 on every common seed"),
+        ([(0, 50.0, 40.0), (1, 52.0, 41.0)], "over 2 seeds: the best is ahead by 10.50 ± 6.35, p = 0.03. With fewer"),
+    ],
+)
+def test_too_few_seeds_are_said(tmp_path: Path, seeds: list, sentence: str) -> None:
+    points = [{"a": 1, "seed": s, "knn": one} for s, one, _ in seeds if one]
+    points += [{"a": 2, "seed": s, "knn": other} for s, _, other in seeds if other]
+    assert sentence in page(sweep_of(tmp_path / "s", points))
+
+
+def test_a_lucky_seed_does_not_win(tmp_path: Path) -> None:
+    lucky = {"method.temperature": 0.5, "seed": 0, "knn": 90.0}
+    others = [{"method.temperature": 0.5, "seed": s, "state": "QUEUED"} for s in (1, 2)]
+    text_ = page(sweep_of(tmp_path / "s", [lucky, *others, *GRID]))
+    assert "**temperature=0.2**: kNN" in text_
+    assert "temperature=0.5 is at 90.00 with 1 seed and is ranked when it has as many." in text_
+    assert "| 0.5 | 1 of 3 (seed 1, 2 missing) | 90.00 |" in text_
+
+
+def test_points_that_run_wait_or_failed_are_counted_and_explained(tmp_path: Path) -> None:
+    more = [
+        {"method.temperature": 0.2, "seed": 3, "state": "RUNNING", "epochs": 2},
+        {"method.temperature": 0.2, "seed": 4},
+        {"method.temperature": 0.2, "seed": 5, "state": "FAILED", "reason": "loss is nan | lower\noptimizer.lr"},
+        {"method.temperature": 0.2, "seed": 6, "state": "RUNNING"},
+    ]
+    sweep = sweep_of(tmp_path / "s", [*GRID, *more])
+    lost = State("LOST", reason="its supervisor was killed")
+    found = report(sweep, {sweep.points[9].digest: lost})
+    text_ = (sweep.folder / "report.md").read_text()
+    assert "6 of 10 points are finished; 1 FAILED, 1 LOST, 1 QUEUED, 1 RUNNING. **4 missing**" in text_
+    assert "| 00000008 | temperature=0.2, seed=5 | FAILED | 0 | loss is nan \\| lower optimizer.lr | " in text_
+    assert "`python -m twoviews.sweep logs s 00000008`" in text_ and "its supervisor was killed" in text_
+    assert [setting.axes["method.temperature"] for setting in found.settings] == [0.2, 0.1]
+    assert len(found.settings[0].seeds("knn/top1")) == 3  # the running one's last kNN is not final
+
+
+def test_csv_has_a_row_for_each_point(tmp_path: Path) -> None:
+    failed = {"method.temperature": 0.3, "seed": 0, "state": "FAILED", "reason": 'commas, and "quotes"'}
+    sweep = sweep_of(tmp_path / "s", [*GRID, failed])
+    report(sweep)
+    with (sweep.folder / "report.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 7 and rows[6]["reason"] == failed["reason"] and rows[6]["knn/top1"] == ""
+    assert [(row["method.temperature"], row["seed"]) for row in rows][:4] == [
+        ("0.1", "0"),
+        ("0.1", "1"),
+        ("0.1", "2"),
+        ("0.2", "0"),
+    ]
+    assert rows[0]["knn/top1"] == "45" and rows[0]["linear/top1"] == "55" and rows[0]["seconds"] == "180.0"
+
+
+@pytest.mark.parametrize("points", [[], [{"seed": 0}], [{"seed": 0, "state": "RUNNING", "epochs": 1}]])
+def test_a_sweep_that_has_not_found_anything_has_a_report(tmp_path: Path, points: list) -> None:
+    text_ = page(sweep_of(tmp_path / "s", points))
+    assert f"0 of {len(points)} points are finished" in text_ and "No accuracy of a finished point" in text_
+
+
+def test_making_it_again_changes_nothing(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path / "s", GRID)
+    first = page(sweep)
+    assert page(sweep) == first and not list(sweep.folder.glob("*.new"))
+
+
+def test_every_picture_is_on_the_page_and_the_seed_is_no_axis(tmp_path: Path) -> None:
+    grid = [{**point, "backbone": b, "knn": point["knn"] + i} for i, b in enumerate(("tiny", "wide")) for point in GRID]
+    sweep = sweep_of(tmp_path / "s", grid)
+    text_ = page(sweep)
+    made = sorted(path.name for path in sweep.folder.glob("*.png"))
+    assert made == ["axis_backbone.png", "axis_temperature.png", "learning.png", "map_temperature_backbone.png"]
+    for name in made:
+        assert f"]({name})" in text_
+        with Image.open(sweep.folder / name) as picture:
+            assert picture.width > 600 and len(picture.convert("RGB").getcolors(1 << 20) or []) > 20
+
+
+# --------------------------------------------------------------------------------------------- what is on the pictures
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """The figures that are drawn, by file name."""
+    kept: dict[str, Figure] = {}
+    save = pictures._save
+
+    def keep(figure: Figure, path: Path) -> None:
+        kept[path.name] = figure
+        save(figure, path)
+
+    monkeypatch.setattr(pictures, "_save", keep)
+    return kept
+
+
+def overlaps(figure: Figure) -> list[tuple[str, str]]:
+    """Texts of a figure that cover each other, or that the edge cuts."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    texts = [] if figure._suptitle is None else [figure._suptitle]  # type: ignore[attr-defined]
+    for axis in figure.axes:
+        texts += [axis.xaxis.label, axis.yaxis.label, axis.title]
+        for one in (axis.xaxis, axis.yaxis):
+            low, high = sorted(one.get_view_interval())
+            texts += [tick.label1 for tick in one.get_major_ticks() if low <= tick.get_loc() <= high]
+            texts += [tick.label2 for tick in one.get_major_ticks() if low <= tick.get_loc() <= high]
+    texts += [one for legend in figure.legends for one in legend.get_texts()]
+    boxes = [(one.get_text(), one.get_window_extent(renderer)) for one in texts if one.get_text() and one.get_visible()]
+    found = [(a, b) for i, (a, one) in enumerate(boxes) for b, other in boxes[i + 1 :] if one.overlaps(other)]
+    width, height = canvas.get_width_height()
+    return found + [(a, "edge") for a, box in boxes if box.x0 < 0 or box.y0 < 0 or box.x1 > width or box.y1 > height]
+
+
+LONG = [f"a_choice_with_a_very_long_name_that_somebody_made_up_{n}_for_some_reason_or_other" for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ([0.05, 0.1, 0.2], [128, 256]),
+        ([0.001, 0.0011, 0.1], LONG),
+        (LONG, [128, 256]),
+        (LONG, LONG),
+        ([True, False, None], [[1, 1], [2, 2]]),
+        ([0.05, 0.1, 0.2], [None]),
+    ],
+    ids=["numbers", "near", "long", "both long", "words", "one"],
+)
+def test_names_do_not_overlap(tmp_path: Path, figures: dict[str, Figure], first: list, second: list) -> None:
+    points = [
+        {
+            "method.some_long_parameter_of_it": a,
+            "optimizer.lr": b,
+            "seed": s,
+            "knn": 30.0 + 5 * i + 3 * j + s,
+            "linear": 50.0,
+        }
+        for i, a in enumerate(first)
+        for j, b in enumerate(second)
+        for s in (0, 1)
+    ]
+    report(sweep_of(tmp_path / ("s" * 60), points))
+    assert {name: overlaps(figure) for name, figure in figures.items() if overlaps(figure)} == {}
+
+
+def test_an_axis_over_decades_is_logarithmic(tmp_path: Path, figures: dict[str, Figure]) -> None:
+    points = [{"lr": lr, "t": t, "seed": s, "knn": 50.0 + s} for lr in (0.001, 0.1) for t in (0.1, 0.2) for s in (0, 1)]
+    report(sweep_of(tmp_path / "s", points))
+    assert figures["axis_lr.png"].axes[0].get_xscale() == "log"
+    assert figures["axis_t.png"].axes[0].get_xscale() == "linear"
+    assert [one.get_text() for one in figures["axis_t.png"].axes[0].get_xticklabels()] == ["0.1", "0.2"]
+
+
+def test_band_is_the_interval_and_open_where_there_is_one_seed(tmp_path: Path, figures: dict[str, Figure]) -> None:
+    points = [{"t": t, "seed": s, "knn": 50.0 + 10 * t + s} for t in (1, 2, 3, 4) for s in (0, 1, 2) if t < 4 or not s]
+    report(sweep_of(tmp_path / "s", points))
+    axis = figures["axis_t.png"].axes[0]
+    band = axis.collections[0].get_paths()[0].vertices
+    half = 4.302652729911275 / math.sqrt(3)
+    assert band[:, 0].max() == 3  # type: ignore[index]
+    assert band[band[:, 0] == 1][:, 1].max() == pytest.approx(61 + half)  # type: ignore[index]
+    assert [round(float(y), 6) for y in axis.lines[0].get_ydata()] == [61, 71, 81, 90]  # type: ignore[union-attr]
+
+
+def test_random_search_is_drawn_as_points(tmp_path: Path, figures: dict[str, Figure]) -> None:
+    points = [{"lr": 0.01 * 1.7**i, "t": 0.05 + 0.013 * ((7 * i) % 20), "seed": 0, "knn": 40.0 + i} for i in range(20)]
+    sweep = sweep_of(tmp_path / "s", points)
+    report(sweep)
+    assert sorted(figures) == ["axis_lr.png", "axis_t.png", "learning.png"]  # a map would be nearly empty
+    assert not [line for line in figures["axis_lr.png"].axes[0].lines if line.get_linestyle() == "-"]
+
+
+def test_names_are_the_shortest_that_differ() -> None:
+    assert short_names(["method.lr", "seed", "optimizer.lr"]) == {
+        "method.lr": "method.lr",
+        "seed": "seed",
+        "optimizer.lr": "optimizer.lr",
+    }
+    assert [text(one) for one in (0.1, 1e-4, 3, True, None, [1, 2], "a", 0.123456789)] == [
+        "0.1",
+        "0.0001",
+        "3",
+        "true",
+        "null",
+        "[1,2]",
+        "a",
+        "0.123456789",
+    ]
