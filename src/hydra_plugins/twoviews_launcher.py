@@ -34,7 +34,7 @@ class Dispatching(Launcher):
         """
         from twoviews.sweeps.launching import Launch, launch
 
-        # Hydra's own record, which the sweeper has just written beside the sweeps; sweep.json says all of it.
+        # Hydra's own record, which its sweeper has just written beside the sweeps; sweep.json says all of it.
         Path(self._config.hydra.sweep.dir, "multirun.yaml").unlink(missing_ok=True)
         order = Launch(self._config, lambda one: self._loader.load_sweep_config(self._config, one))
         code = launch(order, job_overrides)
