@@ -31,7 +31,7 @@ ALL = {
     "bn": partial(BN, **STREAMS, every_epochs=0),
     "tent": partial(Tent, **STREAMS, lr=1e-3, every_epochs=0),
     "t3a": partial(T3A, **STREAMS, per_class=20, every_epochs=0),
-    "tsd": partial(
+    "tsd_mended": partial(
         TSD, **STREAMS, lr=1e-4, update="all", per_class=20, neighbours=3, lam=0.1, as_released=False, every_epochs=0
     ),
 }

