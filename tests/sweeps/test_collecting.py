@@ -1,6 +1,7 @@
 """A sweep in MLflow: one parent, a child for each point, nothing twice, and nothing left running that is dead."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
