@@ -29,9 +29,11 @@ def complaint(value: Any, annotation: Any) -> str:
         complaints = [complaint(value, one) for one in arguments]
         return "" if "" in complaints else complaints[0]
     if origin is Literal:
+        if value in arguments:
+            return ""
         known = [str(one) for one in arguments]
         close = nearest(str(value), known).rstrip("?").replace(" Did you mean", "; did you mean")
-        return "" if value in arguments else f"is not one of {', '.join(known)}{close}"
+        return f"is not one of {', '.join(known)}{close}"
     if origin in (Sequence, list, tuple):
         return _wrong_sequence(value, arguments, fixed=origin is tuple and Ellipsis not in arguments)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)

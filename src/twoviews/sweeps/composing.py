@@ -5,6 +5,8 @@ sweep that choose the same files share that; what is left is what Hydra does las
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -13,6 +15,31 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from twoviews.config import CONF
+
+
+@dataclass
+class _Chosen:
+    """What points share that choose the same files and set the same keys; each sets them all, so nothing of one is left.
+
+    Args:
+        cfg: with the values of the last point.
+        content: the same, resolved.
+        linked: nodes with interpolations, whose values may change with any other.
+        values: the overrides of the last point, by key.
+    """
+
+    cfg: DictConfig
+    content: dict[str, Any]
+    linked: set[str]
+    values: dict[str, Override] = field(default_factory=dict)
+
+    def set(self, override: Override) -> None:
+        """As Hydra does it."""
+        key, value = override.key_or_group, override.value()
+        OmegaConf.update(self.cfg, key, value, merge=True)
+        self.values[key] = override
+        if _linked(value):
+            self.linked.add(_node(key))
 
 
 class Composer:
@@ -25,12 +52,10 @@ class Composer:
     def __init__(self, compose: Callable[[list[str]], DictConfig]):
         self._compose = compose
         self._parsed: dict[str, Override] = {}
-        # By the overrides that choose files, and the keys of those that set values: each point sets all of them, so
-        # nothing of the point before it is left.
-        self._composed: dict[tuple[tuple[str, ...], tuple[str, ...]], DictConfig] = {}
+        self._chosen: dict[tuple[tuple[str, ...], frozenset[str]], _Chosen] = {}
 
     def __call__(self, overrides: Sequence[str]) -> dict[str, Any]:
-        """The resolved configuration of a point.
+        """The resolved configuration of a point, to be read only: points share what they have in common.
 
         Raises:
             HydraException, OmegaConfBaseException: Hydra refuses an override.
@@ -38,19 +63,27 @@ class Composer:
         parsed = [self.parse(override) for override in overrides]
         values = [one for one in parsed if _sets_a_value(one) and not _touches(one, parsed)]
         choices = tuple(one.input_line or "" for one in parsed if one not in values)
-        kept = choices, tuple(one.key_or_group for one in values)
-        if kept not in self._composed:
-            whole = self._compose(list(choices))
-            self._composed[kept] = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
-        cfg = self._composed[kept]
+        kept = choices, frozenset(one.key_or_group for one in values)
+        chosen = self._chosen.get(kept) or self._choose(choices)
+        new = [one for one in values if chosen.values.get(one.key_or_group) is not one]
         try:
-            for one in values:
-                OmegaConf.update(cfg, one.key_or_group, one.value(), merge=True)  # as Hydra does it
+            for one in new:
+                chosen.set(one)
         except OmegaConfBaseException:
-            del self._composed[kept]
-            self._compose(list(overrides))  # to say it in Hydra's words
+            self._chosen.pop(kept, None)
+            self._compose(list(overrides))  # says it in Hydra's words
             raise
-        return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+        nodes = {_node(one.key_or_group) for one in new} | chosen.linked
+        chosen.content = {**chosen.content, **{node: _resolved(chosen.cfg, node) for node in nodes}}
+        self._chosen[kept] = chosen
+        return chosen.content
+
+    def _choose(self, choices: Sequence[str]) -> _Chosen:
+        whole = self._compose(list(choices))
+        cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
+        raw = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
+        linked = {node for node, value in raw.items() if _linked(value)}
+        return _Chosen(cfg, {node: None if node in linked else value for node, value in raw.items()}, linked)
 
     def parse(self, override: str) -> Override:
         """What Hydra's grammar makes of an override."""
@@ -74,4 +107,25 @@ def _touches(override: Override, others: Sequence[Override]) -> bool:
 
 def _chooses(override: Override) -> bool:
     """Whether it is about a file of a group: Hydra merges all of these before it sets a value."""
-    return override.package is not None or (CONF / override.key_or_group).is_dir()
+    return override.package is not None or _is_group(override.key_or_group)
+
+
+@cache
+def _is_group(key: str) -> bool:
+    return (CONF / key).is_dir()
+
+
+def _node(key: str) -> str:
+    return key.partition(".")[0].partition("[")[0]
+
+
+def _resolved(cfg: DictConfig, node: str) -> Any:
+    value = cfg[node]
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _linked(value: Any) -> bool:
+    """Whether there is an interpolation in it."""
+    if isinstance(value, (dict, list)):
+        return any(_linked(one) for one in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and "${" in value
