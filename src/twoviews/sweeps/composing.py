@@ -4,7 +4,7 @@ Hydra composes a configuration in some tenths of a second, nearly all of them fo
 sweep that choose the same files share that; what is left is what Hydra does last, setting the values one by one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
@@ -81,6 +81,7 @@ class Composer:
     def _choose(self, choices: Sequence[str]) -> _Chosen:
         whole = self._compose(list(choices))
         cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
+        OmegaConf.set_struct(cfg, True)  # which the copy does not take over: unknown keys are refused
         raw = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
         linked = {node for node, value in raw.items() if _linked(value)}
         return _Chosen(cfg, {node: None if node in linked else value for node, value in raw.items()}, linked)
@@ -90,6 +91,21 @@ class Composer:
         if override not in self._parsed:
             self._parsed[override] = OverridesParser.create().parse_override(override)
         return self._parsed[override]
+
+
+class Texts:
+    """Configurations as YAML that OmegaConf reads back; the text of a node that several points have is made once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str] = {}  # by repr, which tells 1 from 1.0 and true
+
+    def __call__(self, content: Mapping[str, Any]) -> str:
+        """The text of a resolved configuration."""
+        nodes = [{key: value} for key, value in content.items()]
+        for node in nodes:
+            if repr(node) not in self._known:
+                self._known[repr(node)] = OmegaConf.to_yaml(OmegaConf.create(node))
+        return "".join(self._known[repr(node)] for node in nodes)
 
 
 def _sets_a_value(override: Override) -> bool:

@@ -16,6 +16,7 @@ from twoviews.code import code_state, freeze
 from twoviews.config import build, check, check_launcher, digest, flat
 from twoviews.console import Console
 from twoviews.errors import BadInput
+from twoviews.sweeps.composing import Composer, Texts
 from twoviews.sweeps.folder import New, Point, State, Sweep
 from twoviews.sweeps.truth import look
 from twoviews.tracking import stores
@@ -83,30 +84,28 @@ def composed(
     Raises:
         BadInput: a value is wrong, with the point it is in.
     """
-    found: dict[str, New] = {}
+    composer, texts, found = Composer(compose), Texts(), {}
     for combination in combinations:
-        axes = {one.key_or_group: _plain(one.value()) for one in _parsed(combination) if one.get_key_element() in swept}
-        cfg = compose(list(combination))
-        cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+        parsed = [composer.parse(override) for override in combination]
+        axes = {one.key_or_group: _plain(one.value()) for one in parsed if one.get_key_element() in swept}
         try:
-            check("train", cfg)
+            content = composer(combination)
+            check("train", content)
             for flag in ("fresh", "preview"):
-                if cfg[flag]:
+                if content[flag]:
                     raise BadInput(f"{flag}=true is for one run; leave it out, or leave out -m.")
         except BadInput as error:
             values = " ".join(f"{key}={value}" for key, value in axes.items())
             raise BadInput(f"point {values}: {error}" if values else str(error)) from error
-        one = New(digest(cfg), axes, combination, OmegaConf.to_yaml(OmegaConf.create(frozen(cfg))))
+        one = New(digest(content), axes, combination, texts(frozen(content)))
         found.setdefault(one.digest, one)
     return list(found.values())
 
 
-def frozen(cfg: DictConfig) -> dict[str, Any]:
+def frozen(content: Mapping[str, Any]) -> dict[str, Any]:
     """A point's configuration with nothing left that depends on where and when it runs."""
-    nodes = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "sweep"])
-    content: Any = OmegaConf.to_container(nodes, resolve=True)
-    content["tracking"]["uri"] = stores.resolved(content["tracking"]["uri"])
-    return content
+    tracking = {**content["tracking"], "uri": stores.resolved(content["tracking"]["uri"])}
+    return {key: value for key, value in content.items() if key != "sweep"} | {"tracking": tracking}
 
 
 def name(config: DictConfig, swept: Sequence[str]) -> str:
