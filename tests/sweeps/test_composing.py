@@ -1,7 +1,7 @@
 """Configurations of many points, made quickly, are Hydra's to the last value."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from conftest import ROOT
@@ -51,7 +51,7 @@ POINTS = [
 
 
 @pytest.fixture(scope="module")
-def hydra_compose() -> "Iterator[Callable[[list[str]], DictConfig]]":
+def hydra_compose() -> Callable[[list[str]], DictConfig]:
     """Hydra's own way, each configuration made once."""
     known: dict[tuple[str, ...], DictConfig] = {}
 

@@ -38,7 +38,7 @@ def test_values_are_added_and_what_is_there_stays(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "s")
     sweep.add([new("aa", seed=0)])
     (sweep.folder / "aa" / "last.pt").write_text("checkpoint")
-    sweep.submitted({"aa": "12_0"})
+    sweep.submitted({"aa": "12_0"}, 5.0)
     sweep.add([new("aa", seed=0), new("bb", seed=1)])
     assert sweep.axes == {"seed": [0, 1]}
     assert (sweep.folder / "aa" / "last.pt").read_text() == "checkpoint"
@@ -86,7 +86,7 @@ def test_a_sweep_is_found_by_folder_by_name_or_as_the_latest(tmp_path: Path, mon
 def test_whose_process_is_gone_is_lost(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "s")
     points = sweep.add([new(digest, seed=int(digest)) for digest in "0123"])
-    sweep.submitted(dict.fromkeys("0123"))
+    sweep.submitted(dict.fromkeys("0123"), 5.0)
     points = sweep.points
     points[0].write(State("FINISHED", submitted=points[0].submitted))
     points[1].write(State("RUNNING", submitted=points[1].submitted))

@@ -75,12 +75,14 @@ class Point:
         axes: value by dotted key, or choice by group.
         job: SLURM's job that was submitted for it last, None where it was not SLURM.
         submitted: when that was, unix seconds; 0 if never.
+        cancelled: when somebody wanted it cancelled, unix seconds; 0 if never.
     """
 
     folder: Path
     axes: Mapping[str, Any]
     job: str | None = None
     submitted: float = 0.0
+    cancelled: float = 0.0
 
     @property
     def digest(self) -> str:
@@ -221,8 +223,9 @@ class Sweep:
     @property
     def points(self) -> list[Point]:
         """In the order in which they were added."""
+        keys = ("job", "submitted", "cancelled")
         return [
-            Point(self.folder / digest, known["axes"], known.get("job"), known.get("submitted", 0.0))
+            Point(self.folder / digest, known["axes"], **{key: known[key] for key in keys if key in known})
             for digest, known in self.record["points"].items()
         ]
 
@@ -254,12 +257,17 @@ class Sweep:
         wanted = {new.digest for new in points}
         return [point for point in self.points if point.digest in wanted]
 
-    def submitted(self, jobs: Mapping[str, str | None]) -> None:
-        """Record that these points were submitted just now: digest to SLURM's job, None where it is not SLURM."""
-        now = time.time()
+    def submitted(self, jobs: Mapping[str, str | None], when: float) -> None:
+        """Record that these points were submitted at that time: digest to SLURM's job, None where it is not SLURM."""
         with self.update() as record:
             for digest, job in jobs.items():
-                record["points"][digest].update(job=job, submitted=now)
+                record["points"][digest].update(job=job, submitted=when)
+
+    def cancelled(self, digests: Sequence[str]) -> None:
+        """Record that these points are cancelled now: SLURM forgets tasks that never began."""
+        with self.update() as record:
+            for digest in digests:
+                record["points"][digest]["cancelled"] = time.time()
 
     def _make(self, new: New) -> None:
         """The folder of a point: whole or not at all."""

@@ -4,6 +4,7 @@ import hashlib
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,12 @@ from twoviews.config import build, check, check_launcher, digest, flat
 from twoviews.console import Console
 from twoviews.errors import BadInput
 from twoviews.sweeps.composing import Composer, Texts
+from twoviews.sweeps.dispatch import Dispatch
 from twoviews.sweeps.folder import New, Point, State, Sweep
 from twoviews.sweeps.truth import look
 from twoviews.tracking import stores
+
+POLL_S = 5.0  # between two looks at a cluster, each one call of squeue
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,25 @@ def launch(
     say(sweep, points, now, todo, console)
     dispatch = build(OmegaConf.create(launcher))
     dispatch.submit(todo)
+    points = [point for point in sweep.points if point.digest in now]
+    if options.wait:
+        wait(dispatch, points, console)
     return report(sweep, points, dispatch.look(points), console)
+
+
+def wait(dispatch: Dispatch, points: Sequence[Point], console: Console) -> None:
+    """Return when nobody runs any of these points any more; say what happens meanwhile."""
+    before: dict[str, str] = {}
+    while True:
+        now = dispatch.look(points)
+        for point in points:
+            state = now[point.digest]
+            if before.get(point.digest, state.state) != state.state:
+                console.say(f"{point.label}: {state.state}{': ' if state.reason else ''}{state.reason}")
+            before[point.digest] = state.state
+        if not any(state.active for state in now.values()):
+            return
+        time.sleep(POLL_S)
 
 
 def composed(
@@ -110,7 +132,7 @@ def frozen(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def name(config: DictConfig, swept: Sequence[str]) -> str:
     """What a sweep is called: the same for other values of the same keys."""
-    nodes = OmegaConf.masked_copy(config, [key for key in config if key not in _FREE])
+    nodes = _without(config, *_FREE)
     fixed = flat(OmegaConf.to_container(nodes, resolve=True))
     kept = {key: value for key, value in fixed.items() if not any(f"{key}.".startswith(f"{one}.") for one in swept)}
     text = repr((sorted((key, _number(value)) for key, value in kept.items()), sorted(swept)))
@@ -155,12 +177,18 @@ def report(sweep: Sweep, points: Sequence[Point], now: Mapping[str, State], cons
     for point in failed:
         state = now[point.digest]
         console.say(f"  {state.state} {point.label}: {state.reason}")
+    if active:
+        console.say(f"`python -m twoviews.sweep status {shlex.quote(sweep.name)}` shows how they are.")
     if failed:
         console.say(
             f"{len(failed)} points did not finish; `python -m twoviews.sweep logs {shlex.quote(sweep.name)} <point>` shows what "
             "one printed, and the same command runs them again."
         )
     return 1 if failed else 0
+
+
+def _without(cfg: DictConfig, *keys: str) -> DictConfig:
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in keys])
 
 
 def _parsed(overrides: Sequence[str]) -> list:

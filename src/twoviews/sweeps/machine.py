@@ -162,7 +162,7 @@ def work(points: Sequence[Point], slots: Sequence[Slot], at_once: int | None = N
     try:
         now = look(points)
         left = [point for point in points if now[point.digest].state not in ("FINISHED", "RUNNING")]
-        sweep.submitted({point.digest: None for point in left})
+        sweep.submitted({point.digest: None for point in left}, time.time())
         submitted = {point.digest: point.submitted for point in sweep.points}
         with _Signals() as signals:
             _work(left, submitted, slots, at_once or len(slots), console, signals)

@@ -60,7 +60,7 @@ def supervise(
         point.write(state)
         if state.state == "FAILED":
             return state
-        with _Training(point, state.starts, environment or {}) as training:
+        with Training(point, LOG, environment or {}) as training:
             training.wait(failing)
         verdict, reason = training.verdict(failing())
         metrics = point.metrics()
@@ -96,22 +96,28 @@ def _begun(point: Point, before: State, submitted: float, job: str | None) -> St
     return replace(state, state="FAILED", ended=time.time(), starts=before.starts, reason=reason)
 
 
-class _Training:
-    """The training of a point as a child process; a context in which stop signals are passed on to it."""
+class Training:
+    """The training of a point as a child process; a context in which stop signals are passed on to it.
 
-    def __init__(self, point: Point, start: int, environment: Mapping[str, str]):
-        self._point, self._start, self._environment = point, start, environment
-        self._log = point.folder / LOG
+    Args:
+        point: what is trained, from the configuration and the code that were frozen for it.
+        log: the file in its folder that gets what the training prints.
+        environment: variables beside those of this process.
+    """
+
+    def __init__(self, point: Point, log: str, environment: Mapping[str, str]):
+        self._point, self._environment, self._log = point, environment, point.folder / log
+        self._started = time.time()
         self._stopped, self._before, self._kills = 0, {}, _oom_kills()
 
-    def __enter__(self) -> "_Training":
+    def __enter__(self) -> "Training":
         description = self._point.description
         code = Path(description["code"])
         alone = {name: value for name, value in os.environ.items() if name not in _OF_TORCHRUN}
         paths = [str(code / "src"), *filter(None, [alone.get("PYTHONPATH")])]
         environment = {**alone, "PYTHONPATH": os.pathsep.join(paths), **self._environment}
         with self._log.open("a") as log:
-            log.write(f"--- start {self._start} on {platform.node()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            log.write(f"--- {platform.node()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
             log.flush()
             self._begin = log.tell()
             self._waiting: list[int] = []
@@ -160,20 +166,30 @@ class _Training:
                     self._child.kill()
 
     def verdict(self, failing: str) -> tuple[Name, str]:
-        """State and reason that follow from how the training ended."""
-        assert self._child and self._child.returncode is not None
-        code = self._child.returncode
-        number = -code if code < 0 else code - 128
+        """State and reason of the point, from what process 0 wrote and how it ended."""
         result = self._point.result
         if result.get("state") == "finished":
             return "FINISHED", ""
         if failing:
             return "FAILED", failing
-        if code == 0:
+        state, reason = self.ended()
+        if state == "FINISHED":
             return "FAILED", "train.py ended without a result"
+        written = (self._point.folder / "result.json").stat().st_mtime if result else 0.0
+        if state == "FAILED" and written >= self._started and result.get("reason"):
+            return state, str(result["reason"])
+        return state, reason
+
+    def ended(self) -> tuple[Name, str]:
+        """State and reason that follow from how this process ended, whatever the others did."""
+        assert self._child and self._child.returncode is not None
+        code = self._child.returncode
+        number = -code if code < 0 else code - 128
+        if code == 0:
+            return "FINISHED", ""
         if number in STOPS:
             return "INTERRUPTED", f"stopped by {signal.Signals(number).name}"
-        if code < 0 or code > 128:
+        if number > 0:
             if _oom_kills() > self._kills:
                 return "OUT_OF_MEMORY", "killed because the memory of the job was used up"
             name = signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
@@ -181,8 +197,7 @@ class _Training:
             return "FAILED", f"killed by {name}{hint}"
         lines = [line.strip() for line in self._said().splitlines() if line.strip()]
         sentences = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        said = sentences[-1] if sentences else lines[-1] if lines else f"exit code {code}"
-        return "FAILED", str(result.get("reason") or said) if code == 1 and not sentences else said
+        return "FAILED", sentences[-1] if sentences else lines[-1] if lines else f"exit code {code}"
 
     def _said(self) -> str:
         """The end of what this start printed."""

@@ -1,0 +1,172 @@
+"""`python -m twoviews.sweep`: how the points of a sweep are, what they printed, and what to do about them."""
+
+import argparse
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+
+from twoviews.console import Console, duration
+from twoviews.errors import BadInput, nearest
+from twoviews.sweeps.folder import Point, State, Sweep
+from twoviews.sweeps.supervise import LOG
+from twoviews.sweeps.truth import look
+
+FINISHED, UNFINISHED, ACTIVE = 0, 1, 3  # exit codes; 2 is bad input
+LINES = 40  # of a log that are shown
+# What calls for attention comes first.
+ORDER = ("FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "PREEMPTED", "CANCELLED", "LOST", "INTERRUPTED", "RUNNING")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0 all points are finished, 3 some are queued or running, 1 some are neither, 2 bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m twoviews.sweep",
+        description="Look after a sweep. Without a name: the one in multirun/ that was changed last.",
+        epilog="Exit code: 0 all points are finished, 3 some are queued or running, 1 some are neither, 2 bad input.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
+    for command, (action, sentence) in COMMANDS.items():
+        sub = commands.add_parser(command, help=sentence, description=sentence[0].upper() + sentence[1:] + ".")
+        sub.add_argument("name", nargs="?", help="a sweep's name below multirun/, or its folder")
+        if command in ("logs", "retry", "cancel"):
+            sub.add_argument("points", nargs="*", help="digests, or parts such as seed=1; without one all")
+        sub.set_defaults(action=action)
+    given = parser.parse_args(arguments)
+    try:
+        sweep = Sweep.existing(given.name)
+        points = chosen(sweep.points, getattr(given, "points", []))
+        return given.action(sweep, points)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def chosen(points: Sequence[Point], wanted: Sequence[str]) -> list[Point]:
+    """The points whose digest begins like this, or that have this value of an axis; all if nothing is wanted.
+
+    Raises:
+        BadInput: there is no such point.
+    """
+
+    def matches(point: Point, text: str) -> bool:
+        return point.digest.startswith(text) or text in point.label.split(" ") or text == point.label
+
+    for text in wanted:
+        if not any(matches(point, text) for point in points):
+            names = [name for point in points for name in (point.digest, *point.label.split(" "))]
+            raise BadInput(f"there is no point '{text}' in this sweep.{nearest(text, names)}")
+    # Values of one axis are alternatives; of several, all have to fit.
+    axes: dict[str, list[str]] = {}
+    for text in wanted:
+        axes.setdefault(text.partition("=")[0] if "=" in text else "", []).append(text)
+    return [point for point in points if all(any(matches(point, text) for text in texts) for texts in axes.values())]
+
+
+def exit_code(states: Mapping[str, State]) -> int:
+    """Of a command that looked at these states."""
+    if any(state.active for state in states.values()):
+        return ACTIVE
+    return FINISHED if all(state.state == "FINISHED" for state in states.values()) else UNFINISHED
+
+
+def status(sweep: Sweep, points: Sequence[Point]) -> int:
+    """A table of the points; nothing is written."""
+    states, console = look(points), Console()
+    counts = Counter(state.state for state in states.values())
+    console.say(f"{sweep.folder}: " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items())))
+
+    def rank(point: Point) -> int:
+        state = states[point.digest].state
+        return ORDER.index(state) if state in ORDER else len(ORDER) + (state == "FINISHED")
+
+    rows = [_row(point, states[point.digest]) for point in sorted(points, key=rank)]
+    console.rows(sweep.name, rows)
+    return exit_code(states)
+
+
+def _row(point: Point, state: State) -> dict[str, object]:
+    lines = point.metrics()
+    epoch = lines[-1]["epoch"] if lines else 0
+    knn = next((line["knn/top1"] for line in reversed(lines) if "knn/top1" in line), None)
+    since = [line for line in lines if state.started and line["time"] >= state.started]
+    left = ""
+    if state.state == "RUNNING" and since and since[-1]["epoch"] > since[0]["epoch"]:
+        pace = (since[-1]["time"] - since[0]["time"]) / (since[-1]["epoch"] - since[0]["epoch"])
+        left = duration((epochs(point) - epoch) * pace)
+    return {
+        "point": point.digest,
+        "values": point.label,
+        "state": state.state,
+        "epoch": f"{epoch:.4g}",
+        "left": left,
+        "kNN": "" if knn is None else f"{knn:.2f}",
+        "node": state.node or "",
+        "why": state.reason,
+    }
+
+
+def epochs(point: Point) -> int:
+    """How long the training is to be."""
+    lines = (point.folder / "config.yaml").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("epochs:"))
+
+
+def logs(sweep: Sweep, points: Sequence[Point]) -> int:
+    """The ends of what points printed: of those named, or of those that did not finish."""
+    states = look(points)
+    if len(points) > 1:
+        points = [point for point in points if states[point.digest].state in ORDER[:-1]]
+    for point in points:
+        state = states[point.digest]
+        print(f"=== {point.digest} {point.label}: {state.state} {state.reason}".rstrip())
+        path = point.folder / LOG
+        if path.exists():
+            print(f"=== the end of {path}")
+            with path.open(errors="replace") as file:
+                print("".join(deque(file, LINES)), end="")
+        else:
+            print(f"=== it printed nothing; what SLURM printed is in {sweep.folder / 'slurm'}")
+    if not points:
+        print("no point failed; name one to see what it printed.")
+    return exit_code(states)
+
+
+def retry(sweep: Sweep, points: Sequence[Point]) -> int:
+    """Run again what neither finished nor is under way, from its checkpoints and with the code it had."""
+    from omegaconf import OmegaConf
+
+    from twoviews.config import build
+    from twoviews.sweeps.launching import report
+
+    states = look(points)
+    todo = [point for point in points if not states[point.digest].active and states[point.digest].state != "FINISHED"]
+    build(OmegaConf.create(sweep.record["launcher"])).submit(todo)
+    wanted = {point.digest for point in points}
+    points = [point for point in sweep.points if point.digest in wanted]
+    states = look(points)
+    report(sweep, points, states, Console())
+    return exit_code(states)
+
+
+def cancel(sweep: Sweep, points: Sequence[Point]) -> int:
+    """Stop what is queued or running; what runs gets a moment for a checkpoint."""
+    from twoviews.sweeps.machine import stop
+    from twoviews.sweeps.slurm import cancel_jobs
+
+    states = look(points)
+    active = [point for point in points if states[point.digest].active]
+    stop([point for point in active if point.job is None])
+    cancel_jobs(active)
+    print(f"cancelled {len(active)} points of {sweep.name}")
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[Sweep, Sequence[Point]], int], str]] = {
+    "status": (status, "show all points"),
+    "logs": (logs, "show what points printed: those named, or those that failed"),
+    "retry": (retry, "run again what neither finished nor is under way"),
+    "cancel": (cancel, "stop what is queued or running"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

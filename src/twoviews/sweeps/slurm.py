@@ -1,0 +1,311 @@
+"""The points of a sweep as an array of SLURM jobs, submitted by submitit.
+
+A job runs a supervisor, not the training: SLURM's signals come to both, and the supervisor alone talks to SLURM. With
+several tasks a point each task has a supervisor and a training process of its own; that of process 0 writes the state.
+"""
+
+import contextlib
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from twoviews.console import Console
+from twoviews.errors import BadInput
+from twoviews.ranges import Count, Index
+from twoviews.sweeps import scheduler
+from twoviews.sweeps.dispatch import Dispatch
+from twoviews.sweeps.folder import Point, State, Sweep
+from twoviews.sweeps.supervise import STOPS, Training, supervise
+
+TASKS_AN_ARRAY = 1000  # SLURM's own limit unless a cluster says otherwise (MaxArraySize)
+SIGNAL_EARLY_S = 60  # SLURM may send it so much earlier than told
+PATIENCE_S = 600.0  # of a job whose controller does not answer when it wants to be requeued
+PARTNERS_S = 30.0  # in which process 0 writes down why another one died, before SLURM ends the job
+
+
+class PointFailed(Exception):
+    """The training failed; raised in the job so that SLURM says FAILED as well."""
+
+
+class Slurm(Dispatch):
+    """Points as tasks of a job array.
+
+    Args:
+        timeout_min: time limit; a point that needs more is requeued and goes on from its checkpoint.
+        signal_delay_s: seconds before the time limit at which it is told to stop; a quarter of short limits at most.
+        array_parallelism: points that run at once, of each thousand.
+        cpus_per_task: cores of each process.
+        gpus_per_node: GPUs of each node; None for none.
+        mem_gb: memory of each node; None: the cluster's default.
+        partition: None: the cluster's default.
+        account: None: the user's default.
+        nodes: of one point.
+        tasks_per_node: processes of one point on each node.
+        setup: shell commands before the training, such as module load.
+        options: any other option of sbatch, by name.
+    """
+
+    def __init__(
+        self,
+        timeout_min: Count,
+        signal_delay_s: Count,
+        array_parallelism: Count,
+        cpus_per_task: Count,
+        gpus_per_node: Index | None,
+        mem_gb: Count | None,
+        partition: str | None,
+        account: str | None,
+        nodes: Count,
+        tasks_per_node: Count,
+        setup: Sequence[str],
+        options: Mapping[str, str | int | bool],
+    ):
+        self.timeout_min, self.signal_delay_s, self.array_parallelism = timeout_min, signal_delay_s, array_parallelism
+        self.cpus_per_task, self.gpus_per_node, self.mem_gb = cpus_per_task, gpus_per_node, mem_gb
+        self.partition, self.account, self.nodes, self.tasks_per_node = partition, account, nodes, tasks_per_node
+        self.setup, self.options = setup, options
+
+    def submit(self, points: Sequence[Point]) -> None:
+        """Put the points into SLURM's queue and return.
+
+        Raises:
+            BadInput: there is no SLURM here, or it refuses.
+        """
+        if not points:
+            return
+        scheduler.available()
+        sweep, console = Sweep(points[0].folder.parent), Console()
+        for start in range(0, len(points), TASKS_AN_ARRAY):
+            some = points[start : start + TASKS_AN_ARRAY]
+            when = time.time()
+            jobs = self._submit(sweep, some, when)
+            sweep.submitted(dict(zip((point.digest for point in some), jobs, strict=True)), when)
+            array = jobs[0].partition("_")[0]
+            console.say(f"submitted {len(jobs)} points as job {array}: {self.describe()}")
+
+    def describe(self) -> str:
+        """What SLURM is asked for each point."""
+        parts = [
+            f"{self.nodes} nodes with {self.tasks_per_node} processes each"
+            if self.nodes * self.tasks_per_node > 1
+            else "",
+            f"{self.cpus_per_task} cores a process",
+            f"{self.gpus_per_node} GPUs a node" if self.gpus_per_node else "",
+            f"{self.mem_gb} GB" if self.mem_gb else "",
+            f"{self.timeout_min} min at a time",
+            f"{self.array_parallelism} points at once",
+            f"partition {self.partition}" if self.partition else "",
+        ]
+        return ", ".join(part for part in parts if part)
+
+    def _submit(self, sweep: Sweep, points: Sequence[Point], when: float) -> list[str]:
+        import submitit
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        folder = sweep.folder / "slurm" / time.strftime("%Y%m%d-%H%M%S", time.localtime(when))
+        executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=0)
+        executor.update_parameters(**self._parameters(sweep, points))
+        try:
+            with _outside_of_jobs():
+                jobs = executor.map_array(run_point, [str(point.folder) for point in points], [when] * len(points))
+        except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            said = [line for line in str(error).splitlines() if "error:" in line.lower() or "sbatch:" in line]
+            raise BadInput(f"sbatch refused: {(said or str(error).splitlines() or ['no reason given'])[-1]}") from error
+        return [job.job_id for job in jobs]
+
+    def _parameters(self, sweep: Sweep, points: Sequence[Point]) -> dict[str, object]:
+        code = Path(points[0].description["code"])
+        setup = [
+            f"export PYTHONPATH={shlex.quote(str(code / 'src'))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            # srun does not inherit it from sbatch since SLURM 22.05.
+            f"export SRUN_CPUS_PER_TASK={self.cpus_per_task}",
+            f"export OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', self.cpus_per_task)}",
+            # Without this the other processes of a point wait in a collective for one that died.
+            "export SLURM_KILL_BAD_EXIT=1",
+            *self.setup,
+        ]
+        asked = {
+            "gpus_per_node": self.gpus_per_node or None,
+            "mem": f"{self.mem_gb}GB" if self.mem_gb else None,
+            "partition": self.partition,
+            "account": self.account,
+        }
+        return {
+            "job_name": sweep.name,
+            "time": self.timeout_min,
+            "signal_delay_s": self._signal_delay_s(),
+            "array_parallelism": self.array_parallelism,
+            "cpus_per_task": self.cpus_per_task,
+            "nodes": self.nodes,
+            "ntasks_per_node": self.tasks_per_node,
+            "setup": setup,
+            "additional_parameters": {"requeue": True, **self.options},
+            **{key: value for key, value in asked.items() if value is not None},
+        }
+
+    def _signal_delay_s(self) -> int:
+        """So early that a checkpoint can be written, so late that most of a short limit is used."""
+        return min(self.signal_delay_s, self.timeout_min * 60 // 4)
+
+    def cancel(self, points: Sequence[Point]) -> None:
+        """Take these points out of the queue; those that run get a moment for a checkpoint.
+
+        Raises:
+            BadInput: SLURM does not answer.
+        """
+        cancel_jobs(points)
+
+
+def cancel_jobs(points: Sequence[Point]) -> None:
+    """Cancel the jobs of those of these points that have one.
+
+    Raises:
+        BadInput: SLURM does not answer.
+    """
+    jobs = {point.digest: point.job for point in points if point.job}
+    if jobs:
+        scheduler.available()
+        Sweep(points[0].folder.parent).cancelled([*jobs])
+        scheduler.cancel([*jobs.values()])
+
+
+@contextlib.contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """As in a shell of the login node: a job that submits must not hand its own place on to the new ones."""
+    import submitit
+
+    conf = {name: value for name, value in os.environ.items() if name == "SLURM_CONF"}
+    with submitit.helpers.clean_env():
+        os.environ.update(conf)
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------- in the job
+
+
+class _Told:
+    """Handlers of a job for the time when no training runs; submitit's own would requeue or end it in the middle."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        for one in STOPS:
+            signal.signal(one, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+
+    def wait(self, seconds: float) -> None:
+        """Until the next signal, or so long."""
+        self.number, end = 0, time.monotonic() + seconds
+        while not self.number and time.monotonic() < end:
+            time.sleep(0.1)
+
+
+def run_point(folder: str, submitted: float) -> str:
+    """What a job does, in each of its tasks; returns the state of the point.
+
+    Raises:
+        PointFailed: the training failed.
+    """
+    told, point = _Told(), Point(Path(folder), {})
+    rank, tasks = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+    partners = _Partners(point, rank)
+    environment = _rendezvous(tasks) if tasks > 1 else {}
+    if rank > 0:
+        return _follow(point, partners, environment, told)
+    job = scheduler.this_job()
+    state = supervise(point, submitted, environment, job, partners.failing)
+    if state.state in ("FAILED", "OUT_OF_MEMORY"):
+        raise PointFailed(state.reason)
+    if state.state == "INTERRUPTED" and job:
+        _requeue(point, state, job, told)
+    if state.state != "FINISHED" and tasks > 1:
+        raise PointFailed("another job runs this point")  # or the other processes would wait for this one
+    return state.state
+
+
+def _requeue(point: Point, state: State, job: str, told: _Told) -> None:
+    """Back into the queue, unless SLURM was faster or is ending the job for good. Does not return."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        known = scheduler.queue([job])
+        if known is None:  # the controller does not answer
+            told.wait(5)
+            continue
+        said = known.get(job)
+        if said is None or said.state != "RUNNING":  # requeued or cancelled by others
+            os._exit(0)
+        # Before it is asked: SLURM kills this process at any moment after that.
+        point.write(State(**{**vars(state), "state": "QUEUED", "reason": f"requeued, {state.reason}"}))
+        if not scheduler.requeue(job):
+            # Leaving now would end the job before SLURM has put it back.
+            told.wait(120)
+            os._exit(0)
+        told.wait(2)
+    point.write(state)
+    os._exit(1)
+
+
+class _Partners:
+    """The tasks of a point tell process 0 by files why they died: a process that waits in a collective notices nothing."""
+
+    def __init__(self, point: Point, rank: int):
+        start = os.environ.get("SLURM_RESTART_COUNT") or "0"
+        self._folder, self._rank = point.folder, rank
+        self._name = f".dead-{scheduler.this_job()}-{start}"
+
+    def failing(self) -> str:
+        """Why the point cannot go on, or an empty string."""
+        found = sorted(self._folder.glob(f"{self._name}-*"))
+        return found[0].read_text() if found else ""
+
+    def died(self, reason: str) -> None:
+        """Tell it."""
+        part = self._folder / f"{self._name.replace('dead', 'dying')}-{self._rank}"
+        part.write_text(f"process {self._rank} on {_node()}: {reason}")
+        part.rename(self._folder / f"{self._name}-{self._rank}")
+
+
+def _follow(point: Point, partners: _Partners, environment: Mapping[str, str], told: _Told) -> str:
+    """A process other than 0: train, and tell process 0 if that goes wrong."""
+    if point.state.state == "FINISHED":
+        return "FINISHED"
+    rank = int(environment["RANK"])
+    with Training(point, f"log.{rank}.txt", environment) as training:
+        training.wait(lambda: "")
+    state, reason = training.ended()
+    if state == "FAILED":
+        partners.died(reason)
+        told.wait(PARTNERS_S)
+        raise PointFailed(reason)
+    if state == "INTERRUPTED":
+        told.wait(PATIENCE_S)  # process 0 requeues
+        os._exit(0)
+    return state
+
+
+def _rendezvous(tasks: int) -> dict[str, str]:
+    """The variables by which torch.distributed finds the other processes of this job."""
+    import submitit
+
+    job, start = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return {
+        "MASTER_ADDR": submitit.JobEnvironment().hostnames[0],
+        # Below the ports that systems give out by themselves; another one after a requeue, whose predecessor may linger.
+        "MASTER_PORT": str(20000 + (job * 7 + start) % 12000),
+        "RANK": os.environ["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+    }
+
+
+def _node() -> str:
+    return os.environ.get("SLURMD_NODENAME", platform.node())
