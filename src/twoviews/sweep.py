@@ -161,9 +161,19 @@ def cancel(sweep: Sweep, points: Sequence[Point]) -> int:
     return 0
 
 
+def report(sweep: Sweep, points: Sequence[Point]) -> int:
+    """Write what was found so far into the sweep folder: a page, a table, pictures."""
+    from twoviews.sweeps.report import report as write
+
+    states = look(points)
+    write(sweep, states, print)
+    return exit_code(states)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sweep, Sequence[Point]], int], str]] = {
     "status": (status, "show all points"),
     "logs": (logs, "show what points printed: those named, or those that failed"),
+    "report": (report, "write report.md, report.csv and pictures of what was found so far"),
     "retry": (retry, "run again what neither finished nor is under way"),
     "cancel": (cancel, "stop what is queued or running"),
 }

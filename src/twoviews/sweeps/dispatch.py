@@ -1,9 +1,12 @@
 """Who runs the points of a sweep: the contract."""
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from twoviews.sweeps.folder import Point, State
+
+POLL_S = 5.0  # between two looks at a cluster, each one call of squeue
 
 
 class Dispatch(ABC):
@@ -21,6 +24,26 @@ class Dispatch(ABC):
         Raises:
             BadInput: the scheduler refuses.
         """
+
+    @property
+    @abstractmethod
+    def room(self) -> int:
+        """How many points it runs at once, if nobody else is there."""
+
+    def serve(self, feed: Callable[[int], Sequence[Point] | None]) -> None:
+        """Run points as they are given; returns when there will be no more.
+
+        Args:
+            feed: called again and again with the number of points there is room for at the moment, 0 included; gives as
+                many or fewer, none for now, or None for never again.
+
+        Raises:
+            BadInput: the scheduler refuses.
+        """
+        while (points := feed(self.room)) is not None:
+            if points:
+                self.submit(points)
+            time.sleep(POLL_S)
 
     @abstractmethod
     def cancel(self, points: Sequence[Point]) -> None:

@@ -18,13 +18,11 @@ from twoviews.config import build, check, check_launcher, digest, flat
 from twoviews.console import Console
 from twoviews.errors import BadInput
 from twoviews.sweeps.composing import Composer, Texts
-from twoviews.sweeps.dispatch import Dispatch
+from twoviews.sweeps.dispatch import POLL_S, Dispatch
 from twoviews.sweeps.folder import New, Point, State, Sweep
+from twoviews.sweeps.plan import plan
 from twoviews.sweeps.truth import look
 from twoviews.tracking import stores
-
-POLL_S = 5.0  # between two looks at a cluster, each one call of squeue
-
 
 @dataclass(frozen=True)
 class Options:
@@ -63,8 +61,10 @@ def launch(
     folder = Path(config.hydra.sweep.dir) / (options.name or name(config, swept))
     if not re.fullmatch(r"[\w.+-]+", folder.name):
         raise BadInput(f"sweep.name={folder.name} is not the name of a folder; use letters, digits and any of . _ + -")
+    dispatch = build(OmegaConf.create(launcher))
     if options.plan:
-        show(folder, new, console)
+        there = Sweep(folder).points if (folder / "sweep.json").exists() else []
+        plan(folder, new, look(there), dispatch, console)
         return 0
     sweep = Sweep(folder)
     code = freeze(sweep.folder / "code")
@@ -75,7 +75,6 @@ def launch(
     now = look(points)
     todo = [point for point in points if now[point.digest].state not in ("FINISHED", "RUNNING", "QUEUED")]
     say(sweep, points, now, todo, console)
-    dispatch = build(OmegaConf.create(launcher))
     dispatch.submit(todo)
     points = [point for point in sweep.points if point.digest in now]
     if options.wait:
@@ -142,16 +141,6 @@ def name(config: DictConfig, swept: Sequence[str]) -> str:
 
 
 _FREE = ("hydra", "sweep", "tracking", "runtime", "fresh", "preview")  # may change between launches of one sweep
-
-
-def show(folder: Path, new: Sequence[New], console: Console) -> None:
-    """What would be started."""
-    there = {point.digest: point for point in Sweep(folder).points} if (folder / "sweep.json").exists() else {}
-    now = look(list(there.values()))
-    rows = [
-        {"point": one.digest, **one.axes, "now": now[one.digest].state if one.digest in now else "new"} for one in new
-    ]
-    console.rows(f"{folder.name}: {len(new)} points", rows)
 
 
 def say(

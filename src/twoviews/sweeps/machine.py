@@ -63,6 +63,8 @@ class Slot:
 class Local(Dispatch):
     """One point after the other, each with the whole machine."""
 
+    room = 1
+
     def submit(self, points: Sequence[Point]) -> None:
         """Run the points; return when the last one ended.
 
@@ -70,6 +72,14 @@ class Local(Dispatch):
             SystemExit: a signal stopped them; its code is 128 + the signal's number.
         """
         work(points, [Slot()])
+
+    def serve(self, feed: Feed) -> None:
+        """Run points as they are given.
+
+        Raises:
+            SystemExit: a signal stopped them; its code is 128 + the signal's number.
+        """
+        serve(feed, [Slot()], self.room)
 
     def cancel(self, points: Sequence[Point]) -> None:
         """Stop those that run; the launcher goes on with the next."""
@@ -96,6 +106,20 @@ class Pool(Dispatch):
             SystemExit: a signal stopped them; its code is 128 + the signal's number.
         """
         work(points, self.slots(), self.at_once)
+
+    @property
+    def room(self) -> int:
+        """The limit that was given, or what there is room for."""
+        return min(self.at_once or sys.maxsize, len(self.slots()))
+
+    def serve(self, feed: Feed) -> None:
+        """Run points as they are given.
+
+        Raises:
+            BadInput: a point wants more cores than there are.
+            SystemExit: a signal stopped them; its code is 128 + the signal's number.
+        """
+        serve(feed, self.slots(), self.room)
 
     def slots(self) -> list[Slot]:
         """Room for points on this machine, taken or not.

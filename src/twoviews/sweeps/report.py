@@ -5,7 +5,7 @@ import io
 import math
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from twoviews.sweeps.results import (
     short_names,
     text,
 )
+from twoviews.tracking import stores
+from twoviews.tracking.mirror import reason
 from twoviews.tracking.state import replace
 
 PENDING = ("QUEUED", "RUNNING", "INTERRUPTED")  # of points that are not finished and have not failed either
@@ -33,21 +35,58 @@ SHOWN_SETTINGS = 40  # rows of a table on the page; the CSV has all
 SHOWN_PICTURES = 12
 
 
-def report(sweep: Sweep, states: Mapping[str, State] | None = None) -> Results:
-    """Write report.md, report.csv and the pictures into the sweep folder; returns what they say.
+def report(
+    sweep: Sweep, states: Mapping[str, State] | None = None, say: Callable[[str], None] = lambda _: None
+) -> Results:
+    """Write report.md, report.csv and the pictures into the sweep folder, and to the sweep's MLflow run if it has one.
 
     Args:
         sweep: whose points may still be running.
         states: by digest, as `Dispatch.look` has them; without, what the supervisors wrote last.
+        say: where a sentence for the user goes.
 
     Raises:
         OSError: the folder cannot be written.
     """
     found = gather(sweep, states)
     pictures = draw(sweep.folder, found)
-    replace(sweep.folder / "report.csv", _table(found))
-    replace(sweep.folder / "report.md", _page(sweep, found, pictures))
+    page, table = sweep.folder / "report.md", sweep.folder / "report.csv"
+    replace(table, _table(found))
+    replace(page, _page(sweep, found, pictures))
+    if found.best:
+        names = short_names(found.axes)
+        values = [f"{name} {one}" for metric, name in ACCURACIES.items() if (one := found.best.estimate(metric))]
+        say(
+            " ".join(
+                ["best:", *([label(found.best, found.axes, names) + ":"] if found.axes else []), ", ".join(values)]
+            )
+        )
+    say(f"report: {page}")
+    if sweep.record["parent"]:
+        _deliver(sweep, found, [page, table, *pictures.values()], say)
     return found
+
+
+def _deliver(sweep: Sweep, found: Results, files: Sequence[Path], say: Callable[[str], None]) -> None:
+    """The files and the means of the best setting, to MLflow; what it does not take now is said."""
+    from omegaconf import OmegaConf
+
+    run, finished = sweep.record["parent"], sum(row.finished for row in found.rows)
+    try:
+        tracking = OmegaConf.load(sweep.points[0].folder / "config.yaml").tracking
+        client, _ = stores.connect(stores.resolved(tracking.uri), tracking.experiment)
+        for file in files:
+            client.log_artifact(run, str(file), "report")
+        best = {
+            f"best/{metric}": one.mean for metric in ACCURACIES if found.best and (one := found.best.estimate(metric))
+        }
+        for name, value in {**best, "points/finished": float(finished)}.items():
+            client.log_metric(run, name, value, step=finished)
+        if found.best:
+            for key, value in found.best.axes.items():
+                client.set_tag(run, f"best.{key}", text(value))
+    except Exception as error:  # whatever is wrong with MLflow, the report is in the folder
+        say(f"MLflow does not have the report ({reason(error)}); the same command sends it again.")
 
 
 # ------------------------------------------------------------------------------------------------------------- the report

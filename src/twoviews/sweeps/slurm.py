@@ -72,6 +72,11 @@ class Slurm(Dispatch):
         self.partition, self.account, self.nodes, self.tasks_per_node = partition, account, nodes, tasks_per_node
         self.setup, self.options = setup, options
 
+    @property
+    def room(self) -> int:
+        """Of each array."""
+        return self.array_parallelism
+
     def submit(self, points: Sequence[Point]) -> None:
         """Put the points into SLURM's queue and return.
 
