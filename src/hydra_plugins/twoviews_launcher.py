@@ -31,9 +31,10 @@ class Dispatching(Launcher):
             BadInput: something is not right; nothing was started.
             SystemExit: points failed, or a signal stopped them.
         """
-        from twoviews.sweeps.launching import launch
+        from twoviews.sweeps.launching import Launch, launch
 
-        code = launch(self._config, lambda one: self._loader.load_sweep_config(self._config, one), job_overrides)
+        order = Launch(self._config, lambda one: self._loader.load_sweep_config(self._config, one))
+        code = launch(order, job_overrides)
         if code:
             sys.exit(code)
         return []

@@ -261,26 +261,24 @@ def check(name: str, cfg: DictConfig | dict[str, Any]) -> None:
         _check_keys(f"augmentation.views.{view}.", recipe, numbers, [*numbers])
 
 
-def check_launcher(cfg: DictConfig) -> dict[str, Any]:
-    """What `build` makes the dispatch of a sweep from, after its values were compared with its signature.
+_BUILDS = {"launcher": "dispatch", "sweeper": "search"}  # the key of conf/hydra/<kind>/*.yaml that names what is ours
+
+
+def check_plugin(cfg: DictConfig, kind: Literal["launcher", "sweeper"]) -> dict[str, Any]:
+    """What `build` makes the dispatch or the search of a sweep from, after its values were compared with its signature.
 
     Raises:
-        BadInput: a key is unknown or missing, a value has the wrong type or is out of range, or Hydra's own launcher was
+        BadInput: a key is unknown or missing, a value has the wrong type or is out of range, or one of Hydra's own was
             chosen.
     """
-    given = typing.cast(dict[str, Any], OmegaConf.to_container(cfg.hydra.launcher, resolve=True))
-    if "dispatch" not in given:
-        raise BadInput(
-            f"hydra/launcher={cfg.hydra.runtime.choices['hydra/launcher']} is not ours; choose {_launchers()}."
-        )
-    values = {key: value for key, value in given.items() if key not in ("_target_", "dispatch")}
-    parameters = signature(given["dispatch"])
-    _check_keys("hydra.launcher.", values, parameters, [*parameters])
-    return {"_target_": given["dispatch"], **values}
-
-
-def _launchers() -> str:
-    return ", ".join(_options("hydra/launcher"))
+    given, key = typing.cast(dict[str, Any], OmegaConf.to_container(cfg.hydra[kind], resolve=True)), _BUILDS[kind]
+    if key not in given:
+        chosen = cfg.hydra.runtime.choices[f"hydra/{kind}"]
+        raise BadInput(f"hydra/{kind}={chosen} is not ours; choose {', '.join(_options(f'hydra/{kind}'))}.")
+    values = {name: value for name, value in given.items() if name not in ("_target_", key)}
+    parameters = signature(given[key])
+    _check_keys(f"hydra.{kind}.", values, parameters, [*parameters])
+    return {"_target_": given[key], **values}
 
 
 def _check_node(path: str, node: Any, filled_in: Sequence[str] = ()) -> None:

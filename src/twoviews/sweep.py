@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from twoviews.console import Console, duration
 from twoviews.errors import BadInput, nearest
@@ -79,12 +79,19 @@ def status(sweep: Sweep, points: Sequence[Point]) -> int:
         state = states[point.digest].state
         return ORDER.index(state) if state in ORDER else len(ORDER) + (state == "FINISHED")
 
-    rows = [_row(point, states[point.digest]) for point in sorted(points, key=rank)]
+    names = short(sweep.axes)
+    rows = [_row(point, states[point.digest], names) for point in sorted(points, key=rank)]
     console.rows(sweep.name, rows)
     return exit_code(states)
 
 
-def _row(point: Point, state: State) -> dict[str, object]:
+def short(keys: Iterable[str]) -> dict[str, str]:
+    """The last parts of dotted keys, as far as they tell them apart."""
+    last = Counter(key.rpartition(".")[2] for key in keys)
+    return {key: name if last[name := key.rpartition(".")[2]] == 1 else key for key in keys}
+
+
+def _row(point: Point, state: State, names: Mapping[str, str]) -> dict[str, object]:
     lines = point.metrics()
     epoch = lines[-1]["epoch"] if lines else 0
     knn = next((line["knn/top1"] for line in reversed(lines) if "knn/top1" in line), None)
@@ -95,7 +102,7 @@ def _row(point: Point, state: State) -> dict[str, object]:
         left = duration((epochs(point) - epoch) * pace)
     return {
         "point": point.digest,
-        "values": point.label,
+        **{name: point.axes.get(key, "") for key, name in names.items()},
         "state": state.state,
         "epoch": f"{epoch:.4g}",
         "left": left,
@@ -133,19 +140,28 @@ def logs(sweep: Sweep, points: Sequence[Point]) -> int:
 
 def retry(sweep: Sweep, points: Sequence[Point]) -> int:
     """Run again what neither finished nor is under way, from its checkpoints and with the code it had."""
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig
 
     from twoviews.config import build
     from twoviews.sweeps.launching import report
 
     states = look(points)
     todo = [point for point in points if not states[point.digest].active and states[point.digest].state != "FINISHED"]
-    build(OmegaConf.create(sweep.record["launcher"])).submit(todo)
+    build(DictConfig(sweep.record["launcher"])).submit(todo)
     wanted = {point.digest for point in points}
     points = [point for point in sweep.points if point.digest in wanted]
     states = look(points)
     report(sweep, points, states, Console())
     return exit_code(states)
+
+
+def collect(sweep: Sweep, points: Sequence[Point]) -> int:
+    """Send to MLflow what it does not have of the points, and how they and the sweep ended."""
+    from twoviews.sweeps import collecting
+
+    left = collecting.collect(sweep, points)
+    print(f"{sweep.name}: {len(points) - left} of {len(points)} points are in MLflow, run {sweep.record['parent']}")
+    return 1 if left else 0
 
 
 def cancel(sweep: Sweep, points: Sequence[Point]) -> int:
@@ -174,6 +190,7 @@ COMMANDS: dict[str, tuple[Callable[[Sweep, Sequence[Point]], int], str]] = {
     "status": (status, "show all points"),
     "logs": (logs, "show what points printed: those named, or those that failed"),
     "report": (report, "write report.md, report.csv and pictures of what was found so far"),
+    "collect": (collect, "send to MLflow what it does not have: points run with tracking=files, killed ones"),
     "retry": (retry, "run again what neither finished nor is under way"),
     "cancel": (cancel, "stop what is queued or running"),
 }

@@ -4,9 +4,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
-from twoviews.sweeps.folder import Point, State
+from twoviews.sweeps.folder import Point, State, Sweep
 
 POLL_S = 5.0  # between two looks at a cluster, each one call of squeue
+
+# From the number of points that there is room for at the moment, 0 included: as many or fewer to run now, or None when
+# there will be no more.
+Feed = Callable[[int], Sequence[Point] | None]
 
 
 class Dispatch(ABC):
@@ -25,22 +29,21 @@ class Dispatch(ABC):
             BadInput: the scheduler refuses.
         """
 
-    @property
     @abstractmethod
     def room(self) -> int:
         """How many points it runs at once, if nobody else is there."""
 
-    def serve(self, feed: Callable[[int], Sequence[Point] | None]) -> None:
+    def serve(self, sweep: Sweep, feed: Feed) -> None:
         """Run points as they are given; returns when there will be no more.
 
         Args:
-            feed: called again and again with the number of points there is room for at the moment, 0 included; gives as
-                many or fewer, none for now, or None for never again.
+            sweep: that they belong to.
+            feed: called again and again, to the end.
 
         Raises:
             BadInput: the scheduler refuses.
         """
-        while (points := feed(self.room)) is not None:
+        while (points := feed(self.room())) is not None:
             if points:
                 self.submit(points)
             time.sleep(POLL_S)

@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from twoviews.code import code_state, freeze
-from twoviews.config import build, check, check_launcher, digest, flat
+from twoviews.config import build, check, check_plugin, digest, flat
 from twoviews.console import Console
 from twoviews.errors import BadInput
+from twoviews.sweeps import collecting
 from twoviews.sweeps.composing import Composer, Texts
 from twoviews.sweeps.dispatch import POLL_S, Dispatch
 from twoviews.sweeps.folder import New, Point, State, Sweep
 from twoviews.sweeps.plan import plan
 from twoviews.sweeps.truth import look
 from twoviews.tracking import stores
+
 
 @dataclass(frozen=True)
 class Options:
@@ -39,47 +41,97 @@ class Options:
     plan: bool
 
 
-def launch(
-    config: DictConfig, compose: Callable[[list[str]], DictConfig], combinations: Sequence[Sequence[str]]
-) -> int:
-    """Start what is missing of a sweep; the exit code: 0, or 1 when points failed.
+class Launch:
+    """One `train.py -m`, checked before anything is written.
 
     Args:
         config: the configuration without what is swept, with Hydra's own node.
         compose: the configuration of a combination.
+
+    Raises:
+        BadInput: the launcher, the sweep's name or MLflow's address is not right.
+    """
+
+    def __init__(self, config: DictConfig, compose: Callable[[list[str]], DictConfig]):
+        self.options, self.console = Options(**OmegaConf.to_container(config.sweep)), Console()  # type: ignore[arg-type]
+        typed = _parsed(list(config.hydra.overrides.task))
+        self.swept = [one.get_key_element() for one in typed if one.is_sweep_override()]
+        self.launcher = check_plugin(config, "launcher")
+        self.folder = Path(config.hydra.sweep.dir) / (self.options.name or name(config, self.swept))
+        if not re.fullmatch(r"[\w.+-]+", self.folder.name):
+            raise BadInput(
+                f"sweep.name={self.folder.name} is not the name of a folder; use letters, digits and any of . _ + -"
+            )
+        tracking = OmegaConf.to_container(config.tracking, resolve=True)
+        self.tracking: dict[str, Any] = {**tracking, "uri": stores.resolved(tracking["uri"])}  # type: ignore[dict-item, index]
+        if self.tracking["mirror"]:
+            stores.check(self.tracking["uri"])
+        self.dispatch: Dispatch = build(DictConfig(self.launcher))
+        self._composer, self._texts = Composer(compose), Texts()
+        self._here: dict[str, str] = {}
+
+    def points(self, combinations: Sequence[Sequence[str]]) -> list[New]:
+        """The points of these combinations, each checked; those with the same configuration are one.
+
+        Raises:
+            BadInput: a value is wrong, with the point it is in.
+        """
+        return composed(self._composer, self._texts, combinations, self.swept)
+
+    def add(self, new: Sequence[New]) -> tuple[Sweep, list[Point]]:
+        """Make the folders of these points, with the code as it was at the first call."""
+        sweep = Sweep(self.folder)
+        if not self._here:
+            self._here = {"cwd": str(Path.cwd()), "code": str(freeze(sweep.folder / "code"))}
+        new = [replace(one, more=self._here) for one in new]
+        points = sweep.add(new, command=["python", *sys.argv], launcher=self.launcher, commit=code_state()[0])
+        return sweep, points
+
+    def prepare(self, sweep: Sweep, points: Sequence[Point]) -> None:
+        """Before points run: MLflow's run for the sweep, if the points are mirrored there.
+
+        Raises:
+            BadInput: MLflow does not answer.
+        """
+        if points and self.tracking["mirror"]:
+            collecting.prepare(sweep, points, self.tracking)
+
+    def end(self, sweep: Sweep, points: Sequence[Point]) -> int:
+        """Say what became of these points; the exit code: 0, or 1 when points failed."""
+        points = [known for known in sweep.points if known.digest in {point.digest for point in points}]
+        return report(sweep, points, self.dispatch.look(points), self.console)
+
+
+def launch(order: Launch, combinations: Sequence[Sequence[str]]) -> int:
+    """Start what is missing of a sweep; the exit code: 0, or 1 when points failed.
+
+    Args:
+        order: what was typed.
         combinations: overrides of each point.
 
     Raises:
-        BadInput: a point, the launcher or the sweep's name is not right; nothing was started.
+        BadInput: a point is not right; nothing was started.
         SystemExit: a signal stopped it.
     """
-    options, console = Options(**OmegaConf.to_container(config.sweep)), Console()  # type: ignore[arg-type]
-    typed = list(config.hydra.overrides.task)
-    swept = [one.get_key_element() for one in _parsed([*typed, *_defaults(config)]) if one.is_sweep_override()]
-    launcher = check_launcher(config)
-    new = composed(compose, combinations, swept)
-    folder = Path(config.hydra.sweep.dir) / (options.name or name(config, swept))
-    if not re.fullmatch(r"[\w.+-]+", folder.name):
-        raise BadInput(f"sweep.name={folder.name} is not the name of a folder; use letters, digits and any of . _ + -")
-    dispatch = build(OmegaConf.create(launcher))
-    if options.plan:
-        there = Sweep(folder).points if (folder / "sweep.json").exists() else []
-        plan(folder, new, look(there), dispatch, console)
+    new = order.points(combinations)
+    if order.options.plan:
+        there = Sweep(order.folder).points if (order.folder / "sweep.json").exists() else []
+        plan(order.folder, new, look(there), order.dispatch, order.console)
         return 0
-    sweep = Sweep(folder)
-    code = freeze(sweep.folder / "code")
-    here = {"cwd": str(Path.cwd()), "code": str(code)}
-    new = [New(one.digest, one.axes, one.overrides, one.config, here) for one in new]
-    command = ["python", *sys.argv]
-    points = sweep.add(new, command=command, launcher=launcher, commit=code_state()[0])
+    sweep, points = order.add(new)
     now = look(points)
     todo = [point for point in points if now[point.digest].state not in ("FINISHED", "RUNNING", "QUEUED")]
-    say(sweep, points, now, todo, console)
-    dispatch.submit(todo)
-    points = [point for point in sweep.points if point.digest in now]
-    if options.wait:
-        wait(dispatch, points, console)
-    return report(sweep, points, dispatch.look(points), console)
+    say(sweep, points, now, todo, order.console)
+    if todo:
+        order.prepare(sweep, points)
+    try:
+        order.dispatch.submit(todo)
+        if order.options.wait:
+            wait(order.dispatch, [known for known in sweep.points if known.digest in now], order.console)
+    finally:
+        if todo and order.tracking["mirror"] and not any(state.active for state in look(points).values()):
+            collecting.collect(sweep, sweep.points)
+    return order.end(sweep, points)
 
 
 def wait(dispatch: Dispatch, points: Sequence[Point], console: Console) -> None:
@@ -98,14 +150,14 @@ def wait(dispatch: Dispatch, points: Sequence[Point], console: Console) -> None:
 
 
 def composed(
-    compose: Callable[[list[str]], DictConfig], combinations: Sequence[Sequence[str]], swept: Sequence[str]
+    composer: Composer, texts: Texts, combinations: Sequence[Sequence[str]], swept: Sequence[str]
 ) -> list[New]:
     """The points of these combinations, each checked; those with the same configuration are one.
 
     Raises:
         BadInput: a value is wrong, with the point it is in.
     """
-    composer, texts, found = Composer(compose), Texts(), {}
+    found: dict[str, New] = {}
     for combination in combinations:
         parsed = [composer.parse(override) for override in combination]
         axes = {one.key_or_group: _plain(one.value()) for one in parsed if one.get_key_element() in swept}
@@ -182,11 +234,6 @@ def _without(cfg: DictConfig, *keys: str) -> DictConfig:
 
 def _parsed(overrides: Sequence[str]) -> list:
     return OverridesParser.create().parse_overrides(list(overrides))
-
-
-def _defaults(config: DictConfig) -> list[str]:
-    """What hydra.sweeper.params sweeps."""
-    return [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
 
 
 def _plain(value: Any) -> Any:

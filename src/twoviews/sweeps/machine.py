@@ -12,8 +12,9 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -22,7 +23,7 @@ from filelock import FileLock, Timeout
 from twoviews.console import Console, duration
 from twoviews.errors import BadInput
 from twoviews.ranges import Count
-from twoviews.sweeps.dispatch import Dispatch
+from twoviews.sweeps.dispatch import Dispatch, Feed
 from twoviews.sweeps.folder import Point, Sweep
 from twoviews.sweeps.supervise import LOG
 from twoviews.sweeps.truth import look
@@ -63,7 +64,9 @@ class Slot:
 class Local(Dispatch):
     """One point after the other, each with the whole machine."""
 
-    room = 1
+    def room(self) -> int:
+        """One."""
+        return 1
 
     def submit(self, points: Sequence[Point]) -> None:
         """Run the points; return when the last one ended.
@@ -73,13 +76,13 @@ class Local(Dispatch):
         """
         work(points, [Slot()])
 
-    def serve(self, feed: Feed) -> None:
+    def serve(self, sweep: Sweep, feed: Feed) -> None:
         """Run points as they are given.
 
         Raises:
             SystemExit: a signal stopped them; its code is 128 + the signal's number.
         """
-        serve(feed, [Slot()], self.room)
+        serve(sweep, feed, [Slot()], self.room())
 
     def cancel(self, points: Sequence[Point]) -> None:
         """Stop those that run; the launcher goes on with the next."""
@@ -107,19 +110,18 @@ class Pool(Dispatch):
         """
         work(points, self.slots(), self.at_once)
 
-    @property
     def room(self) -> int:
         """The limit that was given, or what there is room for."""
         return min(self.at_once or sys.maxsize, len(self.slots()))
 
-    def serve(self, feed: Feed) -> None:
+    def serve(self, sweep: Sweep, feed: Feed) -> None:
         """Run points as they are given.
 
         Raises:
             BadInput: a point wants more cores than there are.
             SystemExit: a signal stopped them; its code is 128 + the signal's number.
         """
-        serve(feed, self.slots(), self.room)
+        serve(sweep, feed, self.slots(), self.room())
 
     def slots(self) -> list[Slot]:
         """Room for points on this machine, taken or not.
@@ -176,7 +178,40 @@ def work(points: Sequence[Point], slots: Sequence[Slot], at_once: int | None = N
     """
     if not points:
         return
-    console, sweep = Console(), Sweep(points[0].folder.parent)
+    sweep, console = Sweep(points[0].folder.parent), Console()
+    with _launching(sweep, console):
+        now = look(points)
+        queue = deque(
+            _submitted(sweep, [one for one in points if now[one.digest].state not in ("FINISHED", "RUNNING")])
+        )
+        count = len(queue)
+
+        def feed(room: int) -> list[Point] | None:
+            given = [queue.popleft() for _ in range(min(room, len(queue)))]
+            return given if given or queue else None
+
+        _work(feed, slots, at_once or len(slots), console, f"/{count}")
+
+
+def serve(sweep: Sweep, feed: Feed, slots: Sequence[Slot], at_once: int) -> None:
+    """Run points of a sweep in slots of this machine as they are given.
+
+    Raises:
+        SystemExit: a signal stopped them; its code is 128 + the signal's number.
+    """
+    console = Console()
+
+    def submitting(room: int) -> Sequence[Point] | None:
+        given = feed(room)
+        return _submitted(sweep, given) if given else given
+
+    with _launching(sweep, console):
+        _work(submitting, slots, at_once, console, "")
+
+
+@contextmanager
+def _launching(sweep: Sweep, console: Console) -> Iterator[None]:
+    """The only process that works on this sweep on this machine."""
     launching = sweep.launching
     try:
         launching.acquire(timeout=0)
@@ -184,19 +219,16 @@ def work(points: Sequence[Point], slots: Sequence[Slot], at_once: int | None = N
         console.say(f"another process works on {sweep.name}; waiting for its end …")
         launching.acquire()
     try:
-        now = look(points)
-        left = [point for point in points if now[point.digest].state not in ("FINISHED", "RUNNING")]
-        sweep.submitted({point.digest: None for point in left}, time.time())
-        submitted = {point.digest: point.submitted for point in sweep.points}
-        with _Signals() as signals:
-            _work(left, submitted, slots, at_once or len(slots), console, signals)
-        if signals.number:
-            console.say(
-                f"stopped by {signal.Signals(signals.number).name}; what ran has a checkpoint, and the same command goes on."
-            )
-            sys.exit(128 + signals.number)
+        yield
     finally:
         launching.release()
+
+
+def _submitted(sweep: Sweep, points: Sequence[Point]) -> list[Point]:
+    """These points, recorded as submitted just now."""
+    when = time.time()
+    sweep.submitted({point.digest: None for point in points}, when)
+    return [replace(point, job=None, submitted=when) for point in points]
 
 
 class _Signals:
@@ -216,45 +248,50 @@ class _Signals:
         self.number = self.number or number
 
 
-def _work(
-    points: Sequence[Point],
-    submitted: dict[str, float],
-    slots: Sequence[Slot],
-    at_once: int,
-    console: Console,
-    signals: _Signals,
-) -> None:
-    queue, count = deque(enumerate(points, start=1)), len(points)
+def _work(feed: Feed, slots: Sequence[Slot], at_once: int, console: Console, of: str) -> None:
+    """Until there is nothing more to run, or a signal came."""
+    queue: deque[tuple[int, Point]] = deque()
     running: list[tuple[int, Point, Slot, subprocess.Popen]] = []
-    waiting_said = passed_on = False
-    while queue or running:
-        if signals.number and not passed_on:
-            passed_on = True
-            queue.clear()
-            for _, _, _, process in running:
-                process.send_signal(signal.SIGTERM)
-        for one in [one for one in running if one[3].poll() is not None]:
-            running.remove(one)
-            one[2].give_back()
-            console.say(f"[{one[0]}/{count}] {one[1].label}: {_outcome(one[1])}")
-        busy = [slot for _, _, slot, _ in running]
-        for slot in slots:
-            if queue and len(running) < at_once and slot not in busy and slot.take():
-                number, point = queue.popleft()
-                process = _start(point, submitted[point.digest], slot)
-                running.append((number, point, slot, process))
-                console.say(f"[{number}/{count}] {point.label}: begins; {point.folder / LOG}")
-        if queue and not running and not waiting_said:
-            waiting_said = True
-            console.say("everything this pool could use is leased to another one; waiting …")
-        time.sleep(0.2)
+    count, more, waiting_said = 0, True, False
+    with _Signals() as signals:
+        while more or queue or running:
+            if signals.number and more:
+                more = False
+                queue.clear()
+                for _, _, _, process in running:
+                    process.send_signal(signal.SIGTERM)
+            for one in [one for one in running if one[3].poll() is not None]:
+                running.remove(one)
+                one[2].give_back()
+                console.say(f"[{one[0]}{of}] {one[1].label}: {_outcome(one[1])}")
+            if more:
+                given = feed(max(0, min(at_once, len(slots)) - len(running) - len(queue)))
+                more = given is not None
+                queue.extend(enumerate(given or (), start=count + 1))
+                count += len(given or ())
+            busy = [slot for _, _, slot, _ in running]
+            for slot in slots:
+                if queue and len(running) < at_once and slot not in busy and slot.take():
+                    number, point = queue.popleft()
+                    running.append((number, point, slot, _start(point, slot)))
+                    console.say(f"[{number}{of}] {point.label}: begins; {point.folder / LOG}")
+            if queue and not running and not waiting_said:
+                waiting_said = True
+                console.say("everything this pool could use is leased to another one; waiting …")
+            if more or queue or running:
+                time.sleep(0.2)
+    if signals.number:
+        console.say(
+            f"stopped by {signal.Signals(signals.number).name}; what ran has a checkpoint, and the same command goes on."
+        )
+        sys.exit(128 + signals.number)
 
 
-def _start(point: Point, submitted: float, slot: Slot) -> subprocess.Popen:
+def _start(point: Point, slot: Slot) -> subprocess.Popen:
     code = point.description["code"]
     paths = os.pathsep.join(filter(None, [str(Path(code) / "src"), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
-        [sys.executable, "-m", "twoviews.sweeps.supervise", str(point.folder), repr(submitted)],
+        [sys.executable, "-m", "twoviews.sweeps.supervise", str(point.folder), repr(point.submitted)],
         stdin=subprocess.DEVNULL,
         env={**os.environ, **slot.environment, "PYTHONPATH": paths},
         start_new_session=True,  # Ctrl-C in the terminal comes to this process alone, which passes it on once

@@ -64,9 +64,7 @@ class NotMeasured(Exception):
     """The measured training did not get so far; the message is its own last word."""
 
 
-def plan(
-    folder: Path, new: Sequence[New], now: Mapping[str, State], dispatch: Dispatch, console: Console
-) -> None:
+def plan(folder: Path, new: Sequence[New], now: Mapping[str, State], dispatch: Dispatch, console: Console) -> None:
     """Print what launching these points would start and what that takes; nothing is submitted.
 
     Args:
@@ -106,7 +104,7 @@ def _say_cost(folder: Path, todo: Sequence[New], dispatch: Dispatch, console: Co
     unit = "core-hours" if paces[0].device == "CPU" else "GPU-hours"
     point = " to ".join(dict.fromkeys([duration(min(each)), duration(max(each))]))
     console.say(f"time      about {point} a point, {duration(sum(each))} one after the other; {hours:.3g} {unit}")
-    room = min(dispatch.room, len(todo))
+    room = min(dispatch.room(), len(todo))
     if room > 1:
         together = max(sum(each) / room, max(each))
         console.say(f"          about {duration(together)} with {room} at once, if that does not slow them down")
@@ -120,7 +118,9 @@ def _say_cost(folder: Path, todo: Sequence[New], dispatch: Dispatch, console: Co
     if isinstance(dispatch, Slurm):
         console.say(f"SLURM     would be asked for {len(todo):,} tasks, each: {dispatch.describe()}")
         if any(pace.device == "CPU" for pace in paces) and dispatch.gpus_per_node:
-            console.say("          the time above is that of a CPU, and these tasks get GPUs: it says little about them")
+            console.say(
+                "          the time above is that of a CPU, and these tasks get GPUs: it says little about them"
+            )
         slow = sum(seconds > 60 * dispatch.timeout_min for seconds in each)
         if slow:
             console.say(

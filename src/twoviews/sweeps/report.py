@@ -30,7 +30,7 @@ from twoviews.tracking import stores
 from twoviews.tracking.mirror import reason
 from twoviews.tracking.state import replace
 
-PENDING = ("QUEUED", "RUNNING", "INTERRUPTED")  # of points that are not finished and have not failed either
+PENDING = ("QUEUED", "RUNNING", "INTERRUPTED", "PRUNED")  # of points that are not finished and have not failed either
 SHOWN_SETTINGS = 40  # rows of a table on the page; the CSV has all
 SHOWN_PICTURES = 12
 
@@ -69,12 +69,10 @@ def report(
 
 def _deliver(sweep: Sweep, found: Results, files: Sequence[Path], say: Callable[[str], None]) -> None:
     """The files and the means of the best setting, to MLflow; what it does not take now is said."""
-    from omegaconf import OmegaConf
-
     run, finished = sweep.record["parent"], sum(row.finished for row in found.rows)
     try:
-        tracking = OmegaConf.load(sweep.points[0].folder / "config.yaml").tracking
-        client, _ = stores.connect(stores.resolved(tracking.uri), tracking.experiment)
+        tracking = sweep.record["tracking"]
+        client, _ = stores.connect(stores.resolved(tracking["uri"]), tracking["experiment"])
         for file in files:
             client.log_artifact(run, str(file), "report")
         best = {

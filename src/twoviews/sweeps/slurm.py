@@ -11,6 +11,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,10 +24,12 @@ from twoviews.sweeps import scheduler
 from twoviews.sweeps.dispatch import Dispatch
 from twoviews.sweeps.folder import Point, State, Sweep
 from twoviews.sweeps.supervise import STOPS, Training, supervise
+from twoviews.sweeps.truth import settled
 
 TASKS_AN_ARRAY = 1000  # SLURM's own limit unless a cluster says otherwise (MaxArraySize)
 SIGNAL_EARLY_S = 60  # SLURM may send it so much earlier than told
 PATIENCE_S = 600.0  # of a job whose controller does not answer when it wants to be requeued
+MLFLOW_S = 120.0  # for it to take the end of a point or of the sweep
 PARTNERS_S = 30.0  # in which process 0 writes down why another one died, before SLURM ends the job
 
 
@@ -72,7 +75,6 @@ class Slurm(Dispatch):
         self.partition, self.account, self.nodes, self.tasks_per_node = partition, account, nodes, tasks_per_node
         self.setup, self.options = setup, options
 
-    @property
     def room(self) -> int:
         """Of each array."""
         return self.array_parallelism
@@ -228,10 +230,11 @@ def run_point(folder: str, submitted: float) -> str:
         return _follow(point, partners, environment, told)
     job = scheduler.this_job()
     state = supervise(point, submitted, environment, job, partners.failing)
-    if state.state in ("FAILED", "OUT_OF_MEMORY"):
-        raise PointFailed(state.reason)
     if state.state == "INTERRUPTED" and job:
         _requeue(point, state, job, told)
+    _tell_mlflow(point)
+    if state.state in ("FAILED", "OUT_OF_MEMORY"):
+        raise PointFailed(state.reason)
     if state.state != "FINISHED" and tasks > 1:
         raise PointFailed("another job runs this point")  # or the other processes would wait for this one
     return state.state
@@ -257,6 +260,24 @@ def _requeue(point: Point, state: State, job: str, told: _Told) -> None:
         told.wait(2)
     point.write(state)
     os._exit(1)
+
+
+def _tell_mlflow(point: Point) -> None:
+    """How a point ended whose training could not say so itself, and how the sweep ended after its last point.
+
+    What fails here is done by `python -m twoviews.sweep collect`.
+    """
+    sweep = Sweep(point.folder.parent)
+    if not sweep.record["parent"]:
+        return
+    if all(settled(one, one.state) for one in sweep.points):
+        command = ["twoviews.sweep", "collect", str(sweep.folder)]
+    elif not point.result:
+        command = ["twoviews.tracking", "sync", str(point.folder)]
+    else:
+        return
+    with (sweep.folder / "slurm" / "mlflow.log").open("a") as log, contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run([sys.executable, "-m", *command], stdout=log, stderr=log, timeout=MLFLOW_S)
 
 
 class _Partners:

@@ -67,9 +67,9 @@ def supervise(
         step = int(metrics[-1]["step"]) if metrics else 0
         state = replace(state, state=verdict, reason=reason, ended=time.time(), step=step)
         point.write(state)
-        return state
     finally:
         lock.release()
+    return state
 
 
 def _begun(point: Point, before: State, submitted: float, job: str | None) -> State:

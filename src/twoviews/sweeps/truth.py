@@ -22,7 +22,7 @@ _WHY = {
 def look(points: Sequence[Point]) -> Mapping[str, State]:
     """The state of each point by its digest."""
     jobs = {point.digest: job for point in points if (job := _job(point, point.state)) is not None}
-    asked = [jobs[point.digest] for point in points if point.digest in jobs and not _settled(point, point.state)]
+    asked = [jobs[point.digest] for point in points if point.digest in jobs and not settled(point, point.state)]
     # First the scheduler, then the files: a point that ends in between has written its state by then.
     queue = scheduler.queue(asked) if asked else {}
     gone = [job for job in asked if queue is not None and job not in queue]
@@ -30,7 +30,7 @@ def look(points: Sequence[Point]) -> Mapping[str, State]:
     found = {}
     for point in points:
         state = point.state
-        if _settled(point, state):
+        if settled(point, state):
             found[point.digest] = state
         elif (job := _job(point, state)) is None:
             found[point.digest] = _here(point)
@@ -46,7 +46,7 @@ def _job(point: Point, state: State) -> str | None:
     return state.job if state.submitted > point.submitted else point.job
 
 
-def _settled(point: Point, state: State) -> bool:
+def settled(point: Point, state: State) -> bool:
     """The last submission ended, and its supervisor said how."""
     return state.state in ("FINISHED", "FAILED", "OUT_OF_MEMORY") and state.submitted >= point.submitted
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DESCRIPTION = ("config.yaml", "environment.json", "data.json", "commit.txt")
 FILES = (*DESCRIPTION, "diff.patch", "encoder.json", "result.json")
 PATTERNS = ("*.png", "clusters*.json", "clusters*.npz", "evaluation/*.*")
+RUN_KEY, PARENT = "twoviews.run_key", "mlflow.parentRunId"  # tags: ours, and the one by which MLflow nests runs
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 # MLflow's limits, in characters and in items a call.
 KEY_LENGTH, PARAM_LENGTH, TAG_LENGTH, DATASET_DIGEST_LENGTH = 250, 6000, 8000, 36
@@ -103,14 +104,14 @@ def _open_run(client: "MlflowClient", experiment_id: str, folder: Path, state: S
             state.forget_run()  # the database was replaced by another
         else:
             if run.info.lifecycle_stage == "active":
-                return run
+                return _tagged(client, run, state)
             raise BadInput(
                 f"run {state.run_id} was deleted in MLflow; restore it with `mlflow runs restore --run-id "
                 f"{state.run_id}`, or delete {folder / 'tracking.json'} to send it as a new one"
             )
     state.run_key = state.run_key or uuid.uuid4().hex
     state.save(folder)
-    found = client.search_runs([experiment_id], f"tags.`twoviews.run_key` = '{state.run_key}'", max_results=1)
+    found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{state.run_key}'", max_results=1)
     first = next((line["time"] for _, line in lines(folder / NAME)), time.time())
     run = (
         found[0]
@@ -118,12 +119,20 @@ def _open_run(client: "MlflowClient", experiment_id: str, folder: Path, state: S
         else client.create_run(
             experiment_id,
             start_time=int(first * 1000),
-            tags={"twoviews.run_key": state.run_key, "mlflow.user": os.environ.get("USER", "unknown")},
+            tags={RUN_KEY: state.run_key, "mlflow.user": os.environ.get("USER", "unknown"), **state.tags},
             run_name=folder.resolve().name,
         )
     )
     state.run_id, state.experiment_id, state.status = run.info.run_id, experiment_id, run.info.status
     state.save(folder)
+    return _tagged(client, run, state)
+
+
+def _tagged(client: "MlflowClient", run: "Run", state: State) -> "Run":
+    """The run, which may have been made before it was a point of a sweep."""
+    for key, value in state.tags.items():
+        if run.data.tags.get(key) != value:
+            client.set_tag(run.info.run_id, key, value)
     return run
 
 

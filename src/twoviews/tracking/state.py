@@ -28,6 +28,7 @@ class State:
     sent_bytes: int = 0  # of metrics.jsonl
     status: str = ""  # as MLflow was told last
     files: dict[str, list[int]] = field(default_factory=dict)  # name: [mtime in ns, bytes] of the artifact sent
+    tags: dict[str, str] = field(default_factory=dict)  # of the run: in a sweep its parent and the values of the axes
     # Points that were sent and then cut from metrics.jsonl, because an earlier checkpoint is resumed: step -> names.
     # They are computed again, perhaps not to the last digit (images_per_s never is), and must not appear twice.
     already: dict[str, list[str]] = field(default_factory=dict)

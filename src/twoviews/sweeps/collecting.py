@@ -1,0 +1,90 @@
+"""A sweep into MLflow: its parent run at submission, and later whatever its points could not send themselves."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from filelock import FileLock
+
+from twoviews.errors import BadInput
+from twoviews.sweeps.folder import Point, State, Sweep
+from twoviews.sweeps.truth import look
+from twoviews.tracking import NAME, parents, send
+from twoviews.tracking.mirror import reason
+from twoviews.tracking.sending import unsent
+
+PARENT_S = 120.0  # longest wait for another launch that makes the parent run
+
+
+def prepare(sweep: Sweep, points: Sequence[Point], tracking: Mapping[str, Any]) -> None:
+    """Make database, experiment and parent run, alone and before any point begins; tell the points.
+
+    Args:
+        sweep: its sweep.json gets the id of the parent run.
+        points: those that are to be children of it.
+        tracking: the node of the configuration that all points share.
+
+    Raises:
+        BadInput: the store does not answer.
+    """
+    uri, experiment = tracking["uri"], tracking["experiment"]
+    with FileLock(sweep.folder / ".parent.lock", timeout=PARENT_S):
+        with sweep.update() as record:
+            aim = {"uri": uri, "experiment": experiment}
+            if record.get("tracking") != aim:  # another store: the parent there is another run
+                record.update(tracking=aim, parent=None, parent_key=parents.new_key())
+        key, tags = record["parent_key"], {"twoviews.sweep": sweep.name, "folder": str(sweep.folder)}
+        tags.update(command=shlex.join(record["command"]), **parents.axis_tags(record["axes"]))
+        try:
+            parent = parents.open_parent(uri, experiment, sweep.name, key, tags)
+        except BadInput:
+            raise
+        except Exception as error:  # whatever mlflow raises about a store
+            raise BadInput(
+                f"MLflow takes no sweep ({reason(error)}); set tracking.uri right, or use tracking=files and "
+                "`python -m twoviews.sweep collect` later."
+            ) from error
+        with sweep.update() as record:
+            record["parent"] = parent
+    for point in points:
+        parents.adopt(point.folder, uri, experiment, parent, point.axes)
+
+
+def collect(sweep: Sweep, points: Sequence[Point]) -> int:
+    """Send what MLflow does not have of these points, nothing twice; the number of points left.
+
+    Points that nobody runs any more end there as result.json says, or as killed.
+
+    Raises:
+        BadInput: the store does not answer.
+    """
+    states = look(points)
+    tracking = _tracking(sweep, points)
+    prepare(sweep, points, tracking)
+    left = 0
+    for point in points:
+        if not (point.folder / NAME).exists():
+            continue
+        try:
+            send(point.folder, closed=not states[point.digest].active)
+        except Exception as error:  # one folder at fault must not keep the others
+            print(f"{point.digest} {point.label}: {unsent(point.folder)} numbers left ({reason(error)})")
+            left += 1
+    if status := _status([states[point.digest] for point in points]):
+        parents.end_parent(tracking["uri"], tracking["experiment"], sweep.record["parent"], status)
+    return left
+
+
+def _status(states: Sequence[State]) -> str:
+    """Of the parent, as MLflow calls it; empty while points are under way."""
+    if any(state.active for state in states):
+        return ""
+    return "FINISHED" if all(state.state == "FINISHED" for state in states) else "FAILED"
+
+
+def _tracking(sweep: Sweep, points: Sequence[Point]) -> dict[str, Any]:
+    import yaml
+
+    if known := sweep.record.get("tracking"):
+        return known
+    return yaml.safe_load((points[0].folder / "config.yaml").read_text())["tracking"]

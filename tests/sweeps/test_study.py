@@ -1,0 +1,238 @@
+"""The search by optuna: no trial lost or doubled, seeds averaged over, weak trials stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from fake import TRAIN, starts
+from test_supervise import wait_for
+
+from twoviews.console import Console
+from twoviews.errors import BadInput
+from twoviews.sweeps.dispatch import Dispatch
+from twoviews.sweeps.folder import New, Sweep
+from twoviews.sweeps.launching import Launch
+from twoviews.sweeps.machine import Local, Pool
+from twoviews.sweeps.report import report
+from twoviews.sweeps.study import Optuna, collapsed
+
+# A stand-in for a training: its kNN depends on x and, a little, on the seed.
+PLAN = """
+x, seed, collapse, behind = {x}, {seed}, {collapse}, {behind}
+bad = x < 0.3
+epochs = 100 if bad and (collapse or behind) else {epochs}
+knn = 80 - 40 * abs(x - 0.7) + seed
+lines = []
+for epoch in range(1, epochs + 1):
+    spread = 0.01 if collapse and bad else 0.9
+    lines.append({{"step": epoch, "epoch": epoch, "time": time.time(), "knn/top1": knn, "train/spread": spread}})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+    stop_when_told(); time.sleep({pause})
+if {fail!r} and bad:
+    result("failed", reason={fail!r}); sys.exit(1)
+checkpoint(); result("finished", **{{"knn/top1": knn}})
+"""
+
+
+class Order(Launch):
+    """What the search needs of `Launch`, with stand-ins for trainings."""
+
+    def __init__(self, folder: Path, dispatch: Dispatch, **plan: object):
+        self.folder, self.dispatch = folder, dispatch
+        self.plan = {"epochs": 3, "collapse": False, "behind": False, "fail": "", "pause": 0.0, **plan}
+        self.options, self.console = SimpleNamespace(plan=False), Console()
+        self.tracking = {"mirror": False}
+        code = folder / "code" / "fake"
+        code.mkdir(parents=True, exist_ok=True)
+        (code / "train.py").write_text(TRAIN)
+        self.here = {"cwd": str(folder), "code": str(code)}
+
+    def points(self, combinations) -> list[New]:
+        made = []
+        for one in combinations:
+            axes = {key: float(value) for key, value in (override.split("=") for override in one)}
+            digest = f"{abs(hash(tuple(sorted(axes.items())))) % 2**32:08x}"
+            config = PLAN.format(**{"seed": 0, **axes}, **self.plan)
+            made.append(New(digest, axes, list(one), config))
+        return made
+
+    def add(self, new):
+        sweep = Sweep(self.folder)
+        return sweep, sweep.add([replace(one, more=self.here) for one in new], command=["python", "train.py", "-m"])
+
+    def prepare(self, sweep, points) -> None:
+        pass
+
+
+TYPED = ["x=interval(0.0,1.0)", "seed=0,1"]
+
+
+@pytest.fixture(autouse=True)
+def leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+
+
+def pool(at_once: int = 3) -> Pool:
+    return Pool(at_once=at_once, points_per_gpu=1, cores_per_point=1)
+
+
+def search(**settings: object) -> Optuna:
+    return Optuna(**{"trials": 6, "draw": 0, "metric": "knn/top1", "prune": False, "at_once": 2, **settings})  # type: ignore[arg-type]
+
+
+def trials(folder: Path) -> list:
+    import optuna
+
+    return optuna.load_study(study_name=folder.name, storage=f"sqlite:///{folder / 'study.db'}").trials
+
+
+def started(folder: Path) -> dict[str, int]:
+    return {point.digest: len(starts(point)) for point in Sweep(folder).points}
+
+
+def test_a_value_is_the_mean_over_seeds_and_each_point_runs_once(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "s"
+    assert search().run(Order(folder, pool()), TYPED) == 0
+    found = trials(folder)
+    assert [one.state.name for one in found] == ["COMPLETE"] * 6
+    for one in found:
+        assert one.value == pytest.approx(80 - 40 * abs(one.params["x"] - 0.7) + 0.5, abs=0.01)
+    points = Sweep(folder).points
+    assert len(points) == 12 and set(started(folder).values()) == {1}
+    assert {point.axes["seed"] for point in points} == {0, 1} and len({point.axes["x"] for point in points}) == 6
+    assert "best: x=" in capsys.readouterr().out
+
+
+def test_the_same_command_adds_only_what_is_missing(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    search(trials=2).run(Order(folder, Local()), TYPED)
+    first = [one.params for one in trials(folder)]
+    search(trials=2).run(Order(folder, Local()), TYPED)
+    assert [one.params for one in trials(folder)] == first
+    search(trials=4).run(Order(folder, Local()), TYPED)
+    found = [one.params["x"] for one in trials(folder)]
+    assert found[:2] == [one["x"] for one in first] and len(set(found)) == 4  # not the first proposals again
+    assert set(started(folder).values()) == {1}
+
+
+def test_other_values_are_another_study(tmp_path: Path) -> None:
+    search(trials=1).run(Order(tmp_path / "s", Local()), TYPED)
+    with pytest.raises(BadInput, match="sweep.name="):
+        search(trials=1).run(Order(tmp_path / "s", Local()), ["x=interval(0.0,2.0)", "seed=0,1"])
+    with pytest.raises(BadInput, match="nothing to search"):
+        search(trials=1).run(Order(tmp_path / "s", Local()), ["seed=0,1"])
+
+
+def test_no_batch_waits_for_its_slowest(tmp_path: Path) -> None:
+    """One point is held back until four others are through: with batches of two that would be for ever."""
+    folder = tmp_path / "s"
+
+    class Held(Order):
+        def points(self, combinations) -> list[New]:
+            first = not list(folder.glob("*/point.json"))
+            made = super().points(combinations)
+            if first:
+                until = "while len(list(folder.parent.glob('*/result.json'))) < 4: time.sleep(0.05)\n"
+                made = [replace(one, config=until + one.config) for one in made]
+            return made
+
+    assert search(trials=5).run(Held(folder, pool(2)), ["x=interval(0.0,1.0)"]) == 0
+    assert [one.state.name for one in trials(folder)] == ["COMPLETE"] * 5
+
+
+DRIVER = """
+import os, sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from test_study import Order, TYPED, pool, search
+os.sched_getaffinity = lambda _: set(range(4))
+sys.exit(search(trials=5).run(Order(Path({folder!r}), pool(2), pause=0.15), TYPED))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [1, 4])
+def test_killed_and_started_again_no_trial_is_lost_or_doubled(tmp_path: Path, moment: int) -> None:
+    folder = tmp_path / "s"
+    script = DRIVER.format(paths=[str(Path(__file__).parent), str(Path(__file__).parents[1])], folder=str(folder))
+    driver = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+    wait_for(lambda: len(list(folder.glob("*/starts"))) >= moment, 90)
+    time.sleep(0.3)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    before = trials(folder)
+    assert subprocess.run([sys.executable, "-c", script], timeout=200).returncode == 0
+    found = trials(folder)
+    assert [one.state.name for one in found] == ["COMPLETE"] * 5
+    assert [one.params for one in found[: len(before)]] == [one.params for one in before]
+    points = Sweep(folder).points
+    assert len(points) == 10 == len({(point.axes["x"], point.axes["seed"]) for point in points})
+    assert all(point.state.state == "FINISHED" for point in points)
+    # What had finished was not run again; what was under way was started once more.
+    assert max(started(folder).values()) <= 2 and sum(started(folder).values()) <= 12
+
+
+def test_a_collapsed_trial_is_stopped_and_the_report_says_why(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    order = Order(folder, pool(), collapse=True, pause=0.1)
+    assert search(trials=6, prune=True).run(order, ["x=0.1,0.6", "seed=0,1"]) == 0
+    states = {(one.params["x"], one.state.name) for one in trials(folder)}
+    assert states == {("0.1", "PRUNED"), ("0.6", "COMPLETE")}
+    weak = [point for point in Sweep(folder).points if point.axes["x"] == 0.1]
+    assert all(len(point.metrics()) < 100 and point.state.state != "FINISHED" for point in weak)
+    found = {row.digest: row for row in report(Sweep(folder)).rows}
+    assert all(found[point.digest].state == "PRUNED" for point in weak)
+    assert "collapsed: its spread stays below 0.05" in found[weak[0].digest].reason
+
+
+def test_a_trial_below_the_median_is_stopped(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    order = Order(folder, pool(), behind=True, pause=0.1, epochs=30)
+    # The first four have to finish before there is a median; the fifth is the weak one.
+    assert search(trials=4, prune=True).run(order, ["x=interval(0.4,0.9)", "seed=0,1"]) == 0
+    import optuna
+
+    study = optuna.load_study(study_name="s", storage=f"sqlite:///{folder / 'study.db'}")
+    study.enqueue_trial({"x": 0.4})
+    weak = Order(folder, pool(), pause=0.1, epochs=100)
+    weak.points = lambda combinations: Order.points(
+        weak, [[one[0].replace("0.4", "0.1"), one[1]] for one in combinations]
+    )
+    search(trials=5, prune=True).run(weak, ["x=interval(0.4,0.9)", "seed=0,1"])
+    last = trials(folder)[4]
+    assert last.state.name == "PRUNED" and "below the median" in last.user_attrs["reason"]
+    assert all(len(point.metrics()) < 100 for point in Sweep(folder).points if point.axes["x"] == 0.1)
+
+
+def test_a_diverged_trial_is_a_bad_one_and_another_failure_is_no_value(tmp_path: Path) -> None:
+    diverged = tmp_path / "diverged"
+    search(trials=12, at_once=3).run(Order(diverged, pool(), fail="the loss is nan at step 3"), ["x=0.1,0.6"])
+    states = {one.params["x"]: one.state.name for one in trials(diverged)}
+    assert states == {"0.1": "PRUNED", "0.6": "COMPLETE"}
+    failed = tmp_path / "failed"
+    search(trials=12, at_once=3).run(Order(failed, pool(), fail="out of luck"), ["x=0.1,0.6"])
+    states = {one.params["x"]: one.state.name for one in trials(failed)}
+    assert states == {"0.1": "FAIL", "0.6": "COMPLETE"}
+    reasons = [one.user_attrs["reason"] for one in trials(failed) if one.state.name == "FAIL"]
+    assert "out of luck" in reasons[0]
+
+
+def test_collapse_is_an_epoch_of_no_spread() -> None:
+    def lines(*spreads: float) -> list[dict[str, float]]:
+        return [{"epoch": 0.5 * (number + 1), "train/spread": spread} for number, spread in enumerate(spreads)]
+
+    assert not collapsed([]) and not collapsed(lines(0.01, 0.01, 0.01))  # the first epoch may begin anywhere
+    assert collapsed(lines(0.5, 0.5, 0.01, 0.01)) and not collapsed(lines(0.01, 0.01, 0.2, 0.01))
+    assert not collapsed([{"epoch": 9.0, "train/loss": 1.0}])
