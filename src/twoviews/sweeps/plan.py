@@ -5,6 +5,7 @@ in a folder that is thrown away. Points that differ in what a step costs are mea
 """
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -204,6 +205,7 @@ def _measured(point: New, console: Console) -> Pace:
         (folder / "config.yaml").write_text(point.config)
         command = [sys.executable, str(ROOT / "train.py"), *arguments(folder), "tracking.mirror=false"]
         log = folder / "log.txt"
+        started = time.time()
         with log.open("w") as out:
             child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
         try:
@@ -216,7 +218,7 @@ def _measured(point: New, console: Console) -> Pace:
                 except subprocess.TimeoutExpired:
                     child.kill()
                     child.wait()
-        return _pace(point, folder, log)
+        return _pace(point, folder, log, started)
 
 
 def _wait_for_steps(child: subprocess.Popen, folder: Path) -> None:
@@ -230,7 +232,7 @@ def _wait_for_steps(child: subprocess.Popen, folder: Path) -> None:
             return
 
 
-def _pace(point: New, folder: Path, log: Path) -> Pace:
+def _pace(point: New, folder: Path, log: Path, started: float) -> Pace:
     """From what the measured training wrote."""
     lines = list(read(folder))
     steps = [line for line in lines if "train/loss" in line]
@@ -245,23 +247,25 @@ def _pace(point: New, folder: Path, log: Path) -> Pace:
         if later["step"] > earlier["step"]
     )
     steps_per_epoch = steps[-1]["step"] / steps[-1]["epoch"]
-    # Before the first step a training measures kNN of the untrained encoder and of the pixels, if it can measure at all;
-    # later once every so many epochs, and linear accuracy at the end, which takes about as long again.
+    # Before the first step it measured kNN of the untrained encoder and of the pixels, if it can measure at all; later it
+    # does once every so many epochs, and at the end linear accuracy too, which takes about as long again.
     ended = max(line["time"] for line in lines)
     before = max(0.0, result.get("seconds", 0.0) - (ended - lines[0]["time"])) if lines[0]["step"] == 0 else 0.0
-    every = [
-        int(found.group(1))
-        for found in re.finditer(r"^\s+every_epochs: (\d+)", point.config, re.MULTILINE)
-        if found.group(1) != "0"
-    ]
-    watching = before / min(every) if every else 0.0
+    found = re.findall(r"^\s+every_epochs: (\d+)", point.config, re.MULTILINE)
+    every = [int(one) for one in found if one != "0"]
+    fixed_s, epoch_s = (
+        before + lines[0]["time"] - started,
+        steps_per_epoch * step_s + before / min(every, default=math.inf),
+    )
+    if result.get("state") == "finished":  # it was so short that nothing has to be guessed
+        fixed_s, epoch_s = lines[0]["time"] - started, (ended - lines[0]["time"]) / steps[-1]["epoch"]
     last, rest = (folder / "last.pt"), _bytes_in(folder)
     size = last.stat().st_size if last.exists() else 0
     checkpoints = sum(path.stat().st_size for path in folder.glob("*.pt"))
     device = machine["gpu"] or "CPU"
     return Pace(
-        fixed_s=2 * before,
-        epoch_s=steps_per_epoch * step_s + watching,
+        fixed_s=fixed_s,
+        epoch_s=epoch_s,
         disk=rest - checkpoints + 2 * size,  # last.pt and previous.pt
         device=device,
         width=1 if machine["gpu"] else int(machine["threads"]),
