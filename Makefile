@@ -5,10 +5,10 @@ BIN := .venv/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint types lock mlflow clean
+.PHONY: help setup train test test-slurm lint types lock mlflow tracking-server clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/dev  ## make .venv with everything pinned, tests and tools included
 
@@ -30,8 +30,13 @@ setup: .venv/dev  ## make .venv with everything pinned, tests and tools included
 train: .venv/train  ## train: make train ARGS="method=simclr data=cifar10"; the default learns digits in three minutes
 	$(BIN)/python train.py $(ARGS)
 
-test: .venv/dev  ## all tests
+test: .venv/dev  ## all tests but those that need a SLURM cluster
 	$(BIN)/python -m pytest $(ARGS)
+
+test-slurm: .venv/dev  ## tests of sweeps on a SLURM of virtual nodes on this machine (Debian, root)
+	tests/slurm/cluster start
+	eval "$$(tests/slurm/cluster env)" && OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm $(ARGS); \
+		code=$$?; tests/slurm/cluster stop; exit $$code
 
 lint: .venv/dev  ## style and format
 	$(BIN)/ruff check .
@@ -42,6 +47,9 @@ types: .venv/dev  ## static types
 
 mlflow: .venv/train  ## MLflow's pages on all runs, at http://127.0.0.1:5000
 	$(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
+
+tracking-server: .venv/train  ## an MLflow server on PostgreSQL for many machines: make tracking-server ARGS="--host 0.0.0.0"
+	$(BIN)/python -m twoviews.tracking serve $(ARGS)
 
 lock: .venv/bin/uv  ## pin the newest versions that fit together
 	cd requirements && for name in uv train dev; do \

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn
@@ -33,6 +34,8 @@ class Dispatching(Launcher):
         """
         from twoviews.sweeps.launching import Launch, launch
 
+        # Hydra's own record, which its sweeper has just written beside the sweeps; sweep.json says all of it.
+        Path(self._config.hydra.sweep.dir, "multirun.yaml").unlink(missing_ok=True)
         order = Launch(self._config, lambda one: self._loader.load_sweep_config(self._config, one))
         code = launch(order, job_overrides)
         if code:

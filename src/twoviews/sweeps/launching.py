@@ -57,11 +57,10 @@ class Launch:
         typed = _parsed(list(config.hydra.overrides.task))
         self.swept = [one.get_key_element() for one in typed if one.is_sweep_override()]
         self.launcher = check_plugin(config, "launcher")
-        self.folder = Path(config.hydra.sweep.dir) / (self.options.name or name(config, self.swept))
-        if not re.fullmatch(r"[\w.+-]+", self.folder.name):
-            raise BadInput(
-                f"sweep.name={self.folder.name} is not the name of a folder; use letters, digits and any of . _ + -"
-            )
+        called = self.options.name or name(config, self.swept)
+        if not re.fullmatch(r"[\w+-][\w.+-]*", called):
+            raise BadInput(f"sweep.name={called} is not the name of a folder; use letters, digits and any of . _ + -")
+        self.folder = Path(config.hydra.sweep.dir) / called
         tracking = OmegaConf.to_container(config.tracking, resolve=True)
         self.tracking: dict[str, Any] = {**tracking, "uri": stores.resolved(tracking["uri"])}  # type: ignore[dict-item, index]
         if self.tracking["mirror"]:

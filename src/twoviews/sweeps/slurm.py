@@ -124,8 +124,8 @@ class Slurm(Dispatch):
                 jobs = executor.map_array(run_point, [str(point.folder) for point in points], [when] * len(points))
         except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
             shutil.rmtree(folder, ignore_errors=True)
-            said = [line for line in str(error).splitlines() if "error:" in line.lower() or "sbatch:" in line]
-            raise BadInput(f"sbatch refused: {(said or str(error).splitlines() or ['no reason given'])[-1]}") from error
+            said = [line.rpartition("error: ")[2] for line in str(error).splitlines() if "error: " in line]
+            raise BadInput(f"sbatch refused: {said[-1] if said else error}") from error
         return [job.job_id for job in jobs]
 
     def _parameters(self, sweep: Sweep, points: Sequence[Point]) -> dict[str, object]:

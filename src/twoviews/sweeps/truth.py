@@ -1,6 +1,6 @@
 """What is true of points: their supervisors' word, as long as the supervisors live, and after that SLURM's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from twoviews.sweeps import scheduler
@@ -10,6 +10,7 @@ from twoviews.sweeps.scheduler import Said
 AGAIN = "the same command goes on"
 _SAME_NAME = ("FAILED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY", "CANCELLED")
 _MEANS = {"BOOT_FAIL": "NODE_FAIL", "DEADLINE": "TIMEOUT", "REVOKED": "CANCELLED"}
+_USUAL = ("", "BeginTime", "JobArrayTaskLimit", "Priority", "Resources")  # of waiting; anything else is worth telling
 _WHY = {
     "TIMEOUT": "the time limit came before a checkpoint could be written",
     "PREEMPTED": "preempted, and the cluster does not requeue",
@@ -21,34 +22,43 @@ _WHY = {
 
 def look(points: Sequence[Point]) -> Mapping[str, State]:
     """The state of each point by its digest."""
-    jobs = {point.digest: job for point in points if (job := _job(point, point.state)) is not None}
-    asked = [jobs[point.digest] for point in points if point.digest in jobs and not settled(point, point.state)]
+    asked = {job for point in points if not settled(point, state := point.state) for job in _jobs(point, state)}
     # First the scheduler, then the files: a point that ends in between has written its state by then.
-    queue = scheduler.queue(asked) if asked else {}
+    queue = scheduler.queue([*asked]) if asked else {}
     gone = [job for job in asked if queue is not None and job not in queue]
     accounts = scheduler.accounts(gone) if gone else {}
+    known = {**accounts, **(queue or {})}
+    arrays = {job.partition("_")[0] for job in known}
     found = {}
     for point in points:
         state = point.state
         if settled(point, state):
             found[point.digest] = state
-        elif (job := _job(point, state)) is None:
+        elif not (jobs := _jobs(point, state)):
             found[point.digest] = _here(point)
         elif queue is None:
-            found[point.digest] = replace(_own(point, state), job=job, reason="SLURM's controller does not answer")
+            found[point.digest] = replace(_own(point, state), job=jobs[0], reason="SLURM's controller does not answer")
         else:
-            found[point.digest] = _there(point, state, job, queue.get(job), accounts.get(job))
+            found[point.digest] = _there(point, state, jobs, known, arrays)
     return found
 
 
-def _job(point: Point, state: State) -> str | None:
-    """SLURM's job of the last submission; the launcher may have been killed before it wrote it down."""
-    return state.job if state.submitted > point.submitted else point.job
+def _jobs(point: Point, state: State) -> list[str]:
+    """SLURM's jobs that may be running it, the last submission first; none where it was not SLURM.
+
+    There are two if a launcher was killed before it wrote down what it had submitted.
+    """
+    if point.job is None and point.submitted > state.submitted:
+        return []
+    written = state.job if state.active else None
+    both = (state.job, point.job) if state.submitted > point.submitted else (point.job, written)
+    return [*dict.fromkeys(job for job in both if job)]
 
 
 def settled(point: Point, state: State) -> bool:
     """The last submission ended, and its supervisor said how."""
-    return state.state in ("FINISHED", "FAILED", "OUT_OF_MEMORY") and state.submitted >= point.submitted
+    ended = state.state in ("FAILED", "OUT_OF_MEMORY") and state.submitted >= point.submitted
+    return ended or state.state == "FINISHED"
 
 
 def _own(point: Point, state: State) -> State:
@@ -73,19 +83,24 @@ def _here(point: Point) -> State:
     return replace(state, state="LOST", reason=f"its launcher ended before it began; {AGAIN}")
 
 
-def _there(point: Point, state: State, job: str, queued: Said | None, accounted: Said | None) -> State:
-    """Of a point that SLURM runs, and whose supervisor has not said the last word."""
-    own = replace(_own(point, state), job=job)
-    said = queued or accounted
+def _there(
+    point: Point, state: State, jobs: Sequence[str], known: Mapping[str, Said], arrays: Collection[str]
+) -> State:
+    """Of a point that SLURM runs, and whose supervisor has not said the last word; `arrays` are those of `known`."""
+    if state.state == "RUNNING" and state.job and state.job in known and known[state.job].state in scheduler.WORKING:
+        return state
+    job, own = jobs[0], replace(_own(point, state), job=jobs[0])
+    said = known.get(job)
+    # Of a task that is cancelled while it waits within its array SLURM keeps no record, of the others it does.
+    if said is None and (point.cancelled >= own.submitted or job.partition("_")[0] in arrays):
+        return replace(own, state="CANCELLED", reason=f"cancelled before it began; {AGAIN}")
     if said is None:
-        word = "CANCELLED" if point.cancelled >= own.submitted else "LOST"
-        reason = "cancelled" if word == "CANCELLED" else f"SLURM knows nothing of job {job} any more; {AGAIN}"
-        return replace(own, state=word, reason=reason)
+        return replace(own, state="LOST", reason=f"SLURM knows nothing of job {job} any more; {AGAIN}")
     if said.state in scheduler.WAITING:
-        reason = own.reason if said.reason in ("", "BeginTime") else f"waits: {said.reason}"
+        reason = own.reason if said.reason in _USUAL else f"waits: {said.reason}"
         return replace(own, state="QUEUED", reason=reason)
     if said.state in scheduler.WORKING:
-        return replace(own, state="RUNNING", node=own.node or said.node)
+        return replace(own, state="RUNNING", node=own.node or said.node, reason="")
     word = _MEANS.get(said.state, said.state)
     if word in _SAME_NAME:
         reason = _WHY.get(

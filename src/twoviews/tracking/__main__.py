@@ -1,4 +1,4 @@
-"""`python -m twoviews.tracking sync`: send run folders to MLflow later, or again."""
+"""`python -m twoviews.tracking`: send run folders to MLflow later, or again; serve MLflow to many machines."""
 
 import argparse
 import sys
@@ -18,25 +18,48 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0 everything is in MLflow, 1 something is left, 2 bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m twoviews.tracking",
+        epilog="Exit code: 0 everything is in MLflow, 1 something is left, 2 bad input.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="sync or serve")
+    sync = commands.add_parser(
+        "sync",
+        help="send what MLflow does not have",
         description="Send run folders to MLflow: runs trained with tracking=files, runs whose server was away, runs "
         "that were killed. It can be repeated: nothing is sent twice. A run that is still training gets what its "
         "last checkpoint keeps.",
-        epilog="Exit code: 0 everything is in MLflow, 1 something is left, 2 bad input.",
-    )
-    sync = parser.add_subparsers(required=True, metavar="sync").add_parser(
-        "sync", help="send what MLflow does not have"
     )
     sync.add_argument("folders", nargs="*", type=Path, metavar="folder", help="default: all in outputs/ and multirun/")
     sync.add_argument("--uri", help="MLflow's store; default: the run's own tracking.uri")
     sync.add_argument("--experiment", help="MLflow's experiment; default: the run's own tracking.experiment")
+    sync.set_defaults(action=_sync)
+    serve = commands.add_parser(
+        "serve",
+        help="an MLflow server on PostgreSQL",
+        description="An MLflow server on PostgreSQL, for runs on many machines; it stays in the foreground.",
+    )
+    serve.add_argument("--folder", type=Path, default=Path("mlflow-server"), help="of database and artifacts")
+    serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for other machines, in a network that is trusted")
+    serve.add_argument("--port", type=int, default=5000)
+    serve.add_argument("--workers", type=int, default=2, help="processes of the server")
+    serve.set_defaults(action=_serve)
     given = parser.parse_args(arguments)
     try:
-        if given.uri:
-            stores.check(given.uri)
-        return max(sync_one(folder, given.uri, given.experiment) for folder in _folders(given.folders))
+        return given.action(given)
     except BadInput as error:
         print(error, file=sys.stderr)
         return 2
+
+
+def _sync(given: argparse.Namespace) -> int:
+    if given.uri:
+        stores.check(given.uri)
+    return max(sync_one(folder, given.uri, given.experiment) for folder in _folders(given.folders))
+
+
+def _serve(given: argparse.Namespace) -> int:
+    from twoviews.tracking.server import serve
+
+    return serve(given.folder, given.host, given.port, given.workers)
 
 
 def sync_one(folder: Path, uri: str | None, experiment: str | None) -> int:

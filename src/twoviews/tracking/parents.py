@@ -56,8 +56,11 @@ def adopt(folder: Path, uri: str | None, experiment: str, parent: str, axes: Map
     aim(folder, uri, experiment)
     with mirroring(folder):
         state = State.load(folder)
-        state.tags = {PARENT: parent, **axis_tags(axes)}
-        state.save(folder)
+        tags = {PARENT: parent, **axis_tags(axes)}
+        if state.tags != tags:
+            # What MLflow was told last is forgotten, so that a run which is there already is opened and gets them.
+            state.tags, state.status = tags, ""
+            state.save(folder)
 
 
 def axis_tags(axes: Mapping[str, Any]) -> dict[str, str]:

@@ -1,0 +1,130 @@
+"""An MLflow server on PostgreSQL, for sweeps whose points run on many nodes: SQLite is for one machine.
+
+Both are started in the foreground and end together. The database listens on a socket in its folder only.
+"""
+
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from twoviews.errors import BadInput
+from twoviews.tracking.stores import prepare_environment
+
+DATABASE_S = 60.0  # for PostgreSQL to answer
+PLACES = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/opt/homebrew/opt/postgresql*/bin")
+
+
+def serve(folder: Path, host: str, port: int, workers: int) -> int:
+    """Run until a signal comes; the exit code of the server.
+
+    Args:
+        folder: of database and artifacts, made at the first start.
+        host: address that the server listens on; 0.0.0.0 for other machines, in a network that is trusted.
+        port: of the server.
+        workers: processes of the server.
+
+    Raises:
+        BadInput: there is no PostgreSQL or no driver for it, or the database does not start.
+    """
+    prepare_environment()
+    programs, folder = _programs(), folder.absolute()
+    try:
+        import psycopg  # noqa: F401
+    except ImportError as error:
+        raise BadInput("MLflow needs a driver for PostgreSQL; install it: pip install 'psycopg[binary]'.") from error
+    data, sockets = folder / "database", folder / "sockets"
+    for place in (folder, sockets, folder / "artifacts"):
+        place.mkdir(parents=True, exist_ok=True)
+    user = _user(folder, sockets)
+    if not (data / "PG_VERSION").exists():
+        _run(user, programs / "initdb", "-D", data, "-U", "mlflow", "--auth=trust", "--encoding=UTF8", "--locale=C")
+    database = subprocess.Popen(
+        _as(
+            user,
+            programs / "postgres",
+            "-D",
+            data,
+            "-k",
+            sockets,
+            "-c",
+            "listen_addresses=",
+            "-c",
+            "max_connections=200",
+        ),
+        stdout=(folder / "database.log").open("a"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        _wait(database, programs, sockets, folder)
+        address = f"postgresql+psycopg://mlflow@/postgres?host={sockets}"
+        command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port)]
+        command += ["--workers", str(workers), "--backend-store-uri", address]
+        command += ["--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")]
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # saves a gigabyte
+        server = subprocess.Popen(command, env=environment, start_new_session=True)
+        print(f"train with tracking.uri=http://{host}:{port}; Ctrl-C ends server and database.", flush=True)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: os.killpg(server.pid, signal.SIGTERM))
+        return max(server.wait(), 0)
+    finally:
+        database.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown
+        database.wait()
+
+
+def _programs() -> Path:
+    """Where PostgreSQL is.
+
+    Raises:
+        BadInput: nowhere.
+    """
+    found = [path for place in PLACES for path in sorted(Path("/").glob(place[1:])) if (path / "initdb").exists()]
+    if not found and (initdb := shutil.which("initdb")):
+        found = [Path(initdb).resolve().parent]
+    if not found:
+        raise BadInput("there is no PostgreSQL on this machine; install it, for example apt-get install postgresql.")
+    return found[-1]
+
+
+def _user(*owned: Path) -> str | None:
+    """Who PostgreSQL runs as: it refuses root; None is whoever this is.
+
+    Raises:
+        BadInput: this is root, and there is nobody else.
+    """
+    if os.getuid() != 0:
+        return None
+    try:
+        pwd.getpwnam("postgres")
+    except KeyError as error:
+        raise BadInput(
+            "PostgreSQL does not run as root, and there is no user postgres; start this as another user."
+        ) from error
+    for place in owned:
+        shutil.chown(place, "postgres", "postgres")
+    return "postgres"
+
+
+def _as(user: str | None, *command: object) -> list[str]:
+    words = [str(word) for word in command]
+    return words if user is None else ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", *words]
+
+
+def _run(user: str | None, *command: object) -> None:
+    done = subprocess.run(_as(user, *command), capture_output=True, text=True, cwd="/")
+    if done.returncode:
+        raise BadInput(f"{command[0]} failed: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+
+
+def _wait(database: subprocess.Popen, programs: Path, sockets: Path, folder: Path) -> None:
+    end = time.monotonic() + DATABASE_S
+    ready = [str(programs / "pg_isready"), "-q", "-h", str(sockets), "-U", "mlflow"]
+    while subprocess.run(ready).returncode:
+        if database.poll() is not None or time.monotonic() > end:
+            raise BadInput(f"PostgreSQL does not start; {folder / 'database.log'} says why.")
+        time.sleep(0.2)

@@ -1,0 +1,207 @@
+"""What a real SLURM does to points, and what is then said of them. The trainings are stand-ins that take no time."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import VALUES, cluster, dispatch, slurm, states, wait_for
+from fake import FINISH, starts, sweep
+
+from twoviews.errors import BadInput
+from twoviews.sweep import chosen, logs, retry, status
+from twoviews.sweeps import scheduler
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.truth import look
+
+# The first start waits to be stopped with a checkpoint, or killed; the next one finishes.
+TWICE = (
+    f"if (folder / 'starts').read_text().count('\\n') > 1:\n    {FINISH}; sys.exit()\nstop_when_told(); until('never')"
+)
+CHECKPOINTED = TWICE.replace("stop_when_told();", "checkpoint(); stop_when_told();")
+
+
+def latest(points):
+    """As sweep.json knows them now."""
+    return Sweep(points[0].folder.parent).points
+
+
+def test_how_points_end_is_told_truly(tmp_path: Path, capsys) -> None:
+    points = sweep(
+        tmp_path / "s",
+        FINISH,
+        "raise RuntimeError('no such kernel')",
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        "checkpoint(); os.kill(os.getppid(), signal.SIGKILL); time.sleep(1)",  # its supervisor
+        "sys.exit(128 + signal.SIGUSR2)",  # wants to be requeued each time, without getting anywhere
+    )
+    begun = time.monotonic()
+    dispatch().submit(points)
+    assert time.monotonic() - begun < 15
+    points = latest(points)
+    assert len({point.job for point in points}) == 5 and len(slurm("squeue", "-hr").splitlines()) == 5
+    wait_for(lambda: states(points)[:4] == ["FINISHED", "FAILED", "FAILED", "FAILED"])
+    assert status(Sweep(tmp_path / "s"), points) == 3
+    now = [*look(points).values()]
+    assert now[0].node in ("n1", "n2", "n3", "n4") and now[0].job == points[0].job
+    assert now[1].reason == "RuntimeError: no such kernel" and "killed by SIGKILL" in now[2].reason
+    assert "SLURM says FAILED" in now[3].reason
+    wait_for(lambda: states(points)[4] == "FAILED")
+    assert "3 starts in a row" in points[4].state.reason and len(starts(points[4])) == 3
+    wait_for(lambda: not slurm("squeue", "-h"))
+    said = slurm("sacct", "-X", "-n", "-P", "--format=State", "-j", str(points[0].job).partition("_")[0])
+    assert said.split("\n") == ["COMPLETED", "FAILED", "FAILED", "FAILED", "FAILED"], "SLURM must not say otherwise"
+    capsys.readouterr()
+    assert logs(Sweep(tmp_path / "s"), points) == 1
+    assert "RuntimeError: no such kernel" in capsys.readouterr().out
+
+
+def test_cancelled_points_are_told_apart_and_the_rest_goes_on(tmp_path: Path) -> None:
+    points = sweep(tmp_path / "s", TWICE, TWICE, f"time.sleep(5); {FINISH}")
+    dispatch(array_parallelism=1).submit(points)
+    wait_for(lambda: starts(points[0]))
+    points = latest(points)
+    slurm("scancel", str(points[1].job))  # still inside the array: SLURM may keep no record of it at all
+    time.sleep(1)
+    dispatch().cancel(points[:1])
+    wait_for(lambda: states(points) == ["CANCELLED", "CANCELLED", "FINISHED"])
+    assert points[0].checkpoint(), "it had a moment to write one"
+    with Sweep(tmp_path / "s").update() as record:
+        record["launcher"] = {"_target_": "twoviews.sweeps.slurm.Slurm", **VALUES}
+    assert retry(Sweep(tmp_path / "s"), chosen(points, ["seed=0", "seed=1"])) == 3
+    wait_for(lambda: states(points)[0] == "FINISHED")
+    assert len(starts(points[2])) == 1
+
+
+def test_preempted_points_are_requeued_and_go_on(tmp_path: Path) -> None:
+    points = sweep(tmp_path / "s", TWICE)
+    dispatch(options={"nodelist": "n1"}).submit(points)
+    wait_for(lambda: starts(points[0]))
+    time.sleep(1)
+    urgent = slurm(
+        "sbatch", "--parsable", "-p", "high", "-w", "n1", "--exclusive", "--wrap", "sleep 5", "-o", "/dev/null"
+    )
+    wait_for(lambda: points[0].checkpoint())
+    wait_for(lambda: states(points) == ["QUEUED"])
+    assert status(Sweep(tmp_path / "s"), points) == 3
+    wait_for(lambda: states(points) == ["FINISHED"], 120)
+    assert len(starts(points[0])) == 2 and points[0].state.starts == 2
+    slurm("scancel", urgent)
+
+
+@pytest.mark.parametrize("command", [["scontrol", "requeue"], ["scancel", "--signal=USR2"]])
+def test_a_job_that_is_requeued_or_told_to_stop_goes_on(tmp_path: Path, command: list[str]) -> None:
+    points = sweep(tmp_path / "s", TWICE)
+    dispatch().submit(points)
+    wait_for(lambda: starts(points[0]))
+    time.sleep(1)
+    slurm(*command, str(latest(points)[0].job))
+    wait_for(lambda: states(points) == ["FINISHED"])
+    assert len(starts(points[0])) == 2 and points[0].checkpoint()
+
+
+def test_a_node_that_dies_takes_no_point_with_it(tmp_path: Path) -> None:
+    points = sweep(tmp_path / "s", CHECKPOINTED, CHECKPOINTED)
+    dispatch(options={"exclude": "n3,n4", "exclusive": True}).submit(points)
+    wait_for(lambda: all(starts(point) for point in points))
+    node = look(latest(points))[points[0].digest].node
+    cluster("kill-node", str(node))
+    try:
+        wait_for(lambda: len(starts(points[0])) == 2 or states(points)[0] == "QUEUED")
+        assert len(starts(points[1])) == 1 and states(points)[1] == "RUNNING"
+    finally:
+        cluster("revive-node", str(node))
+    wait_for(lambda: states(points)[0] == "FINISHED")
+
+
+def test_a_controller_that_dies_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = sweep(tmp_path / "s", f"until('{tmp_path}/go'); {FINISH}", f"until('{tmp_path}/go'); {FINISH}")
+    dispatch().submit(points)
+    wait_for(lambda: all(starts(point) for point in points))
+    time.sleep(6)  # or it has not yet written down that they run, and starts them again
+    cluster("kill-controller")
+    monkeypatch.setattr(scheduler, "ANSWER_S", 5.0)  # squeue tries for longer than a test should
+    now = look(latest(points))
+    assert {state.state for state in now.values()} == {"RUNNING"}
+    assert {state.reason for state in now.values()} == {"SLURM's controller does not answer"}
+    with pytest.raises(BadInput, match="sbatch refused"):
+        dispatch().submit(sweep(tmp_path / "other", FINISH))
+    (tmp_path / "go").touch()
+    wait_for(lambda: [point.state.state for point in points] == ["FINISHED", "FINISHED"], 20)
+    assert states(points) == ["FINISHED", "FINISHED"], "what is settled needs no controller"
+    cluster("start-controller")
+    assert [len(starts(point)) for point in points] == [1, 1]
+
+
+def test_a_time_limit_of_a_minute_is_enough_to_get_there(tmp_path: Path) -> None:
+    points = sweep(tmp_path / "s", TWICE)
+    dispatch(timeout_min=1).submit(points)
+    wait_for(lambda: points[0].checkpoint(), 80)
+    wait_for(lambda: states(points) == ["FINISHED"], 60)
+    assert len(starts(points[0])) == 2
+
+
+def test_a_killed_launcher_leaves_jobs_that_are_not_started_twice(tmp_path: Path) -> None:
+    points = sweep(tmp_path / "s", *[f"until('{tmp_path}/go'); {FINISH}"] * 2)
+    code = f"""
+import os, signal, sys
+sys.path[:0] = {sys.path[:2]!r}
+from conftest import dispatch
+from twoviews.sweeps import scheduler
+from twoviews.sweeps.folder import Sweep
+Sweep.submitted = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # after sbatch, before it is written down
+dispatch().submit(Sweep({str(tmp_path / "s")!r}).points)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    wait_for(lambda: all(starts(point) for point in points))
+    assert states(points) == ["RUNNING", "RUNNING"], "they are known by what their supervisors wrote"
+    dispatch().submit(latest(points))  # what a launch would do that came before they began
+    (tmp_path / "go").touch()
+    wait_for(lambda: states(points) == ["FINISHED", "FINISHED"])
+    wait_for(lambda: not slurm("squeue", "-h"))
+    assert [len(starts(point)) for point in points] == [1, 1] and states(points) == ["FINISHED", "FINISHED"]
+
+
+def test_submitting_from_inside_a_job_hands_on_none_of_its_variables(tmp_path: Path, monkeypatch) -> None:
+    seen = "(folder / 'seen').write_text(os.environ.get('SLURM_JOB_ID', '') + ' ' + os.environ.get('SLURM_CPUS_ON_NODE', ''))\n"
+    points = sweep(tmp_path / "s", seen + FINISH)
+    for name, value in {"SLURM_JOB_ID": "999999", "SLURM_CPUS_PER_TASK": "7", "RANK": "1", "SLURM_NTASKS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    dispatch().submit(points)
+    for name in ("SLURM_JOB_ID", "SLURM_CPUS_PER_TASK", "RANK", "SLURM_NTASKS"):
+        monkeypatch.delenv(name)
+    wait_for(lambda: states(points) == ["FINISHED"])
+    assert (points[0].folder / "seen").read_text() == f"{latest(points)[0].job} 1"
+
+
+def test_what_slurm_refuses_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="sbatch refused: (.*)nvalid partition"):
+        dispatch(partition="nowhere").submit(sweep(tmp_path / "s", FINISH))
+    assert [path.name for path in (tmp_path / "s" / "slurm").iterdir()] == []
+
+
+RANKED = "(folder / f\"rank{os.environ['RANK']}\").write_text(os.environ['WORLD_SIZE'] + os.environ['MASTER_ADDR'])\n"
+
+
+def test_a_dead_process_of_several_ends_the_point_with_the_reason(tmp_path: Path) -> None:
+    dies = RANKED + "if os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)"
+    points = sweep(tmp_path / "s", dies, RANKED + "if os.environ['RANK'] == '0': checkpoint(); result('finished')")
+    begun = time.monotonic()
+    dispatch(nodes=2).submit(points)
+    wait_for(lambda: states(points) == ["FAILED", "FINISHED"], 60)
+    assert time.monotonic() - begun < 60
+    assert points[0].state.reason.startswith("process 1 on n") and "SIGKILL" in points[0].state.reason
+    assert (points[0].folder / "rank1").read_text().startswith("2n")
+    wait_for(lambda: not slurm("squeue", "-h"), 40)
+
+
+def test_several_processes_stop_and_go_on_together(tmp_path: Path) -> None:
+    points = sweep(tmp_path / "s", TWICE.replace("> 1", "> 2"))  # two starts each time
+    dispatch(nodes=2).submit(points)
+    wait_for(lambda: len(starts(points[0])) == 2)
+    time.sleep(1)
+    slurm("scancel", "--signal=USR2", str(latest(points)[0].job))
+    wait_for(lambda: states(points) == ["FINISHED"])
+    assert len(starts(points[0])) == 4 and points[0].state.starts == 2

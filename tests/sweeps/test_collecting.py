@@ -1,0 +1,157 @@
+"""A sweep in MLflow: one parent, a child for each point, nothing twice, and nothing left running that is dead."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from twoviews.errors import BadInput
+from twoviews.sweep import main as sweep_command
+from twoviews.sweeps.collecting import prepare
+from twoviews.sweeps.folder import New, Point, State, Sweep
+from twoviews.tracking.metrics import Metrics
+
+CONFIG = "epochs: 2\ntracking:\n  uri: {uri}\n  experiment: sweeps\n  mirror: false\nseed: {seed}\n"
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def points(sweep: Sweep, uri: str, count: int) -> list[Point]:
+    made = [
+        New(f"{seed:08x}", {"seed": seed, "method.t@x": 0.5}, [], CONFIG.format(uri=uri, seed=seed))
+        for seed in range(count)
+    ]
+    return sweep.add(made, command=["python", "train.py", "-m", f"seed=range({count})"])
+
+
+def trained(point: Point, state: str = "finished") -> None:
+    """As a training leaves its folder; "killed" leaves no result."""
+    metrics = Metrics(point.folder)
+    for step in range(1, 6):
+        metrics.log(step, step / 5, {"train/loss": 1.0 / step, "knn/top1": 10.0 * step})
+    metrics.commit(metrics.mark())
+    metrics.close()
+    if state != "killed":
+        (point.folder / "result.json").write_text(json.dumps({"state": state, "seconds": 1.0}))
+    point.write(State("FINISHED" if state == "finished" else "FAILED"))
+
+
+def runs(uri: str) -> list:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("sweeps")
+    assert experiment
+    return list(client.search_runs([experiment.experiment_id]))
+
+
+def history(uri: str, run: str) -> list[int]:
+    from mlflow import MlflowClient
+
+    return [one.step for one in MlflowClient(uri).get_metric_history(run, "train/loss")]
+
+
+def test_collect_brings_points_below_one_parent_and_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = Sweep("multirun/s")
+    made = points(sweep, uri, 3)
+    trained(made[0])
+    trained(made[1], "killed")
+    assert sweep_command(["collect", "s"]) == 0
+    assert sweep_command(["collect", "s"]) == 0
+    found = {run.info.run_name: run for run in runs(uri)}
+    assert found.keys() == {"s", "00000000", "00000001"}, "a point that never began has no run"
+    parent, one, killed = found["s"], found["00000000"], found["00000001"]
+    assert sweep.record["parent"] == parent.info.run_id
+    for child in (one, killed):
+        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert history(uri, child.info.run_id) == [1, 2, 3, 4, 5]
+    assert one.data.tags["axis.seed"] == "0" and one.data.tags["axis.method.t_x"] == "0.5"
+    assert (one.info.status, killed.info.status, parent.info.status) == ("FINISHED", "KILLED", "FAILED")
+    trained(made[2])
+    (made[1].folder / "result.json").write_text(json.dumps({"state": "finished", "seconds": 1.0}))
+    made[1].write(State("FINISHED"))
+    assert sweep_command(["collect", "s"]) == 0
+    assert {run.info.status for run in runs(uri)} == {"FINISHED"} and len(runs(uri)) == 4
+
+
+def test_a_parent_whose_id_was_not_written_down_is_found_again(tmp_path: Path, uri: str) -> None:
+    sweep = Sweep(tmp_path / "s")
+    made, tracking = points(sweep, uri, 1), {"uri": uri, "experiment": "sweeps"}
+    prepare(sweep, made, tracking)
+    parent = sweep.record["parent"]
+    with sweep.update() as record:
+        record["parent"] = None  # killed in between
+    prepare(sweep, made, tracking)
+    assert sweep.record["parent"] == parent and len(runs(uri)) == 1
+
+
+def test_a_run_that_was_there_before_becomes_a_child(tmp_path: Path, uri: str) -> None:
+    from twoviews.tracking import send
+    from twoviews.tracking.sending import aim
+
+    sweep = Sweep(tmp_path / "s")
+    (point,) = points(sweep, uri, 1)
+    trained(point)
+    aim(point.folder, uri, "sweeps")
+    send(point.folder, closed=True)
+    (before,) = runs(uri)
+    assert sweep_command(["collect", str(sweep.folder)]) == 0
+    child = next(run for run in runs(uri) if run.info.run_id == before.info.run_id)
+    assert child.data.tags["mlflow.parentRunId"] == sweep.record["parent"] and len(runs(uri)) == 2
+
+
+def test_a_store_that_does_not_answer_refuses_the_sweep(tmp_path: Path) -> None:
+    sweep, uri = Sweep(tmp_path / "s"), "http://127.0.0.1:9"
+    with pytest.raises(BadInput, match="MLflow takes no sweep .* tracking=files"):
+        prepare(sweep, points(sweep, uri, 1), {"uri": uri, "experiment": "sweeps"})
+
+
+MANY = """
+import os, sys, time
+import mlflow
+from pathlib import Path
+from test_collecting import trained
+from twoviews.sweeps.folder import Sweep
+from twoviews.tracking import send
+
+points = Sweep(sys.argv[1]).points
+children = []
+begin = time.time() + 3  # all at the same moment
+for point in points:
+    if (child := os.fork()) == 0:
+        time.sleep(max(0, begin - time.time()))
+        trained(point)
+        send(point.folder, closed=False)
+        os._exit(0 if send(point.folder, closed=True) == 0 else 1)
+    children.append(child)
+codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+assert codes == [0] * len(points), codes
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_64_points_that_start_at_once_lose_nothing(tmp_path: Path, uri: str) -> None:
+    sweep = Sweep(tmp_path / "s")
+    prepare(sweep, points(sweep, uri, 64), {"uri": uri, "experiment": "sweeps"})
+    done = subprocess.run(
+        [sys.executable, "-c", MANY, str(sweep.folder)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=1100,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = runs(uri)
+    children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == sweep.record["parent"]]
+    assert len(found) == 65 and {run.info.run_name for run in children} == {f"{seed:08x}" for seed in range(64)}
+    for child in children:
+        assert history(uri, child.info.run_id) == [1, 2, 3, 4, 5] and child.info.status == "FINISHED"

@@ -1,0 +1,130 @@
+"""`python train.py -m`: what is missing of a sweep runs, with the results that single runs have."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL_MOCO, assert_same_weights, refused, start
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from test_supervise import wait_for
+
+from twoviews.config import digest
+from twoviews.sweep import main as sweep_command
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.launching import composed, name
+
+
+def master(*overrides: str):
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        return compose("train", list(overrides), return_hydra_config=True)
+
+
+def points(*combinations: str, swept: tuple[str, ...]):
+    return composed(lambda one: master(*one), [combination.split() for combination in combinations], swept)
+
+
+def test_the_same_sweep_has_the_same_name_and_another_one_another() -> None:
+    one = name(master("epochs=3"), ["seed"])
+    assert one.startswith("moco-digits-") and one == name(master("epochs=3", "method=moco"), ["seed"])
+    same = ("tracking=files", "sweep.wait=true", "runtime.log_every=3", "seed=7")
+    assert one == name(master("epochs=3", *same), ["seed"]), "where it runs and what is swept make no other sweep"
+    others = {name(master("epochs=4"), ["seed"]), name(master("epochs=3"), ["seed", "epochs"]), one}
+    assert len(others) == 3
+    assert name(master(), ["method", "seed"]).startswith("method-digits-")
+
+
+def test_points_know_the_values_of_their_axes_and_equal_ones_are_one() -> None:
+    combinations = ("seed=0 optimizer.lr=1", "seed=1 optimizer.lr=1", "seed=0 optimizer.lr=1.0")
+    found = points(*combinations, swept=("seed", "optimizer.lr"))
+    assert [one.axes for one in found] == [{"seed": 0, "optimizer.lr": 1}, {"seed": 1, "optimizer.lr": 1}]
+    (chosen,) = points("method=simclr backbone.depths=[1,1]", swept=("method", "backbone.depths"))
+    assert chosen.axes == {"method": "simclr", "backbone.depths": [1, 1]}
+    json.dumps(chosen.axes)
+
+
+@pytest.mark.parametrize(
+    "overrides", [["seed=3"], ["method=byol", "data=cifar10"], ["data=folder", "data.root='a b=c,d'", "data.size=32"]]
+)
+def test_a_frozen_configuration_is_the_run_that_was_composed(overrides: list[str]) -> None:
+    (one,) = composed(lambda typed: master(*typed), [overrides], swept=())
+    frozen = OmegaConf.create(one.config)
+    assert one.digest == digest(frozen) == digest(master(*overrides))
+    assert "hydra" not in frozen and "sweep" not in frozen and Path(frozen.tracking.uri[10:]).is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["method.temperature=0.1,-1"], ["point method.temperature=-1", "is out of range"]),
+        (["seed=0,1", "fresh=true"], ["fresh=true is for one run"]),
+        (["seed=0,1", "preview=true"], ["preview=true is for one run"]),
+        (["seed=0,1", "sweep.nam=x"], ["sweep has no key 'nam'", "sweep.name"]),
+        (["seed=0,1", "sweep.name=a/b"], ["sweep.name=a/b is not the name of a folder"]),
+        (["seed=0,1", "hydra/launcher=slrm"], ["there is no such hydra/launcher", "slurm"]),
+        (["seed=0,1", "hydra/launcher=pool", "hydra.launcher.at_once=0"], ["hydra.launcher.at_once=0", "at least 1"]),
+        (["seed=0,1", "hydra/launcher=pool", "+hydra.launcher.gpus=1"], ["hydra.launcher has no key 'gpus'"]),
+    ],
+)
+def test_what_is_wrong_refuses_the_whole_sweep(command, arguments: list[str], parts: list[str]) -> None:
+    refused(command("train", "-m", *arguments), *parts)
+    assert not [path for path in Path("multirun").glob("*/*") if path.is_dir()]
+
+
+def test_without_slurm_there_is_a_sentence(command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused(command("train", "-m", "seed=0,1", "tracking=files", "hydra/launcher=slurm"), "this machine has no SLURM")
+
+
+def test_a_plan_starts_nothing(command) -> None:
+    done = command("train", "-m", "seed=0,1", "tracking=files", "sweep.plan=true")
+    assert done.code == 0 and "2 points" in done.out and not list(Path("multirun").glob("*/*"))
+
+
+def test_an_interrupted_sweep_is_completed_by_the_same_command_bit_for_bit(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = [str(ROOT / "train.py"), "-m", *SMALL_MOCO, "epochs=20", "protocol=knn_small"]
+    launcher = start([*sweep, "seed=0,1"], tmp_path)
+    wait_for(lambda: any("step" in one.read_text() for one in tmp_path.glob("multirun/*/*/metrics.jsonl")), 120)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(120) == 128 + signal.SIGTERM, (tmp_path / "stderr.txt").read_text()
+    assert sweep_command(["status"]) == 1
+    # With a later state of the code and one more value.
+    again = start([*sweep, "seed=0,1,2", "hydra/launcher=pool"], tmp_path)
+    assert again.wait(300) == 0, (tmp_path / "stdout.txt").read_text() + (tmp_path / "stderr.txt").read_text()
+    assert sweep_command(["status"]) == 0
+    (folder,) = (path.parent for path in tmp_path.glob("multirun/*/sweep.json"))
+    made = Sweep(folder).points
+    assert [point.axes for point in made] == [{"seed": 0}, {"seed": 1}, {"seed": 2}]
+    assert made[0].state.starts == 2 and made[1].state.starts == 1
+    alone = start(
+        [str(ROOT / "train.py"), *SMALL_MOCO, "epochs=20", "protocol=knn_small", "hydra.run.dir=alone"], tmp_path
+    )
+    assert alone.wait(200) == 0
+    assert_same_weights(made[0].folder, tmp_path / "alone")
+    third = start([*sweep, "seed=0,1,2"], tmp_path)
+    assert third.wait(120) == 0 and [point.state.starts for point in made] == [2, 1, 1]
+    assert "3 of 3 points finished" in (tmp_path / "stdout.txt").read_text()
+
+
+def test_what_fails_while_it_runs_fails_alone(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    # A queue that the batch does not divide is found by the parts, when the training begins.
+    done = start([str(ROOT / "train.py"), "-m", *SMALL_MOCO, "epochs=1", "batch_size=64,512"], tmp_path)
+    assert done.wait(120) == 1
+    out = (tmp_path / "stdout.txt").read_text()
+    assert "1 of 2 points finished" in out and "FAILED batch_size=512" in out
+    assert sweep_command(["logs"]) == 1
+
+
+def test_submitting_imports_no_torch() -> None:
+    code = """
+import sys
+import twoviews.sweep, twoviews.sweeps.launching, twoviews.sweeps.machine, twoviews.sweeps.slurm
+assert not {"torch", "mlflow", "submitit"} & {*sys.modules}
+"""
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ}).returncode == 0
