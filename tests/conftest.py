@@ -13,6 +13,18 @@ from hydra.core.global_hydra import GlobalHydra
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for train.py and evaluate.py
+sys.path.insert(0, str(ROOT / "tests" / "sweeps"))  # for fake.py
+
+# Only where tests/slurm/cluster was started for them, never on any other cluster.
+SLURM_IS_THERE = "TWOVIEWS_CLUSTER" in os.environ
+collect_ignore_glob = [] if SLURM_IS_THERE else ["slurm/test_*.py"]
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Say what was left out."""
+    if not SLURM_IS_THERE:
+        terminalreporter.write_line("LEFT OUT: tests/slurm, which need a SLURM cluster; `make test-slurm` starts one.")
+
 
 # A training of a few seconds: 3 epochs of 4 steps on real digits.
 SMALL = (

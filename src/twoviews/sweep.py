@@ -174,6 +174,8 @@ def cancel(sweep: Sweep, points: Sequence[Point]) -> int:
     stop([point for point in active if point.job is None])
     cancel_jobs(active)
     print(f"cancelled {len(active)} points of {sweep.name}")
+    if active and sweep.record["parent"]:  # what was killed before it could say so stays as running there
+        print(f"`python -m twoviews.sweep collect {sweep.name}` tells MLflow when they have ended.")
     return 0
 
 

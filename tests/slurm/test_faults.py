@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import VALUES, cluster, dispatch, slurm, states, wait_for
 from fake import FINISH, starts, sweep
+from on_slurm import VALUES, cluster, dispatch, quiet_cluster, slurm, states, wait_for  # noqa: F401
 
 from twoviews.errors import BadInput
 from twoviews.sweep import chosen, logs, retry, status
@@ -147,8 +147,8 @@ def test_a_killed_launcher_leaves_jobs_that_are_not_started_twice(tmp_path: Path
     points = sweep(tmp_path / "s", *[f"until('{tmp_path}/go'); {FINISH}"] * 2)
     code = f"""
 import os, signal, sys
-sys.path[:0] = {sys.path[:2]!r}
-from conftest import dispatch
+sys.path[:0] = {[str(Path(__file__).parent)]!r}
+from on_slurm import dispatch
 from twoviews.sweeps import scheduler
 from twoviews.sweeps.folder import Sweep
 Sweep.submitted = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # after sbatch, before it is written down

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import cluster, slurm, states, wait_for
+from on_slurm import cluster, quiet_cluster, slurm, states, wait_for  # noqa: F401
 
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.folder import Point, Sweep

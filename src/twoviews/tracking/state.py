@@ -100,10 +100,14 @@ def mirroring(folder: Path, timeout_s: float = 120.0) -> Iterator[None]:
     Raises:
         BadInput: another one did not end within `timeout_s` seconds.
     """
+    lock = FileLock(folder / ".mirror.lock", timeout=timeout_s)
     try:
-        with FileLock(folder / ".mirror.lock", timeout=timeout_s):
-            yield
+        lock.acquire()
     except Timeout as error:
         raise BadInput(
             f"another process has been sending {folder} to MLflow for {timeout_s:g} s; try again when it has ended."
         ) from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,6 +1,8 @@
 """Where MLflow keeps things: which addresses are right, whether the store answers, and opening it."""
 
+import contextlib
 import functools
+import importlib.metadata
 import logging
 import os
 import re
@@ -122,10 +124,16 @@ def connect(uri: str, experiment: str) -> tuple["MlflowClient", str]:
         return client, _experiment(client, experiment, None)
     path = _database(uri)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # MLflow creates its tables without a lock: of 8 processes that open a fresh file at once, 7 fail.
-    with FileLock(f"{path}.lock", timeout=300):
+    made, version, artifacts = Path(f"{path}.made"), importlib.metadata.version("mlflow"), path.parent / "mlartifacts"
+    # MLflow creates its tables without a lock: of 8 processes that open a fresh file at once, 7 fail. It takes each of
+    # them seconds to open one, so once the tables are there they need not queue for it.
+    there = path.exists() and made.exists() and made.read_text() == version
+    with contextlib.nullcontext() if there else FileLock(f"{path}.lock", timeout=300):
         client = MlflowClient(uri)
-        return client, _experiment(client, experiment, (path.parent / "mlartifacts").as_uri())
+        experiment_id = _experiment(client, experiment, artifacts.as_uri())
+        if not there:
+            made.write_text(version)
+        return client, experiment_id
 
 
 def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str:

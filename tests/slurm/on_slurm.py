@@ -1,8 +1,6 @@
 """Tests on a real SLURM: the cluster of virtual nodes that `tests/slurm/cluster` starts. Never on any other cluster."""
 
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,15 +8,6 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "sweeps"))  # for fake.py
-THERE = "TWOVIEWS_CLUSTER" in os.environ
-if not THERE:
-    collect_ignore_glob = ["test_*.py"]
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    if not THERE:
-        terminalreporter.write_line("LEFT OUT: tests/slurm, which need a SLURM cluster; `make test-slurm` starts one.")
 
 
 def cluster(*command: str) -> None:
