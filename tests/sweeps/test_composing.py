@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from twoviews.config import check, digest
 from twoviews.errors import BadInput
-from twoviews.sweeps.composing import Composer, Texts
+from twoviews.sweeps.composing import Composer
 from twoviews.sweeps.launching import composed, frozen
 
 BASE = ["method=moco", "data=digits"]
@@ -96,7 +96,7 @@ def test_what_hydra_refuses_is_refused_in_its_words(hydra_compose, wrong: str) -
 def test_the_frozen_text_reads_back_as_the_configuration(hydra_compose) -> None:
     points = [[*BASE, *point] for point in POINTS if "~" not in point[0] and "{" not in str(point)]
     points = [point for point in points if "seed=5" not in point]
-    for one in composed(Composer(hydra_compose), Texts(), points, ["seed"]):
+    for one in composed(Composer(hydra_compose), points, ["seed"]):
         expected = frozen(OmegaConf.to_container(hydra_compose(list(one.overrides)), resolve=True))  # type: ignore[arg-type]
         assert repr(OmegaConf.to_container(OmegaConf.create(one.config))) == repr(expected)
 
@@ -104,7 +104,7 @@ def test_the_frozen_text_reads_back_as_the_configuration(hydra_compose) -> None:
 def test_a_bad_value_names_its_point(hydra_compose) -> None:
     points = [[*BASE, "seed=0", f"method.temperature={t}"] for t in (0.1, 0)]
     with pytest.raises(BadInput, match=r"point method.temperature=0: method.temperature=0 is out of range"):
-        composed(Composer(hydra_compose), Texts(), points, ["method.temperature"])
+        composed(Composer(hydra_compose), points, ["method.temperature"])
 
 
 def test_two_thousand_points_take_seconds(hydra_compose) -> None:
@@ -119,7 +119,7 @@ def test_two_thousand_points_take_seconds(hydra_compose) -> None:
     hydra_compose([*points[0], "epochs=1"])
     one = time.process_time() - start
     start = time.process_time()
-    new = composed(Composer(hydra_compose), Texts(), points, ["method.temperature", "optimizer.lr", "seed"])
+    new = composed(Composer(hydra_compose), points, ["method.temperature", "optimizer.lr", "seed"])
     spent = time.process_time() - start
     assert len(new) == len({point.digest for point in new}) == 2000
     assert spent < 200 * one  # a tenth of what Hydra would take for them

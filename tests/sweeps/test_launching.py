@@ -15,6 +15,7 @@ from test_supervise import wait_for
 
 from twoviews.config import digest
 from twoviews.sweep import main as sweep_command
+from twoviews.sweeps.composing import Composer
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.launching import composed, name
 
@@ -25,7 +26,7 @@ def master(*overrides: str):
 
 
 def points(*combinations: str, swept: tuple[str, ...]):
-    return composed(lambda one: master(*one), [combination.split() for combination in combinations], swept)
+    return composed(Composer(lambda one: master(*one)), [combination.split() for combination in combinations], swept)
 
 
 def test_the_same_sweep_has_the_same_name_and_another_one_another() -> None:
@@ -51,7 +52,7 @@ def test_points_know_the_values_of_their_axes_and_equal_ones_are_one() -> None:
     "overrides", [["seed=3"], ["method=byol", "data=cifar10"], ["data=folder", "data.root='a b=c,d'", "data.size=32"]]
 )
 def test_a_frozen_configuration_is_the_run_that_was_composed(overrides: list[str]) -> None:
-    (one,) = composed(lambda typed: master(*typed), [overrides], swept=())
+    (one,) = composed(Composer(lambda typed: master(*typed)), [overrides], swept=())
     frozen = OmegaConf.create(one.config)
     assert one.digest == digest(frozen) == digest(master(*overrides))
     assert "hydra" not in frozen and "sweep" not in frozen and Path(frozen.tracking.uri[10:]).is_absolute()

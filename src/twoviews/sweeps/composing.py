@@ -52,6 +52,7 @@ class Composer:
     def __init__(self, compose: Callable[[list[str]], DictConfig]):
         self._compose = compose
         self._parsed: dict[str, Override] = {}
+        self._texts: dict[str, str] = {}  # by repr, which tells 1 from 1.0 and true
         self._chosen: dict[tuple[tuple[str, ...], frozenset[str]], _Chosen] = {}
 
     def __call__(self, overrides: Sequence[str]) -> dict[str, Any]:
@@ -86,26 +87,19 @@ class Composer:
         linked = {node for node, value in raw.items() if _linked(value)}
         return _Chosen(cfg, {node: None if node in linked else value for node, value in raw.items()}, linked)
 
+    def text(self, content: Mapping[str, Any]) -> str:
+        """A configuration as YAML that OmegaConf reads back; the text of a node that several points have is made once."""
+        nodes = [{key: value} for key, value in content.items()]
+        for node in nodes:
+            if repr(node) not in self._texts:
+                self._texts[repr(node)] = OmegaConf.to_yaml(OmegaConf.create(node))
+        return "".join(self._texts[repr(node)] for node in nodes)
+
     def parse(self, override: str) -> Override:
         """What Hydra's grammar makes of an override."""
         if override not in self._parsed:
             self._parsed[override] = OverridesParser.create().parse_override(override)
         return self._parsed[override]
-
-
-class Texts:
-    """Configurations as YAML that OmegaConf reads back; the text of a node that several points have is made once."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, str] = {}  # by repr, which tells 1 from 1.0 and true
-
-    def __call__(self, content: Mapping[str, Any]) -> str:
-        """The text of a resolved configuration."""
-        nodes = [{key: value} for key, value in content.items()]
-        for node in nodes:
-            if repr(node) not in self._known:
-                self._known[repr(node)] = OmegaConf.to_yaml(OmegaConf.create(node))
-        return "".join(self._known[repr(node)] for node in nodes)
 
 
 def _sets_a_value(override: Override) -> bool:

@@ -18,7 +18,7 @@ from twoviews.config import build, check, check_plugin, digest, flat
 from twoviews.console import Console
 from twoviews.errors import BadInput
 from twoviews.sweeps import collecting
-from twoviews.sweeps.composing import Composer, Texts
+from twoviews.sweeps.composing import Composer
 from twoviews.sweeps.dispatch import POLL_S, Dispatch
 from twoviews.sweeps.folder import New, Point, State, Sweep
 from twoviews.sweeps.plan import plan
@@ -66,7 +66,7 @@ class Launch:
         if self.tracking["mirror"]:
             stores.check(self.tracking["uri"])
         self.dispatch: Dispatch = build(DictConfig(self.launcher))
-        self._composer, self._texts = Composer(compose), Texts()
+        self._composer = Composer(compose)
         self._here: dict[str, str] = {}
 
     def points(self, combinations: Sequence[Sequence[str]]) -> list[New]:
@@ -75,7 +75,7 @@ class Launch:
         Raises:
             BadInput: a value is wrong, with the point it is in.
         """
-        return composed(self._composer, self._texts, combinations, self.swept)
+        return composed(self._composer, combinations, self.swept)
 
     def add(self, new: Sequence[New]) -> tuple[Sweep, list[Point]]:
         """Make the folders of these points, with the code as it was at the first call."""
@@ -148,9 +148,7 @@ def wait(dispatch: Dispatch, points: Sequence[Point], console: Console) -> None:
         time.sleep(POLL_S)
 
 
-def composed(
-    composer: Composer, texts: Texts, combinations: Sequence[Sequence[str]], swept: Sequence[str]
-) -> list[New]:
+def composed(composer: Composer, combinations: Sequence[Sequence[str]], swept: Sequence[str]) -> list[New]:
     """The points of these combinations, each checked; those with the same configuration are one.
 
     Raises:
@@ -169,7 +167,7 @@ def composed(
         except BadInput as error:
             values = " ".join(f"{key}={value}" for key, value in axes.items())
             raise BadInput(f"point {values}: {error}" if values else str(error)) from error
-        one = New(digest(content), axes, combination, texts(frozen(content)))
+        one = New(digest(content), axes, combination, composer.text(frozen(content)))
         found.setdefault(one.digest, one)
     return list(found.values())
 
