@@ -221,7 +221,7 @@ def build(overrides: list[str], folder: Path):
         epochs=cfg.epochs,
         seed=cfg.seed,
         protocols={},
-        judge=None,
+        judge=parts.judge,
         embed=parts.embed,
         score=parts.score,
     )

@@ -164,8 +164,11 @@ def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
     )
     if not data.test:
         console.say("          without labelled test images there is no kNN or linear accuracy; watch train/spread.")
-    shapes = " and ".join(f"{count} of {side}x{side} px" for side, count in Counter(parts.views.sizes).items())
-    console.say(f"views     of each image {shapes}")
+    counts = Counter(parts.views.sizes)
+    shapes = [
+        f"{count} of {side}x{side} px" if len(counts) > 1 else f"{side}x{side} px" for side, count in counts.items()
+    ]
+    console.say(f"views     {len(parts.views)} of each image: {' and '.join(shapes)}")
     console.say(
         f"method    {type(parts.method).__name__}: {parameter_count(parts.method) / 1e6:.2f} million parameters, of which "
         f"the encoder {parameter_count(parts.method.encoder) / 1e6:.2f}; {parts.method.encoder.out_dim} features"
