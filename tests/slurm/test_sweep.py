@@ -133,7 +133,7 @@ def test_the_shell_is_back_soon_and_two_nodes_train_like_one_process(tmp_path: P
     assert train(tmp_path / "one", *arguments).wait(120) == 0
     wait_for(lambda: states(points(tmp_path / "two")) == ["FINISHED"], 120)
     (one,), (two,) = points(tmp_path / "one"), points(tmp_path / "two")
-    assert "2 process(es)" in (two.folder / "log.txt").read_text()
+    assert "processes: 2" in (two.folder / "log.txt").read_text()
     assert (two.folder / "log.1.txt").exists()
     losses = [[loss for _, loss in curve(point)] for point in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3) and len(losses[0]) == 8
