@@ -10,21 +10,18 @@ seconds of the process, which other programs disturb least; what counts are rati
 """
 
 import argparse
-import json
 import math
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from recording import record
 from torch import Tensor
 
 from twoviews.clusters.kmeans import Clusters, concentration, kmeans
@@ -221,20 +218,9 @@ def main() -> None:
     rows = compare(epochs, options.k, options.rounds)
     report(rows)
     compare_concentration(epochs[-1], options.k)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        facts = {
-            "date": date.today().isoformat(),
-            "command": "OMP_NUM_THREADS=1 python benchmarks/kmeans.py --features features/*.npy "
-            f"--k {options.k} --rounds {options.rounds}",
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)",
-            "points": points,
-            "dim": dim,
-            "k": options.k,
-            "faiss": faiss.__version__,
-            "torch": torch.__version__,
-        }
-        options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    command = f"kmeans.py --features features/*.npy --k {options.k} --rounds {options.rounds}"
+    facts = {"points": points, "dim": dim, "k": options.k, "faiss": faiss.__version__}
+    record(options.json, command, rows, **facts)
 
 
 if __name__ == "__main__":

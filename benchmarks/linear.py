@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from recording import record
 from torch.nn import functional as nnf
 
 from twoviews.assembly import load_data
@@ -115,10 +116,8 @@ def main() -> None:
     print(f"ours   {statistics.median(row['ours'] for row in rows):9.1f} s, top1 {rows[-1]['top1']:.2f}")
     print(f"ratio  {ratio:9.1f}  {'reaches' if ratio >= GOAL else 'misses'} {GOAL}")
     print(f"apart  {apart:9.2f} points  {'reaches' if apart <= APART else 'misses'} {APART}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "sgd_top1": sgd.values["top1"]}
-        options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    command = f"linear.py <run> --rounds {options.rounds} --share {options.share}"
+    record(options.json, command, rows, sgd_top1=sgd.values["top1"])
 
 
 if __name__ == "__main__":

@@ -11,15 +11,11 @@ compared: with other random views they cannot be equal, but their means over the
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +23,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 from PIL import Image
+from recording import record
 from torch import nn
 from torch.nn import functional as nnf
 from torch.utils.data import DataLoader, Dataset
@@ -232,16 +229,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     rows = [compare(method, options.overrides, options.rounds, options.steps) for method in PEERS]
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        facts = {
-            "date": date.today().isoformat(),
-            "command": "OMP_NUM_THREADS=1 python benchmarks/loops.py data.root=<cifar10> "
-            f"--rounds {options.rounds} --steps {options.steps}",
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)",
-            "torch": torch.__version__,
-        }
-        options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    command = f"loops.py data.root=<cifar10> --rounds {options.rounds} --steps {options.steps}"
+    record(options.json, command, rows)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,16 @@ run once, in turns; what counts is the median of the ratios within a round. Time
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from recording import record
 from torch import Tensor
 
 from twoviews.data import kernel
@@ -158,16 +155,7 @@ def main() -> None:
         rows += compare(name, options.images // (1 if recipe["size"] == 32 else 4), options.rounds)
     best = max(row["ratio"] for row in rows if row["recipe"] == "moco, 32 px")
     print(f"{'reaches' if best >= GOAL else 'misses'} {GOAL:g} times torchvision at 32 px")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        facts = {
-            "date": date.today().isoformat(),
-            "command": "OMP_NUM_THREADS=1 python benchmarks/views.py "
-            f"--images {options.images} --rounds {options.rounds}",
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)",
-            "torch": torch.__version__,
-        }
-        options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    record(options.json, f"views.py --images {options.images} --rounds {options.rounds}", rows)
 
 
 if __name__ == "__main__":

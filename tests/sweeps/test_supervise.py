@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from fake import FINISH, starts, sweep
 
-from twoviews.sweeps.folder import Point, held
+from twoviews.sweeps.folder import Point
 from twoviews.sweeps.supervise import supervise
+from twoviews.tracking.state import held
 
 
 def supervised(point: Point, submitted: float = 1.0, **environment: str) -> subprocess.Popen:

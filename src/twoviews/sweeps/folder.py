@@ -285,18 +285,6 @@ class Sweep:
         part.rename(folder)
 
 
-def held(lock: FileLock) -> bool:
-    """Whether some other process holds it."""
-    if not Path(lock.lock_file).exists():
-        return False
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    lock.release()
-    return False
-
-
 def _load(path: Path) -> dict[str, Any]:
     """A JSON file that is always replaced whole; empty where there is none."""
     try:

@@ -4,8 +4,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from twoviews.sweeps import scheduler
-from twoviews.sweeps.folder import Point, State, Sweep, held
+from twoviews.sweeps.folder import Point, State, Sweep
 from twoviews.sweeps.scheduler import Said
+from twoviews.tracking.state import held
 
 AGAIN = "the same command goes on"
 _SAME_NAME = ("FAILED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY", "CANCELLED")

@@ -82,15 +82,21 @@ def writer_lock(folder: Path) -> FileLock:
     return FileLock(folder / ".writer.lock")
 
 
-def is_written(folder: Path) -> bool:
-    """Some process, this one included, is training into `folder`."""
-    lock = writer_lock(folder)
+def held(lock: FileLock) -> bool:
+    """Whether somebody holds it, this process by another lock object included."""
+    if not Path(lock.lock_file).exists():
+        return False
     try:
         lock.acquire(timeout=0)
     except Timeout:
         return True
     lock.release()
     return False
+
+
+def is_written(folder: Path) -> bool:
+    """Some process, this one included, is training into `folder`."""
+    return held(writer_lock(folder))
 
 
 @contextmanager
