@@ -15,10 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import hydra
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, QuotedString, Sweep
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -138,11 +135,11 @@ def entry(
             except BadInput as error:
                 codes.append(_bad_input(str(error)))
             except (HydraException, OmegaConfBaseException) as error:
-                codes.append(_bad_input(_diagnose(name, sys.argv[1:], error)))
+                codes.append(_bad_input(_sentence(name, sys.argv[1:], error)))
             except ValueError as error:
                 if begun:
                     raise
-                codes.append(_bad_input(_diagnose(name, sys.argv[1:], error)))
+                codes.append(_bad_input(_sentence(name, sys.argv[1:], error)))
             except BrokenPipeError:  # the reader of `train.py --help | head` has seen enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 codes.append(STOPPED + signal.SIGPIPE)
@@ -155,6 +152,12 @@ def entry(
         return command
 
     return decorate
+
+
+def _sentence(name: str, arguments: list[str], error: Exception) -> str:
+    from twoviews.diagnosis import diagnose  # only needed for what is wrong
+
+    return diagnose(name, arguments, error)
 
 
 def _bad_input(message: str) -> int:
@@ -215,7 +218,7 @@ def _register_resolvers() -> None:
         return f"{choices.method}-{choices.data}-{digest(_root_)}"
 
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
-    OmegaConf.register_new_resolver("options", lambda group: ", ".join(_options(group)), replace=True)  # for --help
+    OmegaConf.register_new_resolver("options", lambda group: ", ".join(options(group)), replace=True)  # for --help
 
 
 def build(node: DictConfig, **given: Any) -> Any:
@@ -252,15 +255,15 @@ def check(name: str, cfg: DictConfig | dict[str, Any]) -> None:
     """
     content = cfg if isinstance(cfg, dict) else typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     root = {field.name: field.type for field in fields(_ROOTS[name])}
-    known = _groups()
-    groups = [key for key in content if key not in root and key in known]
+    known = groups()
+    chosen = [key for key in content if key not in root and key in known]
     nodes = [key for key in content if key in _NODES]
     annotations = {key: Parameter(annotation, required=True) for key, annotation in root.items()}
-    _check_keys("", content, annotations, [*root, *groups, *nodes])
+    _check_keys("", content, annotations, [*root, *chosen, *nodes])
     for node in nodes:
         parameters = signature(_NODES[node])
         _check_keys(f"{node}.", content[node], parameters, [*parameters])
-    for group in groups:
+    for group in chosen:
         _check_node(group, content[group], _FILLED_IN.get(group, ()))
     views = (content.get("augmentation") or {}).get("views") or {}
     for view, recipe in views.items():
@@ -281,7 +284,7 @@ def check_plugin(cfg: DictConfig, kind: Literal["launcher", "sweeper"]) -> dict[
     given, key = typing.cast(dict[str, Any], OmegaConf.to_container(cfg.hydra[kind], resolve=True)), _BUILDS[kind]
     if key not in given:
         chosen = cfg.hydra.runtime.choices[f"hydra/{kind}"]
-        raise BadInput(f"hydra/{kind}={chosen} is not ours; choose {', '.join(_options(f'hydra/{kind}'))}.")
+        raise BadInput(f"hydra/{kind}={chosen} is not ours; choose {', '.join(options(f'hydra/{kind}'))}.")
     values = {name: value for name, value in given.items() if name not in ("_target_", key)}
     parameters = signature(given[key])
     _check_keys(f"hydra.{kind}.", values, parameters, [*parameters])
@@ -291,7 +294,7 @@ def check_plugin(cfg: DictConfig, kind: Literal["launcher", "sweeper"]) -> dict[
 def _check_node(path: str, node: Any, filled_in: Sequence[str] = ()) -> None:
     if not isinstance(node, Mapping):
         if node is not None:
-            raise BadInput(f"{path}={node} is a whole group; choose one of its files: {', '.join(_options(path))}.")
+            raise BadInput(f"{path}={node} is a whole group; choose one of its files: {', '.join(options(path))}.")
     elif "_target_" in node:
         parameters = {key: value for key, value in signature(str(node["_target_"])).items() if key not in filled_in}
         given = {key: value for key, value in node.items() if key != "_target_"}
@@ -307,7 +310,7 @@ def _check_keys(prefix: str, given: Mapping, parameters: Mapping[str, Parameter]
         raise BadInput(f"{prefix}{missing[0]} is missing; give it a value: {prefix}{missing[0]}=...")
     for key, value in given.items():
         if key not in known:
-            raise BadInput(_unknown_key(prefix, str(key), known))
+            raise BadInput(unknown_key(prefix, str(key), known))
         if value == "???":
             raise BadInput(f"{prefix}{key} is not set; give it a value: {prefix}{key}=...")
         if key in parameters and isinstance(value, Mapping) and "_target_" in value:
@@ -316,94 +319,18 @@ def _check_keys(prefix: str, given: Mapping, parameters: Mapping[str, Parameter]
             raise BadInput(f"{prefix}{key}={value} {wrong}.")
 
 
-def _unknown_key(prefix: str, key: str, known: Sequence[str]) -> str:
+def unknown_key(prefix: str, key: str, known: Sequence[str]) -> str:
+    """A sentence for a key that is not there, with the one that was probably meant."""
     close = nearest(key, known).replace("'", "'" + prefix, 1)
     where = f"{prefix.rstrip('.')} has no key '{key}'" if prefix else f"there is no key or group '{key}'"
     return f"{where}.{close} Known: {', '.join(known)}."
 
 
-# --------------------------------------------------------------------------------------------- what Hydra could not do
-
-
-def _groups() -> list[str]:
+def groups() -> list[str]:
+    """The config groups."""
     return sorted(path.name for path in CONF.iterdir() if path.is_dir())
 
 
-def _options(group: str) -> list[str]:
+def options(group: str) -> list[str]:
+    """What can be chosen in a group."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-
-
-_FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd")  # of Hydra's command line
-
-
-def _diagnose(name: str, arguments: list[str], error: Exception) -> str:
-    """One sentence for a command that Hydra refused, found by going through its overrides one by one."""
-    GlobalHydra.instance().clear()
-    overrides: list[Override] = []
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        if argument.startswith("-") or (before in _FLAGS_WITH_VALUE and "=" not in argument):
-            continue
-        try:
-            overrides += OverridesParser.create().parse_overrides([argument])
-        except HydraException:
-            return f"'{argument}' cannot be read as key=value; quote values with spaces or special characters: 'key=\"value\"'."
-    choices = []
-    for override in overrides:
-        group = override.key_or_group
-        if (CONF / group).is_dir():
-            choices.append(override.input_line)
-            known = _options(group)
-            if name != "train" and override.input_line == "data=digits":
-                return (
-                    "data=digits is a whole recipe of train.py; a run's own images need no data=, and others are named with "
-                    "data=folder or data=array data.root=<images>, data=cifar10 and so on."
-                )
-            for value in _values(override):
-                if value not in known:
-                    return (
-                        f"{group}={value}: there is no such {group}.{nearest(value, known)} Known: {', '.join(known)}."
-                    )
-    known_content = _compose(name, [choice for choice in choices if "," not in choice])
-    for override in overrides:
-        sentence = _unknown_override(override, known_content)
-        if sentence:
-            return sentence
-    return " ".join(str(error).split())
-
-
-def _compose(name: str, choices: list[str]) -> Any:
-    try:
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            return OmegaConf.to_container(hydra.compose(name, choices), resolve=False)
-    except (HydraException, OmegaConfBaseException):
-        return None
-
-
-def _values(override: Override) -> list[str]:
-    value = override.value()
-    if isinstance(value, Sweep):
-        value = list(override.sweep_string_iterator()) if override.is_choice_sweep() else []
-    values = value if isinstance(value, list) else [value]
-    return [one.text if isinstance(one, QuotedString) else str(one) for one in values]
-
-
-def _unknown_override(override: Override, content: Any) -> str:
-    """The first part of a dotted key that the composed configuration does not have."""
-    if content is None or override.key_or_group.startswith("hydra"):
-        return ""
-    prefix = ""
-    for part in override.key_or_group.split("."):
-        if isinstance(content, list):
-            return ""
-        if not isinstance(content, dict):
-            return f"{prefix.rstrip('.')} is a single value and has no key '{part}'."
-        if part not in content:
-            known = [key for key in content if key != "_target_"]
-            if not prefix:
-                if part in _groups():
-                    chosen = ", ".join(_options(part))
-                    return f"no {part} is chosen here for {override.key_or_group} to change; choose one of: {chosen}."
-                known += [group for group in _groups() if group not in (*content, "hydra")]
-            return _unknown_key(prefix, part, known)
-        prefix, content = f"{prefix}{part}.", content[part]
-    return ""

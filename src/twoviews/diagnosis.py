@@ -1,0 +1,89 @@
+"""One sentence for a command that Hydra refused."""
+
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString, Sweep
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from twoviews.config import CONF, groups, options, unknown_key
+from twoviews.errors import nearest
+
+_FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd")  # of Hydra's command line
+
+
+def diagnose(name: str, arguments: list[str], error: Exception) -> str:
+    """One sentence for a command that Hydra refused, found by going through its overrides one by one."""
+    GlobalHydra.instance().clear()
+    overrides: list[Override] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument.startswith("-") or (before in _FLAGS_WITH_VALUE and "=" not in argument):
+            continue
+        try:
+            overrides += OverridesParser.create().parse_overrides([argument])
+        except HydraException:
+            return f"'{argument}' cannot be read as key=value; quote values with spaces or special characters: 'key=\"value\"'."
+    choices = []
+    for override in overrides:
+        group = override.key_or_group
+        if (CONF / group).is_dir():
+            choices.append(override.input_line)
+            known = options(group)
+            if name != "train" and override.input_line == "data=digits":
+                return (
+                    "data=digits is a whole recipe of train.py; a run's own images need no data=, and others are named with "
+                    "data=folder or data=array data.root=<images>, data=cifar10 and so on."
+                )
+            for value in _values(override):
+                if value not in known:
+                    return (
+                        f"{group}={value}: there is no such {group}.{nearest(value, known)} Known: {', '.join(known)}."
+                    )
+    known_content = _compose(name, [choice for choice in choices if "," not in choice])
+    for override in overrides:
+        sentence = _unknown_override(override, known_content)
+        if sentence:
+            return sentence
+    return " ".join(str(error).split())
+
+
+def _compose(name: str, choices: list[str]) -> Any:
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            return OmegaConf.to_container(hydra.compose(name, choices), resolve=False)
+    except (HydraException, OmegaConfBaseException):
+        return None
+
+
+def _values(override: Override) -> list[str]:
+    value = override.value()
+    if isinstance(value, Sweep):
+        value = list(override.sweep_string_iterator()) if override.is_choice_sweep() else []
+    values = value if isinstance(value, list) else [value]
+    return [one.text if isinstance(one, QuotedString) else str(one) for one in values]
+
+
+def _unknown_override(override: Override, content: Any) -> str:
+    """The first part of a dotted key that the composed configuration does not have."""
+    if content is None or override.key_or_group.startswith("hydra"):
+        return ""
+    prefix = ""
+    for part in override.key_or_group.split("."):
+        if isinstance(content, list):
+            return ""
+        if not isinstance(content, dict):
+            return f"{prefix.rstrip('.')} is a single value and has no key '{part}'."
+        if part not in content:
+            known = [key for key in content if key != "_target_"]
+            if not prefix:
+                if part in groups():
+                    chosen = ", ".join(options(part))
+                    return f"no {part} is chosen here for {override.key_or_group} to change; choose one of: {chosen}."
+                known += [group for group in groups() if group not in (*content, "hydra")]
+            return unknown_key(prefix, part, known)
+        prefix, content = f"{prefix}{part}.", content[part]
+    return ""
