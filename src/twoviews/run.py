@@ -139,6 +139,8 @@ class Run:
         except OSError:
             new.unlink(missing_ok=True)
             raise
+        # The slow part first, to free the oldest one's blocks: a kill between the two renames costs an epoch.
+        previous.unlink(missing_ok=True)
         if last.exists():
             last.replace(previous)
         new.replace(last)
