@@ -126,6 +126,7 @@ def test_damaged_checkpoint_falls_back(tmp_path: Path, undisturbed: Path) -> Non
     last = tmp_path / "run" / "last.pt"
     if not last.exists():  # killed between the renames of a save
         last.with_name("new.pt").replace(last)
+    last.with_name("new.pt").unlink(missing_ok=True)
     content = bytearray(last.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 256] = bytes(byte ^ 0xFF for byte in content[middle : middle + 256])  # more than padding
@@ -133,6 +134,24 @@ def test_damaged_checkpoint_falls_back(tmp_path: Path, undisturbed: Path) -> Non
     assert train(tmp_path).wait(300) == 0
     assert "is damaged" in (tmp_path / "stdout.txt").read_text()
     assert_same_weights(undisturbed / "run", tmp_path / "run")
+
+
+def test_save_that_was_killed_between_its_renames_is_finished(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for step in (1, 2):
+        run.save({"step": step})
+    (tmp_path / "last.pt").replace(tmp_path / "new.pt")
+    assert run.load(print) == {"step": 2}
+    assert run.load(print) == {"step": 2}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+
+
+def test_part_of_a_checkpoint_is_removed(tmp_path: Path, capsys) -> None:
+    run = Run(tmp_path)
+    run.save({"step": 1})
+    (tmp_path / "new.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-100])
+    assert run.load(print) == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"] and not capsys.readouterr().out
 
 
 def test_no_whole_checkpoint_is_an_error(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ class Run:
 
     def save(self, state: dict[str, Any]) -> None:
         """Make `state` the last checkpoint and keep the one before it as previous.pt."""
-        last, previous, new = (self.folder / name for name in ("last.pt", "previous.pt", "new.pt"))
+        new = self.folder / "new.pt"
         # By way of memory: torch reports a full disk as a defect of its own when it writes the file itself.
         content = io.BytesIO()
         torch.save(state, content)
@@ -139,12 +139,25 @@ class Run:
         except OSError:
             new.unlink(missing_ok=True)
             raise
-        # The slow part first, to free the oldest one's blocks: a kill between the two renames costs an epoch.
-        previous.unlink(missing_ok=True)
+        self._keep(new)
+
+    def _keep(self, new: Path) -> None:
+        last = self.folder / "last.pt"
         if last.exists():
-            last.replace(previous)
+            last.replace(self.folder / "previous.pt")
         new.replace(last)
         _sync(self.folder)
+
+    def _finish_save(self) -> None:
+        """What a kill left of a save: a whole new.pt becomes the last checkpoint, a part of one goes."""
+        new = self.folder / "new.pt"
+        if new.exists():
+            try:
+                load_checkpoint(new)
+            except (RuntimeError, OSError, EOFError, KeyError, ValueError):
+                new.unlink()
+            else:
+                self._keep(new)
 
     def load(self, say) -> dict[str, Any] | None:
         """The last whole checkpoint, on the CPU, or None; says so when it had to fall back to the one before.
@@ -152,6 +165,8 @@ class Run:
         Raises:
             BadInput: there are checkpoints and none is whole.
         """
+        if distributed.rank() == 0:
+            self._finish_save()
         damaged = []
         for name in ("last.pt", "previous.pt"):
             path = self.folder / name
