@@ -10,6 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from twoviews import compiled
 from twoviews.data import kernel, pixels
 from twoviews.data.views import JITTER, Draw, View, Views, eval_view
 from twoviews.errors import BadInput
@@ -33,11 +34,11 @@ STRONG = {
 @pytest.fixture(autouse=True, params=["compiled", "tensors"])
 def form(request, monkeypatch) -> str:
     """Both forms of the augmentation have to pass everything here."""
-    kernel.library.cache_clear()
+    compiled.library.cache_clear()
     monkeypatch.setenv("TWOVIEWS_KERNEL", "1" if request.param == "compiled" else "0")
     assert (kernel.library() is None) == (request.param == "tensors"), "no C compiler: cc"
     yield request.param
-    kernel.library.cache_clear()
+    compiled.library.cache_clear()
 
 
 @cache
@@ -401,7 +402,7 @@ def test_both_forms_agree(side, size, channels, form, monkeypatch):
     found = []
     for switch in "10":
         monkeypatch.setenv("TWOVIEWS_KERNEL", switch)
-        kernel.library.cache_clear()
+        compiled.library.cache_clear()
         found.append(views(images, draws)[0])
     # In standard deviations. A pixel may fall on the other side of what is solarised.
     assert ((found[0] - found[1]).abs() > 2e-5).float().mean() < 1e-4
@@ -425,7 +426,7 @@ def test_without_a_compiler_or_with_a_broken_one_tensors_do_it(tmp_path, monkeyp
     monkeypatch.setenv("TWOVIEWS_KERNEL", "1")
     for compiler in ("no-such-compiler", "false"):
         monkeypatch.setenv("CC", compiler)
-        kernel.library.cache_clear()
+        compiled.library.cache_clear()
         assert kernel.library() is None
         images = photographs(2, 32, 32)
         views = make(STRONG)

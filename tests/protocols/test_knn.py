@@ -13,7 +13,7 @@ from torch.nn import functional as nnf
 from twoviews.data.sources import digits
 from twoviews.features import Features, Judged, Pixels
 from twoviews.protocols import knn
-from twoviews.protocols.knn import KNN, accuracies, knn_scores, largest, top1
+from twoviews.protocols.knn import KNN, accuracies, knn_scores, top1
 
 
 @cache
@@ -103,16 +103,6 @@ def test_protocol_measures_test_against_memory():
         right += int(votes.argmax()) == label
     assert found == {"top1": pytest.approx(100 * right / 50), "top5": pytest.approx(found["top5"])}
     assert found["top1"] <= found["top5"] <= 100
-
-
-@pytest.mark.parametrize(("columns", "k"), [(5000, 3), (5000, 1), (3001, 50), (1000, 1000), (97, 6), (4, 1), (1, 1)])
-def test_largest_is_topk(columns, k):
-    made = torch.Generator().manual_seed(columns + k)
-    for x in (torch.randn(6, columns, generator=made), torch.randint(0, 9, (6, columns), generator=made).float()):
-        values, index = largest(x, k)
-        assert torch.equal(values, x.topk(k, dim=1).values)
-        assert torch.equal(x.gather(1, index), values)
-        assert all(len(row.unique()) == k for row in index)  # also where many are equal
 
 
 def test_top5_by_a_loop():

@@ -4,7 +4,6 @@ Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimina
 Shapes: N bank, M queries, F features.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -15,30 +14,10 @@ from torch.nn import functional as nnf
 from twoviews.evaluation.scores import ranks
 from twoviews.features import Features, Judged
 from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.protocols.selection import largest
 from twoviews.ranges import Count, Index, Temperature
 
 CHUNK_BYTES = 64 * 2**20  # of similarities held at once
-
-
-def largest(x: Float[Tensor, "m N"], k: int) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
-    """The k largest numbers of each row, largest first, and their columns: topk, in half its time if k is small against N.
-
-    The columns are dealt out to sqrt(N k) groups. Only the k groups with the largest maxima are searched: a number in
-    another group has at least those k maxima before it.
-    """
-    columns = x.shape[1]
-    groups = math.isqrt(columns * k)
-    size = columns // groups
-    if size < 4:  # the search of the groups would cost as much as it spares
-        return x.topk(k, dim=1)
-    # Neighbouring columns are in different groups, so that maxima are taken of whole vectors.
-    dealt = x[:, : size * groups].view(len(x), size, groups)
-    chosen = dealt.amax(1).topk(k, dim=1, sorted=False).indices
-    steps = torch.arange(0, columns, groups, device=x.device)[:size]
-    rest = torch.arange(size * groups, columns, device=x.device).expand(len(x), -1)
-    index = torch.cat(((chosen[:, None] + steps[:, None]).flatten(1), rest), dim=1)
-    found, place = x.gather(1, index).topk(k, dim=1)
-    return found, index.gather(1, place)
 
 
 def neighbours(
