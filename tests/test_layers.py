@@ -140,6 +140,7 @@ def test_split_batch_norm_against_a_loop_over_parts(memory_format):
     for _ in range(2):
         x = (torch.randn(12, channels, 2, 3) * scale).to(memory_format=memory_format)
         y = norm(x)
+        assert y.is_contiguous(memory_format=memory_format)
         means, variances = [], []
         for part in range(splits):
             mine = x[part::splits]

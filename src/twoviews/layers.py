@@ -122,14 +122,23 @@ class SplitBatchNorm(nn.BatchNorm2d):
         if not self.training or parts * distributed.processes() == 1:
             return super().forward(x)
         b, c, h, w = x.shape
-        # Image i = j * parts + s becomes row j of part s, and a part's channels stand beside those of the others.
-        y = x.reshape(b // parts, parts * c, h, w)
+        # Image i = j * parts + s becomes row j of part s, and a part's channels stand beside those of the others; in the
+        # memory format of x, which the convolution behind this wants back.
+        rows, last = b // parts, not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        if last:
+            y = x.permute(0, 2, 3, 1).view(rows, parts, h, w, c).transpose(1, 2).transpose(2, 3)
+            y = y.reshape(rows, h, w, parts * c).permute(0, 3, 1, 2)
+        else:
+            y = x.reshape(rows, parts * c, h, w)
         mean, var = self.running_mean.repeat(parts), self.running_var.repeat(parts)
         y = nnf.batch_norm(
             y, mean, var, self.weight.repeat(parts), self.bias.repeat(parts), True, self.momentum, self.eps
         )
         self.running_mean.copy_(distributed.mean(mean.view(parts, c).mean(0)))
         self.running_var.copy_(distributed.mean(var.view(parts, c).mean(0)))
+        if last:
+            y = y.permute(0, 2, 3, 1).view(rows, h, w, parts, c).transpose(2, 3).transpose(1, 2)
+            return y.reshape(b, h, w, c).permute(0, 3, 1, 2)
         return y.reshape(b, c, h, w)
 
 
