@@ -37,7 +37,7 @@ def main(cfg, folder: Path) -> int:
     x = subject.features(runtime)
     rows, values = {}, {}
     for k in sorted(set(cfg.clusters)):
-        clusters = kmeans(x, k, seed=seed_of(cfg.seed, k))
+        clusters = kmeans(x, k, seed=seed_of(cfg.seed, k), iterations=50, tolerance=1e-4)  # to the end: it is done once
         found = scores(x, clusters, labels=subject.images.labels, previous=None, seed=cfg.seed)
         subject.save(k, clusters, concentration(clusters, cfg.temperature))
         title = f"{run.folder.name}: {len(x):,} images of {data.name} ({cfg.split}) in {k} clusters"

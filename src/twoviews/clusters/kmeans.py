@@ -72,7 +72,7 @@ def kmeans(
     spherical: bool = False,
     starts: Count = 1,
     iterations: Count = 10,
-    tolerance: NotNegative = 1e-3,
+    tolerance: NotNegative = 2e-3,
     max_points_per_centroid: Count = 1000,
 ) -> Clusters:
     """K clusters of the rows of `x`, on its device; equal input gives equal bits.
