@@ -17,9 +17,9 @@ typedef struct {
     int count, low, high; // of input px for each output px; all of them: low <= px < high
 } Taps;
 
-// Triangles as wide as an output px, at least an input px, weighed by the part of each px that the box covers; of sum
-// `scale`.
-static void triangles(Taps *taps, float start, float extent, int side, int size, int mirrored, float scale)
+// Triangles as wide as an output px, at least an input px, weighed by the part of each px that the box covers, or with
+// `bleed` reaching out of it; of sum `scale`.
+static void triangles(Taps *taps, float start, float extent, int side, int size, int bleed, int mirrored, float scale)
 {
     float step = extent / size, reach = step > 1 ? step : 1, sum[size];
     int count = (int)ceilf(2 * reach), *restrict first = taps->first;
@@ -35,7 +35,7 @@ static void triangles(Taps *taps, float start, float extent, int side, int size,
         float *restrict weight = taps->weight + (int64_t)k * size;
         for (int i = 0; i < size; i++) {
             float centre = (mirrored ? size - (i + 0.5f) : i + 0.5f) * step, edge = first[i] + k - start;
-            float covered = unit(least(edge + 1, extent) - most(edge, 0));
+            float covered = bleed ? 1 : unit(least(edge + 1, extent) - most(edge, 0));
             weight[i] = most(reach - fabsf(edge + 0.5f - centre), 0) * covered;
             sum[i] += weight[i];
         }
@@ -211,8 +211,8 @@ static void resample(const uint8_t *image, int channels, int side, int size, con
 }
 
 // Images first to last of a batch; arrays as in views.py, order -1 for nothing. 0, or 1 when there is no memory.
-int render(const uint8_t *images, int64_t first, int64_t last, int channels, int side, int size, const float *start,
-           const float *extent, const uint8_t *flip, const int64_t *order, const float *factors,
+int render(const uint8_t *images, int64_t first, int64_t last, int channels, int side, int size, int bleed,
+           const float *start, const float *extent, const uint8_t *flip, const int64_t *order, const float *factors,
            const uint8_t *grayscale, const float *sigma, const uint8_t *solarize, float solarize_from,
            const float *mean, const float *std, float *out)
 {
@@ -229,8 +229,8 @@ int render(const uint8_t *images, int64_t first, int64_t last, int channels, int
     Taps down = {numbers, floats, 0, 0, 0}, across = {numbers + size, floats + room, 0, 0, 0};
     float *rows = floats + 2 * room, *turned = rows + between, *x = turned + between, *g = x + channels * plane;
     for (int64_t n = first; n < last; n++) {
-        triangles(&down, start[2 * n], extent[2 * n], side, size, 0, 1.0f / 255);
-        triangles(&across, start[2 * n + 1], extent[2 * n + 1], side, size, flip[n], 1);
+        triangles(&down, start[2 * n], extent[2 * n], side, size, bleed, 0, 1.0f / 255);
+        triangles(&across, start[2 * n + 1], extent[2 * n + 1], side, size, bleed, flip[n], 1);
         resample(images + n * channels * side * side, channels, side, size, &down, &across, rows, turned, x);
         for (int s = 0; s < 4; s++) {
             int64_t operation = order[4 * n + s];

@@ -183,8 +183,14 @@ def eval_view(
     original = sizes.to(images.device, torch.float32)
     square = crop * original.amin(dim=1, keepdim=True).expand_as(original)
     to_canvas = images.shape[-1] / original
-    x = pixels.resample(images, (original - square) / 2 * to_canvas, square * to_canvas, size, bleed=True)
-    return pixels.normalise(x, *statistics)
+    start, extent = (original - square) / 2 * to_canvas, square * to_canvas
+    compiled = kernel.library() if images.device.type == "cpu" else None
+    if compiled:
+        boxes = start.expand(len(images), 2), extent.expand(len(images), 2)
+        no, none = torch.zeros(len(images), dtype=torch.bool), torch.full((len(images), len(JITTER)), -1)
+        applied = (no, none, none.float(), no, no.float(), no)
+        return kernel.render(compiled, images, size, *boxes, *applied, 1.0, *statistics, bleed=True)
+    return pixels.normalise(pixels.resample(images, start, extent, size, bleed=True), *statistics)
 
 
 def _draw(view: View, sizes: Float[Tensor, "B 2"], generator: torch.Generator) -> Draw:
