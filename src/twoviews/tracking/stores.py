@@ -164,8 +164,8 @@ def prepare_environment() -> None:
     # DO_NOT_TRACK=1 would not do: mlflow compares with "true".
     os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    # Longer than any answer seen from a server shared by 8 runs (4 s), or a slow one would get the same batch for ever.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    # Longer than any answer seen from a server that 64 runs come to at once, or it would get the same batches for ever.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     for name in ("alembic", "git", "urllib3.connectionpool"):
