@@ -444,8 +444,8 @@ def test_a_server_that_dies_and_comes_back_has_every_point_once(tmp_path, server
     assert re.search(rf"14 points left.*python -m twoviews.tracking sync {other}", said[-1])
     assert main(["sync", str(other)]) == 1
     with pytest.raises(BadInput, match=r"no MLflow answers at .*start it.*tracking=files"):
-        Tracking(server.uri, "x", mirror=True).check(resumed=False)
-    Tracking(server.uri, "x", mirror=True).check(resumed=True, say=said.append)
+        Tracking(server.uri, "x", mirror=True).check(expected=False)
+    Tracking(server.uri, "x", mirror=True).check(expected=True, say=said.append)
     assert "goes on without MLflow" in said[-1]
 
     server.start()
@@ -487,7 +487,7 @@ def test_a_server_that_dies_and_comes_back_has_every_point_once(tmp_path, server
 def test_bad_addresses_are_sentences(tmp_path, bad, says):
     (tmp_path / "text").write_text("a text that is longer than sixteen bytes")
     with pytest.raises(BadInput, match=re.escape(says)) as error:
-        Tracking(bad.format(tmp=tmp_path), "x", mirror=True).check(resumed=False)
+        Tracking(bad.format(tmp=tmp_path), "x", mirror=True).check(expected=False)
     assert "secret" not in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -496,7 +496,7 @@ def test_bad_addresses_are_sentences(tmp_path, bad, says):
 def test_an_unwritable_place_is_a_sentence(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(BadInput, match="cannot be written"):
-        Tracking(f"sqlite:///{tmp_path}/mlflow.db", "x", mirror=True).check(resumed=False)
+        Tracking(f"sqlite:///{tmp_path}/mlflow.db", "x", mirror=True).check(expected=False)
 
 
 def test_the_default_store_is_at_the_root_of_the_checkout(monkeypatch, tmp_path):
@@ -513,6 +513,6 @@ def test_every_config_builds_and_files_needs_no_mlflow(name, tmp_path):
     assert isinstance(tracking, Tracking)
     assert tracking.mirror == (name == "mlflow")
     if not tracking.mirror:
-        tracking.check(resumed=False)
+        tracking.check(expected=False)
         assert tracking.start(tmp_path) is None
         assert State.load(tmp_path).experiment == "twoviews"

@@ -16,7 +16,7 @@ from twoviews.loop import Training
 from twoviews.pictures import draw_curves, draw_views
 from twoviews.run import Run
 from twoviews.runtime import StopSignal
-from twoviews.tracking import Metrics, Mirror, read, run_id, wait_for_writer
+from twoviews.tracking import Metrics, Mirror, is_child, read, run_id, wait_for_writer
 
 FAILED = 1  # exit code of a training that went wrong
 
@@ -46,7 +46,8 @@ class Recording:
         self._first = distributed.rank() == 0
         if self._first:
             tracking = build(cfg.tracking)
-            tracking.check((folder / "last.pt").exists() and not cfg.fresh, console.say)
+            resumed = (folder / "last.pt").exists() and not cfg.fresh
+            tracking.check(resumed or is_child(folder), console.say)
             wait_for_writer(folder)
             if cfg.fresh and (aside := self.run.set_aside()):
                 console.say(f"fresh=true: the old results are in {aside}.")

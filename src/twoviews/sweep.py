@@ -1,6 +1,7 @@
 """`python -m twoviews.sweep`: how the points of a sweep are, what they printed, and what to do about them."""
 
 import argparse
+import shlex
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,20 +10,21 @@ from twoviews.console import Console, duration
 from twoviews.errors import BadInput, nearest
 from twoviews.sweeps.folder import Point, State, Sweep
 from twoviews.sweeps.supervise import LOG
-from twoviews.sweeps.truth import look
+from twoviews.sweeps.truth import CANCEL_S, ended, look
 
 FINISHED, UNFINISHED, ACTIVE = 0, 1, 3  # exit codes; 2 is bad input
 LINES = 40  # of a log that are shown
 # What calls for attention comes first.
-ORDER = ("FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "PREEMPTED", "CANCELLED", "LOST", "INTERRUPTED", "RUNNING")
+STOPPED = ("FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "PREEMPTED", "CANCELLED", "LOST", "INTERRUPTED")
+ORDER = (*STOPPED, "RUNNING", "QUEUED", "PRUNED", "FINISHED")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0 all points are finished, 3 some are queued or running, 1 some are neither, 2 bad input."""
+    """The exit code: 0 all points are finished or pruned, 3 some are queued or running, 1 some are neither, 2 bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m twoviews.sweep",
         description="Look after a sweep. Without a name: the one in multirun/ that was changed last.",
-        epilog="Exit code: 0 all points are finished, 3 some are queued or running, 1 some are neither, 2 bad input.",
+        epilog="Exit code: 0 all points are finished or pruned, 3 some are queued or running, 1 some are neither, 2 bad input.",
     )
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
     for command, (action, sentence) in COMMANDS.items():
@@ -66,7 +68,7 @@ def exit_code(states: Mapping[str, State]) -> int:
     """Of a command that looked at these states."""
     if any(state.active for state in states.values()):
         return ACTIVE
-    return FINISHED if all(state.state == "FINISHED" for state in states.values()) else UNFINISHED
+    return FINISHED if all(state.done for state in states.values()) else UNFINISHED
 
 
 def status(sweep: Sweep, points: Sequence[Point]) -> int:
@@ -77,7 +79,7 @@ def status(sweep: Sweep, points: Sequence[Point]) -> int:
 
     def rank(point: Point) -> int:
         state = states[point.digest].state
-        return ORDER.index(state) if state in ORDER else len(ORDER) + (state == "FINISHED")
+        return ORDER.index(state)
 
     names = short(sweep.axes)
     rows = [_row(point, states[point.digest], names) for point in sorted(points, key=rank)]
@@ -122,7 +124,7 @@ def logs(sweep: Sweep, points: Sequence[Point]) -> int:
     """The ends of what points printed: of those named, or of those that did not finish."""
     states = look(points)
     if len(points) > 1:
-        points = [point for point in points if states[point.digest].state in ORDER[:-1]]
+        points = [point for point in points if states[point.digest].state in STOPPED]
     for point in points:
         state = states[point.digest]
         print(f"=== {point.digest} {point.label}: {state.state} {state.reason}".rstrip())
@@ -146,7 +148,7 @@ def retry(sweep: Sweep, points: Sequence[Point]) -> int:
     from twoviews.sweeps.launching import report
 
     states = look(points)
-    todo = [point for point in points if not states[point.digest].active and states[point.digest].state != "FINISHED"]
+    todo = [point for point in points if states[point.digest].state in STOPPED]
     build(DictConfig(sweep.record["launcher"])).submit(todo)
     wanted = {point.digest for point in points}
     points = [point for point in sweep.points if point.digest in wanted]
@@ -165,7 +167,8 @@ def collect(sweep: Sweep, points: Sequence[Point]) -> int:
 
 
 def cancel(sweep: Sweep, points: Sequence[Point]) -> int:
-    """Stop what is queued or running; what runs gets a moment for a checkpoint."""
+    """Stop what is queued or running, with a moment for a checkpoint; MLflow is told how it ended."""
+    from twoviews.sweeps import collecting
     from twoviews.sweeps.machine import stop
     from twoviews.sweeps.slurm import cancel_jobs
 
@@ -174,8 +177,14 @@ def cancel(sweep: Sweep, points: Sequence[Point]) -> int:
     stop([point for point in active if point.job is None])
     cancel_jobs(active)
     print(f"cancelled {len(active)} points of {sweep.name}")
-    if active and sweep.record["parent"]:  # what was killed before it could say so stays as running there
-        print(f"`python -m twoviews.sweep collect {sweep.name}` tells MLflow when they have ended.")
+    if active and sweep.record["parent"]:  # what is killed before it can say so would stay as running there
+        print("waiting for their ends, to tell MLflow …", flush=True)
+        wanted = {point.digest for point in active}
+        points = [point for point in sweep.points if point.digest in wanted]
+        if not ended(points, CANCEL_S) or collecting.collect(sweep, points):
+            print(
+                f"MLflow was not told of all; `python -m twoviews.sweep collect {shlex.quote(sweep.name)}` does it later."
+            )
     return 0
 
 

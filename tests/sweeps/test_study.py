@@ -15,6 +15,7 @@ from test_supervise import wait_for
 
 from twoviews.console import Console
 from twoviews.errors import BadInput
+from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.dispatch import Dispatch
 from twoviews.sweeps.folder import New, Sweep
 from twoviews.sweeps.launching import Launch
@@ -197,6 +198,40 @@ def test_a_collapsed_trial_is_stopped_and_the_report_says_why(tmp_path: Path) ->
     assert "collapsed: its spread stays below 0.05" in found[weak[0].digest].reason
 
 
+def test_what_was_given_up_is_done_with_and_says_why(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "s"
+    order = Order(folder, pool(), collapse=True, pause=0.1)
+    search(trials=6, prune=True).run(order, ["x=0.1,0.6", "seed=0,1"])
+    before, weak = started(folder), [point for point in Sweep(folder).points if point.axes["x"] == 0.1]
+    with Sweep(folder).update() as record:
+        record["launcher"] = {"_target_": "twoviews.sweeps.machine.Local"}
+    for command in ("status", "retry", "logs"):
+        assert sweep_command([command, str(folder)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "s: 2 FINISHED, 2 PRUNED" in out and "2 of 4 points finished, 2 given up by a search" in out
+    look = {digest: state.state for digest, state in order.dispatch.look(Sweep(folder).points).items()}
+    assert [look[point.digest] for point in weak] == ["PRUNED"] * 2
+    search(trials=6, prune=True).run(order, ["x=0.1,0.6", "seed=0,1"])
+    assert started(folder) == before, "nothing runs again, by retry or by the same command"
+
+
+def test_a_search_that_is_killed_while_it_gives_up_a_trial_gives_it_up_later(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "s"
+    order = Order(folder, pool(), collapse=True, pause=0.1)
+    with monkeypatch.context() as killed:
+        killed.setattr(Sweep, "given_up", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            search(trials=1, prune=True).run(order, ["x=interval(0.0,0.2)", "seed=0,1"])
+    assert [one.state.name for one in trials(folder)] == ["PRUNED"]
+    order.dispatch.cancel(Sweep(folder).points)  # as the end of the process would
+    for point in Sweep(folder).points:
+        wait_for(lambda point=point: order.dispatch.look([point])[point.digest].state in ("INTERRUPTED", "LOST"))
+    search(trials=1, prune=True).run(order, ["x=interval(0.0,0.2)", "seed=0,1"])
+    states = order.dispatch.look(Sweep(folder).points).values()
+    assert [state.state for state in states] == ["PRUNED"] * 2
+    assert all("collapsed" in state.reason for state in states)
+
+
 def test_a_trial_below_the_median_is_stopped(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     order = Order(folder, pool(), behind=True, pause=0.1, epochs=30)
@@ -221,12 +256,16 @@ def test_a_diverged_trial_is_a_bad_one_and_another_failure_is_no_value(tmp_path:
     search(trials=12, at_once=3).run(Order(diverged, pool(), fail="the loss is nan at step 3"), ["x=0.1,0.6"])
     states = {one.params["x"]: one.state.name for one in trials(diverged)}
     assert states == {"0.1": "PRUNED", "0.6": "COMPLETE"}
+    now = {point.axes["x"]: Local().look([point])[point.digest] for point in Sweep(diverged).points}
+    assert now[0.1].state == "PRUNED" and "diverged: the loss is nan at step 3" in now[0.1].reason
     failed = tmp_path / "failed"
     search(trials=12, at_once=3).run(Order(failed, pool(), fail="out of luck"), ["x=0.1,0.6"])
     states = {one.params["x"]: one.state.name for one in trials(failed)}
     assert states == {"0.1": "FAIL", "0.6": "COMPLETE"}
     reasons = [one.user_attrs["reason"] for one in trials(failed) if one.state.name == "FAIL"]
     assert "out of luck" in reasons[0]
+    now = {point.axes["x"]: Local().look([point])[point.digest].state for point in Sweep(failed).points}
+    assert now == {0.1: "FAILED", 0.6: "FINISHED"}, "what went wrong keeps its own word"
 
 
 def test_collapse_is_an_epoch_of_no_spread() -> None:

@@ -1,7 +1,8 @@
 """A sweep into MLflow: its parent run at submission, and later whatever its points could not send themselves."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from filelock import FileLock
@@ -11,7 +12,7 @@ from twoviews.sweeps.folder import Point, State, Sweep
 from twoviews.sweeps.truth import look
 from twoviews.tracking import NAME, parents, send
 from twoviews.tracking.mirror import reason
-from twoviews.tracking.sending import unsent
+from twoviews.tracking.sending import known, unsent
 
 PARENT_S = 120.0  # longest wait for another launch that makes the parent run
 
@@ -35,17 +36,10 @@ def prepare(sweep: Sweep, points: Sequence[Point], tracking: Mapping[str, Any]) 
                 record.update(tracking=aim, parent=None, parent_key=parents.new_key())
         key, tags = record["parent_key"], {"twoviews.sweep": sweep.name, "folder": str(sweep.folder)}
         tags.update(command=shlex.join(record["command"]), **parents.axis_tags(record["axes"]))
-        try:
+        with _answering():
             parent = parents.open_parent(uri, experiment, sweep.name, key, tags)
-        except BadInput:
-            raise
-        except Exception as error:  # whatever mlflow raises about a store
-            raise BadInput(
-                f"MLflow takes no sweep ({reason(error)}); set tracking.uri right, or use tracking=files and "
-                "`python -m twoviews.sweep collect` later."
-            ) from error
         with sweep.update() as record:
-            record["parent"] = parent
+            record.update(parent=parent, parent_status="RUNNING")
     for point in points:
         parents.adopt(point.folder, uri, experiment, parent, point.axes)
 
@@ -53,12 +47,12 @@ def prepare(sweep: Sweep, points: Sequence[Point], tracking: Mapping[str, Any]) 
 def collect(sweep: Sweep, points: Sequence[Point]) -> int:
     """Send what MLflow does not have of these points, nothing twice; the number of points left.
 
-    Points that nobody runs any more end there as result.json says, or as killed.
+    Points that nobody runs any more end there as result.json says, or as killed; the sweep ends when all have.
 
     Raises:
         BadInput: the store does not answer.
     """
-    states = look(points)
+    states = look(sweep.points)
     tracking = _tracking(sweep, points)
     prepare(sweep, points, tracking)
     left = 0
@@ -70,16 +64,40 @@ def collect(sweep: Sweep, points: Sequence[Point]) -> int:
         except Exception as error:  # one folder at fault must not keep the others
             print(f"{point.digest} {point.label}: {unsent(point.folder)} numbers left ({reason(error)})")
             left += 1
-    if status := _status([states[point.digest] for point in points]):
-        parents.end_parent(tracking["uri"], tracking["experiment"], sweep.record["parent"], status)
+    if status := _status([*states.values()]):
+        with _answering():
+            parents.end_parent(tracking["uri"], tracking["experiment"], sweep.record["parent"], status)
+        with sweep.update() as record:
+            record["parent_status"] = status
     return left
+
+
+def owed(sweep: Sweep) -> bool:
+    """Whether MLflow lacks something of a sweep that nobody works on any more; without asking it."""
+    points, record = sweep.points, sweep.record
+    told = record["parent"] and record.get("parent_status") == _status([*look(points).values()])
+    return not told or not all(known(point.folder) for point in points if (point.folder / NAME).exists())
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """What mlflow raises about a store, as a sentence."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        raise BadInput(
+            f"MLflow takes no sweep ({reason(error)}); set tracking.uri right, or use tracking=files and "
+            "`python -m twoviews.sweep collect` later."
+        ) from error
 
 
 def _status(states: Sequence[State]) -> str:
     """Of the parent, as MLflow calls it; empty while points are under way."""
     if any(state.active for state in states):
         return ""
-    return "FINISHED" if all(state.state == "FINISHED" for state in states) else "FAILED"
+    return "FINISHED" if all(state.done for state in states) else "FAILED"
 
 
 def _tracking(sweep: Sweep, points: Sequence[Point]) -> dict[str, Any]:

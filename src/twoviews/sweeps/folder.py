@@ -41,6 +41,7 @@ Name = Literal[
     "OUT_OF_MEMORY",
     "CANCELLED",
     "LOST",  # whoever should be running it is gone
+    "PRUNED",  # a search gave it up, and nothing starts it again
 ]
 
 
@@ -65,6 +66,11 @@ class State:
         """Somebody runs it, or will."""
         return self.state in ("QUEUED", "RUNNING")
 
+    @property
+    def done(self) -> bool:
+        """Nothing is left to do: it has a result, or none is wanted any more."""
+        return self.state in ("FINISHED", "PRUNED")
+
 
 @dataclass(frozen=True)
 class Point:
@@ -76,6 +82,7 @@ class Point:
         job: SLURM's job that was submitted for it last, None where it was not SLURM.
         submitted: when that was, unix seconds; 0 if never.
         cancelled: when somebody wanted it cancelled, unix seconds; 0 if never.
+        given_up: why a search does not want it any more; empty where it does.
     """
 
     folder: Path
@@ -83,6 +90,7 @@ class Point:
     job: str | None = None
     submitted: float = 0.0
     cancelled: float = 0.0
+    given_up: str = ""
 
     @property
     def digest(self) -> str:
@@ -223,7 +231,7 @@ class Sweep:
     @property
     def points(self) -> list[Point]:
         """In the order in which they were added."""
-        keys = ("job", "submitted", "cancelled")
+        keys = ("job", "submitted", "cancelled", "given_up")
         return [
             Point(self.folder / digest, known["axes"], **{key: known[key] for key in keys if key in known})
             for digest, known in self.record["points"].items()
@@ -268,6 +276,12 @@ class Sweep:
         with self.update() as record:
             for digest in digests:
                 record["points"][digest]["cancelled"] = time.time()
+
+    def given_up(self, digests: Sequence[str], reason: str) -> None:
+        """Record that nobody wants these points any more, and why."""
+        with self.update() as record:
+            for digest in digests:
+                record["points"][digest]["given_up"] = reason
 
     def _make(self, new: New) -> None:
         """The folder of a point: whole or not at all."""

@@ -95,6 +95,21 @@ class Launch:
         if points and self.tracking["mirror"]:
             collecting.prepare(sweep, points, self.tracking)
 
+    def deliver(self, sweep: Sweep) -> None:
+        """After the last point: MLflow gets what it does not have; what it does not take is said."""
+        states = look(sweep.points).values()
+        if not self.tracking["mirror"] or not states or any(state.active for state in states):
+            return
+        try:
+            left = collecting.owed(sweep) and collecting.collect(sweep, sweep.points)
+        except BadInput as error:
+            left = True
+            self.console.say(f"error: {error}")
+        if left:
+            self.console.say(
+                f"MLflow does not have all of this; `python -m twoviews.sweep collect {shlex.quote(sweep.name)}` sends it."
+            )
+
     def end(self, sweep: Sweep, points: Sequence[Point]) -> int:
         """Say what became of these points; the exit code: 0, or 1 when points failed."""
         points = [known for known in sweep.points if known.digest in {point.digest for point in points}]
@@ -119,7 +134,7 @@ def launch(order: Launch, combinations: Sequence[Sequence[str]]) -> int:
         return 0
     sweep, points = order.add(new)
     now = look(points)
-    todo = [point for point in points if now[point.digest].state not in ("FINISHED", "RUNNING", "QUEUED")]
+    todo = [point for point in points if not (now[point.digest].active or now[point.digest].done)]
     say(sweep, points, now, todo, order.console)
     if todo:
         order.prepare(sweep, points)
@@ -128,8 +143,7 @@ def launch(order: Launch, combinations: Sequence[Sequence[str]]) -> int:
         if order.options.wait:
             wait(order.dispatch, [known for known in sweep.points if known.digest in now], order.console)
     finally:
-        if todo and order.tracking["mirror"] and not any(state.active for state in look(points).values()):
-            collecting.collect(sweep, sweep.points)
+        order.deliver(sweep)
     return order.end(sweep, points)
 
 
@@ -198,6 +212,7 @@ def say(
     """What was found and what begins."""
     counts = {
         "finished": sum(now[point.digest].state == "FINISHED" for point in points),
+        "given up by a search": sum(now[point.digest].state == "PRUNED" for point in points),
         "running or queued already": sum(now[point.digest].active for point in points),
         "to run": len(todo),
     }
@@ -207,11 +222,14 @@ def say(
 
 def report(sweep: Sweep, points: Sequence[Point], now: Mapping[str, State], console: Console) -> int:
     """One line for each point that failed, and the exit code."""
-    failed = [point for point in points if not now[point.digest].active and now[point.digest].state != "FINISHED"]
+    failed = [point for point in points if not (now[point.digest].active or now[point.digest].done)]
     active = sum(now[point.digest].active for point in points)
-    finished = len(points) - active - len(failed)
-    under_way = f", {active} queued or running" if active else ""
-    console.say(f"sweep {sweep.name}: {finished} of {len(points)} points finished{under_way}")
+    pruned = sum(now[point.digest].state == "PRUNED" for point in points)
+    finished = len(points) - active - pruned - len(failed)
+    others = (f", {pruned} given up by a search" if pruned else "") + (
+        f", {active} queued or running" if active else ""
+    )
+    console.say(f"sweep {sweep.name}: {finished} of {len(points)} points finished{others}")
     for point in failed:
         state = now[point.digest]
         console.say(f"  {state.state} {point.label}: {state.reason}")

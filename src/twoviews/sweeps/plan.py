@@ -82,7 +82,8 @@ def plan(folder: Path, new: Sequence[New], now: Mapping[str, State], dispatch: D
         f"{folder.name}: {len(new):,} points", [{key: _cell(value) for key, value in row.items()} for row in rows]
     )
     states = [now[one.digest].state if one.digest in now else "new" for one in new]
-    todo = [one for one, state in zip(new, states, strict=True) if state not in ("FINISHED", "RUNNING", "QUEUED")]
+    done = ("FINISHED", "PRUNED", "RUNNING", "QUEUED")
+    todo = [one for one, state in zip(new, states, strict=True) if state not in done]
     counts = {state: states.count(state) for state in dict.fromkeys(states)}
     console.say(f"points    {', '.join(f'{count:,} {state}' for state, count in counts.items())}; {len(todo):,} to run")
     if todo:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from twoviews.sweeps.folder import Point, State, Sweep
+from twoviews.sweeps.truth import judged
 
 SEED = "seed"
 ACCURACIES = {"knn/top1": "kNN", "linear/top1": "linear"}  # what is compared; the first that was measured decides
 CONFIDENCE = 95  # %
 FINISHED = "FINISHED"
-PRUNED = "PRUNED"  # a search gave the point up
 PAUSE_S = 600.0  # a longer gap between two lines of metrics.jsonl is taken for an interruption
 _NOT_MEASURED = ("state", "step", "epoch", "seconds", "mlflow_run_id", "reason")  # of result.json
 
@@ -128,8 +128,7 @@ class Results:
 
 def gather(sweep: Sweep, states: Mapping[str, State] | None = None) -> Results:
     """Read what the points of a sweep have written so far; `states` by digest may know better than their files."""
-    given_up = {digest: known["given_up"] for digest, known in sweep.record["points"].items() if "given_up" in known}
-    rows = [_row(one, (states or {}).get(one.digest) or one.state, given_up.get(one.digest)) for one in sweep.points]
+    rows = [_row(one, (states or {}).get(one.digest) or judged(one, one.state)) for one in sweep.points]
     metric = next((name for name in ACCURACIES if any(row.finished and name in row.values for row in rows)), None)
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -147,7 +146,7 @@ def gather(sweep: Sweep, states: Mapping[str, State] | None = None) -> Results:
 # ------------------------------------------------------------------------------------------------------ what a point says
 
 
-def _row(point: Point, state: State, given_up: str | None) -> Row:
+def _row(point: Point, state: State) -> Row:
     result, lines = point.result, point.metrics()
     latest: dict[str, float] = {}
     for line in lines:
@@ -158,14 +157,13 @@ def _row(point: Point, state: State, given_up: str | None) -> Row:
     gpu = machine.get("gpu")
     # result.json is the run's own word; the supervisor may not have come to write the same yet.
     finished = result.get("state") == "finished"
-    pruned = given_up is not None and state.state not in ("FAILED", "RUNNING")
-    reason = given_up if pruned else state.reason or result.get("reason")
+    reason = state.reason or result.get("reason")
     return Row(
         digest=point.digest,
         folder=point.folder,
         axes=point.axes,
         overrides=point.description["overrides"],
-        state=FINISHED if finished else PRUNED if pruned else state.state,
+        state=FINISHED if finished else state.state,
         reason="" if finished else " ".join(str(reason or "").split()),
         step=int(lines[-1]["step"]) if lines else 0,
         epoch=float(lines[-1]["epoch"]) if lines else 0.0,

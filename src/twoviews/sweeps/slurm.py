@@ -24,7 +24,7 @@ from twoviews.sweeps import scheduler
 from twoviews.sweeps.dispatch import Dispatch
 from twoviews.sweeps.folder import Point, State, Sweep
 from twoviews.sweeps.supervise import STOPS, Training, supervise
-from twoviews.sweeps.truth import settled
+from twoviews.sweeps.truth import look
 
 TASKS_AN_ARRAY = 1000  # SLURM's own limit unless a cluster says otherwise (MaxArraySize)
 SIGNAL_EARLY_S = 60  # SLURM may send it so much earlier than told
@@ -263,14 +263,14 @@ def _requeue(point: Point, state: State, job: str, told: _Told) -> None:
 
 
 def _tell_mlflow(point: Point) -> None:
-    """How a point ended whose training could not say so itself, and how the sweep ended after its last point.
+    """How a point ended whose training could not say so itself, and how the sweep ended after the last that was active.
 
     What fails here is done by `python -m twoviews.sweep collect`.
     """
     sweep = Sweep(point.folder.parent)
     if not sweep.record["parent"]:
         return
-    if all(settled(one, one.state) for one in sweep.points):
+    if not any(state.active for state in look(sweep.points).values()):
         command = ["twoviews.sweep", "collect", str(sweep.folder)]
     elif not point.result:
         command = ["twoviews.tracking", "sync", str(point.folder)]

@@ -18,10 +18,10 @@ from filelock import FileLock, Timeout
 
 from twoviews.errors import BadInput
 from twoviews.ranges import Count, Index
-from twoviews.sweeps import collecting
 from twoviews.sweeps.folder import Point, State, Sweep
 from twoviews.sweeps.launching import Launch, launch
 from twoviews.sweeps.search import Interval, Random, Search, Space, space
+from twoviews.sweeps.truth import CANCEL_S, ended
 
 if TYPE_CHECKING:
     import optuna
@@ -100,9 +100,9 @@ class Optuna(Search):
                 try:
                     driver.adopt()
                     order.dispatch.serve(sweep, driver.feed)
+                    ended([point for point in sweep.points if point.given_up], CANCEL_S)
                 finally:
-                    if order.tracking["mirror"] and sweep.points:
-                        collecting.collect(sweep, sweep.points)
+                    order.deliver(sweep)
                 return driver.end()
         finally:
             lock.release()
@@ -134,6 +134,7 @@ class Driver:
         known = self.study.get_trials(deepcopy=False)
         for one in known:
             if one.state != optuna.trial.TrialState.RUNNING:
+                self._stop_rest(one)
                 continue
             trial = optuna.trial.Trial(self.study, one._trial_id)
             if one.params.keys() != self.space.axes.keys():  # killed while it was being asked for: nothing was started
@@ -235,7 +236,8 @@ class Driver:
             if any(words in state.reason for words in DIVERGED):
                 self._stop(one, f"{point.label} diverged: {state.reason}", optuna.trial.TrialState.PRUNED)
             else:
-                self._stop(one, f"{point.label}: {state.state} {state.reason}", optuna.trial.TrialState.FAIL)
+                reason = f"{point.label}: {state.state} {state.reason}"
+                self._stop(one, reason, optuna.trial.TrialState.FAIL, point.digest)
             return True
         if not all(states.get(point.digest, State()).state == "FINISHED" for point in one.points):
             return False
@@ -277,19 +279,30 @@ class Driver:
             one.trial.report(sum(curve[epoch] for curve in curves) / len(curves), epoch)
             yield epoch
 
-    def _stop(self, one: Running, reason: str, state: "optuna.trial.TrialState") -> None:
-        """Give a trial up, and record why before anything is stopped."""
+    def _stop(self, one: Running, reason: str, state: "optuna.trial.TrialState", failed: str = "") -> None:
+        """Give a trial up, and record why before anything is stopped; `failed` is the digest of the point whose fault it is."""
         for twin in [twin for twin in self.running if twin.given is one.given]:  # of the same setting, itself included
             twin.trial.set_user_attr("reason", reason)
+            twin.trial.set_user_attr("failed", failed)
             self.study.tell(twin.trial, state=state)
             self.running.remove(twin)
         self.queue = deque(entry for entry in self.queue if entry[0].given is not one.given)
-        with self.sweep.update() as record:
-            for point in one.points:
-                if point.result.get("state") != "finished":
-                    record["points"][point.digest]["given_up"] = reason
-        self.order.dispatch.cancel([point for point in one.points if point.digest in one.given])
+        self._give_up(one.points, reason, failed)
         self._say(f"trial {one.trial.number}: {self._values(one)}: {state.name}, {reason}")
+
+    def _stop_rest(self, trial: "optuna.trial.FrozenTrial") -> None:
+        """Stop what an earlier process had no time to stop, after it had told the study of it."""
+        if "failed" in trial.user_attrs:
+            digests = {new.digest for new in self.order.points(self.space.points(self._setting(trial)))}
+            points = [point for point in self.sweep.points if point.digest in digests and not point.given_up]
+            self._give_up(points, trial.user_attrs["reason"], trial.user_attrs["failed"])
+
+    def _give_up(self, points: Sequence[Point], reason: str, failed: str) -> None:
+        """Want no result of these points any more; the one that failed keeps its own word."""
+        unwanted = [one for one in points if one.digest != failed and one.result.get("state") != "finished"]
+        if unwanted:
+            self.sweep.given_up([one.digest for one in unwanted], reason)
+            self.order.dispatch.cancel([one for one in unwanted if one.submitted])
 
     # ------------------------------------------------------------------------------------------------------------- words
 

@@ -1,5 +1,6 @@
 """What is true of points: their supervisors' word, as long as the supervisors live, and after that SLURM's."""
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ from twoviews.sweeps.folder import Point, State, Sweep
 from twoviews.sweeps.scheduler import Said
 from twoviews.tracking.state import held
 
+CANCEL_S = 60.0  # for what was cancelled to end; SLURM gives it 30 s (KillWait) unless a cluster says otherwise
 AGAIN = "the same command goes on"
 _SAME_NAME = ("FAILED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY", "CANCELLED")
 _MEANS = {"BOOT_FAIL": "NODE_FAIL", "DEADLINE": "TIMEOUT", "REVOKED": "CANCELLED"}
@@ -41,7 +43,25 @@ def look(points: Sequence[Point]) -> Mapping[str, State]:
             found[point.digest] = replace(_own(point, state), job=jobs[0], reason="SLURM's controller does not answer")
         else:
             found[point.digest] = _there(point, state, jobs, known, arrays)
-    return found
+    return {point.digest: judged(point, found[point.digest]) for point in points}
+
+
+def ended(points: Sequence[Point], patience_s: float) -> bool:
+    """Whether nobody runs these points any more; waits so long at most until it is so."""
+    end = time.monotonic() + patience_s
+    while any(state.active for state in look(points).values()):
+        if time.monotonic() > end:
+            return False
+        time.sleep(1)
+    return True
+
+
+def judged(point: Point, state: State) -> State:
+    """The state, or PRUNED if a search gave the point up and nobody runs it any more."""
+    runs = state.state == "RUNNING" or (state.state == "QUEUED" and point.job)
+    if not point.given_up or runs or state.state == "FINISHED":
+        return state
+    return replace(state, state="PRUNED", reason=point.given_up)
 
 
 def _jobs(point: Point, state: State) -> list[str]:

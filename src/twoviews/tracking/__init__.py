@@ -6,7 +6,7 @@ run folder, so one function, `send`, serves the thread beside the training (`Mir
 """
 
 from twoviews.tracking.metrics import NAME, Metrics, read, wait_for_writer
-from twoviews.tracking.mirror import Mirror, Tracking, page, run_id
+from twoviews.tracking.mirror import Mirror, Tracking, is_child, page, run_id
 from twoviews.tracking.sending import send
 
-__all__ = ["NAME", "Metrics", "Mirror", "Tracking", "page", "read", "run_id", "send", "wait_for_writer"]
+__all__ = ["NAME", "Metrics", "Mirror", "Tracking", "is_child", "page", "read", "run_id", "send", "wait_for_writer"]

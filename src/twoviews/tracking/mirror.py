@@ -10,7 +10,7 @@ from pathlib import Path
 
 from twoviews.errors import BadInput
 from twoviews.tracking import stores
-from twoviews.tracking.sending import aim, send, unsent
+from twoviews.tracking.sending import PARENT, aim, send, unsent
 from twoviews.tracking.state import State
 
 
@@ -28,11 +28,15 @@ class Tracking:
     experiment: str
     mirror: bool
 
-    def check(self, resumed: bool, say: Callable[[str], None] = print) -> None:
-        """Refuse at the start what would fail later; a run that is resumed does without MLflow until it answers.
+    def check(self, expected: bool, say: Callable[[str], None] = print) -> None:
+        """Refuse at the start what would fail later.
+
+        Args:
+            expected: MLflow was there when this was begun, a run that is resumed or a sweep: it does without until it answers.
+            say: where a sentence for the user goes.
 
         Raises:
-            BadInput: the address is wrong, or (in a new run that is mirrored) the store does not answer.
+            BadInput: the address is wrong, or (in a run that is mirrored and not expected) the store does not answer.
         """
         if not self.experiment:
             raise BadInput("tracking.experiment is empty; name MLflow's experiment, for example twoviews.")
@@ -42,7 +46,7 @@ class Tracking:
         try:
             stores.check(self.uri)
         except BadInput as error:
-            if not resumed:
+            if not expected:
                 raise
             say(f"The run goes on without MLflow until it answers: {error}")
 
@@ -104,6 +108,11 @@ class Mirror:
 def run_id(folder: Path) -> str | None:
     """MLflow's id of the run, or None while MLflow has not answered."""
     return State.load(folder).run_id
+
+
+def is_child(folder: Path) -> bool:
+    """Whether the run is a point of a sweep whose parent run MLflow has taken already."""
+    return PARENT in State.load(folder).tags
 
 
 def page(folder: Path) -> str:

@@ -50,11 +50,9 @@ def send(folder: Path, closed: bool) -> int:
     with mirroring(folder):
         state = State.load(folder)
         limit = None if closed else durable_bytes(folder)
-        status, changed = _status(folder, closed), _changed_files(folder, state)
-        end = next((end for end, _ in lines(folder / NAME, state.sent_bytes)), None)
-        points_wait = end is not None and (limit is None or end <= limit)
-        if state.run_id and status == state.status and not changed and not points_wait:
+        if _knows(folder, state, closed, limit):
             return 0
+        status = _status(folder, closed)
         client, experiment_id = stores.connect(stores.resolved(state.uri), state.experiment)
         run = _open_run(client, experiment_id, folder, state)
         changed = _changed_files(folder, state)
@@ -71,6 +69,18 @@ def send(folder: Path, closed: bool) -> int:
         return sent
 
 
+def known(folder: Path) -> bool:
+    """Whether MLflow has all of a run that nobody trains any more, its end included; without asking it."""
+    return _knows(folder, State.load(folder), closed=True, limit=None)
+
+
+def _knows(folder: Path, state: State, closed: bool, limit: int | None) -> bool:
+    end = next((end for end, _ in lines(folder / NAME, state.sent_bytes)), None)
+    points_wait = end is not None and (limit is None or end <= limit)
+    told = bool(state.run_id) and state.status == _status(folder, closed)
+    return told and not points_wait and not _changed_files(folder, state)
+
+
 def aim(folder: Path, uri: str | None, experiment: str) -> None:
     """Write down where `folder` is to be sent; a store other than before gets the whole run.
 
@@ -81,8 +91,10 @@ def aim(folder: Path, uri: str | None, experiment: str) -> None:
         state = State.load(folder)
         if (stores.resolved(uri), experiment) != (stores.resolved(state.uri), state.experiment):
             state.forget_run()
-        state.uri, state.experiment = None if uri is None else stores.resolved(uri), experiment
-        state.save(folder)
+        wanted = None if uri is None else stores.resolved(uri)
+        if (state.uri, state.experiment) != (wanted, experiment) or not (folder / "tracking.json").exists():
+            state.uri, state.experiment = wanted, experiment
+            state.save(folder)
 
 
 def unsent(folder: Path) -> int:
