@@ -279,7 +279,8 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "host": platform.node(),
         "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(),  # of each process
+        "processes": distributed.processes(),
         "gpu": gpu,
         "cuda": torch.version.cuda if gpu else None,
         "views": "compiled" if kernel.library() else "tensors",

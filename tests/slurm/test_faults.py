@@ -12,7 +12,9 @@ from on_slurm import VALUES, cluster, dispatch, quiet_cluster, slurm, states, wa
 
 from twoviews.errors import BadInput
 from twoviews.sweep import chosen, logs, retry, status
+from twoviews.sweep import main as sweep_command
 from twoviews.sweeps import scheduler
+from twoviews.sweeps.collecting import prepare
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.truth import look
 
@@ -73,6 +75,48 @@ def test_cancelled_points_are_told_apart_and_the_rest_goes_on(tmp_path: Path) ->
     assert retry(Sweep(tmp_path / "s"), chosen(points, ["seed=0", "seed=1"])) == 3
     wait_for(lambda: states(points)[0] == "FINISHED")
     assert len(starts(points[2])) == 1
+
+
+# Its run in MLflow is begun, and then it must be killed: nothing else ends it.
+MIRRORED = """
+from twoviews.tracking import Metrics, send
+metrics = Metrics(folder)
+metrics.log(1, 1.0, {"train/loss": 0.5})
+metrics.commit(metrics.mark())
+send(folder, closed=False)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+until("never")
+"""
+
+
+def test_no_run_in_mlflow_outlives_a_point_that_was_cancelled(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    folder, uri = tmp_path / "s", f"sqlite:///{tmp_path}/mlflow.db"
+    points = sweep(folder, MIRRORED, MIRRORED, MIRRORED, f"until('{tmp_path}/go'); {FINISH}")
+    with Sweep(folder).update() as record:
+        record["command"] = ["train.py"]
+    prepare(Sweep(folder), points, {"uri": uri, "experiment": "x"})
+
+    def told() -> dict[str, str]:
+        client = MlflowClient(uri)
+        (experiment,) = [one for one in client.search_experiments() if one.name == "x"]
+        return {str(run.info.run_name): run.info.status for run in client.search_runs([experiment.experiment_id])}
+
+    one, by_hand, last, _ = (point.digest for point in points)
+    dispatch().submit(points)
+    wait_for(lambda: told() == {"s": "RUNNING", one: "RUNNING", by_hand: "RUNNING", last: "RUNNING"}, 120)
+    assert sweep_command(["cancel", str(folder), "seed=0"]) == 0
+    assert told() == {"s": "RUNNING", one: "KILLED", by_hand: "RUNNING", last: "RUNNING"}
+    slurm("scancel", str(latest(points)[1].job))
+    wait_for(lambda: states(points)[1] == "CANCELLED")
+    assert sweep_command(["collect", str(folder)]) == 0
+    assert told() == {"s": "RUNNING", one: "KILLED", by_hand: "KILLED", last: "RUNNING"}
+    slurm("scancel", str(latest(points)[2].job))
+    wait_for(lambda: states(points)[2] == "CANCELLED")
+    (tmp_path / "go").touch()  # the last point that ends looks after the others
+    wait_for(lambda: told()["s"] == "FAILED", 120)
+    assert told()[last] == "KILLED"
 
 
 def test_preempted_points_are_requeued_and_go_on(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from on_slurm import cluster, quiet_cluster, slurm, states, wait_for  # noqa: F4
 
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.folder import Point, Sweep
+from twoviews.sweeps.results import gather
 from twoviews.sweeps.truth import look
 from twoviews.tracking import read
 
@@ -69,6 +70,25 @@ def under_way(found: Sequence[Point]) -> bool:
     return all(any(line["step"] > 0 for line in read(point.folder)) for point in found)
 
 
+def recorded(uri: str, found: Sequence[Point]) -> None:
+    """MLflow has a run for each of these points below one for the sweep, with every number once, and all have ended."""
+    from mlflow import MlflowClient
+
+    client, sweep = MlflowClient(uri), Sweep(found[0].folder.parent)
+    parent = sweep.record["parent"]
+    (experiment,) = [one for one in client.search_experiments() if one.name == "twoviews"]
+    runs = {str(run.info.run_name): run for run in client.search_runs([experiment.experiment_id])}
+    assert len(client.search_runs([experiment.experiment_id])) == len(runs) == len(found) + 1
+    assert runs.keys() == {sweep.name, *(point.digest for point in found)}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"} and runs[sweep.name].info.run_id == parent
+    for point in found:
+        run = runs[point.digest]
+        assert run.data.tags["mlflow.parentRunId"] == parent
+        assert run.data.tags["axis.seed"] == str(point.axes["seed"])
+        history = client.get_metric_history(run.info.run_id, "train/loss")
+        assert [(one.step, one.value) for one in history] == curve(point), "no number lost, none twice"
+
+
 def test_all_that_can_happen_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [*SMALL, "epochs=60", "method.temperature=0.1,0.2", "seed=0,1"]
     uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -111,16 +131,7 @@ def test_all_that_can_happen_leaves_no_trace(tmp_path: Path, monkeypatch: pytest
 
     client = MlflowClient(uri)
     wait_for(lambda: client.get_run(Sweep(found[0].folder.parent).record["parent"]).info.status == "FINISHED", 60)
-    parent = Sweep(found[0].folder.parent).record["parent"]
-    (experiment,) = [one for one in client.search_experiments() if one.name == "twoviews"]
-    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    assert len(runs) == 5 and runs.keys() == {*nodes, found[0].folder.parent.name}
-    for point in found:
-        run = runs[point.digest]
-        assert run.info.status == "FINISHED" and run.data.tags["mlflow.parentRunId"] == parent
-        assert run.data.tags["axis.seed"] == str(point.axes["seed"])
-        history = client.get_metric_history(run.info.run_id, "train/loss")
-        assert [(one.step, one.value) for one in history] == curve(point), "no number lost, none twice"
+    recorded(uri, found)
     subprocess.run(["scancel", urgent])
 
 
@@ -134,6 +145,8 @@ def test_the_shell_is_back_soon_and_two_nodes_train_like_one_process(tmp_path: P
     wait_for(lambda: states(points(tmp_path / "two")) == ["FINISHED"], 120)
     (one,), (two,) = points(tmp_path / "one"), points(tmp_path / "two")
     assert "processes: 2" in (two.folder / "log.txt").read_text()
+    widths = [row.width for point in (one, two) for row in gather(Sweep(point.folder.parent)).rows]
+    assert widths == [1, 2], "each process costs a core"
     assert (two.folder / "log.1.txt").exists()
     losses = [[loss for _, loss in curve(point)] for point in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3) and len(losses[0]) == 8

@@ -86,6 +86,14 @@ def test_what_slurm_would_be_asked_and_what_does_not_fit(tmp_path: Path, monkeyp
     assert "1 of them need longer than timeout_min=1" in out and "says little" in out
 
 
+def test_every_process_of_a_point_costs(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(planning, "_measured", measured(9.0, []))
+    plan(tmp_path / "s", points({"seed": 0}), {}, Slurm(**{**SLURM, "nodes": 2, "tasks_per_node": 3}), Console())
+    out = capsys.readouterr().out
+    assert "about 1 min 40 s a point" in out and "0.333 core-hours" in out  # 100 s x 2 threads x 6 processes
+    assert "counted as if 6 processes a point were no faster than that one" in out
+
+
 def test_a_point_that_does_not_train_is_said(tmp_path: Path, monkeypatch, capsys) -> None:
     def measure(*_) -> Pace:
         raise NotMeasured("there are no images in nowhere")

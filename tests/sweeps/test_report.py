@@ -43,7 +43,9 @@ def fill(point: Point, given: Mapping[str, Any]) -> None:
     ]
     (point.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if "knn" in given:
-        (point.folder / "environment.json").write_text(json.dumps({"gpu": None, "threads": 2}))
+        (point.folder / "environment.json").write_text(
+            json.dumps({"gpu": given.get("gpu"), "threads": 2, "processes": given.get("processes", 1)})
+        )
         result = {"state": "finished", "knn/top1": given["knn"], "seconds": 180.0, "mlflow_run_id": None}
         if "linear" in given:
             result["linear/top1"] = given["linear"]
@@ -80,6 +82,11 @@ def test_best_is_the_mean_over_seeds_with_the_command_to_run_it(tmp_path: Path) 
     assert "By linear accuracy the best is temperature=0.1: 56.67 ± 5.17." in text_
     assert f"    {' '.join(TYPED)}" in text_
     assert "| CPU | 6 finished | 0.6 | core-hours (threads x hours) |" in text_  # 6 x 180 s x 2 threads
+
+
+def test_every_process_of_a_point_costs(tmp_path: Path) -> None:
+    several = [{"seed": s, "knn": 50.0, "gpu": "H100", "processes": 4} for s in (0, 1)]
+    assert "| H100 | 2 finished | 0.4 | GPU-hours |" in page(sweep_of(tmp_path / "s", several))  # 2 x 180 s x 4
 
 
 def test_paired_test_is_scipys_over_common_seeds(tmp_path: Path) -> None:

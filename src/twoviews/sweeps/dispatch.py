@@ -33,6 +33,10 @@ class Dispatch(ABC):
     def room(self) -> int:
         """How many points it runs at once, if nobody else is there."""
 
+    def processes(self) -> int:
+        """Of each point."""
+        return 1
+
     def serve(self, sweep: Sweep, feed: Feed) -> None:
         """Run points as they are given; returns when there will be no more.
 

@@ -97,7 +97,7 @@ def _cell(value: Any) -> str:
 
 def _say_cost(folder: Path, todo: Sequence[New], dispatch: Dispatch, console: Console) -> None:
     try:
-        paces = _paces(folder, todo, console)
+        paces = _paces(folder, todo, dispatch.processes(), console)
     except NotMeasured as error:
         console.say(f"time      not known: {error}")
         return
@@ -141,7 +141,7 @@ def _bytes(count: float) -> str:
 # ------------------------------------------------------------------------------------------------------ what a point costs
 
 
-def _paces(folder: Path, todo: Sequence[New], console: Console) -> list[Pace]:
+def _paces(folder: Path, todo: Sequence[New], processes: int, console: Console) -> list[Pace]:
     """The pace of each point.
 
     Raises:
@@ -151,11 +151,19 @@ def _paces(folder: Path, todo: Sequence[New], console: Console) -> list[Pace]:
     paces = {kind: known[kind] for kind in kinds if kind in known}
     for kind, point in kinds.items():
         if kind not in paces and len(paces) - len(paces.keys() & known.keys()) < MEASURED:
-            paces[kind] = _measured(point, console)
+            paces[kind] = _of_several(_measured(point, console), processes)
     left = len(kinds) - len(paces)
     dearest = max(paces.values(), key=lambda pace: pace.epoch_s)
     other = replace(dearest, source=f"{left} more kinds of points are taken to cost as much as the dearest of these")
     return [paces.get(_kind(point.axes), other) for point in todo]
+
+
+def _of_several(pace: Pace, processes: int) -> Pace:
+    """The pace of a point with so many processes, from that of one."""
+    if processes == 1:
+        return pace
+    source = f"{pace.source}; counted as if {processes} processes a point were no faster than that one"
+    return replace(pace, width=pace.width * processes, source=source)
 
 
 def _kind(axes: Mapping[str, Any]) -> str:

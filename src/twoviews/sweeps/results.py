@@ -153,7 +153,7 @@ def _row(point: Point, state: State) -> Row:
         latest.update({key: value for key, value in line.items() if key not in ("step", "epoch", "time")})
     latest.update({key: float(value) for key, value in result.items() if key not in _NOT_MEASURED})
     machine = _json(point.folder / "environment.json")
-    processes = int(machine.get("processes") or 1)
+    processes = int(machine.get("processes", 1))
     gpu = machine.get("gpu")
     # result.json is the run's own word; the supervisor may not have come to write the same yet.
     finished = result.get("state") == "finished"

@@ -79,6 +79,10 @@ class Slurm(Dispatch):
         """Of each array."""
         return self.array_parallelism
 
+    def processes(self) -> int:
+        """Of each point, on all its nodes."""
+        return self.nodes * self.tasks_per_node
+
     def submit(self, points: Sequence[Point]) -> None:
         """Put the points into SLURM's queue and return.
 
@@ -100,9 +104,7 @@ class Slurm(Dispatch):
     def describe(self) -> str:
         """What SLURM is asked for each point."""
         parts = [
-            f"{self.nodes} nodes with {self.tasks_per_node} processes each"
-            if self.nodes * self.tasks_per_node > 1
-            else "",
+            f"{self.nodes} nodes with {self.tasks_per_node} processes each" if self.processes() > 1 else "",
             f"{self.cpus_per_task} cores a process",
             f"{self.gpus_per_node} GPUs a node" if self.gpus_per_node else "",
             f"{self.mem_gb} GB" if self.mem_gb else "",
