@@ -73,11 +73,13 @@ class Console:
             table.add_row(name, value)
         self._rich.print(table)
 
-    def rows(self, title: str, rows: Sequence[Mapping[str, object]]) -> None:
-        """A table with a column for each key; of many rows the first ones."""
+    def rows(self, title: str, rows: Sequence[Mapping[str, object]], count: int | None = None) -> None:
+        """A table with a column for each key; of many rows the first ones, which may be all that is given of `count`."""
         if self.quiet or not rows:
             return
-        table = Table(title=title + (f" (the first {ROWS} of {len(rows):,})" if len(rows) > ROWS else ""))
+        table = Table(
+            title=title + (f" (the first {ROWS} of {count:,})" if (count := count or len(rows)) > ROWS else "")
+        )
         for name in rows[0]:
             table.add_column(name, overflow="fold")
         for row in rows[:ROWS]:

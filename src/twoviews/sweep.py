@@ -6,7 +6,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from twoviews.console import Console, duration
+from twoviews.console import ROWS, Console, duration
 from twoviews.errors import BadInput, nearest
 from twoviews.sweeps.folder import Point, State, Sweep
 from twoviews.sweeps.supervise import LOG
@@ -82,8 +82,8 @@ def status(sweep: Sweep, points: Sequence[Point]) -> int:
         return ORDER.index(state)
 
     names = short(sweep.axes)
-    rows = [_row(point, states[point.digest], names) for point in sorted(points, key=rank)]
-    console.rows(sweep.name, rows)
+    shown = sorted(points, key=rank)[:ROWS]  # reading what the others measured would take long
+    console.rows(sweep.name, [_row(point, states[point.digest], names) for point in shown], len(points))
     return exit_code(states)
 
 

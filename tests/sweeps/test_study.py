@@ -159,12 +159,12 @@ sys.path[:0] = {paths!r}
 from pathlib import Path
 from test_study import Order, TYPED, pool, search
 os.sched_getaffinity = lambda _: set(range(4))
-sys.exit(search(trials=5).run(Order(Path({folder!r}), pool(2), pause=0.15), TYPED))
+sys.exit(search(trials=20, at_once=4).run(Order(Path({folder!r}), pool(4), pause=0.15), TYPED))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", [1, 4])
+@pytest.mark.parametrize("moment", [1, 17])  # points that have begun
 def test_killed_and_started_again_no_trial_is_lost_or_doubled(tmp_path: Path, moment: int) -> None:
     folder = tmp_path / "s"
     script = DRIVER.format(paths=[str(Path(__file__).parent), str(Path(__file__).parents[1])], folder=str(folder))
@@ -176,13 +176,15 @@ def test_killed_and_started_again_no_trial_is_lost_or_doubled(tmp_path: Path, mo
     before = trials(folder)
     assert subprocess.run([sys.executable, "-c", script], timeout=200).returncode == 0
     found = trials(folder)
-    assert [one.state.name for one in found] == ["COMPLETE"] * 5
+    assert [one.state.name for one in found] == ["COMPLETE"] * 20
     assert [one.params for one in found[: len(before)]] == [one.params for one in before]
+    for one in found:
+        assert one.value == pytest.approx(80 - 40 * abs(one.params["x"] - 0.7) + 0.5, abs=0.01)
     points = Sweep(folder).points
-    assert len(points) == 10 == len({(point.axes["x"], point.axes["seed"]) for point in points})
+    assert len(points) == 40 == len({(point.axes["x"], point.axes["seed"]) for point in points})
     assert all(point.state.state == "FINISHED" for point in points)
     # What had finished was not run again; what was under way was started once more.
-    assert max(started(folder).values()) <= 2 and sum(started(folder).values()) <= 12
+    assert max(started(folder).values()) <= 2 and sum(started(folder).values()) <= 44
 
 
 def test_a_collapsed_trial_is_stopped_and_the_report_says_why(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 from filelock import FileLock
 
 from twoviews.errors import BadInput
-from twoviews.sweeps.folder import Point, State, Sweep
+from twoviews.sweeps.folder import WRITERS, Point, State, Sweep
 from twoviews.sweeps.truth import look
 from twoviews.tracking import NAME, parents, send
 from twoviews.tracking.mirror import reason
@@ -40,8 +41,8 @@ def prepare(sweep: Sweep, points: Sequence[Point], tracking: Mapping[str, Any]) 
             parent = parents.open_parent(uri, experiment, sweep.name, key, tags)
         with sweep.update() as record:
             record.update(parent=parent, parent_status="RUNNING")
-    for point in points:
-        parents.adopt(point.folder, uri, experiment, parent, point.axes)
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(lambda point: parents.adopt(point.folder, uri, experiment, parent, point.axes), points))
 
 
 def collect(sweep: Sweep, points: Sequence[Point]) -> int:

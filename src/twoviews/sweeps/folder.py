@@ -15,6 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -27,6 +28,7 @@ from twoviews.tracking.metrics import read
 from twoviews.tracking.state import replace
 
 MULTIRUN = Path("multirun")
+WRITERS = 32  # points whose files are written at once: each waits for the disk some milliseconds
 LOCK_S = 60.0  # longest wait for another process that changes sweep.json, which takes milliseconds
 
 Name = Literal[
@@ -255,8 +257,9 @@ class Sweep:
         """
         with self.update() as record:
             record.update(facts)
+            with ThreadPoolExecutor(WRITERS) as pool:
+                list(pool.map(self._make, points))
             for new in points:
-                self._make(new)
                 record["points"].setdefault(new.digest, {"axes": dict(new.axes)})
                 for key, value in new.axes.items():
                     values = record["axes"].setdefault(key, [])

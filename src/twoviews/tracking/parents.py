@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twoviews.tracking import stores
-from twoviews.tracking.sending import KEY_LENGTH, PARENT, RUN_KEY, TAG_LENGTH, aim
-from twoviews.tracking.state import State, mirroring
+from twoviews.tracking.sending import KEY_LENGTH, PARENT, RUN_KEY, TAG_LENGTH, aiming
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -70,14 +69,11 @@ def publish(
 
 def adopt(folder: Path, uri: str | None, experiment: str, parent: str, axes: Mapping[str, Any]) -> None:
     """Write down in a run folder where it is to be sent, below which parent and with which values as tags."""
-    aim(folder, uri, experiment)
-    with mirroring(folder):
-        state = State.load(folder)
+    with aiming(folder, uri, experiment) as state:
         tags = {PARENT: parent, **axis_tags(axes)}
         if state.tags != tags:
             # What MLflow was told last is forgotten, so that a run which is there already is opened and gets them.
             state.tags, state.status = tags, ""
-            state.save(folder)
 
 
 def axis_tags(axes: Mapping[str, Any]) -> dict[str, str]:

@@ -12,6 +12,8 @@ import re
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,13 +89,21 @@ def aim(folder: Path, uri: str | None, experiment: str) -> None:
     Raises:
         BadInput: the address is wrong.
     """
+    with aiming(folder, uri, experiment):
+        pass
+
+
+@contextmanager
+def aiming(folder: Path, uri: str | None, experiment: str) -> Iterator[State]:
+    """As `aim`, with more to write down at once: what is changed in the state is saved."""
     with mirroring(folder):
         state = State.load(folder)
+        before = replace(state) if (folder / "tracking.json").exists() else None
         if (stores.resolved(uri), experiment) != (stores.resolved(state.uri), state.experiment):
             state.forget_run()
-        wanted = None if uri is None else stores.resolved(uri)
-        if (state.uri, state.experiment) != (wanted, experiment) or not (folder / "tracking.json").exists():
-            state.uri, state.experiment = wanted, experiment
+        state.uri, state.experiment = None if uri is None else stores.resolved(uri), experiment
+        yield state
+        if state != before:
             state.save(folder)
 
 
