@@ -1,6 +1,8 @@
 """Each optimizer against a loop that applies its formula to one parameter after the other."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -183,3 +185,38 @@ def test_sgd_is_torchs_on_all_parameters():
     reference = weights()
     expected = run(torch.optim.SGD(reference, lr=1.0, momentum=0.9, weight_decay=0.1), reference)
     assert all(torch.equal(value, other) for value, other in zip(found, expected, strict=True))
+
+
+def test_adamw_is_torchs():
+    parameters = weights()
+    found = run(adamw([{"params": parameters}], 256, 1.0, "none", 0.9, 0.99, 0.1, False), parameters)
+    reference = weights()
+    expected = run(torch.optim.AdamW(reference, lr=1.0, betas=(0.9, 0.99), weight_decay=0.1), reference)
+    assert all(torch.equal(value, other) for value, other in zip(found, expected, strict=True))
+
+
+UNSHIELDED = """
+import sys, torch
+from twoviews.optim import LARC, LARS, LBFGS, SGD, AdamW
+
+for kind, numbers in ((SGD, {}), (AdamW, {}), (LBFGS, {}), (LARS, (0.1, 0.9, 0.1, 0.1)), (LARC, (0.1, 0.9, 0.1, 0.1))):
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = kind([weight], *numbers) if numbers else kind([weight], lr=0.1)
+
+    def loss():
+        optimizer.zero_grad()
+        value = weight.square().sum()
+        value.backward()
+        return value
+
+    loss()
+    optimizer.step(loss)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert weight.detach().norm() < 2
+sys.exit("torch._dynamo" in sys.modules)
+"""
+
+
+def test_no_optimizer_imports_the_compiler():
+    """It takes as long as all other torch, between the command and the first step."""
+    assert subprocess.run([sys.executable, "-c", UNSHIELDED]).returncode == 0

@@ -240,6 +240,15 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
         assert (first[name] - second[name]).norm() <= 1e-2 * first[name].norm() + 1e-4, name
 
 
-def test_importing_for_help_leaves_torch_alone() -> None:
-    code = "import sys; import twoviews.config; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("epochs=many", 2), ("optimizer.lrr=1", 2)])
+def test_nothing_heavy_is_imported_before_a_configuration_is_right(argument: str, code: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), argument]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert finished.returncode == code
+    imported = {line.rpartition("|")[2].strip() for line in finished.stderr.splitlines() if "import time:" in line}
+    assert "hydra" in imported and not {"torch", "numpy", "mlflow", "PIL", "rich"} & imported
+
+
+def test_hydras_own_help_lists_all_groups(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), "--hydra-help"]
+    assert "hydra/launcher: " in subprocess.run(command, capture_output=True, text=True, cwd=tmp_path).stdout

@@ -128,6 +128,7 @@ def entry(
             # slower on a busy machine; waiting asleep costs some per cent on an idle one. Read when torch is imported.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             _register_resolvers()
+            _leave_out(sys.argv[1:])
             codes.clear()
             begun.clear()
             try:
@@ -152,6 +153,20 @@ def entry(
         return command
 
     return decorate
+
+
+def _leave_out(arguments: list[str]) -> None:
+    """Two things that Hydra does at every start and nobody sees: together they take as long as all the rest.
+
+    It composes the configuration twice, once only to read `hydra.mode`, which -m says here and no file; and for --help
+    it lists the files of all groups, its own too, which our templates in conf/hydra/help do by `options`.
+    """
+    from hydra._internal.hydra import Hydra
+
+    if not any("hydra.mode" in argument for argument in arguments):
+        Hydra.get_mode = lambda *_, **__: None
+    if "--hydra-help" not in arguments:
+        Hydra.format_config_groups = lambda *_, **__: ""
 
 
 def _sentence(name: str, arguments: list[str], error: Exception) -> str:

@@ -4,6 +4,7 @@ Every optimizer takes `param_groups` as `Method.param_groups` gives them, `batch
 paper states it, with the rule (`lr_scaling`) that makes the learning rate of this batch size from it.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
@@ -33,6 +34,34 @@ def _excluding(groups: list[dict], exclude: bool, **changes) -> list[dict]:
     return [group for group in split if group["params"]]
 
 
+class Optimizer(torch.optim.Optimizer):
+    """torch's, without its shields against torch.compile, which sees no optimizer here.
+
+    They import torch._dynamo at the first call of each of these, which takes as long as the import of all other torch.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class SGD(Optimizer, torch.optim.SGD):
+    """torch.optim.SGD, unshielded."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+
+
+class AdamW(Optimizer, torch.optim.AdamW):
+    """torch.optim.AdamW, unshielded."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class LBFGS(Optimizer, torch.optim.LBFGS):
+    """torch.optim.LBFGS, unshielded."""
+
+
 def sgd(
     param_groups: list[dict],
     batch_size: Count,
@@ -51,7 +80,7 @@ def sgd(
     if nesterov and momentum == 0:
         raise BadInput("optimizer.nesterov=true needs optimizer.momentum above 0, for example 0.9.")
     groups = _excluding(param_groups, exclude_norm_and_bias, weight_decay=0.0)
-    return torch.optim.SGD(
+    return SGD(
         groups,
         lr=scaled_lr(lr, lr_scaling, batch_size),
         momentum=momentum,
@@ -72,12 +101,10 @@ def adamw(
 ) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay on everything, or all but norms and biases."""
     groups = _excluding(param_groups, exclude_norm_and_bias, weight_decay=0.0)
-    return torch.optim.AdamW(
-        groups, lr=scaled_lr(lr, lr_scaling, batch_size), betas=(beta1, beta2), weight_decay=weight_decay
-    )
+    return AdamW(groups, lr=scaled_lr(lr, lr_scaling, batch_size), betas=(beta1, beta2), weight_decay=weight_decay)
 
 
-class LARS(torch.optim.Optimizer):
+class LARS(Optimizer):
     """Layer-wise adaptive rates, You et al., arXiv:1708.03888, as google-research/simclr has them.
 
     For each layer with weights w and gradient g (weight decay added):
@@ -108,7 +135,7 @@ class LARS(torch.optim.Optimizer):
             _momentum_step(self.state, weights, steps, group["momentum"], lr=1.0)
 
 
-class LARC(torch.optim.Optimizer):
+class LARC(Optimizer):
     """LARS in the form of apex's LARC around SGD: SwAV uses it without `clip`, solo-learn, under the name LARS, with it.
 
     For each layer with weights w and gradient g:

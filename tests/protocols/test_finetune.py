@@ -8,6 +8,7 @@ from test_labelled import same, small, state
 from torch import nn
 from torch.nn import functional as nnf
 
+from twoviews import optim
 from twoviews.backbones import ResNet, Timm
 from twoviews.errors import BadInput
 from twoviews.features import embed
@@ -44,12 +45,12 @@ def test_learning_rates_are_the_closed_form(unfreeze_from, scales, monkeypatch):
     """lr * layer_decay^l, l counted from the classifier, times half a cosine after the warm-up."""
     judged, seen = small(80), []
 
-    class Spy(torch.optim.SGD):
+    class Spy(optim.SGD):
         def step(self, *arguments):
             seen.append([group["lr"] for group in self.param_groups])
             return super().step(*arguments)
 
-    monkeypatch.setattr(torch.optim, "SGD", Spy)
+    monkeypatch.setattr(optim, "SGD", Spy)
     numbers = {"layer_decay": 0.5, "epochs": 4, "warmup_epochs": 1, "unfreeze_from": unfreeze_from}
     protocol(**numbers, lr=0.1, lr_scaling="linear")(judged)
     base = 0.1 * 40 / 256

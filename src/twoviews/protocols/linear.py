@@ -15,6 +15,7 @@ from torch.nn import functional as nnf
 
 from twoviews.errors import BadInput
 from twoviews.features import Judged
+from twoviews.optim import LBFGS
 from twoviews.protocols.knn import top1
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.randomness import generator
@@ -53,7 +54,7 @@ def fit(x: Float[Tensor, "N F"], y: Int[Tensor, " N"], classes: int, weight_deca
     linear = nn.Linear(x.shape[1], classes, device=x.device)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
-    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=iterations, line_search_fn="strong_wolfe")
+    optimizer = LBFGS(linear.parameters(), max_iter=iterations, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()

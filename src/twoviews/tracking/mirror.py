@@ -88,7 +88,8 @@ class Mirror:
         return left
 
     def _follow(self) -> None:
-        pause_s, away = 0.0, False
+        # Not at once: to import MLflow takes as long as torch, and the training would wait for it with its first step.
+        pause_s, away = self._every_s, False
         while True:
             closing = self._closing.wait(pause_s)
             try:
