@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, SMALL, SMALL_MOCO, assert_same_weights, start
 from hydra.utils import instantiate
 
+from twoviews.loop import _copied
 from twoviews.run import Run
 from twoviews.runtime import StopSignal
 from twoviews.tracking import read
@@ -246,3 +247,18 @@ def build(overrides: list[str], folder: Path):
         embed=parts.embed,
         score=parts.score,
     )
+
+
+def test_copy_of_a_state_takes_the_memory_of_the_one_before() -> None:
+    def state(value: float, rows: int) -> dict:
+        return {"w": torch.full((2, 3), value), "nested": [{"v": torch.full((rows,), value)}, (value, None)], "step": 1}
+
+    first = _copied(state(1.0, 4))
+    places = first["w"].data_ptr(), first["nested"][0]["v"].data_ptr()
+    now = state(2.0, 5)
+    second = _copied({**now, "new": torch.zeros(2)}, first)
+    assert second["w"].data_ptr() == places[0] and second["nested"][0]["v"].data_ptr() != places[1]
+    assert torch.equal(second["w"], now["w"]) and torch.equal(second["nested"][0]["v"], now["nested"][0]["v"])
+    assert second["nested"][1] == (2.0, None) and second["step"] == 1 and torch.equal(second["new"], torch.zeros(2))
+    now["w"].zero_()
+    assert second["w"].min() == 2, "not a copy"

@@ -42,13 +42,22 @@ class Position:
     seconds: float = 0.0  # spent by this run in all its processes' lives
 
 
-def _copied(tree: Any) -> Any:
-    """Nested dictionaries and lists with copies of their tensors, on the CPU."""
+def _copied(tree: Any, old: Any = None) -> Any:
+    """Nested dictionaries and lists with copies of their tensors, on the CPU.
+
+    They take the memory of an `old` copy where it has a tensor of the same shape at the same place: to be given fresh
+    memory takes as long as to fill it.
+    """
     if isinstance(tree, torch.Tensor):
+        if isinstance(old, torch.Tensor) and (old.shape, old.dtype) == (tree.shape, tree.dtype):
+            return old.copy_(tree.detach())
         return tree.detach().to("cpu", copy=True)
     if isinstance(tree, dict):
-        return {key: _copied(value) for key, value in tree.items()}
-    return type(tree)(map(_copied, tree)) if isinstance(tree, list | tuple) else tree
+        return {key: _copied(value, old.get(key) if isinstance(old, dict) else None) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        others = old if isinstance(old, list | tuple) and len(old) == len(tree) else [None] * len(tree)
+        return type(tree)(_copied(value, other) for value, other in zip(tree, others, strict=True))
+    return tree
 
 
 class Training:
@@ -105,6 +114,7 @@ class Training:
         self._first_step = 0
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._writing: Future[None] | None = None
+        self._copy: dict[str, Any] = {}  # of the state at the last checkpoint
 
     # ------------------------------------------------------------------------------------------------------------ state
 
@@ -148,12 +158,14 @@ class Training:
             NotFinite: the weights are not, so the checkpoint before this one is kept.
             OSError: the checkpoint before this one could not be written.
         """
-        norms = torch._foreach_norm([parameter.detach() for parameter in self.method.parameters()])
+        # Of those that are trained: moving averages of finite weights are finite.
+        norms = torch._foreach_norm([weight.detach() for weight in self.method.parameters() if weight.requires_grad])
         if not math.isfinite(torch.stack(list(norms)).sum().item()):
             raise self._not_finite("weights are not finite")
         if distributed.rank() == 0:
             self._written()
-            self._writing = self._writer.submit(self._write, _copied(self.state()))
+            self._copy = _copied(self.state(), self._copy)
+            self._writing = self._writer.submit(self._write, self._copy)
         self._checkpointed = time.monotonic()
 
     def _write(self, state: dict[str, Any]) -> None:

@@ -1,0 +1,215 @@
+"""What logging and checkpoints cost the thread that trains, against what is usually done there.
+
+    OMP_NUM_THREADS=1 python benchmarks/stalls.py --rounds 15 --json benchmarks/results/stalls.json
+
+Logging: `Metrics.log` with three numbers a step, as loop.py calls it, against MLflow's client on a SQLite store, which
+writes them at once, number by number and as one batch. Checkpoints: `Training.save` of MoCo's whole state with ResNet-18
+(two encoders, queue, momentum buffers: 168 MB), which copies the state and writes the copy in another thread, against
+torch.save with fsync in the training thread. Before any timing what was written is read back and compared. In every round
+all are run once, in turns; each waits for what the one before left to be written. Ratios are of CPU seconds of the training
+thread, which other programs disturb least; the wait for the disk, which only the usual ways have, comes on top and is in
+the wall seconds. A checkpoint's 30 ms are asked for where copies of the same tensors, made one by one, take 25 ms.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from recording import record
+
+from twoviews import config
+from twoviews.assembly import load_data, make_parts, make_views
+from twoviews.console import Console
+from twoviews.data.images import Images
+from twoviews.loop import Training, _copied
+from twoviews.run import Run, load_checkpoint
+from twoviews.tracking import Metrics, read
+
+STEPS = 200  # a round of logging
+LOG_GOAL = 20e-6  # seconds a step
+SAVE_GOAL = 1.2  # times as long as plain copies at most
+VALUES = {"train/loss": 7.25, "train/spread": 0.5, "lr": 0.06}
+OVERRIDES = ["data=digits", "backbone=resnet18_cifar", "method=moco", "method.queue_size=65536", "protocol=[]"]
+
+
+def timed(function: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU seconds of this thread."""
+    wall, cpu = time.perf_counter(), time.thread_time()
+    function()
+    return time.perf_counter() - wall, time.thread_time() - cpu
+
+
+def logging(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    """Seconds a step of each way to log; MLflow's get a tenth of the steps."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    number = client.create_run(client.create_experiment("stalls")).info.run_id
+    metrics, step = Metrics(folder), 0
+
+    def ours() -> None:
+        nonlocal step
+        for _ in range(STEPS):
+            step += 1
+            metrics.log(step, step / 97, VALUES)
+
+    def one_by_one() -> None:
+        for at in range(STEPS // 10):
+            for name, value in VALUES.items():
+                client.log_metric(number, name, value, step=at)
+
+    def in_batches() -> None:
+        for at in range(STEPS // 10):
+            client.log_batch(number, [Metric(name, value, 0, at) for name, value in VALUES.items()])
+
+    ours()
+    metrics.mark()
+    lines = list(read(folder))
+    assert len(lines) == STEPS and all(line[name] == value for line in lines for name, value in VALUES.items())
+    ways: dict[str, tuple[Callable[[], None], int]] = {
+        "Metrics.log": (ours, STEPS),
+        "MLflow's log_metric, SQLite": (one_by_one, STEPS // 10),
+        "MLflow's log_batch, SQLite": (in_batches, STEPS // 10),
+    }
+    rows = compare(ways, rounds)
+    metrics.close()
+    taken = rows[0]["cpu_seconds"]
+    print(f"  {'reaches' if taken <= LOG_GOAL else 'misses'} {LOG_GOAL * 1e6:g} microseconds a step")
+    return [{**rows[0], "goal_seconds": LOG_GOAL}, *rows[1:]]
+
+
+def checkpoints(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    """Seconds that a checkpoint keeps the training thread."""
+    training = moco(folder)
+    (folder / "other").mkdir()
+
+    def wait() -> None:
+        training._written()
+
+    def usual() -> None:
+        with (folder / "other" / "new.pt").open("wb") as file:
+            torch.save(training.state(), file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    training.save()
+    wait()
+    same(load_checkpoint(folder / "last.pt"), training.state())
+    size = (folder / "last.pt").stat().st_size
+    assert 165e6 < size < 172e6, f"{size:,} bytes"
+    ways = {
+        "Training.save": (training.save, 1),
+        "copies of all tensors": (lambda: _copied(training.state()), 1),
+        "torch.save with fsync": (usual, 1),
+    }
+    found = compare(ways, rounds, wait)
+    assert training.metrics
+    training.metrics.close()
+    ratio = 1 / found[1]["ratio"]
+    print(f"  {'reaches' if ratio <= SAVE_GOAL else 'misses'} {SAVE_GOAL} times plain copies at most: {ratio:.2f}")
+    return [{**found[0], "times_copies": ratio, "goal_times_copies": SAVE_GOAL}, *found[1:]]
+
+
+def moco(folder: Path) -> Training:
+    """A training whose optimizer has its momentum."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.CONF)):
+        cfg = hydra.compose("train", OVERRIDES)
+    data, runtime = load_data(cfg), config.build(cfg.runtime)
+    many = 70_000  # images, more than the queue has keys; nothing looks at them
+    blank = Images(torch.zeros(1, dtype=torch.uint8).expand(many, 1, 32, 32), torch.full((many, 2), 32), None)
+    data = replace(data, train=blank)
+    parts = make_parts(cfg, data, make_views(cfg, data), runtime, runtime.torch_device())
+    for parameter in parts.method.parameters():
+        parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+    parts.optimizer.step()
+    parts.optimizer.zero_grad()
+    return Training(
+        method=parts.method,
+        loader=parts.loader,
+        optimizer=parts.optimizer,
+        schedule=parts.schedule,
+        runtime=parts.runtime,
+        run=Run(folder),
+        metrics=Metrics(folder),
+        console=Console(quiet=True),
+        epochs=cfg.epochs,
+        seed=cfg.seed,
+        protocols={},
+        judge=parts.judge,
+        embed=parts.embed,
+        score=parts.score,
+    )
+
+
+def same(one: Any, other: Any) -> None:
+    """Two states, but for the seconds in them, are equal bit for bit."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one.keys() - {"seconds"}:
+            same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        for a, b in zip(one, other, strict=True):
+            same(a, b)
+    else:
+        assert one == other
+
+
+def compare(
+    ways: dict[str, tuple[Callable[[], Any], int]], rounds: int, wait: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """One row for each way, with what to divide its seconds by: medians, and how many times those of the first way."""
+    names, times = list(ways), {name: [] for name in ways}
+    for turn in range(-1, rounds):
+        for offset in range(len(names)):
+            current = names[(turn + offset) % len(names)]
+            way, count = ways[current]
+            wall, cpu = timed(way)
+            wait()
+            if turn >= 0:
+                times[current].append((wall / count, cpu / count))
+    rows = []
+    for name in names:
+        ratios = [other[1] / own[1] for other, own in zip(times[name], times[names[0]], strict=True)]
+        row = {
+            "what": name,
+            "cpu_seconds": statistics.median(cpu for _, cpu in times[name]),
+            "wall_seconds": statistics.median(wall for wall, _ in times[name]),
+            "ratio": statistics.median(ratios),
+            "smallest": min(ratios),
+            "largest": max(ratios),
+        }
+        rows.append(row)
+        print(
+            f"{name:28} {row['cpu_seconds'] * 1e3:9.4f} ms of CPU, {row['wall_seconds'] * 1e3:9.4f} ms, "
+            f"{row['ratio']:8.1f} x ours",
+            flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path, help="write all numbers here, for example below benchmarks/results/")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for part in (checkpoints, logging):
+        with tempfile.TemporaryDirectory(prefix="stalls") as folder:
+            rows += part(Path(folder), options.rounds)
+    record(options.json, f"stalls.py --rounds {options.rounds}", rows)
+
+
+if __name__ == "__main__":
+    main()
