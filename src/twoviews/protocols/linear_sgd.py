@@ -26,6 +26,8 @@ from twoviews.randomness import generator
 from twoviews.ranges import Count, Index, NotNegative, Positive, Range
 from twoviews.schedule import Cosine
 
+SMALLEST = 1e-30  # probability that moves a classifier
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -60,7 +62,7 @@ def sgd(
     """One classifier for each (learning rate, weight decay), from zero, with half a cosine over all steps.
 
     Each goes as torch.optim.SGD would take it alone on mean cross-entropy; biases are not decayed. The gradient is
-    written out: (softmax - one-hot)^T x / B. The last batch of an epoch is as short as it comes out.
+    written out: (softmax - one-hot) x / B. The last batch of an epoch is as short as it comes out.
     """
     count, features = len(grid), x.shape[1]
     weight, bias = x.new_zeros(count, classes, features), x.new_zeros(count, classes)
@@ -70,12 +72,14 @@ def sgd(
     for epoch in range(epochs):
         order = torch.randperm(len(x), generator=generator(seed, "linear_sgd", epoch)).to(x.device)
         for step, rows in enumerate(order.split(batch_size)):
-            batch = x[rows]
-            logits = torch.addmm(bias.flatten(), batch, weight.view(-1, features).T).view(-1, count, classes)
-            slope = (logits.softmax(2) - nnf.one_hot(y[rows], classes)[:, None]) / len(rows)
-            v_weight.mul_(momentum).add_((slope.flatten(1).T @ batch).view_as(weight))
+            batch, one_hot = x[rows], nnf.one_hot(y[rows], classes).T
+            # The batch is the last axis, along which a softmax over few classes is many times as fast.
+            logits = torch.addmm(bias.view(-1, 1), weight.view(-1, features), batch.T).view(count, classes, -1)
+            # Of a class that is out of the question the probability is a subnormal number, at which products are slow.
+            slope = nnf.threshold_(logits.softmax(1), SMALLEST, 0.0).sub_(one_hot)
+            v_weight.view(-1, features).addmm_(slope.flatten(0, 1), batch, beta=momentum, alpha=1 / len(rows))
             v_weight.addcmul_(decays[:, None, None], weight)
-            v_bias.mul_(momentum).add_(slope.sum(0))
+            v_bias.mul_(momentum).add_(slope.mean(2))
             factor = schedule(epoch + step / steps)
             weight.addcmul_(rates[:, None, None], v_weight, value=-factor)
             bias.addcmul_(rates[:, None], v_bias, value=-factor)
