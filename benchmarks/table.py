@@ -1,0 +1,228 @@
+"""All results in one Markdown table and one picture: what is compared, the ratio, the target, reached or not.
+
+    python benchmarks/table.py
+
+Reads benchmarks/results/*.json, of which every benchmark writes its own, and writes benchmarks/results/speed.md and
+speed.png, and the table into README.md, between the two comments that name this file there.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- benchmarks/table.py begins -->", "<!-- benchmarks/table.py ends -->"
+HEAD = ("what", "against", "ratio", "target", "", "date", "`benchmarks/…`")
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One comparison.
+
+    Args:
+        what: is ours.
+        against: what it is compared with.
+        ratio: times as fast, or, where the target is `at_most`, times as long; or the value itself, with `unit`.
+        target: what is asked for.
+        at_most: whether less is better.
+        unit: of a value that is compared with its target only.
+        equal: whether the results are as good as they have to be.
+    """
+
+    what: str
+    against: str
+    ratio: float
+    target: float
+    at_most: bool = False
+    unit: str = ""
+    equal: bool = True
+
+    @property
+    def reached(self) -> bool:
+        """Whether the target is."""
+        return self.equal and (self.ratio <= self.target if self.at_most else self.ratio >= self.target)
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """Ratio and target for a person."""
+        kind = f" {self.unit}" if self.unit else " times as long" if self.at_most else " times as fast"
+        return f"{_short(self.ratio)}{kind}", f"at {'most' if self.at_most else 'least'} {_short(self.target)}"
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 20 else f"{number:.1f}" if number >= 10 else f"{number:.3g}"
+
+
+def views(rows: Rows) -> Iterator[Line]:
+    """Two views of an image; this and the next are named as their benchmarks are."""
+    targets = {
+        ("moco, 32 px", "compiled"): 40,
+        ("moco, 32 px", "tensors"): 8,
+        ("moco_v2, 96 px", "compiled"): 3.8,
+        ("moco_v2, 96 px", "tensors"): 2.1,
+    }
+    for (recipe, form), target in targets.items():
+        for row in rows:
+            if (row["recipe"], row["pipeline"]) == (recipe, f"twoviews, {form}"):
+                blur = " with blur" if "v2" in recipe else ""
+                where = f"two views of {recipe.rpartition(', ')[2]}{blur}, {form}"
+                yield Line(where, "torchvision on PIL images", row["ratio"], target)
+
+
+def loops(rows: Rows) -> Iterator[Line]:
+    """Whole loops."""
+    peers = {"moco": ("lightly's MoCo example", 1.9), "simsiam": ("the SimSiam loop as copied", 1.4)}
+    for row in rows:
+        peer, target = peers[row["method"]]
+        yield Line(f"whole loop of {row['method']}, small network, fp32", peer, row["ratio"], target)
+
+
+def knn(rows: Rows) -> Iterator[Line]:
+    """The search of the monitor."""
+    for row in rows:
+        if row["what"] == "kNN, k=200":
+            what = f"kNN of 10,000 images in 50,000, {row['features']} features"
+            yield Line(what, "the bare matrix product", row["of_the_product"], 1.25, at_most=True)
+
+
+def kmeans(rows: Rows, k: str = "") -> Iterator[Line]:
+    """An E-step, a file for each k."""
+    targets = {"default": (4.5, 1.005), "iterations=5": (9, 1.011)}
+    for setting, (target, inertia) in targets.items():
+        own = [row for row in rows if row["setting"] == setting]
+        epochs = [[row for row in own if row["epoch"] == epoch] for epoch in {row["epoch"] for row in own}]
+        speed = min(statistics.median(row["speed"] for row in epoch) for epoch in epochs)
+        worst = max(statistics.median(row["inertia"] for row in epoch) for epoch in epochs)
+        held = f"{100 * (worst - 1):+.1f} % inertia at worst, {100 * (inertia - 1):.1f} % allowed"
+        what = f"k-means of an E-step, k = {k}, {setting}, slowest epoch ({held})"
+        yield Line(what, "PCL's recipe, faiss", speed, target, equal=worst <= inertia)
+
+
+def linear(rows: Rows) -> Iterator[Line]:
+    """The whole linear probe."""
+    ratio = statistics.median(row["ratio"] for row in rows)
+    yield Line("linear probe of a run", "100 epochs with the frozen backbone, extrapolated", ratio, 50)
+
+
+def probe(rows: Rows) -> Iterator[Line]:
+    """Many learning rates at once."""
+    for row in rows:
+        what = f"SGD probe, nine learning rates, {row['features']} features"
+        yield Line(what, "one learning rate", row["ratio"], row["goal"], at_most=True)
+
+
+def startup(rows: Rows) -> Iterator[Line]:
+    """From the command on, and a sweep's points."""
+    for row in rows:
+        if row["goal"] and "ratio" in row:
+            yield Line(row["what"], "import torch", row["ratio"], row["goal"], at_most=True)
+        elif row["goal"]:
+            yield Line(f"{row['what']} and checked", "", row["cpu_seconds"], row["goal"], at_most=True, unit="s")
+
+
+def stalls(rows: Rows) -> Iterator[Line]:
+    """What keeps the training thread."""
+    for row in rows:
+        if "goal_seconds" in row:
+            yield Line("logging a step", "", 1e6 * row["cpu_seconds"], 1e6 * row["goal_seconds"], True, "µs")
+        if "times_copies" in row:
+            what = "stall by a checkpoint of MoCo, 168 MB"
+            yield Line(what, "copies of its tensors", row["times_copies"], row["goal_times_copies"], True)
+
+
+def decoding(rows: Rows) -> Iterator[Line]:
+    """Large data."""
+    for row in rows:
+        if row.get("target"):
+            yield Line(row["what"], row["against"], row["ratio"], row["target"], row.get("at_most", False))
+
+
+READERS: dict[str, Callable[..., Iterator[Line]]] = {
+    one.__name__: one for one in (views, loops, knn, kmeans, linear, probe, startup, stalls, decoding)
+}
+
+
+def results() -> Iterator[tuple[dict[str, Any], Line]]:
+    """Every line, with the facts of the file that it is from."""
+    for name, reader in READERS.items():
+        for path in sorted(RESULTS.glob(f"{name}*.json"), key=lambda path: (len(path.name), path.name)):
+            if match := re.fullmatch(rf"{name}(?:_(\d+))?", path.stem):
+                facts = json.loads(path.read_text())
+                for line in reader(facts["rows"], *filter(None, match.groups())):
+                    yield facts, line
+
+
+def table(found: list[tuple[dict[str, Any], Line]]) -> str:
+    """Markdown."""
+    lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
+    for facts, line in found:
+        ratio, target = line.words
+        command = facts["command"].rpartition("benchmarks/")[2]
+        cells = (line.what, line.against, ratio, target, "reached" if line.reached else "**missed**", facts["date"])
+        lines.append(f"| {' | '.join(cells)} | `{command}` |")
+    machines = "; ".join(sorted({facts["machine"] for facts, _ in found}))
+    return f"{machines}; ratios of CPU seconds within rounds, medians.\n\n" + "\n".join(lines) + "\n"
+
+
+def draw(path: Path, found: list[Line]) -> None:
+    """Bars of all ratios, a panel for each direction, the targets as black marks."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    faster = [line for line in found if not line.at_most]
+    longer = [line for line in found if line.at_most and not line.unit]
+    figure = Figure(figsize=(11, 1.6 + 0.34 * (len(faster) + len(longer))), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, height_ratios=(len(faster) + 1, len(longer) + 1))
+    _bars(upper, faster, "times as fast as …: more is better")
+    upper.set_xscale("log")
+    upper.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
+    upper.minorticks_off()
+    _bars(lower, longer, "times as long as …: less is better")
+    figure.savefig(path)
+
+
+def _bars(axis: "Axes", lines: list[Line], title: str) -> None:
+    places = range(len(lines))
+    colours = ["#3b78a8" if line.reached else "#c8553d" for line in lines]
+    axis.barh(places, [line.ratio for line in lines], color=colours, height=0.62)
+    for place, line in zip(places, lines, strict=True):
+        axis.plot([line.target] * 2, [place - 0.42, place + 0.42], color="black", linewidth=2)
+        axis.annotate(
+            _short(line.ratio), (max(line.ratio, line.target), place), (5, 0), textcoords="offset points", va="center"
+        )
+    names = [f"{re.sub(r' [(].*[)]', '', line.what)}  |  {line.against}".replace("`", "") for line in lines]
+    axis.set_yticks(places, names, fontsize=9)
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.set_title(title + "   (black: target)", fontsize=10, loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def main() -> None:
+    """Write all three."""
+    found = list(results())
+    text = table(found)
+    (RESULTS / "speed.md").write_text(text)
+    draw(RESULTS / "speed.png", [line for _, line in found])
+    readme = ROOT / "README.md"
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        readme.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+    missed = [line.what for _, line in found if not line.reached]
+    print(f"{len(found)} comparisons, {len(missed)} targets missed{': ' if missed else ''}{'; '.join(missed)}")
+
+
+if __name__ == "__main__":
+    main()
