@@ -76,7 +76,7 @@ def sgd(
             # The batch is the last axis, along which a softmax over few classes is many times as fast.
             logits = torch.addmm(bias.view(-1, 1), weight.view(-1, features), batch.T).view(count, classes, -1)
             # Of a class that is out of the question the probability is a subnormal number, at which products are slow.
-            slope = nnf.threshold_(logits.softmax(1), SMALLEST, 0.0).sub_(one_hot)
+            slope = torch.threshold_(logits.softmax(1), SMALLEST, 0.0).sub_(one_hot)
             v_weight.view(-1, features).addmm_(slope.flatten(0, 1), batch, beta=momentum, alpha=1 / len(rows))
             v_weight.addcmul_(decays[:, None, None], weight)
             v_bias.mul_(momentum).add_(slope.mean(2))
