@@ -37,8 +37,14 @@ test: .venv/dev  ## all tests but those that need a SLURM cluster
 bench: export OMP_NUM_THREADS := 1
 bench: .venv/dev  ## benchmarks against other tools, on one thread; make bench DATA=<folder of CIFAR-10> has the whole loops too
 	$(BIN)/python benchmarks/views.py --json benchmarks/results/views.json
-	$(BIN)/python benchmarks/knn.py
+	$(BIN)/python benchmarks/knn.py --queries 5000 --json benchmarks/results/knn.json
+	$(BIN)/python benchmarks/startup.py --rounds 5 --json benchmarks/results/startup.json
+	$(BIN)/python benchmarks/stalls.py --rounds 9 --json benchmarks/results/stalls.json
+	$(BIN)/python benchmarks/probe.py --epochs 3 --json benchmarks/results/probe.json
+	$(BIN)/python benchmarks/decoding.py --json benchmarks/results/decoding.json
+	$(BIN)/python benchmarks/growth.py --rounds 3 --json benchmarks/results/growth.json
 	$(if $(DATA),$(BIN)/python benchmarks/loops.py data.root=$(DATA) --json benchmarks/results/loops.json)
+	$(BIN)/python benchmarks/table.py
 
 test-slurm: .venv/dev  ## tests of sweeps on a SLURM of virtual nodes on this machine (Debian, root)
 	tests/slurm/cluster start

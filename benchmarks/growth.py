@@ -123,7 +123,7 @@ AXES = (
         (32, 64, 128, 256),
         step(*MOCO, "batch_size={}"),
         "every image goes through the network by itself, and its activations are kept for the backward pass; "
-        "the optimizer and the start of each operator do not grow",
+        "weights, queue and the start of each operator do not grow",
     ),
     Axis(
         "views of an image",
@@ -141,13 +141,14 @@ AXES = (
         "bank of kNN",
         (6250, 12500, 25000, 50000),
         search,
-        "a product with every row of the bank; memory is that of chunks of a fixed number of bytes",
+        "a product with every row of the bank; memory is the bank and a normalised copy of it, and similarities of a "
+        "fixed number of bytes",
     ),
     Axis(
         "k of k-means",
         (64, 256, 1024),
         cluster,
-        "each point is compared with each centroid, but choosing the nearest and the means over points do not grow",
+        "each point is compared with each centroid; with few of them, what is done once for each point is most of it",
     ),
 )
 WHY_PROCESSES = (

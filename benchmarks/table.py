@@ -3,7 +3,7 @@
     python benchmarks/table.py
 
 Reads benchmarks/results/*.json, of which every benchmark writes its own, and writes benchmarks/results/speed.md and
-speed.png, and the table into README.md, between the two comments that name this file there.
+speed.png, and the tables into README.md, between the two comments that name this file there.
 """
 
 import json
@@ -91,7 +91,7 @@ def knn(rows: Rows) -> Iterator[Line]:
     """The search of the monitor."""
     for row in rows:
         if row["what"] == "kNN, k=200":
-            what = f"kNN of 10,000 images in 50,000, {row['features']} features"
+            what = f"kNN in 50,000 images, {row['features']} features"
             yield Line(what, "the bare matrix product", row["of_the_product"], 1.25, at_most=True)
 
 
@@ -174,6 +174,27 @@ def table(found: list[tuple[dict[str, Any], Line]]) -> str:
     return f"{machines}; ratios of CPU seconds within rounds, medians.\n\n" + "\n".join(lines) + "\n"
 
 
+def growth() -> str:
+    """Markdown of benchmarks/growth.py; empty before it was run."""
+    path = RESULTS / "growth.json"
+    if not path.exists():
+        return ""
+    facts = json.loads(path.read_text())
+    lines = ["| what grows | from - to | time grows as | memory grows as | because |", "|---|---|---|---|---|"]
+    for row in facts["rows"]:
+        times, memory = (f"{row[key][0]:.3g} - {row[key][-1]:.3g}" for key in ("cpu_seconds", "megabytes"))
+        cells = (
+            row["what"],
+            f"{row['sizes'][0]:,} - {row['sizes'][-1]:,}",
+            f"x^{row['time_slope']:.2f} ({times} s)",
+            f"x^{row['memory_slope']:.2f} ({memory} MB)",
+            row["reason"],
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    command = facts["command"].rpartition("benchmarks/")[2]
+    return f"\nGrowth ({facts['date']}, `{command}`, three steps or one search):\n\n" + "\n".join(lines) + "\n"
+
+
 def draw(path: Path, found: list[Line]) -> None:
     """Bars of all ratios, a panel for each direction, the targets as black marks."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -186,6 +207,7 @@ def draw(path: Path, found: list[Line]) -> None:
     upper, lower = figure.subplots(2, 1, height_ratios=(len(faster) + 1, len(longer) + 1))
     _bars(upper, faster, "times as fast as …: more is better")
     upper.set_xscale("log")
+    upper.set_xlim(1, 1.5 * max(max(line.ratio, line.target) for line in faster))
     upper.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
     upper.minorticks_off()
     _bars(lower, longer, "times as long as …: less is better")
@@ -201,18 +223,18 @@ def _bars(axis: "Axes", lines: list[Line], title: str) -> None:
         axis.annotate(
             _short(line.ratio), (max(line.ratio, line.target), place), (5, 0), textcoords="offset points", va="center"
         )
-    names = [f"{re.sub(r' [(].*[)]', '', line.what)}  |  {line.against}".replace("`", "") for line in lines]
+    names = [f"{re.sub(r' [(].*[)]', '', line.what)} against {line.against}".replace("`", "") for line in lines]
     axis.set_yticks(places, names, fontsize=9)
     axis.invert_yaxis()
-    axis.margins(x=0.12)
-    axis.set_title(title + "   (black: target)", fontsize=10, loc="left")
+    axis.margins(x=0.12, y=0.02)
+    axis.set_title(f"{title}   (black mark: target; red: missed)", fontsize=10, loc="right")
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def main() -> None:
     """Write all three."""
     found = list(results())
-    text = table(found)
+    text = table(found) + growth()
     (RESULTS / "speed.md").write_text(text)
     draw(RESULTS / "speed.png", [line for _, line in found])
     readme = ROOT / "README.md"
