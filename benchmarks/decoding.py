@@ -9,7 +9,7 @@ the peer is. Before any timing the store is compared with what decoding gives. I
 of images, in turns; what counts is the median of the ratios within a round. Times are CPU seconds of the process.
 
 The larger sets are arrays of 32 px with random values. Their cost per image is that of building the store, and of an
-epoch: the order of all images, by their number, and the views of a batch, by its size.
+epoch: the order of all images, by their number, and the views of a batch, by its size; batches of all sets in turns.
 """
 
 import argparse
@@ -167,7 +167,7 @@ def larger_sets(place: Path, counts: list[int]) -> list[dict[str, Any]]:
     block = np.random.default_rng(0).integers(0, 256, (1000, SMALL, SMALL, 3), dtype=np.uint8)
     numbers = {"count": 2, "scale": [0.2, 1], "flip": 0.5, "grayscale": 0.2, **JITTER, "blur": 0.0}
     views = Views({"both": numbers}, size=SMALL, channels=3, mean=MEAN, std=STD)
-    costs: list[dict[str, Any]] = []
+    costs, loaders = [], []
     for count in counts:
         path, stored = place / f"{count}.npy", []
         made = np.lib.format.open_memmap(path, "w+", np.uint8, (count, SMALL, SMALL, 3))
@@ -181,20 +181,16 @@ def larger_sets(place: Path, counts: list[int]) -> list[dict[str, Any]]:
         building, opening = seconds(build), seconds(build)  # the second time it is there
         path.unlink()
         loader = Loader(stored[0].to("cpu").train, views, batch_size=SMALL_BATCH, seed=0, device="cpu")
+        loaders.append(endless(partial(iter, loader)))
         ordering = seconds(lambda loader=loader: torch.randperm(len(loader.images)).to(loader.device))
-        batches = endless(lambda loader=loader: iter(loader))
-        next(batches)
-        each = [seconds(partial(next, batches)) for _ in range(min(SMALL_BATCHES, len(loader) - 1))]
-        row = {
-            "images": count,
-            "build_us": 1e6 * building / count,
-            "open_seconds": opening,
-            "epoch_us": 1e6 * (ordering / count + statistics.median(each) / SMALL_BATCH),
-        }
-        costs.append(row)
+        costs.append({"images": count, "build_us": 1e6 * building / count, "open_seconds": opening})
+        costs[-1]["epoch_us"] = 1e6 * ordering / count
+    batches = [[seconds(partial(next, loader)) for loader in loaders] for _ in range(SMALL_BATCHES)]
+    for row, own in zip(costs, zip(*batches[1:], strict=True), strict=True):
+        row["epoch_us"] += 1e6 * statistics.median(own) / SMALL_BATCH
         print(
-            f"{count:9,} images of {SMALL} px: store built at {row['build_us']:.1f} us an image, opened in "
-            f"{opening:.2f} s, an epoch {row['epoch_us']:.1f} us an image",
+            f"{row['images']:9,} images of {SMALL} px: store built at {row['build_us']:.1f} us an image, opened in "
+            f"{row['open_seconds']:.2f} s, an epoch {row['epoch_us']:.1f} us an image",
             flush=True,
         )
     compared: list[dict[str, Any]] = []

@@ -79,12 +79,19 @@ def views(rows: Rows) -> Iterator[Line]:
                 yield Line(where, "torchvision on PIL images", row["ratio"], target)
 
 
-def loops(rows: Rows) -> Iterator[Line]:
-    """Whole loops."""
-    peers = {"moco": ("lightly's MoCo example", 1.9), "simsiam": ("the SimSiam loop as copied", 1.4)}
+def loops(rows: Rows, _: str = "") -> Iterator[Line]:
+    """Whole loops, a file for each backbone."""
+    peers = {"moco": "lightly's MoCo example", "simsiam": "the SimSiam loop as copied"}
+    targets = {"moco": 1.9, "simsiam": 1.4}
     for row in rows:
-        peer, target = peers[row["method"]]
-        yield Line(f"whole loop of {row['method']}, small network, fp32", peer, row["ratio"], target)
+        precision = {"torch.float32": "fp32", "torch.bfloat16": "bf16"}[row["precision"]]
+        target = (
+            targets[row["method"]] if precision == "fp32" else 1.8 if "resnet18" in row.get("backbone", "") else 2.5
+        )
+        what = f"whole loop of {row['method']}, {row.get('backbone') or 'small network'}, {precision}"
+        yield Line(what, peers[row["method"]], row["ratio"], target)
+        if "of_ready_made" in row:
+            yield Line(what, "the same steps on ready-made views", row["of_ready_made"], 0.95)
 
 
 def knn(rows: Rows) -> Iterator[Line]:
@@ -156,7 +163,7 @@ def results() -> Iterator[tuple[dict[str, Any], Line]]:
     """Every line, with the facts of the file that it is from."""
     for name, reader in READERS.items():
         for path in sorted(RESULTS.glob(f"{name}*.json"), key=lambda path: (len(path.name), path.name)):
-            if match := re.fullmatch(rf"{name}(?:_(\d+))?", path.stem):
+            if match := re.fullmatch(rf"{name}(?:_(\w+))?", path.stem):
                 facts = json.loads(path.read_text())
                 for line in reader(facts["rows"], *filter(None, match.groups())):
                     yield facts, line
@@ -207,7 +214,9 @@ def draw(path: Path, found: list[Line]) -> None:
     upper, lower = figure.subplots(2, 1, height_ratios=(len(faster) + 1, len(longer) + 1))
     _bars(upper, faster, "times as fast as …: more is better")
     upper.set_xscale("log")
-    upper.set_xlim(1, 1.5 * max(max(line.ratio, line.target) for line in faster))
+    upper.set_xlim(
+        min(1, *(0.9 * line.ratio for line in faster)), 1.5 * max(max(line.ratio, line.target) for line in faster)
+    )
     upper.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
     upper.minorticks_off()
     _bars(lower, longer, "times as long as …: less is better")
