@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ NAMES = {
     "linear/top1",
     "baseline/untrained_knn_top1",
     "baseline/pixels_knn_top1",
+    "memory/process_mb",
 }
 
 
@@ -71,6 +73,9 @@ def test_run_folder(finished: Path) -> None:
     assert [line["step"] for line in lines if "baseline/pixels_knn_top1" in line] == [0]
     result = json.loads((run / "result.json").read_text())
     assert result["state"] == "finished" and result["seconds"] > 0 and result["mlflow_run_id"]
+    assert 100 < lines[-1]["memory/process_mb"] <= result["memory/process_mb"] < 10_000
+    said = (finished / "stdout.txt").read_text()
+    assert "MB of pixels in memory" in said and re.search(r"memory\W+process [\d,]+ MB", said)
     assert result["knn/top1"] == lines[-1]["knn/top1"] and 0 <= result["linear/top1"] <= 100
 
 

@@ -17,7 +17,7 @@ from twoviews.clusters.kmeans import Clustered
 from twoviews.clusters.scores import scores
 from twoviews.code import code_state
 from twoviews.config import build
-from twoviews.console import Console, duration
+from twoviews.console import Console, duration, megabytes
 from twoviews.data.images import ImageData
 from twoviews.data.loader import Loader
 from twoviews.data.views import Views
@@ -161,6 +161,7 @@ def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
         f"data      {data.name}: {len(data.train):,} training images of {data.size}x{data.size} px, "
         f"{'colour' if data.channels == 3 else f'channels: {data.channels}'}, {labelled}"
         + (f"; kNN bank {len(data.memory):,}, test {len(data.test):,}" if data.memory and data.test else "")
+        + (f"; {megabytes(data.resident_bytes)} of pixels in memory" if data.resident_bytes else "")
     )
     if not data.test:
         console.say("          without labelled test images there is no kNN or linear accuracy; watch train/spread.")
@@ -231,6 +232,12 @@ def show_result(folder: Path, result: dict[str, Any], console: Console) -> None:
         "kNN, raw pixels": percent("baseline/pixels_knn_top1"),
         "images/s": f"{statistics.median(rates):.0f}" if rates else "-",
         "time": duration(result["seconds"]),
+        "memory": ", ".join(
+            f"{where} {megabytes(1e6 * result[f'memory/{where}_mb'])}"
+            for where in ("process", "gpu")
+            if f"memory/{where}_mb" in result
+        )
+        or "-",
         "MLflow": page(folder),
     }
     console.table(f"{folder.name}: {result['state']} after {result['epoch']:g} epochs", rows)

@@ -87,6 +87,11 @@ class Console:
         self._rich.print(table)
 
 
+def megabytes(count: float) -> str:
+    """Bytes for a person."""
+    return f"{count / 1e6:,.0f} MB" if count >= 1e7 else f"{count / 1e6:.1f} MB"
+
+
 def duration(seconds: float) -> str:
     """Seconds in words: 48 s, 3 min 20 s, 2 h 5 min."""
     seconds = round(seconds)

@@ -21,7 +21,7 @@ from twoviews.methods.method import Embed, Method, Progress
 from twoviews.protocols.protocol import Protocol
 from twoviews.randomness import seed_of
 from twoviews.run import Run
-from twoviews.runtime import Runtime, StopSignal, autocast
+from twoviews.runtime import Runtime, StopSignal, autocast, peak_memory
 from twoviews.schedule import Schedule
 from twoviews.tracking import Metrics
 
@@ -350,8 +350,13 @@ class Training:
             for name, protocol in self.protocols.items()
             if epoch == self.epochs or (protocol.every_epochs and epoch % protocol.every_epochs == 0)
         ]
+        values: dict[str, float] = {}
         if distributed.rank() == 0 and due:
             judged = self.judge(self.method.encoder)
             verdicts = {name: self.protocols[name](judged) for name in due}
-            self._log({f"{name}/{key}": v for name, verdict in verdicts.items() for key, v in verdict.values.items()})
+            values = {f"{name}/{key}": v for name, verdict in verdicts.items() for key, v in verdict.values.items()}
+        if epoch == self.epochs:
+            values.update(peak_memory(self.device))
+        if values:
+            self._log(values)
         distributed.barrier()

@@ -15,7 +15,7 @@ from twoviews.console import Console
 from twoviews.loop import Training
 from twoviews.pictures import draw_curves, draw_views
 from twoviews.run import Run
-from twoviews.runtime import StopSignal
+from twoviews.runtime import StopSignal, peak_memory
 from twoviews.tracking import Metrics, Mirror, is_child, read, run_id, wait_for_writer
 
 FAILED = 1  # exit code of a training that went wrong
@@ -107,6 +107,7 @@ class Recording:
         result = {
             "state": state,
             **training.latest,
+            **peak_memory(training.device),
             "step": training.position.step,
             "epoch": training.epoch,
             "seconds": training.seconds(),

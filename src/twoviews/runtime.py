@@ -2,8 +2,11 @@
 
 import contextlib
 import os
+import resource
 import signal
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Literal
 
@@ -69,6 +72,19 @@ class Runtime:
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """The context of a forward pass in that number format."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The most memory that this process had since its start, in MB: of the machine, and what torch took of its GPU."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        taken = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    else:  # also counts the program that started this one, where that is larger
+        taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    found = {"memory/process_mb": taken * 1024 / 1e6}
+    if device.type == "cuda":
+        found["memory/gpu_mb"] = torch.cuda.max_memory_reserved(device) / 1e6
+    return found
 
 
 class StopSignal:

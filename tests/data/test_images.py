@@ -47,10 +47,11 @@ def test_to_moves_what_fits_and_keeps_one_copy_of_what_is_the_same(monkeypatch):
     assert moved.train is moved.memory
     assert moved.train.pixels is not train.pixels
     assert torch.equal(moved.test.pixels, test.pixels)
+    assert moved.resident_bytes == train.pixels.nbytes + test.pixels.nbytes
     monkeypatch.setattr("twoviews.data.images.RAM_LIMIT", train.pixels.nbytes)
     tight = data(train, train, test).to("cpu")
     assert tight.train is not train
-    assert tight.test is test
+    assert tight.test is test and tight.resident_bytes == train.pixels.nbytes
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 50, 99, 100])

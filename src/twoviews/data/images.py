@@ -71,6 +71,7 @@ class ImageData:
     std: tuple[float, ...]
     digest: str  # of the content: equal digest, equal pixels, sizes, labels and splits
     notes: tuple[str, ...]  # sentences that the user should read before the run starts
+    resident_bytes: int = 0  # of pixels that `to` has put into the memory of a device
 
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data with their pixels in the memory of `device`, where they fit.
@@ -80,6 +81,7 @@ class ImageData:
         """
         place = torch.device(device)
         room = torch.cuda.mem_get_info(place)[0] // 2 if place.type == "cuda" else RAM_LIMIT
+        free = room
         moved: dict[int, Images] = {}  # train and memory are often one and the same
         for images in (self.train, self.memory, self.test):
             if images is None or isinstance(images.pixels, Decoded) or id(images) in moved:
@@ -90,7 +92,8 @@ class ImageData:
                 pixels = images.pixels.to(place, copy=True)
                 moved[id(images)] = replace(images, pixels=pixels)
         splits = {"train": self.train, "memory": self.memory, "test": self.test}
-        return replace(self, **{key: moved.get(id(images), images) for key, images in splits.items()})
+        placed = {key: moved.get(id(images), images) for key, images in splits.items()}
+        return replace(self, **placed, resident_bytes=free - room)
 
 
 def stratified(labels: Int[Tensor, "N"] | None, total: int, count: int) -> Int[Tensor, "n"]:
