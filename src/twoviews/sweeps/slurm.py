@@ -279,7 +279,14 @@ def _tell_mlflow(point: Point) -> None:
     else:
         return
     with (sweep.folder / "slurm" / "mlflow.log").open("a") as log, contextlib.suppress(subprocess.TimeoutExpired):
-        subprocess.run([sys.executable, "-m", *command], stdout=log, stderr=log, timeout=MLFLOW_S)
+        words = [sys.executable, "-m", *command]
+        subprocess.run(words, stdout=log, stderr=log, timeout=MLFLOW_S, preexec_fn=_ignore_stops)
+
+
+def _ignore_stops() -> None:
+    """In a child: what SLURM sends before a time limit comes to all processes of a job, and would end this one."""
+    for one in STOPS:
+        signal.signal(one, signal.SIG_IGN)
 
 
 class _Partners:
