@@ -145,15 +145,18 @@ def retry(sweep: Sweep, points: Sequence[Point]) -> int:
     from omegaconf import DictConfig
 
     from twoviews.config import build
+    from twoviews.sweeps import collecting
     from twoviews.sweeps.launching import report
 
-    states = look(points)
+    states, console = look(points), Console()
     todo = [point for point in points if states[point.digest].state in STOPPED]
     build(DictConfig(sweep.record["launcher"])).submit(todo)
+    if sweep.record["parent"]:
+        collecting.deliver(sweep, console.say)
     wanted = {point.digest for point in points}
     points = [point for point in sweep.points if point.digest in wanted]
     states = look(points)
-    report(sweep, points, states, Console())
+    report(sweep, points, states, console)
     return exit_code(states)
 
 

@@ -223,9 +223,13 @@ def test_submitting_from_inside_a_job_hands_on_none_of_its_variables(tmp_path: P
 
 
 def test_what_slurm_refuses_is_one_sentence(tmp_path: Path) -> None:
+    points = sweep(tmp_path / "s", FINISH)
     with pytest.raises(BadInput, match="sbatch refused: (.*)nvalid partition"):
-        dispatch(partition="nowhere").submit(sweep(tmp_path / "s", FINISH))
+        dispatch(partition="nowhere").submit(points)
     assert [path.name for path in (tmp_path / "s" / "slurm").iterdir()] == []
+    assert states(points) == ["LOST"]
+    dispatch().submit(latest(points))  # the same command with another partition
+    wait_for(lambda: states(points) == ["FINISHED"])
 
 
 RANKED = "(folder / f\"rank{os.environ['RANK']}\").write_text(os.environ['WORLD_SIZE'] + os.environ['MASTER_ADDR'])\n"

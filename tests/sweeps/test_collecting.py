@@ -10,7 +10,8 @@ import pytest
 
 from twoviews.errors import BadInput
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps.collecting import prepare
+from twoviews.sweeps import collecting
+from twoviews.sweeps.collecting import deliver, owed, prepare
 from twoviews.sweeps.folder import New, Point, State, Sweep
 from twoviews.tracking.metrics import Metrics
 
@@ -113,6 +114,27 @@ def test_a_store_that_does_not_answer_refuses_the_sweep(tmp_path: Path) -> None:
     sweep, uri = Sweep(tmp_path / "s"), "http://127.0.0.1:9"
     with pytest.raises(BadInput, match="MLflow takes no sweep .* tracking=files"):
         prepare(sweep, points(sweep, uri, 1), {"uri": uri, "experiment": "sweeps"})
+
+
+def test_what_mlflow_has_is_not_sent_again(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep, said = Sweep(tmp_path / "s"), []
+    made = points(sweep, uri, 2)
+    prepare(sweep, made, {"uri": uri, "experiment": "sweeps"})
+    deliver(sweep, said.append)
+    assert len(runs(uri)) == 1, "no point has begun"
+    for point in made:
+        trained(point)
+    deliver(sweep, said.append)
+    assert said == [] and not owed(sweep) and {run.info.status for run in runs(uri)} == {"FINISHED"}
+    with monkeypatch.context() as nothing_new:
+        nothing_new.setattr(collecting, "collect", lambda *_: pytest.fail("MLflow is asked"))
+        deliver(sweep, said.append)
+    (made[0].folder / "views.png").write_bytes(b"picture")
+    assert owed(sweep)
+    with sweep.update() as record:
+        record["tracking"]["uri"] = "http://127.0.0.1:9"
+    deliver(sweep, said.append)
+    assert "MLflow takes no sweep" in said[0] and "python -m twoviews.sweep collect s" in said[1]
 
 
 MANY = """

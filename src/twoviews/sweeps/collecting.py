@@ -1,7 +1,7 @@
 """A sweep into MLflow: its parent run at submission, and later whatever its points could not send themselves."""
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -71,6 +71,20 @@ def collect(sweep: Sweep, points: Sequence[Point]) -> int:
         with sweep.update() as record:
             record["parent_status"] = status
     return left
+
+
+def deliver(sweep: Sweep, say: Callable[[str], None]) -> None:
+    """After the last point: MLflow gets what it does not have; what it does not take is said."""
+    states = look(sweep.points).values()
+    if not states or any(state.active for state in states) or not owed(sweep):
+        return
+    try:
+        left = collect(sweep, sweep.points)
+    except BadInput as error:
+        left = 1
+        say(f"error: {error}")
+    if left:
+        say(f"MLflow does not have all of this; `python -m twoviews.sweep collect {shlex.quote(sweep.name)}` sends it.")
 
 
 def owed(sweep: Sweep) -> bool:

@@ -96,19 +96,9 @@ class Launch:
             collecting.prepare(sweep, points, self.tracking)
 
     def deliver(self, sweep: Sweep) -> None:
-        """After the last point: MLflow gets what it does not have; what it does not take is said."""
-        states = look(sweep.points).values()
-        if not self.tracking["mirror"] or not states or any(state.active for state in states):
-            return
-        try:
-            left = collecting.owed(sweep) and collecting.collect(sweep, sweep.points)
-        except BadInput as error:
-            left = True
-            self.console.say(f"error: {error}")
-        if left:
-            self.console.say(
-                f"MLflow does not have all of this; `python -m twoviews.sweep collect {shlex.quote(sweep.name)}` sends it."
-            )
+        """After the last point: MLflow gets what it does not have, if the points are mirrored there."""
+        if self.tracking["mirror"]:
+            collecting.deliver(sweep, self.console.say)
 
     def end(self, sweep: Sweep, points: Sequence[Point]) -> int:
         """Say what became of these points; the exit code: 0, or 1 when points failed."""
