@@ -37,7 +37,7 @@ test: .venv/dev  ## all tests but those that need a SLURM cluster
 bench: export OMP_NUM_THREADS := 1
 bench: .venv/dev  ## benchmarks against other tools, on one thread; make bench DATA=<folder of CIFAR-10> has the whole loops too
 	$(BIN)/python benchmarks/views.py --json benchmarks/results/views.json
-	$(BIN)/python benchmarks/knn.py --queries 5000 --json benchmarks/results/knn.json
+	$(BIN)/python benchmarks/knn.py --queries 2000 --json benchmarks/results/knn.json
 	$(BIN)/python benchmarks/startup.py --rounds 5 --json benchmarks/results/startup.json
 	$(BIN)/python benchmarks/stalls.py --rounds 9 --json benchmarks/results/stalls.json
 	$(BIN)/python benchmarks/probe.py --epochs 3 --json benchmarks/results/probe.json
