@@ -32,20 +32,7 @@ def main(cfg, folder: Path) -> int:
         plan(cfg, parts, folder, console)
         with Recording(cfg, folder, parts, console) as recording:
             training = Training(
-                method=parts.method,
-                loader=parts.loader,
-                optimizer=parts.optimizer,
-                schedule=parts.schedule,
-                runtime=runtime,
-                run=recording.run,
-                metrics=recording.metrics,
-                console=console,
-                epochs=cfg.epochs,
-                seed=cfg.seed,
-                protocols=parts.protocols,
-                judge=parts.judge,
-                embed=parts.embed,
-                score=parts.score,
+                parts, run=recording.run, metrics=recording.metrics, console=console, epochs=cfg.epochs, seed=cfg.seed
             )
             recording.resume(training)
             try:

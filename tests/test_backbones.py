@@ -3,9 +3,8 @@
 import pytest
 import torch
 import torchvision
-from torch import nn
 
-from twoviews.backbones import BasicBlock, Bottleneck, ResNet, Timm, folded
+from twoviews.backbones import BasicBlock, Bottleneck, ResNet, Timm
 from twoviews.errors import BadInput
 
 SHAPES = {
@@ -130,20 +129,3 @@ def test_a_model_for_one_size_refuses_views_of_another():
     assert encoder(torch.zeros(2, 1, 32, 32)).shape == (2, 192)
     with pytest.raises(BadInput, match=r"24x24 px.*size=null"):
         encoder(torch.zeros(2, 1, 24, 24))
-
-
-@pytest.mark.parametrize("block", ["basic", "bottleneck"])
-def test_folded_networks_compute_the_same_without_batch_norms_and_leave_the_original(block: str) -> None:
-    torch.manual_seed(0)
-    encoder = ResNet(3, 32, block, [1, 1], width=8)
-    images = torch.randn(16, 3, 32, 32)
-    encoder(images)  # running statistics and, below, scales other than 1
-    for module in encoder.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.weight)
-            nn.init.normal_(module.bias)
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    inference = folded(nn.Sequential(encoder, nn.Linear(encoder.out_dim, 4)))
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in inference.modules())
-    assert encoder.training and all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
-    torch.testing.assert_close(inference[0](images), encoder.eval()(images), rtol=1e-4, atol=1e-4)

@@ -231,22 +231,7 @@ def build(overrides: list[str], folder: Path):
     runtime = instantiate(cfg.runtime)
     data = load_data(cfg)
     parts = make_parts(cfg, data, make_views(cfg, data), runtime, torch.device("cpu"))
-    return Training(
-        method=parts.method,
-        loader=parts.loader,
-        optimizer=parts.optimizer,
-        schedule=parts.schedule,
-        runtime=runtime,
-        run=Run(folder),
-        metrics=None,
-        console=Console(quiet=True),
-        epochs=cfg.epochs,
-        seed=cfg.seed,
-        protocols={},
-        judge=parts.judge,
-        embed=parts.embed,
-        score=parts.score,
-    )
+    return Training(parts, run=Run(folder), metrics=None, console=Console(quiet=True), epochs=cfg.epochs, seed=cfg.seed)
 
 
 def test_copy_of_a_state_takes_the_memory_of_the_one_before() -> None:

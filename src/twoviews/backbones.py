@@ -4,14 +4,12 @@ ResNets after He et al., "Deep Residual Learning for Image Recognition", arXiv:1
 torchvision, so that weights can be exchanged with it; any other architecture comes from timm by name.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from twoviews.errors import BadInput, nearest
 from twoviews.ranges import Count, Range
@@ -162,28 +160,6 @@ class ResNet(Encoder):
         for stage in range(self.stages):
             x = getattr(self, f"layer{stage + 1}")(x)
         return x.mean((2, 3))
-
-
-def folded(module: nn.Module) -> nn.Module:
-    """A copy for inference, in which the batch norms of `ResNet`s are part of the convolutions before them.
-
-    The running statistics are constants then, and a pass over every map is saved.
-    """
-    module = copy.deepcopy(module).eval()
-    for part in list(module.modules()):
-        if isinstance(part, (ResNet, BasicBlock, Bottleneck)):
-            for number in (1, 2, 3):
-                _fold(part, f"conv{number}", f"bn{number}")
-            if isinstance(shortcut := getattr(part, "downsample", None), nn.Sequential):
-                _fold(shortcut, "0", "1")
-    return module
-
-
-def _fold(part: nn.Module, convolution: str, norm: str) -> None:
-    before, after = getattr(part, convolution, None), getattr(part, norm, None)
-    if isinstance(before, nn.Conv2d) and isinstance(after, nn.modules.batchnorm._BatchNorm):
-        setattr(part, convolution, fuse_conv_bn_eval(before, after))
-        setattr(part, norm, nn.Identity())
 
 
 class Timm(Encoder):

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from twoviews import distributed
-from twoviews.backbones import Encoder, folded
+from twoviews.backbones import Encoder
 from twoviews.data.images import ImageData, Images
 from twoviews.data.views import eval_view
 from twoviews.errors import BadInput
+from twoviews.inference import folded
 from twoviews.runtime import autocast
 
 # Images a forward pass. On a CPU 128 were measured 1.16 times as fast as 256 with conf/backbone/tiny.yaml: its cache is small.
@@ -63,7 +64,7 @@ def embed(
         shared: several processes do a share each, and all get the whole.
     """
     rank, processes = (distributed.rank(), distributed.processes()) if shared else (0, 1)
-    network, x = folded(module), None
+    network, x = folded(module, fuse=device.type == "cpu" and dtype == torch.float32), None
     if channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = BATCH[device.type]

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,17 +12,14 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from twoviews import distributed
-from twoviews.backbones import Encoder
-from twoviews.clusters.kmeans import Clustered
+from twoviews.assembly import Parts
 from twoviews.console import Console, duration
-from twoviews.data.loader import Batch, Loader
-from twoviews.features import Judged, Pixels
-from twoviews.methods.method import Embed, Method, Progress
-from twoviews.protocols.protocol import Protocol
+from twoviews.data.loader import Batch
+from twoviews.features import Pixels
+from twoviews.methods.method import Progress
 from twoviews.randomness import seed_of
 from twoviews.run import Run
-from twoviews.runtime import Runtime, StopSignal, autocast, peak_memory
-from twoviews.schedule import Schedule
+from twoviews.runtime import StopSignal, autocast, peak_memory
 from twoviews.tracking import Metrics
 
 FORECAST_STEPS = 50  # after so many steps of a process it says how long the rest will take
@@ -64,48 +61,24 @@ class Training:
     """A training that can stop after any step and go on from there, bit for bit.
 
     Args:
-        method: on its device.
-        loader: of the training images.
-        optimizer: over `method.param_groups()`.
-        schedule: multiplier of each group's learning rate.
-        runtime: how to compute.
+        parts: what is trained, on what and how.
         run: the folder for checkpoints.
         metrics: the lines to write; only process 0 writes.
         console: where a person looks.
         epochs: length of the training.
         seed: of all randomness after initialisation.
-        protocols: what to measure in passing, by name.
-        judge: an encoder with the images it is measured on.
-        embed: what a module makes of all training images.
-        score: numbers about clusterings of the training images.
     """
 
-    def __init__(
-        self,
-        *,
-        method: Method,
-        loader: Loader,
-        optimizer: torch.optim.Optimizer,
-        schedule: Schedule,
-        runtime: Runtime,
-        run: Run,
-        metrics: Metrics | None,
-        console: Console,
-        epochs: int,
-        seed: int,
-        protocols: Mapping[str, Protocol],
-        judge: Callable[[Encoder], Judged],
-        embed: Embed,
-        score: Callable[[Clustered], dict[str, float]],
-    ):
-        self.method, self.loader, self.optimizer, self.schedule = method, loader, optimizer, schedule
-        self.runtime, self.run, self.metrics, self.console = runtime, run, metrics, console
-        self.epochs, self.seed, self.protocols, self.judge = epochs, seed, protocols, judge
-        self.embed, self.score = embed, score
-        self.device = runtime.torch_device()
-        self.dtype = runtime.dtype(self.device)
+    def __init__(self, parts: Parts, *, run: Run, metrics: Metrics | None, console: Console, epochs: int, seed: int):
+        self.method, self.loader = parts.method, parts.loader
+        self.optimizer, self.schedule = parts.optimizer, parts.schedule
+        self.runtime, self.protocols = parts.runtime, parts.protocols
+        self.judge, self.embed, self.score = parts.judge, parts.embed, parts.score
+        self.run, self.metrics, self.console, self.epochs, self.seed = run, metrics, console, epochs, seed
+        self.device = parts.device
+        self.dtype = self.runtime.dtype(self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.position = Position()
         self.latest: dict[str, float] = {}
         self._started, self._checkpointed = time.monotonic(), time.monotonic()
