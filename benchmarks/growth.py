@@ -71,22 +71,7 @@ def training(overrides: list[str]) -> Callable[[], object]:
         cfg = hydra.compose("train", [*SHARED, *overrides])
     data, runtime = made(70_000), config.build(cfg.runtime)
     parts = make_parts(cfg, data, make_views(cfg, data), runtime, torch.device("cpu"))
-    one = Training(
-        method=parts.method,
-        loader=parts.loader,
-        optimizer=parts.optimizer,
-        schedule=parts.schedule,
-        runtime=runtime,
-        run=Run("run"),
-        metrics=None,
-        console=Console(quiet=True),
-        epochs=cfg.epochs,
-        seed=cfg.seed,
-        protocols={},
-        judge=parts.judge,
-        embed=parts.embed,
-        score=parts.score,
-    )
+    one = Training(parts, run=Run("run"), metrics=None, console=Console(quiet=True), epochs=cfg.epochs, seed=cfg.seed)
     wrapped, batches = one._wrapped(), iter(parts.loader)
     one.method.train()
 

@@ -145,20 +145,7 @@ METHODS = {
 def ours(parts: Parts, cfg: DictConfig, folder: Path, ready: bool = False) -> Steps:
     """The steps of loop.py; all of the same batch, if its views shall be ready."""
     training = Training(
-        method=parts.method,
-        loader=parts.loader,
-        optimizer=parts.optimizer,
-        schedule=parts.schedule,
-        runtime=parts.runtime,
-        run=Run(folder),
-        metrics=None,
-        console=Console(quiet=True),
-        epochs=cfg.epochs,
-        seed=cfg.seed,
-        protocols={},
-        judge=parts.judge,
-        embed=parts.embed,
-        score=parts.score,
+        parts, run=Run(folder), metrics=None, console=Console(quiet=True), epochs=cfg.epochs, seed=cfg.seed
     )
     wrapped = training._wrapped()
     training.method.train()

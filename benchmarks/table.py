@@ -115,6 +115,14 @@ def kmeans(rows: Rows, k: str = "") -> Iterator[Line]:
         yield Line(what, "PCL's recipe, faiss", speed, target, equal=worst <= inertia)
 
 
+def e_step(rows: Rows) -> Iterator[Line]:
+    """The part of an epoch that clustering takes."""
+    share = statistics.median(row["share"] for row in rows)
+    yield Line(
+        "E-step, of experiment=laptop method=pcl", "", 100 * share, 100 * rows[0]["goal"], True, "% of the epoch"
+    )
+
+
 def linear(rows: Rows) -> Iterator[Line]:
     """The whole linear probe."""
     ratio = statistics.median(row["ratio"] for row in rows)
@@ -140,11 +148,12 @@ def startup(rows: Rows) -> Iterator[Line]:
 def stalls(rows: Rows) -> Iterator[Line]:
     """What keeps the training thread."""
     for row in rows:
-        if "goal_seconds" in row:
+        if row["what"] == "Metrics.log":
             yield Line("logging a step", "", 1e6 * row["cpu_seconds"], 1e6 * row["goal_seconds"], True, "µs")
-        if "times_copies" in row:
-            what = "stall by a checkpoint of MoCo, 168 MB"
-            yield Line(what, "copies of its tensors", row["times_copies"], row["goal_times_copies"], True)
+        if row["what"] == "Training.save":
+            yield Line(
+                "stall by a checkpoint of 168 MB", "", 1e3 * row["cpu_seconds"], 1e3 * row["goal_seconds"], True, "ms"
+            )
 
 
 def decoding(rows: Rows) -> Iterator[Line]:
@@ -155,7 +164,7 @@ def decoding(rows: Rows) -> Iterator[Line]:
 
 
 READERS: dict[str, Callable[..., Iterator[Line]]] = {
-    one.__name__: one for one in (views, loops, knn, kmeans, linear, probe, startup, stalls, decoding)
+    one.__name__: one for one in (views, loops, knn, kmeans, e_step, linear, probe, startup, stalls, decoding)
 }
 
 
