@@ -31,6 +31,13 @@ def test_folded_networks_compute_the_same_and_leave_the_original(block, stem, fu
     torch.testing.assert_close(found, encoder.eval()(images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("broken", ["conv1.weight", "bn1.running_var"])
+def test_what_is_no_number_is_seen(broken: str) -> None:
+    encoder = ResNet(3, 32, "basic", [1, 1], width=8)
+    encoder.state_dict()[broken].fill_(torch.nan)
+    assert folded(encoder, fuse=True)(torch.randn(2, 3, 32, 32)).isnan().all()
+
+
 def test_without_the_operators_nothing_is_fused(monkeypatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     inference = folded(ResNet(3, 32, "basic", [1, 1], width=8), fuse=True)

@@ -26,7 +26,8 @@ def folded(module: nn.Module, fuse: bool = False) -> nn.Module:
                 _fold(part, f"conv{number}", f"bn{number}")
             if isinstance(shortcut := getattr(part, "downsample", None), nn.Sequential):
                 _fold(shortcut, "0", "1")
-    if fuse and _can_fuse():
+    # A fused ReLU makes 0 of what is no number, and what is broken has to be seen.
+    if fuse and _can_fuse() and all(parameter.isfinite().all() for parameter in module.parameters()):
         for part in list(module.modules()):
             if isinstance(part, ResNet):
                 part.add_module("conv1", _Rectified(part.conv1))

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from twoviews import distributed
-from twoviews.assembly import Parts
 from twoviews.console import Console, duration
 from twoviews.data.loader import Batch
 from twoviews.features import Pixels
@@ -21,6 +20,9 @@ from twoviews.randomness import seed_of
 from twoviews.run import Run
 from twoviews.runtime import StopSignal, autocast, peak_memory
 from twoviews.tracking import Metrics
+
+if TYPE_CHECKING:
+    from twoviews.assembly import Parts  # which reads configurations; nothing here does
 
 FORECAST_STEPS = 50  # after so many steps of a process it says how long the rest will take
 SHOWN = {"loss": "train/loss", "spread": "train/spread", "lr": "lr", "img/s": "images_per_s", "kNN": "knn/top1"}
@@ -69,7 +71,7 @@ class Training:
         seed: of all randomness after initialisation.
     """
 
-    def __init__(self, parts: Parts, *, run: Run, metrics: Metrics | None, console: Console, epochs: int, seed: int):
+    def __init__(self, parts: "Parts", *, run: Run, metrics: Metrics | None, console: Console, epochs: int, seed: int):
         self.method, self.loader = parts.method, parts.loader
         self.optimizer, self.schedule = parts.optimizer, parts.schedule
         self.runtime, self.protocols = parts.runtime, parts.protocols

@@ -46,7 +46,7 @@ class Recording:
         self._first = distributed.rank() == 0
         if self._first:
             tracking = build(cfg.tracking)
-            resumed = (folder / "last.pt").exists() and not cfg.fresh
+            resumed = any((folder / name).exists() for name in ("last.pt", "previous.pt")) and not cfg.fresh
             tracking.check(resumed or is_child(folder), console.say)
             wait_for_writer(folder)
             if cfg.fresh and (aside := self.run.set_aside()):

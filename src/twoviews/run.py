@@ -154,8 +154,10 @@ class Run:
         if new.exists():
             try:
                 load_checkpoint(new)
-            except (RuntimeError, OSError, EOFError, KeyError, ValueError):
+            except (RuntimeError, EOFError, KeyError, ValueError):
                 new.unlink()
+            except OSError:  # it may be whole, and readable at another time
+                return
             else:
                 self._keep(new)
 

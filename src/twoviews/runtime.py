@@ -77,9 +77,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 def peak_memory(device: torch.device) -> dict[str, float]:
     """The most memory that this process had since its start, in MB: of the machine, and what torch took of its GPU."""
     status = Path("/proc/self/status")
-    if status.exists():
-        taken = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    else:  # also counts the program that started this one, where that is larger
+    lines = status.read_text().splitlines() if status.exists() else []
+    taken = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
+    if taken is None:  # what also counts the program that started this one, where that is larger
         taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     found = {"memory/process_mb": taken * 1024 / 1e6}
     if device.type == "cuda":

@@ -177,9 +177,15 @@ def cancel(sweep: Sweep, points: Sequence[Point]) -> int:
 
     states = look(points)
     active = [point for point in points if states[point.digest].active]
+    waiting = [point for point in active if point.job is None and states[point.digest].state == "QUEUED"]
+    active = [point for point in active if point not in waiting]
     stop([point for point in active if point.job is None])
     cancel_jobs(active)
     print(f"cancelled {len(active)} points of {sweep.name}")
+    if waiting:
+        print(
+            f"{len(waiting)} points wait for their launcher on this machine, which goes on with them: end it with Ctrl-C."
+        )
     if active and sweep.record["parent"]:  # what is killed before it can say so would stay as running there
         print("waiting for their ends, to tell MLflow …", flush=True)
         wanted = {point.digest for point in active}

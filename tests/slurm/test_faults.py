@@ -254,4 +254,5 @@ def test_several_processes_stop_and_go_on_together(tmp_path: Path) -> None:
     time.sleep(1)
     slurm("scancel", "--signal=USR2", str(latest(points)[0].job))
     wait_for(lambda: states(points) == ["FINISHED"])
-    assert len(starts(points[0])) == 4 and points[0].state.starts == 2
+    # The first process may have ended before the other one had written down its start.
+    assert len(starts(points[0])) in (3, 4) and points[0].state.starts == 2

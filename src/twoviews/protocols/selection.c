@@ -56,8 +56,7 @@ static int descending(const void *one, const void *other)
 }
 
 // Rows `first` to `last` of x [rows, columns] into values and index [rows, k]. `groups`, at least k and at most the
-// columns, is how many maxima are taken. Returns 0; 1 if memory is missing; 2 if a row has fewer than k numbers (others
-// are NaN).
+// columns, is how many maxima are taken. Returns 0; 1 if memory is missing; 2 if a row holds what is no number.
 int largest(const float *x, int64_t first, int64_t last, int64_t columns, int64_t groups, int64_t k, float *values,
             int64_t *index)
 {
@@ -68,6 +67,12 @@ int largest(const float *x, int64_t first, int64_t last, int64_t columns, int64_
     for (int64_t row = first; row < last && !failed; row++) {
         const float *restrict from = x + row * columns;
         int64_t count = 0;
+        int broken = 0;
+        for (int64_t column = 0; column < columns; column++) broken |= from[column] != from[column];
+        if (broken) {
+            failed = 2;
+            break;
+        }
         for (int64_t g = 0; g < groups; g++) maxima[g] = -INFINITY;
         // Neighbouring columns are in different groups: whole vectors are compared, and a row whose large numbers are
         // side by side, as in a bank sorted by class, spreads them over all groups.
@@ -82,10 +87,6 @@ int largest(const float *x, int64_t first, int64_t last, int64_t columns, int64_
                     if (from[column] >= bound) keys[count++] = key(from[column], (uint32_t)column);
         for (int64_t column = dealt; column < columns; column++)
             if (from[column] >= bound) keys[count++] = key(from[column], (uint32_t)column);
-        if (count < k) {
-            failed = 2;
-            break;
-        }
         select_largest(keys, count, k);
         qsort(keys, k, sizeof *keys, descending);
         for (int64_t place = 0; place < k; place++) {

@@ -24,8 +24,9 @@ def largest(x: Float[Tensor, "m N"], k: int) -> tuple[Float[Tensor, "m k"], Int[
 
 
 def _compiled(library: ctypes.CDLL, x: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-    """None if there is no memory left, or if a row has less than k numbers that are not NaN."""
+    """None if there is no memory left, or a NaN, which topk takes for the largest."""
     rows, columns = x.shape
+    assert 1 <= k <= columns
     groups = min(columns, max(k, math.isqrt(columns * k) // 2))  # more cost more to select from than they spare
     values, index = torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int64)
     sizes = [ctypes.c_int64(size) for size in (columns, groups, k)]

@@ -21,7 +21,7 @@ from twoviews.ranges import Count, Index
 from twoviews.sweeps.folder import Point, State, Sweep
 from twoviews.sweeps.launching import Launch, launch
 from twoviews.sweeps.search import Interval, Random, Search, Space, space
-from twoviews.sweeps.truth import CANCEL_S, ended
+from twoviews.sweeps.truth import CANCEL_S, ended, look
 
 if TYPE_CHECKING:
     import optuna
@@ -237,7 +237,9 @@ class Driver:
                 self._stop(one, f"{point.label} diverged: {state.reason}", optuna.trial.TrialState.PRUNED)
             else:
                 reason = f"{point.label}: {state.state} {state.reason}"
-                self._stop(one, reason, optuna.trial.TrialState.FAIL, point.digest)
+                known = {twin.digest: states.get(twin.digest, State()) for twin in one.points}
+                failed = [digest for digest, found in known.items() if not (found.active or found.state == "FINISHED")]
+                self._stop(one, reason, optuna.trial.TrialState.FAIL, failed)
             return True
         if not all(states.get(point.digest, State()).state == "FINISHED" for point in one.points):
             return False
@@ -279,11 +281,11 @@ class Driver:
             one.trial.report(sum(curve[epoch] for curve in curves) / len(curves), epoch)
             yield epoch
 
-    def _stop(self, one: Running, reason: str, state: "optuna.trial.TrialState", failed: str = "") -> None:
-        """Give a trial up, and record why before anything is stopped; `failed` is the digest of the point whose fault it is."""
+    def _stop(self, one: Running, reason: str, state: "optuna.trial.TrialState", failed: Sequence[str] = ()) -> None:
+        """Give a trial up, and record why before anything is stopped; `failed` ended by themselves (digests)."""
         for twin in [twin for twin in self.running if twin.given is one.given]:  # of the same setting, itself included
             twin.trial.set_user_attr("reason", reason)
-            twin.trial.set_user_attr("failed", failed)
+            twin.trial.set_user_attr("failed", [*failed])
             self.study.tell(twin.trial, state=state)
             self.running.remove(twin)
         self.queue = deque(entry for entry in self.queue if entry[0].given is not one.given)
@@ -294,15 +296,16 @@ class Driver:
         """Stop what an earlier process had no time to stop, after it had told the study of it."""
         if "failed" in trial.user_attrs:
             digests = {new.digest for new in self.order.points(self.space.points(self._setting(trial)))}
-            points = [point for point in self.sweep.points if point.digest in digests and not point.given_up]
+            points = [point for point in self.sweep.points if point.digest in digests]
             self._give_up(points, trial.user_attrs["reason"], trial.user_attrs["failed"])
 
-    def _give_up(self, points: Sequence[Point], reason: str, failed: str) -> None:
-        """Want no result of these points any more; the one that failed keeps its own word."""
-        unwanted = [one for one in points if one.digest != failed and one.result.get("state") != "finished"]
-        if unwanted:
-            self.sweep.given_up([one.digest for one in unwanted], reason)
-            self.order.dispatch.cancel([one for one in unwanted if one.submitted])
+    def _give_up(self, points: Sequence[Point], reason: str, failed: Sequence[str]) -> None:
+        """Want no result of these points any more; those that failed keep their own word."""
+        unwanted = [one for one in points if one.digest not in failed and one.result.get("state") != "finished"]
+        if new := [one.digest for one in unwanted if not one.given_up]:
+            self.sweep.given_up(new, reason)
+        states = look(unwanted)
+        self.order.dispatch.cancel([one for one in unwanted if one.submitted and states[one.digest].active])
 
     # ------------------------------------------------------------------------------------------------------------- words
 
