@@ -6,7 +6,6 @@ Of experiment=laptop method=pcl, from its beginning. A round is the E-step, warm
 from which the seconds of all steps of an epoch follow; a whole run logs the wall time of each as time/e_step. CPU seconds.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import hydra
 from loops import ours
-from recording import record
+from recording import arguments, record
 
 from twoviews import config
 from twoviews.assembly import load_data, make_parts, make_views
@@ -24,14 +23,7 @@ GOAL = 0.15
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=40, help="a round")
-    parser.add_argument("--json", type=Path, help="write all numbers here, for example below benchmarks/results/")
-    parser.add_argument(
-        "overrides", nargs="+", metavar="key=value", help="data.root=<folder of images>, as of train.py"
-    )
-    options = parser.parse_args()
+    options = arguments(__doc__, rounds=9, steps=40)
     shared = ["experiment=laptop", "method=pcl", "data=folder", "tracking=files", "protocol=[]"]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.CONF)):
         cfg = hydra.compose("train", [*shared, *options.overrides])

@@ -13,7 +13,6 @@ In the same turns our loop runs on one batch of views again and again: its time 
 of the time that is not spent on making views.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -27,7 +26,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 from PIL import Image
-from recording import record
+from recording import arguments, record
 from torch import nn
 from torch.nn import functional as nnf
 from torch.utils.data import DataLoader, Dataset
@@ -231,14 +230,7 @@ def compare(method: str, overrides: list[str], rounds: int, count: int) -> dict[
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10, help="a round")
-    parser.add_argument("--json", type=Path, help="write all numbers here, for example below benchmarks/results/")
-    parser.add_argument(
-        "overrides", nargs="+", metavar="key=value", help="data.root=<folder of images>, as of train.py"
-    )
-    options = parser.parse_args()
+    options = arguments(__doc__, rounds=5, steps=10)
     rows = [compare(method, options.overrides, options.rounds, options.steps) for method in PEERS]
     named = " ".join(["data.root=<cifar10>", *options.overrides[1:]])
     command = f"loops.py {named} --rounds {options.rounds} --steps {options.steps}"

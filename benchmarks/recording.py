@@ -1,8 +1,11 @@
 """What every benchmark leaves behind: its numbers, with the command and the machine they are from."""
 
+import argparse
 import json
 import os
 import platform
+import statistics
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -29,3 +32,27 @@ def record(path: Path | None, command: str, rows: list[dict[str, Any]], **facts:
         "torch": torch.__version__,
     }
     path.write_text(json.dumps({**about, **facts, "rows": rows}, indent=1) + "\n")
+
+
+def arguments(description: str | None, rounds: int, steps: int) -> argparse.Namespace:
+    """The command line of a benchmark of trainings: rounds, steps a round, json, and overrides, as train.py takes them."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--steps", type=int, default=steps, help="a round")
+    parser.add_argument("--json", type=Path, help="write all numbers here, for example below benchmarks/results/")
+    parser.add_argument(
+        "overrides", nargs="+", metavar="key=value", help="data.root=<folder of images>, as of train.py"
+    )
+    return parser.parse_args()
+
+
+def medians(what: str, cpu: Sequence[float], wall: Sequence[float], ratios: Sequence[float]) -> dict[str, Any]:
+    """A row: what was timed, its seconds, and its ratio to something else within each round, with the extremes."""
+    return {
+        "what": what,
+        "cpu_seconds": statistics.median(cpu),
+        "wall_seconds": statistics.median(wall),
+        "ratio": statistics.median(ratios),
+        "smallest": min(ratios),
+        "largest": max(ratios),
+    }

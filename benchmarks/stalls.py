@@ -13,7 +13,6 @@ the wall seconds. A copy of as many bytes as a checkpoint has, from one place to
 
 import argparse
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from typing import Any
 
 import hydra
 import torch
-from recording import record
+from recording import medians, record
 
 from twoviews import config
 from twoviews.assembly import load_data, make_parts, make_views
@@ -169,14 +168,8 @@ def compare(
     rows = []
     for name in names:
         ratios = [other[1] / own[1] for other, own in zip(times[name], times[names[0]], strict=True)]
-        row = {
-            "what": name,
-            "cpu_seconds": statistics.median(cpu for _, cpu in times[name]),
-            "wall_seconds": statistics.median(wall for wall, _ in times[name]),
-            "ratio": statistics.median(ratios),
-            "smallest": min(ratios),
-            "largest": max(ratios),
-        }
+        wall, cpu = zip(*times[name], strict=True)
+        row = medians(name, cpu, wall, ratios)
         rows.append(row)
         print(
             f"{name:28} {row['cpu_seconds'] * 1e3:9.4f} ms of CPU, {row['wall_seconds'] * 1e3:9.4f} ms, "

@@ -15,7 +15,6 @@ Then the 1,000 points of a sweep are composed and checked, some of them compared
 import argparse
 import itertools
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from typing import Any
 
 import hydra
 from omegaconf import OmegaConf
-from recording import record
+from recording import medians, record
 
 from twoviews import config
 from twoviews.sweeps.composing import Composer
@@ -99,15 +98,8 @@ def processes(rounds: int) -> list[dict[str, Any]]:
     rows = []
     for name, (_, _, goal) in COMMANDS.items():
         ratios = [own[0] / torch[0] for own, torch in zip(times[name], times["import torch"], strict=True)]
-        row = {
-            "what": name,
-            "cpu_seconds": statistics.median(cpu for cpu, _ in times[name]),
-            "wall_seconds": statistics.median(wall for _, wall in times[name]),
-            "ratio": statistics.median(ratios),
-            "smallest": min(ratios),
-            "largest": max(ratios),
-            "goal": goal,
-        }
+        cpu, wall = zip(*times[name], strict=True)
+        row = {**medians(name, cpu, wall, ratios), "goal": goal}
         rows.append(row)
         verdict = "" if goal is None else f"{'reaches' if row['ratio'] <= goal else 'misses'} {goal}"
         print(f"{name:36} {row['cpu_seconds']:6.2f} s of CPU {row['ratio']:5.2f} x import torch  {verdict}", flush=True)
