@@ -34,6 +34,17 @@ def test_loss_is_a_finite_scalar_that_reaches_every_weight(name):
     assert all(parameter.requires_grad for parameter in parts.method.encoder.parameters())
 
 
+def test_forward_and_backward_change_no_parameter(name):
+    """Checkpoints are copied meanwhile."""
+    parts = build(config(name))
+    step(parts, 0)
+    before = {key: parameter.detach().clone() for key, parameter in parts.method.named_parameters()}
+    batch = batch_of(parts, 1)
+    parts.method(batch.views, batch.index).loss.backward()
+    for key, parameter in parts.method.named_parameters():
+        assert torch.equal(parameter, before[key]), key
+
+
 def test_each_trainable_parameter_is_in_exactly_one_group(name):
     method = build(config(name)).method
     grouped = [id(parameter) for group in method.param_groups() for parameter in group["params"]]

@@ -234,6 +234,36 @@ def build(overrides: list[str], folder: Path):
     return Training(parts, run=Run(folder), metrics=None, console=Console(quiet=True), epochs=cfg.epochs, seed=cfg.seed)
 
 
+def test_a_step_waits_until_the_checkpoint_before_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = [*SMALL_MOCO, "protocol=[]"]
+    training = build(overrides, tmp_path)
+    training.method.train()
+    batches = iter(training.loader)
+    training._step(training.method, next(batches))  # from here on the optimizer has momentum
+    copy_later, waited = training._copy_later, []
+
+    def slowly(state: dict) -> None:
+        time.sleep(1)
+        copy_later(state)
+
+    monkeypatch.setattr(training, "_copy_later", slowly)
+    for _ in range(2):  # the second takes the memory of the first
+        expected = _copied({key: training.state()[key] for key in ("method", "optimizer")})
+        training.save()
+        before = time.monotonic()
+        training._step(training.method, next(batches))
+        waited.append(time.monotonic() - before)
+        training._written()
+        state = Run(tmp_path).load(print)
+        assert state is not None and state["method"].keys() == expected["method"].keys()
+        for name, value in expected["method"].items():
+            assert torch.equal(state["method"][name], value), name
+        found = torch._foreach_norm([one["momentum_buffer"] for one in state["optimizer"]["state"].values()])
+        then = torch._foreach_norm([one["momentum_buffer"] for one in expected["optimizer"]["state"].values()])
+        assert torch.equal(torch.stack(found), torch.stack(then))
+    assert min(waited) > 0.5
+
+
 def test_copy_of_a_state_takes_the_memory_of_the_one_before() -> None:
     def state(value: float, rows: int) -> dict:
         return {"w": torch.full((2, 3), value), "nested": [{"v": torch.full((rows,), value)}, (value, None)], "step": 1}

@@ -88,6 +88,7 @@ class Training:
         self._watch_seconds = 0.0
         self._first_step = 0
         self._writer = ThreadPoolExecutor(1, "checkpoints")
+        self._copying: Future[None] | None = None
         self._writing: Future[None] | None = None
         self._copy: dict[str, Any] = {}  # of the state at the last checkpoint
 
@@ -127,7 +128,10 @@ class Training:
         return self.position.seconds + time.monotonic() - self._started
 
     def save(self) -> None:
-        """Begin to write a checkpoint, on process 0; the training goes on while a copy of its state is written.
+        """Begin to write a checkpoint, on process 0; the training goes on while its state is copied and written.
+
+        What a forward pass changes, which are buffers, is copied at once. Weights and what the optimizer keeps for them
+        stay as they are until the next step of the optimizer, which waits until they are copied.
 
         Raises:
             NotFinite: the weights are not, so the checkpoint before this one is kept.
@@ -139,12 +143,29 @@ class Training:
             raise self._not_finite("weights are not finite")
         if distributed.rank() == 0:
             self._written()
-            self._copy = _copied(self.state(), self._copy)
-            self._writing = self._writer.submit(self._write, self._copy)
+            state = self.state()
+            weights = {name for name, _ in self.method.named_parameters()}
+            constant, changing = {}, {}
+            for name, value in state.pop("method").items():
+                (constant if name in weights else changing)[name] = value
+            later = {"method": constant, "optimizer": state.pop("optimizer")}
+            self._copy |= _copied({**state, "buffers": changing}, self._copy)
+            self._copying = self._writer.submit(self._copy_later, later)
+            self._writing = self._writer.submit(self._write)
         self._checkpointed = time.monotonic()
 
-    def _write(self, state: dict[str, Any]) -> None:
-        self.run.save(state)
+    def _copy_later(self, state: dict[str, Any]) -> None:
+        self._copy |= _copied(state, self._copy)
+
+    def _copied_all(self) -> None:
+        """Wait until the state of the last checkpoint is copied, and may change."""
+        copying, self._copying = self._copying, None
+        if copying:
+            copying.result()
+
+    def _write(self) -> None:
+        state = {key: value for key, value in self._copy.items() if key != "buffers"}
+        self.run.save({**state, "method": {**self._copy["method"], **self._copy["buffers"]}})
         if self.metrics:  # from now on the tracker may send what the checkpoint covers
             self.metrics.commit(state["metrics_bytes"])
 
@@ -196,6 +217,7 @@ class Training:
         Nothing is saved between this and the first step of the epoch: an interrupted E-step is done again, from the
         weights and centroids that it began with.
         """
+        self._copied_all()
         start = time.monotonic()
         clustered = self.method.before_epoch(epoch, self.embed, seed_of(self.seed, "e-step", epoch))
         if clustered:
@@ -251,6 +273,7 @@ class Training:
                 self.scaler.scale(output.loss / parts).backward()
             losses.append(output.loss.detach())
             metrics = output.metrics
+        self._copied_all()
         self.method.before_step(Progress(self.position.step, len(self.loader), self.epochs))
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -47,7 +47,10 @@ class Progress:
 
 
 class Method(nn.Module):
-    """Abstract: views of B images in, the loss out."""
+    """Abstract: views of B images in, the loss out.
+
+    A forward pass may change buffers, but no parameters: a checkpoint is still being copied while it runs.
+    """
 
     encoder: Encoder
     views: int | None = 2  # how many views an image needs; None takes any number

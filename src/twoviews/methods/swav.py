@@ -102,6 +102,11 @@ class SwAV(Method):
         self.queue = Queue(queue_size, assign_crops * embed_dim)  # a row: the assigned crops of one image side by side
         self.register_buffer("started", torch.tensor(queue_start_epoch == 0))
         self.register_buffer("queued", torch.zeros((), dtype=torch.long))
+        self._normalise_prototypes()
+
+    @torch.no_grad()
+    def _normalise_prototypes(self) -> None:
+        self.prototypes.weight.copy_(nnf.normalize(self.prototypes.weight, dim=1))
 
     def prepare(self, batch_size: int, train_images: int, processes: int) -> list[str]:
         """Queue against data and batch; prototypes against both."""
@@ -157,8 +162,6 @@ class SwAV(Method):
                 f"method.assign_crops={a} needs at least {max(2, a)} views of an image and the augmentation makes "
                 f"{len(views)}; choose another with augmentation=."
             )
-        with torch.no_grad():
-            self.prototypes.weight.copy_(nnf.normalize(self.prototypes.weight, dim=1))
         z = self._embed(views)
         # Under autocast the scores would be rounded to bf16: an error of up to 0.004 / epsilon.
         with torch.autocast(z.device.type, enabled=False):
@@ -175,5 +178,6 @@ class SwAV(Method):
             self.prototypes.weight.grad = None
 
     def after_step(self, progress: Progress) -> None:
-        """The queue begins with the next step."""
+        """Prototypes have unit length again; the queue begins with the next step."""
+        self._normalise_prototypes()
         self.started.fill_(progress.epoch >= self.queue_start_epoch)
