@@ -2,11 +2,12 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
+CIFAR10 = $(if $(DATA),data=folder data.root=$(DATA),data=cifar10)
 export MLFLOW_DISABLE_TELEMETRY := true
 unexport PYTHONDONTWRITEBYTECODE  # the tests start Python hundreds of times: 2.5 instead of 6 seconds each with compiled files
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slurm bench lint types lock mlflow tracking-server clean
+.PHONY: help setup train test test-slurm bench bench-gpu lint types lock mlflow tracking-server clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,8 +44,12 @@ bench: .venv/dev  ## benchmarks against other tools, on one thread; make bench D
 	$(BIN)/python benchmarks/probe.py --epochs 3 --json benchmarks/results/probe.json
 	$(BIN)/python benchmarks/decoding.py --json benchmarks/results/decoding.json
 	$(BIN)/python benchmarks/growth.py --rounds 3 --json benchmarks/results/growth.json
+	$(BIN)/python benchmarks/large_kmeans.py --rounds 1 --json benchmarks/results/large_kmeans.json
 	$(if $(DATA),$(BIN)/python benchmarks/loops.py data.root=$(DATA) --json benchmarks/results/loops.json)
 	$(BIN)/python benchmarks/table.py
+
+bench-gpu: .venv/dev  ## the same on a GPU: steps of five methods and views, then MoCo's published recipe; DATA=<folder of CIFAR-10> or the download
+	$(BIN)/python benchmarks/step.py $(CIFAR10) runtime.device=cuda --profile moco --json benchmarks/results/step.json
 
 test-slurm: .venv/dev  ## tests of sweeps on a SLURM of virtual nodes on this machine (Debian, root)
 	tests/slurm/cluster start

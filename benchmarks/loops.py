@@ -13,6 +13,7 @@ In the same turns our loop runs on one batch of views again and again: its time 
 of the time that is not spent on making views.
 """
 
+import math
 import statistics
 import tempfile
 import time
@@ -141,8 +142,8 @@ METHODS = {
 }
 
 
-def ours(parts: Parts, cfg: DictConfig, folder: Path, ready: bool = False) -> Steps:
-    """The steps of loop.py; all of the same batch, if its views shall be ready."""
+def ours(parts: Parts, cfg: DictConfig, folder: Path, ready: bool = False, read: bool = True) -> Steps:
+    """The steps of loop.py; all of the same batch, if its views shall be ready; NaN for losses that are not to be read."""
     training = Training(
         parts, run=Run(folder), metrics=None, console=Console(quiet=True), epochs=cfg.epochs, seed=cfg.seed
     )
@@ -150,7 +151,8 @@ def ours(parts: Parts, cfg: DictConfig, folder: Path, ready: bool = False) -> St
     training.method.train()
     batches = _batches(parts, cfg.epochs)
     for batch in repeat(next(batches)) if ready else batches:
-        yield training._step(wrapped, batch)[0].item()
+        loss, _ = training._step(wrapped, batch)
+        yield loss.item() if read else math.nan
 
 
 def _batches(parts: Parts, epochs: int) -> Iterator[Batch]:
