@@ -8,8 +8,9 @@ parameters of all images on the CPU, `Views.__call__` applies them in a few batc
 Shapes: B images, C channels, S the canvas side in px, h = w the view side in px.
 """
 
-import ctypes
+import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -18,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from twoviews.data import kernel, pixels
+from twoviews.data import kernel, kernel_cuda, pixels
 from twoviews.errors import BadInput, nearest
 from twoviews.ranges import Count, Fraction, NotNegative, Positive, Range
 
@@ -144,14 +145,10 @@ class Views:
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "B C S S"], draws: Sequence[Draw]) -> tuple[Float[Tensor, "B C _ _"], ...]:
         """One normalised float32 tensor per view, [B, C, h, w], on the device of the images."""
-        mean, std = (t.to(images.device, non_blocking=True) for t in (self.mean, self.std))
-        compiled = kernel.library() if images.device.type == "cpu" else None
-        made = []
+        render, made = _compiled(images.device), []
         for draw, recipe, size in zip(draws, self.recipes, self.sizes, strict=True):
-            if compiled:
-                made.append(_compiled(compiled, images, draw, size, mean, std))
-            else:
-                made.append(pixels.normalise(_render(images, draw, recipe, size), mean, std))
+            x = render(images, size, *_arguments(images, draw), self.mean, self.std) if render else None
+            made.append(_in_tensors(images, draw, recipe, size, self.mean, self.std) if x is None else x)
         return tuple(made)
 
 
@@ -175,22 +172,21 @@ def eval_view(
         mean: of each channel, of pixels in [0, 1].
         std: of each channel, of pixels in [0, 1].
     """
-    statistics = [torch.tensor(values, dtype=torch.float32, device=images.device) for values in (mean, std)]
+    statistics = [torch.tensor(values, dtype=torch.float32) for values in (mean, std)]
     if crop == 1 and size == images.shape[-1] and (sizes[:, 0] == sizes[:, 1]).all():  # nothing to resample
-        return pixels.normalise(images.float().div_(255), *statistics)
+        return _normalise(images.float().div_(255), *statistics)
     if (sizes == sizes[:1]).all():  # one box for all
         sizes = sizes[:1]
-    original = sizes.to(images.device, torch.float32)
+    original = sizes.to("cpu", torch.float32)
     square = crop * original.amin(dim=1, keepdim=True).expand_as(original)
     to_canvas = images.shape[-1] / original
     start, extent = (original - square) / 2 * to_canvas, square * to_canvas
-    compiled = kernel.library() if images.device.type == "cpu" else None
-    if compiled:
-        boxes = start.expand(len(images), 2), extent.expand(len(images), 2)
-        no, none = torch.zeros(len(images), dtype=torch.bool), torch.full((len(images), len(JITTER)), -1)
-        applied = (no, none, none.float(), no, no.float(), no)
-        return kernel.render(compiled, images, size, *boxes, *applied, 1.0, *statistics, bleed=True)
-    return pixels.normalise(pixels.resample(images, start, extent, size, bleed=True), *statistics)
+    if render := _compiled(images.device):
+        x = _whole(render, images, start, extent, size, *statistics)
+        if x is not None:
+            return x
+    start, extent = (t.to(images.device, non_blocking=True) for t in (start, extent))
+    return _normalise(pixels.resample(images, start, extent, size, bleed=True), *statistics)
 
 
 def _draw(view: View, sizes: Float[Tensor, "B 2"], generator: torch.Generator) -> Draw:
@@ -249,16 +245,89 @@ def _on_canvas(images: Tensor, draw: Draw) -> tuple[Float[Tensor, "B 2"], Float[
     return draw.box[:, :2] * to_canvas, draw.box[:, 2:] * to_canvas
 
 
-def _compiled(
-    library: ctypes.CDLL, images: Tensor, draw: Draw, size: int, mean: Tensor, std: Tensor
-) -> Float[Tensor, "B C {size} {size}"]:
+def _arguments(images: Tensor, draw: Draw) -> tuple[Tensor | float, ...]:
+    """Of both forms of `render`, from `start` to `solarize_from`."""
     applied = (draw.flip, draw.order, draw.factors, draw.grayscale, draw.sigma, draw.solarize)
-    return kernel.render(
-        library, images, size, *_on_canvas(images, draw), *applied, float(pixels.SOLARIZE_FROM), mean, std
+    return (*_on_canvas(images, draw), *applied, float(pixels.SOLARIZE_FROM))
+
+
+def _whole(
+    render: Callable[..., Tensor | None],
+    images: Tensor,
+    start: Float[Tensor, "_ 2"],
+    extent: Float[Tensor, "_ 2"],
+    size: int,
+    mean: Tensor,
+    std: Tensor,
+) -> Float[Tensor, "B C {size} {size}"] | None:
+    """What `render` makes of boxes out of which the filter reaches, and of nothing else."""
+    boxes = start.expand(len(images), 2), extent.expand(len(images), 2)
+    no, none = torch.zeros(len(images), dtype=torch.bool), torch.full((len(images), len(JITTER)), -1)
+    return render(images, size, *boxes, no, none, none.float(), no, no.float(), no, 1.0, mean, std, bleed=True)
+
+
+def _compiled(device: torch.device) -> Callable[..., Tensor | None] | None:
+    """`render` of the compiled code for a device; None where tensors make the views."""
+    if device.type == "cpu":
+        library = kernel.library()
+        return functools.partial(kernel.render, library) if library else None
+    return _checked(device) if device.type == "cuda" else None
+
+
+@functools.cache
+def _checked(device: torch.device) -> Callable[..., Tensor | None] | None:
+    """`render` of kernel.cu for a GPU, once it was seen to make there what tensors make."""
+    built = kernel_cuda.build(device)
+    if built is None:
+        return None
+    render = functools.partial(kernel_cuda.render, built)
+    try:
+        if _agrees(render, device):
+            return render
+        reason = "its views are not those of tensors"
+    except Exception as error:  # whatever a driver, or a private function of torch, has against it
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    warnings.warn(
+        f"kernel.cu is of no use on {device} ({reason}): tensors make views there, more slowly.", stacklevel=4
     )
+    return None
 
 
-def _render(images: UInt8[Tensor, "B C S S"], draw: Draw, view: View, size: int) -> Float[Tensor, "B C {size} {size}"]:
+CHECKED = {  # everything that the kernel has to get right, in crops that grow and that shrink
+    "size": 40,
+    **dict.fromkeys(("flip", "blur"), 0.5),
+    **dict.fromkeys(("brightness", "contrast", "saturation", "grayscale", "hue", "solarize"), 0.3),
+    "jitter": 0.9,
+}
+APART = 1e-4  # at most, in standard deviations, here of a quarter of the range
+
+
+@torch.no_grad()
+def _agrees(render: Callable[..., Tensor | None], device: torch.device) -> bool:
+    """Whether `render` makes the views there that tensors make on the CPU, which has no TF32."""
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (96, 3, 64, 64), dtype=torch.uint8, generator=random)
+    views = Views({"only": CHECKED}, size=64, channels=3, mean=[0.5] * 3, std=[0.25] * 3)
+    (draw,) = views.draw(torch.randint(32, 97, (96, 2), generator=random), random)
+    (size,), (recipe,), statistics, there = views.sizes, views.recipes, (views.mean, views.std), images.to(device)
+    boxes = _on_canvas(images, draw)
+    made = (
+        render(there, size, *_arguments(images, draw), *statistics),
+        _whole(render, there, *boxes, size, *statistics),
+    )
+    wanted = (
+        _in_tensors(images, draw, recipe, size, *statistics),
+        _normalise(pixels.resample(images, *boxes, size, bleed=True), *statistics),
+    )
+    differ = ~((torch.cat([x.cpu() for x in made if x is not None]) - torch.cat(wanted)).abs() <= APART)  # nan does
+    # A px on the threshold of solarize may fall to either side.
+    solarized = torch.cat((draw.solarize, torch.zeros_like(draw.solarize)))
+    return not differ[~solarized].any() and differ[solarized].float().mean().item() < 1e-3
+
+
+def _in_tensors(
+    images: UInt8[Tensor, "B C S S"], draw: Draw, view: View, size: int, mean: Tensor, std: Tensor
+) -> Float[Tensor, "B C {size} {size}"]:
     boxes = _on_canvas(images, draw)
     start, extent, flip = (t.to(images.device, non_blocking=True) for t in (*boxes, draw.flip))
     x = pixels.resample(images, start, extent, size, flip=flip if view.flip else None)
@@ -268,7 +337,11 @@ def _render(images: UInt8[Tensor, "B C S S"], draw: Draw, view: View, size: int)
     _apply(pixels.grayscale, x, draw.grayscale)
     _apply(pixels.blur, x, draw.sigma > 0, draw.sigma)
     _apply(pixels.solarize, x, draw.solarize)
-    return x
+    return _normalise(x, mean, std)
+
+
+def _normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    return pixels.normalise(x, *(t.to(x.device, non_blocking=True) for t in (mean, std)))
 
 
 def _apply(operation: Callable[..., Tensor], x: Tensor, chosen: Bool[Tensor, "B"], *parameters: Tensor) -> None:
