@@ -63,8 +63,8 @@ def _short(number: float) -> str:
     return f"{number:.0f}" if number >= 20 else f"{number:.1f}" if number >= 10 else f"{number:.3g}"
 
 
-def views(rows: Rows) -> Iterator[Line]:
-    """Two views of an image; this and the next are named as their benchmarks are."""
+def views(rows: Rows, _: str = "") -> Iterator[Line]:
+    """Two views of an image, on a CPU; this and the next are named as their benchmarks are."""
     targets = {
         ("moco, 32 px", "compiled"): 40,
         ("moco, 32 px", "tensors"): 8,

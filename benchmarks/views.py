@@ -1,12 +1,17 @@
-"""Two views of each image: ours against the pipelines that are usually copied, on one thread.
+"""Two views of each image: ours against the pipelines that are usually copied, on one thread, or on a GPU.
 
     OMP_NUM_THREADS=1 python benchmarks/views.py --rounds 7 --json benchmarks/results/views.json
+    python benchmarks/views.py --device cuda --json benchmarks/results/views_gpu.json
 
 Recipes: `moco` (crop, flip, colour jitter, grayscale) at 32 px, and `moco_v2` (the same with blur) at 96 px. Peers:
 torchvision's transforms on PIL images, its v2 on tensors, image by image, and lightly's MoCo transforms. Everything
 starts from decoded images in memory. Before any timing our views are compared with torchvision's own float operations,
 with the same parameters (tests/data/test_views.py has more of this), and with our tensor form. In every round all are
 run once, in turns; what counts is the median of the ratios within a round. Times are CPU seconds of the process.
+
+On a GPU: batches of 512 at 32 px and of 256 at 224 px with blur, both views of one batch after the other, the draws on
+the CPU included; our kernel, our tensors and, where it is installed, kornia, which works on batches too. Times are those
+between two CUDA events around some batches; `host` is how long the calls keep the thread that makes them.
 """
 
 import argparse
@@ -22,8 +27,7 @@ from PIL import Image
 from recording import record
 from torch import Tensor
 
-from twoviews.data import kernel
-from twoviews.data.views import Views
+from twoviews.data import kernel, views
 from twoviews.randomness import generator
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -32,6 +36,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "moco, 32 px": {"size": 32, "blur": 0.0},
     "moco_v2, 96 px": {"size": 96, "blur": 0.5},
 }
+ON_GPU: dict[str, dict[str, Any]] = {
+    "moco, 512 x 32 px": {"images": 512, "size": 32, "blur": 0.0},
+    "moco_v2, 256 x 224 px": {"images": 256, "size": 224, "blur": 0.5},
+}
+BATCHES = 10  # a round, on a GPU
 GOAL = 40.0  # times torchvision at 32 px
 
 
@@ -43,7 +52,7 @@ def photographs(count: int, size: int) -> Tensor:
     pictures = load_sample_images().images
     for number in range(count):
         picture = pictures[number % 2]
-        side = int(where.integers(size, 3 * size))
+        side = int(where.integers(size, min(3 * size, picture.shape[0])))
         top, left = where.integers(picture.shape[0] - side), where.integers(picture.shape[1] - side)
         cut.append(np.asarray(Image.fromarray(picture[top : top + side, left : left + side]).resize((size, size))))
     return torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2).contiguous()
@@ -52,18 +61,18 @@ def photographs(count: int, size: int) -> Tensor:
 def ours(images: Tensor, recipe: dict[str, Any], compiled: bool) -> Callable[[], tuple[Tensor, ...]]:
     """Draws and views of the whole batch, compiled or in tensors."""
     numbers = {"count": 2, "scale": [0.2, 1], "flip": 0.5, "grayscale": 0.2, **JITTER, "blur": recipe["blur"]}
-    views = Views({"both": numbers}, size=recipe["size"], channels=3, mean=MEAN, std=STD)
+    make = views.Views({"both": numbers}, size=recipe["size"], channels=3, mean=MEAN, std=STD)
     sizes = torch.tensor(images.shape[2:]).expand(len(images), 2)
 
     def run() -> tuple[Tensor, ...]:
-        return views(images, views.draw(sizes, generator(0, "benchmark")))
+        return make(images, make.draw(sizes, generator(0, "benchmark")))
 
     def in_tensors() -> tuple[Tensor, ...]:
-        library, kernel.library = kernel.library, lambda: None  # type: ignore[assignment]
+        before, views._compiled = views._compiled, lambda device: None
         try:
             return run()
         finally:
-            kernel.library = library
+            views._compiled = before
 
     return run if compiled else in_tensors
 
@@ -100,6 +109,25 @@ def peers(images: Tensor, recipe: dict[str, Any]) -> dict[str, Callable[[], obje
     )
     found["lightly"] = lambda: [torch.stack(view) for view in zip(*(lightly(one) for one in pictures), strict=True)]
     return found
+
+
+def kornia(images: Tensor, recipe: dict[str, Any]) -> dict[str, Callable[[], object]]:
+    """Two views by kornia, of the same recipe; nothing where it is not installed."""
+    try:
+        import kornia.augmentation as transforms
+    except ImportError:
+        return {}
+    size, blur = recipe["size"], recipe["blur"]
+    side = max(3, 2 * (size // 20) + 1)
+    pipeline = torch.nn.Sequential(
+        transforms.RandomResizedCrop((size, size), (0.2, 1.0)),
+        transforms.RandomHorizontalFlip(),
+        transforms.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
+        transforms.RandomGrayscale(p=0.2),
+        *([transforms.RandomGaussianBlur((side, side), (0.1, 2.0), p=blur)] if blur else []),
+        transforms.Normalize(*(torch.tensor(values, device=images.device) for values in (MEAN, STD))),
+    )
+    return {"kornia": lambda: [pipeline(images.float() / 255) for _ in range(2)]}
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -143,14 +171,81 @@ def compare(name: str, count: int, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def seconds_on_gpu(function: Callable[[], object]) -> tuple[float, float]:
+    """Of one call of several in a row: until the GPU has done it, and until the call returns."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    begin.record()
+    for _ in range(BATCHES):
+        function()
+    end.record()
+    host = time.perf_counter() - start
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / BATCHES, host / BATCHES
+
+
+def compare_on_gpu(name: str, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """One row for each pipeline: images a second, milliseconds a batch, and times our tensors."""
+    recipe = ON_GPU[name]
+    images = photographs(recipe["images"], recipe["size"]).to(device)
+    fused, in_tensors = ours(images, recipe, compiled=True), ours(images, recipe, compiled=False)
+    functions = {"twoviews, tensors": in_tensors, **kornia(images, recipe)}
+    if views._compiled(device):
+        functions["twoviews, kernel"] = fused
+        for one, other in zip(fused(), in_tensors(), strict=True):
+            assert (one - other).abs().max() < 1e-4, "the kernel's views are not those of the tensors"
+    else:
+        print(f"kernel.cu is not used on {device}")
+    times: dict[str, list[tuple[float, float]]] = {one: [] for one in functions}
+    for function in functions.values():
+        seconds_on_gpu(function)
+    for turn in range(rounds):
+        for offset in range(len(functions)):
+            current = list(functions)[(turn + offset) % len(functions)]
+            times[current].append(seconds_on_gpu(functions[current]))
+    rows = []
+    for current, own in times.items():
+        batch, host = (statistics.median(each) for each in zip(*own, strict=True))
+        ratios = [base[0] / one[0] for base, one in zip(times["twoviews, tensors"], own, strict=True)]
+        rows.append(
+            {
+                "recipe": name,
+                "pipeline": current,
+                "images_per_s": recipe["images"] / batch,
+                "milliseconds": 1e3 * batch,
+                "host_milliseconds": 1e3 * host,
+                "ratio": statistics.median(ratios),
+                "smallest": min(ratios),
+                "largest": max(ratios),
+            }
+        )
+        print(
+            f"{name:22} {current:18} {rows[-1]['images_per_s']:9.0f} images/s {1e3 * batch:8.3f} ms a batch "
+            f"(host {1e3 * host:.3f} ms) {rows[-1]['ratio']:6.1f} x",
+            flush=True,
+        )
+    return rows
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=256, help="a batch; a quarter of it at 96 px")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--images", type=int, default=256, help="a batch on a CPU; a quarter of it at 96 px")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write all numbers here, for example below benchmarks/results/")
     options = parser.parse_args()
     rows = []
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("--device cuda needs a GPU that torch can use, and there is none here; use --device cpu.")
+        device = torch.device("cuda", torch.cuda.current_device())
+        for name in ON_GPU:
+            rows += compare_on_gpu(name, options.rounds, device)
+        gpu = torch.cuda.get_device_name(device)
+        record(options.json, f"views.py --device cuda --rounds {options.rounds}", rows, gpu=gpu)
+        return
     for name, recipe in RECIPES.items():
         rows += compare(name, options.images // (1 if recipe["size"] == 32 else 4), options.rounds)
     best = max(row["ratio"] for row in rows if row["recipe"] == "moco, 32 px")

@@ -3,7 +3,8 @@
 Every image has its own random parameters, with the distributions of torchvision's RandomResizedCrop,
 RandomHorizontalFlip, RandomApply(ColorJitter), RandomGrayscale, RandomApply(GaussianBlur) and RandomSolarize(128),
 applied in this order (that of SimCLR, MoCo v2 and BYOL) and followed by the normalisation. `Views.draw` makes the
-parameters of all images on the CPU, `Views.__call__` applies them in a few batched operations.
+parameters of all images on the CPU, `Views.__call__` applies them: in compiled code (kernel.c, on a GPU kernel.cu) or, with
+the same result, in batched operations on tensors (pixels.py).
 
 Shapes: B images, C channels, S the canvas side in px, h = w the view side in px.
 """
