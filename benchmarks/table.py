@@ -70,13 +70,17 @@ def views(rows: Rows, _: str = "") -> Iterator[Line]:
         ("moco, 32 px", "tensors"): 8,
         ("moco_v2, 96 px", "compiled"): 3.8,
         ("moco_v2, 96 px", "tensors"): 2.1,
+        ("moco_v2, 224 px", "compiled"): 6.9,
+        ("moco_v2, 224 px", "tensors"): 3.7,
     }
     for (recipe, form), target in targets.items():
-        for row in rows:
-            if (row["recipe"], row["pipeline"]) == (recipe, f"twoviews, {form}"):
-                blur = " with blur" if "v2" in recipe else ""
-                where = f"two views of {recipe.rpartition(', ')[2]}{blur}, {form}"
-                yield Line(where, "torchvision on PIL images", row["ratio"], target)
+        blur = " with blur" if "v2" in recipe else ""
+        where = f"two views of {recipe.rpartition(', ')[2]}{blur}, {form}"
+        own = {row["pipeline"]: row for row in rows if row["recipe"] == recipe}
+        if row := own.get(f"twoviews, {form}"):
+            yield Line(where, "torchvision on PIL images", row["ratio"], target)
+            if "kornia" in own:
+                yield Line(where, "kornia, batched", row["ratio"] / own["kornia"]["ratio"], 1.7)
 
 
 def loops(rows: Rows, _: str = "") -> Iterator[Line]:
