@@ -43,7 +43,7 @@ def arguments(description: str | None, rounds: int, steps: int) -> argparse.Name
     parser.add_argument(
         "overrides", nargs="+", metavar="key=value", help="data.root=<folder of images>, as of train.py"
     )
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # options and overrides in any order
 
 
 def medians(what: str, cpu: Sequence[float], wall: Sequence[float], ratios: Sequence[float]) -> dict[str, Any]:

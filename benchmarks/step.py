@@ -116,8 +116,8 @@ def main() -> None:
     parser.add_argument("--profile", choices=METHODS, help="print the operators of a step of this method")
     parser.add_argument("--json", type=Path, help="write all numbers here, for example below benchmarks/results/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as of train.py")
-    options, more = parser.parse_known_args()
-    overrides = [*options.overrides, *more]
+    options = parser.parse_intermixed_args()
+    overrides = options.overrides
     rows, trainings = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for method in options.methods:
