@@ -36,7 +36,7 @@ test: .venv/dev  ## all tests but those that need a SLURM cluster
 	$(BIN)/python -m pytest $(ARGS)
 
 # Each on one thread, two at a time; what is timed by the clock, or has a thread of its own, alone.
-bench: .venv/dev  ## benchmarks against other tools, on two cores; make bench DATA=<folder of CIFAR-10> has whole trainings, too
+bench: .venv/dev  ## benchmarks against other tools, with DATA=<folder of CIFAR-10> whole trainings, too
 	@$(MAKE) --no-print-directory bench-startup bench-stalls
 	@$(MAKE) --no-print-directory -j 2 --output-sync $(if $(DATA),bench-pcl bench-loops bench-resnet18 bench-epoch) \
 		bench-growth bench-views bench-decoding bench-knn bench-large_kmeans bench-probe
@@ -66,9 +66,11 @@ bench-pcl: .venv/dev  # a training, from which the benchmarks of its k-means and
 	$(MEASURE)/kmeans.py --features $(PCL)/features/*.npy --k 1000 --rounds 1 --json benchmarks/results/kmeans_1000.json
 	$(MEASURE)/linear.py $(PCL)/run --rounds 1 --json benchmarks/results/linear.json
 
-bench-gpu: .venv/dev  ## the same on a GPU: steps of five methods and views, then MoCo's published recipe; DATA=<folder of CIFAR-10> or the download
+bench-gpu: .venv/dev  ## steps of five methods, views and kNN on a GPU; with DATA=<folder of CIFAR-10> or the download
 	$(BIN)/python benchmarks/step.py $(CIFAR10) runtime.device=cuda --profile moco --json benchmarks/results/step.json
 	$(BIN)/python benchmarks/views.py --device cuda --json benchmarks/results/views_gpu.json
+	$(BIN)/python benchmarks/knn.py --device cuda --json benchmarks/results/knn_gpu.json
+	$(BIN)/python benchmarks/table.py
 
 test-slurm: .venv/dev  ## tests of sweeps on a SLURM of virtual nodes on this machine (Debian, root)
 	tests/slurm/cluster start

@@ -148,6 +148,7 @@ def main() -> None:
                 "step_seconds": taken,
                 "images_per_s": row["batch_size"] / taken,
                 "flop_per_s": row["flop"] / taken,
+                "of_product": arithmetic / taken,
                 "of_floor": max(arithmetic, memory) / taken,
                 "of_floor_sum": (arithmetic + memory) / taken,
             }

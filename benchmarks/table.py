@@ -63,8 +63,14 @@ def _short(number: float) -> str:
     return f"{number:.0f}" if number >= 20 else f"{number:.1f}" if number >= 10 else f"{number:.3g}"
 
 
-def views(rows: Rows, _: str = "") -> Iterator[Line]:
-    """Two views of an image, on a CPU; this and the next are named as their benchmarks are."""
+def views(rows: Rows, place: str = "") -> Iterator[Line]:
+    """Two views of an image, on a CPU or of batches on a GPU; this and the next are named as their benchmarks are."""
+    if place == "gpu":
+        for row in rows:
+            if row["pipeline"] == "twoviews, kernel":
+                target = 10 if "224" in row["recipe"] else 0.35  # a twentieth of a step of MoCo there
+                yield Line(f"two views, {row['recipe']}, on a GPU", "", row["milliseconds"], target, True, "ms")
+        return
     targets = {
         ("moco, 32 px", "compiled"): 40,
         ("moco, 32 px", "tensors"): 8,
@@ -93,11 +99,19 @@ def loops(rows: Rows, _: str = "") -> Iterator[Line]:
         yield Line(what, "the same steps on ready-made views", row["of_ready_made"], 0.95)
 
 
-def knn(rows: Rows) -> Iterator[Line]:
+def step(rows: Rows) -> Iterator[Line]:
+    """Training steps on a GPU."""
+    for row in rows:
+        what = f"step of {row['method']}, ResNet-18, {row['batch_size']} images, {row['images_per_s']:,.0f} images/s"
+        yield Line(what, "", 100 * row["of_product"], 25, unit="% of the device's product")
+
+
+def knn(rows: Rows, place: str = "") -> Iterator[Line]:
     """The search of the monitor."""
+    where = " on a GPU" if place else ""
     for row in rows:
         if row["what"] == "kNN, k=200":
-            what = f"kNN in 50,000 images, {row['features']} features"
+            what = f"kNN in 50,000 images, {row['features']} features{where}"
             yield Line(what, "the bare matrix product", row["of_the_product"], 1.25, at_most=True)
 
 
@@ -166,7 +180,7 @@ def decoding(rows: Rows) -> Iterator[Line]:
 
 
 READERS: dict[str, Callable[..., Iterator[Line]]] = {
-    one.__name__: one for one in (views, loops, knn, kmeans, epoch, linear, probe, startup, stalls, decoding)
+    one.__name__: one for one in (views, step, loops, knn, kmeans, epoch, linear, probe, startup, stalls, decoding)
 }
 
 
@@ -237,7 +251,7 @@ def draw(path: Path, found: list[Line]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    faster = [line for line in found if not line.at_most]
+    faster = [line for line in found if not line.at_most and not line.unit]
     longer = [line for line in found if line.at_most and not line.unit]
     figure = Figure(figsize=(11, 1.6 + 0.34 * (len(faster) + len(longer))), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
