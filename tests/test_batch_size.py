@@ -9,7 +9,6 @@ from omegaconf import OmegaConf
 
 from twoviews import batch_size
 from twoviews.console import Console
-from twoviews.errors import BadInput
 
 SIMCLR = (*SMALL, "method=simclr", "find_batch=true", "hydra.run.dir=run")
 
@@ -69,11 +68,6 @@ class Pretended(batch_size._Finder):
 def test_which_sizes_are_tried(finder: Pretended, tried: list[int], largest: int) -> None:
     assert finder.largest().size == largest
     assert finder.tried == tried
-
-
-def test_a_first_size_that_is_refused_is_refused() -> None:
-    with pytest.raises(BadInput, match="no multiple"):
-        Pretended(64, 1000, of=7).largest()
 
 
 def test_nothing_fits(command, monkeypatch: pytest.MonkeyPatch) -> None:

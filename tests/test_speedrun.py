@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -41,15 +42,14 @@ def test_clock_and_judgement(tmp_path: Path) -> None:
 
 def test_rules(tmp_path: Path) -> None:
     assert speedrun.broken_rules(run(tmp_path / "fair")) == []
-    for number, (wrong, part) in enumerate(
-        [
-            ({"train": 60_000}, "the images are"),
-            ({"state": "interrupted"}, "has not finished"),
-            ({"config": CONFIG.replace("moco.MoCo", "supervised.Supervised")}, "learns from labels"),
-            ({"config": CONFIG.replace("200", "20")}, "kNN is measured with"),
-        ]
-    ):
-        (broken,) = speedrun.broken_rules(run(tmp_path / str(number), **wrong))
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"train": 60_000}, "the images are"),
+        ({"state": "interrupted"}, "has not finished"),
+        ({"config": CONFIG.replace("moco.MoCo", "supervised.Supervised")}, "learns from labels"),
+        ({"config": CONFIG.replace("200", "20")}, "kNN is measured with"),
+    ]
+    for number, (given, part) in enumerate(wrong):
+        (broken,) = speedrun.broken_rules(run(tmp_path / str(number), **given))
         assert part in broken
 
 

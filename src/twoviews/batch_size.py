@@ -6,6 +6,7 @@ not every library bears to be refused memory, each size has a process of its own
 """
 
 import contextlib
+import errno
 import multiprocessing
 import resource
 import signal
@@ -115,11 +116,9 @@ class _Finder:
         """Of batch_size, its doubles or halves, and the quarters in between.
 
         Raises:
-            BadInput: batch_size itself is refused, or nothing fits.
+            BadInput: nothing fits.
         """
         first = best = self.trial(self.cfg.batch_size)
-        if first.refused:
-            raise BadInput(first.refused)
         size, too_large = first.size, first.size if first.failed else None
         while too_large is None and 2 * size <= first.images:
             size *= 2
@@ -150,6 +149,8 @@ class _Finder:
         """Two steps of that many images, in a process of its own; what became of them is said.
 
         Raises:
+            BadInput: the parts refuse batch_size itself.
+            OSError: for example a full disk.
             Stopped: a signal came.
         """
         processes = multiprocessing.get_context("spawn")  # a fork would share threads and CUDA with this one
@@ -157,7 +158,9 @@ class _Finder:
         # Not resolved, because other values may be as large as the batch.
         content = OmegaConf.to_container(self.cfg, resolve=False) | {"batch_size": size}  # type: ignore[operator]
         process = processes.Process(target=_try, args=(content, self.free, self.scratch, theirs), daemon=True)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which it inherits: this one ends it on Ctrl-C
         process.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         theirs.close()
         while not ours.poll(0.2):
             if self.stop.number:
@@ -174,29 +177,35 @@ class _Finder:
         process.join()
         if isinstance(trial, OSError):
             raise trial
+        if trial.refused and size == self.cfg.batch_size:
+            raise BadInput(trial.refused)
         self.console.say(f"{size:>7,} images: {trial.words}")
         return trial
 
 
 def _try(content: dict[str, Any], free: int, scratch: Path, answer: Connection) -> None:
     """What a process of `trial` does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears it too, and ends this one
     cfg = DictConfig(content)
     runtime = build(cfg.runtime)
     device = runtime.torch_device()
-    refusals = torch.OutOfMemoryError if device.type == "cuda" else (RuntimeError, MemoryError)
+    no_memory = torch.OutOfMemoryError if device.type == "cuda" else (RuntimeError, MemoryError)
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if device.type == "cpu":
-        taken, (soft, hard) = _kib(Path("/proc/self/status"), "VmData"), resource.getrlimit(resource.RLIMIT_DATA)
-        limits = [taken + free, *(one for one in (soft, hard) if one != resource.RLIM_INFINITY)]
+        limits = [
+            _kib(Path("/proc/self/status"), "VmData") + free,
+            *(one for one in (soft, hard) if one != resource.RLIM_INFINITY),
+        ]
         resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
     try:
-        answer.send(_two_steps(cfg, runtime, device, scratch))
-    except OSError as error:  # such as a full disk
-        answer.send(error)
+        found = _two_steps(cfg, runtime, device, scratch)
     except BadInput as error:
-        answer.send(Trial(cfg.batch_size, refused=str(error)))
-    except refusals as error:
-        answer.send(Trial(cfg.batch_size, failed=shorten(str(error) or type(error).__name__, 100)))
+        found = Trial(cfg.batch_size, refused=str(error))
+    except no_memory as error:
+        found = Trial(cfg.batch_size, failed=shorten(str(error) or type(error).__name__, 100))
+    except OSError as error:
+        found = Trial(cfg.batch_size, failed=str(error)) if error.errno == errno.ENOMEM else error
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    answer.send(found)
 
 
 def _two_steps(cfg: DictConfig, runtime: Runtime, device: torch.device, scratch: Path) -> Trial:
