@@ -15,12 +15,15 @@ def main(cfg, folder: Path) -> int:
         return 0
 
     from twoviews.assembly import load_data, make_parts, make_views, plan
+    from twoviews.batch_size import find_batch
     from twoviews.console import Console
     from twoviews.loop import NotFinite, Training
     from twoviews.pictures import draw_views
     from twoviews.runtime import StopSignal
 
     with StopSignal() as stop, distributed.group(runtime := build(cfg.runtime)) as device:
+        if cfg.find_batch:
+            return find_batch(cfg, device, folder, stop)
         console = Console(quiet=distributed.rank() > 0)
         data = load_data(cfg).to(device)
         views = make_views(cfg, data)

@@ -3,7 +3,7 @@
     python benchmarks/table.py
 
 Reads benchmarks/results/*.json, of which every benchmark writes its own, and writes benchmarks/results/speed.md and
-speed.png, and the tables into README.md, between the two comments that name this file there.
+speed.png, and the tables into README.md and speedrun.md, between the two comments that name this file there.
 """
 
 import json
@@ -246,6 +246,42 @@ def large_kmeans() -> str:
     )
 
 
+def ladder() -> str:
+    """Markdown of benchmarks/speedrun.py: the rungs of benchmarks/speedrun.md, fastest first."""
+    head = ("kNN at least", "seconds", "kNN of the three seeds", "hardware", "commit", "date", "command")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for rung in (50, 80, 85, 90):
+        files = [path for path in RESULTS.glob("speedrun_*.json") if path.stem.split("_")[1] == str(rung)]
+        found = sorted((json.loads(path.read_text()) for path in files), key=lambda facts: facts["seconds_mean"])
+        for facts in found:
+            rows, shared = facts["rows"], ""
+            share = sum(row["whole_command_cpu_s"] for row in rows) / sum(row["whole_command_s"] for row in rows)
+            if share < 0.95 and ", 1 thread(s)" in facts["hardware"]:  # a core that other programs used as well
+                shared = f", of which it got {100 * share:.0f} %"
+            cells = (
+                f"{rung} %" if facts["reached"] else f"{rung} %, **missed**",
+                f"{facts['seconds_mean']:,.1f} ± {facts['seconds_deviation']:,.1f}",
+                f"{facts['knn_mean']:.2f} ± {facts['knn_deviation']:.2f}: "
+                + ", ".join(f"{row['knn_top1']:.2f}" for row in rows),
+                facts["hardware"] + shared,
+                facts["commit"][:7] + (" and changes" if facts["changed"] else ""),
+                facts["date"],
+                f"`{facts['command'].rpartition('benchmarks/')[2]}`",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+        if not any(facts["reached"] for facts in found):
+            lines.append(f"| {rung} % | open | | | | | `speedrun.py {rung}` |")
+    return "\n".join(lines) + "\n"
+
+
+def write_between(path: Path, text: str) -> None:
+    """Put it between the two comments, if they are there."""
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        path.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+
+
 def draw(path: Path, found: list[Line]) -> None:
     """Bars of all ratios, a panel for each direction, the targets as black marks."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -285,16 +321,13 @@ def _bars(axis: "Axes", lines: list[Line], title: str) -> None:
 
 
 def main() -> None:
-    """Write all three."""
+    """Write them all."""
     found = list(results())
     text = table(found) + growth() + large_kmeans()
     (RESULTS / "speed.md").write_text(text)
     draw(RESULTS / "speed.png", [line for _, line in found])
-    readme = ROOT / "README.md"
-    before, begin, rest = readme.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if begin and end:
-        readme.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+    write_between(ROOT / "README.md", text)
+    write_between(ROOT / "benchmarks" / "speedrun.md", ladder())
     missed = [line.what for _, line in found if not line.reached]
     print(f"{len(found)} comparisons, {len(missed)} targets missed{': ' if missed else ''}{'; '.join(missed)}")
 

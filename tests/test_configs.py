@@ -110,7 +110,7 @@ def test_evaluate_composes() -> None:
 
 def test_digest_follows_what_changes_results() -> None:
     same = digest(composed())
-    assert digest(composed("fresh=true", "tracking=files", "preview=true")) == same
+    assert digest(composed("fresh=true", "tracking=files", "preview=true", "find_batch=true")) == same
     assert (
         len(
             {same, digest(composed("seed=1")), digest(composed("optimizer.lr=0.01")), digest(composed("method=simclr"))}

@@ -34,6 +34,7 @@ STOPPED = 128  # plus the signal's number: exit code of a run that was stopped a
 _NOT_IN_DIGEST = (
     "fresh",
     "preview",
+    "find_batch",
     "sweep",
     "tracking",
     "runtime.log_every",
@@ -63,6 +64,7 @@ class Train:
     batch_size: Count
     fresh: bool
     preview: bool
+    find_batch: bool
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ class Recording:
 def finished_already(cfg: DictConfig, folder: Path) -> bool:
     """Whether the folder holds this very run, finished; then its results are shown again."""
     path = folder / "result.json"
-    if cfg.fresh or cfg.preview or not path.exists():
+    if cfg.fresh or cfg.preview or cfg.find_batch or not path.exists():
         return False
     result = json.loads(path.read_text())
     if result["state"] != "finished" or json.loads((folder / "environment.json").read_text())["digest"] != digest(cfg):

@@ -90,7 +90,7 @@ class Run:
         keys = [
             key
             for key in sorted({*before, *now})
-            if before.get(key) != now.get(key) and not key.startswith(("tracking", "fresh", "preview"))
+            if before.get(key) != now.get(key) and not key.startswith(("tracking", "fresh", "preview", "find_batch"))
         ]
         shown = [f"{key} is {before.get(key, 'absent')} there and {now.get(key, 'absent')} here" for key in keys[:3]]
         return "; ".join(shown) + ("; …" if len(keys) > 3 else "")

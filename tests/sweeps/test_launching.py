@@ -64,6 +64,7 @@ def test_a_frozen_configuration_is_the_run_that_was_composed(overrides: list[str
         (["method.temperature=0.1,-1"], ["point method.temperature=-1", "is out of range"]),
         (["seed=0,1", "fresh=true"], ["fresh=true is for one run"]),
         (["seed=0,1", "preview=true"], ["preview=true is for one run"]),
+        (["seed=0,1", "find_batch=true"], ["find_batch=true is for one run"]),
         (["seed=0,1", "sweep.nam=x"], ["sweep has no key 'nam'", "sweep.name"]),
         (["seed=0,1", "sweep.name=a/b"], ["sweep.name=a/b is not the name of a folder"]),
         (["seed=0,1", "hydra/launcher=slrm"], ["there is no such hydra/launcher", "slurm"]),

@@ -165,7 +165,7 @@ def composed(composer: Composer, combinations: Sequence[Sequence[str]], swept: S
         try:
             content = composer(combination)
             check("train", content)
-            for flag in ("fresh", "preview"):
+            for flag in ("fresh", "preview", "find_batch"):
                 if content[flag]:
                     raise BadInput(f"{flag}=true is for one run; leave it out, or leave out -m.")
         except BadInput as error:
@@ -193,7 +193,15 @@ def name(config: DictConfig, swept: Sequence[str]) -> str:
     return "-".join([*front, hashlib.blake2b(text.encode(), digest_size=4).hexdigest()])
 
 
-_FREE = ("hydra", "sweep", "tracking", "runtime", "fresh", "preview")  # may change between launches of one sweep
+_FREE = (
+    "hydra",
+    "sweep",
+    "tracking",
+    "runtime",
+    "fresh",
+    "preview",
+    "find_batch",
+)  # may change between launches of one sweep
 
 
 def say(

@@ -1,0 +1,265 @@
+"""The largest batch that fits: the parts of a training, built for growing batches, each making two real steps.
+
+On a GPU a batch does not fit when torch's allocator says so. On a CPU nobody would say so in time: the kernel promises
+more than there is, and later ends whole processes. So a process may ask for what is free now and no more; and because
+not every library bears to be refused memory, each size has a process of its own, which may die of it.
+"""
+
+import contextlib
+import errno
+import multiprocessing
+import resource
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, islice, repeat
+from multiprocessing.connection import Connection
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, cast
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from twoviews import distributed
+from twoviews.assembly import load_data, make_parts, make_views
+from twoviews.config import build
+from twoviews.console import Console, megabytes
+from twoviews.data.loader import Batch, Loader
+from twoviews.errors import BadInput
+from twoviews.loop import Training
+from twoviews.run import Run
+from twoviews.runtime import Runtime, StopSignal
+
+STEPS = 2  # the first claims memory, the second has the optimizer's state as well and is the one that is timed
+QUARTERS = (0.25, 0.5, 0.75)  # of the way from the largest that fits to the smallest that does not
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of two steps of `size` images.
+
+    Args:
+        size: images a step.
+        peak: bytes of the device, or of the process on a CPU.
+        rate: images/s.
+        refused: why the parts do not take this size.
+        failed: what the allocator said.
+        images: how many the training data has.
+    """
+
+    size: int
+    peak: float = 0.0
+    rate: float = 0.0
+    refused: str = ""
+    failed: str = ""
+    images: int = 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether both steps were made."""
+        return self.rate > 0
+
+    @property
+    def words(self) -> str:
+        """What became of it, for a person."""
+        if self.refused:
+            return f"passed over: {self.refused}"
+        return f"{megabytes(self.peak)}, {self.rate:,.0f} images/s" if self.fits else f"does not fit ({self.failed})"
+
+
+class Stopped(Exception):
+    """A signal came while a size was tried."""
+
+
+def find_batch(cfg: DictConfig, device: torch.device, folder: Path, stop: StopSignal) -> int:
+    """Say what batches take, and which is the largest that fits; 0, or 128 + n after signal n.
+
+    Raises:
+        BadInput: batch_size itself is refused, nothing fits, or this cannot be found out here.
+    """
+    if cfg.preview:
+        raise BadInput("preview=true and find_batch=true are two questions; ask one at a time.")
+    if distributed.processes() > 1:
+        raise BadInput(
+            "find_batch=true asks for the memory of one process; leave torchrun out: with n processes, n times the batch "
+            "that it finds fits."
+        )
+    if device.type == "cpu" and sys.platform != "linux":
+        raise BadInput("find_batch=true on a CPU needs Linux, which can limit the memory of a process; use a GPU.")
+    console, free = Console(), free_memory() if device.type == "cpu" else 0
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    console.say(f"memory    {megabytes(total)} of the GPU" if total else f"memory    {megabytes(free)} are free")
+    with tempfile.TemporaryDirectory(prefix="find_batch-", dir=folder) as scratch:
+        try:
+            largest = _Finder(cfg, free, Path(scratch), console, stop).largest()
+        except Stopped:
+            return 128 + stop.number
+    parts = 2 * cfg.runtime.accumulate
+    console.say(f"the largest that fits: batch_size={largest.size} ({largest.words}).")
+    console.say(
+        f"for more: batch_size={2 * largest.size} runtime.accumulate={parts}, which takes as much memory; the loss of a "
+        f"method that compares the images of a batch then sees {2 * largest.size // parts} at a time."
+    )
+    return 0
+
+
+class _Finder:
+    """Tries sizes and says what became of them."""
+
+    def __init__(self, cfg: DictConfig, free: int, scratch: Path, console: Console, stop: StopSignal):
+        self.cfg, self.free, self.scratch, self.console, self.stop = cfg, free, scratch, console, stop
+
+    def largest(self) -> Trial:
+        """Of batch_size, its doubles or halves, and the quarters in between.
+
+        Raises:
+            BadInput: nothing fits.
+        """
+        first = best = self.trial(self.cfg.batch_size)
+        size, too_large = first.size, first.size if first.failed else None
+        while too_large is None and 2 * size <= first.images:
+            size *= 2
+            trial = self.trial(size)
+            best = trial if trial.fits else best
+            too_large = size if trial.failed else None
+        if too_large is None:
+            self.console.say(f"{2 * size:>7,} images: more than the {first.images:,} training images")
+        while not best.fits:
+            if size < 4:
+                raise BadInput(
+                    f"no batch from {size} to {first.size} images fits ({best.failed}); choose a smaller backbone or "
+                    "smaller views."
+                )
+            size //= 2
+            trial = self.trial(size)
+            best = best if trial.refused else trial
+            too_large = size if trial.failed else too_large
+        low, high = best.size, too_large or best.size
+        for size in [round(low + share * (high - low)) for share in QUARTERS] if high > low else []:
+            trial = self.trial(size)
+            if trial.failed:
+                break
+            best = trial if trial.fits else best
+        return best
+
+    def trial(self, size: int) -> Trial:
+        """Two steps of that many images, in a process of its own; what became of them is said.
+
+        Raises:
+            BadInput: the parts refuse batch_size itself.
+            OSError: for example a full disk.
+            Stopped: a signal came.
+        """
+        processes = multiprocessing.get_context("spawn")  # a fork would share threads and CUDA with this one
+        ours, theirs = processes.Pipe(duplex=False)
+        # Not resolved, because other values may be as large as the batch.
+        content = OmegaConf.to_container(self.cfg, resolve=False) | {"batch_size": size}  # type: ignore[operator]
+        process = processes.Process(target=_try, args=(content, self.free, self.scratch, theirs), daemon=True)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which it inherits: this one ends it on Ctrl-C
+        process.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        theirs.close()
+        while not ours.poll(0.2):
+            if self.stop.number:
+                process.terminate()
+                process.join()
+                raise Stopped
+        try:
+            trial = ours.recv()
+        except EOFError:  # it died
+            process.join()
+            if (code := process.exitcode or 0) >= 0:
+                raise RuntimeError(f"the process that tried {size} images ended with exit code {code}") from None
+            trial = Trial(size, failed=f"it died of {signal.Signals(-code).name}")
+        process.join()
+        if isinstance(trial, OSError):
+            raise trial
+        if trial.refused and size == self.cfg.batch_size:
+            raise BadInput(trial.refused)
+        self.console.say(f"{size:>7,} images: {trial.words}")
+        return trial
+
+
+def _try(content: dict[str, Any], free: int, scratch: Path, answer: Connection) -> None:
+    """What a process of `trial` does."""
+    cfg = DictConfig(content)
+    runtime = build(cfg.runtime)
+    device = runtime.torch_device()
+    no_memory = torch.OutOfMemoryError if device.type == "cuda" else (RuntimeError, MemoryError)
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if device.type == "cpu":
+        limits = [
+            _kib(Path("/proc/self/status"), "VmData") + free,
+            *(one for one in (soft, hard) if one != resource.RLIM_INFINITY),
+        ]
+        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+    try:
+        found = _two_steps(cfg, runtime, device, scratch)
+    except BadInput as error:
+        found = Trial(cfg.batch_size, refused=str(error))
+    except no_memory as error:
+        found = Trial(cfg.batch_size, failed=shorten(str(error) or type(error).__name__, 100))
+    except OSError as error:
+        found = Trial(cfg.batch_size, failed=str(error)) if error.errno == errno.ENOMEM else error
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    answer.send(found)
+
+
+def _two_steps(cfg: DictConfig, runtime: Runtime, device: torch.device, scratch: Path) -> Trial:
+    """A training that ends after two steps, both logged."""
+    data, runtime = load_data(cfg).to(device), replace(runtime, log_every=1)
+    parts = make_parts(cfg, data, make_views(cfg, data), runtime, device)
+    for group in parts.optimizer.param_groups:
+        group["lr"] = 0.0  # scaled to so large a batch it might end in numbers that are none
+    parts.loader, parts.protocols = cast(Loader, _FewSteps(parts.loader)), {}
+    training = Training(parts, run=Run(scratch), metrics=None, console=Console(quiet=True), epochs=1, seed=cfg.seed)
+    training.fit(StopSignal())
+    peak = training.latest["memory/gpu_mb" if device.type == "cuda" else "memory/process_mb"]
+    return Trial(cfg.batch_size, 1e6 * peak, training.latest["images_per_s"], images=len(data.train))
+
+
+class _FewSteps:
+    """A loader whose epoch ends after `STEPS` steps; where the data is not enough for them, it begins again.
+
+    Args:
+        loader: of the data.
+    """
+
+    def __init__(self, loader: Loader):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __iter__(self) -> Iterator[Batch]:
+        return islice(chain.from_iterable(repeat(self.loader)), STEPS)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
+def free_memory() -> int:
+    """Bytes that this machine, and the control groups that this process is in, have left."""
+    free = [_kib(Path("/proc/meminfo"), "MemAvailable")]
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0":  # version 2
+            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for one in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # the outermost has no limit, others may say max
+                limit, used = (int((one / name).read_text()) for name in names)
+                free.append(limit - used)
+    return min(free)
+
+
+def _kib(path: Path, name: str) -> int:
+    """Bytes, of a line such as VmData:  1024 kB."""
+    return next(1024 * int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(f"{name}:"))
