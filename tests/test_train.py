@@ -144,7 +144,7 @@ def test_bfloat16(command) -> None:
 
 
 def test_sweep_one_after_the_other(command) -> None:
-    done = command("train", "-m", *SMALL_MOCO, "epochs=1", "seed=0,1")
+    done = command("train", *SMALL_MOCO, "-m", "epochs=1", "seed=0,1")  # wherever the -m stands
     assert done.code == 0, done.err
     results = [json.loads(path.read_text()) for path in Path("multirun").glob("*/*/result.json")]
     assert len(results) == 2 and {result["state"] for result in results} == {"finished"}

@@ -129,6 +129,8 @@ def entry(
             # Threads that spin while they wait for one that lost its core to another program make a step several times
             # slower on a busy machine; waiting asleep costs some per cent on an idle one. Read when torch is imported.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            # argparse takes overrides from one place only: none behind a -m that has some before it.
+            sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
             _register_resolvers()
             _leave_out(sys.argv[1:])
             codes.clear()
