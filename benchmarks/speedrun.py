@@ -35,8 +35,8 @@ def train(rung: int, seed: int, overrides: list[str], folder: Path) -> dict[str,
     chosen = [f"experiment=speedrun_cifar10_{rung}", "tracking=files", *overrides]
     command = [sys.executable, str(ROOT / "train.py"), *chosen, f"seed={seed}", f"hydra.run.dir={folder}"]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    if subprocess.run(command, check=False).returncode:
-        raise SystemExit(f"error: the training with seed={seed} did not finish; the same command goes on with it.")
+    if code := subprocess.run(command, check=False).returncode:
+        sys.exit(code)  # it has said why
     wall, after, run = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN), Run.existing(folder)
     if broken := broken_rules(run):
         raise SystemExit(f"error: {'; '.join(broken)}: this is no run of the ladder (benchmarks/speedrun.md).")
