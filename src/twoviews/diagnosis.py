@@ -45,7 +45,7 @@ def diagnose(name: str, arguments: list[str], error: Exception) -> str:
                     )
     known_content = _compose(name, [choice for choice in choices if "," not in choice])
     for override in overrides:
-        sentence = _unknown_override(override, known_content)
+        sentence = "" if override.input_line in choices else _unknown_override(override, known_content)
         if sentence:
             return sentence
     return " ".join(str(error).split())
