@@ -34,12 +34,14 @@ def test_loss_is_a_finite_scalar_that_reaches_every_weight(name):
     assert all(parameter.requires_grad for parameter in parts.method.encoder.parameters())
 
 
-def test_forward_and_backward_change_no_parameter(name):
+def test_e_step_forward_and_backward_change_no_parameter(name):
     """Checkpoints are copied meanwhile."""
     parts = build(config(name))
-    step(parts, 0)
+    for number in range(len(parts.loader)):  # a whole epoch, which DeepCluster-v2 clusters
+        step(parts, number)
     before = {key: parameter.detach().clone() for key, parameter in parts.method.named_parameters()}
-    batch = batch_of(parts, 1)
+    parts.method.before_epoch(1, parts.embed, seed=1)
+    batch = batch_of(parts, 0)
     parts.method(batch.views, batch.index).loss.backward()
     for key, parameter in parts.method.named_parameters():
         assert torch.equal(parameter, before[key]), key

@@ -264,6 +264,27 @@ def test_a_step_waits_until_the_checkpoint_before_it_is_copied(tmp_path: Path, m
     assert min(waited) > 0.5
 
 
+def test_what_cannot_be_copied_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint before it stays, and the training does not pass for a finished one."""
+    training = build([*SMALL_MOCO, "protocol=[]"], tmp_path)
+    training.method.train()
+    training._step(training.method, next(iter(training.loader)))
+    training.save()
+    training._written()
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def broken(state: dict) -> None:
+        raise MemoryError("no room for a copy")
+
+    monkeypatch.setattr(training, "_copy_later", broken)
+    with pytest.raises(MemoryError, match="no room for a copy"):
+        training.fit(Never())
+    training.save()
+    with pytest.raises(MemoryError, match="no room for a copy"):
+        training._written()
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
 def test_copy_of_a_state_takes_the_memory_of_the_one_before() -> None:
     def state(value: float, rows: int) -> dict:
         return {"w": torch.full((2, 3), value), "nested": [{"v": torch.full((rows,), value)}, (value, None)], "step": 1}

@@ -130,8 +130,8 @@ class Training:
     def save(self) -> None:
         """Begin to write a checkpoint, on process 0; the training goes on while its state is copied and written.
 
-        What a forward pass changes, which are buffers, is copied at once. Weights and what the optimizer keeps for them
-        stay as they are until the next step of the optimizer, which waits until they are copied.
+        What a forward pass or an E-step changes, which are buffers, is copied at once. Weights and what the optimizer keeps
+        for them stay as they are until the next step of the optimizer, which waits until they are copied.
 
         Raises:
             NotFinite: the weights are not, so the checkpoint before this one is kept.
@@ -151,7 +151,7 @@ class Training:
             later = {"method": constant, "optimizer": state.pop("optimizer")}
             self._copy |= _copied({**state, "buffers": changing}, self._copy)
             self._copying = self._writer.submit(self._copy_later, later)
-            self._writing = self._writer.submit(self._write)
+            self._writing = self._writer.submit(self._write, self._copying)
         self._checkpointed = time.monotonic()
 
     def _copy_later(self, state: dict[str, Any]) -> None:
@@ -163,7 +163,8 @@ class Training:
         if copying:
             copying.result()
 
-    def _write(self) -> None:
+    def _write(self, copying: "Future[None]") -> None:
+        copying.result()  # half a copy is none
         state = {key: value for key, value in self._copy.items() if key != "buffers"}
         self.run.save({**state, "method": {**self._copy["method"], **self._copy["buffers"]}})
         if self.metrics:  # from now on the tracker may send what the checkpoint covers
@@ -217,7 +218,6 @@ class Training:
         Nothing is saved between this and the first step of the epoch: an interrupted E-step is done again, from the
         weights and centroids that it began with.
         """
-        self._copied_all()
         start = time.monotonic()
         clustered = self.method.before_epoch(epoch, self.embed, seed_of(self.seed, "e-step", epoch))
         if clustered:

@@ -49,7 +49,7 @@ class Progress:
 class Method(nn.Module):
     """Abstract: views of B images in, the loss out.
 
-    A forward pass may change buffers, but no parameters: a checkpoint is still being copied while it runs.
+    A forward pass and an E-step may change buffers, but no parameters: a checkpoint is still being copied while they run.
     """
 
     encoder: Encoder
