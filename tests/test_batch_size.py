@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SMALL, refused, start
 from omegaconf import OmegaConf
+from PIL import Image
 
 from twoviews import batch_size
 from twoviews.console import Console
@@ -32,6 +33,7 @@ def test_memory_that_runs_out(command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.code == 0, done.out + done.err
     fit, not_fit = sizes(done.out, "MB", "images/s"), sizes(done.out, "does not fit")
     assert fit and not_fit and largest(done.out) == max(fit) < min(not_fit)
+    assert f"for more: batch_size={2 * max(fit)} runtime.accumulate=2" in done.out
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
@@ -83,6 +85,16 @@ def test_sizes_that_a_method_refuses_are_named(command) -> None:
     assert sizes(done.out, "passed over: method.queue_size=128 is smaller") == [256]
 
 
+def test_images_that_workers_still_have_to_decode(command, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for number in range(16):
+        Image.new("RGB", (8, 8), (16 * number, 0, 0)).save(tmp_path / "pictures" / f"{number}.png")
+    folder = ("data=folder", "data.root=pictures", "data.labels=false", "data.cache=c", "data.size=8", "data.workers=1")
+    small = [argument for argument in SIMCLR if not argument.startswith("data.")]
+    done = command("train", *small, *folder, "batch_size=16")
+    assert done.code == 0 and largest(done.out) == 16, done.out + done.err
+
+
 @pytest.mark.parametrize(
     ("more", "parts"),
     [
@@ -110,5 +122,5 @@ def test_a_finished_run_is_left_alone(command) -> None:
     assert sizes(done.out, "MB", "images/s") == [128, 256] and sizes(done.out, "more than the 256 training images") == [
         512
     ]
-    assert largest(done.out) == 256 and "batch_size=512 runtime.accumulate=2" in done.out
+    assert largest(done.out) == 256 and "runtime.accumulate" not in done.out  # no more images than that
     assert {path: path.read_bytes() for path in Path("run").iterdir()} == before

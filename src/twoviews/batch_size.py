@@ -99,10 +99,11 @@ def find_batch(cfg: DictConfig, device: torch.device, folder: Path, stop: StopSi
             return 128 + stop.number
     parts = 2 * cfg.runtime.accumulate
     console.say(f"the largest that fits: batch_size={largest.size} ({largest.words}).")
-    console.say(
-        f"for more: batch_size={2 * largest.size} runtime.accumulate={parts}, which takes as much memory; the loss of a "
-        f"method that compares the images of a batch then sees {2 * largest.size // parts} at a time."
-    )
+    if 2 * largest.size <= largest.images:
+        console.say(
+            f"for more: batch_size={2 * largest.size} runtime.accumulate={parts}, which takes as much memory; the loss of a "
+            f"method that compares the images of a batch then sees {2 * largest.size // parts} at a time."
+        )
     return 0
 
 
@@ -157,24 +158,28 @@ class _Finder:
         ours, theirs = processes.Pipe(duplex=False)
         # Not resolved, because other values may be as large as the batch.
         content = OmegaConf.to_container(self.cfg, resolve=False) | {"batch_size": size}  # type: ignore[operator]
-        process = processes.Process(target=_try, args=(content, self.free, self.scratch, theirs), daemon=True)
+        process = processes.Process(target=_try, args=(content, self.free, self.scratch, theirs))
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which it inherits: this one ends it on Ctrl-C
         process.start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         theirs.close()
-        while not ours.poll(0.2):
-            if self.stop.number:
-                process.terminate()
-                process.join()
-                raise Stopped
         try:
+            while not ours.poll(0.2):
+                if self.stop.number:
+                    raise Stopped
             trial = ours.recv()
         except EOFError:  # it died
             process.join()
+            if self.stop.number:  # of a signal to both
+                raise Stopped from None
             if (code := process.exitcode or 0) >= 0:
                 raise RuntimeError(f"the process that tried {size} images ended with exit code {code}") from None
             trial = Trial(size, failed=f"it died of {signal.Signals(-code).name}")
-        process.join()
+        except BaseException:
+            process.terminate()
+            raise
+        finally:
+            process.join()
         if isinstance(trial, OSError):
             raise trial
         if trial.refused and size == self.cfg.batch_size:
@@ -202,6 +207,10 @@ def _try(content: dict[str, Any], free: int, scratch: Path, answer: Connection) 
         found = Trial(cfg.batch_size, refused=str(error))
     except no_memory as error:
         found = Trial(cfg.batch_size, failed=shorten(str(error) or type(error).__name__, 100))
+    except RuntimeError as error:  # of the libraries beside torch's allocator
+        if "out of memory" not in str(error) and "ALLOC_FAILED" not in str(error):
+            raise
+        found = Trial(cfg.batch_size, failed=shorten(str(error), 100))
     except OSError as error:
         found = Trial(cfg.batch_size, failed=str(error)) if error.errno == errno.ENOMEM else error
     resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
@@ -247,16 +256,19 @@ def free_memory() -> int:
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         number, controllers, path = line.split(":", 2)
         if number == "0":  # version 2
-            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+            root, names, cached = Path("/sys/fs/cgroup"), ("memory.max", "memory.current"), "inactive_file"
         elif "memory" in controllers.split(","):
             root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            cached = "total_inactive_file"
         else:
             continue
         group = root / path.lstrip("/")
         for one in (group, *group.parents):
             with contextlib.suppress(OSError, ValueError):  # the outermost has no limit, others may say max
                 limit, used = (int((one / name).read_text()) for name in names)
-                free.append(limit - used)
+                stat = (line.split() for line in (one / "memory.stat").read_text().splitlines())
+                # Files that were read go when their place is needed.
+                free.append(limit - used + sum(int(value) for name, value in stat if name == cached))
     return min(free)
 
 
