@@ -69,11 +69,11 @@ def ours(images: Tensor, recipe: dict[str, Any], compiled: bool) -> Callable[[],
         return make(images, make.draw(sizes, generator(0, "benchmark")))
 
     def in_tensors() -> tuple[Tensor, ...]:
-        before, views._compiled = views._compiled, lambda device: None
+        before, views.compiled = views.compiled, lambda device: None
         try:
             return run()
         finally:
-            views._compiled = before
+            views.compiled = before
 
     return run if compiled else in_tensors
 
@@ -193,7 +193,7 @@ def compare_on_gpu(name: str, rounds: int, device: torch.device) -> list[dict[st
     images = photographs(recipe["images"], recipe["size"]).to(device)
     fused, in_tensors = ours(images, recipe, compiled=True), ours(images, recipe, compiled=False)
     functions = {"twoviews, tensors": in_tensors, **kornia(images, recipe)}
-    if views._compiled(device):
+    if views.compiled(device):
         functions["twoviews, kernel"] = fused
         for one, other in zip(fused(), in_tensors(), strict=True):
             assert (one - other).abs().max() < 1e-4, "the kernel's views are not those of the tensors"
@@ -245,8 +245,7 @@ def main() -> None:
         device = torch.device("cuda", torch.cuda.current_device())
         for name in ON_GPU:
             rows += compare_on_gpu(name, options.rounds, device)
-        gpu = torch.cuda.get_device_name(device)
-        record(options.json, f"views.py --device cuda --rounds {options.rounds}", rows, gpu=gpu)
+        record(options.json, f"views.py --device cuda --rounds {options.rounds}", rows, device=device)
         return
     for name, recipe in RECIPES.items():
         rows += compare(name, max(2, options.images // {32: 1, 96: 4, 224: 16}[recipe["size"]]), options.rounds)

@@ -52,7 +52,7 @@ class Recording:
             if cfg.fresh and (aside := self.run.set_aside()):
                 console.say(f"fresh=true: the old results are in {aside}.")
             content = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-            self.run.begin(content, digest(cfg), describe_data(parts.data))
+            self.run.begin(content, digest(cfg), describe_data(parts.data), parts.device)
             self._tracking = tracking
             self._state = self.run.load(console.say)
         distributed.barrier()  # process 0 has put a damaged checkpoint out of the way

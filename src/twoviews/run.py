@@ -19,7 +19,7 @@ from twoviews import distributed
 from twoviews.backbones import Encoder
 from twoviews.code import code_state
 from twoviews.config import build, flat
-from twoviews.data import kernel
+from twoviews.data import views
 from twoviews.errors import BadInput
 from twoviews.tracking.state import replace
 
@@ -55,7 +55,7 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ what the run consists of
 
-    def begin(self, config: dict[str, Any], digest: str, data: dict[str, Any]) -> None:
+    def begin(self, config: dict[str, Any], digest: str, data: dict[str, Any], device: torch.device) -> None:
         """Record configuration, code state, environment and data; or, where a run has begun, insist that it is this one.
 
         Raises:
@@ -83,7 +83,7 @@ class Run:
         if difference:
             replace(self.folder / "diff.patch", difference)
         self.write("data.json", data)
-        self.write("environment.json", {**environment(), "digest": digest})
+        self.write("environment.json", {**environment(device), "digest": digest})
 
     def _changed(self, config: dict[str, Any]) -> str:
         before, now = flat(self.config()), flat(config)
@@ -269,11 +269,11 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine, as far as they can change a result."""
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and machine, as far as they can change the result of a training on that device."""
     from importlib.metadata import version
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     packages = ("torch", "torchvision", "timm", "hydra-core", "mlflow", "numpy")
     return {
         "python": platform.python_version(),
@@ -285,7 +285,7 @@ def environment() -> dict[str, Any]:
         "processes": distributed.processes(),
         "gpu": gpu,
         "cuda": torch.version.cuda if gpu else None,
-        "views": "compiled" if kernel.library() else "tensors",
+        "views": "compiled" if views.compiled(device) else "tensors",
     }
 
 

@@ -129,9 +129,9 @@ def test_each_operation_by_itself(library, first):
 @pytest.mark.parametrize("sizes", [torch.tensor([[60, 60]]).expand(6, 2), oblong(6)], ids=["one box", "a box each"])
 def test_eval_view(library, threads, sizes, monkeypatch):
     images, given = noisy(6, 3, 40), {"size": 32, "crop": 0.875, "mean": MEAN, "std": STD}
-    monkeypatch.setattr(module, "_compiled", lambda device: partial(kernel_cuda.render, Block(library, threads)))
+    monkeypatch.setattr(module, "compiled", lambda device: partial(kernel_cuda.render, Block(library, threads)))
     ours = eval_view(images, sizes, **given)
-    monkeypatch.setattr(module, "_compiled", lambda device: None)
+    monkeypatch.setattr(module, "compiled", lambda device: None)
     torch.testing.assert_close(ours, eval_view(images, sizes, **given), atol=1e-5, rtol=0)
 
 
@@ -169,7 +169,7 @@ def test_a_canvas_too_large_for_shared_memory_is_left_to_tensors(monkeypatch):
     ours, theirs, _ = both(render, GREY, 100, images, sizes)
     assert ours is None
     views = Views({"only": {**GREY, "size": 100}}, size=3100, channels=1, mean=MEAN[:1], std=STD[:1])
-    monkeypatch.setattr(module, "_compiled", lambda device: render)
+    monkeypatch.setattr(module, "compiled", lambda device: render)
     assert views(images, views.draw(sizes, torch.Generator().manual_seed(3)))[0].equal(theirs)
     assert eval_view(images, sizes, size=100, crop=1.0, mean=MEAN[:1], std=STD[:1]).isfinite().all()
 

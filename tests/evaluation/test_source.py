@@ -34,7 +34,7 @@ def trained(tmp_path_factory) -> Path:
     data, device = load_data(cfg), torch.device("cpu")
     parts = make_parts(cfg, data, make_views(cfg, data), build(cfg.runtime), device)
     run = Run(tmp_path_factory.mktemp("trained") / "outputs" / "run")
-    run.begin(OmegaConf.to_container(cfg, resolve=True), digest(cfg), describe_data(data))
+    run.begin(OmegaConf.to_container(cfg, resolve=True), digest(cfg), describe_data(data), torch.device("cpu"))
     run.save({"method": parts.method.state_dict(), "position": {"step": 0}})
     run.save_encoder(parts.method.encoder, describe_encoder(cfg, data))
     run.write("result.json", {"state": "interrupted", "step": 0})

@@ -146,7 +146,7 @@ class Views:
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "B C S S"], draws: Sequence[Draw]) -> tuple[Float[Tensor, "B C _ _"], ...]:
         """One normalised float32 tensor per view, [B, C, h, w], on the device of the images."""
-        render, made = _compiled(images.device), []
+        render, made = compiled(images.device), []
         for draw, recipe, size in zip(draws, self.recipes, self.sizes, strict=True):
             x = render(images, size, *_arguments(images, draw), self.mean, self.std) if render else None
             made.append(_in_tensors(images, draw, recipe, size, self.mean, self.std) if x is None else x)
@@ -182,7 +182,7 @@ def eval_view(
     square = crop * original.amin(dim=1, keepdim=True).expand_as(original)
     to_canvas = images.shape[-1] / original
     start, extent = (original - square) / 2 * to_canvas, square * to_canvas
-    if render := _compiled(images.device):
+    if render := compiled(images.device):
         x = _whole(render, images, start, extent, size, *statistics)
         if x is not None:
             return x
@@ -267,7 +267,7 @@ def _whole(
     return render(images, size, *boxes, no, none, none.float(), no, no.float(), no, 1.0, mean, std, bleed=True)
 
 
-def _compiled(device: torch.device) -> Callable[..., Tensor | None] | None:
+def compiled(device: torch.device) -> Callable[..., Tensor | None] | None:
     """`render` of the compiled code for a device; None where tensors make the views."""
     if device.type == "cpu":
         library = kernel.library()
