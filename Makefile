@@ -37,10 +37,10 @@ test: .venv/dev  ## all tests but those that need a SLURM cluster
 
 # Each on one thread, two at a time; what is timed by the clock, or has a thread of its own, alone.
 bench: .venv/dev  ## benchmarks against other tools, with DATA=<folder of CIFAR-10> whole trainings, too
-	@$(MAKE) --no-print-directory bench-startup bench-stalls
-	@$(MAKE) --no-print-directory -j 2 --output-sync $(if $(DATA),bench-pcl bench-loops bench-resnet18 bench-epoch) \
-		bench-growth bench-views bench-decoding bench-knn bench-large_kmeans bench-probe
-	$(BIN)/python benchmarks/table.py
+	@$(MAKE) --no-print-directory -k bench-startup bench-stalls; code=$$?; \
+	$(MAKE) --no-print-directory -k -j 2 --output-sync $(if $(DATA),bench-pcl bench-loops bench-resnet18 bench-epoch) \
+		bench-growth bench-views bench-decoding bench-knn bench-large_kmeans bench-probe || code=$$?; \
+	$(BIN)/python benchmarks/table.py && exit $$code
 
 MEASURE = OMP_NUM_THREADS=1 $(BIN)/python benchmarks
 bench-startup bench-stalls: OPTIONS = --rounds 9
@@ -63,7 +63,8 @@ bench-pcl: .venv/dev  # a training, from which the benchmarks of its k-means and
 	rm -rf $(PCL)
 	$(MEASURE)/kmeans.py --train $(PCL)/features data=folder data.root=$(DATA) epochs=3 protocol=[] tracking=files \
 		hydra.run.dir=$(PCL)/run
-	$(MEASURE)/kmeans.py --features $(PCL)/features/*.npy --k 1000 --rounds 1 --json benchmarks/results/kmeans_1000.json
+	for k in 250 500 1000; do \
+		$(MEASURE)/kmeans.py --features $(PCL)/features/*.npy --k $$k --rounds 1 --json benchmarks/results/kmeans_$$k.json || exit; done
 	$(MEASURE)/linear.py $(PCL)/run --rounds 1 --json benchmarks/results/linear.json
 
 bench-gpu: .venv/dev  ## steps of five methods, views and kNN on a GPU; with DATA=<folder of CIFAR-10> or the download

@@ -17,7 +17,7 @@ from typing import Any
 
 import hydra
 from loops import ours
-from recording import arguments, record
+from recording import arguments, record, run
 
 from twoviews import config
 from twoviews.assembly import load_data, make_parts, make_views
@@ -68,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -137,6 +137,8 @@ def main() -> None:
     parser.add_argument("--features", type=Path, help=".npz of a run, instead of made features")
     parser.add_argument("--json", type=Path, help="write all numbers here, for example below benchmarks/results/")
     options = parser.parse_args()
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that torch can use, and there is none here; use --device cpu.")
     sizes = (options.bank, options.queries, options.dim)
     if options.features:
         sets = {str(options.features): read_features(options.features)}
@@ -151,6 +153,7 @@ def main() -> None:
         f"knn.py --queries {options.queries} --rounds {options.rounds}"
         + (f" --device {options.device}" if options.device.type != "cpu" else ""),
         rows,
+        device=options.device,
         bank=options.bank,
         dim=options.dim,
     )

@@ -30,7 +30,6 @@ from twoviews.clusters.kmeans import _nearest, kmeans
 POINTS, DIM = 1_281_167, 128
 CLUSTERS = 25_000, 50_000, 100_000
 PASSES = {"recipe": 5 * 20 + 1, "default": 10 + 1, "iterations=5": 5 + 1}
-PROPORTIONAL = 0.25  # how far from proportional a pass may be
 SAMPLE = 4_000  # points a pass is measured on, and half as many
 
 
@@ -55,13 +54,13 @@ def extrapolate(k: int, rounds: int) -> dict[str, Any]:
     centroids, x = embeddings(k, k, 1), embeddings(SAMPLE, k, 2)
     pairs = [(pass_seconds(x[: SAMPLE // 2], centroids), pass_seconds(x, centroids)) for _ in range(rounds)]
     grown = statistics.median(whole / half for half, whole in pairs)
-    assert abs(grown / 2 - 1) < PROPORTIONAL, f"twice the points take {grown:.2f} times as long"
     seconds = statistics.median(whole for _, whole in pairs) * POINTS / SAMPLE
     rate = 2 * POINTS * k * DIM / seconds / 1e9
     hours = {name: passes * seconds / 3600 for name, passes in PASSES.items()}
     print(
         f"k = {k:7,}: a pass {seconds / 60:6.1f} min at {rate:.0f} GFLOP/s; an E-step by the recipe "
-        f"{hours['recipe']:.1f} h, ours {hours['default']:.1f} h at most, with iterations=5 {hours['iterations=5']:.1f} h",
+        f"{hours['recipe']:.1f} h, ours up to {hours['default']:.1f} h, with iterations=5 {hours['iterations=5']:.1f} h; twice "
+        f"the points took {grown:.2f} times as long",
         flush=True,
     )
     return {"k": k, "pass_seconds": seconds, "gflop_per_s": rate, "hours": hours, "twice_the_points": grown}

@@ -5,33 +5,55 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import HydraException
+
+from twoviews.errors import BadInput
 
 
-def record(path: Path | None, command: str, rows: list[dict[str, Any]], **facts: Any) -> None:
+def record(
+    path: Path | None, command: str, rows: list[dict[str, Any]], device: torch.device | None = None, **facts: Any
+) -> None:
     """Write them to a JSON file, for example below benchmarks/results/; nothing without a path.
 
     Args:
         path: of the file.
-        command: after OMP_NUM_THREADS=1 python benchmarks/, with <placeholders> for what differs between machines.
+        command: after python benchmarks/, with <placeholders> for what differs between machines.
         rows: the numbers.
+        device: that was measured; None: a CPU.
         facts: what else they depend on.
     """
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    threads = "OMP_NUM_THREADS=1 " if os.environ.get("OMP_NUM_THREADS") == "1" else ""
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)"
     about = {
         "date": date.today().isoformat(),
-        "command": f"OMP_NUM_THREADS=1 python benchmarks/{command}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)",
+        "command": f"{threads}python benchmarks/{command}",
+        "machine": torch.cuda.get_device_name(device) if device and device.type == "cuda" else machine,
         "torch": torch.__version__,
     }
     path.write_text(json.dumps({**about, **facts, "rows": rows}, indent=1) + "\n")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call it; what a user can put right is said in a sentence, with exit code 2."""
+    try:
+        main()
+    except (BadInput, HydraException) as error:
+        raise SystemExit(_refused(error)) from None
+
+
+def _refused(error: Exception) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
 
 
 def arguments(description: str | None, rounds: int, steps: int) -> argparse.Namespace:

@@ -9,6 +9,7 @@ was interrupted keeps its pause on the clock.
 """
 
 import argparse
+import contextlib
 import json
 import resource
 import statistics
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNGS = (50, 80, 85, 90)
 SEEDS = (0, 1, 2)
 IMAGES = {"train": 50_000, "memory": 50_000, "test": 10_000}  # of CIFAR-10
+CLASSES = 10
 JUDGE = {"k": 200, "temperature": 0.1}
 
 
@@ -35,7 +37,7 @@ def train(rung: int, seed: int, overrides: list[str], folder: Path) -> dict[str,
     chosen = [f"experiment=speedrun_cifar10_{rung}", "tracking=files", *overrides]
     command = [sys.executable, str(ROOT / "train.py"), *chosen, f"seed={seed}", f"hydra.run.dir={folder}"]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    if code := subprocess.run(command, check=False).returncode:
+    if code := _ended(subprocess.Popen(command)):
         sys.exit(code)  # it has said why
     wall, after, run = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN), Run.existing(folder)
     if broken := broken_rules(run):
@@ -46,12 +48,19 @@ def train(rung: int, seed: int, overrides: list[str], folder: Path) -> dict[str,
     return {"seed": seed, **result(folder), **run.read("command.json")}
 
 
+def _ended(child: subprocess.Popen) -> int:
+    """The exit code of a training, which a Ctrl-C reaches as well, and which then writes a checkpoint."""
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):
+            return child.wait()
+
+
 def broken_rules(run: Run) -> list[str]:
     """Sentences about what a run does otherwise than the rules that can be read from its folder."""
-    config, images = run.config(), run.read("data.json")["images"]
-    found = []
-    if images != IMAGES:
-        found.append(f"the images are {images}, not CIFAR-10's {IMAGES}")
+    config, data = run.config(), run.read("data.json")
+    images, classes, found = data["images"], len(data["classes"]), []
+    if images != IMAGES or classes != CLASSES:
+        found.append(f"the images are {images} of {classes} classes, not CIFAR-10's {IMAGES} of {CLASSES}")
     if config["method"]["_target_"].endswith(".Supervised"):
         found.append("the method learns from labels")
     judge = {key: config.get("protocol", {}).get("knn", {}).get(key) for key in JUDGE}
@@ -102,6 +111,10 @@ def summary(rung: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -115,6 +128,9 @@ def main() -> None:
     for seed in SEEDS:
         rows.append(train(options.rung, seed, options.overrides, folder / f"seed{seed}"))
         print(f"seed {seed}: kNN {rows[-1]['knn_top1']:.2f} %, {rows[-1]['seconds']:.1f} s", flush=True)
+    codes = {tuple(_text(folder / f"seed{seed}" / name) for name in ("commit.txt", "diff.patch")) for seed in SEEDS}
+    if len(codes) > 1:
+        raise SystemExit(f"error: the trainings in {folder} are of different code; start over with fresh=true.")
     found = summary(options.rung, rows)
     print(
         f"mean {found['knn_mean']:.2f} ± {found['knn_deviation']:.2f} % in {found['seconds_mean']:.1f} ± "

@@ -6,7 +6,8 @@ Logging: `Metrics.log` with three numbers a step, as loop.py calls it, against M
 writes them at once, number by number and as one batch. Checkpoints: `Training.save` of MoCo's whole state with ResNet-18
 (two encoders, queue, momentum buffers: 168 MB), followed by a training step, against torch.save with fsync in the training
 thread. Another thread copies most of the state while that step computes its gradients, and writes it; what counts are the
-seconds in `Training.save` and those for which the step waits for the copy. Before any timing what was written is read back
+seconds in `Training.save` and those for which the step waits for the copy; that the copying thread takes a core and a part
+of the memory's speed from the step is not counted. Before any timing what was written is read back
 and compared. In every round all are run once, in turns; each waits for what the one before left to be written. Ratios are
 of CPU seconds of the training thread, which other programs disturb least, of checkpoints of wall seconds, because waiting
 takes no others. A copy of as many bytes as a checkpoint has, from one place to another, shows what copying costs at least.

@@ -23,12 +23,13 @@ from typing import Any
 import hydra
 import torch
 from loops import ours
-from recording import record
+from recording import record, run
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from twoviews import config
 from twoviews.assembly import Parts, load_data, make_parts, make_views
+from twoviews.run import parameter_count
 
 METHODS = {  # the overrides that its CIFAR-10 recipe needs, beside the shared ones
     "simclr": ["augmentation=simclr"],
@@ -96,6 +97,11 @@ def prepared(method: str, overrides: list[str]) -> tuple[Parts, Any]:
     return make_parts(cfg, data, make_views(cfg, data), runtime, device), cfg
 
 
+def network(parts: Parts) -> str:
+    """Its kind and size."""
+    return f"{type(parts.method.encoder).__name__} of {parameter_count(parts.method.encoder) / 1e6:.1f} million"
+
+
 def profile(steps: Iterator[Any], device: torch.device) -> str:
     """The most expensive operators of one step."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -128,7 +134,13 @@ def main() -> None:
             for _ in range(2):
                 next(steps)
             operations, moved = counted(parts, dtype, lambda steps=steps: next(steps))
-            rows[method] = {"method": method, "batch_size": cfg.batch_size, "flop": operations, "bytes": moved}
+            rows[method] = {
+                "method": method,
+                "batch_size": cfg.batch_size,
+                "backbone": network(parts),
+                "flop": operations,
+                "bytes": moved,
+            }
         product, copy = ceilings(device, dtype)
         print(f"{device}, {dtype}: {product / 1e12:.3g} TFLOP/s in a product, {copy / 1e12:.3g} TB/s in a copy")
         times: dict[str, list[float]] = {method: [] for method in trainings}
@@ -164,10 +176,9 @@ def main() -> None:
     command = " ".join(
         filter(None, ["step.py", *overrides, named, f"--rounds {options.rounds} --steps {options.steps}"])
     )
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    facts = {"device": where, "precision": str(dtype), "product_flop_per_s": product, "copy_bytes_per_s": copy}
-    record(options.json, command, list(rows.values()), **facts)
+    facts = {"precision": str(dtype), "product_flop_per_s": product, "copy_bytes_per_s": copy}
+    record(options.json, command, list(rows.values()), device=device, **facts)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -96,13 +96,14 @@ def loops(rows: Rows, _: str = "") -> Iterator[Line]:
         precision = {"torch.float32": "fp32", "torch.bfloat16": "bf16"}[row["precision"]]
         what = f"whole loop of {row['method']}, {row['backbone'] or 'small network'}, {precision}"
         yield Line(what, peers[row["method"]], row["ratio"], row["goal"])
-        yield Line(what, "the same steps on ready-made views", row["of_ready_made"], 0.95)
+        if not row["backbone"]:  # with more arithmetic the difference is lost in the noise
+            yield Line(what, "the same steps on ready-made views", row["of_ready_made"], 0.95)
 
 
 def step(rows: Rows) -> Iterator[Line]:
     """Training steps on a GPU."""
     for row in rows:
-        what = f"step of {row['method']}, ResNet-18, {row['batch_size']} images, {row['images_per_s']:,.0f} images/s"
+        what = f"step of {row['method']}, {row['backbone']}, {row['batch_size']} images, {row['images_per_s']:,.0f} images/s"
         yield Line(what, "", 100 * row["of_product"], 25, unit="% of the device's product")
 
 
@@ -124,7 +125,7 @@ def kmeans(rows: Rows, k: str = "") -> Iterator[Line]:
         speed = min(statistics.median(row["speed"] for row in epoch) for epoch in epochs)
         worst = max(statistics.median(row["inertia"] for row in epoch) for epoch in epochs)
         held = f"{100 * (worst - 1):+.1f} % inertia at worst, {100 * (inertia - 1):.1f} % allowed"
-        what = f"k-means of an E-step, k = {k}, {setting}, slowest epoch ({held})"
+        what = f"k-means of an E-step, k = {k}, {setting}, slowest of {len(epochs)} epochs ({held})"
         yield Line(what, "PCL's recipe, faiss", speed, target, equal=worst <= inertia)
 
 
@@ -203,7 +204,8 @@ def table(found: list[tuple[dict[str, Any], Line]]) -> str:
         cells = (line.what, line.against, ratio, target, "reached" if line.reached else "**missed**", facts["date"])
         lines.append(f"| {' | '.join(cells)} | `{command}` |")
     machines = "; ".join(sorted({facts["machine"] for facts, _ in found}))
-    return f"{machines}; ratios of CPU seconds within rounds, medians.\n\n" + "\n".join(lines) + "\n"
+    seconds = "ratios of CPU seconds within rounds (on a GPU and of checkpoints of wall seconds), medians"
+    return f"{machines}; {seconds}.\n\n" + "\n".join(lines) + "\n"
 
 
 def growth() -> str:
@@ -233,7 +235,7 @@ def large_kmeans() -> str:
     if not path.exists():
         return ""
     facts = json.loads(path.read_text())
-    lines = ["| clusters | a pass | E-step of the recipe | ours, at most | `iterations=5` |", "|---|---|---|---|---|"]
+    lines = ["| clusters | a pass | recipe, 101 passes | ours, up to 11 | `iterations=5`, 6 |", "|---|---|---|---|---|"]
     for row in facts["rows"]:
         hours = [f"{row['hours'][name]:.2g} h" for name in ("recipe", "default", "iterations=5")]
         lines.append(f"| {row['k']:,} | {row['pass_seconds'] / 60:.1f} min | {' | '.join(hours)} |")
@@ -295,7 +297,8 @@ def draw(path: Path, found: list[Line]) -> None:
     _bars(upper, faster, "times as fast as …: more is better")
     upper.set_xscale("log")
     upper.set_xlim(
-        min(1, *(0.9 * line.ratio for line in faster)), 1.5 * max(max(line.ratio, line.target) for line in faster)
+        min([1, *(0.9 * line.ratio for line in faster)]),
+        1.5 * max([1, *(max(line.ratio, line.target) for line in faster)]),
     )
     upper.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
     upper.minorticks_off()

@@ -26,12 +26,14 @@ protocol: {knn: {k: 200, temperature: 0.1}}
 """
 
 
-def run(folder: Path, config: str = CONFIG, state: str = "finished", train: int = 50_000) -> speedrun.Run:
+def run(
+    folder: Path, config: str = CONFIG, state: str = "finished", train: int = 50_000, classes: int = 10
+) -> speedrun.Run:
     one = speedrun.Run(folder)
     (folder / "config.yaml").write_text(config)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
     one.write("result.json", {"state": state})
-    one.write("data.json", {"images": {"train": train, "memory": 50_000, "test": 10_000}})
+    one.write("data.json", {"images": {"train": train, "memory": 50_000, "test": 10_000}, "classes": [""] * classes})
     return one
 
 
@@ -44,6 +46,7 @@ def test_rules(tmp_path: Path) -> None:
     assert speedrun.broken_rules(run(tmp_path / "fair")) == []
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"train": 60_000}, "the images are"),
+        ({"classes": 100}, "of 100 classes"),
         ({"state": "interrupted"}, "has not finished"),
         ({"config": CONFIG.replace("moco.MoCo", "supervised.Supervised")}, "learns from labels"),
         ({"config": CONFIG.replace("200", "20")}, "kNN is measured with"),
