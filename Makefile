@@ -44,8 +44,8 @@ bench: .venv/dev  ## benchmarks against other tools, with DATA=<folder of CIFAR-
 
 MEASURE = OMP_NUM_THREADS=1 $(BIN)/python benchmarks
 bench-startup bench-stalls: OPTIONS = --rounds 9
-bench-epoch: OPTIONS = data.root=$(DATA) --rounds 4
-bench-loops: OPTIONS = data.root=$(DATA) --rounds 5
+bench-epoch: OPTIONS = data.root=$(DATA) --rounds 3
+bench-loops: OPTIONS = data.root=$(DATA) --rounds 3
 bench-growth: OPTIONS = --rounds 3
 bench-knn: OPTIONS = --queries 2000
 bench-large_kmeans: OPTIONS = --rounds 1
@@ -55,14 +55,14 @@ bench-%: .venv/dev
 	$(MEASURE)/$*.py $(OPTIONS) --json benchmarks/results/$*.json
 
 bench-resnet18: .venv/dev
-	$(MEASURE)/loops.py data.root=$(DATA) backbone=resnet18_cifar batch_size=16 --rounds 3 --steps 3 \
+	$(MEASURE)/loops.py data.root=$(DATA) backbone=resnet18_cifar batch_size=16 --rounds 2 --steps 3 \
 		--json benchmarks/results/loops_resnet18.json
 
 PCL = outputs/bench-pcl
 bench-pcl: .venv/dev  # a training, from which the benchmarks of its k-means and of the linear probe take features and run
 	rm -rf $(PCL)
 	$(MEASURE)/kmeans.py --train $(PCL)/features data=folder data.root=$(DATA) epochs=3 protocol=[] tracking=files \
-		hydra.run.dir=$(PCL)/run
+		augmentation.views.both.size=0.5 hydra.run.dir=$(PCL)/run
 	for k in 250 500 1000; do \
 		$(MEASURE)/kmeans.py --features $(PCL)/features/*.npy --k $$k --rounds 1 --json benchmarks/results/kmeans_$$k.json || exit; done
 	$(MEASURE)/linear.py $(PCL)/run --rounds 1 --json benchmarks/results/linear.json
