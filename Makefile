@@ -55,7 +55,7 @@ bench-%: .venv/dev
 	$(MEASURE)/$*.py $(OPTIONS) --json benchmarks/results/$*.json
 
 bench-resnet18: .venv/dev
-	$(MEASURE)/loops.py data.root=$(DATA) backbone=resnet18_cifar batch_size=16 --rounds 2 --steps 3 \
+	$(MEASURE)/loops.py data.root=$(DATA) backbone=resnet18_cifar batch_size=16 --rounds 9 --steps 1 \
 		--json benchmarks/results/loops_resnet18.json
 
 PCL = outputs/bench-pcl
