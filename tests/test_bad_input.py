@@ -60,6 +60,8 @@ COMMANDS = [
     (["+augmentation.size=24"], ["size"]),
     (["~method.temperature"], ["method.temperature", "missing"]),
     (["optimizer.lr=inf"], ["optimizer.lr=inf"]),
+    (["simclr"], ["write augmentation=simclr or method=simclr"]),
+    (["simclr", "-m"], ["write augmentation=simclr or method=simclr"]),
     (["experiment=laptop", "optimizer.lrr=1"], ["optimizer.lr", "lrr"]),
     (["schedule.warmup_epochs=100"], ["warmup_epochs=100", "60"]),
     (["data=folder", "data.root=2024"], ["data.root=2024"]),

@@ -26,6 +26,8 @@ def diagnose(name: str, arguments: list[str], error: Exception) -> str:
         try:
             overrides += OverridesParser.create().parse_overrides([argument])
         except HydraException:
+            if meant := " or ".join(f"{group}={argument}" for group in groups() if argument in options(group)):
+                return f"'{argument}' is no key=value; write {meant}."
             return f"'{argument}' cannot be read as key=value; quote values with spaces or special characters: 'key=\"value\"'."
     choices = []
     for override in overrides:
