@@ -18,7 +18,6 @@ import io
 import itertools
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from recording import record
+from recording import record, seconds
 from torch.utils.data import DataLoader
 from views import JITTER, MEAN, STD
 
@@ -92,13 +91,6 @@ def imagefolder(root: Path) -> Iterator[Any]:
     pictures = ImageFolder(str(root / "train"), lambda picture: (one(picture), one(picture)))
     loader = DataLoader(pictures, batch_size=BATCH, shuffle=True, drop_last=True)
     return endless(lambda: iter(loader))
-
-
-def seconds(function: Callable[[], object]) -> float:
-    """CPU time of one call."""
-    start = time.process_time()
-    function()
-    return time.process_time() - start
 
 
 def silent(function: Callable[[], Any]) -> Any:

@@ -10,26 +10,16 @@ the steps alone of as many epochs as lie between two measurements, which is what
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import hydra
 from loops import ours
-from recording import arguments, record, run
+from recording import arguments, record, run, seconds
 
 from twoviews import config
 from twoviews.assembly import load_data, make_parts, make_views
 
 GOALS = {"e_step": 0.15, "monitor": 0.05}
-
-
-def seconds(function: Callable[[], Any]) -> float:
-    """CPU time that it takes."""
-    start = time.process_time()
-    function()
-    return time.process_time() - start
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recording import record
+from recording import record, seconds
 from torch import Tensor
 from torch.nn import functional as nnf
 
@@ -44,9 +44,7 @@ def embeddings(count: int, groups: int, seed: int) -> Tensor:
 def pass_seconds(x: Tensor, centroids: Tensor) -> float:
     """CPU seconds to find the nearest centroid of each point."""
     nearest = _nearest(torch.device("cpu"))
-    start = time.process_time()
-    nearest(x, centroids)
-    return time.process_time() - start
+    return seconds(lambda: nearest(x, centroids))
 
 
 def extrapolate(k: int, rounds: int) -> dict[str, Any]:
@@ -54,16 +52,16 @@ def extrapolate(k: int, rounds: int) -> dict[str, Any]:
     centroids, x = embeddings(k, k, 1), embeddings(SAMPLE, k, 2)
     pairs = [(pass_seconds(x[: SAMPLE // 2], centroids), pass_seconds(x, centroids)) for _ in range(rounds)]
     grown = statistics.median(whole / half for half, whole in pairs)
-    seconds = statistics.median(whole for _, whole in pairs) * POINTS / SAMPLE
-    rate = 2 * POINTS * k * DIM / seconds / 1e9
-    hours = {name: passes * seconds / 3600 for name, passes in PASSES.items()}
+    taken = statistics.median(whole for _, whole in pairs) * POINTS / SAMPLE
+    rate = 2 * POINTS * k * DIM / taken / 1e9
+    hours = {name: passes * taken / 3600 for name, passes in PASSES.items()}
     print(
-        f"k = {k:7,}: a pass {seconds / 60:6.1f} min at {rate:.0f} GFLOP/s; an E-step by the recipe "
+        f"k = {k:7,}: a pass {taken / 60:6.1f} min at {rate:.0f} GFLOP/s; an E-step by the recipe "
         f"{hours['recipe']:.1f} h, ours up to {hours['default']:.1f} h, with iterations=5 {hours['iterations=5']:.1f} h; twice "
         f"the points took {grown:.2f} times as long",
         flush=True,
     )
-    return {"k": k, "pass_seconds": seconds, "gflop_per_s": rate, "hours": hours, "twice_the_points": grown}
+    return {"k": k, "pass_seconds": taken, "gflop_per_s": rate, "hours": hours, "twice_the_points": grown}
 
 
 def whole(rounds: int) -> dict[str, Any]:

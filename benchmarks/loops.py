@@ -1,7 +1,7 @@
 """Whole training loops: ours against lightly's MoCo example and the SimSiam loop that is usually copied.
 
     OMP_NUM_THREADS=1 python benchmarks/loops.py data.root=<cifar10> --rounds 5 --json benchmarks/results/loops.json
-    OMP_NUM_THREADS=1 python benchmarks/loops.py data.root=<cifar10> --rounds 3 --steps 4 backbone=resnet18_cifar batch_size=16
+    OMP_NUM_THREADS=1 python benchmarks/loops.py data.root=<cifar10> --rounds 9 --steps 1 backbone=resnet18_cifar batch_size=16
 
 Same backbone, images, batch, optimizer and losses on both sides. The peers' loops are written as their examples are: PIL
 images through torchvision's transforms in a DataLoader without workers, one forward pass a view, an optimizer step, and

@@ -208,12 +208,16 @@ def table(found: list[tuple[dict[str, Any], Line]]) -> str:
     return f"{machines}; {seconds}.\n\n" + "\n".join(lines) + "\n"
 
 
+def recorded(name: str) -> dict[str, Any]:
+    """What a benchmark has written; empty before it was run."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def growth() -> str:
     """Markdown of benchmarks/growth.py; empty before it was run."""
-    path = RESULTS / "growth.json"
-    if not path.exists():
+    if not (facts := recorded("growth")):
         return ""
-    facts = json.loads(path.read_text())
     lines = ["| what grows | from - to | time grows as | memory grows as | because |", "|---|---|---|---|---|"]
     for row in facts["rows"]:
         times, memory = (f"{row[key][0]:.3g} - {row[key][-1]:.3g}" for key in ("cpu_seconds", "megabytes"))
@@ -231,10 +235,8 @@ def growth() -> str:
 
 def large_kmeans() -> str:
     """Markdown of benchmarks/large_kmeans.py; empty before it was run."""
-    path = RESULTS / "large_kmeans.json"
-    if not path.exists():
+    if not (facts := recorded("large_kmeans")):
         return ""
-    facts = json.loads(path.read_text())
     lines = ["| clusters | a pass | recipe, 101 passes | ours, up to 11 | `iterations=5`, 6 |", "|---|---|---|---|---|"]
     for row in facts["rows"]:
         hours = [f"{row['hours'][name]:.2g} h" for name in ("recipe", "default", "iterations=5")]

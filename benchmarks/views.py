@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from recording import record
+from recording import record, seconds
 from torch import Tensor
 
 from twoviews.data import views
@@ -129,13 +129,6 @@ def kornia(images: Tensor, recipe: dict[str, Any]) -> dict[str, Callable[[], obj
         transforms.Normalize(*(torch.tensor(values, device=images.device) for values in (MEAN, STD))),
     )
     return {"kornia": lambda: [pipeline(images.float() / 255) for _ in range(2)]}
-
-
-def seconds(function: Callable[[], object]) -> float:
-    """CPU time of one call."""
-    start = time.process_time()
-    function()
-    return time.process_time() - start
 
 
 def compare(name: str, count: int, rounds: int) -> list[dict[str, Any]]:

@@ -15,6 +15,20 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for train.py and evaluate.py
 sys.path.insert(0, str(ROOT / "tests" / "sweeps"))  # for fake.py
 
+# A view with every operation.
+STRONG = {
+    "scale": [0.08, 1],
+    "flip": 0.5,
+    "jitter": 0.8,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.4,
+    "hue": 0.1,
+    "grayscale": 0.2,
+    "blur": 0.5,
+    "solarize": 0.2,
+}
+
 # Only where tests/slurm/cluster was started for them, never on any other cluster.
 SLURM_IS_THERE = "TWOVIEWS_CLUSTER" in os.environ
 collect_ignore_glob = [] if SLURM_IS_THERE else ["slurm/test_*.py"]

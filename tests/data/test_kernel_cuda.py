@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import STRONG
 from torch import Tensor
 
 from twoviews import compiled
@@ -21,18 +22,6 @@ from twoviews.data import views as module
 from twoviews.data.views import Views, eval_view
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
-STRONG = {
-    "scale": [0.08, 1],
-    "flip": 0.5,
-    "jitter": 0.8,
-    "brightness": 0.4,
-    "contrast": 0.4,
-    "saturation": 0.4,
-    "hue": 0.1,
-    "grayscale": 0.2,
-    "blur": 0.5,
-    "solarize": 0.2,
-}
 GREY = {key: STRONG[key] for key in ("scale", "flip", "jitter", "brightness", "contrast", "blur", "solarize")}
 SOURCE = kernel_cuda.SOURCE.read_text()
 BARRIERS = [match.span() for match in re.finditer(r"__syncthreads\(\);", SOURCE)]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import STRONG
 from torch import Tensor
 
 from twoviews import compiled
@@ -17,18 +18,6 @@ from twoviews.errors import BadInput
 
 FAMILIES = sorted((Path(__file__).parents[2] / "conf" / "augmentation").glob("*.yaml"))
 MEAN, STD = (0.49, 0.48, 0.45), (0.2, 0.21, 0.22)
-STRONG = {
-    "scale": [0.08, 1],
-    "flip": 0.5,
-    "jitter": 0.8,
-    "brightness": 0.4,
-    "contrast": 0.4,
-    "saturation": 0.4,
-    "hue": 0.1,
-    "grayscale": 0.2,
-    "blur": 0.5,
-    "solarize": 0.2,
-}
 
 
 @pytest.fixture(autouse=True, params=["compiled", "tensors"])
