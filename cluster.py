@@ -17,11 +17,12 @@ def main(cfg, folder: Path) -> int:
     from twoviews.clusters.sheet import draw_clusters
     from twoviews.clusters.subject import Subject
     from twoviews.console import Console
+    from twoviews.evaluation.names import by_name
     from twoviews.randomness import seed_of
     from twoviews.run import Run
     from twoviews.tracking import afterwards, page
 
-    console, run = Console(), Run.existing(cfg.run)
+    console, run = Console(), Run.existing(by_name(cfg.run) or cfg.run)
     afterwards.check(run.folder)
     recorded = OmegaConf.create(run.config())
     dotted = OmegaConf.from_dotlist([one for one in HydraConfig.get().overrides.task if one.startswith("runtime.")])
@@ -48,10 +49,10 @@ def main(cfg, folder: Path) -> int:
     subject.record({"seed": cfg.seed, "temperature": cfg.temperature}, values)
     afterwards.add(run.folder, {f"{subject.name}/k{k}/{key}": v for k, one in values.items() for key, v in one.items()})
     afterwards.deliver(run.folder, recorded.tracking.mirror, console.say)
-    rows["MLflow"] = page(run.folder)
     console.table(
         f"{run.folder.name}: {len(x):,} images of {data.name} (nmi, ari, accuracy and purity in percent)", rows
     )
+    console.say(f"MLflow: {page(run.folder)}")
     console.say(f"written to {run.folder}: {subject.name}.json, and _<k>.npz and _<k>.png for each k")
     return 0
 

@@ -16,7 +16,8 @@ def main(cfg, folder: Path) -> int:
     from twoviews.console import Console
     from twoviews.evaluation.comparison import compare
     from twoviews.evaluation.evaluation import evaluate
-    from twoviews.evaluation.source import named, open_source
+    from twoviews.evaluation.names import named
+    from twoviews.evaluation.source import open_source
 
     console, asked, evaluations = Console(), HydraConfig.get().overrides.task, {}
     data = cache(lambda: load_data(cfg)) if "data" in cfg else None

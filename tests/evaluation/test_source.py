@@ -20,7 +20,7 @@ from twoviews.backbones import ResNet, Timm
 from twoviews.config import build, digest
 from twoviews.data.sources import digits
 from twoviews.errors import BadInput
-from twoviews.evaluation import source
+from twoviews.evaluation import names
 from twoviews.evaluation.source import open_source, tensors
 from twoviews.run import Run
 from twoviews.tracking import run_id, send
@@ -328,7 +328,7 @@ def test_latest_is_the_run_begun_last(trained: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow  # MLflow makes its tables
 def test_mlflows_id(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source.stores, "checkout", lambda: tmp_path)  # or mlflow.db would be that of the checkout
+    monkeypatch.setattr(names.stores, "checkout", lambda: tmp_path)  # or mlflow.db would be that of the checkout
     away = shutil.copytree(trained, tmp_path / "away" / "run")
     with pytest.raises(BadInput, match="has this id, and MLflow knows none"):
         open_source("0" * 32)

@@ -1,9 +1,8 @@
 """What `run=` may be: a run, a file of weights, or a network of torchvision or timm; each an encoder and how to feed it."""
 
-import contextlib
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ from twoviews.backbones import Encoder, Timm
 from twoviews.config import build, flat
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput, nearest
+from twoviews.evaluation.names import by_name
 from twoviews.randomness import seed_of
 from twoviews.run import Run, load_encoder
-from twoviews.tracking import stores
-from twoviews.tracking.state import State
 
 RESNETS = {
     "resnet18": ("basic", [2, 2, 2, 2]),
@@ -33,8 +31,6 @@ FIRST_BLOCK = "layer1.0.conv1.weight"  # the parameter that a ResNet is found by
 FOLLOWERS = re.compile(
     r"encoder_k|key_encoder|momentum|target|teacher|ema|slow"
 )  # networks that learn nothing themselves
-RUN_FOLDERS = ("outputs", "multirun")
-RUN_ID = re.compile(r"[0-9a-f]{32}")  # MLflow's
 
 Statistics = tuple[float, ...]
 
@@ -67,16 +63,6 @@ class Source:
         return replace(data, size=self.image_size, mean=self.mean, std=self.std)
 
 
-def named(run: str | Sequence[str]) -> list[str]:
-    """Each of several, and for a folder that is no run but holds some, such as that of a sweep, these."""
-    found = []
-    for one in [run] if isinstance(run, str) else run:
-        folder = Path(one).expanduser()
-        within = [] if (folder / "config.yaml").exists() else sorted(folder.glob("*/config.yaml"))
-        found += [str(config.parent) for config in within] or [one]
-    return found
-
-
 def open_source(run: str, data: Callable[[], ImageData] | None = None) -> Source:
     """The encoder that `run=` names.
 
@@ -99,15 +85,13 @@ def open_source(run: str, data: Callable[[], ImageData] | None = None) -> Source
     path = Path(run).expanduser()
     if path.is_file():
         return _file(path, data)
-    if run == "latest":
-        path = _latest()
+    if (place := by_name(run)) is not None:
+        path = place
     elif not path.exists():
-        if RUN_ID.fullmatch(run):
-            path = _of_mlflow(run)
-        elif path.suffix in WEIGHTS:
+        if path.suffix in WEIGHTS:
             there = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
             raise BadInput(f"run={run}: there is no such file.{nearest(path.name, there)}")
-        elif close := nearest(library, ("torchvision", "timm")) if colon else "":
+        if close := nearest(library, ("torchvision", "timm")) if colon else "":
             raise BadInput(f"run={run}: networks come from torchvision: or timm:.{close}")
     opened = Run.existing(path)
     return Source(
@@ -330,60 +314,6 @@ def _absent(run: str, path: Path, origin: str) -> BadInput:
         f"run={run}:pretrained takes weights that lie on this machine, and there are none: put {origin} at {path}, or "
         f"leave :pretrained away for random ones."
     )
-
-
-# ------------------------------------------------------------------------------------------------------- runs by name
-
-
-def _runs() -> list[Path]:
-    """All run folders below outputs/ and multirun/, the newest first."""
-    found = [
-        config for name in RUN_FOLDERS for config in Path(name).rglob("config.yaml") if config.parent.name[0] != "."
-    ]
-    return [config.parent for config in sorted(found, key=lambda config: config.stat().st_mtime, reverse=True)]
-
-
-def _latest() -> Path:
-    """The run that was begun last."""
-    runs = _runs()
-    if not runs:
-        raise BadInput(f"run=latest: there is no run below {Path.cwd()}/outputs or multirun; give a run's folder.")
-    return runs[0]
-
-
-def _of_mlflow(run_id: str) -> Path:
-    """The folder of the run that has this id in MLflow: what run folders here say of themselves, else what MLflow says."""
-    uris = {stores.resolved(None)}
-    for folder in _runs():
-        with contextlib.suppress(BadInput, ValueError):  # a folder that cannot be read must not hide the others
-            state = State.load(folder)
-            if run_id in (state.run_id, Run(folder).read("result.json").get("mlflow_run_id")):
-                return folder
-            uris.add(stores.resolved(state.uri))
-    recorded = next((folder for uri in sorted(uris) if (folder := _told(uri, run_id))), None)
-    if recorded is None:
-        raise BadInput(
-            f"run={run_id}: no run below {Path.cwd()}/outputs or multirun has this id, and MLflow knows none; give its folder."
-        )
-    if not (recorded / "config.yaml").exists():
-        raise BadInput(
-            f"run={run_id} was trained into {recorded}, which is not on this machine; give the folder it is in now."
-        )
-    return recorded
-
-
-def _told(uri: str, run_id: str) -> Path | None:
-    """The folder that a store of MLflow has for a run; None when it has none or does not answer."""
-    if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():
-        return None  # opening it would make it
-    stores.prepare_environment()
-    from mlflow import MlflowClient
-
-    try:
-        folder = MlflowClient(uri).get_run(run_id).data.tags.get("folder")
-    except Exception:  # of many kinds: whatever is wrong with a store, another may know the run
-        return None
-    return Path(folder) if folder else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- shared
