@@ -29,6 +29,12 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def evaluation(run: Path, protocols: str) -> Path:
+    """The folder of the only evaluation of a run by these protocols."""
+    (found,) = (run / "evaluation").glob(f"{protocols}-????????")
+    return found
+
+
 def test_numbers_tables_and_pictures_beside_the_run(runs: Path, command) -> None:
     run = runs / "0"
     done = command("evaluate", f"run={run}", "protocol=[knn_small,linear,health]")
@@ -39,11 +45,13 @@ def test_numbers_tables_and_pictures_beside_the_run(runs: Path, command) -> None
     low, high = found["intervals"]["knn/top1"]
     assert low < found["knn/top1"] < high
     assert found["protocol"]["knn"]["k"] == 20 and found["data"]["test"] == 360
-    files = {path.name for path in (run / "evaluation").iterdir()}
+    folder = evaluation(run, "knn+linear+health")
+    assert json.loads((folder / "evaluation.json").read_text()) == found
+    files = {path.name for path in folder.iterdir()}
     for name in ("knn", "linear"):
         assert files >= {f"{name}_confusion.png", f"{name}_classes.png", f"{name}_classes.csv"}
     assert "knn_curve.png" in files
-    rows = table(run / "evaluation" / "knn_classes.csv")
+    rows = table(folder / "knn_classes.csv")
     hits = sum(int(row["images"]) * float(row["accuracy"]) for row in rows) / 360
     assert hits == pytest.approx(found["knn/top1"])
     assert list(read(run))[-1]["evaluation/knn/top1"] == found["knn/top1"]
@@ -67,7 +75,7 @@ def test_classes_of_own_pictures(runs: Path, command) -> None:
     Path("photos/broken.png").write_bytes(b"no picture")
     done = command("evaluate", f"run={runs / '0'}", "protocol=predict", "images=photos")
     assert done.code == 0, done.err
-    rows = table(runs / "0" / "evaluation" / "predictions.csv")
+    rows = table(evaluation(runs / "0", "predict") / "predictions.csv")
     assert len(rows) == 4 and [bool(row["broken"]) for row in rows] == [False, False, False, True]
     assert all(row["class"] in "0123456789" for row in rows)
     refused(command("evaluate", f"run={runs / '0'}", "protocol=predict", "images=photo"), "photos")
@@ -98,7 +106,8 @@ def test_the_projection_is_judged_beside_the_features(runs: Path, command) -> No
     before = (run / "evaluation.json").read_bytes()
     done = command("evaluate", f"run={run}", "protocol=[knn_small,embed,map]", "feature=projection")
     assert done.code == 0, done.err
-    of_features, of_projection = (run / "evaluation" / name for name in ("", "projection"))
+    of_features = evaluation(run, "knn+embed+map")
+    of_projection = run / "evaluation" / "projection" / of_features.name
     x, z = (np.load(folder / "embeddings.npz")["features"] for folder in (of_features, of_projection))
     layer = load_checkpoint(run / "last.pt")["method"]  # MoCo's projector is one linear layer
     weight, bias = (layer[f"projector.0.{name}"].numpy() for name in ("weight", "bias"))
@@ -109,3 +118,15 @@ def test_the_projection_is_judged_beside_the_features(runs: Path, command) -> No
     assert list(read(run))[-1]["evaluation/projection/knn/top1"] == found["knn/top1"]
     for folder in (of_features, of_projection):
         assert Image.open(folder / "map.png").size[0] > 500
+
+
+def test_an_evaluation_with_other_settings_leaves_the_earlier_one(runs: Path, command) -> None:
+    run, found = runs / "0", {}
+    for k in (1, 30, 1, 20_000):
+        done = command("evaluate", f"run={run}", "protocol=knn", f"protocol.knn.k={k}")
+        assert done.code == 0, done.err
+        assert ("more than the 1,437 images of the bank" in done.out) == (k == 20_000)
+        found[k] = json.loads((run / "evaluation.json").read_text())
+    kept = [json.loads(path.read_text()) for path in (run / "evaluation").glob("knn-????????/evaluation.json")]
+    by_k = {one["protocol"]["knn"]["k"]: one for one in kept}
+    assert {k: by_k[k] for k in found} == found and len(by_k) == len(kept)

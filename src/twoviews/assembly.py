@@ -45,7 +45,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     schedule: Any
     protocols: dict[str, Any]
-    notes: list[str]  # what the method says about its fit to the data
+    notes: list[str]  # what the method and the protocols say about their fit to the data
 
     def judge(self, encoder: Encoder) -> Judged:
         """An encoder with the labelled images of the data."""
@@ -135,6 +135,7 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
         sync_batch_norms(method, device)
     method.to(device, memory_format=torch.channels_last if runtime.channels_last else torch.contiguous_format)
     protocols = {name: build(node) for name, node in (cfg.get("protocol") or {}).items()}
+    protocols = {name: one for name, one in protocols.items() if data.test or not one.needs_labels}
     optimizer = build(cfg.optimizer, batch_size=cfg.batch_size, _partial_=True)(method.param_groups())
     return Parts(
         runtime=runtime,
@@ -145,8 +146,8 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
         loader=loader,
         optimizer=optimizer,
         schedule=build(cfg.schedule),
-        protocols={name: one for name, one in protocols.items() if data.test or not one.needs_labels},
-        notes=notes,
+        protocols=protocols,
+        notes=[*notes, *(note for one in protocols.values() for note in one.notes(data))],
     )
 
 
@@ -238,11 +239,11 @@ def show_result(folder: Path, result: dict[str, Any], console: Console) -> None:
             if f"memory/{where}_mb" in result
         )
         or "-",
-        "MLflow": page(folder),
     }
-    console.table(f"{folder.name}: {result['state']} after {result['epoch']:g} epochs", rows)
+    console.table(f"{folder.name}: {result['state']} after {result['epoch']:.4g} epochs", rows)
+    console.say(f"MLflow: {page(folder)}")  # not in the table, which would break a command that is to be copied
     floor = max(result.get(f"baseline/{name}_knn_top1", 0) for name in ("untrained", "pixels"))
     if result.get("knn/top1", 100) <= floor:
         console.say(
-            f"advice: kNN does not beat its baselines ({floor:.1f} %): nothing was learnt; train longer or change optimizer.lr."
+            f"advice: kNN does not beat its baselines ({floor:.1f} %); train longer (epochs=) or change optimizer.lr."
         )

@@ -136,6 +136,7 @@ def entry(
             codes.clear()
             begun.clear()
             try:
+                _known_options(sys.argv[1:])
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
             except BadInput as error:
                 codes.append(_bad_input(str(error)))
@@ -171,6 +172,18 @@ def _leave_out(arguments: list[str]) -> None:
         Hydra.get_mode = lambda *_, **__: None
     if "--hydra-help" not in arguments:
         Hydra.format_config_groups = lambda *_, **__: ""
+
+
+def _known_options(arguments: list[str]) -> None:
+    """Refuse what looks like an option and is none of Hydra's, for which argparse has a page and no remedy."""
+    from hydra._internal.utils import get_args_parser
+
+    options = [option for action in get_args_parser()._actions for option in action.option_strings]
+    for word in arguments:
+        name = word.partition("=")[0]
+        if word.startswith("-") and not any(option.startswith(name) for option in options):
+            key = name.lstrip("-").replace("-", "_")
+            raise BadInput(f"there is no option {name}; values have no dashes, {key}=..., and --help lists them.")
 
 
 def _sentence(name: str, arguments: list[str], error: Exception) -> str:
@@ -331,7 +344,8 @@ def _check_keys(prefix: str, given: Mapping, parameters: Mapping[str, Parameter]
         if key not in known:
             raise BadInput(unknown_key(prefix, str(key), known))
         if value == "???":
-            raise BadInput(f"{prefix}{key} is not set; give it a value: {prefix}{key}=...")
+            example = {"run": "latest, or run=<the folder of a run>", "clusters": "[10,50]"}.get(str(key), "...")
+            raise BadInput(f"{prefix}{key} is not set; give it a value: {prefix}{key}={example}")
         if key in parameters and isinstance(value, Mapping) and "_target_" in value:
             _check_node(f"{prefix}{key}", value)
         if key in parameters and (wrong := complaint(value, parameters[key].annotation)):

@@ -1,5 +1,6 @@
 """What a person watching a run sees: sentences, a live line while it trains, and a table at the end."""
 
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from rich.table import Table
 
 PLAIN_SECONDS = 10.0  # between two progress lines where the output is not a terminal
 ROWS = 40  # of a table that are shown
+FILE_WIDTH = 200  # characters of a line where the output is not a terminal, which says how many it has
 
 
 class Console:
@@ -22,6 +24,8 @@ class Console:
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
         self._rich = RichConsole(highlight=False, soft_wrap=True)
+        if not self._rich.is_terminal and "COLUMNS" not in os.environ:
+            self._rich.width = FILE_WIDTH
         self._live: Progress | None = None
         self._last_line = 0.0
 
@@ -81,7 +85,7 @@ class Console:
             title=title + (f" (the first {ROWS} of {count:,})" if (count := count or len(rows)) > ROWS else "")
         )
         for name in rows[0]:
-            table.add_column(name, overflow="fold")
+            table.add_column(name, overflow="fold", min_width=len(name))
         for row in rows[:ROWS]:
             table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
         self._rich.print(table)

@@ -20,7 +20,7 @@ from twoviews.backbones import Encoder
 from twoviews.code import code_state
 from twoviews.config import build, flat
 from twoviews.data import views
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, nearest
 from twoviews.tracking.state import replace
 
 
@@ -47,9 +47,11 @@ class Run:
             runs = sorted(
                 (config.parent for config in path.parent.glob("*/config.yaml")), key=lambda run: run.stat().st_mtime
             )
-            hint = f"; the latest beside it is {runs[-1]}" if runs else ""
+            close = nearest(path.name, [run.name for run in runs])
+            hint = f"; the latest beside it is {runs[-1]}" if runs and not close else ""
             raise BadInput(
                 f"{path} holds no run (no config.yaml); give the folder that a run's last line names, run=<folder>{hint}."
+                f"{close}"
             )
         return cls(path)
 

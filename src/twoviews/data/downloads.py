@@ -101,7 +101,7 @@ def _download(known, archive: Path) -> None:
     except (OSError, RuntimeError, HTTPException) as error:
         raise BadInput(
             f"{known.filename} could not be downloaded ({getattr(error, 'reason', error)}): put the file from "
-            f"{known.url} (md5 {known.tgz_md5}) at {archive}, or try things at once with data=digits."
+            f"{known.url} (md5 {known.tgz_md5}) at {archive}; `train.py data=digits` needs no download."
         ) from None
     finally:
         socket.setdefaulttimeout(before)

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from twoviews.assembly import load_data
-from twoviews.config import build, flat
+from twoviews.config import build, digest, flat
 from twoviews.console import Console
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
@@ -52,7 +52,9 @@ def protocols(cfg: DictConfig, asked: Sequence[str], recorded: Mapping[str, Any]
 def evaluate(
     source: Source, given: Callable[[], ImageData] | None, cfg: DictConfig, asked: Sequence[str], console: Console
 ) -> Evaluation:
-    """Measure, show and write down; evaluation.json and the folder "evaluation" beside the run hold everything.
+    """Measure, show and write down; each choice of protocols, settings and images has a folder in "evaluation" of the run.
+
+    evaluation.json beside the run is that of the newest evaluation of its features.
 
     Args:
         source: the encoder.
@@ -81,14 +83,17 @@ def evaluate(
             )
         encoder, prefix = projected(encoder, Run(source.folder)), "projection/"
     nodes = protocols(cfg, asked, source.config)
-    folder = source.folder / FOLDER / prefix
-    file = (folder if prefix else source.folder) / "evaluation.json"
+    judges = {str(name): build(node) for name, node in nodes.items()}
+    for note in [note for judge in judges.values() for note in judge.notes(data)]:
+        console.say(note)
+    plain, about = OmegaConf.to_container(nodes, resolve=True), _about(data)
+    folder = source.folder / FOLDER / prefix / f"{'+'.join(judges)}-{digest({'protocol': plain, 'data': about})}"
     folder.mkdir(parents=True, exist_ok=True)
     judged = Judged(encoder.to(device), data, device, runtime.dtype(device), runtime.channels_last, folder=folder)
     values, intervals, shown, rows = {}, {}, [], {}
-    for name, node in nodes.items():
-        verdict = build(node)(judged)
-        found, between = _written(str(name), verdict, judged, source.name)
+    for name, judge in judges.items():
+        verdict = judge(judged)
+        found, between = _written(name, verdict, judged, source.name)
         for table, lines in verdict.tables.items():
             console.rows(f"{name}: {table}", lines)
         values.update(found)
@@ -100,18 +105,18 @@ def evaluate(
     if source.config is not None:
         draw_knn_curve(folder / "knn_curve.png", read(source.folder), published_curve(source.config), source.name)
     rows = {**{name: _shown(name, value, intervals) for name, value in values.items() if name in shown}, **rows}
-    settings = {f"protocol.{key}": value for key, value in flat(OmegaConf.to_container(nodes, resolve=True)).items()}
+    settings = {f"protocol.{key}": value for key, value in flat(plain).items()}
     settings = {key: value for key, value in settings.items() if not key.endswith(("_target_", "every_epochs"))}
-    about = _about(data)
-    write = {**values, "intervals": intervals, "data": about, "protocol": OmegaConf.to_container(nodes, resolve=True)}
-    replace(file, json.dumps(write, indent=2) + "\n")
+    write = {**values, "intervals": intervals, "data": about, "protocol": plain}
+    for file in (folder / "evaluation.json", *([] if prefix else [source.folder / "evaluation.json"])):
+        replace(file, json.dumps(write, indent=2) + "\n")
     if source.config is not None:
         afterwards.add(source.folder, {f"evaluation/{prefix}{name}": value for name, value in values.items()})
         afterwards.deliver(source.folder, recorded.tracking.mirror, console.say)
     console.table(f"{source.name}: kNN bank {about['memory']:,}, test {about['test']:,} images of {data.name}", rows)
     if len(settings) <= FEW:
         console.say(", ".join(f"{key.removeprefix('protocol.')} {value}" for key, value in settings.items()))
-    console.say(f"written, with all settings, to {file} and {folder}")
+    console.say(f"written, with all settings, to {folder}")
     state = State.load(source.folder)
     mirrored = source.config is not None and recorded.tracking.mirror
     return Evaluation(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twoviews.data.decoding import CHUNK, Decoded, cores
 from twoviews.data.files import SUFFIXES, tree
-from twoviews.data.images import Images
+from twoviews.data.images import ImageData, Images
 from twoviews.errors import BadInput, nearest
 from twoviews.features import Judged, embed
 
@@ -48,6 +48,11 @@ def pictures(images: str | None) -> list[str]:
     if not paths:
         raise BadInput(f"images={images} fits no picture; pictures end in {' '.join(SUFFIXES)}.")
     return paths
+
+
+def made_grey(images: str | None, data: ImageData) -> list[str]:
+    """A sentence where pictures lose their colours, because the encoder was trained without."""
+    return ["the encoder takes grey images, so colour pictures are made grey."] if images and data.channels == 1 else []
 
 
 def embed_given(paths: list[str], judged: Judged) -> Given:

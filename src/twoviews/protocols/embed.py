@@ -8,8 +8,9 @@ from typing import Literal
 import numpy as np
 import torch
 
+from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
-from twoviews.evaluation.given import embed_given, pictures, split
+from twoviews.evaluation.given import embed_given, made_grey, pictures, split
 from twoviews.features import Judged
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.ranges import Index
@@ -28,6 +29,10 @@ class Embed(Protocol):
 
     def __init__(self, split: Literal["train", "memory", "test"], images: str | None, every_epochs: Index):
         self.split, self.images, self.every_epochs = split, images, every_epochs
+
+    def notes(self, data: ImageData) -> list[str]:
+        """That colours are lost, if they are."""
+        return made_grey(self.images, data)
 
     def __call__(self, judged: Judged) -> Verdict:
         """Numbers of images and features; broken files have no row in embeddings.npz and one each in the table.

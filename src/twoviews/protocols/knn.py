@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from twoviews.data.images import ImageData
 from twoviews.evaluation.scores import ranks
 from twoviews.features import Features, Judged
 from twoviews.protocols.protocol import Protocol, Verdict
@@ -70,6 +71,12 @@ def accuracies(scores: Float[Tensor, "M classes"], labels: Int[Tensor, " M"]) ->
     return {"top1": top1(scores, labels), **five}
 
 
+def all_vote(k: int, data: ImageData, key: str) -> list[str]:
+    """A sentence where fewer images than k are there to vote."""
+    bank = len(data.memory or ())
+    return [f"{key}={k} is more than the {bank:,} images of the bank, so all of them vote."] if 0 < bank < k else []
+
+
 class KNN(Protocol):
     """Accuracy of the vote of the k nearest bank images, over the whole bank.
 
@@ -81,6 +88,10 @@ class KNN(Protocol):
 
     def __init__(self, k: Count, temperature: Temperature, every_epochs: Index):
         self.k, self.temperature, self.every_epochs = k, temperature, every_epochs
+
+    def notes(self, data: ImageData) -> list[str]:
+        """That k is clamped, if it is."""
+        return all_vote(self.k, data, "protocol.knn.k")
 
     def __call__(self, judged: Judged) -> Verdict:
         """top1, and top5 of more than five classes, of the encoder's features (before any projector), in percent."""

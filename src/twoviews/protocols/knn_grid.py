@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
 from twoviews.evaluation.scores import ranks
 from twoviews.features import Features, Judged
-from twoviews.protocols.knn import neighbours, votes
+from twoviews.protocols.knn import all_vote, neighbours, votes
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.ranges import Count, Index, Temperature
 
@@ -40,6 +41,10 @@ class KNNGrid(Protocol):
                 f"protocol.knn_grid: ks={list(ks)} and temperatures={list(temperatures)} are no grid; each needs a number."
             )
         self.ks, self.temperatures, self.every_epochs = sorted(set(ks)), sorted(set(temperatures)), every_epochs
+
+    def notes(self, data: ImageData) -> list[str]:
+        """That the largest k is clamped, if it is."""
+        return all_vote(self.ks[-1], data, "protocol.knn_grid.ks")
 
     def __call__(self, judged: Judged) -> Verdict:
         """k<k>_t<temperature>_top1 and _top5 in percent, and the same as the table `grid`.

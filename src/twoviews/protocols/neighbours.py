@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from twoviews.data.images import Images
-from twoviews.evaluation.given import embed_given, pictures, split
+from twoviews.data.images import ImageData, Images
+from twoviews.evaluation.given import embed_given, made_grey, pictures, split
 from twoviews.evaluation.sheet import Row, draw_neighbours
 from twoviews.features import Judged
 from twoviews.protocols.knn import CHUNK_BYTES
@@ -50,6 +50,10 @@ class Neighbours(Protocol):
 
     def __init__(self, images: str | None, k: Count, sample: Count, seed: Index, every_epochs: Index):
         self.images, self.k, self.sample, self.seed, self.every_epochs = images, k, sample, seed, every_epochs
+
+    def notes(self, data: ImageData) -> list[str]:
+        """That colours are lost, if they are."""
+        return made_grey(self.images, data)
 
     def __call__(self, judged: Judged) -> Verdict:
         """agreement: the share of neighbours of the image's own class in percent, where both are labelled.

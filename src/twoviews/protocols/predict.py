@@ -7,8 +7,9 @@ import json
 from collections.abc import Sequence
 from typing import Annotated
 
+from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
-from twoviews.evaluation.given import embed_given, pictures
+from twoviews.evaluation.given import embed_given, made_grey, pictures
 from twoviews.features import Judged
 from twoviews.protocols.linear import Linear
 from twoviews.protocols.protocol import Protocol, Verdict
@@ -37,6 +38,10 @@ class Predict(Protocol):
     ):
         self.images, self.every_epochs = images, every_epochs
         self.linear = Linear(weight_decays, held_out, iterations, every_epochs)
+
+    def notes(self, data: ImageData) -> list[str]:
+        """That colours are lost, if they are."""
+        return made_grey(self.images, data)
 
     def __call__(self, judged: Judged) -> Verdict:
         """A row for each picture; a file that is no sound picture has what is wrong with it in place of a class.

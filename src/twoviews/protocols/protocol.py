@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor
 
+from twoviews.data.images import ImageData
 from twoviews.features import Judged
 
 
@@ -28,6 +29,10 @@ class Protocol:
 
     every_epochs: int
     needs_labels: bool = True  # of the data; those that do not are measured where there are none, too
+
+    def notes(self, data: ImageData) -> list[str]:
+        """Sentences that the user should read before these images are judged by it."""
+        return []
 
     def __call__(self, judged: Judged) -> Verdict:
         """The verdict; the encoder and its mode are left as they were."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = ("config.yaml", "environment.json", "data.json", "commit.txt")
 FILES = (*DESCRIPTION, "diff.patch", "encoder.json", "result.json")
-PATTERNS = ("*.png", "clusters*.json", "clusters*.npz", "evaluation/*.*", "evaluation/*/*.*")
+PATTERNS = ("*.png", "clusters*.json", "clusters*.npz", "evaluation/**/*.*")
 RUN_KEY, PARENT = "twoviews.run_key", "mlflow.parentRunId"  # tags: ours, and the one by which MLflow nests runs
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 # MLflow's limits, in characters and in items a call.
