@@ -45,17 +45,17 @@ bench: .venv/dev  ## benchmarks against other tools, with DATA=<folder of CIFAR-
 MEASURE = OMP_NUM_THREADS=1 $(BIN)/python benchmarks
 bench-startup bench-stalls: OPTIONS = --rounds 9
 bench-epoch: OPTIONS = data.root=$(DATA) --rounds 3
-bench-loops: OPTIONS = data.root=$(DATA) --rounds 3
+bench-loops: OPTIONS = data.root=$(DATA)
 bench-growth: OPTIONS = --rounds 3
 bench-knn: OPTIONS = --queries 2000
 bench-large_kmeans: OPTIONS = --rounds 1
-bench-probe: OPTIONS = --epochs 3
+bench-probe: OPTIONS = --epochs 1 --rounds 21
 
 bench-%: .venv/dev
 	$(MEASURE)/$*.py $(OPTIONS) --json benchmarks/results/$*.json
 
 bench-resnet18: .venv/dev
-	$(MEASURE)/loops.py data.root=$(DATA) backbone=resnet18_cifar batch_size=16 --rounds 9 --steps 1 \
+	$(MEASURE)/loops.py data.root=$(DATA) backbone=resnet18_cifar batch_size=16 --rounds 9 \
 		--json benchmarks/results/loops_resnet18.json
 
 PCL = outputs/bench-pcl
