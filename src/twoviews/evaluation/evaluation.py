@@ -103,7 +103,8 @@ def evaluate(
         if name == "health" and (sentence := advice(verdict.values)):
             rows["advice"] = sentence
     if source.config is not None:
-        draw_knn_curve(folder / "knn_curve.png", read(source.folder), published_curve(source.config), source.name)
+        curve = source.folder / FOLDER / "knn_curve.png"  # the run's own, whatever is measured now
+        draw_knn_curve(curve, read(source.folder), published_curve(source.config), source.name)
     rows = {**{name: _shown(name, value, intervals) for name, value in values.items() if name in shown}, **rows}
     settings = {f"protocol.{key}": value for key, value in flat(plain).items()}
     settings = {key: value for key, value in settings.items() if not key.endswith(("_target_", "every_epochs"))}
