@@ -163,7 +163,7 @@ def shuffled_keys(key_encoder: nn.Module, x: Float[Tensor, "B C H W"], splits: i
     if splits == 1:
         return nnf.normalize(key_encoder(x).float(), dim=1)
     everything = distributed.gather(x)
-    order = distributed.from_first(torch.randperm(len(everything)).to(x.device))
+    order = distributed.from_first(torch.randperm(len(everything)).to(x.device, non_blocking=True))
     k = nnf.normalize(key_encoder(everything[distributed.local_rows(order)]).float(), dim=1)
     return distributed.local_rows(distributed.gather(k)[order.argsort()])
 

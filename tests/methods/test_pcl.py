@@ -160,8 +160,8 @@ def test_negative_prototypes_are_drawn_from_clusters_that_no_image_of_the_batch_
     seen = set()
     for seed in range(40):
         torch.manual_seed(seed)
-        candidates = method._candidates(part, positives)
-        assert torch.equal(candidates[:2], positives)
+        candidates, left_out = method._candidates(part, positives)
+        assert torch.equal(candidates[:2], positives) and not left_out.any()
         drawn = candidates[2:].tolist()
         assert len(set(drawn)) == 3 and not set(drawn) & set(positives.tolist())
         seen.update(drawn)
@@ -173,7 +173,11 @@ def test_empty_clusters_are_no_negatives():
     method.before_epoch(0, embeddings, seed=3)
     part = method.prototypes[0]
     part.assignment[part.assignment == 8] = 0
-    assert 8 not in method._candidates(part, part.assignment[:4])
+    candidates, left_out = method._candidates(part, part.assignment[:4])
+    assert set(candidates[~left_out].tolist()) == set(range(8))
+    method.negative_prototypes = 8  # more than there are: the rest is left out
+    candidates, left_out = method._candidates(part, part.assignment[:4])
+    assert set(candidates[~left_out].tolist()) == set(range(8))
 
 
 def test_numbers_of_clusters_follow_the_data():

@@ -41,7 +41,7 @@ def proto_nce(
     c: Float[Tensor, "R D"],
     phi: Float[Tensor, " R"],
     own: Int[Tensor, " B"],
-    false_negatives: Bool[Tensor, "B R"] | None = None,
+    left_out: Bool[Tensor, "B R"] | None = None,
 ) -> Float[Tensor, ""]:
     """Eq. 11 for one clustering: cross-entropy of each image's own prototype among R candidates; unit rows.
 
@@ -50,12 +50,12 @@ def proto_nce(
         c: candidate prototypes.
         phi: concentration of each candidate, the temperature of its column.
         own: which candidate is the image's.
-        false_negatives: candidates that are left out, image by image.
+        left_out: candidates that do not count, image by image.
     """
     with torch.autocast(q.device.type, enabled=False):
         logits = q @ c.T / phi  # [B, R]
-    if false_negatives is not None:
-        logits = logits.masked_fill(false_negatives, -torch.inf)
+    if left_out is not None:
+        logits = logits.masked_fill(left_out, -torch.inf)
     return nnf.cross_entropy(logits, own)
 
 
@@ -169,15 +169,23 @@ class PCL(Method):
         self.clustered = True
         return Clustered(x, found, previous)
 
-    def _candidates(self, part: Prototypes, positives: Int[Tensor, " B"]) -> Int[Tensor, " R"]:
-        """The prototypes of all images of the batch, first, and those of clusters that none of them is in."""
-        absent = torch.bincount(part.assignment, minlength=part.k) > 0  # an empty cluster has no mean
+    def _candidates(
+        self, part: Prototypes, positives: Int[Tensor, " B"]
+    ) -> tuple[Int[Tensor, " R"], Bool[Tensor, " R"]]:
+        """The prototypes of all images of the batch, then others; and which are left out, as no negatives.
+
+        Those are of clusters that an image of the batch is in, which stand among the first already, and of empty ones, which
+        have no mean. How many they are only the device knows, and it is not asked, so that nobody waits for the answer.
+        """
+        absent = torch.zeros(part.k, dtype=torch.bool, device=positives.device)
+        absent[part.assignment] = True
         absent[positives] = False
-        rest = absent.nonzero().flatten()
         if self.negative_prototypes:
-            drawn = torch.randperm(len(rest))[: self.negative_prototypes].to(rest.device)
-            rest = rest[distributed.from_first(drawn)]
-        return torch.cat([positives, rest])
+            keys = distributed.from_first(torch.rand(part.k).to(absent.device, non_blocking=True))
+            rest = keys.masked_fill(~absent, -1).topk(self.negative_prototypes).indices
+        else:
+            rest = torch.arange(part.k, device=absent.device)
+        return torch.cat([positives, rest]), torch.cat([torch.zeros_like(positives, dtype=torch.bool), ~absent[rest]])
 
     def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
         """InfoNCE of the two views, and once there are clusters ProtoNCE of the first, averaged over clusterings."""
@@ -193,13 +201,12 @@ class PCL(Method):
             own = distributed.local_rows(torch.arange(len(everyone), device=q.device))
             losses = []
             for part in self.prototypes:
-                candidates = self._candidates(part, part.assignment[everyone])
-                same = None
+                candidates, left_out = self._candidates(part, part.assignment[everyone])
                 if self.mask_same_cluster:
-                    same = part.assignment[index][:, None] == candidates
-                    same = same.scatter(1, own[:, None], False)
+                    left_out = left_out | (part.assignment[index][:, None] == candidates)
+                    left_out = left_out.scatter(1, own[:, None], False)
                 c = nnf.normalize(part.centroids[candidates], dim=1)
-                losses.append(proto_nce(q, c, part.phi[candidates], own, same))
+                losses.append(proto_nce(q, c, part.phi[candidates], own, left_out.expand(len(q), -1)))
             prototype_loss = torch.stack(losses).mean()
             metrics.update(instance_loss=loss.detach(), prototype_loss=prototype_loss.detach())
             loss = loss + prototype_loss
