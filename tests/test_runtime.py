@@ -3,6 +3,12 @@
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from twoviews.errors import BadInput
+from twoviews.runtime import Runtime
+
 PEAK = """
 import numpy, torch
 from twoviews.runtime import peak_memory
@@ -22,3 +28,16 @@ def test_peak_memory_is_this_processs_alone() -> None:
     hoard = bytearray(1_500_000_000)
     hoard[::4096] = bytes([1]) * len(hoard[::4096])  # memory is only there once it was touched
     subprocess.run([sys.executable, "-c", PEAK], check=True)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_each_process_has_a_gpu_of_its_own(device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    runtime = Runtime(device, "auto", True, False, 1, 10, 5)  # type: ignore[arg-type]
+    assert runtime.torch_device() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert runtime.torch_device() == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(BadInput, match="process 2 of this machine .* torch finds 2; .*--nproc-per-node 2"):
+        runtime.torch_device()

@@ -36,7 +36,9 @@ def group(runtime: "Runtime") -> Iterator[torch.device]:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # Long, because process 0 alone decodes images and measures accuracy while the others wait.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        patience, gpu = timedelta(days=1), device if device.type == "cuda" else None
+        # Told its device, NCCL need not guess one for the first barrier.
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=patience, device_id=gpu)
     try:
         yield device
     finally:

@@ -43,7 +43,7 @@ class Runtime:
         """The device of this process.
 
         Raises:
-            BadInput: a GPU was asked for and there is none.
+            BadInput: a GPU was asked for and there is none, or there are more processes than GPUs on this machine.
         """
         if self.device == "cuda" and not torch.cuda.is_available():
             raise BadInput(
@@ -51,7 +51,13 @@ class Runtime:
             )
         if self.device == "cpu" or not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= count:
+            raise BadInput(
+                f"process {number} of this machine would need a GPU of that number, and torch finds {count}; start at most "
+                f"{count} process(es) on it (torchrun --nproc-per-node {count}), or use runtime.device=cpu."
+            )
+        return torch.device("cuda", number)
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """The number format of the forward pass.
