@@ -157,8 +157,10 @@ def call(func: Callable, args: Any, kwargs: dict[str, Any]) -> Any:
                 raise WrongDevice(f"{name} of a tensor on the GPU")
             if name == "__deepcopy__":
                 memo = args[1]
-                copied = owner.detach().clone().requires_grad_(owner.requires_grad)  # type: ignore[union-attr]
-                memo[id(owner)] = copied = _there(copied) if not hasattr(owner, "_is_param") else _parameter(copied)
+                memo[id(owner)] = copied = _there(owner.detach().clone())  # type: ignore[union-attr]
+                if hasattr(owner, "_is_param"):
+                    copied._is_param = True  # as torch marks parameters of other classes
+                copied.requires_grad_(owner.requires_grad)  # type: ignore[union-attr]
                 return copied
             if name == "__format__" or name in ("__repr__", "__str__"):
                 _wait(name)
@@ -179,12 +181,6 @@ def call(func: Callable, args: Any, kwargs: dict[str, Any]) -> Any:
         if made_there or device is None and any(map(_is_there, _tensors(args, kwargs))):
             return tree_map(lambda one: _there(one) if isinstance(one, Tensor) and not _is_there(one) else one, result)
         return result
-
-
-def _parameter(tensor: Tensor) -> Tensor:
-    tensor = _there(tensor)
-    tensor._is_param = True  # as torch marks parameters of other classes
-    return tensor
 
 
 class _Calls(TorchFunctionMode):
@@ -231,6 +227,7 @@ def pretended() -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch, _Calls():
         for name, answer in answers.items():
             patch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+        patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
         patch.setattr(torch, "autocast", _Autocast)
         patch.setattr(kmeans, "_gpu_works", lambda number: False)
         patch.setenv("TWOVIEWS_KERNEL", "0")
