@@ -4,13 +4,14 @@ import argparse
 import shlex
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from twoviews.console import ROWS, Console, duration
 from twoviews.errors import BadInput, nearest
 from twoviews.sweeps.folder import Point, State, Sweep
 from twoviews.sweeps.supervise import LOG
 from twoviews.sweeps.truth import CANCEL_S, ended, look
+from twoviews.sweeps.words import counted, short_names
 
 FINISHED, UNFINISHED, ACTIVE = 0, 1, 3  # exit codes; 2 is bad input
 LINES = 40  # of a log that are shown
@@ -81,16 +82,10 @@ def status(sweep: Sweep, points: Sequence[Point]) -> int:
         state = states[point.digest].state
         return ORDER.index(state)
 
-    names = short(sweep.axes)
+    names = short_names(sweep.axes)
     shown = sorted(points, key=rank)[:ROWS]  # reading what the others measured would take long
     console.rows(sweep.name, [_row(point, states[point.digest], names) for point in shown], len(points))
     return exit_code(states)
-
-
-def short(keys: Iterable[str]) -> dict[str, str]:
-    """The last parts of dotted keys, as far as they tell them apart."""
-    last = Counter(key.rpartition(".")[2] for key in keys)
-    return {key: name if last[name := key.rpartition(".")[2]] == 1 else key for key in keys}
 
 
 def _row(point: Point, state: State, names: Mapping[str, str]) -> dict[str, object]:
@@ -165,7 +160,9 @@ def collect(sweep: Sweep, points: Sequence[Point]) -> int:
     from twoviews.sweeps import collecting
 
     left = collecting.collect(sweep, points)
-    print(f"{sweep.name}: {len(points) - left} of {len(points)} points are in MLflow, run {sweep.record['parent']}")
+    print(
+        f"{sweep.name}: in MLflow are {len(points) - left:,} of {counted(len(points), 'point')}, run {sweep.record['parent']}"
+    )
     return 1 if left else 0
 
 
@@ -181,10 +178,11 @@ def cancel(sweep: Sweep, points: Sequence[Point]) -> int:
     active = [point for point in active if point not in waiting]
     stop([point for point in active if point.job is None])
     cancel_jobs(active)
-    print(f"cancelled {len(active)} points of {sweep.name}")
+    print(f"cancelled {counted(len(active), 'point')} of {sweep.name}")
     if waiting:
         print(
-            f"{len(waiting)} points wait for their launcher on this machine, which goes on with them: end it with Ctrl-C."
+            f"waiting for the launcher on this machine, which goes on with them: {counted(len(waiting), 'point')}; end it with "
+            "Ctrl-C."
         )
     if active and sweep.record["parent"]:  # what is killed before it can say so would stay as running there
         print("waiting for their ends, to tell MLflow …", flush=True)

@@ -61,7 +61,7 @@ def test_longer_points_take_longer_and_other_networks_are_measured(tmp_path: Pat
     out = capsys.readouterr().out
     assert len(calls) == 3  # of four widths
     assert "about 1 min 40 s to 3 min 10 s a point" in out
-    assert "1 more kinds of points are taken to cost as much as the dearest of these" in out
+    assert "1 more kind of points taken to cost as much as the dearest of these" in out
 
 
 def test_finished_points_are_better_than_a_measurement(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -82,7 +82,7 @@ def test_what_slurm_would_be_asked_and_what_does_not_fit(tmp_path: Path, monkeyp
     monkeypatch.setattr(planning, "_measured", measured(9.0, []))
     plan(tmp_path / "s", points({"seed": 0}), {}, Slurm(**SLURM), Console())
     out = capsys.readouterr().out
-    assert "would be asked for 1 tasks, each: 2 cores a process, 1 GPUs a node, 1 min at a time" in out
+    assert "would be asked for 1 task, each: 2 cores a process, 1 GPU a node, 1 min at a time" in out
     assert "1 of them need longer than timeout_min=1" in out and "says little" in out
 
 

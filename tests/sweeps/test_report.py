@@ -17,7 +17,8 @@ from scipy import stats
 from twoviews.sweeps import pictures
 from twoviews.sweeps.folder import New, Point, State, Sweep
 from twoviews.sweeps.report import report
-from twoviews.sweeps.results import estimate, gather, short_names, text
+from twoviews.sweeps.results import estimate, gather
+from twoviews.sweeps.words import counted, short_names, text
 
 TYPED = ["python", "train.py", "-m", "method.temperature=0.1,0.2", "seed=0,1,2"]
 
@@ -76,7 +77,7 @@ def test_interval_is_the_t_interval() -> None:
 
 def test_best_is_the_mean_over_seeds_with_the_command_to_run_it(tmp_path: Path) -> None:
     text_ = page(sweep_of(tmp_path / "s", GRID))
-    assert "6 of 6 points are finished." in text_ and "missing" not in text_ and "Failures" not in text_
+    assert "6 of 6 points finished." in text_ and "missing" not in text_ and "Failures" not in text_
     assert "**temperature=0.2**: kNN **51.00 ± 2.48**, linear **51.67 ± 5.17** over 3 seeds, by kNN accuracy" in text_
     assert "python train.py method=moco method.temperature=0.2 seed=0\n" in text_
     assert "By linear accuracy the best is temperature=0.1: 56.67 ± 5.17." in text_
@@ -135,7 +136,7 @@ def test_points_that_run_wait_or_failed_are_counted_and_explained(tmp_path: Path
     lost = State("LOST", reason="its supervisor was killed")
     found = report(sweep, {sweep.points[9].digest: lost})
     text_ = (sweep.folder / "report.md").read_text()
-    assert "6 of 10 points are finished; 1 FAILED, 1 LOST, 1 QUEUED, 1 RUNNING. **4 missing**" in text_
+    assert "6 of 10 points finished; 1 FAILED, 1 LOST, 1 QUEUED, 1 RUNNING. **4 missing**" in text_
     assert "| 00000008 | temperature=0.2, seed=5 | FAILED | 0 | loss is nan \\| lower optimizer.lr | " in text_
     assert "`python -m twoviews.sweep logs s 00000008`" in text_ and "its supervisor was killed" in text_
     assert [setting.axes["method.temperature"] for setting in found.settings] == [0.2, 0.1]
@@ -161,7 +162,7 @@ def test_csv_has_a_row_for_each_point(tmp_path: Path) -> None:
 @pytest.mark.parametrize("points", [[], [{"seed": 0}], [{"seed": 0, "state": "RUNNING", "epochs": 1}]])
 def test_a_sweep_that_has_not_found_anything_has_a_report(tmp_path: Path, points: list) -> None:
     text_ = page(sweep_of(tmp_path / "s", points))
-    assert f"0 of {len(points)} points are finished" in text_ and "No accuracy of a finished point" in text_
+    assert f"0 of {counted(len(points), 'point')} finished" in text_ and "No accuracy of a finished point" in text_
 
 
 def test_making_it_again_changes_nothing(tmp_path: Path) -> None:
@@ -275,6 +276,15 @@ def test_random_search_is_drawn_as_points(tmp_path: Path, figures: dict[str, Fig
     report(sweep)
     assert sorted(figures) == ["axis_lr.png", "axis_t.png", "learning.png"]  # a map would be nearly empty
     assert not [line for line in figures["axis_lr.png"].axes[0].lines if line.get_linestyle() == "-"]
+
+
+def test_one_of_something_is_no_plural() -> None:
+    assert [counted(number, "point") for number in (0, 1, 2, 2000)] == [
+        "0 points",
+        "1 point",
+        "2 points",
+        "2,000 points",
+    ]
 
 
 def test_names_are_the_shortest_that_differ() -> None:

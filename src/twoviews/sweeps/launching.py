@@ -23,6 +23,7 @@ from twoviews.sweeps.dispatch import POLL_S, Dispatch
 from twoviews.sweeps.folder import New, Point, State, Sweep
 from twoviews.sweeps.plan import plan
 from twoviews.sweeps.truth import look
+from twoviews.sweeps.words import counted
 from twoviews.tracking import stores
 
 
@@ -215,7 +216,7 @@ def say(
         "to run": len(todo),
     }
     found = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    console.say(f"sweep {sweep.name}: {len(points)} points, {found}; {sweep.folder}")
+    console.say(f"sweep {sweep.name}: {counted(len(points), 'point')}, {found}; {sweep.folder}")
 
 
 def report(sweep: Sweep, points: Sequence[Point], now: Mapping[str, State], console: Console) -> int:
@@ -227,7 +228,7 @@ def report(sweep: Sweep, points: Sequence[Point], now: Mapping[str, State], cons
     others = (f", {pruned} given up by a search" if pruned else "") + (
         f", {active} queued or running" if active else ""
     )
-    console.say(f"sweep {sweep.name}: {finished} of {len(points)} points finished{others}")
+    console.say(f"sweep {sweep.name}: {finished:,} of {counted(len(points), 'point')} finished{others}")
     for point in failed:
         state = now[point.digest]
         console.say(f"  {state.state} {point.label}: {state.reason}")
@@ -235,8 +236,8 @@ def report(sweep: Sweep, points: Sequence[Point], now: Mapping[str, State], cons
         console.say(f"`python -m twoviews.sweep status {shlex.quote(sweep.name)}` shows how they are.")
     if failed:
         console.say(
-            f"{len(failed)} points did not finish; `python -m twoviews.sweep logs {shlex.quote(sweep.name)} <point>` shows what "
-            "one printed, and the same command runs them again."
+            f"{counted(len(failed), 'point')} did not finish; `python -m twoviews.sweep logs {shlex.quote(sweep.name)} <point>` "
+            "shows what one printed, and the same command runs them again."
         )
     return 1 if failed else 0
 

@@ -8,7 +8,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
-from twoviews.sweeps.results import ACCURACIES, CONFIDENCE, Estimate, Results, Setting, short_names, text
+from twoviews.sweeps.results import ACCURACIES, CONFIDENCE, Estimate, Results, Setting
+from twoviews.sweeps.words import short_names, text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

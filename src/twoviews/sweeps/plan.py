@@ -23,9 +23,10 @@ from twoviews.config import ROOT
 from twoviews.console import Console, duration
 from twoviews.sweeps.dispatch import Dispatch
 from twoviews.sweeps.folder import New, State, Sweep
-from twoviews.sweeps.results import gather, text
+from twoviews.sweeps.results import gather
 from twoviews.sweeps.slurm import Slurm
 from twoviews.sweeps.supervise import arguments
+from twoviews.sweeps.words import counted, text
 from twoviews.tracking import read
 
 MEASURED = 3  # kinds of points that are measured; the others are taken to cost as much as the dearest of these
@@ -79,7 +80,8 @@ def plan(folder: Path, new: Sequence[New], now: Mapping[str, State], dispatch: D
         {"point": one.digest, **one.axes, "now": now[one.digest].state if one.digest in now else "new"} for one in new
     ]
     console.rows(
-        f"{folder.name}: {len(new):,} points", [{key: _cell(value) for key, value in row.items()} for row in rows]
+        f"{folder.name}: {counted(len(new), 'point')}",
+        [{key: _cell(value) for key, value in row.items()} for row in rows],
     )
     states = [now[one.digest].state if one.digest in now else "new" for one in new]
     done = ("FINISHED", "PRUNED", "RUNNING", "QUEUED")
@@ -118,7 +120,7 @@ def _say_cost(folder: Path, todo: Sequence[New], dispatch: Dispatch, console: Co
     if disk > free:
         console.say("          that is more than there is: free some, or move with hydra.sweep.dir=.")
     if isinstance(dispatch, Slurm):
-        console.say(f"SLURM     would be asked for {len(todo):,} tasks, each: {dispatch.describe()}")
+        console.say(f"SLURM     would be asked for {counted(len(todo), 'task')}, each: {dispatch.describe()}")
         if any(pace.device == "CPU" for pace in paces) and dispatch.gpus_per_node:
             console.say(
                 "          the time above is that of a CPU, and these tasks get GPUs: it says little about them"
@@ -154,7 +156,9 @@ def _paces(folder: Path, todo: Sequence[New], processes: int, console: Console) 
             paces[kind] = _of_several(_measured(point, console), processes)
     left = len(kinds) - len(paces)
     dearest = max(paces.values(), key=lambda pace: pace.epoch_s)
-    other = replace(dearest, source=f"{left} more kinds of points are taken to cost as much as the dearest of these")
+    other = replace(
+        dearest, source=f"{counted(left, 'more kind')} of points taken to cost as much as the dearest of these"
+    )
     return [paces.get(_kind(point.axes), other) for point in todo]
 
 

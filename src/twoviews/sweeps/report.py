@@ -23,9 +23,8 @@ from twoviews.sweeps.results import (
     Row,
     gather,
     label,
-    short_names,
-    text,
 )
+from twoviews.sweeps.words import counted, short_names, text
 from twoviews.tracking import stores
 from twoviews.tracking.mirror import reason
 from twoviews.tracking.state import replace
@@ -119,7 +118,7 @@ def _page(sweep: Sweep, found: Results, pictures: Mapping[str, Path]) -> str:
     parts = [_heading(sweep, found), _best(found), _settings(found)]
     parts += [f"## {title}\n\n![{title}]({path.name})" for title, path in list(pictures.items())[:SHOWN_PICTURES]]
     if len(pictures) > SHOWN_PICTURES:
-        parts.append(f"{len(pictures) - SHOWN_PICTURES} more pictures are beside this page.")
+        parts.append(f"Beside this page: {counted(len(pictures) - SHOWN_PICTURES, 'more picture')}.")
     parts += [_cost(found), _failures(sweep, found)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -131,7 +130,7 @@ def _heading(sweep: Sweep, found: Results) -> str:
     missing = count - states[FINISHED]
     words = [
         f"# {found.name}",
-        f"{states[FINISHED]} of {count} points are finished" + (f"; {others}." if others else "."),
+        f"{states[FINISHED]:,} of {counted(count, 'point')} finished" + (f"; {others}." if others else "."),
     ]
     if missing:
         words[1] += f" **{missing} missing**: means, tests and curves over an axis are of finished points only."
@@ -155,13 +154,13 @@ def _best(found: Results) -> str:
     lines = ["## Best"]
     values = [f"{ACCURACIES[name]} **{best.estimate(name)}**" for name in ACCURACIES if best.estimate(name)]
     chosen = f"**{label(best, found.axes, names)}**: " if found.axes else ""
-    lines.append(f"{chosen}{', '.join(values)} over {_seeds(most)}, by {ACCURACIES[metric]} accuracy.")
+    lines.append(f"{chosen}{', '.join(values)} over {counted(most, 'seed')}, by {ACCURACIES[metric]} accuracy.")
     fewer = [one for one in found.settings if 0 < len(one.seeds(metric)) < most]
     ahead = [one for one in fewer if (one.estimate(metric) or NONE).mean > (best.estimate(metric) or NONE).mean]
     if ahead:
         lines[-1] += (
             f" {label(ahead[0], found.axes, names)} is at {ahead[0].estimate(metric)} with "
-            f"{_seeds(len(ahead[0].seeds(metric)))} and is ranked when it has as many."
+            f"{counted(len(ahead[0].seeds(metric)), 'seed')} and is ranked when it has as many."
         )
     row = next(row for row in best.rows if row.finished)
     lines.append("To run it again:\n\n    " + command(row))
@@ -193,9 +192,7 @@ def _comparison(found: Results, pair: Comparison) -> str:
     if math.isnan(pair.p):
         return start + f"They differ by {pair.difference.mean:.2f} on every common seed, so there is nothing to test."
     measured = sum(1 for one in found.settings if one.seeds(found.metric or ""))
-    sentence = (
-        f"Paired t-test over {_seeds(len(pair.seeds))}: the best is ahead by {pair.difference}, p = {pair.p:.2g}."
-    )
+    sentence = f"Paired t-test over {counted(len(pair.seeds), 'seed')}: the best is ahead by {pair.difference}, p = {pair.p:.2g}."
     if measured > 2:
         sentence += f" The best was chosen among {measured} settings on the same numbers, which flatters it."
     if len(pair.seeds) < 5:
@@ -206,10 +203,6 @@ def _comparison(found: Results, pair: Comparison) -> str:
 def command(row: Row) -> str:
     """What trains this point again by itself."""
     return shlex.join(["python", "train.py", *(one for one in row.overrides if not one.startswith("sweep."))])
-
-
-def _seeds(count: int) -> str:
-    return f"{count} seed{'' if count == 1 else 's'}"
 
 
 def _settings(found: Results) -> str:
@@ -228,7 +221,11 @@ def _settings(found: Results) -> str:
             + [time]
         )
     more = len(found.settings) - SHOWN_SETTINGS
-    note = f"\n\n{more} more settings: report.csv has every point." if more > 0 else "\n\nreport.csv has every point."
+    note = (
+        f"\n\n{counted(more, 'more setting')}: report.csv has every point."
+        if more > 0
+        else "\n\nreport.csv has every point."
+    )
     return "## Settings\n\n" + _grid(lines) + note
 
 

@@ -6,7 +6,6 @@ is one value for each axis but the seed; its points differ in the seed alone. On
 
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from twoviews.sweeps.folder import Point, State, Sweep
 from twoviews.sweeps.truth import judged
+from twoviews.sweeps.words import text
 
 SEED = "seed"
 ACCURACIES = {"knn/top1": "kNN", "linear/top1": "linear"}  # what is compared; the first that was measured decides
@@ -225,19 +225,6 @@ def _compare(settings: Sequence[Setting], metric: str) -> Comparison | None:
 
 
 # ------------------------------------------------------------------------------------------------------------------ words
-
-
-def text(value: Any) -> str:
-    """A value of an axis as it is typed on the command line."""
-    if isinstance(value, float):
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str)
-
-
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """The last part of each dotted key, or the whole key where two would be called the same."""
-    lasts = Counter(key.rpartition(".")[2] for key in keys)
-    return {key: last if lasts[last := key.rpartition(".")[2]] == 1 else key for key in keys}
 
 
 def label(setting: Setting, keys: Sequence[str], names: Mapping[str, str]) -> str:

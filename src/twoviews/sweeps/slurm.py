@@ -25,6 +25,7 @@ from twoviews.sweeps.dispatch import Dispatch
 from twoviews.sweeps.folder import Point, State, Sweep
 from twoviews.sweeps.supervise import STOPS, Training, supervise
 from twoviews.sweeps.truth import look
+from twoviews.sweeps.words import counted
 
 TASKS_AN_ARRAY = 1000  # SLURM's own limit unless a cluster says otherwise (MaxArraySize)
 SIGNAL_EARLY_S = 60  # SLURM may send it so much earlier than told
@@ -99,17 +100,19 @@ class Slurm(Dispatch):
             jobs = self._submit(sweep, some, when)
             sweep.submitted(dict(zip((point.digest for point in some), jobs, strict=True)), when)
             array = jobs[0].partition("_")[0]
-            console.say(f"submitted {len(jobs)} points as job {array}: {self.describe()}")
+            console.say(f"submitted {counted(len(jobs), 'point')} as job {array}: {self.describe()}")
 
     def describe(self) -> str:
         """What SLURM is asked for each point."""
         parts = [
-            f"{self.nodes} nodes with {self.tasks_per_node} processes each" if self.processes() > 1 else "",
-            f"{self.cpus_per_task} cores a process",
-            f"{self.gpus_per_node} GPUs a node" if self.gpus_per_node else "",
+            f"{counted(self.nodes, 'node')} with {counted(self.tasks_per_node, 'task')} each"
+            if self.processes() > 1
+            else "",
+            f"{counted(self.cpus_per_task, 'core')} a process",
+            f"{counted(self.gpus_per_node, 'GPU')} a node" if self.gpus_per_node else "",
             f"{self.mem_gb} GB" if self.mem_gb else "",
             f"{self.timeout_min} min at a time",
-            f"{self.array_parallelism} points at once",
+            f"{counted(self.array_parallelism, 'point')} at once",
             f"partition {self.partition}" if self.partition else "",
         ]
         return ", ".join(part for part in parts if part)

@@ -22,6 +22,7 @@ from twoviews.sweeps.folder import Point, State, Sweep
 from twoviews.sweeps.launching import Launch, launch
 from twoviews.sweeps.search import Interval, Random, Search, Space, space
 from twoviews.sweeps.truth import CANCEL_S, ended, look
+from twoviews.sweeps.words import counted
 
 if TYPE_CHECKING:
     import optuna
@@ -143,7 +144,9 @@ class Driver:
                 continue
             self._begin(trial)
         if known:
-            self._say(f"the study has {len(known)} trials, {len(self.running)} of them without a value yet; going on.")
+            self._say(
+                f"the study has {counted(len(known), 'trial')}, {len(self.running)} of them without a value yet; going on."
+            )
 
     def _begin(self, trial: "optuna.Trial") -> None:
         """Make the points of a trial, and queue those that have to run."""
@@ -319,9 +322,8 @@ class Driver:
         """Say what was found; 0, or 1 when no trial has a value."""
         trials = self.study.get_trials(deepcopy=False)
         counts = {name: sum(one.state.name == name for one in trials) for name in ("COMPLETE", "PRUNED", "FAIL")}
-        said = (
-            f"{counts['COMPLETE']} trials have a value, {counts['PRUNED']} were stopped early, {counts['FAIL']} failed"
-        )
+        valued = counted(counts["COMPLETE"], "trial")
+        said = f"{valued} with a value, {counts['PRUNED']} stopped early, {counts['FAIL']} failed"
         self._say(f"search {self.sweep.name}: {said}")
         if not counts["COMPLETE"]:
             return 1

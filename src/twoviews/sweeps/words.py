@@ -1,0 +1,25 @@
+"""How the points of a sweep are written for a person: counts, values and names of axes."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: 1 point, 2,000 points."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def text(value: Any) -> str:
+    """A value of an axis as it is typed on the command line."""
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str)
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """The last part of each dotted key, or the whole key where two would be called the same."""
+    keys = list(keys)
+    lasts = Counter(key.rpartition(".")[2] for key in keys)
+    return {key: last if lasts[last := key.rpartition(".")[2]] == 1 else key for key in keys}
