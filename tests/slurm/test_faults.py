@@ -95,7 +95,7 @@ def test_no_run_in_mlflow_outlives_a_point_that_was_cancelled(tmp_path: Path) ->
     folder, uri = tmp_path / "s", f"sqlite:///{tmp_path}/mlflow.db"
     points = sweep(folder, MIRRORED, MIRRORED, MIRRORED, f"until('{tmp_path}/go'); {FINISH}")
     with Sweep(folder).update() as record:
-        record["command"] = ["train.py"]
+        record["commands"] = ["train.py"]
     prepare(Sweep(folder), points, {"uri": uri, "experiment": "x"})
 
     def told() -> dict[str, str]:

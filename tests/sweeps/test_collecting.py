@@ -28,7 +28,7 @@ def points(sweep: Sweep, uri: str, count: int) -> list[Point]:
         New(f"{seed:08x}", {"seed": seed, "method.t@x": 0.5}, [], CONFIG.format(uri=uri, seed=seed))
         for seed in range(count)
     ]
-    return sweep.add(made, command=["python", "train.py", "-m", f"seed=range({count})"])
+    return sweep.add(made, command=f"python train.py -m 'seed=range({count})'")
 
 
 def trained(point: Point, state: str = "finished") -> None:

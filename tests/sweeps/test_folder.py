@@ -20,7 +20,7 @@ def new(digest: str, **axes: object) -> New:
 
 def test_points_are_run_folders_that_know_their_values(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "moco-digits-1")
-    points = sweep.add([new("aa", seed=0), new("bb", seed=1)], command=["-m", "seed=0,1"])
+    points = sweep.add([new("aa", seed=0), new("bb", seed=1)], command="-m seed=0,1")
     assert [point.digest for point in points] == ["aa", "bb"]
     assert (points[1].folder / "config.yaml").read_text() == "seed: 1\n"
     assert points[1].description == {
@@ -31,7 +31,7 @@ def test_points_are_run_folders_that_know_their_values(tmp_path: Path) -> None:
     }
     assert points[1].label == "seed=1"
     assert points[0].state == State() and points[0].result == {} and points[0].metrics() == []
-    assert sweep.record["command"] == ["-m", "seed=0,1"]
+    assert sweep.commands == ["-m seed=0,1"]
 
 
 def test_values_are_added_and_what_is_there_stays(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from twoviews.sweeps.report import report
 from twoviews.sweeps.results import estimate, gather
 from twoviews.sweeps.words import counted, short_names, text
 
-TYPED = ["python", "train.py", "-m", "method.temperature=0.1,0.2", "seed=0,1,2"]
+TYPED = "python train.py -m method.temperature=0.1,0.2 seed=0,1,2"
 
 
 def sweep_of(folder: Path, points: Sequence[Mapping[str, Any]]) -> Sweep:
@@ -81,8 +81,15 @@ def test_best_is_the_mean_over_seeds_with_the_command_to_run_it(tmp_path: Path) 
     assert "**temperature=0.2**: kNN **51.00 ± 2.48**, linear **51.67 ± 5.17** over 3 seeds, by kNN accuracy" in text_
     assert "python train.py method=moco method.temperature=0.2 seed=0\n" in text_
     assert "By linear accuracy the best is temperature=0.1: 56.67 ± 5.17." in text_
-    assert f"    {' '.join(TYPED)}" in text_
+    assert f"    {TYPED}" in text_
     assert "| CPU | 6 finished | 0.6 | core-hours (threads x hours) |" in text_  # 6 x 180 s x 2 threads
+
+
+def test_every_command_that_was_typed_is_on_the_page_once(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path / "s", GRID)
+    for more in ("python train.py -m seed=3,4", TYPED):
+        sweep.add([], command=more)
+    assert f"\n\n    {TYPED}\n    python train.py -m seed=3,4\n\n" in page(sweep)
 
 
 def test_every_process_of_a_point_costs(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ class Order(Launch):
 
     def add(self, new):
         sweep = Sweep(self.folder)
-        return sweep, sweep.add([replace(one, more=self.here) for one in new], command=["python", "train.py", "-m"])
+        return sweep, sweep.add([replace(one, more=self.here) for one in new], command="python train.py -m")
 
     def prepare(self, sweep, points) -> None:
         pass

@@ -36,7 +36,7 @@ def prepare(sweep: Sweep, points: Sequence[Point], tracking: Mapping[str, Any]) 
             if record.get("tracking") != aim:  # another store: the parent there is another run
                 record.update(tracking=aim, parent=None, parent_key=parents.new_key())
         key, tags = record["parent_key"], {"twoviews.sweep": sweep.name, "folder": str(sweep.folder)}
-        tags.update(command=shlex.join(record["command"]), **parents.axis_tags(record["axes"]))
+        tags.update(command="\n".join(sweep.commands), **parents.axis_tags(record["axes"]))
         with _answering():
             parent = parents.open_parent(uri, experiment, sweep.name, key, tags)
         with sweep.update() as record:

@@ -201,7 +201,7 @@ class Sweep:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The content of sweep.json: name, created, command, launcher, axes, parent, commit, points."""
+        """The content of sweep.json: name, created, commands, launcher, axes, parent, commit, points."""
         return _load(self.folder / "sweep.json")
 
     @contextmanager
@@ -216,7 +216,7 @@ class Sweep:
                 record = self.record or {
                     "name": self.name,
                     "created": time.time(),
-                    "command": [],
+                    "commands": [],
                     "launcher": {},
                     "axes": {},
                     "parent": None,
@@ -245,18 +245,27 @@ class Sweep:
         return self.record["axes"]
 
     @property
+    def commands(self) -> list[str]:
+        """What was typed to launch it, each different one, in order."""
+        return self.record.get("commands", [])
+
+    @property
     def launching(self) -> FileLock:
         """Held by the process that works through this sweep's points on this machine."""
         return FileLock(self.folder / ".launcher.lock")
 
-    def add(self, points: Sequence[New], **facts: Any) -> list[Point]:
+    def add(self, points: Sequence[New], command: str = "", **facts: Any) -> list[Point]:
         """Make the folders of the points that are not there yet, and record all; `facts` go into sweep.json.
+
+        The command that adds them is kept beside those before it, unless it is one of them.
 
         A folder that is there keeps its config.yaml, which says the same; its point.json is renewed, because the code
         that it is to run may be another one.
         """
         with self.update() as record:
             record.update(facts)
+            if command and command not in (commands := record.setdefault("commands", [])):
+                commands.append(command)
             with ThreadPoolExecutor(WRITERS) as pool:
                 list(pool.map(self._make, points))
             for new in points:

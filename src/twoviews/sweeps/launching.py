@@ -84,7 +84,9 @@ class Launch:
         if not self._here:
             self._here = {"cwd": str(Path.cwd()), "code": str(freeze(sweep.folder / "code"))}
         new = [replace(one, more=self._here) for one in new]
-        points = sweep.add(new, command=["python", *sys.argv], launcher=self.launcher, commit=code_state()[0])
+        points = sweep.add(
+            new, command=shlex.join(["python", *sys.argv]), launcher=self.launcher, commit=code_state()[0]
+        )
         return sweep, points
 
     def prepare(self, sweep: Sweep, points: Sequence[Point]) -> None:

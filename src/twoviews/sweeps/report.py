@@ -137,7 +137,7 @@ def _heading(sweep: Sweep, found: Results) -> str:
     newest = max((row.curve[-1]["time"] for row in found.rows if row.curve), default=None)
     if newest:
         words[1] += f" Newest number: {datetime.fromtimestamp(newest, UTC):%Y-%m-%d %H:%M} UTC."
-    words.append(f"    {shlex.join(sweep.record['command'])}")
+    words += ["\n".join(f"    {command}" for command in commands)] if (commands := sweep.commands) else []
     words.append(
         f"Accuracies in percent. ± and bands: {CONFIDENCE}% t-intervals of the mean over seeds, mean ± t(0.975, n − 1) s / √n; "
         "one seed has none."
