@@ -128,8 +128,10 @@ def logs(sweep: Sweep, points: Sequence[Point]) -> int:
             print(f"=== the end of {path}")
             with path.open(errors="replace") as file:
                 print("".join(deque(file, LINES)), end="")
-        else:
+        elif point.job:
             print(f"=== it printed nothing; what SLURM printed is in {sweep.folder / 'slurm'}")
+        else:
+            print("=== it never began, so it printed nothing")
     if not points:
         print("no point failed; name one to see what it printed.")
     return exit_code(states)

@@ -227,8 +227,10 @@ def test_what_slurm_refuses_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="sbatch refused: (.*)nvalid partition"):
         dispatch(partition="nowhere").submit(points)
     assert [path.name for path in (tmp_path / "s" / "slurm").iterdir()] == []
-    assert states(points) == ["LOST"]
-    dispatch().submit(latest(points))  # the same command with another partition
+    (point,) = latest(points)
+    now = look([point])[point.digest]
+    assert now.state == "FAILED" and "nvalid partition" in now.reason
+    dispatch().submit([point])  # the same command with another partition
     wait_for(lambda: states(points) == ["FINISHED"])
 
 

@@ -82,6 +82,31 @@ def test_without_slurm_there_is_a_sentence(command, monkeypatch: pytest.MonkeyPa
     refused(command("train", "-m", "seed=0,1", "tracking=files", "hydra/launcher=slurm"), "this machine has no SLURM")
 
 
+def test_what_sbatch_refuses_is_said_once_and_kept(command, monkeypatch, tmp_path: Path, capfd) -> None:
+    place = tmp_path / "bin"
+    place.mkdir()
+    said = (
+        "echo 'sbatch: error: invalid partition: x' >&2; echo 'sbatch: error: Batch job submission failed' >&2; exit 1"
+    )
+    for name_ in ("sbatch", "squeue", "scontrol", "scancel"):
+        (place / name_).write_text(f"#!/bin/sh\n{said if name_ == 'sbatch' else ''}\n")
+        (place / name_).chmod(0o755)
+    monkeypatch.setenv("PATH", str(place), prepend=os.pathsep)
+    done = command("train", "-m", "seed=0,1", "tracking=files", "hydra/launcher=slurm", "hydra.launcher.partition=x")
+    refused(
+        done, "sbatch refused: invalid partition: x; Batch job submission failed; with other values of hydra.launcher"
+    )
+    assert (done.out + done.err).count("invalid partition") == 1
+    assert sweep_command(["status"]) == 1 and "2 FAILED" in capfd.readouterr().out
+    assert sweep_command(["logs"]) == 1
+    out = capfd.readouterr().out
+    assert out.count("FAILED sbatch refused: invalid partition: x;") == out.count("it never began") == 2
+    (folder,) = (path.parent for path in Path("multirun").glob("*/sweep.json"))
+    sweep = Sweep(folder)
+    sweep.submitted({point.digest: "7_0" for point in sweep.points}, 9.0)
+    assert not any(point.refused for point in sweep.points), "until they are submitted"
+
+
 def test_a_plan_starts_nothing(command) -> None:
     done = command("train", "-m", "seed=0,1", "tracking=files", "sweep.plan=true")
     assert done.code == 0 and "2 points" in done.out and not list(Path("multirun").glob("*/*"))

@@ -35,7 +35,7 @@ Name = Literal[
     "QUEUED",  # not begun, or put back into SLURM's queue
     "RUNNING",
     "FINISHED",
-    "FAILED",  # in training, or because it made no progress
+    "FAILED",  # in training, or because it made no progress, or the scheduler refused it
     "INTERRUPTED",  # stopped with a checkpoint, and nothing will start it again by itself
     "TIMEOUT",  # from here on as SLURM calls it
     "PREEMPTED",
@@ -85,6 +85,7 @@ class Point:
         submitted: when that was, unix seconds; 0 if never.
         cancelled: when somebody wanted it cancelled, unix seconds; 0 if never.
         given_up: why a search does not want it any more; empty where it does.
+        refused: why the scheduler did not take it the last time; empty where it did, or was not asked.
     """
 
     folder: Path
@@ -93,6 +94,7 @@ class Point:
     submitted: float = 0.0
     cancelled: float = 0.0
     given_up: str = ""
+    refused: str = ""
 
     @property
     def digest(self) -> str:
@@ -233,7 +235,7 @@ class Sweep:
     @property
     def points(self) -> list[Point]:
         """In the order in which they were added."""
-        keys = ("job", "submitted", "cancelled", "given_up")
+        keys = ("job", "submitted", "cancelled", "given_up", "refused")
         return [
             Point(self.folder / digest, known["axes"], **{key: known[key] for key in keys if key in known})
             for digest, known in self.record["points"].items()
@@ -281,7 +283,13 @@ class Sweep:
         """Record that these points were submitted at that time: digest to SLURM's job, None where it is not SLURM."""
         with self.update() as record:
             for digest, job in jobs.items():
-                record["points"][digest].update(job=job, submitted=when)
+                record["points"][digest].update(job=job, submitted=when, refused="")
+
+    def refused(self, digests: Sequence[str], reason: str) -> None:
+        """Record that the scheduler does not take these points, and why; until they are submitted."""
+        with self.update() as record:
+            for digest in digests:
+                record["points"][digest]["refused"] = reason
 
     def cancelled(self, digests: Sequence[str]) -> None:
         """Record that these points are cancelled now: SLURM forgets tasks that never began."""

@@ -5,6 +5,7 @@ several tasks a point each task has a supervisor and a training process of its o
 """
 
 import contextlib
+import io
 import os
 import platform
 import shlex
@@ -97,7 +98,11 @@ class Slurm(Dispatch):
         for start in range(0, len(points), TASKS_AN_ARRAY):
             some = points[start : start + TASKS_AN_ARRAY]
             when = time.time()
-            jobs = self._submit(sweep, some, when)
+            try:
+                jobs = self._submit(sweep, some, when)
+            except BadInput as error:
+                sweep.refused([point.digest for point in points[start:]], str(error))
+                raise
             sweep.submitted(dict(zip((point.digest for point in some), jobs, strict=True)), when)
             array = jobs[0].partition("_")[0]
             console.say(f"submitted {counted(len(jobs), 'point')} as job {array}: {self.describe()}")
@@ -125,12 +130,16 @@ class Slurm(Dispatch):
         executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=0)
         executor.update_parameters(**self._parameters(sweep, points))
         try:
-            with _outside_of_jobs():
+            # What sbatch says is in the error too: submitit prints it on its own.
+            with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):
                 jobs = executor.map_array(run_point, [str(point.folder) for point in points], [when] * len(points))
         except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             said = [line.rpartition("error: ")[2] for line in str(error).splitlines() if "error: " in line]
-            raise BadInput(f"sbatch refused: {said[-1] if said else error}") from error
+            raise BadInput(
+                f"sbatch refused: {'; '.join(dict.fromkeys(said)) or error}; with other values of hydra.launcher, or later, "
+                "the same command goes on."
+            ) from error
         return [job.job_id for job in jobs]
 
     def _parameters(self, sweep: Sweep, points: Sequence[Point]) -> dict[str, object]:

@@ -57,11 +57,13 @@ def ended(points: Sequence[Point], patience_s: float) -> bool:
 
 
 def judged(point: Point, state: State) -> State:
-    """The state, or PRUNED if a search gave the point up and nobody runs it any more."""
-    runs = state.state == "RUNNING" or (state.state == "QUEUED" and point.job)
-    if not point.given_up or runs or state.state == "FINISHED":
+    """The state; of a point that nobody runs PRUNED if a search gave it up, FAILED if the scheduler refused it."""
+    runs = state.state == "RUNNING" or (state.state == "QUEUED" and point.job and not point.refused)
+    if runs or state.state == "FINISHED" or not (point.given_up or point.refused):
         return state
-    return replace(state, state="PRUNED", reason=point.given_up)
+    if point.given_up:
+        return replace(state, state="PRUNED", reason=point.given_up)
+    return replace(state, state="FAILED", reason=point.refused)
 
 
 def _jobs(point: Point, state: State) -> list[str]:
