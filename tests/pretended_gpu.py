@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 import twoviews
 
@@ -27,7 +27,18 @@ SOURCES = f"{Path(twoviews.__file__).parent}/"
 # Their results have a size, or are a number of Python, that only the GPU knows.
 ASKING = {
     *("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__contains__", "equal", "allclose"),
-    *("nonzero", "unique", "masked_select", "bincount", "repeat_interleave", "histc", "is_nonzero", "multinomial"),
+    *(
+        "nonzero",
+        "argwhere",
+        "unique",
+        "unique_consecutive",
+        "masked_select",
+        "bincount",
+        "repeat_interleave",
+        "histc",
+        "is_nonzero",
+        "multinomial",
+    ),
 }
 READING = {"numpy", "__array__", "data_ptr", "__reduce_ex__", "share_memory_", "untyped_storage", "storage"}
 NOT_COMPUTING = {"_has_compatible_shallow_copy_type", "is_same_size"}
@@ -79,8 +90,20 @@ def _there(tensor: Tensor) -> Tensor:
     return tensor.as_subclass(OnGPU)
 
 
+def _there_if_tensor(value: Any) -> Any:
+    return _there(value) if isinstance(value, Tensor) else value
+
+
 def _tensors(*trees: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(trees)[0] if isinstance(leaf, Tensor)]
+    found: list[Tensor] = []
+    for tree in trees:  # torch's own walk through trees takes several times as long as all else here
+        if isinstance(tree, Tensor):
+            found.append(tree)
+        elif isinstance(tree, tuple | list):
+            found += _tensors(*tree)
+        elif isinstance(tree, dict):
+            found += _tensors(*tree.values())
+    return found
 
 
 def _is_there(value: Any) -> bool:
@@ -164,8 +187,8 @@ def call(func: Callable, args: Any, kwargs: dict[str, Any]) -> Any:
                 return copied
             if name == "__format__" or name in ("__repr__", "__str__"):
                 _wait(name)
-            mask = any(one.dtype in (torch.bool, torch.uint8) for one in _tensors(args[1:2])) and "item__" in name
-            if name in ASKING or mask and name == "__getitem__":
+            masks = name in ("__getitem__", "__setitem__") and any(one.dtype == torch.bool for one in _tensors(args[1]))
+            if name in ASKING or masks and (name == "__getitem__" or _tensors(args[2])):
                 _wait(resolve_name(func) or name)
             if not getter and name not in NOT_COMPUTING:
                 _check(name, args, kwargs)
@@ -179,7 +202,7 @@ def call(func: Callable, args: Any, kwargs: dict[str, Any]) -> Any:
         if result is owner:  # it was written to where it lies
             return result
         if made_there or device is None and any(map(_is_there, _tensors(args, kwargs))):
-            return tree_map(lambda one: _there(one) if isinstance(one, Tensor) and not _is_there(one) else one, result)
+            return _there(result) if isinstance(result, Tensor) else tree_map(_there_if_tensor, result)
         return result
 
 
