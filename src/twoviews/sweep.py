@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from twoviews.console import ROWS, Console, duration
 from twoviews.errors import BadInput, nearest
+from twoviews.sweeps.axes import told_apart
 from twoviews.sweeps.folder import Point, State, Sweep
 from twoviews.sweeps.supervise import LOG
 from twoviews.sweeps.truth import CANCEL_S, ended, look
-from twoviews.sweeps.words import counted, short_names
+from twoviews.sweeps.words import counted, short_names, typed
 
 FINISHED, UNFINISHED, ACTIVE = 0, 1, 3  # exit codes; 2 is bad input
 LINES = 40  # of a log that are shown
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         sweep = Sweep.existing(given.name)
-        points = chosen(sweep.points, getattr(given, "points", []))
+        points = chosen(told_apart(sweep.points), getattr(given, "points", []))
         return given.action(sweep, points)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
@@ -82,7 +83,7 @@ def status(sweep: Sweep, points: Sequence[Point]) -> int:
         state = states[point.digest].state
         return ORDER.index(state)
 
-    names = short_names(sweep.axes)
+    names = short_names(dict.fromkeys(key for point in points for key in point.axes))
     shown = sorted(points, key=rank)[:ROWS]  # reading what the others measured would take long
     console.rows(sweep.name, [_row(point, states[point.digest], names) for point in shown], len(points))
     return exit_code(states)
@@ -99,7 +100,7 @@ def _row(point: Point, state: State, names: Mapping[str, str]) -> dict[str, obje
         left = duration((epochs(point) - epoch) * pace)
     return {
         "point": point.digest,
-        **{name: point.axes.get(key, "") for key, name in names.items()},
+        **{name: typed(point.axes, key) for key, name in names.items()},
         "state": state.state,
         "epoch": f"{epoch:.4g}",
         "left": left,

@@ -46,6 +46,9 @@ def test_points_know_the_values_of_their_axes_and_equal_ones_are_one() -> None:
     (chosen,) = points("method=simclr backbone.depths=[1,1]", swept=("method", "backbone.depths"))
     assert chosen.axes == {"method": "simclr", "backbone.depths": [1, 1]}
     json.dumps(chosen.axes)
+    groups = chosen.more["choices"]
+    assert (groups["method"], groups["data"], groups["experiment"]) == ("simclr", "digits", None)
+    assert not [group for group in groups if group.startswith("hydra") or "@" in group]
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,15 @@ class _Chosen:
     Args:
         cfg: with the values of the last point.
         content: the same, resolved.
+        groups: the file that each group has, without Hydra's own groups and those that have several; empty if `compose`
+            leaves out Hydra's node.
         linked: nodes with interpolations, whose values may change with any other.
         values: the overrides of the last point, by key.
     """
 
     cfg: DictConfig
     content: dict[str, Any]
+    groups: dict[str, Any]
     linked: set[str]
     values: dict[str, Override] = field(default_factory=dict)
 
@@ -61,9 +64,7 @@ class Composer:
         Raises:
             HydraException, OmegaConfBaseException: Hydra refuses an override.
         """
-        parsed = [self.parse(override) for override in overrides]
-        values = [one for one in parsed if _sets_a_value(one) and not _touches(one, parsed)]
-        choices = tuple(one.input_line or "" for one in parsed if one not in values)
+        choices, values = self._parted(overrides)
         kept = choices, frozenset(one.key_or_group for one in values)
         chosen = self._chosen.get(kept) or self._choose(choices)
         new = [one for one in values if chosen.values.get(one.key_or_group) is not one]
@@ -79,13 +80,27 @@ class Composer:
         self._chosen[kept] = chosen
         return chosen.content
 
+    def choices(self, overrides: Sequence[str]) -> dict[str, Any]:
+        """The file that each group has in the configuration of a point that was composed before."""
+        choices, values = self._parted(overrides)
+        return self._chosen[choices, frozenset(one.key_or_group for one in values)].groups
+
+    def _parted(self, overrides: Sequence[str]) -> tuple[tuple[str, ...], list[Override]]:
+        """What chooses files or has to be left to Hydra, and what only sets values."""
+        parsed = [self.parse(override) for override in overrides]
+        values = [one for one in parsed if _sets_a_value(one) and not _touches(one, parsed)]
+        return tuple(one.input_line or "" for one in parsed if one not in values), values
+
     def _choose(self, choices: Sequence[str]) -> _Chosen:
         whole = self._compose(list(choices))
         cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
         OmegaConf.set_struct(cfg, True)  # which the copy does not take over: unknown keys are refused
         raw = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
         linked = {node for node, value in raw.items() if _linked(value)}
-        return _Chosen(cfg, {node: None if node in linked else value for node, value in raw.items()}, linked)
+        content = {node: None if node in linked else value for node, value in raw.items()}
+        chosen = cast(dict[str, Any], OmegaConf.select(whole, "hydra.runtime.choices") or {})
+        groups = {key: file for key, file in chosen.items() if _is_group(key) and not key.startswith("hydra/")}
+        return _Chosen(cfg, content, groups, linked)
 
     def text(self, content: Mapping[str, Any]) -> str:
         """A configuration as YAML that OmegaConf reads back; the text of a node that several points have is made once."""

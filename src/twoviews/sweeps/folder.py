@@ -3,7 +3,7 @@
     multirun/<name>/sweep.json         what was launched: axes, points, launcher, MLflow's parent run
     multirun/<name>/code/<digest>/     the code that points run, as it was when they were submitted
     multirun/<name>/<digest>/          a run folder, made whole with its config.yaml and
-        point.json                     values of the axes, overrides, where it runs, which code
+        point.json                     values of the axes, overrides, choices of groups, where it runs, which code
         state.json                     what became of it; written by its supervisor alone
         log.txt                        what the training printed, of all its starts
 
@@ -158,7 +158,7 @@ class New:
     axes: Mapping[str, Any]
     overrides: Sequence[str]
     config: str
-    more: Mapping[str, Any] = field(default_factory=dict)  # what point.json says beside: cwd, code
+    more: Mapping[str, Any] = field(default_factory=dict)  # what point.json says beside: choices of groups, cwd, code
 
 
 class Sweep:

@@ -83,7 +83,7 @@ class Launch:
         sweep = Sweep(self.folder)
         if not self._here:
             self._here = {"cwd": str(Path.cwd()), "code": str(freeze(sweep.folder / "code"))}
-        new = [replace(one, more=self._here) for one in new]
+        new = [replace(one, more={**one.more, **self._here}) for one in new]
         points = sweep.add(
             new, command=shlex.join(["python", *sys.argv]), launcher=self.launcher, commit=code_state()[0]
         )
@@ -174,7 +174,8 @@ def composed(composer: Composer, combinations: Sequence[Sequence[str]], swept: S
         except BadInput as error:
             values = " ".join(f"{key}={value}" for key, value in axes.items())
             raise BadInput(f"point {values}: {error}" if values else str(error)) from error
-        one = New(digest(content), axes, combination, composer.text(frozen(content)))
+        more = {"choices": composer.choices(combination)}
+        one = New(digest(content), axes, combination, composer.text(frozen(content)), more)
         found.setdefault(one.digest, one)
     return list(found.values())
 

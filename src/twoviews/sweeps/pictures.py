@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from twoviews.sweeps.results import ACCURACIES, CONFIDENCE, Estimate, Results, Setting
-from twoviews.sweeps.words import short_names, text
+from twoviews.sweeps.words import short_names, text, typed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,19 +27,20 @@ TICKS_APART = 0.055  # share of an axis between two tick labels that do not touc
 
 def draw(folder: Path, found: Results) -> dict[str, Path]:
     """Every picture that the numbers allow, written into `folder`; the files by title."""
-    metrics = [name for name in ACCURACIES if any(setting.seeds(name) for setting in found.settings)]
     names = short_names(found.axes)
     pictures: dict[str, Path] = {}
-    if metrics:
-        for key in found.axes:
+    for key in found.axes:
+        settings = _having(found, key)
+        if (metrics := _measured(settings)) and len(_ordered(settings, key)) > 1:
             path = folder / f"axis_{_plain(names[key])}.png"
             _draw_axis(path, found, key, metrics)
             pictures[f"Accuracy over {names[key]}"] = path
-        for first, second in combinations(found.axes, 2):
-            if _fills_a_map(found.settings, first, second):
-                path = folder / f"map_{_plain(names[first])}_{_plain(names[second])}.png"
-                _draw_map(path, found, first, second, metrics)
-                pictures[f"Accuracy over {names[first]} and {names[second]}"] = path
+    for first, second in combinations(found.axes, 2):
+        settings = _having(found, first, second)
+        if (metrics := _measured(settings)) and _fills_a_map(settings, first, second):
+            path = folder / f"map_{_plain(names[first])}_{_plain(names[second])}.png"
+            _draw_map(path, found, first, second, metrics)
+            pictures[f"Accuracy over {names[first]} and {names[second]}"] = path
     if any(any(name in line for name in PANELS) for row in found.rows for line in row.curve):
         path = folder / "learning.png"
         _draw_learning(path, found)
@@ -54,24 +55,24 @@ def _draw_axis(path: Path, found: Results, key: str, metrics: Sequence[str]) -> 
     """A panel for each accuracy: means over seeds with their bands, a line for each setting of the other axes."""
     others = [other for other in found.axes if other != key]
     names = short_names(found.axes)
-    measured = [setting for setting in found.settings if any(setting.seeds(name) for name in metrics)]
+    measured = [one for one in _having(found, key) if any(one.seeds(name) for name in metrics)]
     lines: dict[str, list[Setting]] = {}
-    for setting in measured:  # the best first
+    for setting in measured:
         lines.setdefault(_label(found, setting, others), []).append(setting)
     shown = dict(list(lines.items())[:LINES])
     alone = len(lines) > 1 and all(len(line) == 1 for line in lines.values())
     if alone:  # random search: no two settings agree in the others, so there is nothing to join
         shown = {"": measured}
     left_out = len(lines) - len(shown) if not alone else 0
-    values = [setting.axes.get(key) for line in shown.values() for setting in line]
+    values = [setting.axes[key] for line in shown.values() for setting in line]
     numeric = all(_is_number(value) for value in values)
-    ordered = _ordered([setting.axes.get(key) for setting in found.settings]) if not numeric else []
+    ordered = _ordered(_having(found, key), key) if not numeric else []
     height = 4.2 if numeric else 1.6 + max(1.2, len(ordered) * (0.32 + 0.16 * len(shown)))
     figure, panels = _figure(5.6 * len(metrics) + (0 if numeric else 1.6), height, len(metrics), sharey=not numeric)
     colours = _colours(len(shown))
     for axis, metric in zip(panels, metrics, strict=True):
         for number, (name, line) in enumerate(shown.items()):
-            points = [(setting.axes.get(key), setting) for setting in line if setting.seeds(metric)]
+            points = [(setting.axes[key], setting) for setting in line if setting.seeds(metric)]
             if numeric:
                 _numeric_line(axis, points, metric, colours[number], name, joined=not alone)
             else:
@@ -187,16 +188,17 @@ def _limits(axis: "Axes", settings: Sequence[Setting], metric: str, along: Liter
 
 def _fills_a_map(settings: Sequence[Setting], first: str, second: str) -> bool:
     """Whether at least half of the cells of a map of these axes belong to some setting."""
-    cells = {(text(setting.axes.get(first)), text(setting.axes.get(second))) for setting in settings}
-    return len(cells) >= 0.5 * len({a for a, _ in cells}) * len({b for _, b in cells})
+    cells = {(text(setting.axes[first]), text(setting.axes[second])) for setting in settings}
+    rows, columns = {a for a, _ in cells}, {b for _, b in cells}
+    return min(len(rows), len(columns)) > 1 and len(cells) >= 0.5 * len(rows) * len(columns)
 
 
 def _draw_map(path: Path, found: Results, first: str, second: str, metrics: Sequence[str]) -> None:
     """Means over seeds by two axes; of several settings in a cell the best. An empty cell has no finished point."""
     import numpy as np
 
-    rows = _ordered([setting.axes.get(first) for setting in found.settings])
-    columns = _ordered([setting.axes.get(second) for setting in found.settings])
+    settings = _having(found, first, second)
+    rows, columns = _ordered(settings, first), _ordered(settings, second)
     names = short_names(found.axes)
     width = len(metrics) * (2.4 + max(2.4, 0.62 * len(columns)))
     longest = max(map(len, _told_apart(columns).values()))
@@ -205,10 +207,10 @@ def _draw_map(path: Path, found: Results, first: str, second: str, metrics: Sequ
     figure, panels = _figure(min(width, 22.0), min(height, 18.0), len(metrics), sharey=True)
     for axis, metric in zip(panels, metrics, strict=True):
         cells = np.full((len(rows), len(columns)), np.nan)
-        for setting in found.settings:
+        for setting in settings:
             one = setting.estimate(metric)
             if one:
-                at = rows.index(text(setting.axes.get(first))), columns.index(text(setting.axes.get(second)))
+                at = rows.index(text(setting.axes[first])), columns.index(text(setting.axes[second]))
                 cells[at] = np.nanmax([cells[at], one.mean])
         axis.set_facecolor("#dddddd")
         picture = axis.imshow(cells, cmap="viridis", aspect="auto")
@@ -307,6 +309,16 @@ def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[f
 # ---------------------------------------------------------------------------------------------------------------- shared
 
 
+def _having(found: Results, *keys: str) -> list[Setting]:
+    """Settings that have all of these axes, the best first."""
+    return [setting for setting in found.settings if setting.axes.keys() >= {*keys}]
+
+
+def _measured(settings: Sequence[Setting]) -> list[str]:
+    """The accuracies that some of these settings have."""
+    return [name for name in ACCURACIES if any(setting.seeds(name) for setting in settings)]
+
+
 def _estimate(setting: Setting, metric: str) -> Estimate:
     found = setting.estimate(metric)
     assert found
@@ -317,9 +329,9 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _ordered(values: Sequence[Any]) -> list[str]:
-    """Each value once, as text: numbers by size, then the rest in the order of the sweep."""
-    different = {text(value): value for value in values}
+def _ordered(settings: Sequence[Setting], key: str) -> list[str]:
+    """Each value of an axis once, as text: numbers by size, then the rest by name."""
+    different = {text(setting.axes[key]): setting.axes[key] for setting in settings}
     numbers = sorted((name for name, value in different.items() if _is_number(value)), key=lambda name: different[name])
     return numbers + sorted(name for name in different if name not in numbers)
 
@@ -351,8 +363,9 @@ def _label(found: Results, setting: Setting, keys: Sequence[str]) -> str:
     """The values of these axes for a legend, such as "temperature=0.1, lr=0.03"."""
     names, parts = short_names(found.axes), []
     for key in keys:
-        values = _told_apart(_ordered([one.axes.get(key) for one in found.settings]))
-        parts.append(f"{names[key]}={values[text(setting.axes.get(key))]}")
+        values = _told_apart(_ordered(_having(found, key), key))
+        value = typed(setting.axes, key)
+        parts.append(f"{names[key]}={values.get(value, value)}")
     return ", ".join(parts)
 
 

@@ -24,7 +24,7 @@ from twoviews.sweeps.results import (
     gather,
     label,
 )
-from twoviews.sweeps.words import counted, short_names, text
+from twoviews.sweeps.words import counted, short_names, text, typed
 from twoviews.tracking import stores
 from twoviews.tracking.mirror import reason
 from twoviews.tracking.state import replace
@@ -216,7 +216,7 @@ def _settings(found: Results) -> str:
         points += f" (seed {', '.join(seeds)} missing)" if seeds else ""
         time = duration(sum(row.seconds for row in done) / len(done)) if done else "-"
         lines.append(
-            [*(text(setting.axes.get(key)) for key in axes), points]
+            [*(typed(setting.axes, key) for key in axes), points]
             + [str(setting.estimate(name) or "-") for name in metrics]
             + [time]
         )

@@ -1,7 +1,8 @@
 """What the points of a sweep found, setting by setting, and how sure it is which one is the best.
 
 All of it comes from the files in the sweep folder, so it can be asked at any time, also while points are running. A setting
-is one value for each axis but the seed; its points differ in the seed alone. Only finished points count in means and tests.
+is one value for each axis but the seed; its points differ in the seed alone, which axes.py sees to. Only finished points
+count in means and tests.
 """
 
 import json
@@ -11,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twoviews.sweeps.axes import SEED, told_apart
 from twoviews.sweeps.folder import Point, State, Sweep
 from twoviews.sweeps.truth import judged
-from twoviews.sweeps.words import text
+from twoviews.sweeps.words import text, typed
 
-SEED = "seed"
 ACCURACIES = {"knn/top1": "kNN", "linear/top1": "linear"}  # what is compared; the first that was measured decides
 CONFIDENCE = 95  # %
 FINISHED = "FINISHED"
@@ -29,7 +30,7 @@ class Row:
 
     digest: str
     folder: Path
-    axes: Mapping[str, Any]
+    axes: Mapping[str, Any]  # as `told_apart` has them
     overrides: Sequence[str]  # of the command that trains it
     state: str
     reason: str
@@ -116,8 +117,9 @@ class Results:
     @property
     def axes(self) -> list[str]:
         """The axes but the seed that have several values, in the order of the sweep."""
-        keys = dict.fromkeys(key for setting in self.settings for key in setting.axes)
-        return [key for key in keys if len({text(one.axes.get(key)) for one in self.settings}) > 1]
+        most_first = sorted(self.settings, key=lambda one: -len(one.axes))  # not all have all of them
+        keys = dict.fromkeys(key for setting in most_first for key in setting.axes)
+        return [key for key in keys if len({typed(one.axes, key) for one in self.settings}) > 1]
 
     @property
     def best(self) -> Setting | None:
@@ -128,7 +130,7 @@ class Results:
 
 def gather(sweep: Sweep, states: Mapping[str, State] | None = None) -> Results:
     """Read what the points of a sweep have written so far; `states` by digest may know better than their files."""
-    rows = [_row(one, (states or {}).get(one.digest) or judged(one, one.state)) for one in sweep.points]
+    rows = [_row(one, (states or {}).get(one.digest) or judged(one, one.state)) for one in told_apart(sweep.points)]
     metric = next((name for name in ACCURACIES if any(row.finished and name in row.values for row in rows)), None)
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -228,5 +230,5 @@ def _compare(settings: Sequence[Setting], metric: str) -> Comparison | None:
 
 
 def label(setting: Setting, keys: Sequence[str], names: Mapping[str, str]) -> str:
-    """The values of these axes, such as "temperature=0.1, lr=0.03"."""
-    return ", ".join(f"{names[key]}={text(setting.axes.get(key))}" for key in keys)
+    """The values of these axes, as far as it has them, such as "temperature=0.1, lr=0.03"."""
+    return ", ".join(f"{names[key]}={text(setting.axes[key])}" for key in keys if key in setting.axes)

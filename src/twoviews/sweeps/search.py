@@ -16,8 +16,8 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 
 from twoviews.errors import BadInput
 from twoviews.ranges import Count, Index
+from twoviews.sweeps.axes import SEED
 from twoviews.sweeps.launching import Launch, launch
-from twoviews.sweeps.results import SEED
 
 DIGITS = 4  # of a number that is drawn: enough for a search, and it can be read
 TIRES = 100  # draws of settings that are known already before the space is taken to be used up

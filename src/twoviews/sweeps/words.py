@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -16,6 +16,11 @@ def text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str)
+
+
+def typed(axes: Mapping[str, Any], key: str) -> str:
+    """The value of an axis as it is typed; "-" where the configuration has no such key."""
+    return text(axes[key]) if key in axes else "-"
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
