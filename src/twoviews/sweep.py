@@ -38,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         sweep = Sweep.existing(given.name)
+        if given.name is None and (others := Sweep.names() - {sweep.name}):
+            print(f"the sweep that was changed last; others can be named: {', '.join(sorted(others))}")
         points = chosen(told_apart(sweep.points), getattr(given, "points", []))
         return given.action(sweep, points)
     except BadInput as error:

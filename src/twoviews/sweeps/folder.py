@@ -196,6 +196,11 @@ class Sweep:
             )
         return cls(found[str(name)].parent)
 
+    @staticmethod
+    def names() -> set[str]:
+        """Of all sweeps below multirun/."""
+        return {path.parent.name for path in MULTIRUN.glob("*/sweep.json")}
+
     @property
     def name(self) -> str:
         """The name of the folder."""

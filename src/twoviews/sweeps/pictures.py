@@ -247,6 +247,7 @@ def _draw_learning(path: Path, found: Results) -> None:
     shown = begun[:LINES]
     figure, panels = _figure(5.6 * len(panels_of), 4.2, len(panels_of))
     colours = _colours(len(shown))
+    last = max((line["epoch"] for row in found.rows for line in row.curve), default=0)
     for axis, metric in zip(panels, panels_of, strict=True):
         for setting, colour in zip(shown, colours, strict=True):
             curves = [_curve(row.curve, metric) for row in setting.rows]
@@ -254,9 +255,10 @@ def _draw_learning(path: Path, found: Results) -> None:
             mean = _mean_curve(curves)
             if len(curves) > 1:
                 for curve in curves:
-                    axis.plot([x for x, _ in curve], [y for _, y in curve], color=colour, alpha=0.3, linewidth=0.8)
+                    alone = "." if len(curve) == 1 else None  # or it would not be seen
+                    axis.plot(*zip(*curve, strict=True), color=colour, alpha=0.4, linewidth=0.8, marker=alone)
             name = _label(found, setting, found.axes)
-            marker = "o" if metric == "knn/top1" and len(mean) < 30 else None
+            marker = "o" if len(mean) == 1 or metric == "knn/top1" and len(mean) < 30 else None
             axis.plot(
                 [x for x, _ in mean],
                 [y for _, y in mean],
@@ -266,6 +268,7 @@ def _draw_learning(path: Path, found: Results) -> None:
                 label=name or None,
             )
         axis.set(xlabel="epoch", ylabel=PANELS[metric])
+        axis.set_xlim(0, 1.03 * last if last else None)
         axis.grid(alpha=0.3)
         if metric == "knn/top1":
             floors = [line[PIXELS] for row in found.rows for line in row.curve if PIXELS in line]
@@ -276,7 +279,7 @@ def _draw_learning(path: Path, found: Results) -> None:
                     textcoords="offset points", ha="right", va="top", fontsize=8, color="grey",
                 )  # fmt: skip
         else:
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, max(1.02, axis.get_ylim()[1]))
     several = any(len(setting.rows) > 1 for setting in shown)
     note = (
         "thick: mean, as far as all seeds that have begun have come; thin: each seed" if several else "one point a line"

@@ -208,7 +208,9 @@ def command(row: Row) -> str:
 def _settings(found: Results) -> str:
     axes, names = found.axes, short_names(found.axes)
     metrics = [name for name in ACCURACIES if any(name in row.values for row in found.rows)]
-    lines = [[*(names[key] for key in axes), "points", *(f"{ACCURACIES[name]}" for name in metrics), "time a point"]]
+    lines = [
+        [*(names[key] for key in axes), "points", *(f"{ACCURACIES[name]}" for name in metrics), "training a point"]
+    ]
     for setting in found.settings[:SHOWN_SETTINGS]:
         done = [row for row in setting.rows if row.finished]
         points = f"{len(done)} of {len(setting.rows)}"
@@ -241,7 +243,7 @@ def _cost(found: Results) -> str:
         unit = "core-hours (threads x hours)" if device == "CPU" else "GPU-hours"
         what = "finished" if finished else "not finished, so far"
         lines.append([device, f"{len(rows)} {what}", _hours(sum(row.hours for row in rows)), unit])
-    return "## Cost\n\n" + _grid(lines)
+    return "## Cost\n\nOf training, without the starts of programs.\n\n" + _grid(lines)
 
 
 def _hours(hours: float) -> str:
