@@ -16,6 +16,7 @@ from twoviews.sweeps.words import counted, short_names, typed
 
 FINISHED, UNFINISHED, ACTIVE = 0, 1, 3  # exit codes; 2 is bad input
 LINES = 40  # of a log that are shown
+NAMED = 8  # other sweeps
 # What calls for attention comes first.
 STOPPED = ("FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "PREEMPTED", "CANCELLED", "LOST", "INTERRUPTED")
 ORDER = (*STOPPED, "RUNNING", "QUEUED", "PRUNED", "FINISHED")
@@ -38,8 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         sweep = Sweep.existing(given.name)
-        if given.name is None and (others := Sweep.names() - {sweep.name}):
-            print(f"the sweep that was changed last; others can be named: {', '.join(sorted(others))}")
+        if given.name is None and (others := [name for name in Sweep.names() if name != sweep.name]):
+            shown = ", ".join(others[:NAMED]) + (f" and {len(others) - NAMED} more" if len(others) > NAMED else "")
+            print(f"the sweep that was changed last; others can be named: {shown}")
         points = chosen(told_apart(sweep.points), getattr(given, "points", []))
         return given.action(sweep, points)
     except BadInput as error:

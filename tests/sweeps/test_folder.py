@@ -1,6 +1,7 @@
 """The folder of a sweep: made whole, changed by one process at a time, and telling the truth about who is gone."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 from twoviews.errors import BadInput
+from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.folder import New, State, Sweep
 from twoviews.sweeps.truth import look
 
@@ -81,6 +83,19 @@ def test_a_sweep_is_found_by_folder_by_name_or_as_the_latest(tmp_path: Path, mon
     assert Sweep.existing(tmp_path / "multirun" / "one").folder == one.folder
     with pytest.raises(BadInput, match="no sweep 'othr'. Did you mean 'other'"):
         Sweep.existing("othr")
+
+
+def test_the_latest_sweep_is_shown_with_the_names_of_the_others(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for age, name in enumerate(["newest", *(f"s{number}" for number in range(9))]):
+        Sweep(f"multirun/{name}").add([new("aa", seed=0)])
+        os.utime(f"multirun/{name}/sweep.json", (1000.0 - age, 1000.0 - age))
+    sweep_command(["status"])
+    out = capsys.readouterr().out
+    assert "multirun/newest: 1 LOST" in out
+    assert "others can be named: s0, s1, s2, s3, s4, s5, s6, s7 and 1 more\n" in out
+    sweep_command(["status", "s3"])
+    assert "others" not in capsys.readouterr().out, "whoever names one knows"
 
 
 def test_whose_process_is_gone_is_lost(tmp_path: Path) -> None:

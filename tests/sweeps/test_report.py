@@ -83,6 +83,7 @@ def test_best_is_the_mean_over_seeds_with_the_command_to_run_it(tmp_path: Path) 
     assert "By linear accuracy the best is temperature=0.1: 56.67 ± 5.17." in text_
     assert f"    {TYPED}" in text_
     assert "| CPU | 6 finished | 0.6 | core-hours (threads x hours) |" in text_  # 6 x 180 s x 2 threads
+    assert "| training a point |" in text_ and "Of training, without the starts of programs." in text_
 
 
 def test_every_command_that_was_typed_is_on_the_page_once(tmp_path: Path) -> None:
@@ -275,6 +276,24 @@ def test_band_is_the_interval_and_open_where_there_is_one_seed(tmp_path: Path, f
     assert band[:, 0].max() == 3  # type: ignore[index]
     assert band[band[:, 0] == 1][:, 1].max() == pytest.approx(61 + half)  # type: ignore[index]
     assert [round(float(y), 6) for y in axis.lines[0].get_ydata()] == [61, 71, 81, 90]  # type: ignore[union-attr]
+
+
+def test_learning_curves_share_their_epochs_and_a_seed_with_one_number_is_seen(
+    tmp_path: Path, figures: dict[str, Figure]
+) -> None:
+    sweep = sweep_of(tmp_path / "s", [{"seed": s, "knn": 50.0 + s} for s in (0, 1)])
+    for point in sweep.points:
+        lines = [json.loads(line) for line in (point.folder / "metrics.jsonl").read_text().splitlines()]
+        for line in lines[:-1]:
+            del line["knn/top1"]
+        (point.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report(sweep)
+    knn, spread = figures["learning.png"].axes
+    assert knn.get_xlim() == spread.get_xlim() == pytest.approx((0, 4), abs=0.2)
+    assert spread.get_ylim() == pytest.approx((0, 1), abs=0.05) and spread.get_ylim()[1] >= 1
+    single = [line for line in knn.lines if len(line.get_xdata()) == 1]  # type: ignore[arg-type]
+    assert sorted(str(line.get_marker()) for line in single) == [".", ".", "o"], "two seeds and their mean"
+    assert all(line.get_marker() == "None" for line in spread.lines), "four points make a line"
 
 
 def test_random_search_is_drawn_as_points(tmp_path: Path, figures: dict[str, Figure]) -> None:

@@ -197,9 +197,10 @@ class Sweep:
         return cls(found[str(name)].parent)
 
     @staticmethod
-    def names() -> set[str]:
-        """Of all sweeps below multirun/."""
-        return {path.parent.name for path in MULTIRUN.glob("*/sweep.json")}
+    def names() -> list[str]:
+        """Of all sweeps below multirun/, the one that was changed last first."""
+        found = sorted(MULTIRUN.glob("*/sweep.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+        return [path.parent.name for path in found]
 
     @property
     def name(self) -> str:
