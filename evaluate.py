@@ -23,7 +23,7 @@ def main(cfg, folder: Path) -> int:
     data = cache(lambda: load_data(cfg)) if "data" in cfg else None
     for run in named(cfg.run):
         source = open_source(run, data)
-        name = str(source.folder) if source.name in evaluations else source.name
+        name = run if source.name in evaluations else source.name
         evaluations[name] = evaluate(source, data, cfg, asked, console)
     if len(evaluations) > 1:
         compare(evaluations, Path("outputs"), console)

@@ -58,6 +58,7 @@ COMMANDS = [
     (["--batch-size", "64"], ["no option --batch-size", "batch_size="]),
     (["--batch-size=64"], ["no option --batch-size", "batch_size="]),
     (["seed=0,1"], ["seed=0,1", "-m"]),
+    (["seed=0,1", "method.nope=3"], ["nope"]),
     (["method.encoder=3"], ["encoder"]),
     (["+method.encoder=3"], ["encoder"]),
     (["+augmentation.size=24"], ["size"]),

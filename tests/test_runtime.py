@@ -38,6 +38,8 @@ def test_each_process_has_a_gpu_of_its_own(device, monkeypatch: pytest.MonkeyPat
     assert runtime.torch_device() == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert runtime.torch_device() == torch.device("cuda", 1)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(BadInput, match="process 2 of this machine .* torch finds 2; .*--nproc-per-node 2"):
-        runtime.torch_device()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    for number in ("0", "2"):  # the first one, which alone prints, too
+        monkeypatch.setenv("LOCAL_RANK", number)
+        with pytest.raises(BadInput, match="3 processes on this machine .* torch finds 2; .*--nproc-per-node 2"):
+            runtime.torch_device()

@@ -181,7 +181,8 @@ def _known_options(arguments: list[str]) -> None:
     options = [option for action in get_args_parser()._actions for option in action.option_strings]
     for word in arguments:
         name = word.partition("=")[0]
-        if word.startswith("-") and not any(option.startswith(name) for option in options):
+        short = word[:2] in options  # whose value may follow without a space
+        if word.startswith("-") and not short and not any(option.startswith(name) for option in options):
             key = name.lstrip("-").replace("-", "_")
             raise BadInput(f"there is no option {name}; values have no dashes, {key}=..., and --help lists them.")
 

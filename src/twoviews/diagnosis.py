@@ -45,14 +45,14 @@ def diagnose(name: str, arguments: list[str], error: Exception) -> str:
                     return (
                         f"{group}={value}: there is no such {group}.{nearest(value, known)} Known: {', '.join(known)}."
                     )
-    several = [one.input_line for one in overrides if one.is_sweep_override()]
-    if several and not {"-m", "--multirun"} & {*arguments}:
-        return f"{several[0]} are several values; add -m to run each of them, or write a list in brackets, key=[a,b]."
     known_content = _compose(name, [choice for choice in choices if "," not in choice])
     for override in overrides:
         sentence = "" if override.input_line in choices else _unknown_override(override, known_content)
         if sentence:
             return sentence
+    several = [one.input_line for one in overrides if one.is_sweep_override()]
+    if several and not {"-m", "--multirun"} & {*arguments} and not any("hydra.mode" in one for one in arguments):
+        return f"{several[0]} are several values; add -m to run each of them, or write a list in brackets, key=[a,b]."
     return " ".join(str(error).split())
 
 

@@ -52,10 +52,11 @@ class Runtime:
         if self.device == "cpu" or not torch.cuda.is_available():
             return torch.device("cpu")
         number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if number >= count:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", number + 1))
+        if processes > count:  # found by all of them, because only the first one prints
             raise BadInput(
-                f"process {number} of this machine would need a GPU of that number, and torch finds {count}; start at most "
-                f"{count} process(es) on it (torchrun --nproc-per-node {count}), or use runtime.device=cpu."
+                f"{processes} processes on this machine would need a GPU each, and torch finds {count}; start at most {count} "
+                f"(torchrun --nproc-per-node {count}), or use runtime.device=cpu."
             )
         return torch.device("cuda", number)
 

@@ -1,6 +1,7 @@
 """What differs between points is an axis, also when a sweep was launched twice on purpose with something else."""
 
 import csv
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -129,3 +130,18 @@ def test_of_points_launched_alike_no_configuration_is_read(tmp_path: Path, monke
     launched(tmp_path / "s", {"epochs": 3}, {"seed": 0})
     with pytest.raises(ZeroDivisionError):
         found(sweep)
+
+
+def test_points_from_before_choices_were_recorded_are_settings_with_the_new_ones(tmp_path: Path) -> None:
+    sweep = launched(tmp_path / "s", {}, {"seed": 0}, {"seed": 1})
+    for point in sweep.points:
+        old = {key: value for key, value in point.description.items() if key != "choices"} | {"code": "old"}
+        (point.folder / "point.json").write_text(json.dumps(old))
+    sweep = launched(tmp_path / "s", {}, {"seed": 2}, {"seed": 3})
+    assert [len(setting.rows) for setting in gather(sweep).settings] == [4]
+
+
+def test_a_number_is_the_same_however_it_was_written(tmp_path: Path) -> None:
+    launched(tmp_path / "s", {}, {"method.temperature": 1}, {"method.temperature": 2})
+    sweep = launched(tmp_path / "s", {"runtime": "default"}, {"seed": 3}, temperature=1.0)
+    assert sorted(len(setting.rows) for setting in gather(sweep).settings) == [1, 2]

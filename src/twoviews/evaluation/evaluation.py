@@ -86,13 +86,20 @@ def evaluate(
     judges = {str(name): build(node) for name, node in nodes.items()}
     for note in [note for judge in judges.values() for note in judge.notes(data)]:
         console.say(note)
-    plain, about = OmegaConf.to_container(nodes, resolve=True), _about(data)
-    folder = source.folder / FOLDER / prefix / f"{'+'.join(judges)}-{digest({'protocol': plain, 'data': about})}"
+    plain, about, dtype = OmegaConf.to_container(nodes, resolve=True), _about(data), runtime.dtype(device)
+    step = Run(source.folder).read("result.json").get("step")  # of the run; it may go on
+    how = {"data": about, "protocol": plain, "precision": str(dtype).removeprefix("torch."), "step": step}
+    folder = source.folder / FOLDER / prefix / f"{'+'.join(judges)}-{digest(how)}"
     folder.mkdir(parents=True, exist_ok=True)
-    judged = Judged(encoder.to(device), data, device, runtime.dtype(device), runtime.channels_last, folder=folder)
+    judged = Judged(encoder.to(device), data, device, dtype, runtime.channels_last, folder=folder)
     values, intervals, shown, rows = {}, {}, [], {}
     for name, judge in judges.items():
-        verdict = judge(judged)
+        try:
+            verdict = judge(judged)
+        except BaseException:
+            if not any(folder.iterdir()):  # what is refused leaves nothing behind
+                folder.rmdir()
+            raise
         found, between = _written(name, verdict, judged, source.name)
         for table, lines in verdict.tables.items():
             console.rows(f"{name}: {table}", lines)
@@ -108,7 +115,7 @@ def evaluate(
     rows = {**{name: _shown(name, value, intervals) for name, value in values.items() if name in shown}, **rows}
     settings = {f"protocol.{key}": value for key, value in flat(plain).items()}
     settings = {key: value for key, value in settings.items() if not key.endswith(("_target_", "every_epochs"))}
-    write = {**values, "intervals": intervals, "data": about, "protocol": plain}
+    write = {**values, "intervals": intervals, **how}
     for file in (folder / "evaluation.json", *([] if prefix else [source.folder / "evaluation.json"])):
         replace(file, json.dumps(write, indent=2) + "\n")
     if source.config is not None:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from twoviews.backbones import Encoder, Timm
-from twoviews.config import build, flat
+from twoviews.config import build, digest, flat
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput, nearest
 from twoviews.evaluation.names import by_name
@@ -331,11 +331,13 @@ def _needed(run: Path | str, data: Callable[[], ImageData] | None) -> Callable[[
 
 def _elsewhere(origin: Path | str) -> dict[str, Any]:
     """Name, folder and configuration of what is no run."""
-    name = origin
-    if isinstance(origin, Path):  # many files are called last.pt: the folder's name tells them apart
-        name = "-".join(filter(None, (origin.resolve().parent.name, re.sub(r"(\.\w+){1,2}$", "", origin.name))))
-    name = re.sub(r"[^\w.-]", "_", str(name))
-    return {"name": name, "folder": Path("outputs") / f"evaluation-{name}", "config": None}
+    name = folder = re.sub(r"[^\w.-]", "_", str(origin))
+    if isinstance(origin, Path):  # many files are called last.pt: the folder's name tells most of them apart
+        path = origin.resolve()
+        stem = re.sub(rf"({'|'.join(map(re.escape, WEIGHTS))})+$", "", path.name)
+        name = re.sub(r"[^\w.-]", "_", "-".join(filter(None, (path.parent.name, stem))))
+        folder = f"{name}-{digest({'path': str(path)})}"
+    return {"name": name, "folder": Path("outputs") / f"evaluation-{folder}", "config": None}
 
 
 def _like(images: ImageData) -> dict[str, Any]:

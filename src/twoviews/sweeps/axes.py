@@ -26,6 +26,8 @@ def told_apart(points: Sequence[Point]) -> list[Point]:
     known = {point.digest: point.description for point in points}
     if len({_launch(point, known[point.digest]) for point in points}) < 2:
         return list(points)  # they differ in what was swept alone, and no configuration has to be read
+    if not all("choices" in description for description in known.values()):  # of points from before these were recorded
+        known = {digest: {**description, "choices": {}} for digest, description in known.items()}
     by_point = {point.digest: _values(point, known[point.digest]) for point in points}
     values = [*by_point.values()]
     axes = [*dict.fromkeys(key for point in points for key in point.axes)]

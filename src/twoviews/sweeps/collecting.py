@@ -41,8 +41,9 @@ def prepare(sweep: Sweep, points: Sequence[Point], tracking: Mapping[str, Any]) 
             parent = parents.open_parent(uri, experiment, sweep.name, key, tags)
         with sweep.update() as record:
             record.update(parent=parent, parent_status="RUNNING")
+    swept = {point.digest: point.axes for point in sweep.points}  # those given may have more, to be told apart
     with ThreadPoolExecutor(WRITERS) as pool:
-        list(pool.map(lambda point: parents.adopt(point.folder, uri, experiment, parent, point.axes), points))
+        list(pool.map(lambda one: parents.adopt(one.folder, uri, experiment, parent, swept[one.digest]), points))
 
 
 def collect(sweep: Sweep, points: Sequence[Point]) -> int:

@@ -12,6 +12,7 @@ Nothing here needs torch, Hydra, MLflow or SLURM.
 
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -255,7 +256,7 @@ class Sweep:
     @property
     def commands(self) -> list[str]:
         """What was typed to launch it, each different one, in order."""
-        return self.record.get("commands", [])
+        return _commands(self.record)
 
     @property
     def launching(self) -> FileLock:
@@ -272,8 +273,8 @@ class Sweep:
         """
         with self.update() as record:
             record.update(facts)
-            if command and command not in (commands := record.setdefault("commands", [])):
-                commands.append(command)
+            if command not in ("", *(commands := _commands(record))):
+                record["commands"] = [*commands, command]
             with ThreadPoolExecutor(WRITERS) as pool:
                 list(pool.map(self._make, points))
             for new in points:
@@ -323,6 +324,12 @@ class Sweep:
         replace(part / "config.yaml", new.config)
         replace(part / "point.json", text)
         part.rename(folder)
+
+
+def _commands(record: Mapping[str, Any]) -> list[str]:
+    """Of a sweep.json; once it held the words of the last one alone."""
+    words = record.get("command")
+    return record.get("commands") or ([shlex.join(words)] if words else [])
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -132,9 +132,10 @@ def gather(sweep: Sweep, states: Mapping[str, State] | None = None) -> Results:
     """Read what the points of a sweep have written so far; `states` by digest may know better than their files."""
     rows = [_row(one, (states or {}).get(one.digest) or judged(one, one.state)) for one in told_apart(sweep.points)]
     metric = next((name for name in ACCURACIES if any(row.finished and name in row.values for row in rows)), None)
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(text({key: value for key, value in row.axes.items() if key != SEED}), []).append(row)
+    groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+    for row in rows:  # by values as they are typed: a 1 of the command line is a 1.0 of a file
+        setting = tuple((key, text(value)) for key, value in row.axes.items() if key != SEED)
+        groups.setdefault(setting, []).append(row)
     settings = [
         Setting({key: value for key, value in rows[0].axes.items() if key != SEED}, sorted(rows, key=_seed_order))
         for rows in groups.values()

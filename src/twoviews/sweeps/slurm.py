@@ -343,14 +343,16 @@ def _rendezvous(tasks: int) -> dict[str, str]:
     """The variables by which torch.distributed finds the other processes of this job."""
     import submitit
 
+    job_environment = submitit.JobEnvironment()
     job, start = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     return {
-        "MASTER_ADDR": submitit.JobEnvironment().hostnames[0],
+        "MASTER_ADDR": job_environment.hostnames[0],
         # Below the ports that systems give out by themselves; another one after a requeue, whose predecessor may linger.
         "MASTER_PORT": str(20000 + (job * 7 + start) % 12000),
         "RANK": os.environ["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(tasks // job_environment.num_nodes),
     }
 
 
