@@ -25,6 +25,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from twoviews.errors import BadInput, nearest
+from twoviews.sweeps.words import text
 from twoviews.tracking.metrics import read
 from twoviews.tracking.state import replace
 
@@ -105,7 +106,7 @@ class Point:
     @property
     def label(self) -> str:
         """The values of its axes as they are typed, for a person."""
-        return " ".join(f"{key}={_typed(value)}" for key, value in self.axes.items()) or self.digest
+        return " ".join(f"{key}={text(value)}" for key, value in self.axes.items()) or self.digest
 
     @property
     def description(self) -> dict[str, Any]:
@@ -338,7 +339,3 @@ def _load(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-
-
-def _typed(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, (bool, list, dict, type(None))) else str(value)
