@@ -258,6 +258,23 @@ def sync_batch_norms(module: nn.Module, device: torch.device) -> nn.Module:
     return module
 
 
+class _WholeBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm of [B, C] or [B, C, H, W]."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
+def whole_batch_norms(module: nn.Module) -> None:
+    """Turn batch norms that divide a batch, or share it with other processes, into ones of whole batches here, in place."""
+
+    def make(norm: nn.modules.batchnorm._BatchNorm) -> nn.Module:
+        kept = (norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        return _WholeBatchNorm(*kept, device=next(iter(norm.state_dict().values())).device)
+
+    _replace_norms(module, (SplitBatchNorm, SyncBatchNorm, nn.SyncBatchNorm), make)
+
+
 def without_duplicates(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     """The trainable parameters of some modules, each once, in order."""
     seen: dict[int, nn.Parameter] = {}

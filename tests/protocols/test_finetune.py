@@ -8,10 +8,11 @@ from test_labelled import same, small, state
 from torch import nn
 from torch.nn import functional as nnf
 
-from twoviews import optim
+from twoviews import distributed, optim
 from twoviews.backbones import ResNet, Timm
 from twoviews.errors import BadInput
 from twoviews.features import embed
+from twoviews.layers import SplitBatchNorm, SyncBatchNorm, split_batch_norms, sync_batch_norms
 from twoviews.protocols import finetune
 from twoviews.protocols.finetune import FineTune, layers
 from twoviews.protocols.labelled import accuracies, classifier, crops, labelled
@@ -154,3 +155,24 @@ def test_scores_are_of_the_eval_transform_and_mode():
     x = embed(model[0], judged.data.test, judged.data, judged.device, judged.dtype)
     torch.testing.assert_close(tuned.scores(judged, model), model[1](x).detach(), rtol=1e-4, atol=1e-5)
     assert finetune.embed is embed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda encoder: split_batch_norms(encoder, 8),
+        lambda encoder: sync_batch_norms(encoder, torch.device("cpu")),
+        lambda encoder: sync_batch_norms(encoder, torch.device("cuda")),
+    ],
+    ids=["split", "synchronised", "synchronised on GPUs"],
+)
+def test_a_training_in_several_processes_is_measured_by_one(change, monkeypatch):
+    """Which would wait for the others for ever; and the batches here are no multiple of the parts of SplitBatchNorm."""
+    judged, other = small(80), small(80)
+    expected = protocol(batch_size=36)(judged)
+    change(other.encoder)
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    found = protocol(batch_size=36)(other)
+    assert torch.equal(found.probabilities, expected.probabilities)
+    model, _ = protocol(epochs=1).fitted(other, labelled(other)[0])
+    assert not [part for part in model.modules() if isinstance(part, SplitBatchNorm | SyncBatchNorm | nn.SyncBatchNorm)]

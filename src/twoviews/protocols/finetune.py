@@ -17,6 +17,7 @@ from twoviews.backbones import Encoder
 from twoviews.data.images import Images
 from twoviews.errors import BadInput, nearest
 from twoviews.features import Judged, embed
+from twoviews.layers import whole_batch_norms
 from twoviews.optim import LrScaling, sgd
 from twoviews.protocols.labelled import accuracies, as_tables, classifier, crops, descend, labelled
 from twoviews.protocols.protocol import Protocol, Verdict
@@ -144,6 +145,7 @@ class FineTune(Protocol):
     def fitted(self, judged: Judged, images: Images, *key: int | str) -> tuple[nn.Sequential, list[str]]:
         """Copy of the encoder and classifier, trained on these images, and what has to be said; a function of `key`."""
         encoder = copy.deepcopy(judged.encoder)
+        whole_batch_norms(encoder)  # as evaluate.py has them; and other processes would never answer
         if judged.channels_last:
             encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         trained, seed = self.trained_layers(encoder), seed_of(self.seed, "finetune", *key)
