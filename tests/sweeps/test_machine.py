@@ -13,7 +13,7 @@ from test_supervise import wait_for
 
 from twoviews.errors import BadInput
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.machine import Local, Pool
+from twoviews.sweeps.machine import Local, Pool, gpus
 from twoviews.sweeps.truth import look
 
 OVERLAP = """
@@ -70,6 +70,23 @@ def test_gpus_are_shared_as_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     Pool(at_once=None, points_per_gpu=2, cores_per_point=1).submit(points)
     assert sorted((point.folder / "gpu").read_text() for point in points) == ["0", "0", "3", "3"]
     assert company(points) == 4
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        ("printf '0\\n1\\n'", ["0", "1"]),
+        ("echo NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver.; exit 9", []),
+    ],
+)
+def test_gpus_are_those_of_the_driver(
+    script: str, found: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpus() == found
 
 
 def test_two_pools_do_not_lease_the_same(tmp_path: Path) -> None:

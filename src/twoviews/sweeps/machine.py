@@ -155,7 +155,9 @@ def gpus() -> list[str]:
     if not shutil.which("nvidia-smi"):
         return []
     command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.split()
+    asked = subprocess.run(command, capture_output=True, text=True)
+    # Without a driver or a GPU it fails, and says why where the answer would stand.
+    return asked.stdout.split() if asked.returncode == 0 else []
 
 
 def stop(points: Sequence[Point]) -> None:
