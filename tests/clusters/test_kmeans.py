@@ -225,11 +225,19 @@ def test_faiss_says_nothing(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_gpu_build_that_does_not_work_is_said_once(monkeypatch):
+@pytest.mark.parametrize(
+    ("probe", "reason"),
+    [
+        ("raise SystemExit('CUDA error 209 no kernel image')", "CUDA error 209 no kernel image"),
+        ("import time; time.sleep(60)", "no answer within 1 s"),
+    ],
+)
+def test_a_gpu_build_that_does_not_work_is_said_once(probe, reason, monkeypatch):
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
-    monkeypatch.setattr(module, "_PROBE", "raise SystemExit('CUDA error 209 no kernel image')")
+    monkeypatch.setattr(module, "_PROBE", probe)
+    monkeypatch.setattr(module, "PATIENCE", 1 if "sleep" in probe else 60)
     module._gpu_works.cache_clear()
-    with pytest.warns(UserWarning, match=r"faiss cannot use the GPU \(CUDA error 209 no kernel image\): .* CPU"):
+    with pytest.warns(UserWarning, match=rf"faiss cannot use the GPU \({reason}\): .* CPU"):
         assert not module._gpu_works(0)
     assert not module._gpu_works(0)  # a second warning would be an error
     module._gpu_works.cache_clear()

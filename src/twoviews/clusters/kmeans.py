@@ -26,6 +26,7 @@ from twoviews.randomness import generator
 from twoviews.ranges import Count, NotNegative
 
 OVERSTEP = 1.9
+PATIENCE = 300  # seconds that faiss gets to find neighbours on a GPU for the first time
 JUDGES = 2_000  # points that tell whether a warm start is worth more than a cold one
 
 # Points and centroids to squared distance and number of each point's nearest centroid.
@@ -243,10 +244,14 @@ def _gpu_works(number: int) -> bool:
 
     reason = "this build finds no GPU"
     if faiss.get_num_gpus() > number:
-        probe = subprocess.run([sys.executable, "-c", _PROBE, str(number)], capture_output=True, text=True, timeout=300)
-        if probe.returncode == 0:
-            return True
-        reason = (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1]
+        command = [sys.executable, "-c", _PROBE, str(number)]
+        try:
+            probe = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+            if probe.returncode == 0:
+                return True
+            reason = (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1]
+        except subprocess.TimeoutExpired:
+            reason = f"no answer within {PATIENCE} s"
     warnings.warn(f"faiss cannot use the GPU ({reason}): k-means runs on the CPU, with the same result.", stacklevel=4)
     return False
 
