@@ -173,9 +173,8 @@ def main() -> None:
         if options.profile:
             print(profile(trainings[options.profile], device))
     named = " ".join(["--methods", *options.methods]) if options.methods != list(METHODS) else ""
-    command = " ".join(
-        filter(None, ["step.py", *overrides, named, f"--rounds {options.rounds} --steps {options.steps}"])
-    )
+    shown = ["data.root=<cifar10>" if one.startswith("data.root=") else one for one in overrides]
+    command = " ".join(filter(None, ["step.py", *shown, named, f"--rounds {options.rounds} --steps {options.steps}"]))
     facts = {"precision": str(dtype), "product_flop_per_s": product, "copy_bytes_per_s": copy}
     record(options.json, command, list(rows.values()), device=device, **facts)
 
