@@ -85,8 +85,8 @@ lint: .venv/dev  ## style and format
 types: .venv/dev  ## static types
 	$(BIN)/pyright
 
-mlflow: .venv/train  ## MLflow's pages on all runs, at http://127.0.0.1:5000
-	$(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
+mlflow: .venv/train  ## MLflow's pages on all runs, at http://127.0.0.1:5000, or ARGS="--port 5001"
+	$(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db $(ARGS)
 
 tracking-server: .venv/train  ## an MLflow server on PostgreSQL for many machines: make tracking-server ARGS="--host 0.0.0.0"
 	$(BIN)/python -m twoviews.tracking serve $(ARGS)

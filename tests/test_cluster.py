@@ -222,6 +222,9 @@ def test_a_line_added_afterwards(tmp_path: Path) -> None:
     assert list(read(tmp_path))[-1] | {"time": 0} == {"step": 4, "epoch": 0.75, "time": 0, "clusters/k5/nmi": 50.0}
     afterwards.add(tmp_path, {"clusters/k5/nmi": 50.0, "clusters/k9/nmi": 60.0})
     assert list(read(tmp_path))[-1].keys() == {"step", "epoch", "time", "clusters/k9/nmi"}
+    for nmi in (70.0, 50.0, 50.0):  # measured otherwise, and again: the last one is the newest
+        afterwards.add(tmp_path, {"clusters/k5/nmi": nmi})
+    assert [line["clusters/k5/nmi"] for line in read(tmp_path) if "clusters/k5/nmi" in line] == [50.0, 70.0, 50.0]
     Metrics(tmp_path, kept).close()  # the run goes on from its checkpoint
     assert [line["step"] for line in read(tmp_path)] == [3]
 

@@ -60,12 +60,13 @@ def test_numbers_tables_and_pictures_beside_the_run(runs: Path, command) -> None
 def test_several_runs_in_one_table(runs: Path, command) -> None:
     done = command("evaluate", f"run={runs}", "protocol=knn_small")
     assert done.code == 0, done.err
-    rows = table(Path("outputs/comparison.csv"))
+    (folder,) = Path("outputs").glob("comparison-????????")
+    rows = table(folder / "comparison.csv")
     assert {row["run"] for row in rows} == {"0", "1"}
     for row in rows:
         found = json.loads((runs / row["run"] / "evaluation.json").read_text())
         assert float(row["knn/top1"]) == found["knn/top1"]
-    assert "| 0 |" in Path("outputs/comparison.md").read_text() and Path("outputs/comparison.png").exists()
+    assert "| 0 |" in (folder / "comparison.md").read_text() and (folder / "comparison.png").exists()
 
 
 def test_classes_of_own_pictures(runs: Path, command) -> None:

@@ -86,6 +86,7 @@ class Training:
         self._started, self._checkpointed = time.monotonic(), time.monotonic()
         self._advised = self._forecasted = False
         self._watch_seconds = 0.0
+        self._stepping = [0, 0.0]  # steps, and seconds they took, without those before the first log line
         self._first_step = 0
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._copying: Future[None] | None = None
@@ -242,11 +243,16 @@ class Training:
             logged = step % log_every == 0 or step % steps == 0
             if logged:
                 loss_and_values = self._read(loss, values)
-                rate = (step - clock_step) * self.loader.batch_size / (time.monotonic() - clock)
+                seconds = time.monotonic() - clock
+                rate = (step - clock_step) * self.loader.batch_size / seconds
+                if clock_step > self._first_step:  # the first steps load, and may compile
+                    self._stepping[0] += step - clock_step
+                    self._stepping[1] += seconds
                 clock, clock_step = time.monotonic(), step
                 self._log({**loss_and_values, "images_per_s": rate})
             if not self._forecasted and step - self._first_step >= FORECAST_STEPS and logged:
-                self._forecast(self.latest["images_per_s"])
+                counted, seconds = self._stepping
+                self._forecast(counted * self.loader.batch_size / seconds if counted else self.latest["images_per_s"])
             if step % steps == 0:
                 return True
             # Processes must ask together, and asking makes them wait for each other.

@@ -110,10 +110,11 @@ def draw_curves(path: Path, lines: Iterable[Mapping[str, float]]) -> None:
         "train/spread": "spread (1 even, 0 collapsed)",
         "lr": "learning rate",
     }
+    last = max((line["epoch"] for line in lines), default=0)
     for axis, (name, title) in zip(axes, panels.items(), strict=True):
         x, y = curve(name)
         axis.plot(x, y, marker="o" if len(x) < 30 else None, markersize=3)
-        axis.set(title=title, xlabel="epoch")
+        axis.set(title=title, xlabel="epoch", xlim=(0, 1.03 * last if last else None))
         axis.grid(alpha=0.3)
     for name, style, label in (
         ("baseline/untrained_knn_top1", ":", "untrained encoder"),
@@ -124,7 +125,7 @@ def draw_curves(path: Path, lines: Iterable[Mapping[str, float]]) -> None:
             axes[1].axhline(values[0], color="grey", linestyle=style, label=label)
     if axes[1].get_legend_handles_labels()[0]:
         axes[1].legend()
-    axes[2].set_ylim(bottom=0)
+    axes[2].set_ylim(0, max(1.02, axes[2].get_ylim()[1]))
     new = path.with_name(path.name + ".new")
     figure.savefig(new, format="png", dpi=110)
     pyplot.close(figure)

@@ -123,7 +123,7 @@ def epochs(point: Point) -> int:
 def logs(sweep: Sweep, points: Sequence[Point]) -> int:
     """The ends of what points printed: of those named, or of those that did not finish."""
     states = look(points)
-    if len(points) > 1:
+    if len(points) == len(sweep.points) > 1:  # none was named
         points = [point for point in points if states[point.digest].state in STOPPED]
     for point in points:
         state = states[point.digest]

@@ -78,6 +78,9 @@ def test_what_was_swept_once_and_fixed_once_is_an_axis_of_all(tmp_path: Path, ca
     assert sweep_command(["logs", str(sweep.folder), "epochs=3", "seed=1"]) == 0, (
         "points are named as status shows them"
     )
+    capsys.readouterr()
+    assert sweep_command(["logs", str(sweep.folder), "seed=0"]) == 0
+    assert capsys.readouterr().out.count("FINISHED") == 3, "what is named is shown, finished or not"
 
 
 @pytest.mark.parametrize("typed", [True, False], ids=["typed", "default"])

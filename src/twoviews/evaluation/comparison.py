@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from twoviews.config import digest
 from twoviews.console import Console
 from twoviews.evaluation.pictures import draw_comparison
 from twoviews.tracking.mirror import reason
@@ -28,7 +29,12 @@ Row = dict[str, float | int | str]
 
 
 def compare(evaluations: Mapping[str, Evaluation], folder: Path, console: Console) -> None:
-    """Show the runs side by side, and write comparison.csv, comparison.md and comparison.png, in MLflow a run of its own."""
+    """Show the runs side by side, and write comparison.csv, comparison.md and comparison.png, in MLflow a run of its own.
+
+    The files go into a folder below `folder`, another one for other runs or settings.
+    """
+    how = {run: dict(one.settings) for run, one in evaluations.items()}
+    folder = folder / f"comparison-{digest(how)}"
     folder.mkdir(parents=True, exist_ok=True)
     name, order = headline(evaluations), ordered(evaluations)
     replace(folder / "comparison.csv", as_csv(table(evaluations)))

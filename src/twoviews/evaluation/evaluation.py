@@ -87,8 +87,12 @@ def evaluate(
     for note in [note for judge in judges.values() for note in judge.notes(data)]:
         console.say(note)
     plain, about, dtype = OmegaConf.to_container(nodes, resolve=True), _about(data), runtime.dtype(device)
-    step = Run(source.folder).read("result.json").get("step")  # of the run; it may go on
-    how = {"data": about, "protocol": plain, "precision": str(dtype).removeprefix("torch."), "step": step}
+    result = Run(source.folder).read("result.json")
+    if result.get("state", "finished") != "finished":
+        console.say(
+            f"warning: {source.name} is {result['state']} after {result['epoch']:.4g} epochs; its encoder is of then."
+        )
+    how = {"data": about, "protocol": plain, "precision": str(dtype).removeprefix("torch."), "step": result.get("step")}
     folder = source.folder / FOLDER / prefix / f"{'+'.join(judges)}-{digest(how)}"
     folder.mkdir(parents=True, exist_ok=True)
     judged = Judged(encoder.to(device), data, device, dtype, runtime.channels_last, folder=folder)
@@ -130,7 +134,12 @@ def evaluate(
     return Evaluation(
         values,
         intervals,
-        {**settings, "data": data.name, "digest": data.digest},
+        {
+            **settings,
+            "data": data.name,
+            "digest": data.digest,
+            **{key: result[key] for key in ("state", "epoch") if key in result},
+        },
         (state.uri, state.experiment) if mirrored else None,
     )
 

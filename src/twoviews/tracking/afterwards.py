@@ -26,7 +26,7 @@ def check(folder: Path) -> None:
 
 
 def add(folder: Path, values: Mapping[str, float]) -> None:
-    """Write the finite ones of these numbers as measured at the run's last step, unless they stand there already.
+    """Write the finite ones of these numbers as measured at the run's last step, unless they were the last ones, too.
 
     An interrupted run that goes on cuts them off again, like everything after its last checkpoint.
 
@@ -36,12 +36,12 @@ def add(folder: Path, values: Mapping[str, float]) -> None:
     lock = writer_lock(folder)
     acquire(lock, folder)
     try:
-        head, there = {"step": 0, "epoch": 0}, set()
+        head, last = {"step": 0, "epoch": 0}, {}
         for line in read(folder):
             head = {key: line[key] for key in head}
-            there |= {(line["step"], name, value) for name, value in line.items()}
+            last.update({name: (line["step"], value) for name, value in line.items()})
         new = {name: value for name, value in values.items() if math.isfinite(value)}
-        new = {name: value for name, value in new.items() if (head["step"], name, value) not in there}
+        new = {name: value for name, value in new.items() if last.get(name) != (head["step"], value)}
         if not new:
             return
         path = folder / NAME
