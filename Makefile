@@ -45,11 +45,11 @@ bench: .venv/dev  ## benchmarks against other tools, with DATA=<folder of CIFAR-
 MEASURE = OMP_NUM_THREADS=1 $(BIN)/python benchmarks
 bench-startup bench-stalls: OPTIONS = --rounds 9
 bench-epoch: OPTIONS = data.root=$(DATA) --rounds 3
-bench-loops: OPTIONS = data.root=$(DATA)
+bench-loops: OPTIONS = data.root=$(DATA) --rounds 30
 bench-growth: OPTIONS = --rounds 3
 bench-knn: OPTIONS = --queries 2000
 bench-large_kmeans: OPTIONS = --rounds 1
-bench-probe: OPTIONS = --epochs 1 --rounds 21
+bench-probe: OPTIONS = --epochs 1 --rounds 15
 
 bench-%: .venv/dev
 	$(MEASURE)/$*.py $(OPTIONS) --json benchmarks/results/$*.json
