@@ -20,13 +20,14 @@ def main(cfg, folder: Path) -> int:
     from twoviews.evaluation.names import by_name
     from twoviews.randomness import seed_of
     from twoviews.run import Run
+    from twoviews.runtime import format_name
     from twoviews.tracking import afterwards, page
 
     console, run = Console(), Run.existing(by_name(cfg.run) or cfg.run)
     afterwards.check(run.folder)
     recorded = OmegaConf.create(run.config())
     dotted = OmegaConf.from_dotlist([one for one in HydraConfig.get().overrides.task if one.startswith("runtime.")])
-    runtime = build(DictConfig({**recorded.runtime, **dotted.get("runtime", {})}))
+    runtime = build(DictConfig({**recorded.runtime, "precision": "auto", **dotted.get("runtime", {})}))
     data = load_data(cfg if "data" in cfg else recorded)
     for note in data.notes:
         console.say(note)
@@ -34,8 +35,10 @@ def main(cfg, folder: Path) -> int:
     subject.check(cfg.clusters)
     if subject.changed:
         console.say("warning: these are not the images of the run (their digest differs).")
-    console.say(f"features of {len(subject.images):,} images of {data.name}, split {cfg.split}")
-    x = subject.features(runtime)
+    device = runtime.torch_device()
+    precision = format_name(dtype := runtime.evaluation_dtype(device))
+    console.say(f"features of {len(subject.images):,} images of {data.name}, split {cfg.split}, in {precision}")
+    x = subject.features(device, dtype, runtime.channels_last)
     rows, values = {}, {}
     for k in sorted(set(cfg.clusters)):
         clusters = kmeans(x, k, seed=seed_of(cfg.seed, k), iterations=50, tolerance=1e-4)  # to the end: it is done once
@@ -46,7 +49,7 @@ def main(cfg, folder: Path) -> int:
         last = ("largest", "smallest", "empty")
         rows[f"k = {k}"] = ", ".join(f"{key} {found[key]:.4g}" for key in sorted(found, key=last.__contains__))
         values[k] = found
-    subject.record({"seed": cfg.seed, "temperature": cfg.temperature}, values)
+    subject.record({"seed": cfg.seed, "temperature": cfg.temperature, "precision": precision}, values)
     afterwards.add(run.folder, {f"{subject.name}/k{k}/{key}": v for k, one in values.items() for key, v in one.items()})
     afterwards.deliver(run.folder, recorded.tracking.mirror, console.say)
     console.table(

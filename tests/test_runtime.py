@@ -30,6 +30,16 @@ def test_peak_memory_is_this_processs_alone() -> None:
     subprocess.run([sys.executable, "-c", PEAK], check=True)
 
 
+@pytest.mark.parametrize(("bf16", "trained"), [("0", torch.float32), ("1", torch.bfloat16)])
+def test_auto_is_bf16_in_training_where_it_is_native_and_fp32_in_evaluation(bf16, trained, monkeypatch) -> None:
+    monkeypatch.setenv("TWOVIEWS_CPU_BF16", bf16)
+    cpu = torch.device("cpu")
+    auto = Runtime("cpu", "auto", True, False, 1, 10, 5)
+    assert (auto.dtype(cpu), auto.evaluation_dtype(cpu)) == (trained, torch.float32)
+    asked = Runtime("cpu", "bf16", True, False, 1, 10, 5)
+    assert asked.dtype(cpu) == asked.evaluation_dtype(cpu) == torch.bfloat16
+
+
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_each_process_has_a_gpu_of_its_own(device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

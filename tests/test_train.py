@@ -42,6 +42,7 @@ def finished(tmp_path_factory) -> Path:
         *without_tracking(SMALL_MOCO),
         f"tracking.uri=sqlite:///{folder / 'mlflow.db'}",
         "protocol.knn.every_epochs=1",
+        "runtime.precision=fp32",  # of evaluate.py, too: both measure the same
     ]
     assert start([str(ROOT / "train.py"), *arguments], folder).wait(300) == 0, (folder / "stderr.txt").read_text()
     return folder
@@ -81,8 +82,41 @@ def test_run_folder(finished: Path) -> None:
 
 def test_plan_is_said_first(finished: Path) -> None:
     said = (finished / "stdout.txt").read_text()
-    for part in ("0.03 = 0.12 x 64 / 256", "4 steps of 64", "256 images an epoch", "float32", "2 of each image"):
+    for part in ("0.03 = 0.12 x 64 / 256", "4 steps of 64", "256 images an epoch", "2 of each image"):
         assert part in said, part
+
+
+@pytest.mark.parametrize(("bf16", "trained"), [("0", "float32"), ("1", "bfloat16")])
+def test_auto_precision_trains_as_the_processor_can_and_evaluates_in_fp32(
+    bf16: str, trained: str, command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWOVIEWS_CPU_BF16", bf16)
+    done = command("train", *SMALL_MOCO, "epochs=1", "protocol=knn_small", "hydra.run.dir=run")
+    assert done.code == 0 and re.search(rf"^device +CPU.*, {trained},", done.out, re.MULTILINE), done.out + done.err
+    assert json.loads(Path("run/result.json").read_text())["precision"] == trained
+    found = []
+    for other in ("0", "1"):
+        monkeypatch.setenv("TWOVIEWS_CPU_BF16", other)
+        done = command("evaluate", "run=run", "protocol=[knn_small,embed]")
+        assert ("evaluating in float32; run was trained" in done.out) == (trained == "bfloat16"), done.out + done.err
+        found.append(json.loads(Path("run/evaluation.json").read_text()))
+        assert command("cluster", "run=run", "clusters=[5]").code == 0
+        assert json.loads(Path("run/clusters.json").read_text())["settings"]["precision"] == "float32"
+    assert found[0]["precision"] == "float32" and found[0] == found[1]
+    assert command("evaluate", "run=run", "protocol=knn_small", "runtime.precision=bf16").code == 0
+    assert json.loads(Path("run/evaluation.json").read_text())["precision"] == "bfloat16"
+
+
+def test_going_on_with_another_kind_of_processor_is_said(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TWOVIEWS_CPU_BF16", "1")
+    arguments = [*SMALL_MOCO, "protocol=[]", "hydra.run.dir=run"]
+    assert command("train", *arguments).code == 0
+    Path("run/result.json").unlink()  # as if it had been killed at its end
+    done = command("train", *arguments)
+    assert done.code == 0 and "begun in" not in done.out, done.out + done.err
+    Path("run/result.json").unlink()
+    monkeypatch.setenv("TWOVIEWS_CPU_BF16", "0")
+    assert "begun in bfloat16 and goes on in float32" in command("train", *arguments).out
 
 
 def test_encoder_is_rebuilt_from_the_folder(finished: Path) -> None:
@@ -222,8 +256,9 @@ def test_micro_batches_train_like_the_batch(command) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_two_processes_train_like_one(tmp_path: Path) -> None:
-    arguments = [*SMALL_MOCO, "method.bn_splits=4", "runtime.log_every=1", "epochs=2"]
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_processes_train_like_one(precision: str, tmp_path: Path) -> None:
+    arguments = [*SMALL_MOCO, "method.bn_splits=4", "runtime.log_every=1", "epochs=2", f"runtime.precision={precision}"]
     one = start([str(ROOT / "train.py"), *arguments, f"hydra.run.dir={tmp_path / 'one'}"], tmp_path / "o")
     assert one.wait(300) == 0
     two = subprocess.run(
@@ -238,11 +273,13 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert first.keys() == second.keys()
-    # Sums in another order, over eight steps: the weights stay together, tensor by tensor.
+    # Sums in another order, over eight steps: measured, 3e-6 in fp32. In bf16 gradients are rounded: 0.09, in offsets of
+    # norms, which begin at 0; one process in bf16 differs by 0.13 from the same in fp32.
+    share = {"fp32": 1e-4, "bf16": 0.2}[precision]
     for name in (
         name for name in first if name.startswith(("encoder.", "projector.")) and first[name].is_floating_point()
     ):
-        assert (first[name] - second[name]).norm() <= 1e-2 * first[name].norm() + 1e-4, name
+        assert (first[name] - second[name]).norm() <= share * first[name].norm() + 1e-6, name
 
 
 @pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("epochs=many", 2), ("optimizer.lrr=1", 2)])

@@ -27,7 +27,7 @@ from twoviews.layers import sync_batch_norms
 from twoviews.methods.method import Method
 from twoviews.randomness import seed_of
 from twoviews.run import parameter_count
-from twoviews.runtime import Runtime
+from twoviews.runtime import Runtime, format_name
 from twoviews.signatures import signature
 from twoviews.tracking import page, read
 
@@ -183,7 +183,7 @@ def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
     seen = steps * size
     left = f"; the other {loader.left_over:,} sit out, different ones each epoch" if loader.left_over else ""
     console.say(f"length    {cfg.epochs} epochs of {steps:,} steps of {size}: {seen:,} images an epoch{left}")
-    dtype = str(parts.runtime.dtype(parts.device)).removeprefix("torch.")
+    dtype = format_name(parts.runtime.dtype(parts.device))
     device = (
         torch.cuda.get_device_name(parts.device)
         if parts.device.type == "cuda"
@@ -233,6 +233,7 @@ def show_result(folder: Path, result: dict[str, Any], console: Console) -> None:
         "kNN, raw pixels": percent("baseline/pixels_knn_top1"),
         "images/s": f"{statistics.median(rates):.0f}" if rates else "-",
         "time": duration(result["seconds"]),
+        "precision": result.get("precision", "-"),
         "memory": ", ".join(
             f"{where} {megabytes(1e6 * result[f'memory/{where}_mb'])}"
             for where in ("process", "gpu")

@@ -18,7 +18,7 @@ from twoviews.features import Pixels
 from twoviews.methods.method import Progress
 from twoviews.randomness import seed_of
 from twoviews.run import Run
-from twoviews.runtime import StopSignal, autocast, peak_memory
+from twoviews.runtime import StopSignal, autocast, format_name, peak_memory
 from twoviews.tracking import Metrics
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "position": {**vars(self.position), "seconds": self.seconds()},
+            "precision": format_name(self.dtype),
             "metrics_bytes": self.metrics.mark() if self.metrics else 0,
             "latest": self.latest,
         }

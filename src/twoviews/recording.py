@@ -15,7 +15,7 @@ from twoviews.console import Console
 from twoviews.loop import Training
 from twoviews.pictures import draw_curves, draw_views
 from twoviews.run import Run
-from twoviews.runtime import StopSignal, peak_memory
+from twoviews.runtime import StopSignal, format_name, peak_memory
 from twoviews.tracking import Metrics, Mirror, is_child, read, run_id, wait_for_writer
 
 FAILED = 1  # exit code of a training that went wrong
@@ -71,6 +71,12 @@ class Recording:
         if self._state:
             training.restore(self._state)
             self.console.say(f"resuming at step {training.position.step} (epoch {training.epoch:.2f}).")
+            before, now = self._state.get("precision"), format_name(training.dtype)
+            if before not in (None, now):
+                self.console.say(
+                    f"warning: the run was begun in {before} and goes on in {now}, which runtime.precision=auto means on this "
+                    f"device; for {before} throughout, interrupt it and continue on a device of the first kind."
+                )
             if self._first:  # of the step where it was interrupted: after a kill -9 it would pass for the last one's
                 self.run.folder.joinpath("encoder.safetensors").unlink(missing_ok=True)
         self._state = None
@@ -111,6 +117,7 @@ class Recording:
             "step": training.position.step,
             "epoch": training.epoch,
             "seconds": training.seconds(),
+            "precision": format_name(training.dtype),
             "mlflow_run_id": run_id(self.run.folder),
             **more,
         }

@@ -23,7 +23,8 @@ class Runtime:
 
     Args:
         device: "auto" is the GPU of this process where there is one, else the CPU.
-        precision: "auto" is bf16 on devices that multiply in it natively, else fp32; fp16 needs a GPU.
+        precision: number format of forward passes. "auto" trains in bf16 on devices with native bf16 arithmetic, else in
+            fp32, and always evaluates in fp32 (evaluate.py, cluster.py); fp16 needs a GPU.
         channels_last: keep images as [B, H, W, C] in memory, which convolutions like.
         compile: torch.compile the method; the first step then takes minutes.
         accumulate: micro-batches an optimizer step; batch_size counts all of them, a contrastive loss sees one.
@@ -61,7 +62,7 @@ class Runtime:
         return torch.device("cuda", number)
 
     def dtype(self, device: torch.device) -> torch.dtype:
-        """The number format of the forward pass.
+        """The number format of forward passes in training, and of what a training measures about itself.
 
         Raises:
             BadInput: fp16 on a CPU.
@@ -69,11 +70,29 @@ class Runtime:
         if self.precision == "fp16" and device.type == "cpu":
             raise BadInput("runtime.precision=fp16 needs a GPU; use bf16 or fp32 on a CPU.")
         if self.precision == "auto":
-            native = (
-                torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-            )
-            return torch.bfloat16 if native else torch.float32
+            return torch.bfloat16 if native_bf16(device) else torch.float32
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
+    def evaluation_dtype(self, device: torch.device) -> torch.dtype:
+        """The number format of evaluate.py and cluster.py: "auto" is fp32, so results do not depend on the processor.
+
+        Raises:
+            BadInput: fp16 on a CPU.
+        """
+        return torch.float32 if self.precision == "auto" else self.dtype(device)
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device has bf16 arithmetic; TWOVIEWS_CPU_BF16=0 or 1 answers for the CPU, for tests of the other kind."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(False)
+    pretended = os.environ.get("TWOVIEWS_CPU_BF16")
+    return pretended == "1" if pretended else torch.cpu._is_avx512_bf16_supported()
+
+
+def format_name(dtype: torch.dtype) -> str:
+    """Such as float32 or bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as nnf
@@ -15,7 +16,6 @@ from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
 from twoviews.features import embed
 from twoviews.run import Run
-from twoviews.runtime import Runtime
 
 
 class Subject:
@@ -68,11 +68,9 @@ class Subject:
                 f"{self.facts['split']}; use at most {len(self.images)}."
             )
 
-    def features(self, runtime: Runtime) -> Float[Tensor, "N F"]:
+    def features(self, device: torch.device, dtype: torch.dtype, channels_last: bool) -> Float[Tensor, "N F"]:
         """The encoder's features of all images as unit rows: kNN and PCL compare directions, not lengths."""
-        device = runtime.torch_device()
-        dtype = runtime.dtype(device)
-        x = embed(self.encoder.to(device), self.images, self.data, device, dtype, runtime.channels_last)
+        x = embed(self.encoder.to(device), self.images, self.data, device, dtype, channels_last)
         return nnf.normalize(x, dim=1)
 
     def save(self, k: int, clusters: Clusters, concentration: Float[Tensor, " K"]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from twoviews.assembly import load_data
+from twoviews.backbones import Encoder
 from twoviews.config import build, digest, flat
 from twoviews.console import Console
 from twoviews.data.images import ImageData
@@ -19,8 +20,9 @@ from twoviews.evaluation.scores import scores
 from twoviews.evaluation.source import Source
 from twoviews.features import Judged
 from twoviews.protocols.health import advice
-from twoviews.protocols.protocol import Verdict
+from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.run import Run
+from twoviews.runtime import format_name
 from twoviews.tracking import afterwards, read
 from twoviews.tracking.state import State, replace
 
@@ -68,55 +70,41 @@ def evaluate(
     """
     recorded = OmegaConf.create(source.config or {})
     dotted = OmegaConf.from_dotlist([one for one in asked if one.startswith("runtime.")])
-    runtime = build(DictConfig({**recorded.get("runtime", cfg.runtime), **dotted.get("runtime", {})}))
+    # The precision of the training is not that of its evaluation, which is fp32 unless the command says otherwise.
+    runtime = build(
+        DictConfig({**recorded.get("runtime", cfg.runtime), "precision": "auto", **dotted.get("runtime", {})})
+    )
     device = runtime.torch_device()
+    precision = format_name(dtype := runtime.evaluation_dtype(device))
     data = source.fed(given() if given else load_data(recorded)).to(device)
     for note in (*source.notes, *data.notes):
         console.say(note)
     if given is None and data.digest != Run(source.folder).read("data.json")["digest"]:
         console.say("warning: these are not the images of the run (their digest differs), so the numbers are not its.")
-    encoder, prefix = source.encoder, ""
-    if cfg.feature == "projection":
-        if source.config is None:
-            raise BadInput(
-                f"feature=projection needs a run, and {source.name} is a network alone; use feature=backbone."
-            )
-        encoder, prefix = projected(encoder, Run(source.folder)), "projection/"
+    encoder, prefix = _encoder(source, cfg.feature)
     nodes = protocols(cfg, asked, source.config)
     judges = {str(name): build(node) for name, node in nodes.items()}
     for note in [note for judge in judges.values() for note in judge.notes(data)]:
         console.say(note)
-    plain, about, dtype = OmegaConf.to_container(nodes, resolve=True), _about(data), runtime.dtype(device)
+    plain, about = OmegaConf.to_container(nodes, resolve=True), _about(data)
     result = Run(source.folder).read("result.json")
     if result.get("state", "finished") != "finished":
         console.say(
             f"warning: {source.name} is {result['state']} after {result['epoch']:.4g} epochs; its encoder is of then."
         )
-    how = {"data": about, "protocol": plain, "precision": str(dtype).removeprefix("torch."), "step": result.get("step")}
+    if (trained := result.get("precision", precision)) != precision:
+        console.say(
+            f"evaluating in {precision}; {source.name} was trained, and measured during training, in {trained}, which "
+            "changes the last digits."
+        )
+    how = {"data": about, "protocol": plain, "precision": precision, "step": result.get("step")}
     folder = source.folder / FOLDER / prefix / f"{'+'.join(judges)}-{digest(how)}"
     folder.mkdir(parents=True, exist_ok=True)
     judged = Judged(encoder.to(device), data, device, dtype, runtime.channels_last, folder=folder)
-    values, intervals, shown, rows = {}, {}, [], {}
-    for name, judge in judges.items():
-        try:
-            verdict = judge(judged)
-        except BaseException:
-            if not any(folder.iterdir()):  # what is refused leaves nothing behind
-                folder.rmdir()
-            raise
-        found, between = _written(name, verdict, judged, source.name)
-        for table, lines in verdict.tables.items():
-            console.rows(f"{name}: {table}", lines)
-        values.update(found)
-        intervals.update(between)
-        if len(verdict.values) <= FEW:
-            shown += found
-        if name == "health" and (sentence := advice(verdict.values)):
-            rows["advice"] = sentence
+    values, intervals, rows = _measured(judges, judged, source.name, console)
     if source.config is not None:
         curve = source.folder / FOLDER / "knn_curve.png"  # the run's own, whatever is measured now
         draw_knn_curve(curve, read(source.folder), published_curve(source.config), source.name)
-    rows = {**{name: _shown(name, value, intervals) for name, value in values.items() if name in shown}, **rows}
     settings = {f"protocol.{key}": value for key, value in flat(plain).items()}
     settings = {key: value for key, value in settings.items() if not key.endswith(("_target_", "every_epochs"))}
     write = {**values, "intervals": intervals, **how}
@@ -142,6 +130,41 @@ def evaluate(
         },
         (state.uri, state.experiment) if mirrored else None,
     )
+
+
+def _encoder(source: Source, feature: str) -> tuple[Encoder, str]:
+    """What is judged, and what stands before the names of its numbers."""
+    if feature == "backbone":
+        return source.encoder, ""
+    if source.config is None:
+        raise BadInput(f"feature=projection needs a run, and {source.name} is a network alone; use feature=backbone.")
+    return projected(source.encoder, Run(source.folder)), "projection/"
+
+
+def _measured(
+    judges: Mapping[str, Protocol], judged: Judged, title: str, console: Console
+) -> tuple[dict[str, float], dict[str, tuple[float, float]], dict[str, str]]:
+    """Values and intervals by full name, and the rows of the table that is shown; tables of protocols are shown at once."""
+    values, intervals, shown, advices = {}, {}, [], {}
+    assert judged.folder is not None
+    for name, judge in judges.items():
+        try:
+            verdict = judge(judged)
+        except BaseException:
+            if not any(judged.folder.iterdir()):  # what is refused leaves nothing behind
+                judged.folder.rmdir()
+            raise
+        found, between = _written(name, verdict, judged, title)
+        for table, lines in verdict.tables.items():
+            console.rows(f"{name}: {table}", lines)
+        values.update(found)
+        intervals.update(between)
+        if len(verdict.values) <= FEW:
+            shown += found
+        if name == "health" and (sentence := advice(verdict.values)):
+            advices["advice"] = sentence
+    rows = {name: _shown(name, value, intervals) for name, value in values.items() if name in shown}
+    return values, intervals, {**rows, **advices}
 
 
 def _about(data: ImageData) -> dict[str, Any]:
