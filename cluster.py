@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from twoviews.config import build, entry
+from twoviews.config import entry
 
 
 @entry("cluster")
 def main(cfg, folder: Path) -> int:
     """Embed the images once, cluster them for every k, and leave scores, assignments and pictures in the run folder."""
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
 
-    from twoviews.assembly import load_data
+    from twoviews.assembly import evaluation_runtime, load_data
     from twoviews.clusters.kmeans import concentration, kmeans
     from twoviews.clusters.scores import scores
     from twoviews.clusters.sheet import draw_clusters
@@ -26,8 +26,7 @@ def main(cfg, folder: Path) -> int:
     console, run = Console(), Run.existing(by_name(cfg.run) or cfg.run)
     afterwards.check(run.folder)
     recorded = OmegaConf.create(run.config())
-    dotted = OmegaConf.from_dotlist([one for one in HydraConfig.get().overrides.task if one.startswith("runtime.")])
-    runtime = build(DictConfig({**recorded.runtime, "precision": "auto", **dotted.get("runtime", {})}))
+    runtime = evaluation_runtime(cfg, recorded, HydraConfig.get().overrides.task)
     data = load_data(cfg if "data" in cfg else recorded)
     for note in data.notes:
         console.say(note)
@@ -36,6 +35,7 @@ def main(cfg, folder: Path) -> int:
     if subject.changed:
         console.say("warning: these are not the images of the run (their digest differs).")
     device = runtime.torch_device()
+    runtime.configure_evaluation(device)
     precision = format_name(dtype := runtime.evaluation_dtype(device))
     console.say(f"features of {len(subject.images):,} images of {data.name}, split {cfg.split}, in {precision}")
     x = subject.features(device, dtype, runtime.channels_last)

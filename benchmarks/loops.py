@@ -150,11 +150,10 @@ def ours(parts: Parts, cfg: DictConfig, folder: Path, ready: bool = False, read:
     training = Training(
         parts, run=Run(folder), metrics=None, console=Console(quiet=True), epochs=cfg.epochs, seed=cfg.seed
     )
-    wrapped = training._wrapped()
     training.method.train()
     batches = _batches(parts, cfg.epochs)
     for batch in repeat(next(batches)) if ready else batches:
-        loss, _ = training._step(wrapped, batch)
+        loss = training._step(batch)["loss"]
         yield loss.item() if read else math.nan
 
 

@@ -97,17 +97,17 @@ def checkpoints(folder: Path, rounds: int) -> list[dict[str, Any]]:
     (folder / "other").mkdir()
 
     training.method.train()
-    batch, wait_for_copy = next(iter(training.loader)), training._copied_all
+    batch, wait_for_copy = next(iter(training.loader)), training.checkpoints.wait_for_copy
 
     def ours() -> Seconds:
         stalls = [timed(training.save)]
-        training._copied_all = lambda: stalls.append(timed(wait_for_copy))
-        training._step(training.method, batch)
+        training.step.before_update = lambda: stalls.append(timed(wait_for_copy))
+        training._step(batch)
         assert len(stalls) == 2
         return stalls[0][0] + stalls[1][0], stalls[0][1] + stalls[1][1]
 
     def wait() -> None:
-        training._written()
+        training.checkpoints.wait()
 
     def usual() -> None:
         with (folder / "other" / "new.pt").open("wb") as file:

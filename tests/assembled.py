@@ -88,11 +88,16 @@ def step(parts: Parts, number: int, batch: Batch | None = None, wrapped: Callabl
     torch.manual_seed(number)
     loss = (wrapped or parts.method)(batch.views, batch.index).loss
     loss.backward()
-    parts.method.before_step(Progress(number, len(parts.loader), 4))
+    parts.method.before_step(parts.method.phase(number / len(parts.loader)))
     parts.optimizer.step()
     parts.optimizer.zero_grad()
-    parts.method.after_step(Progress(number + 1, len(parts.loader), 4))
+    parts.method.after_step(progress(number + 1, len(parts.loader), 4))
     return loss.detach()
+
+
+def progress(step: int, steps: int, epochs: int) -> Progress:
+    """After so many steps of a training."""
+    return Progress(*(torch.tensor(share, dtype=torch.float64) for share in (step / steps, step / (steps * epochs))))
 
 
 def _process(rank: int, processes: int, folder: Path, function: Callable, arguments: tuple) -> None:

@@ -48,6 +48,7 @@ SMALL = (
     "backbone.width=4",
     "backbone.depths=[1,1]",
     "runtime.log_every=2",
+    "runtime.checkpoint_seconds=0",
     "runtime.device=cpu",
     "tracking=files",
 )

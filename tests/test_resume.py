@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, SMALL, SMALL_MOCO, assert_same_weights, start
 from hydra.utils import instantiate
 
-from twoviews.loop import _copied
+from twoviews.checkpoints import copied
 from twoviews.run import Run
 from twoviews.runtime import StopSignal
 from twoviews.tracking import read
@@ -234,26 +234,26 @@ def build(overrides: list[str], folder: Path):
     return Training(parts, run=Run(folder), metrics=None, console=Console(quiet=True), epochs=cfg.epochs, seed=cfg.seed)
 
 
-def test_a_step_waits_until_the_checkpoint_before_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_waits_until_the_checkpoint_before_it_iscopied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = [*SMALL_MOCO, "protocol=[]"]
     training = build(overrides, tmp_path)
     training.method.train()
     batches = iter(training.loader)
-    training._step(training.method, next(batches))  # from here on the optimizer has momentum
-    copy_later, waited = training._copy_later, []
+    training._step(next(batches))  # from here on the optimizer has momentum
+    copy_later, waited = training.checkpoints._copy_later, []
 
     def slowly(state: dict) -> None:
         time.sleep(1)
         copy_later(state)
 
-    monkeypatch.setattr(training, "_copy_later", slowly)
+    monkeypatch.setattr(training.checkpoints, "_copy_later", slowly)
     for _ in range(2):  # the second takes the memory of the first
-        expected = _copied({key: training.state()[key] for key in ("method", "optimizer")})
+        expected = copied({key: training.state()[key] for key in ("method", "optimizer")})
         training.save()
         before = time.monotonic()
-        training._step(training.method, next(batches))
+        training._step(next(batches))
         waited.append(time.monotonic() - before)
-        training._written()
+        training.checkpoints.wait()
         state = Run(tmp_path).load(print)
         assert state is not None and state["method"].keys() == expected["method"].keys()
         for name, value in expected["method"].items():
@@ -268,20 +268,20 @@ def test_what_cannot_be_copied_is_not_written(tmp_path: Path, monkeypatch: pytes
     """The checkpoint before it stays, and the training does not pass for a finished one."""
     training = build([*SMALL_MOCO, "protocol=[]"], tmp_path)
     training.method.train()
-    training._step(training.method, next(iter(training.loader)))
+    training._step(next(iter(training.loader)))
     training.save()
-    training._written()
+    training.checkpoints.wait()
     before = (tmp_path / "last.pt").read_bytes()
 
     def broken(state: dict) -> None:
         raise MemoryError("no room for a copy")
 
-    monkeypatch.setattr(training, "_copy_later", broken)
+    monkeypatch.setattr(training.checkpoints, "_copy_later", broken)
     with pytest.raises(MemoryError, match="no room for a copy"):
         training.fit(Never())
     training.save()
     with pytest.raises(MemoryError, match="no room for a copy"):
-        training._written()
+        training.checkpoints.wait()
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
@@ -289,10 +289,10 @@ def test_copy_of_a_state_takes_the_memory_of_the_one_before() -> None:
     def state(value: float, rows: int) -> dict:
         return {"w": torch.full((2, 3), value), "nested": [{"v": torch.full((rows,), value)}, (value, None)], "step": 1}
 
-    first = _copied(state(1.0, 4))
+    first = copied(state(1.0, 4))
     places = first["w"].data_ptr(), first["nested"][0]["v"].data_ptr()
     now = state(2.0, 5)
-    second = _copied({**now, "new": torch.zeros(2)}, first)
+    second = copied({**now, "new": torch.zeros(2)}, first)
     assert second["w"].data_ptr() == places[0] and second["nested"][0]["v"].data_ptr() != places[1]
     assert torch.equal(second["w"], now["w"]) and torch.equal(second["nested"][0]["v"], now["nested"][0]["v"])
     assert second["nested"][1] == (2.0, None) and second["step"] == 1 and torch.equal(second["new"], torch.zeros(2))

@@ -34,9 +34,9 @@ def test_peak_memory_is_this_processs_alone() -> None:
 def test_auto_is_bf16_in_training_where_it_is_native_and_fp32_in_evaluation(bf16, trained, monkeypatch) -> None:
     monkeypatch.setenv("TWOVIEWS_CPU_BF16", bf16)
     cpu = torch.device("cpu")
-    auto = Runtime("cpu", "auto", True, False, 1, 10, 5)
+    auto = Runtime("cpu", "auto", True, True, False, 1, 10, 30, 5)
     assert (auto.dtype(cpu), auto.evaluation_dtype(cpu)) == (trained, torch.float32)
-    asked = Runtime("cpu", "bf16", True, False, 1, 10, 5)
+    asked = Runtime("cpu", "bf16", True, True, False, 1, 10, 30, 5)
     assert asked.dtype(cpu) == asked.evaluation_dtype(cpu) == torch.bfloat16
 
 
@@ -44,7 +44,7 @@ def test_auto_is_bf16_in_training_where_it_is_native_and_fp32_in_evaluation(bf16
 def test_each_process_has_a_gpu_of_its_own(device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    runtime = Runtime(device, "auto", True, False, 1, 10, 5)  # type: ignore[arg-type]
+    runtime = Runtime(device, "auto", True, True, False, 1, 10, 30, 5)  # type: ignore[arg-type]
     assert runtime.torch_device() == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert runtime.torch_device() == torch.device("cuda", 1)

@@ -2,6 +2,7 @@
 
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from twoviews.randomness import seed_of
 from twoviews.run import parameter_count
 from twoviews.runtime import Runtime, format_name
 from twoviews.signatures import signature
+from twoviews.step import eager_reason
 from twoviews.tracking import page, read
 
 
@@ -66,6 +68,20 @@ class Parts:
             values = scores(clustered.x, clusters, labels=labels, previous=previous, seed=self.loader.seed)
             found.update({f"e_step/{name}/{key}": value for key, value in values.items()})
         return found
+
+
+def evaluation_runtime(cfg: DictConfig, recorded: DictConfig, overrides: Sequence[str]) -> Runtime:
+    """How a run is evaluated: as it was trained but for the precision, unless the command line says otherwise.
+
+    Args:
+        cfg: the configuration of the command.
+        recorded: that of the run, which an earlier version may have written; empty for an encoder without a run.
+        overrides: of the command line.
+    """
+    recorded = recorded.get("runtime", {})
+    known = {key: recorded[key] for key in cfg.runtime if key in recorded and key != "precision"}
+    asked = OmegaConf.from_dotlist([one for one in overrides if one.startswith("runtime.")])
+    return build(DictConfig({**cfg.runtime, **known, **asked.get("runtime", {})}))
 
 
 def load_data(cfg: DictConfig) -> ImageData:
@@ -190,6 +206,8 @@ def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
         else f"CPU, threads: {torch.get_num_threads()}"
     )
     console.say(f"device    {device}, {dtype}, processes: {distributed.processes()}")
+    reason = eager_reason(parts.runtime, parts.device)
+    console.say("step      CUDA graph" if reason is None else f"step      eager ({reason})")
     console.say(f"results   {folder}")
 
 

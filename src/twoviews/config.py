@@ -38,7 +38,10 @@ _NOT_IN_DIGEST = (
     "sweep",
     "tracking",
     "runtime.log_every",
+    "runtime.checkpoint_seconds",
     "runtime.checkpoint_minutes",
+    "runtime.cuda_graph",
+    "runtime.deterministic",
     "data.workers",
     "data.cache",
 )
@@ -227,6 +230,7 @@ def _operating_system(error: OSError) -> str:
 def digest(cfg: DictConfig | dict[str, Any]) -> str:
     """Eight hex digits that change with everything that can change the result of a run."""
     values = {key: value for key, value in flat(_plain(cfg)).items() if not key.startswith(_NOT_IN_DIGEST)}
+    values.setdefault("runtime.compile", False)  # a former option, so that runs which did not use it keep their names
     numbers = {key: float(value) if isinstance(value, int) else value for key, value in values.items()}  # 1 is 1.0
     return hashlib.blake2b(repr(sorted(numbers.items())).encode(), digest_size=4).hexdigest()
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
@@ -51,12 +51,16 @@ def spread(z: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
 
 
 @torch.no_grad()
-def ema_update(target: nn.Module, online: Iterable[nn.Module], momentum: float) -> None:
+def ema_update(target: nn.Module, online: Iterable[nn.Module], momentum: float | Float64[Tensor, ""]) -> None:
     """target <- momentum * target + (1 - momentum) * online, parameters only: running statistics stay each network's own."""
     targets: list[Tensor] = list(target.parameters())
     sources: list[Tensor] = [parameter for module in online for parameter in module.parameters()]
-    torch._foreach_mul_(targets, momentum)
-    torch._foreach_add_(targets, sources, alpha=1 - momentum)
+    if not isinstance(momentum, Tensor):
+        torch._foreach_lerp_(targets, sources, 1 - momentum)
+    else:  # a momentum that changes between steps stays on the device
+        steps = torch._foreach_sub(sources, targets)
+        torch._foreach_mul_(steps, (1 - momentum).to(targets[0].dtype))
+        torch._foreach_add_(targets, steps)
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
@@ -163,7 +167,7 @@ def shuffled_keys(key_encoder: nn.Module, x: Float[Tensor, "B C H W"], splits: i
     if splits == 1:
         return nnf.normalize(key_encoder(x).float(), dim=1)
     everything = distributed.gather(x)
-    order = distributed.from_first(torch.randperm(len(everything)).to(x.device, non_blocking=True))
+    order = distributed.from_first(torch.randperm(len(everything), device=x.device))
     k = nnf.normalize(key_encoder(everything[distributed.local_rows(order)]).float(), dim=1)
     return distributed.local_rows(distributed.gather(k)[order.argsort()])
 

@@ -2,23 +2,20 @@
 
 import math
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from twoviews import distributed
+from twoviews.checkpoints import Checkpoints, finite
 from twoviews.console import Console, duration
 from twoviews.data.loader import Batch
 from twoviews.features import Pixels
-from twoviews.methods.method import Progress
 from twoviews.randomness import seed_of
 from twoviews.run import Run
-from twoviews.runtime import StopSignal, autocast, format_name, peak_memory
+from twoviews.runtime import StopSignal, format_name, peak_memory
+from twoviews.step import Step, Values
 from twoviews.tracking import Metrics
 
 if TYPE_CHECKING:
@@ -41,24 +38,6 @@ class Position:
     seconds: float = 0.0  # spent by this run in all its processes' lives
 
 
-def _copied(tree: Any, old: Any = None) -> Any:
-    """Nested dictionaries and lists with copies of their tensors, on the CPU.
-
-    They take the memory of an `old` copy where it has a tensor of the same shape at the same place: to be given fresh
-    memory takes as long as to fill it.
-    """
-    if isinstance(tree, torch.Tensor):
-        if isinstance(old, torch.Tensor) and (old.shape, old.dtype) == (tree.shape, tree.dtype):
-            return old.copy_(tree.detach())
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {key: _copied(value, old.get(key) if isinstance(old, dict) else None) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        others = old if isinstance(old, list | tuple) and len(old) == len(tree) else [None] * len(tree)
-        return type(tree)(_copied(value, other) for value, other in zip(tree, others, strict=True))
-    return tree
-
-
 class Training:
     """A training that can stop after any step and go on from there, bit for bit.
 
@@ -78,20 +57,17 @@ class Training:
         self.judge, self.embed, self.score = parts.judge, parts.embed, parts.score
         self.run, self.metrics, self.console, self.epochs, self.seed = run, metrics, console, epochs, seed
         self.device = parts.device
-        self.dtype = self.runtime.dtype(self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.step = Step(self.method, self.optimizer, self.runtime, self.device, console.say)
+        self.dtype = self.step.dtype
+        self.checkpoints = Checkpoints(run, metrics)
+        self.step.before_update = self.checkpoints.wait_for_copy
         self.position = Position()
         self.latest: dict[str, float] = {}
-        self._started, self._checkpointed = time.monotonic(), time.monotonic()
+        self._started, self._saved_at, self._saved_step = time.monotonic(), time.monotonic(), -1
         self._advised = self._forecasted = False
         self._watch_seconds = 0.0
         self._stepping = [0, 0.0]  # steps, and seconds they took, without those before the first log line
         self._first_step = 0
-        self._writer = ThreadPoolExecutor(1, "checkpoints")
-        self._copying: Future[None] | None = None
-        self._writing: Future[None] | None = None
-        self._copy: dict[str, Any] = {}  # of the state at the last checkpoint
 
     # ------------------------------------------------------------------------------------------------------------ state
 
@@ -103,14 +79,15 @@ class Training:
     @property
     def lr(self) -> float:
         """The learning rate of the last step, of what follows the schedule."""
-        return next(group["lr"] for group in self.optimizer.param_groups if not group.get("fixed_lr"))
+        groups = zip(self.optimizer.param_groups, self.step.lrs, strict=True)
+        return next(lr for group, lr in groups if not group.get("fixed_lr"))
 
     def state(self) -> dict[str, Any]:
         """Everything the next step depends on; order, views and dropout are functions of (seed, epoch, step)."""
         return {
             "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "optimizer": self.step.optimizer_state(),
+            "scaler": self.step.scaler.state_dict(),
             "position": {**vars(self.position), "seconds": self.seconds()},
             "precision": format_name(self.dtype),
             "metrics_bytes": self.metrics.mark() if self.metrics else 0,
@@ -120,8 +97,8 @@ class Training:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
         self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.step.load_optimizer(state["optimizer"])
+        self.step.scaler.load_state_dict(state["scaler"])
         self.position = Position(**state["position"])
         self.latest = dict(state["latest"])
 
@@ -132,55 +109,21 @@ class Training:
     def save(self) -> None:
         """Begin to write a checkpoint, on process 0; the training goes on while its state is copied and written.
 
-        What a forward pass or an E-step changes, which are buffers, is copied at once. Weights and what the optimizer keeps
-        for them stay as they are until the next step of the optimizer, which waits until they are copied.
-
         Raises:
             NotFinite: the weights are not, so the checkpoint before this one is kept.
             OSError: the checkpoint before this one could not be written.
         """
         # Of those that are trained: moving averages of finite weights are finite.
-        norms = torch._foreach_norm([weight.detach() for weight in self.method.parameters() if weight.requires_grad])
-        if not math.isfinite(torch.stack(list(norms)).sum().item()):
+        if not finite(weight for weight in self.method.parameters() if weight.requires_grad):
             raise self._not_finite("weights are not finite")
         if distributed.rank() == 0:
-            self._written()
-            state = self.state()
-            weights = {name for name, _ in self.method.named_parameters()}
-            constant, changing = {}, {}
-            for name, value in state.pop("method").items():
-                (constant if name in weights else changing)[name] = value
-            later = {"method": constant, "optimizer": state.pop("optimizer")}
-            self._copy |= _copied({**state, "buffers": changing}, self._copy)
-            self._copying = self._writer.submit(self._copy_later, later)
-            self._writing = self._writer.submit(self._write, self._copying)
-        self._checkpointed = time.monotonic()
+            self.checkpoints.save(self.state(), (name for name, _ in self.method.named_parameters()))
+        self._saved_at, self._saved_step = time.monotonic(), self.position.step
 
-    def _copy_later(self, state: dict[str, Any]) -> None:
-        self._copy |= _copied(state, self._copy)
-
-    def _copied_all(self) -> None:
-        """Wait until the state of the last checkpoint is copied, and may change."""
-        copying, self._copying = self._copying, None
-        if copying:
-            copying.result()
-
-    def _write(self, copying: "Future[None]") -> None:
-        copying.result()  # half a copy is none
-        state = {key: value for key, value in self._copy.items() if key != "buffers"}
-        self.run.save({**state, "method": {**self._copy["method"], **self._copy["buffers"]}})
-        if self.metrics:  # from now on the tracker may send what the checkpoint covers
-            self.metrics.commit(state["metrics_bytes"])
-
-    def _written(self) -> None:
-        """Wait until the last checkpoint is on the disk.
-
-        Raises:
-            OSError: it could not be written.
-        """
-        writing, self._writing = self._writing, None
-        if writing:
-            writing.result()
+    def _save_after(self, seconds: float) -> None:
+        """Save if the last checkpoint is that old; all processes must call this together."""
+        if distributed.largest(int(time.monotonic() - self._saved_at >= seconds), self.device):
+            self.save()
 
     # ------------------------------------------------------------------------------------------------------------- loop
 
@@ -190,29 +133,29 @@ class Training:
         Raises:
             NotFinite: the loss is infinite or not a number; the last checkpoint is from before that.
         """
-        wrapped = self._wrapped()
         self.method.train()
         steps = len(self.loader)
+        last = steps * self.epochs
         self._first_step = self.position.step
         if self.position.step == 0 and not self.latest:
             self._baselines()
             self.save()
-        self.console.start(steps * self.epochs, self.position.step)
+        self.console.start(last, self.position.step)
         try:
-            while self.position.step < steps * self.epochs:
-                if stop.received(self.device):
-                    return False
+            while self.position.step < last and not stop.received(self.device):
                 epoch = self.position.step // steps
                 if self.position.step % steps == 0:
                     self._before_epoch(epoch)
                 self.loader.set_epoch(epoch, start=self.position.step - epoch * steps)
-                if self._train_epoch(wrapped, stop):
+                if self._train_epoch(stop):
                     self._watch(epoch + 1)
+                    self._save_after(self.runtime.checkpoint_seconds)
+            if self._saved_step != self.position.step:
                 self.save()
-            return True
+            return self.position.step == last
         finally:
             self.console.stop()
-            self._written()
+            self.checkpoints.wait()
 
     def _before_epoch(self, epoch: int) -> None:
         """The method's E-step, if it has one, with its seconds and scores.
@@ -226,24 +169,21 @@ class Training:
             values = {"time/e_step": time.monotonic() - start}
             self._log({**values, **(self.score(clustered) if distributed.rank() == 0 else {})})
 
-    def _wrapped(self) -> Callable:
-        wrapped: Any = self.method
-        if self.runtime.compile:
-            wrapped = torch.compile(wrapped)
-        if distributed.processes() > 1:
-            wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False)
-        return wrapped
-
-    def _train_epoch(self, wrapped: Callable, stop: StopSignal) -> bool:
+    def _train_epoch(self, stop: StopSignal) -> bool:
         """The rest of an epoch; False when a stop signal ended it early."""
         steps, log_every = len(self.loader), self.runtime.log_every
         clock, clock_step = time.monotonic(), self.position.step
-        for batch in self.loader:
-            loss, values = self._step(wrapped, batch)
+        batches = iter(self.loader)
+        batch = next(batches)
+        while batch:
+            values = self._step(batch)
+            batch = next(
+                batches, None
+            )  # made before anything is read, so that a GPU has work while the host waits for it
             step = self.position.step
             logged = step % log_every == 0 or step % steps == 0
             if logged:
-                loss_and_values = self._read(loss, values)
+                loss_and_values = self._read(values)
                 seconds = time.monotonic() - clock
                 rate = (step - clock_step) * self.loader.batch_size / seconds
                 if clock_step > self._first_step:  # the first steps load, and may compile
@@ -257,48 +197,32 @@ class Training:
             if step % steps == 0:
                 return True
             # Processes must ask together, and asking makes them wait for each other.
-            if (logged or distributed.processes() == 1) and stop.received(self.device):
-                return False
-            if 0 < self.runtime.checkpoint_minutes < (time.monotonic() - self._checkpointed) / 60:
-                self.save()
+            if logged or distributed.processes() == 1:
+                if stop.received(self.device):
+                    return False
+                if self.runtime.checkpoint_minutes:
+                    self._save_after(60 * self.runtime.checkpoint_minutes)
         return True
 
-    def _step(self, wrapped: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """One optimizer step over a batch, in `accumulate` micro-batches."""
-        torch.manual_seed(seed_of(self.seed, "step", self.position.step, distributed.rank()))
-        factor = self.schedule(self.epoch)
-        for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = lr if group.get("fixed_lr") else lr * factor
-        parts, losses, metrics = self.runtime.accumulate, [], {}
-        for part in range(parts):
-            views = [self._on_device(view.chunk(parts)[part]) for view in batch.views]
-            with ExitStack() as stack:
-                if distributed.processes() > 1 and part < parts - 1:
-                    stack.enter_context(wrapped.no_sync())
-                with autocast(self.device, self.dtype):
-                    output = wrapped(views, batch.index.chunk(parts)[part].to(self.device))
-                self.scaler.scale(output.loss / parts).backward()
-            losses.append(output.loss.detach())
-            metrics = output.metrics
-        self._copied_all()
-        self.method.before_step(Progress(self.position.step, len(self.loader), self.epochs))
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+    def _step(self, batch: Batch) -> Values:
+        """One optimizer step; its loss and metrics, which the next one may overwrite."""
+        values = self.step(
+            batch,
+            seed=seed_of(self.seed, "step", self.position.step, distributed.rank()),
+            lr_factor=self.schedule(self.epoch),
+            step=self.position.step,
+            steps=len(self.loader),
+            epochs=self.epochs,
+        )
         self.position.step += 1
-        self.method.after_step(Progress(self.position.step, len(self.loader), self.epochs))
-        return torch.stack(losses).mean(), metrics
-
-    def _on_device(self, view: torch.Tensor) -> torch.Tensor:
-        form = torch.channels_last if self.runtime.channels_last else torch.contiguous_format
-        return view.to(self.device, memory_format=form, non_blocking=True)
+        return values
 
     # ------------------------------------------------------------------------------------------------- watching it learn
 
-    def _read(self, loss: torch.Tensor, values: dict[str, torch.Tensor]) -> dict[str, float]:
+    def _read(self, values: Values) -> dict[str, float]:
         """Means over processes: the only wait for the device between two log lines."""
-        numbers = {"train/loss": distributed.mean(loss).item()}
-        numbers.update({f"train/{name}": distributed.mean(value).item() for name, value in values.items()})
+        means = distributed.mean(torch.stack(list(values.values()))).tolist()
+        numbers = {f"train/{name}": mean for name, mean in zip(values, means, strict=True)}
         if not math.isfinite(numbers["train/loss"]):
             raise self._not_finite(f"loss is {numbers['train/loss']}")
         spread = numbers.get("train/spread", 1.0)

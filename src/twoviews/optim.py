@@ -46,10 +46,25 @@ class Optimizer(torch.optim.Optimizer):
     load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
 
+def _fused(groups: list[dict]) -> bool:
+    """Whether one kernel shall update many parameters: on GPUs, where it takes learning rates from the device, too."""
+    return groups[0]["params"][0].is_cuda
+
+
 class SGD(Optimizer, torch.optim.SGD):
     """torch.optim.SGD, unshielded."""
 
-    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+    _step = inspect.unwrap(torch.optim.SGD.step)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """One update of all parameters that have gradients."""
+        for group in self.param_groups:
+            for weight in group["params"] if group["fused"] and group["momentum"] else ():
+                # The fused kernel takes all buffers or none; from zero, the first step makes of one what torch makes of none.
+                if weight.grad is not None and "momentum_buffer" not in self.state[weight]:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        self._step(closure)
 
 
 class AdamW(Optimizer, torch.optim.AdamW):
@@ -86,6 +101,7 @@ def sgd(
         momentum=momentum,
         weight_decay=weight_decay,
         nesterov=nesterov,
+        fused=_fused(groups),
     )
 
 
@@ -101,7 +117,14 @@ def adamw(
 ) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay on everything, or all but norms and biases."""
     groups = _excluding(param_groups, exclude_norm_and_bias, weight_decay=0.0)
-    return AdamW(groups, lr=scaled_lr(lr, lr_scaling, batch_size), betas=(beta1, beta2), weight_decay=weight_decay)
+    return AdamW(
+        groups,
+        lr=scaled_lr(lr, lr_scaling, batch_size),
+        betas=(beta1, beta2),
+        weight_decay=weight_decay,
+        fused=(fused := _fused(groups)),
+        capturable=fused,
+    )
 
 
 class LARS(Optimizer):
@@ -177,7 +200,9 @@ def _trust_ratios(weights: Sequence[Tensor], gradients: Sequence[Tensor], coeffi
     return list(torch.where((w > 0) & (g > 0), coefficient * w / g, 1.0).unbind())
 
 
-def _momentum_step(state: dict, weights: Sequence[Tensor], steps: Sequence[Tensor], momentum: float, lr: float) -> None:
+def _momentum_step(
+    state: dict, weights: Sequence[Tensor], steps: Sequence[Tensor], momentum: float, lr: float | Tensor
+) -> None:
     """v <- momentum * v + step; w <- w - lr * v."""
     for weight in weights:
         if "momentum_buffer" not in state[weight]:
@@ -185,7 +210,10 @@ def _momentum_step(state: dict, weights: Sequence[Tensor], steps: Sequence[Tenso
     buffers = [state[weight]["momentum_buffer"] for weight in weights]
     torch._foreach_mul_(buffers, momentum)
     torch._foreach_add_(buffers, list(steps))
-    torch._foreach_add_(list(weights), buffers, alpha=-lr)
+    if isinstance(lr, Tensor):  # as a number it would have to leave the device
+        torch._foreach_sub_(list(weights), torch._foreach_mul(buffers, lr))
+    else:
+        torch._foreach_add_(list(weights), buffers, alpha=-lr)
 
 
 def lars(

@@ -26,18 +26,23 @@ class Runtime:
         precision: number format of forward passes. "auto" trains in bf16 on devices with native bf16 arithmetic, else in
             fp32, and always evaluates in fp32 (evaluate.py, cluster.py); fp16 needs a GPU.
         channels_last: keep images as [B, H, W, C] in memory, which convolutions like.
-        compile: torch.compile the method; the first step then takes minutes.
+        cuda_graph: on a single GPU, capture the training step as a CUDA graph and replay it.
+        deterministic: on a GPU, the same bits again on the same machine: without kernels chosen by trial and those that add
+            in any order, which takes longer.
         accumulate: micro-batches an optimizer step; batch_size counts all of them, a contrastive loss sees one.
         log_every: optimizer steps between two lines of metrics.jsonl.
+        checkpoint_seconds: shortest time between two checkpoints at epoch ends; the last step and signals always write one.
         checkpoint_minutes: longest time between two checkpoints within an epoch; 0 writes them at epoch ends only.
     """
 
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     channels_last: bool
-    compile: bool
+    cuda_graph: bool
+    deterministic: bool
     accumulate: Count
     log_every: Count
+    checkpoint_seconds: NotNegative
     checkpoint_minutes: NotNegative
 
     def torch_device(self) -> torch.device:
@@ -80,6 +85,22 @@ class Runtime:
             BadInput: fp16 on a CPU.
         """
         return torch.float32 if self.precision == "auto" else self.dtype(device)
+
+    def configure(self, device: torch.device) -> None:
+        """How a GPU's libraries choose kernels in a training, whose sizes stay the same."""
+        if device.type == "cuda":
+            if self.deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(self.deterministic)
+            torch.backends.cudnn.benchmark = not self.deterministic
+            # Products of matrices stay in full fp32, as losses need them: at a temperature of 0.1, TF32's rounding of
+            # cosines would be one of 0.005 in the logits.
+            torch.backends.cudnn.allow_tf32 = not self.deterministic
+
+    def configure_evaluation(self, device: torch.device) -> None:
+        """Fp32 is fp32 in an evaluation: convolutions without TF32."""
+        if device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = False
 
 
 def native_bf16(device: torch.device) -> bool:

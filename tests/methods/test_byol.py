@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from assembled import progress
 from lightly.loss import NegativeCosineSimilarity
 
 from twoviews.backbones import ResNet
 from twoviews.methods.byol import BYOL, regression_loss
-from twoviews.methods.method import Progress
 
 
 def small(momentum: float = 0.9) -> BYOL:
@@ -35,10 +35,12 @@ def test_closed_forms():
 
 def test_tau_rises_with_a_cosine_to_one():
     method = small(momentum=0.996)
-    assert method.tau(0) == 0.996
-    assert method.tau(1) == 1.0
-    assert method.tau(0.5) == pytest.approx(0.998)
-    assert method.tau(0.25) == pytest.approx(1 - 0.004 * (math.cos(math.pi / 4) + 1) / 2)
+    assert method.tau(torch.tensor(0, dtype=torch.float64)).item() == 0.996
+    assert method.tau(torch.tensor(1, dtype=torch.float64)).item() == 1.0
+    assert method.tau(torch.tensor(0.5, dtype=torch.float64)).item() == pytest.approx(0.998)
+    assert method.tau(torch.tensor(0.25, dtype=torch.float64)).item() == pytest.approx(
+        1 - 0.004 * (math.cos(math.pi / 4) + 1) / 2
+    )
 
 
 def test_the_target_follows_by_the_tau_of_the_step():
@@ -51,7 +53,7 @@ def test_the_target_follows_by_the_tau_of_the_step():
             parameter.add_(torch.randn_like(parameter))
     method([torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)], torch.arange(4))
     buffers = {key: value.clone() for key, value in method.target.named_buffers()}
-    method.after_step(Progress(step=30, steps_per_epoch=10, epochs=12))
+    method.after_step(progress(30, 10, 12))
     tau = 1 - 0.1 * (math.cos(math.pi / 4) + 1) / 2
     for target, old, new in zip(method.target.parameters(), before, online, strict=True):
         torch.testing.assert_close(target.detach(), tau * old + (1 - tau) * new.detach())

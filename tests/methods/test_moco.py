@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from assembled import progress
 from lightly.loss import NTXentLoss
 from torch import nn
 from torch.nn import functional as nnf
@@ -11,10 +12,9 @@ from torch.nn import functional as nnf
 from twoviews.backbones import ResNet
 from twoviews.errors import BadInput
 from twoviews.layers import SplitBatchNorm
-from twoviews.methods.method import Progress
 from twoviews.methods.moco import MoCo, info_nce
 
-DONE = Progress(step=1, steps_per_epoch=10, epochs=1)
+DONE = progress(1, 10, 1)
 
 
 def small(**changes) -> MoCo:

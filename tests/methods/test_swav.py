@@ -5,14 +5,13 @@ import math
 
 import pytest
 import torch
-from assembled import in_processes
+from assembled import in_processes, progress
 from torch import nn
 from torch.nn import functional as nnf
 
 from twoviews import distributed
 from twoviews.backbones import Encoder, ResNet
 from twoviews.errors import BadInput
-from twoviews.methods.method import Progress
 from twoviews.methods.swav import SwAV, sinkhorn, swapped_prediction
 
 
@@ -297,7 +296,7 @@ def test_prototypes_have_unit_length_in_every_forward_pass():
         method(crops(16, 16), torch.arange(4)).loss.backward()
         optimizer.step()
         assert not torch.allclose(method.prototypes.weight.norm(dim=1), torch.ones(5))
-        method.after_step(Progress(number + 1, 4, 2))
+        method.after_step(progress(number + 1, 4, 2))
 
 
 def test_prototypes_stay_for_the_first_epochs():
@@ -308,7 +307,7 @@ def test_prototypes_stay_for_the_first_epochs():
         method(crops(16, 16), torch.arange(4)).loss.backward()
         before = method.prototypes.weight.clone()
         head = method.projector[0].weight.clone()
-        method.before_step(Progress(step, 4, 2))
+        method.before_step(method.phase(step / 4))
         optimizer.step()
         optimizer.zero_grad()
         kept.append(torch.equal(method.prototypes.weight, before))
@@ -324,13 +323,13 @@ def step(method: SwAV, number: int) -> torch.Tensor:
     torch.manual_seed(number)
     loss = method(crops(16, 16, 8), torch.arange(4)).loss
     loss.backward()
-    method.before_step(Progress(number, 4, 9))
+    method.before_step(method.phase(number / 4))
     with torch.no_grad():
         for parameter in method.parameters():
             if parameter.grad is not None:
                 parameter.sub_(0.1 * parameter.grad)
     method.zero_grad()
-    method.after_step(Progress(number + 1, 4, 9))
+    method.after_step(progress(number + 1, 4, 9))
     return loss.detach()
 
 

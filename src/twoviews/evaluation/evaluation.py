@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from twoviews.assembly import load_data
+from twoviews.assembly import evaluation_runtime, load_data
 from twoviews.backbones import Encoder
 from twoviews.config import build, digest, flat
 from twoviews.console import Console
@@ -69,12 +69,9 @@ def evaluate(
         BadInput: a protocol cannot judge this encoder on these images.
     """
     recorded = OmegaConf.create(source.config or {})
-    dotted = OmegaConf.from_dotlist([one for one in asked if one.startswith("runtime.")])
-    # The precision of the training is not that of its evaluation, which is fp32 unless the command says otherwise.
-    runtime = build(
-        DictConfig({**recorded.get("runtime", cfg.runtime), "precision": "auto", **dotted.get("runtime", {})})
-    )
+    runtime = evaluation_runtime(cfg, recorded, asked)
     device = runtime.torch_device()
+    runtime.configure_evaluation(device)
     precision = format_name(dtype := runtime.evaluation_dtype(device))
     data = source.fed(given() if given else load_data(recorded)).to(device)
     for note in (*source.notes, *data.notes):

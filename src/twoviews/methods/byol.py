@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
@@ -50,9 +50,9 @@ class BYOL(Method):
             t1, t2 = self.target(x1).float(), self.target(x2).float()
         return Output(regression_loss(p1, t2) + regression_loss(p2, t1), {"spread": spread(z1)})
 
-    def tau(self, fraction: float) -> float:
+    def tau(self, fraction: Float64[Tensor, ""]) -> Float64[Tensor, ""]:
         """The target's decay when that share of the training is done: 1 - (1 - momentum) (cos(pi fraction) + 1) / 2."""
-        return 1 - (1 - self.momentum) * (math.cos(math.pi * fraction) + 1) / 2
+        return 1 - (1 - self.momentum) * (torch.cos(math.pi * fraction) + 1) / 2
 
     def after_step(self, progress: Progress) -> None:
         """The target follows; batch-norm statistics stay its own."""

@@ -4,10 +4,10 @@ A method is a module whose forward pass is its loss. It never sees labels, the c
 the loop never looks into it. No method derives from another: a variant of a paper is a file of its own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
 from twoviews.backbones import Encoder
@@ -29,27 +29,19 @@ class Output:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far training has come."""
+    """How far training has come: float64 scalars on the device, which a captured step reads anew at each replay."""
 
-    step: int  # optimizer steps done
-    steps_per_epoch: int
-    epochs: int
-
-    @property
-    def epoch(self) -> float:
-        """Epochs done, fractional."""
-        return self.step / self.steps_per_epoch
-
-    @property
-    def fraction(self) -> float:
-        """Share of the training done, 0 to 1."""
-        return self.step / (self.steps_per_epoch * self.epochs)
+    epoch: Float64[Tensor, ""]  # epochs done, fractional
+    fraction: Float64[Tensor, ""]  # share of the training done, 0 to 1
 
 
 class Method(nn.Module):
     """Abstract: views of B images in, the loss out.
 
     A forward pass and an E-step may change buffers, but no parameters: a checkpoint is still being copied while they run.
+    On a GPU the forward pass, `before_step` and `after_step` are captured as a CUDA graph: what changes between steps must
+    be in tensors, random numbers must be drawn on the device, and nothing may wait for it (no .item(), no `if` on a tensor).
+    Python values that a step depends on belong into `phase`.
     """
 
     encoder: Encoder
@@ -76,8 +68,12 @@ class Method(nn.Module):
     def before_epoch(self, epoch: int, embed: Embed, seed: int) -> Clustered | None:
         """Called before the first step of each epoch, counted from 0, with that epoch's seed: an E-step."""
 
-    def before_step(self, progress: Progress) -> None:
-        """Called between the gradients and the optimizer's step, whose count they do not include: frozen parameters."""
+    def phase(self, epoch: float) -> Hashable:
+        """Whatever decides which operations a step consists of, when so many epochs are done (fractional)."""
+        return None
+
+    def before_step(self, phase: Hashable) -> None:
+        """Called between the gradients and the optimizer's step, with the step's phase: frozen parameters."""
 
     def after_step(self, progress: Progress) -> None:
-        """Called after each optimizer step: moving averages."""
+        """Called after each optimizer step, which `progress` includes: moving averages."""

@@ -212,6 +212,10 @@ class PCL(Method):
             loss = loss + prototype_loss
         return Output(loss, metrics)
 
+    def phase(self, epoch: float) -> bool:
+        """Whether there are clusters."""
+        return self.clustered
+
     def after_step(self, progress: Progress) -> None:
         """The key encoder follows; batch-norm statistics stay its own, as in the original."""
         ema_update(self.key_encoder, (self.encoder, self.projector), self.momentum)

@@ -6,7 +6,7 @@ Letters as in the paper: z embeddings, C prototypes, q codes, T temperature; sco
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Annotated
 
 import torch
@@ -172,12 +172,16 @@ class SwAV(Method):
         entropy = torch.special.entr(codes).sum(2).mean() / math.log(codes.shape[2])
         return Output(loss, {"spread": spread(z[0]), "code_entropy": entropy})
 
-    def before_step(self, progress: Progress) -> None:
+    def phase(self, epoch: float) -> bool:
+        """Whether the prototypes are frozen."""
+        return epoch < self.freeze_prototypes_epochs
+
+    def before_step(self, phase: Hashable) -> None:
         """Prototypes without gradient stay as they are."""
-        if progress.epoch < self.freeze_prototypes_epochs:
+        if phase:
             self.prototypes.weight.grad = None
 
     def after_step(self, progress: Progress) -> None:
         """Prototypes have unit length again; the queue begins with the next step."""
         self._normalise_prototypes()
-        self.started.fill_(progress.epoch >= self.queue_start_epoch)
+        self.started.copy_(progress.epoch >= self.queue_start_epoch)

@@ -1,0 +1,132 @@
+"""Functions of tensors as CUDA graphs, compared with what they do without one.
+
+Shapes: none; a function takes the views of a batch, the indices of its images and a key, and returns scalars by name.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Function = Callable[[Sequence[Tensor], Tensor, Hashable], dict[str, Tensor]]
+Inputs = tuple[Sequence[Tensor], Tensor, Hashable]
+OF_A_TENSOR, OF_ALL = 0.25, 0.02  # of what a run changes: how far a replay may be apart from it
+ROUNDING = 1e-6  # of the numbers themselves
+
+
+class CaptureDiffers(Exception):
+    """A replay does not do what the function does; the message says what is different."""
+
+
+class Captured:
+    """A function captured once, with memory of its own for its inputs.
+
+    Args:
+        function: uses nothing but its inputs and tensors that stay where they are; it is run once, to record its kernels.
+        inputs: of which the key is kept.
+        pool: memory shared with other graphs, which must not be replayed at the same time.
+    """
+
+    def __init__(self, function: Function, inputs: Inputs, pool: Any):
+        views, index, key = inputs
+        self.views, self.index = [view.clone() for view in views], index.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
+        try:
+            # Other threads, such as that which writes checkpoints, may use the device meanwhile.
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+                self.values = function(self.views, self.index, key)
+        finally:
+            torch.cuda.set_stream(stream)  # which torch.cuda.graph leaves behind where it fails
+
+    def __call__(self, views: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
+        """What the function returns; the next call overwrites it."""
+        for own, view in zip((*self.views, self.index), (*views, index), strict=True):
+            own.copy_(view, non_blocking=True)
+        self.graph.replay()
+        return self.values
+
+
+def capture(
+    function: Function, inputs: Inputs, state: Sequence[Tensor], prepare: Callable[[int], None], pool: Any
+) -> Captured:
+    """The captured function, once a replay was seen to do what the function does; the state is left as it was.
+
+    The function runs three times: as it is; with every wait for the device being an error, which also shows how far two
+    runs are apart on this device; and as a replay.
+
+    Args:
+        function: to be captured.
+        inputs: for the trials.
+        state: all tensors that the function changes.
+        prepare: sets the seed and the tensors from which the function reads its numbers; called with 1 before each trial
+            and with 0 before the capture, so that numbers which the graph has kept show if they differ.
+        pool: as of `Captured`.
+
+    Raises:
+        CaptureDiffers: a replay does something else.
+        RuntimeError: the function waits for the device, or does what a graph cannot record.
+    """
+    before = _copies(state)
+
+    def restore() -> None:
+        for tensor, old in zip(state, before, strict=True):
+            tensor.detach().copy_(old)
+
+    try:
+        prepare(1)
+        values = {name: value.clone() for name, value in function(*inputs).items()}
+        after = _copies(state)
+        changed, size = _distances(after, before), _distances(after, [torch.zeros_like(x) for x in after])
+        restore()
+        prepare(1)
+        with _waiting_is_an_error():
+            again = function(*inputs)
+        noise = _distances(state, after)
+        noise_of_values = {name: (again[name] - value).abs() for name, value in values.items()}
+        restore()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the graph cannot use the memory that is kept for other work
+        prepare(0)
+        captured = Captured(function, inputs, pool)
+        restore()
+        prepare(1)
+        replayed = captured(*inputs[:2])
+        apart = _distances(state, after)
+        if (apart > OF_A_TENSOR * changed + ROUNDING * size + 3 * noise).logical_or(apart.isnan()).any():
+            raise CaptureDiffers("a replay changes a tensor otherwise than the step")
+        if not apart.norm() <= OF_ALL * changed.norm() + ROUNDING * size.norm() + 3 * noise.norm():
+            raise CaptureDiffers("a replay changes weights otherwise than the step")
+        for name, value in values.items():
+            if not (replayed[name] - value).abs() <= OF_ALL * value.abs() + ROUNDING + 3 * noise_of_values[name]:
+                raise CaptureDiffers(f"{name} of a replay is {replayed[name]:.5g}, and of the step {value:.5g}")
+        return captured
+    finally:
+        restore()
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def _distances(some: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(one.detach().float() - other.float()).norm() for one, other in zip(some, others, strict=True)])
+
+
+@contextlib.contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    """Calls that wait for the device raise RuntimeError: within a capture such an error could not be recovered from."""
+
+    def switch(mode: str) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that this mode is a prototype
+            torch.cuda.set_sync_debug_mode(mode)
+
+    switch("error")
+    try:
+        yield
+    finally:
+        switch("default")

@@ -1,0 +1,77 @@
+"""A CUDA graph where there is no GPU: it records the operators of a capture and replays them on the same memory.
+
+As on a GPU, numbers of Python and the order of operators are those of the capture, inputs are read where they lay then,
+and results come to lie where they lay. Random operators draw from the CPU's generator, which is seeded for each replay.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, calls: list[tuple]):
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
+        result = func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, result))
+        return result
+
+
+class RecordedGraph:
+    """In place of torch.cuda.CUDAGraph."""
+
+    replays = 0  # of all graphs
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    def replay(self) -> None:
+        """Every operator again."""
+        RecordedGraph.replays += 1
+        with torch.no_grad():
+            for func, args, kwargs, result in self.calls:
+                again = func(*args, **kwargs)
+                for old, new in zip(tree_flatten(result)[0], tree_flatten(again)[0], strict=True):
+                    if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+@contextlib.contextmanager
+def _capture(graph: RecordedGraph, pool: object = None, capture_error_mode: str = "") -> Iterator[None]:
+    with _Recorder(graph.calls):
+        yield
+
+
+@contextlib.contextmanager
+def recorded_graphs() -> Iterator[type[RecordedGraph]]:
+    """Within it, steps on the CPU are captured as they would be on a GPU."""
+    from twoviews import optim, step
+
+    RecordedGraph.replays = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "eager_reason", lambda runtime, device: None)
+        patch.setattr(optim, "_fused", lambda groups: True)
+        for name, stand_in in {
+            "CUDAGraph": RecordedGraph,
+            "graph": _capture,
+            "graph_pool_handle": lambda: None,
+            "current_stream": lambda: None,
+            "set_stream": lambda stream: None,
+            "synchronize": lambda: None,
+            "empty_cache": lambda: None,
+            "set_sync_debug_mode": lambda mode: None,
+        }.items():
+            patch.setattr(torch.cuda, name, stand_in)
+        yield RecordedGraph
