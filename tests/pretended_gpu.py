@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from recorded_graph import patch_graphs
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_map
@@ -72,6 +73,13 @@ class OnGPU(Tensor):
 
 
 waits: list[str] = []  # what kept the thread that called, "operator in file:line"
+created: list[str] = []  # what made a tensor of the CPU out of none
+waiting_is_an_error = False
+
+
+def _sync_debug_mode(mode: str) -> None:
+    global waiting_is_an_error
+    waiting_is_an_error = mode == "error"
 
 
 def _place() -> str:
@@ -84,6 +92,8 @@ def _place() -> str:
 
 def _wait(name: str) -> None:
     waits.append(f"{name} in {_place()}")
+    if waiting_is_an_error:
+        raise RuntimeError(f"called a synchronizing CUDA operation: {waits[-1]}")
 
 
 def _there(tensor: Tensor) -> Tensor:
@@ -203,6 +213,8 @@ def call(func: Callable, args: Any, kwargs: dict[str, Any]) -> Any:
             return result
         if made_there or device is None and any(map(_is_there, _tensors(args, kwargs))):
             return _there(result) if isinstance(result, Tensor) else tree_map(_there_if_tensor, result)
+        if isinstance(result, Tensor) and not _tensors(args, kwargs):
+            created.append(f"{name} in {_place()}")
         return result
 
 
@@ -216,6 +228,14 @@ class _Calls(TorchFunctionMode):
 class _Autocast(torch.autocast):
     def __init__(self, device_type: str, *args: Any, **kwargs: Any):
         super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+
+class _Event:
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
 
 
 class _Properties:
@@ -240,7 +260,6 @@ def pretended() -> Iterator[list[str]]:
         "get_device_name": "a GPU",
         "get_device_properties": _Properties(),
         "set_device": None,
-        "synchronize": None,
         "manual_seed_all": None,
         "get_rng_state": torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": None,
@@ -250,6 +269,9 @@ def pretended() -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch, _Calls():
         for name, answer in answers.items():
             patch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+        patch_graphs(patch)
+        patch.setattr(torch.cuda, "set_sync_debug_mode", _sync_debug_mode)
+        patch.setattr(torch.cuda, "Event", _Event)
         patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
         patch.setattr(torch, "autocast", _Autocast)
         patch.setattr(kmeans, "_gpu_works", lambda number: False)

@@ -40,7 +40,7 @@ class RecordedGraph:
     def replay(self) -> None:
         """Every operator again."""
         RecordedGraph.replays += 1
-        with torch.no_grad():
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             for func, args, kwargs, result in self.calls:
                 again = func(*args, **kwargs)
                 for old, new in zip(tree_flatten(result)[0], tree_flatten(again)[0], strict=True):
@@ -54,24 +54,30 @@ def _capture(graph: RecordedGraph, pool: object = None, capture_error_mode: str 
         yield
 
 
+def patch_graphs(patch: pytest.MonkeyPatch) -> None:
+    """Captures are recorded in place of CUDA graphs."""
+    RecordedGraph.replays = 0
+    stand_ins = {
+        "CUDAGraph": RecordedGraph,
+        "graph": _capture,
+        "graph_pool_handle": lambda: None,
+        "current_stream": lambda: None,
+        "set_stream": lambda stream: None,
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "set_sync_debug_mode": lambda mode: None,
+    }
+    for name, stand_in in stand_ins.items():
+        patch.setattr(torch.cuda, name, stand_in)
+
+
 @contextlib.contextmanager
 def recorded_graphs() -> Iterator[type[RecordedGraph]]:
     """Within it, steps on the CPU are captured as they would be on a GPU."""
     from twoviews import optim, step
 
-    RecordedGraph.replays = 0
     with pytest.MonkeyPatch.context() as patch:
+        patch_graphs(patch)
         patch.setattr(step, "eager_reason", lambda runtime, device: None)
         patch.setattr(optim, "_fused", lambda groups: True)
-        for name, stand_in in {
-            "CUDAGraph": RecordedGraph,
-            "graph": _capture,
-            "graph_pool_handle": lambda: None,
-            "current_stream": lambda: None,
-            "set_stream": lambda stream: None,
-            "synchronize": lambda: None,
-            "empty_cache": lambda: None,
-            "set_sync_debug_mode": lambda mode: None,
-        }.items():
-            patch.setattr(torch.cuda, name, stand_in)
         yield RecordedGraph

@@ -1,7 +1,9 @@
-"""Captured steps: what is replayed does what eager steps do, for every method, optimizer and schedule."""
+"""Captured steps: what is replayed does what eager steps do, for every method, optimizer and phase."""
 
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import hydra
 import pytest
@@ -9,12 +11,17 @@ import torch
 from assembled import METHODS, config
 from recorded_graph import recorded_graphs
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from twoviews import distributed
 from twoviews.assembly import load_data, make_parts, make_views
+from twoviews.backbones import Encoder
+from twoviews.checkpoints import copied
 from twoviews.console import Console
 from twoviews.loop import Training
+from twoviews.methods.method import Method, Output
 from twoviews.run import Run
-from twoviews.step import EAGER_STEPS
+from twoviews.step import EAGER_STEPS, Step, eager_reason
 
 STEPS = 8
 
@@ -41,25 +48,126 @@ def stepped(one: Training, count: int = STEPS) -> list[dict[str, float]]:
     return found
 
 
-def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Two states of a training, but for the time that they took."""
-    first, second = torch.utils._pytree.tree_leaves((one["method"], one["optimizer"])), None
-    second = torch.utils._pytree.tree_leaves((other["method"], other["optimizer"]))
-    assert len(first) == len(second)
-    for a, b in zip(first, second, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6) if isinstance(a, Tensor) else None
-        assert isinstance(a, Tensor) or a == pytest.approx(b) if isinstance(a, float) else True
+def assert_same(one: Training, other: Training) -> None:
+    """Weights, buffers and the optimizer's state."""
+    for part in ("method", "optimizer"):
+        first, second = (tree_leaves(each.state()[part]) for each in (one, other))
+        assert len(first) == len(second)
+        tensors = [(a, b) for a, b in zip(first, second, strict=True) if isinstance(a, Tensor)]
+        assert tensors
+        for a, b in tensors:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def compare(folder: Path, name: str, *overrides: str, phases: int = 1, count: int = STEPS) -> None:
+    """Steps of which the later ones are replayed, with eager ones."""
+    eager = training(folder, name, *overrides)
+    expected = stepped(eager, count)
+    with recorded_graphs() as graphs:
+        captured = training(folder, name, *overrides)
+        found = stepped(captured, count)
+        assert graphs.replays == count - phases * (EAGER_STEPS - 1)  # one more for each capture, which is tried
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    assert_same(captured, eager)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_replayed_steps_do_what_eager_ones_do(name: str, tmp_path: Path, capfd) -> None:
-    eager = training(tmp_path, name)
-    expected = stepped(eager)
+def test_replayed_steps_do_what_eager_ones_do(name: str, tmp_path: Path) -> None:
+    compare(tmp_path, name)
+
+
+# SimSiam keeps one learning rate off the schedule; BYOL's moving average changes its momentum.
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [("simsiam", "adamw"), ("byol", "lars"), ("simsiam", "larc"), ("byol", "larc optimizer.clip=true")],
+)
+def test_with_every_optimizer(name: str, optimizer: str, tmp_path: Path) -> None:
+    compare(tmp_path, name, *f"optimizer={optimizer}".split(), "schedule.warmup_epochs=1")
+
+
+def test_in_micro_batches(tmp_path: Path) -> None:
+    compare(tmp_path, "simclr", "runtime.accumulate=2")
+
+
+def test_another_phase_is_captured_anew(tmp_path: Path) -> None:
+    """Prototypes that are frozen for an epoch, after which the optimizer makes state for them."""
+    frozen = ("method.freeze_prototypes_epochs=1", "optimizer=sgd", "optimizer.momentum=0.9")
+    steps = len(training(tmp_path, "swav").loader)
+    assert steps > EAGER_STEPS
+    compare(tmp_path, "swav", *frozen, phases=2, count=steps + EAGER_STEPS + 2)
+
+
+class Keeping(Method):
+    """A method whose loss has something in it that a graph cannot repeat.
+
+    Args:
+        encoder: the network.
+        kept: a factor of the loss.
+    """
+
+    def __init__(self, encoder: Encoder, kept: Callable[[], float]):
+        super().__init__()
+        self.encoder, self.kept = encoder, kept
+
+    def forward(self, views: Sequence[Tensor], index: Tensor) -> Output:
+        """The mean square of the features, times that factor."""
+        return Output(self.encoder(views[0]).square().mean() * self.kept())
+
+
+@pytest.mark.parametrize("kind", ["counting on the host", "waiting for the device"])
+def test_what_cannot_be_captured_trains_eagerly_and_is_said(kind: str, tmp_path: Path, capfd) -> None:
+    numbers = itertools.count(1)
+    kept = {
+        "counting on the host": lambda: float(next(numbers)),
+        "waiting for the device": lambda: torch.ones(1).item(),
+    }
     with recorded_graphs() as graphs:
-        captured = training(tmp_path, name)
-        found = stepped(captured)
-        assert graphs.replays == STEPS - EAGER_STEPS + 1, capfd.readouterr().out
-    assert "eager" not in capfd.readouterr().out
-    for one, other in zip(found, expected, strict=True):
-        assert one == pytest.approx(other, abs=1e-5)
-    assert_same(captured.state(), eager.state())
+        one = training(tmp_path, "simsiam")
+        method = Keeping(one.method.encoder, kept[kind])
+        optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9, fused=True)
+        one.method, one.step = method, Step(method, optimizer, one.runtime, one.device, one.console.say)
+        found = stepped(one)
+        assert graphs.replays == 0
+    reason = {"counting on the host": "two eager steps", "waiting for the device": "_local_scalar_dense"}[kind]
+    assert reason in capfd.readouterr().out.split("step      eager (no CUDA graph: ")[1]
+    assert len(found) == STEPS and len({values["loss"] for values in found}) == STEPS
+
+
+def test_a_training_goes_on_from_its_checkpoint_captured_or_not(tmp_path: Path) -> None:
+    expected = training(tmp_path, "moco", "optimizer=adamw")
+    stepped(expected, 12)
+    eager = training(tmp_path, "moco", "optimizer=adamw")
+    stepped(eager, 6)
+    with recorded_graphs() as graphs:
+        captured = training(tmp_path, "moco", "optimizer=adamw")
+        captured.restore(copied(eager.state()))
+        stepped(captured, 6)
+        assert graphs.replays
+        state = copied(captured.state())
+    assert_same(captured, expected)
+    assert all(isinstance(group["lr"], float) for group in state["optimizer"]["param_groups"])
+    resumed = training(tmp_path, "moco", "optimizer=adamw")
+    resumed.restore(state)
+    stepped(expected, 2)
+    stepped(resumed, 2)
+    assert_same(resumed, expected)
+    assert not any(group["fused"] for group in resumed.optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "reason"),
+    [
+        ({}, 1, None),
+        ({"cuda_graph": False}, 1, "runtime.cuda_graph=false"),
+        ({"precision": "fp16"}, 1, "fp16"),
+        ({}, 2, "2 processes"),
+    ],
+)
+def test_when_steps_are_captured(changes, processes: int, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr(distributed, "processes", lambda: processes)
+    runtime = replace(hydra.utils.instantiate(config("moco").runtime), **changes)
+    found = eager_reason(runtime, torch.device("cuda", 0))
+    assert found is None if reason is None else reason in str(found)
+    assert eager_reason(replace(runtime, precision="fp32"), torch.device("cpu")) == "on a CPU"

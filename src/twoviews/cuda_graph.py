@@ -14,6 +14,7 @@ from torch import Tensor
 Function = Callable[[Sequence[Tensor], Tensor, Hashable], dict[str, Tensor]]
 Inputs = tuple[Sequence[Tensor], Tensor, Hashable]
 OF_A_TENSOR, OF_ALL = 0.25, 0.02  # of what a run changes: how far a replay may be apart from it
+OF_ALL_AGAIN = 0.1  # the same of two runs of the function
 ROUNDING = 1e-6  # of the numbers themselves
 
 
@@ -87,6 +88,8 @@ def capture(
             again = function(*inputs)
         noise = _distances(state, after)
         noise_of_values = {name: (again[name] - value).abs() for name, value in values.items()}
+        if not noise.norm() <= OF_ALL_AGAIN * changed.norm() + ROUNDING * size.norm():
+            raise CaptureDiffers("two eager steps from the same state differ")
         restore()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph cannot use the memory that is kept for other work
