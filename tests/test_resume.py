@@ -298,3 +298,32 @@ def test_copy_of_a_state_takes_the_memory_of_the_one_before() -> None:
     assert second["nested"][1] == (2.0, None) and second["step"] == 1 and torch.equal(second["new"], torch.zeros(2))
     now["w"].zero_()
     assert second["w"].min() == 2, "not a copy"
+
+
+def saved_steps(folder: Path, *overrides: str, stop: StopSignal | None = None) -> list[int]:
+    """After how many steps a training of three epochs of four steps writes checkpoints."""
+    training, steps = build([*SMALL_MOCO, "protocol=[]", *overrides], folder), []
+    save = training.checkpoints.save
+
+    def noted(state: dict, weights) -> None:
+        steps.append(state["position"]["step"])
+        save(state, weights)
+
+    training.checkpoints.save = noted  # type: ignore[method-assign]
+    training.fit(stop or Never())
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stop", "steps"),
+    [
+        ((), None, [0, 4, 8, 12]),  # checkpoint_seconds=0, of SMALL
+        (("runtime.checkpoint_seconds=1000",), None, [0, 12]),
+        (("runtime.checkpoint_seconds=1000",), After(6), [0, 6]),
+        (("runtime.checkpoint_seconds=1000", "runtime.checkpoint_minutes=1e-9"), None, [0, 1, 2, 3, 5, 6, 7, 9, 10, 11, 12]),
+    ],
+    ids=["each epoch", "the last", "a signal", "within epochs"],
+)
+def test_when_checkpoints_are_written(tmp_path: Path, overrides, stop, steps) -> None:
+    found = saved_steps(tmp_path, *overrides, stop=stop)
+    assert [step for step in found if step in steps] == steps and set(found) == set(steps)
