@@ -87,10 +87,12 @@ def reason_for_plain(device: torch.device) -> str | None:
     return _checked(device)
 
 
-def _fusable(
-    norm: nn.Module, x: Tensor, act: nn.Module | None, residual: Tensor | None
-) -> TypeGuard[nn.BatchNorm2d]:
-    if not norm.training or type(norm) not in (nn.BatchNorm2d, SplitBatchNorm) or type(act) not in (type(None), nn.ReLU):
+def _fusable(norm: nn.Module, x: Tensor, act: nn.Module | None, residual: Tensor | None) -> TypeGuard[nn.BatchNorm2d]:
+    if (
+        not norm.training
+        or type(norm) not in (nn.BatchNorm2d, SplitBatchNorm)
+        or type(act) not in (type(None), nn.ReLU)
+    ):
         return False
     parts = _parts(norm)
     return (
