@@ -14,8 +14,12 @@ from torch import Tensor
 from twoviews import fused_norm
 from twoviews.fused_norm import Blocks
 
-SMALL = {name: Blocks(256, 4, 4) for name in fused_norm.BLOCKS}  # several chunks and tiles of small activations, too
-FEW = {name: Blocks(16384, 4, 1) for name in fused_norm.BLOCKS}  # programs: what each of them does takes a millisecond
+SMALL = {
+    name: Blocks(1024, 4, 4, 2) for name in fused_norm.BLOCKS
+}  # several chunks and tiles of small activations, too
+FEW = {
+    name: Blocks(65536, 4, 1, 1) for name in fused_norm.BLOCKS
+}  # programs: what each of them does takes a millisecond
 CASE = ((16, 6, 3, 3), 8, True, True, torch.bfloat16)
 
 

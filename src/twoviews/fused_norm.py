@@ -35,22 +35,24 @@ class Blocks:
     """How a pass over the activations is divided among programs.
 
     Args:
-        tile: numbers that a program takes at once.
+        tile: bytes of an activation that a program takes at once.
         warps: of a program.
         programs: about so many for each multiprocessor of the GPU.
+        stages: tiles that are on their way at once (software pipelining); 1 for programs that take one or two.
     """
 
     tile: int
     warps: int
     programs: int
+    stages: int
 
 
 # Passes that add up keep two float32 for each number of a tile, and make as many partial sums as they have programs.
 BLOCKS = {
-    "statistics": Blocks(8192, 8, 2),
-    "normalise": Blocks(4096, 8, 16),
-    "sums": Blocks(4096, 8, 2),
-    "input_gradient": Blocks(4096, 8, 16),
+    "statistics": Blocks(8192, 8, 2, 4),
+    "normalise": Blocks(8192, 8, 16, 1),
+    "sums": Blocks(8192, 8, 2, 4),
+    "input_gradient": Blocks(8192, 8, 16, 1),
 }
 WIDTH = 64  # channels of a tile: 128 bytes of bf16, a line of the cache
 FINISH_CHANNELS = 8  # of a program that finishes sums: 32 bytes
@@ -84,6 +86,8 @@ def reason_for_plain(device: torch.device) -> str | None:
         return f"no kernels for {device.type}"
     if os.environ.get("TWOVIEWS_KERNEL") == "0":
         return "TWOVIEWS_KERNEL=0"
+    if device == torch.device("cuda"):
+        device = torch.device("cuda", torch.cuda.current_device())
     return _checked(device)
 
 
@@ -123,21 +127,21 @@ def _changed(module: nn.Module | None) -> bool:
     return any(hooks) or "forward" in vars(module)
 
 
-def _parts(norm: nn.BatchNorm2d) -> int:
+def _parts(norm: nn.Module) -> int:
     """Of the batch of this process."""
     return norm.splits // distributed.processes() if isinstance(norm, SplitBatchNorm) else 1
 
 
 def _fused(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    # SplitBatchNorm counts no batches, unless it is an ordinary one.
-    split = isinstance(norm, SplitBatchNorm) and _parts(norm) * distributed.processes() > 1
+    parts, processes = _parts(norm), distributed.processes()
+    split = isinstance(norm, SplitBatchNorm) and parts * processes > 1  # else an ordinary one, which counts batches
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     y = _BatchNormAct.apply(
         *(x, residual, norm.weight, norm.bias, norm.running_mean, norm.running_var),
-        *(None if split else norm.num_batches_tracked, _parts(norm), norm.momentum, norm.eps, relu),
+        *(None if split else norm.num_batches_tracked, parts, float(norm.momentum), norm.eps, relu),
     )
-    if split and distributed.processes() > 1:
+    if isinstance(norm, SplitBatchNorm) and processes > 1:
         for statistic in (norm.running_mean, norm.running_var):
             statistic.copy_(distributed.mean(statistic))
     return y
@@ -163,7 +167,7 @@ class _BatchNormAct(torch.autograd.Function):
         rows = x.numel() // (channels * parts)
         sizes = (parts, *_division(parts, x.shape[2] * x.shape[3]))
 
-        grid, chunk, tile, warps = _plan("statistics", rows, channels, parts, x.device)
+        grid, chunk, tile, warps = _plan("statistics", rows, channels, parts, x.itemsize, x.device)
         partial = x.new_empty((2, parts, grid[2], channels), dtype=torch.float32)
         _launch("statistics", grid, (x, partial, rows, chunk, channels, *sizes), warps, **tile)
 
@@ -178,7 +182,7 @@ class _BatchNormAct(torch.autograd.Function):
             **tile,
         )
 
-        grid, chunk, tile, warps = _plan("normalise", rows, channels, parts, x.device)
+        grid, chunk, tile, warps = _plan("normalise", rows, channels, parts, x.itemsize, x.device)
         y = torch.empty_like(x)
         arguments = (x, x if residual is None else residual, y, weight, bias, moments, rows, chunk, channels, *sizes)
         _launch("normalise", grid, arguments, warps, RELU=relu, RESIDUAL=residual is not None, **tile)
@@ -196,7 +200,7 @@ class _BatchNormAct(torch.autograd.Function):
         sizes = (parts, *_division(parts, x.shape[2] * x.shape[3]))
         grad = grad.contiguous(memory_format=torch.channels_last)
 
-        grid, chunk, tile, warps = _plan("sums", rows, channels, parts, x.device)
+        grid, chunk, tile, warps = _plan("sums", rows, channels, parts, x.itemsize, x.device)
         partial = x.new_empty((2, parts, grid[2], channels), dtype=torch.float32)
         masked = grad if y is None else torch.empty_like(x)
         arguments = (x, grad, masked if y is None else y, masked, weight, bias, moments, partial)
@@ -211,7 +215,7 @@ class _BatchNormAct(torch.autograd.Function):
         x_grad = None
         if ctx.needs_input_grad[0]:
             x_grad = torch.empty_like(x)
-            grid, chunk, tile, warps = _plan("input_gradient", rows, channels, parts, x.device)
+            grid, chunk, tile, warps = _plan("input_gradient", rows, channels, parts, x.itemsize, x.device)
             arguments = (x, masked, x_grad, weight, bias, moments, factors, rows, chunk, channels, *sizes)
             _launch("input_gradient", grid, arguments, warps, RELU=relu and y is None, **tile)
         return x_grad, masked if ctx.residual else None, weight_grad, bias_grad, *[None] * 7
@@ -244,16 +248,16 @@ def _division(parts: int, size: int) -> tuple[int, int, int]:
 
 
 @functools.cache
-def _plan(name: str, rows: int, channels: int, parts: int, device: torch.device) -> tuple:
+def _plan(name: str, rows: int, channels: int, parts: int, itemsize: int, device: torch.device) -> tuple:
     """Of a pass over `parts` times `rows`: the grid (channels, parts, chunks), rows of a chunk, tile, warps."""
     blocks = BLOCKS[name]
     width = min(WIDTH, _power_of_2(channels))
-    height, columns = blocks.tile // width, -(-channels // width)
+    height, columns = blocks.tile // (itemsize * width), -(-channels // width)
     tiles = -(-rows // height)
     chunks = max(1, min(tiles, _processors(device) * blocks.programs // (columns * parts)))
     of_a_chunk = -(-tiles // chunks)
     grid = (columns, parts, -(-tiles // of_a_chunk))
-    return grid, of_a_chunk * height, {"ROWS": height, "CHANNELS": width}, blocks.warps
+    return grid, of_a_chunk * height, {"ROWS": height, "CHANNELS": width, "STAGES": blocks.stages}, blocks.warps
 
 
 @functools.cache
@@ -335,8 +339,8 @@ def _both(
     statistics = [t.double().expand(parts, channels).clone() for t in (mean, var)]
     y = torch.empty(shape, dtype=torch.float64)
     for part in range(parts):
-        of_part = (*(t[part] for t in statistics), exact[1], exact[2], True, momentum, eps)
-        y[part::parts] = nnf.batch_norm(exact[0][part::parts], *of_part)
+        mine, its_mean, its_var = exact[0][part::parts], statistics[0][part], statistics[1][part]
+        y[part::parts] = nnf.batch_norm(mine, its_mean, its_var, exact[1], exact[2], True, momentum, eps)
     if with_residual:
         y = y + exact[3]
     if relu:

@@ -27,7 +27,18 @@ def _memory_rows(r, part, parts, size, multiplier, shift):
 @triton.jit(do_not_specialize=SIZES)
 @no_type_check
 def statistics(
-    x, partial, rows, chunk, channels, parts, size, multiplier, shift, ROWS: tl.constexpr, CHANNELS: tl.constexpr
+    x,
+    partial,
+    rows,
+    chunk,
+    channels,
+    parts,
+    size,
+    multiplier,
+    shift,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Mean of each chunk, and sum of squares around it: partial, [2, parts, chunks, C].
 
@@ -43,7 +54,7 @@ def statistics(
     known = c < channels
     mean = tl.zeros([ROWS, CHANNELS], dtype=tl.float32)
     square = tl.zeros([ROWS, CHANNELS], dtype=tl.float32)
-    for start in range(first, last, ROWS):
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
         r = start + offset
         inside = r < last
         place = _memory_rows(r, part, parts, size, multiplier, shift)[:, None] * channels + c[None, :]
@@ -93,15 +104,14 @@ def finish_statistics(
     tl.store(running_mean + c, (1 - momentum) * old_mean + momentum * batch_mean, mask=known)
     tl.store(running_var + c, (1 - momentum) * old_var + momentum * batch_var, mask=known)
     if TRACKED:
-        if tl.program_id(0) == 0:
-            tl.store(tracked, tl.load(tracked) + 1)
+        tl.store(tracked, tl.load(tracked) + 1, mask=tl.program_id(0) == 0)
 
 
 @triton.jit(do_not_specialize=SIZES)
 @no_type_check
 def normalise(
     x, residual, y, weight, bias, moments, rows, chunk, channels, parts, size, multiplier, shift,
-    RELU: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    RELU: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The normalised rows, scaled, with offset, residual and ReLU."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -113,7 +123,7 @@ def normalise(
     rstd = tl.load(moments + (parts + part) * channels + c, mask=known, other=0.0)
     scale = tl.load(weight + c, mask=known, other=0.0).to(tl.float32) * rstd
     offset = tl.load(bias + c, mask=known, other=0.0).to(tl.float32)
-    for start in range(first, last, ROWS):
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
         r = start + tl.arange(0, ROWS)
         inside = (r < last)[:, None] & known[None, :]
         place = _memory_rows(r, part, parts, size, multiplier, shift)[:, None] * channels + c[None, :]
@@ -130,7 +140,7 @@ def normalise(
 @no_type_check
 def sums(
     x, grad, y, masked, weight, bias, moments, partial, rows, chunk, channels, parts, size, multiplier, shift,
-    RELU: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    RELU: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums over each chunk of g and of g * (x - mean): partial, [2, parts, chunks, C]; g is the gradient below the ReLU.
 
@@ -150,7 +160,7 @@ def sums(
         offset = tl.load(bias + c, mask=known, other=0.0).to(tl.float32)
     total = tl.zeros([ROWS, CHANNELS], dtype=tl.float32)
     product = tl.zeros([ROWS, CHANNELS], dtype=tl.float32)
-    for start in range(first, last, ROWS):
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
         r = start + tl.arange(0, ROWS)
         inside = (r < last)[:, None] & known[None, :]
         place = _memory_rows(r, part, parts, size, multiplier, shift)[:, None] * channels + c[None, :]
@@ -200,7 +210,7 @@ def finish_sums(
 @no_type_check
 def input_gradient(
     x, grad, out, weight, bias, moments, factors, rows, chunk, channels, parts, size, multiplier, shift,
-    RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x; RELU: `grad` is that of the output of a ReLU that the input says is open or not."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -214,7 +224,7 @@ def input_gradient(
     offset = tl.load(bias + c, mask=known, other=0.0).to(tl.float32)
     slope = tl.load(factors + part * channels + c, mask=known, other=0.0)
     level = tl.load(factors + (parts + part) * channels + c, mask=known, other=0.0)
-    for start in range(first, last, ROWS):
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
         r = start + tl.arange(0, ROWS)
         inside = (r < last)[:, None] & known[None, :]
         place = _memory_rows(r, part, parts, size, multiplier, shift)[:, None] * channels + c[None, :]
