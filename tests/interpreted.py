@@ -14,12 +14,9 @@ from torch import Tensor
 from twoviews import fused_norm
 from twoviews.fused_norm import Blocks
 
-SMALL = {
-    name: Blocks(1024, 4, 4, 2) for name in fused_norm.BLOCKS
-}  # several chunks and tiles of small activations, too
-FEW = {
-    name: Blocks(65536, 4, 1, 1) for name in fused_norm.BLOCKS
-}  # programs: what each of them does takes a millisecond
+# Several chunks and tiles of small activations, too; and few programs, each of whose operators takes a millisecond.
+SMALL = {name: Blocks(1024, 4, 4, 2) for name in fused_norm.BLOCKS}
+FEW = {name: Blocks(65536, 4, 1, 1) for name in fused_norm.BLOCKS}
 CASE = ((16, 6, 3, 3), 8, True, True, torch.bfloat16)
 
 
