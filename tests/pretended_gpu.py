@@ -239,7 +239,7 @@ class _Event:
 
 
 class _Properties:
-    total_memory, name = 140 * 10**9, "a GPU"
+    total_memory, name, multi_processor_count = 140 * 10**9, "a GPU", 1
 
 
 @contextlib.contextmanager

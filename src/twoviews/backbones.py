@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from twoviews.errors import BadInput, nearest
+from twoviews.fused_norm import batch_norm_act
 from twoviews.ranges import Count, Range
 
 
@@ -36,6 +37,13 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
+def _shortcut_of(downsample: nn.Sequential | None, x: Tensor) -> Tensor:
+    if downsample is None:
+        return x
+    convolution, norm = downsample
+    return batch_norm_act(norm, convolution(x))
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (ResNet-18 and -34)."""
 
@@ -51,9 +59,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, width, H / stride, W / stride]."""
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+        y = batch_norm_act(self.bn1, self.conv1(x), self.relu)
+        return batch_norm_act(self.bn2, self.conv2(y), self.relu, _shortcut_of(self.downsample, x))
 
 
 class Bottleneck(nn.Module):
@@ -73,10 +80,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, 4 * width, H / stride, W / stride]."""
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+        y = batch_norm_act(self.bn1, self.conv1(x), self.relu)
+        y = batch_norm_act(self.bn2, self.conv2(y), self.relu)
+        return batch_norm_act(self.bn3, self.conv3(y), self.relu, _shortcut_of(self.downsample, x))
 
 
 class ResNet(Encoder):
@@ -156,7 +162,7 @@ class ResNet(Encoder):
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
         """Average-pooled last map."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(batch_norm_act(self.bn1, self.conv1(images), self.relu))
         for stage in range(self.stages):
             x = getattr(self, f"layer{stage + 1}")(x)
         return x.mean((2, 3))

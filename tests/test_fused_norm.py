@@ -1,0 +1,334 @@
+"""Fused batch norms against plain modules in float64: in Triton's interpreter, or compiled where there is a GPU."""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+from conftest import GPU
+from interpreted import SMALL, interpreted
+from torch import Tensor, nn
+
+from twoviews import fused_norm
+from twoviews.backbones import ResNet
+from twoviews.fused_norm import BLOCKS, CASES, batch_norm_act, reason_for_plain
+from twoviews.layers import SplitBatchNorm, SyncBatchNorm, split_batch_norms
+
+DEVICE = torch.device("cuda" if GPU else "cpu")
+FUSED = "_BatchNormActBackward"
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # the interpreter rounds towards zero
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fused() -> Iterator[list[str] | None]:
+    with contextlib.nullcontext() if GPU else interpreted(SMALL) as launched:
+        assert reason_for_plain(DEVICE) is None
+        yield launched
+
+
+def make_norm(channels: int, splits: int) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels) if splits == 1 else SplitBatchNorm(channels)
+    if isinstance(norm, SplitBatchNorm):
+        norm.splits = splits
+    random = torch.Generator().manual_seed(channels)
+    weight, bias, mean, var = 0.5 + torch.rand((4, channels), generator=random)
+    norm.load_state_dict(
+        {**norm.state_dict(), "weight": weight, "bias": -bias, "running_mean": mean, "running_var": var}
+    )
+    return norm.to(DEVICE)
+
+
+def make_x(*shape: int, dtype: torch.dtype = torch.float32, shift: float = 0.0, seed: int = 0) -> Tensor:
+    """Each image with a size of its own, so that it is seen which part it is in."""
+    random = torch.Generator().manual_seed(seed)
+    x = shift + torch.randn(shape, generator=random) * torch.linspace(0.5, 2, shape[0])[:, None, None, None]
+    return x.to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
+
+
+def close(found: Tensor | None, expected: Tensor | None, coarse: float) -> None:
+    assert found is not None and expected is not None
+    apart, size = (found.double() - expected).abs(), expected.abs() + expected.abs().mean()
+    assert (apart <= coarse * size).all(), f"{(apart / size).max():.1e}"
+
+
+def compare(splits: int, shape: tuple[int, ...], relu: bool, with_residual: bool, dtype: torch.dtype) -> None:
+    norm, x = make_norm(shape[1], splits), make_x(*shape, dtype=dtype).requires_grad_()
+    residual = make_x(*shape, dtype=dtype, seed=1).requires_grad_() if with_residual else None
+    exact = copy.deepcopy(norm).double()
+    inputs = [t.detach().double().requires_grad_() for t in (x, residual) if t is not None]
+    act = nn.ReLU(inplace=True) if relu else None
+    expected = exact(inputs[0]) + (inputs[1] if with_residual else 0)
+    grad = make_x(*shape, dtype=dtype, seed=2)
+    if relu:
+        grad = grad.where(expected.abs() > 1e-3, 0)  # on either side of the kink, rounding decides
+        expected = expected.relu()
+    expected.backward(grad.double())
+    y = batch_norm_act(norm, x, act, residual)
+    assert type(y.grad_fn).__name__ == FUSED and y.dtype == dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    y.backward(grad)
+    coarse = CLOSE[dtype]
+    close(y, expected, coarse)
+    close(norm.running_mean, exact.running_mean, 1e-5)
+    close(norm.running_var, exact.running_var, 1e-5)
+    assert norm.num_batches_tracked == exact.num_batches_tracked == (splits == 1)
+    close(x.grad, inputs[0].grad, coarse)
+    close(norm.weight.grad, exact.weight.grad, 1e-4)
+    close(norm.bias.grad, exact.bias.grad, 1e-4)
+    if residual is not None:
+        close(residual.grad, inputs[1].grad, coarse)
+
+
+AFTER = [(False, False), (True, False), (False, True), (True, True)]
+
+
+@pytest.mark.parametrize(("relu", "with_residual"), AFTER)
+@pytest.mark.parametrize("shape", [(16, 3, 7, 7), (48, 5, 1, 1), (16, 48, 3, 2)], ids=str)
+@pytest.mark.parametrize("splits", [1, 2, 8])
+def test_outputs_statistics_and_gradients_are_those_of_modules(splits, shape, relu, with_residual):
+    compare(splits, shape, relu, with_residual, torch.float32)
+
+
+@pytest.mark.parametrize(("relu", "with_residual"), AFTER)
+@pytest.mark.parametrize(("splits", "shape"), [(1, (4, 16, 7, 5)), (3, (9, 5, 5, 4)), (8, (16, 130, 2, 2))])
+def test_so_they_are_in_bf16(splits, shape, relu, with_residual):
+    compare(splits, shape, relu, with_residual, torch.bfloat16)
+
+
+def test_half_precision_and_splits_of_one_part():
+    compare(8, (24, 6, 3, 3), True, False, torch.float32)
+    norm, x = make_norm(4, 2), make_x(6, 4, 3, 3, dtype=torch.float16)
+    assert isinstance(norm, SplitBatchNorm)
+    norm.splits = 1
+    exact = copy.deepcopy(norm).double()
+    close(batch_norm_act(norm, x), exact(x.double()).detach(), 1e-3)
+    assert norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_statistics_do_not_cancel_where_the_mean_is_large(splits):
+    """float32 sums of squares would be wrong by about 1000^2 / 2^24 = 6 %."""
+    norm, x = make_norm(6, splits), make_x(16, 6, 8, 8, shift=1000.0)
+    exact = copy.deepcopy(norm).double()
+    expected = exact(x.double())
+    close(batch_norm_act(norm, x), expected.detach(), 2e-4)
+    close(norm.running_var, exact.running_var, 1e-5)
+
+
+def test_without_gradients_nothing_is_kept():
+    norm, x, kept = make_norm(5, 2), make_x(4, 5, 3, 3), []
+    exact = copy.deepcopy(norm).double()
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
+        with torch.no_grad():
+            y = batch_norm_act(norm, x, nn.ReLU(), x)
+        assert y.grad_fn is None and not kept
+        assert batch_norm_act(norm, x, nn.ReLU(), x).grad_fn is not None and kept
+    close(y, (exact(x.double()) + x.double()).relu().detach(), 1e-5)
+
+
+def test_frozen_inputs_and_parameters_get_no_gradients():
+    norm, x, residual = make_norm(5, 2), make_x(4, 5, 3, 3), make_x(4, 5, 3, 3, seed=1).requires_grad_()
+    norm.weight.requires_grad_(False)
+    y = batch_norm_act(norm, x, None, residual)
+    y.sum().backward()
+    assert x.grad is None and norm.weight.grad is None and residual.grad is not None
+    close(norm.bias.grad, torch.full_like(norm.bias, 36).double(), 1e-5)
+
+
+def test_what_is_no_number_stays_so():
+    norm, x = make_norm(3, 2), make_x(4, 3, 2, 2)
+    x[1, 2] = float("nan")
+    y = batch_norm_act(norm, x, nn.ReLU())
+    assert y[1::2, 2].isnan().all() and y[::2].isfinite().all() and y[:, :2].isfinite().all()
+
+
+def test_residuals_and_gradients_of_other_memory_formats():
+    norm, x, residual = make_norm(4, 2), make_x(4, 4, 3, 2).requires_grad_(), make_x(4, 4, 3, 2, seed=1).contiguous()
+    exact, other = copy.deepcopy(norm).double(), x.detach().double().requires_grad_()
+    expected = (exact(other) + residual.double()).relu().square().mean((2, 3))
+    expected.sum().backward()
+    y = batch_norm_act(norm, x, nn.ReLU(), residual).square().mean((2, 3))
+    y.sum().backward()
+    close(y, expected, 1e-5)
+    close(x.grad, other.grad, 1e-5)
+
+
+@pytest.mark.parametrize(("block", "splits"), [("basic", 1), ("basic", 4), ("bottleneck", 4)])
+def test_a_resnet_is_what_it_is_with_plain_modules(block, splits, monkeypatch):
+    torch.manual_seed(0)
+    network = ResNet(3, 8, block, [1, 1], width=4).to(DEVICE, memory_format=torch.channels_last)
+    if splits > 1:
+        split_batch_norms(network, splits)
+    images, before = make_x(8, 3, 8, 8), copy.deepcopy(network)
+    one, other = copy.deepcopy(network), copy.deepcopy(network).double()
+    ran = []
+    launch = fused_norm._launch
+    monkeypatch.setattr(fused_norm, "_launch", lambda name, *a, **k: (ran.append(name), launch(name, *a, **k)))
+    features = one(images)
+    features.square().sum().backward()
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    assert {name: ran.count(name) for name in ran} == dict.fromkeys(
+        ("statistics", "finish_statistics", "normalise", "sums", "finish_sums", "input_gradient"), norms
+    )
+    ran.clear()
+    expected = other(images.double())
+    expected.square().sum().backward()
+    assert not ran
+    close(features, expected, 1e-4)
+    assert one.state_dict().keys() == before.state_dict().keys()
+    for (name, mine), theirs in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert mine.grad is not None and theirs.grad is not None, name
+        assert (mine.grad - theirs.grad).norm() <= 1e-3 * theirs.grad.norm(), name
+    for (name, mine), theirs in zip(one.named_buffers(), other.buffers(), strict=True):
+        assert torch.allclose(mine.double(), theirs.double(), rtol=1e-4, atol=1e-5), name
+
+
+def changed(norm: nn.BatchNorm2d, how: str) -> nn.BatchNorm2d:
+    if how == "hook":
+        norm.register_forward_hook(lambda *_: None)
+    if how == "forward":
+        norm.forward = partial(type(norm).forward, norm)  # type: ignore[method-assign]
+    if how == "momentum":
+        norm.momentum = None
+    if how == "double":
+        norm.double()
+    return norm.eval() if how == "eval" else norm
+
+
+@pytest.mark.parametrize("how", ["eval", "hook", "forward", "momentum", "double", "strides", "act", "sync", "switch"])
+def test_all_else_is_left_to_the_modules(how, monkeypatch):
+    norm, x = changed(make_norm(3, 1), how), make_x(4, 3, 2, 2)
+    if how == "sync":
+        norm = SyncBatchNorm(3).to(DEVICE)
+    if how == "switch":
+        monkeypatch.setenv("TWOVIEWS_KERNEL", "0")
+        assert reason_for_plain(DEVICE) == "TWOVIEWS_KERNEL=0"
+    x = x.double() if how == "double" else x.contiguous() if how == "strides" else x
+    act = nn.SiLU() if how == "act" else nn.ReLU()
+    other = copy.deepcopy(norm)
+    if how == "forward":
+        del other.forward
+    y = batch_norm_act(norm, x.requires_grad_(), act, x)
+    assert type(y.grad_fn).__name__ != FUSED
+    assert torch.equal(y, act(other(x) + x))
+
+
+def test_what_cannot_be_divided_is_refused_by_the_module():
+    with pytest.raises(RuntimeError):
+        batch_norm_act(make_norm(3, 2), make_x(5, 3, 2, 2))
+    with pytest.raises(ValueError, match="more than 1 value"):
+        batch_norm_act(make_norm(3, 1), make_x(1, 3, 1, 1))
+
+
+def too_large(launch, wrong: str, amount: float):
+    """The kernel `wrong` makes its result a little larger; its place among the arguments."""
+    place = {"statistics": 1, "normalise": 2, "sums": 7, "input_gradient": 2}[wrong]
+
+    def spoilt(kernel, grid, arguments, *others, **constants):
+        launch(kernel, grid, arguments, *others, **constants)
+        if kernel == wrong:
+            arguments[place].mul_(amount)
+
+    return spoilt
+
+
+@pytest.mark.parametrize("wrong", ["statistics", "normalise", "sums", "input_gradient"])
+@pytest.mark.parametrize("amount", [1.03, float("nan")])
+def test_wrong_kernels_are_not_used_and_that_is_said(wrong, amount, monkeypatch):
+    monkeypatch.setattr(fused_norm, "_launch", too_large(fused_norm._launch, wrong, amount))
+    fused_norm._checked.cache_clear()
+    norm, x = make_norm(3, 2), make_x(4, 3, 2, 2).requires_grad_()
+    other = copy.deepcopy(norm)
+    with pytest.warns(UserWarning) as said:
+        y = batch_norm_act(norm, x)
+        assert batch_norm_act(copy.deepcopy(norm), x).shape == x.shape
+    assert len(said) == 1
+    assert str(said[0].message).startswith(f"fused batch norms are of no use on {DEVICE} (wrong ")
+    assert type(y.grad_fn).__name__ != FUSED and torch.equal(y, other(x))
+    fused_norm._checked.cache_clear()
+
+
+def test_without_triton_plain_norms_run_and_that_is_said(monkeypatch):
+    def missing(*arguments, **constants):
+        raise ModuleNotFoundError("No module named 'triton'")
+
+    monkeypatch.setattr(fused_norm, "_launch", missing)
+    fused_norm._checked.cache_clear()
+    with pytest.warns(UserWarning, match="fused batch norms are of no use"):
+        assert reason_for_plain(DEVICE) == "ModuleNotFoundError: No module named 'triton'"
+    fused_norm._checked.cache_clear()
+
+
+def test_division_by_multiplication_is_exact():
+    random = torch.Generator().manual_seed(0)
+    for size in [*range(1, 70), 3136, 12544, 65535, 65537, 2**20 - 1, 2**30 - 1]:
+        _, multiplier, shift = fused_norm._division(2, size)
+        multiples = torch.randint(2**31 // size, (500,), generator=random) * size
+        r = torch.cat([multiples, multiples - 1, multiples + size - 1, torch.tensor([0, 2**31 - 1])])
+        r = r[(r >= 0) & (r < 2**31)]
+        assert torch.equal(r * multiplier >> shift, r // size), size
+    _, multiplier, shift = fused_norm._division(1, 49)
+    assert (2**31 - 1) * multiplier >> shift == 0
+
+
+@pytest.mark.slow
+def test_the_check_with_the_blocks_of_a_gpu(monkeypatch):
+    """Of which `interpreted` makes smaller ones."""
+    monkeypatch.setattr(fused_norm, "BLOCKS", BLOCKS)
+    monkeypatch.setattr(fused_norm, "CASES", CASES)
+    fused_norm._plan.cache_clear()
+    assert fused_norm._disagreement(DEVICE) is None
+    fused_norm._plan.cache_clear()
+
+
+@pytest.mark.gpu
+def test_they_are_used_on_this_gpu():
+    fused_norm._checked.cache_clear()
+    assert reason_for_plain(DEVICE) is None
+    assert reason_for_plain(torch.device("cuda", 0)) is None
+    for relu, with_residual in AFTER:
+        compare(8, (64, 64, 32, 32), relu, with_residual, torch.bfloat16)
+        compare(1, (64, 512, 4, 4), relu, with_residual, torch.bfloat16)
+        compare(4, (32, 48, 7, 7), relu, with_residual, torch.float32)
+
+
+@pytest.mark.gpu
+def test_they_can_be_captured_and_are_the_same_each_time():
+    norm, x = make_norm(128, 8), make_x(64, 128, 16, 16, dtype=torch.bfloat16).requires_grad_()
+
+    def step() -> tuple[Tensor, ...]:
+        y = batch_norm_act(norm, x, nn.ReLU(), x.detach())
+        return (y, *torch.autograd.grad(y.float().square().sum(), (x, norm.weight, norm.bias)))
+
+    start = copy.deepcopy(norm.state_dict())
+    expected = [t.clone() for t in step()]
+    statistics = norm.running_var.clone()
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        found = step()
+    for _ in range(2):
+        norm.load_state_dict(start)
+        graph.replay()
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        assert torch.equal(norm.running_var, statistics)
+
+
+@pytest.mark.gpu
+def test_more_numbers_than_int32_counts():
+    norm, parts = make_norm(64, 4), 4
+    x = torch.randn(64, 64, 736, 736, device=DEVICE, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    x[-parts::-parts] += 1
+    with torch.no_grad():
+        y = batch_norm_act(norm, x, None, x)
+        for last in (-1, -parts):
+            mine = x[last % parts :: parts]
+            var, mean = torch.var_mean(mine.float(), (0, 2, 3), keepdim=True)
+            expected = (x[last].float() - mean[0]) * (var[0] + norm.eps).rsqrt() * norm.weight[:, None, None]
+            expected = expected + norm.bias[:, None, None] + x[last].float()
+            assert torch.allclose(y[last].float(), expected, rtol=2**-8, atol=1e-2)
