@@ -7,7 +7,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 unexport PYTHONDONTWRITEBYTECODE  # the tests start Python hundreds of times: 2.5 instead of 6 seconds each with compiled files
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slurm bench bench-gpu lint types lock mlflow tracking-server clean
+.PHONY: help setup train test test-slurm bench bench-gpu gpu-check lint types lock mlflow tracking-server clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,12 @@ bench-gpu: .venv/dev  ## steps of five methods, views, kNN and batch norms on a 
 	$(BIN)/python benchmarks/knn.py --device cuda --json benchmarks/results/knn_gpu.json
 	$(BIN)/python benchmarks/norms.py --json benchmarks/results/norms.json
 	$(BIN)/python benchmarks/table.py
+
+# On machines without a package index, too: by .venv where there is one, else by the Python that has the packages.
+MINUTES ?= 13
+gpu-check:  ## everything that needs a GPU, within MINUTES=13, with DATA=<folder of CIFAR-10>; results in outputs/gpu_check
+	PYTHONPATH=src $(if $(wildcard .venv/dev),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py \
+		$(if $(DATA),--data $(DATA)) --minutes $(MINUTES) $(ARGS)
 
 test-slurm: .venv/dev  ## tests of sweeps on a SLURM of virtual nodes on this machine (Debian, root)
 	tests/slurm/cluster start

@@ -1,18 +1,32 @@
 """Two processes against one: the exchanges themselves, the losses, the batch norms, and whole methods."""
 
+import platform
+import socket
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from assembled import METHODS, build, config, in_processes, step
+from conftest import start
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from twoviews import distributed
+from twoviews.backbones import ResNet
 from twoviews.distributed import local_rows
+from twoviews.features import Judged
 from twoviews.layers import SplitBatchNorm, SyncBatchNorm
 from twoviews.methods.byol import regression_loss
 from twoviews.methods.moco import info_nce
 from twoviews.methods.simclr import nt_xent
 from twoviews.methods.simsiam import negative_cosine
+from twoviews.protocols import knn
+from twoviews.protocols.knn import KNN
+from twoviews.protocols.linear import Linear
+from twoviews.protocols.protocol import Protocol, Verdict, verdicts
 
 N, D = 8, 5
 
@@ -41,7 +55,8 @@ def split(splits: int) -> SplitBatchNorm:
 def exchanges() -> dict[str, object]:
     """What each exchange gives this process."""
     rank, whole = distributed.rank(), torch.arange(2 * N * 3.0).view(2 * N, 3)
-    pictures = torch.arange(4 * 3 * 5 * 5.0).view(4, 3, 5, 5).to(memory_format=torch.channels_last)
+    pictures = torch.arange(4 * 3 * 5 * 5.0).view(4, 3, 5, 5)
+    in_channels_last = distributed.gather(local_rows(pictures.to(memory_format=torch.channels_last)))
     mine = torch.full((2,), 1.0 + rank, requires_grad=True)
     total = distributed.sum_with_gradient(mine)
     (total * (3.0 + rank)).sum().backward()
@@ -50,7 +65,9 @@ def exchanges() -> dict[str, object]:
         "processes": distributed.processes(),
         "local_rows": local_rows(whole),
         "gather": distributed.gather(local_rows(whole)),
-        "gather_channels_last": distributed.gather(local_rows(pictures)),
+        "gather_pictures": distributed.gather(local_rows(pictures)),
+        "gather_channels_last": in_channels_last.contiguous(),
+        "kept_channels_last": in_channels_last.is_contiguous(memory_format=torch.channels_last),
         "sum": total.detach(),
         "sum_gradient": mine.grad,
         "mean": distributed.mean(value),
@@ -96,7 +113,9 @@ def norms() -> dict[str, list[torch.Tensor]]:
 def train_two_steps(name: str) -> dict[str, object]:
     """Losses, the first step's gradients, and the state after the second."""
     parts = build(config(name))
-    wrapped = DistributedDataParallel(parts.method, broadcast_buffers=False) if distributed.processes() > 1 else None
+    wrapped = None
+    if distributed.processes() > 1:
+        wrapped = DistributedDataParallel(parts.method, broadcast_buffers=False, gradient_as_bucket_view=True)
     gradients: dict[str, torch.Tensor] = {}
 
     def keep(*_) -> None:
@@ -109,9 +128,50 @@ def train_two_steps(name: str) -> dict[str, object]:
     return {"losses": torch.stack(losses), "gradients": gradients, "state": parts.method.state_dict()}
 
 
+class Counted(KNN):
+    """Says how many queries this process had to search."""
+
+    def __call__(self, judged: Judged) -> Verdict:
+        self.queries = sum(
+            which.stop - which.start for which, *_ in knn.neighbours(judged.test.x, judged.memory, 5, judged.shared)
+        )
+        return super().__call__(judged)
+
+
+class Alone(Protocol):
+    """Wants features that nobody has asked for before."""
+
+    needs_labels, every_epochs = False, 0
+
+    def __call__(self, judged: Judged) -> Verdict:
+        return Verdict({"mean": judged.test.x.mean().item()})
+
+
+def judged() -> dict[str, object]:
+    """What protocols find of an untrained encoder, and how many queries were searched here."""
+    torch.manual_seed(0)
+    encoder = ResNet(1, 32, "basic", [1, 1], width=4)
+    parts = build(config("moco"))
+    small = {name: getattr(parts.data, name).subset(torch.arange(n)) for name, n in (("memory", 500), ("test", 200))}
+    parts.data = replace(parts.data, **small)
+    chunk, knn.CHUNK_BYTES = knn.CHUNK_BYTES, 500 * 4 * 30  # 7 chunks of queries
+    counted = Counted(20, 0.1, 0)
+    one = parts.judge(encoder)
+    both = verdicts({"linear": Linear([1e-3], 0.1, 5, 0), "knn": counted}, one)
+    alone = verdicts({"alone": Alone()}, parts.judge(encoder))
+    knn.CHUNK_BYTES = chunk
+    return {
+        "values": {name: verdict.values for name, verdict in both.items()},
+        "probabilities": both["knn"].probabilities if both else None,
+        "features": one.memory.x,
+        "alone": [verdict.values for verdict in alone.values()],
+        "queries": counted.queries,
+    }
+
+
 def everything() -> dict[str, dict]:
     methods = {name: train_two_steps(name) for name in METHODS}
-    return {"exchanges": exchanges(), "losses": losses(), "norms": norms(), "methods": methods}
+    return {"exchanges": exchanges(), "losses": losses(), "norms": norms(), "methods": methods, "judged": judged()}
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +185,9 @@ def test_rows_are_interleaved_and_come_back(two):
         assert found["processes"] == 2
         assert torch.equal(found["local_rows"], whole[rank::2])
         assert torch.equal(found["gather"], whole)
-        assert torch.equal(found["gather_channels_last"], torch.arange(4 * 3 * 5 * 5.0).view(4, 3, 5, 5))
+        pictures = torch.arange(4 * 3 * 5 * 5.0).view(4, 3, 5, 5)
+        assert torch.equal(found["gather_pictures"], pictures)
+        assert torch.equal(found["gather_channels_last"], pictures) and found["kept_channels_last"]
 
 
 def test_sums_means_flags_and_broadcasts(two):
@@ -172,6 +234,74 @@ def test_methods_compute_what_one_process_does(name, two):
                 assert off <= 1e-3 * torch.linalg.vector_norm(value.double()) + 1e-4, (rank, key)
     first, second = (found["state"] for found in both)
     assert all(torch.equal(second[key], value) for key, value in first.items())
+
+
+def test_an_encoder_is_judged_by_all_processes_as_by_one(two):
+    one, first, second = judged(), *(results["judged"] for results in two)
+    for key in ("values", "alone"):
+        assert one[key] and first[key] == one[key] and not second[key]
+    assert torch.equal(first["probabilities"], one["probabilities"])
+    assert torch.equal(first["features"], one["features"]) and torch.equal(second["features"], one["features"])
+    assert one["queries"] == first["queries"] + second["queries"] == 210  # slices of 30 reach over the end
+    assert first["queries"] == 120
+
+
+MEETING = """
+import os, sys, time
+import torch
+from twoviews import distributed
+from twoviews.runtime import Runtime
+distributed.PATIENCE_S, distributed.GRACE_S = 3, 5
+values = dict(zip(Runtime.__dataclass_fields__, [None] * 20)) | {"device": "cpu"}
+rank = distributed.rank()
+with distributed.group(Runtime(**values)) as device:
+    distributed.barrier()
+    exec(sys.argv[1])
+    print("there")
+"""
+ABSENT = {
+    "barrier": "if rank == 1: time.sleep(20)\ndistributed.barrier()",
+    "exchange": "if rank == 1: time.sleep(20)\ndistributed.largest(1, device)",
+    "frozen": "import signal\nif rank == 1: os.kill(os.getpid(), signal.SIGSTOP)\ndistributed.largest(1, device)",
+}
+
+
+def meet(program: str, folder: Path) -> list[subprocess.Popen]:
+    """Three processes that do this, beginning at once; the first to end among 0 and 2 has 30 seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        start(["-c", MEETING, program], folder / str(rank), RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        for rank in range(3)
+    ]
+
+
+@pytest.mark.parametrize("program", ABSENT.values(), ids=ABSENT)
+def test_a_process_that_does_not_come_is_named(program: str, tmp_path: Path):
+    children = meet(program, tmp_path)
+    try:
+        assert [child.wait(40) for child in (children[0], children[2])] == [1, 1]
+    finally:
+        children[1].kill()
+    said = [(tmp_path / str(rank) / "stderr.txt").read_text() for rank in range(3)]
+    errors = [line for line in said[0].splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"process 1 on {platform.node()} did not come" in errors[0]
+    assert "error: " not in said[2] and "Traceback" not in said[0] + said[2]
+
+
+def test_what_the_first_does_alone_may_take_long(tmp_path: Path):
+    children = meet("if rank == 0: time.sleep(6)\ndistributed.wait_for_first()\ndistributed.barrier()", tmp_path)
+    assert [child.wait(40) for child in children] == [0, 0, 0], (tmp_path / "1" / "stderr.txt").read_text()
+
+
+def test_nobody_waits_for_a_first_that_failed(tmp_path: Path):
+    children = meet("if rank == 0: raise ValueError('broken image')\ndistributed.wait_for_first()", tmp_path)
+    begin = time.monotonic()
+    assert [child.wait(40) for child in children] == [1, 1, 1]
+    assert "broken image" in (tmp_path / "0" / "stderr.txt").read_text()
+    assert time.monotonic() - begin < 30
 
 
 def test_alone_everything_is_the_identity():

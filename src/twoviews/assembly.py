@@ -50,8 +50,9 @@ class Parts:
     notes: list[str]  # what the method and the protocols say about their fit to the data
 
     def judge(self, encoder: Encoder) -> Judged:
-        """An encoder with the labelled images of the data."""
-        return Judged(encoder, self.data, self.device, self.runtime.dtype(self.device), self.runtime.channels_last)
+        """An encoder with the labelled images of the data, whose features all processes compute together."""
+        dtype = self.runtime.dtype(self.device)
+        return Judged(encoder, self.data, self.device, dtype, self.runtime.channels_last, shared=True)
 
     def embed(self, module: nn.Module) -> Float[Tensor, "N D"]:
         """What a module makes of all training images, at the size of the views, as PCL's code does with its 224 px."""
@@ -87,10 +88,10 @@ def evaluation_runtime(cfg: DictConfig, recorded: DictConfig, overrides: Sequenc
 def load_data(cfg: DictConfig) -> ImageData:
     """The data set of a configuration; with several processes one prepares it and the others wait."""
     if distributed.rank() > 0:
-        distributed.barrier()
+        distributed.wait_for_first()
     data = build(cfg.data)
     if distributed.rank() == 0:
-        distributed.barrier()
+        distributed.wait_for_first()
     return data
 
 

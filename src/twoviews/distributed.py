@@ -5,8 +5,14 @@ row r * processes + p of the whole batch, everywhere.
 """
 
 import contextlib
+import functools
+import itertools
+import math
 import os
-from collections.abc import Iterator
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -16,6 +22,30 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from twoviews.runtime import Runtime
+
+PATIENCE_S = 600.0  # for the other processes to come to a barrier or to an exchange
+GRACE_S = 30.0  # for those who waited in an exchange, too, to say so
+FAILED = 1  # exit code
+LEFT = "left"  # key of the store: a process has left with an error
+
+_meetings = itertools.count()  # all processes come to the same ones, in the same order
+_own: list[str] = []  # keys of those since the last barrier
+
+
+class Absent(RuntimeError):
+    """Some processes did not come; the message is a sentence with their hosts.
+
+    Args:
+        missing: numbers of those processes.
+    """
+
+    def __init__(self, missing: Sequence[int]):
+        named = " and ".join(f"process {one} on {_host(one)}" for one in missing)
+        self.first = min(set(range(processes())) - set(missing), default=0)  # of those who waited
+        super().__init__(
+            f"{named} did not come within {PATIENCE_S / 60:g} min to where the others wait; look at its output and at that "
+            "machine; the same command goes on from the last checkpoint."
+        )
 
 
 def rank() -> int:
@@ -30,41 +60,133 @@ def processes() -> int:
 
 @contextlib.contextmanager
 def group(runtime: "Runtime") -> Iterator[torch.device]:
-    """The device of this process, and around its use the company of the other processes if torchrun started several."""
+    """The device of this process, and around its use the company of the other processes if torchrun started several.
+
+    Where one does not come to a barrier or an exchange, one of the others says which, and all end with exit code 1.
+    """
     device = runtime.torch_device()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        # Long, because process 0 alone decodes images and measures accuracy while the others wait.
-        patience, gpu = timedelta(days=1), device if device.type == "cuda" else None
-        # Told its device, NCCL need not guess one for the first barrier.
+        gpu = device if device.type == "cuda" else None
+        # NCCL ends a process whose time is over, before it can say anything: the barriers shall notice first.
+        patience = timedelta(seconds=(2 if gpu else 1) * PATIENCE_S)
+        # Told its device, NCCL need not guess one for the first exchange.
         dist.init_process_group("nccl" if gpu else "gloo", timeout=patience, device_id=gpu)
+        _store().set(f"host/{rank()}", platform.node())
     try:
         yield device
+    except BaseException as error:
+        if dist.is_initialized():
+            _leave(explained(error))
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+def _leave(error: BaseException) -> None:
+    """Tell the others that this process ends with an error; where another is absent, end at once."""
+    with contextlib.suppress(RuntimeError):  # the store may be gone
+        _store().set(LEFT, "")
+    if isinstance(error, Absent):
+        if rank() == error.first:
+            print(f"error: {error}", file=sys.stderr)
+        time.sleep(1)  # the store of all may live in this process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(FAILED)  # torch would wait for the exchange
+
+
+@functools.cache
+def explained(error: BaseException) -> BaseException:
+    """`Absent` in place of what an exchange raised when its time was over, after the others had time to say that they waited.
+
+    Any other error as it is.
+    """
+    if not dist.is_initialized() or not isinstance(error, RuntimeError) or "imed out" not in str(error):
+        return error
+    store, everyone, end = _store(), range(processes()), time.monotonic() + GRACE_S
+    try:
+        store.set(f"waited/{rank()}", "")
+        while len(missing := [one for one in everyone if not store.check([f"waited/{one}"])]) > 1:
+            if time.monotonic() > end:
+                break
+            time.sleep(0.1)
+        return Absent(missing) if missing else error
+    except RuntimeError:  # the store is gone
+        return error
+
+
+def _store() -> dist.Store:
+    """Keys and values that all processes of the group see: torch's own, which it has no public name for."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def _host(process: int) -> str:
+    store, key = _store(), f"host/{process}"
+    return store.get(key).decode() if store.check([key]) else "an unknown host"
+
+
 def barrier() -> None:
-    """Wait for all processes."""
+    """Wait for all processes.
+
+    Raises:
+        Absent: some did not come within PATIENCE_S seconds.
+    """
     if dist.is_initialized():
-        dist.barrier()
+        earlier = list(_own)
+        number = _arrive()
+        _wait(number, range(processes()), PATIENCE_S)
+        for key in earlier:  # all have been there, as they have come here
+            _store().delete_key(key)
+            _own.remove(key)
 
 
-def _interleave(parts: list[Tensor]) -> Tensor:
-    return torch.stack(parts, dim=1).flatten(0, 1)
+def wait_for_first() -> None:
+    """Wait until process 0 has come here, however long it decodes images or measures accuracy alone; it does not wait."""
+    if dist.is_initialized():
+        if rank() == 0:
+            _arrive()
+        else:
+            _wait(next(_meetings), [0], math.inf)
+
+
+def _arrive() -> int:
+    number = next(_meetings)
+    _own.append(_key(number, rank()))
+    _store().set(_own[-1], "")
+    return number
+
+
+def _key(number: int, process: int) -> str:
+    return f"meeting/{number}/{process}"
+
+
+def _wait(number: int, whom: Sequence[int], seconds: float) -> None:
+    """Until these processes have arrived; leaves with exit code 1 when another did so with an error."""
+    store, keys, pause, end = _store(), [_key(number, one) for one in whom], 5e-4, time.monotonic() + seconds
+    while not store.check(keys):
+        if store.check([LEFT]):
+            raise SystemExit(FAILED)  # it has said why
+        if time.monotonic() > end:
+            raise Absent([one for one, key in zip(whom, keys, strict=True) if not store.check([key])])
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
 
 
 @torch.no_grad()
 def gather(x: Tensor) -> Tensor:
-    """[b, ...] of each process to [B, ...] of all, in the order of the whole batch; without gradient."""
-    if processes() == 1:
+    """[b, ...] of each process to [B, ...] of all, in the order of the whole batch and the memory format; without gradient."""
+    count = processes()
+    if count == 1:
         return x
-    x = x.contiguous()  # all_gather promises nothing for tensors in channels_last
-    parts = [torch.empty_like(x) for _ in range(processes())]
-    dist.all_gather(parts, x)
-    return _interleave(parts)
+    channels_last = x.dim() == 4 and x.shape[1] > 1 and x.stride(1) == 1
+    rows = (x.permute(0, 2, 3, 1) if channels_last else x).contiguous()
+    parts = rows.new_empty(count * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(parts, rows)
+    everyone = parts.unflatten(0, (count, -1)).transpose(0, 1).flatten(0, 1)
+    return everyone.permute(0, 3, 1, 2) if channels_last else everyone
 
 
 class _Gather(torch.autograd.Function):

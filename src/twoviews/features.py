@@ -95,6 +95,7 @@ class Judged:
         dtype: number format of the forward pass.
         channels_last: memory format of the images.
         folder: where protocols put files of theirs; None: nowhere, they make none.
+        shared: all processes compute the features together, so all must ask for them; otherwise each alone.
     """
 
     def __init__(
@@ -105,9 +106,10 @@ class Judged:
         dtype: torch.dtype,
         channels_last: bool = False,
         folder: Path | None = None,
+        shared: bool = False,
     ):
         self.encoder, self.data, self.device, self.dtype = encoder, data, device, dtype
-        self.channels_last, self.folder = channels_last, folder
+        self.channels_last, self.folder, self.shared = channels_last, folder, shared
 
     @cached_property
     def memory(self) -> Features:
@@ -124,5 +126,5 @@ class Judged:
             raise BadInput(
                 f"{self.data.name} has no labelled training and test images, and accuracy cannot be measured."
             )
-        x = embed(self.encoder, images, self.data, self.device, self.dtype, self.channels_last)
+        x = embed(self.encoder, images, self.data, self.device, self.dtype, self.channels_last, self.shared)
         return Features(x, images.labels.to(self.device).long())

@@ -12,6 +12,7 @@ from twoviews.checkpoints import Checkpoints, finite
 from twoviews.console import Console, duration
 from twoviews.data.loader import Batch
 from twoviews.features import Pixels
+from twoviews.protocols.protocol import verdicts
 from twoviews.randomness import seed_of
 from twoviews.run import Run
 from twoviews.runtime import StopSignal, format_name, peak_memory
@@ -221,6 +222,7 @@ class Training:
 
     def _read(self, values: Values) -> dict[str, float]:
         """Means over processes: the only wait for the device between two log lines."""
+        distributed.barrier()  # which names a process that does not come
         means = distributed.mean(torch.stack(list(values.values()))).tolist()
         numbers = {f"train/{name}": mean for name, mean in zip(values, means, strict=True)}
         if not math.isfinite(numbers["train/loss"]):
@@ -261,31 +263,29 @@ class Training:
 
     def _baselines(self) -> None:
         """KNN of the untrained encoder and of raw pixels: a method that does not beat both has learnt nothing."""
-        if distributed.rank() == 0 and "knn" in self.protocols:
-            self.console.say("measuring kNN of raw pixels and of the untrained encoder …")
-            knn, start = self.protocols["knn"], time.monotonic()
-            untrained = self.judge(self.method.encoder)
-            values = {"baseline/untrained_knn_top1": knn(untrained).values["top1"]}
-            self._watch_seconds = time.monotonic() - start
-            pixels = Pixels(untrained.data.channels, untrained.data.size)
-            values["baseline/pixels_knn_top1"] = knn(self.judge(pixels)).values["top1"]
-            self._log(values)
-        distributed.barrier()
+        if "knn" not in self.protocols:
+            return
+        self.console.say("measuring kNN of raw pixels and of the untrained encoder …")
+        knn, start = {"knn": self.protocols["knn"]}, time.monotonic()
+        untrained = self.judge(self.method.encoder)
+        found = {"untrained": verdicts(knn, untrained)}
+        self._watch_seconds = time.monotonic() - start
+        found["pixels"] = verdicts(knn, self.judge(Pixels(untrained.data.channels, untrained.data.size)))
+        if distributed.rank() == 0:
+            self._log({f"baseline/{name}_knn_top1": one["knn"].values["top1"] for name, one in found.items()})
 
     def _watch(self, epoch: int) -> None:
         """Measure what is due after that many epochs; at the end, everything."""
-        due = [
-            name
+        due = {
+            name: protocol
             for name, protocol in self.protocols.items()
             if epoch == self.epochs or (protocol.every_epochs and epoch % protocol.every_epochs == 0)
-        ]
+        }
         values: dict[str, float] = {}
-        if distributed.rank() == 0 and due:
-            judged = self.judge(self.method.encoder)
-            verdicts = {name: self.protocols[name](judged) for name in due}
-            values = {f"{name}/{key}": v for name, verdict in verdicts.items() for key, v in verdict.values.items()}
+        if due:
+            found = verdicts(due, self.judge(self.method.encoder))
+            values = {f"{name}/{key}": v for name, verdict in found.items() for key, v in verdict.values.items()}
         if epoch == self.epochs:
             values.update(peak_memory(self.device))
         if values:
             self._log(values)
-        distributed.barrier()

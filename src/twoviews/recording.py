@@ -55,7 +55,7 @@ class Recording:
             self.run.begin(content, digest(cfg), describe_data(parts.data), parts.device)
             self._tracking = tracking
             self._state = self.run.load(console.say)
-        distributed.barrier()  # process 0 has put a damaged checkpoint out of the way
+        distributed.wait_for_first()  # process 0 has put a damaged checkpoint out of the way
         if not self._first:
             self._state = self.run.load(console.say)
         else:
@@ -144,7 +144,7 @@ class Recording:
             with contextlib.suppress(OSError):
                 self.metrics.mark()
             with contextlib.suppress(OSError):
-                self.run.write("result.json", {"state": "failed", "reason": str(error)})
+                self.run.write("result.json", {"state": "failed", "reason": str(distributed.explained(error))})
             with contextlib.suppress(OSError):
                 self._close()
             last_line(self.run.folder)

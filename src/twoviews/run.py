@@ -273,13 +273,11 @@ def _sync(path: Path) -> None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and machine, as far as they can change the result of a training on that device."""
-    from importlib.metadata import version
-
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     packages = ("torch", "torchvision", "timm", "hydra-core", "mlflow", "numpy")
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in packages},
+        **{name: _version(name) for name in packages},
         "platform": platform.platform(),
         "host": platform.node(),
         "cpus": os.cpu_count(),
@@ -289,6 +287,16 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if gpu else None,
         "views": "compiled" if views.compiled(device) else "tensors",
     }
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed, as MLflow need not be."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def parameter_count(module: nn.Module) -> int:

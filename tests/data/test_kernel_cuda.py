@@ -276,6 +276,7 @@ def test_nvrtc_compiles_it(architecture):
     assert b"render" in made.raw
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("side, size", [(32, 32), (256, 224)])
 def test_on_a_gpu(side, size):

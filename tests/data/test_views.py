@@ -371,6 +371,7 @@ def test_sizes_of_views():
     assert views.recipes[0] == View(count=2)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_gives_the_cpus_views():
     images = photographs(64, 96, 96)

@@ -117,6 +117,7 @@ def kmeans(
         assignment = nearest(points, centroids)[1]
         # Not faiss's own, |x|^2 - 2 x c + |c|^2, which has few digits where it is small.
         distance = (points - centroids[assignment]).square().sum(1)
+    distributed.wait_for_first()
     shared = (assignment, centroids, distance, torch.tensor(steps))
     assignment, centroids, distance, count = (distributed.from_first(value.to(x.device)) for value in shared)
     return Clusters(assignment, centroids, distance, int(count))

@@ -71,9 +71,9 @@ def _told(uri: str, run_id: str) -> Path | None:
     if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():
         return None  # opening it would make it
     stores.prepare_environment()
-    from mlflow import MlflowClient
-
     try:
+        from mlflow import MlflowClient
+
         folder = MlflowClient(uri).get_run(run_id).data.tags.get("folder")
     except Exception:  # of many kinds: whatever is wrong with a store, another may know the run
         return None

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from twoviews import distributed
 from twoviews.data.images import ImageData
 from twoviews.evaluation.scores import ranks
 from twoviews.features import Features, Judged
@@ -22,17 +23,19 @@ CHUNK_BYTES = 64 * 2**20  # of similarities held at once
 
 
 def neighbours(
-    queries: Float[Tensor, "M F"], bank: Features, k: int
+    queries: Float[Tensor, "M F"], bank: Features, k: int, shared: bool = False
 ) -> Iterator[tuple[slice, Float[Tensor, "m k"], Int[Tensor, "m k"]]]:
     """Chunk by chunk of the queries: which they are, cosines of their k most similar bank rows, largest first, and classes.
 
     Exact. Needs a normalised copy of the bank, CHUNK_BYTES of similarities (one query's, if the bank is so large that
-    they are more) and less than that again for the search; k is clamped to the bank.
+    they are more) and less than that again for the search; k is clamped to the bank. With `shared` the chunks are dealt out
+    to the processes.
     """
     rows = nnf.normalize(bank.x, dim=1)
     k = min(k, len(rows))
     chunk = max(1, CHUNK_BYTES // (4 * len(rows)))
-    for start in range(0, len(queries), chunk):
+    rank, processes = (distributed.rank(), distributed.processes()) if shared else (0, 1)
+    for start in range(0, len(queries), chunk)[rank::processes]:
         which = slice(start, start + chunk)
         nearest, index = largest(nnf.normalize(queries[which], dim=1) @ rows.T, k)
         yield which, nearest, bank.y[index]
@@ -48,16 +51,16 @@ def votes(nearest: Float[Tensor, "m k"], temperature: float) -> Float[Tensor, "m
 
 @torch.no_grad()
 def knn_scores(
-    queries: Float[Tensor, "M F"], bank: Features, classes: int, k: int, temperature: float
+    queries: Float[Tensor, "M F"], bank: Features, classes: int, k: int, temperature: float, shared: bool = False
 ) -> Float[Tensor, "M classes"]:
     """Sum for each class of the `votes` of those of the k nearest bank rows that belong to it.
 
-    Beside the result it needs what `neighbours` does.
+    Beside the result it needs what `neighbours` does. With `shared` several processes do a share each, and all get the whole.
     """
     scores = torch.zeros(len(queries), classes, device=queries.device)
-    for which, nearest, labels in neighbours(queries, bank, k):
+    for which, nearest, labels in neighbours(queries, bank, k, shared):
         scores[which].scatter_add_(1, labels, votes(nearest, temperature))
-    return scores
+    return distributed.total(scores) if shared else scores
 
 
 def top1(scores: Float[Tensor, "M classes"], labels: Int[Tensor, " M"]) -> float:
@@ -86,6 +89,8 @@ class KNN(Protocol):
         every_epochs: how often it is measured in training; 0 is at the end only.
     """
 
+    together = True
+
     def __init__(self, k: Count, temperature: Temperature, every_epochs: Index):
         self.k, self.temperature, self.every_epochs = k, temperature, every_epochs
 
@@ -95,5 +100,6 @@ class KNN(Protocol):
 
     def __call__(self, judged: Judged) -> Verdict:
         """top1, and top5 of more than five classes, of the encoder's features (before any projector), in percent."""
-        scores = knn_scores(judged.test.x, judged.memory, len(judged.data.classes), self.k, self.temperature)
+        queries, bank, classes = judged.test.x, judged.memory, len(judged.data.classes)
+        scores = knn_scores(queries, bank, classes, self.k, self.temperature, judged.shared)
         return Verdict(accuracies(scores, judged.test.y), scores / scores.sum(1, keepdim=True))

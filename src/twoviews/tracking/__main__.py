@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _sync(given: argparse.Namespace) -> int:
+    stores.installed()
     if given.uri:
         stores.check(given.uri)
     return max(sync_one(folder, given.uri, given.experiment) for folder in _folders(given.folders))

@@ -36,13 +36,15 @@ class Tracking:
             say: where a sentence for the user goes.
 
         Raises:
-            BadInput: the address is wrong, or (in a run that is mirrored and not expected) the store does not answer.
+            BadInput: the address is wrong, or (in a run that is mirrored) MLflow is not installed, or (in one that is not
+                expected, too) the store does not answer.
         """
         if not self.experiment:
             raise BadInput("tracking.experiment is empty; name MLflow's experiment, for example twoviews.")
         stores.resolved(self.uri)
         if not self.mirror:
             return
+        stores.installed()
         try:
             stores.check(self.uri)
         except BadInput as error:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from twoviews.errors import BadInput
-from twoviews.tracking.stores import prepare_environment
+from twoviews.tracking.stores import installed, prepare_environment
 
 DATABASE_S = 60.0  # for PostgreSQL to answer
 # To the database, of each worker of the server: more than it answers requests at once. With the 15 it has otherwise,
@@ -32,8 +32,9 @@ def serve(folder: Path, host: str, port: int, workers: int) -> int:
         workers: processes of the server.
 
     Raises:
-        BadInput: there is no PostgreSQL or no driver for it, or the database does not start.
+        BadInput: there is no MLflow, no PostgreSQL or no driver for it, or the database does not start.
     """
+    installed()
     prepare_environment()
     programs, folder = _programs(), folder.absolute()
     try:

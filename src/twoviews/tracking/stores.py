@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import re
@@ -62,12 +63,26 @@ def resolved(uri: str | None) -> str:
     return uri.rstrip("/")
 
 
+def installed() -> None:
+    """Find out, without importing it, that MLflow is installed.
+
+    Raises:
+        BadInput: it is not.
+    """
+    if importlib.util.find_spec("mlflow") is None:
+        raise BadInput(
+            "MLflow is not installed in this environment; install it (python -m pip install mlflow), or train with "
+            "tracking=files and send the run later, from where it is, with `python -m twoviews.tracking sync`."
+        )
+
+
 def check(uri: str | None) -> None:
     """Find out, without importing mlflow, that the store can be used; a database server is taken at its word.
 
     Raises:
         BadInput: it cannot; with what was tried and the remedy.
     """
+    installed()
     uri = resolved(uri)
     if uri.startswith("sqlite:"):
         _check_file(_database(uri))
@@ -113,9 +128,10 @@ def connect(uri: str, experiment: str) -> tuple["MlflowClient", str]:
     Takes seconds the first time: mlflow is imported here and a fresh SQLite file gets its tables.
 
     Raises:
-        BadInput: the experiment was deleted in MLflow.
+        BadInput: the experiment was deleted in MLflow, or MLflow is not installed.
         MlflowException: the store does not answer or refuses.
     """
+    installed()
     prepare_environment()
     from mlflow import MlflowClient
 
