@@ -118,7 +118,7 @@ def kmeans(
         tried += [search.steps(search.cold(), iterations, tolerance) for _ in range(starts - 1)]
         _, centroids, steps = min(tried, key=lambda result: result[0])
         assignment = passes.nearest(points, centroids)[1]
-        # Not that of `nearest`, |x|^2 - 2 x c + |c|^2, which has few digits where it is small.
+        # Not that of `nearest`, which has few digits where it is small.
         distance = (points - centroids[assignment]).square().sum(1)
     shared = (assignment, centroids, distance, torch.tensor(steps))
     assignment, centroids, distance, count = (distributed.from_first(value.to(x.device)) for value in shared)
@@ -247,13 +247,17 @@ def by_products() -> Passes:
     """
 
     def nearest(x: Float[Tensor, "N D"], c: Float[Tensor, "K D"]) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
-        half, near, which = c.square().sum(1) / -2, [], []
+        # About their mean, because |x|^2 - 2 x c + |c|^2 has few digits where all lie in one direction, as young embeddings do.
+        centre = x.mean(0)
+        c, near, which = c - centre, [], []
+        half = c.square().sum(1) / -2
         with _full_precision():
             for rows in x.split(max(1, CHUNK_BYTES // (4 * len(c)))):
+                rows = rows - centre
                 value, number = torch.addmm(half, rows, c.T).max(dim=1)  # x c - |c|^2 / 2
-                near.append(value)
+                near.append(rows.square().sum(1) - 2 * value)
                 which.append(number)
-        return (x.square().sum(1) - 2 * torch.cat(near)).clamp_(min=0), torch.cat(which)
+        return torch.cat(near).clamp_(min=0), torch.cat(which)
 
     def sums(x: Float[Tensor, "N D"], assignment: Int[Tensor, " N"], k: int) -> Float[Tensor, "{k} D"]:
         order = assignment.argsort(stable=True)
