@@ -245,7 +245,6 @@ class _Properties:
 @contextlib.contextmanager
 def pretended() -> Iterator[list[str]]:
     """Within it there is one GPU; gives the list of what waited for it."""
-    from twoviews.clusters import kmeans
     from twoviews.data import views
 
     waits.clear()
@@ -274,7 +273,6 @@ def pretended() -> Iterator[list[str]]:
         patch.setattr(torch.cuda, "Event", _Event)
         patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
         patch.setattr(torch, "autocast", _Autocast)
-        patch.setattr(kmeans, "_gpu_works", lambda number: False)
         patch.setenv("TWOVIEWS_KERNEL", "0")
         views._checked.cache_clear()
         torch.__future__.set_overwrite_module_params_on_conversion(True)

@@ -21,6 +21,7 @@ from torch import nn
 from twoviews import batch_size
 from twoviews.assembly import Parts, load_data, make_parts, make_views
 from twoviews.backbones import ResNet
+from twoviews.clusters import kmeans
 from twoviews.config import build
 from twoviews.console import Console
 from twoviews.data.sources import digits
@@ -48,8 +49,9 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def in_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Views, here and there alike."""
+    """Views, and k-means by products, here and there alike."""
     monkeypatch.setenv("TWOVIEWS_KERNEL", "0")
+    monkeypatch.setattr(kmeans, "passes_on", lambda device: kmeans.by_products())
 
 
 def training(folder: Path, cfg: DictConfig, restored: dict[str, Any] | None = None) -> Training:

@@ -129,6 +129,9 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
         device=device,
         rank=distributed.rank(),
         processes=distributed.processes(),
+        # What autocast and the first convolution would make of them; CPUs do so themselves.
+        dtype=runtime.dtype(device) if device.type == "cuda" else torch.float32,
+        channels_last=runtime.channels_last and device.type == "cuda",
     )
     micro_batch = cfg.batch_size // runtime.accumulate
     if cfg.batch_size % (runtime.accumulate * distributed.processes()):

@@ -16,6 +16,14 @@ from twoviews.clusters.kmeans import Clusters, concentration, kmeans
 from twoviews.errors import BadInput
 
 
+@pytest.fixture(autouse=True, params=["faiss", "products"])
+def passes(request, monkeypatch) -> None:
+    """Both ways of going through the points have to pass everything here; the second is that of GPUs."""
+    if request.param == "products":
+        monkeypatch.setattr(module, "passes_on", lambda device: module.by_products())
+        monkeypatch.setattr(module, "CHUNK_BYTES", 40_000)  # some hundred points
+
+
 def digits() -> torch.Tensor:
     return torch.from_numpy(load_digits().data).float()  # [1797, 64]
 
@@ -225,22 +233,105 @@ def test_faiss_says_nothing(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(
-    ("probe", "reason"),
-    [
-        ("raise SystemExit('CUDA error 209 no kernel image')", "CUDA error 209 no kernel image"),
-        ("import time; time.sleep(60)", "no answer within 1 s"),
-    ],
-)
-def test_a_gpu_build_that_does_not_work_is_said_once(probe, reason, monkeypatch):
-    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
-    monkeypatch.setattr(module, "_PROBE", probe)
-    monkeypatch.setattr(module, "PATIENCE", 1 if "sleep" in probe else 60)
-    module._gpu_works.cache_clear()
-    with pytest.warns(UserWarning, match=rf"faiss cannot use the GPU \({reason}\): .* CPU"):
-        assert not module._gpu_works(0)
-    assert not module._gpu_works(0)  # a second warning would be an error
-    module._gpu_works.cache_clear()
+def by_both(x: torch.Tensor, k: int, monkeypatch, **options) -> list[Clusters]:
+    """By faiss and by products."""
+    found = []
+    for one in (module.by_faiss, module.by_products):
+        monkeypatch.setattr(module, "passes_on", lambda device, one=one: one())
+        found.append(kmeans(x, k, **options))
+    return found
+
+
+def blobs(rows: int = 1500, groups: int = 25, dim: int = 20) -> torch.Tensor:
+    """Unit rows in groups that lie apart."""
+    drawn = torch.Generator().manual_seed(1)
+    centres = torch.randn(groups, dim, generator=drawn)
+    x = centres[torch.randint(groups, (rows,), generator=drawn)] + 0.1 * torch.randn(rows, dim, generator=drawn)
+    return nnf.normalize(x, dim=1)
+
+
+POINTS = {
+    "digits": (lambda: digits() + unit(1797, 64), 50),  # whole numbers have ties
+    "patches": (patches, 100),
+    "random": (lambda: unit(2000), 200),
+    "groups": (blobs, 25),
+    "more clusters than groups": (blobs, 150),
+    "all": (lambda: unit(80), 80),
+    "duplicates": (lambda: unit(30).repeat(20, 1), 60),
+    "one point": (lambda: unit(1).repeat(40, 1), 3),
+}
+
+
+@pytest.mark.parametrize("passes", ["products"], indirect=True)
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize("name", POINTS)
+def test_products_find_the_clusters_of_faiss(name, spherical, monkeypatch):
+    """From the same seed, cold and warm: the same clusters but for points between two, and their concentration."""
+    make, k = POINTS[name]
+    x, start = make(), None
+    for seed in range(2):
+        options = {"seed": seed, "start": start, "spherical": spherical, "iterations": 4}
+        one, other = by_both(x, k, monkeypatch, **options)
+        assert other.inertia == pytest.approx(one.inertia, rel=1e-3, abs=1e-5)
+        if len(x.unique(dim=0)) < k:  # several centroids in one place, between which rounding decides
+            assert concentration(other, 0.2).isfinite().all()
+            continue
+        assert one.iterations == other.iterations
+        moved = one.assignment != other.assignment
+        # A point that is as near to two centroids may take either, and takes a share of both means along.
+        assert moved.float().mean() < 0.02
+        if not moved.any():
+            assert torch.equal(one.sizes, other.sizes)
+            torch.testing.assert_close(other.distance, one.distance, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(other.centroids, one.centroids, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(concentration(other, 0.2), concentration(one, 0.2), rtol=1e-4, atol=1e-5)
+        start = one.assignment
+
+
+@pytest.mark.parametrize("passes", ["products"], indirect=True)
+@pytest.mark.parametrize("name", POINTS)
+def test_one_pass_of_products_is_that_of_faiss(name):
+    make, k = POINTS[name]
+    x = make()
+    c = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:k]] + 0.01
+    ours, theirs = module.by_products(), module.by_faiss()
+    distance, assignment = ours.nearest(x, c)
+    wanted, nearest = theirs.nearest(x, c)
+    squared = torch.cdist(x.double(), c.double()).square()
+    own = squared.gather(1, assignment[:, None])[:, 0]
+    assert ((own - squared.amin(1)).abs() <= 1e-6 * squared.max()).all()  # ties may fall to either side
+    scale = x.square().sum(1).max().item()
+    torch.testing.assert_close(distance, wanted, rtol=1e-4, atol=3e-6 * scale)
+    assert (distance >= 0).all()
+    # The same sums bit for bit, of clusters without points as well.
+    nearest[nearest == k - 1] = 0
+    assert torch.equal(ours.sums(x, nearest, k), theirs.sums(x, nearest, k))
+
+
+def test_products_tell_points_apart_that_lie_in_one_direction():
+    """As embeddings of an untrained network do."""
+    x = nnf.normalize(torch.ones(12) + 0.01 * torch.randn(3000, 12, generator=torch.Generator().manual_seed(0)), dim=1)
+    c = x[:200] + 1e-4
+    squared = torch.cdist(x.double(), c.double()).square()
+    distance, assignment = module.by_products().nearest(x, c)
+    nearest = squared.amin(1)
+    assert squared.max() < 0.01
+    torch.testing.assert_close(distance.double(), nearest, rtol=0, atol=1e-6 * squared.max().item())
+    assert (squared.gather(1, assignment[:, None])[:, 0] - nearest).max() < 1e-6 * squared.max()
+
+
+def test_products_are_in_full_precision_and_leave_the_setting_alone(monkeypatch):
+    x, seen = unit(), []
+    product = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *a: seen.append(torch.backends.cuda.matmul.allow_tf32) or product(*a))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        module.by_products().nearest(x, x[:5])
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen and not any(seen)
 
 
 def clusterings() -> list[torch.Tensor]:
@@ -253,6 +344,7 @@ def clusterings() -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.parametrize("passes", ["faiss"], indirect=True)
 def test_two_processes_get_what_one_does(tmp_path):
     for found in in_processes(2, tmp_path, clusterings):
         for value, expected in zip(found, clusterings(), strict=True):

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from sklearn.metrics import silhouette_samples
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_samples
 
 from twoviews.clusters import scores as module
 from twoviews.clusters.kmeans import Clusters, kmeans
-from twoviews.clusters.scores import scores, silhouette
+from twoviews.clusters.scores import nmi_and_ari, scores, silhouette
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,6 +75,17 @@ def test_stability_is_about_the_partition_and_not_its_names():
     assert same["stability"] == pytest.approx(100)
     assert other["stability"] == pytest.approx(0, abs=1e-9)
     assert "stability" not in scores(x, clusters_of(first, 4), labels=None, previous=None, seed=0)
+
+
+@pytest.mark.parametrize("parts", [(1, 1), (1, 4), (4, 1), (2, 3), (10, 50), (300, 300)])
+def test_agreement_is_scikit_learns(parts):
+    drawn = torch.Generator().manual_seed(sum(parts))
+    one, noise = (torch.randint(k, (500,), generator=drawn) for k in parts)
+    for other in (noise, torch.where(torch.rand(500, generator=drawn) < 0.7, one, noise), one, (one + 1) % parts[0]):
+        expected = (normalized_mutual_info_score(one, other), adjusted_rand_score(one, other))
+        assert nmi_and_ari(one, other) == pytest.approx([100 * value for value in expected], abs=1e-9)
+    each = torch.arange(500)
+    assert nmi_and_ari(each, each) == (pytest.approx(100), 100)
 
 
 def test_scores_of_real_clusters():

@@ -56,8 +56,8 @@ static void __syncthreads()
 
 // 0; 1 when the threads of a block did not meet the same barriers, 2 when they wrote behind their shared memory.
 extern "C" int launch(int blocks, int threads, int in_order, int shared_bytes, const unsigned char *images,
-                      const float *drawn, int channels, int side, int size, int bleed, double solarize_from,
-                      float *other, float *out)
+                      const float *drawn, int images_count, int channels, int side, int size, int bleed,
+                      double solarize_from, int form, int channels_last, float *other, float *x, void *out)
 {
     blockDim.x = threads, order = in_order;
     pthread_barrier_init(&barrier, nullptr, threads);
@@ -70,7 +70,8 @@ extern "C" int launch(int blocks, int threads, int in_order, int shared_bytes, c
             block.emplace_back([=] {
                 threadIdx.x = t, blockIdx.x = n;
                 take_turn();
-                render(images, drawn, channels, side, size, bleed, solarize_from, other, out);
+                render(images, drawn, images_count, channels, side, size, bleed, solarize_from, form, channels_last,
+                       other, x, out);
                 ended[t] = 1;
                 pass_turn();
             });

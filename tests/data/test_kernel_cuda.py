@@ -36,7 +36,7 @@ class Block:
     def __call__(self, grid: tuple, block: tuple, args: list, shared_mem: int) -> None:
         assert block == (kernel_cuda.THREADS, 1, 1)
         assert shared_mem < kernel_cuda.SHARED
-        assert all(x.is_contiguous() for x in args if isinstance(x, Tensor))
+        assert all(x.is_contiguous() for x in args[:-1] if isinstance(x, Tensor))
         kinds = {int: ctypes.c_int, float: ctypes.c_double}  # as torch has it
         given = [compiled.address(x) if isinstance(x, Tensor) else kinds[type(x)](x) for x in args]
         # Fewer threads need fewer of the numbers that their sums are put together from.
@@ -72,10 +72,10 @@ def both(render: Callable, recipe: dict, size: int, images: Tensor, sizes: Tenso
     channels = images.shape[1]
     statistics = {"mean": (MEAN * 2)[:channels], "std": (STD * 2)[:channels]}
     views = Views({"only": {**recipe, "size": size}}, size=images.shape[-1], channels=channels, **statistics)
-    (draw,) = views.draw(sizes, torch.Generator().manual_seed(3))
-    ours = render(images, size, *module._arguments(images, draw), views.mean, views.std)
-    theirs = module._in_tensors(images, draw, views.recipes[0], size, views.mean, views.std)
-    return ours, theirs, draw.solarize
+    draws = views.draw(sizes, torch.Generator().manual_seed(3))
+    (ours,) = render(images, [size], *module._arguments(images, draws), views.mean, views.std) or [None]
+    theirs = module._in_tensors(images, draws[0], views.recipes[0], size, views.mean, views.std)
+    return ours, theirs, draws[0].solarize
 
 
 def close(ours: Tensor, theirs: Tensor, solarized: Tensor) -> bool:
@@ -102,6 +102,50 @@ def test_kernel_makes_the_views_of_tensors(library, side, size, channels, thread
     recipe = STRONG if channels == 3 else GREY
     ours, theirs, solarized = both(render, recipe, size, images, oblong(len(images)))
     assert close(ours, theirs, solarized)
+
+
+MIXED = {"a": {**STRONG, "count": 2}, "b": {**STRONG, "size": 20, "count": 2}, "c": {**STRONG, "blur": 0.0}}
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_all_views_in_other_forms(library, dtype, memory_format, monkeypatch):
+    """Two sizes, in three launches, with as many copies to the device as one: rounded as torch does it, bit for bit."""
+    images, copies = noisy(5, 3, 32), []
+    render = partial(kernel_cuda.render, Block(library, 7))
+    views = Views(MIXED, size=32, channels=3, mean=MEAN, std=STD)
+    draws = views.draw(oblong(len(images)), torch.Generator().manual_seed(3))
+    arguments = (images, views.sizes, *module._arguments(images, draws), views.mean, views.std)
+    monkeypatch.setattr(kernel_cuda, "sent", lambda x, device: copies.append(x) or x)
+    made, plain = render(*arguments, dtype=dtype, memory_format=memory_format), render(*arguments)
+    assert len(copies) == 2
+    for x, y, draw, recipe in zip(made, plain, draws, views.recipes, strict=True):
+        assert (x.dtype, x.shape) == (dtype, y.shape)
+        assert x.is_contiguous(memory_format=memory_format)
+        assert x.equal(y.to(dtype))
+        wanted = module._in_tensors(images, draw, recipe, x.shape[-1], views.mean, views.std)
+        assert close(y, wanted, draw.solarize)
+    monkeypatch.setattr(module, "compiled", lambda device: render)
+    last = memory_format == torch.channels_last
+    assert all(map(torch.equal, made, views(images, draws, dtype=dtype, channels_last=last)))
+    monkeypatch.setattr(module, "compiled", lambda device: None)
+    for x, y in zip(views(images, draws, dtype=dtype, channels_last=last), made, strict=True):
+        assert x.dtype == dtype and x.is_contiguous(memory_format=memory_format)
+        assert (x.float() - y.float()).abs().mean() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_kind_of_number_is_rounded_as_torch_does_it(library, dtype):
+    """Grey levels on their way to numbers that are subnormal, that are half way between two, and too large."""
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    for std in [10.0**power for power in range(-40, 40)] + [1 / 3, 2.0**-17, 2.0**-18, 2.0**-26, 2.0**24]:
+        views = Views({"only": {"scale": [1, 1], "ratio": [1, 1]}}, size=16, channels=1, mean=[0.5], std=[std])
+        draws = views.draw(torch.full((1, 2), 16), torch.Generator())
+        arguments = (images, [16], *module._arguments(images, draws), views.mean, views.std)
+        render = partial(kernel_cuda.render, Block(library, 7))
+        (plain,), (x,) = render(*arguments), render(*arguments, dtype=dtype)
+        assert x.view(torch.int16).equal(plain.to(dtype).view(torch.int16)) or plain.isnan().any()
+        assert x.isnan().equal(plain.isnan())
 
 
 @pytest.mark.parametrize("first", ["brightness", "contrast", "saturation", "hue"])
@@ -141,11 +185,11 @@ def test_there_is_room_for_all_taps(library):
     """Boxes as large as the canvas, and larger by what rounding makes of them; block.cpp sees what is written behind."""
     for side, size in [(64, 5), (64, 16), (33, 33), (3, 40)]:
         images = noisy(2, 3, side)
-        (start, extent), (mean, std) = torch.zeros(2, 2, 2), torch.zeros(2, 3)
+        (start, extent), (mean, std) = torch.zeros(2, 1, 2, 2), torch.zeros(2, 3)
         extent = extent + side * (1 + 1e-6)
-        no, none = torch.zeros(2, dtype=torch.bool), torch.full((2, 4), -1)
-        applied = (no, none, none.float(), no, torch.ones(2), no, 1.0, mean, std + 1)
-        x = kernel_cuda.render(Block(library, 7), images, size, start, extent, *applied)
+        no, none = torch.zeros(1, 2, dtype=torch.bool), torch.full((1, 2, 4), -1)
+        applied = (no, none, none.float(), no, torch.ones(1, 2), no, 1.0, mean, std + 1)
+        (x,) = kernel_cuda.render(Block(library, 7), images, [size], start, extent, *applied) or [None]
         assert x is not None
         assert x.isfinite().all()
 
@@ -186,7 +230,17 @@ def test_a_right_kernel_is_used(library, built):
 def wrong_at_one_px(kernel: Block, value: float) -> Callable:
     def launch(args: list, **given) -> None:
         kernel(args=args, **given)
-        args[-1][-1, -1, -1, -1] += value
+        if args[-1].shape[-1] == 40:
+            args[-1][-1, -1, -1, -1] += value
+
+    return launch
+
+
+def wrong_only_when_rounded(kernel: Block) -> Callable:
+    def launch(args: list, **given) -> None:
+        kernel(args=args, **given)
+        if args[-1].dtype == torch.bfloat16:
+            args[-1].view(torch.int16).add_(1)
 
     return launch
 
@@ -201,9 +255,10 @@ def broken(**given) -> None:
         (lambda kernel: wrong_at_one_px(kernel, 1e-3), "its views are not those of tensors"),
         (lambda kernel: wrong_at_one_px(kernel, float("nan")), "its views are not those of tensors"),
         (lambda kernel: lambda **given: None, "its views are not those of tensors"),
+        (wrong_only_when_rounded, "its views are not those of tensors"),
         (lambda kernel: broken, "RuntimeError: CUDA error: invalid device function"),
     ],
-    ids=["a px", "nan", "nothing", "error"],
+    ids=["a px", "nan", "nothing", "rounded", "error"],
 )
 def test_a_wrong_kernel_is_not_used_and_that_is_said(library, built, spoil, reason):
     built(spoil(Block(library, 7)))
@@ -283,8 +338,8 @@ def test_on_a_gpu(side, size):
     built = kernel_cuda.build(torch.device("cuda", 0))
     assert built is not None
 
-    def render(images: Tensor, *given) -> Tensor:
-        return kernel_cuda.render(built, images.cuda(), *given).cpu()
+    def render(images: Tensor, *given) -> list[Tensor]:
+        return [x.cpu() for x in kernel_cuda.render(built, images.cuda(), *given)]
 
     assert close(*both(render, STRONG, size, noisy(64, 3, side), oblong(64)))
     with warnings.catch_warnings(action="error"):

@@ -95,6 +95,15 @@ def test_decoding_on_demand_gives_the_same_batches(tmp_path):
             assert all(same(*pair) for pair in zip(resident, on_demand, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_views_in_the_form_that_a_run_computes_with(dtype):
+    for ours, plain in zip(loader(dtype=dtype, channels_last=True), loader(), strict=True):
+        for x, y in zip(ours.views, plain.views, strict=True):
+            assert x.dtype == dtype and x.is_contiguous(memory_format=torch.channels_last)
+            assert y.dtype == torch.float32 and y.is_contiguous()
+            assert torch.equal(x, y.to(dtype))
+
+
 def test_batches_that_cannot_be_are_refused():
     with pytest.raises(BadInput, match="batch_size=31 is larger than the 30 training images"):
         loader(batch_size=31)

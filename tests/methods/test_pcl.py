@@ -173,11 +173,45 @@ def test_empty_clusters_are_no_negatives():
     method.before_epoch(0, embeddings, seed=3)
     part = method.prototypes[0]
     part.assignment[part.assignment == 8] = 0
+    part.fill()
     candidates, left_out = method._candidates(part, part.assignment[:4])
     assert set(candidates[~left_out].tolist()) == set(range(8))
     method.negative_prototypes = 8  # more than there are: the rest is left out
     candidates, left_out = method._candidates(part, part.assignment[:4])
     assert set(candidates[~left_out].tolist()) == set(range(8))
+
+
+@pytest.mark.parametrize("negatives", [None, 8])
+def test_a_checkpoint_knows_the_empty_clusters_though_it_does_not_hold_them(negatives):
+    method, other = (prepared(batch_size=1, clusters=[9], negative_prototypes=negatives) for _ in range(2))
+    method.before_epoch(0, embeddings, seed=3)
+    part = method.prototypes[0]
+    part.assignment[part.assignment == 8] = 0
+    part.fill()
+    assert part.filled.tolist() == [True] * 8 + [False]
+    state = method.state_dict()
+    assert {name for name in state if name.startswith("prototypes.")} == {
+        f"prototypes.0.{name}" for name in ("assignment", "centroids", "phi")
+    }  # as older versions wrote them
+    other.load_state_dict(state)
+    positives = part.assignment[:1]
+    found = []
+    for one in (method, other):
+        torch.manual_seed(0)
+        found.append(one._candidates(one.prototypes[0], positives))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert set(found[1][0][~found[1][1]].tolist()) == set(range(8))
+
+
+def test_a_step_does_not_go_through_the_assignments_of_all_images():
+    """Their number would make it slower; what it needs of them is looked up for the images of the batch."""
+    method = prepared()
+    method.before_epoch(0, embeddings, seed=3)
+    x, index = views(), torch.arange(4)
+    expected = method(x, index).metrics["prototype_loss"]
+    for part in method.prototypes:
+        part.assignment[4:] = -1
+    torch.testing.assert_close(method(x, index).metrics["prototype_loss"], expected)
 
 
 def test_numbers_of_clusters_follow_the_data():

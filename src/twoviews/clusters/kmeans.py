@@ -1,4 +1,4 @@
-"""K-means: faiss finds the nearest centroids, on a GPU where it can, and over-relaxed steps move them.
+"""K-means: faiss finds the nearest centroids on a CPU, matrix products on a GPU, and over-relaxed steps move them.
 
 Lloyd's step moves a centroid c to the mean m of its points; here it goes on to c + OVERSTEP (m - c). The sum of squared
 distances to n points is n |c - m|^2 plus what does not depend on c, so that any factor up to 2 keeps Lloyd's guarantee
@@ -7,12 +7,9 @@ ten steps end lower than the best of five times twenty plain ones (benchmarks/km
 Shapes: N points, D dimensions, K clusters. Letters: c centroids, m means.
 """
 
-import functools
+import contextlib
 import logging
-import subprocess
-import sys
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +23,16 @@ from twoviews.randomness import generator
 from twoviews.ranges import Count, NotNegative
 
 OVERSTEP = 1.9
-PATIENCE = 300  # seconds that faiss gets to find neighbours on a GPU for the first time
 JUDGES = 2_000  # points that tell whether a warm start is worth more than a cold one
+CHUNK_BYTES = 128 * 2**20  # of products of points and centroids held at once
 
-# Points and centroids to squared distance and number of each point's nearest centroid.
-Nearest = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+@dataclass(frozen=True)
+class Passes:
+    """The two computations that go through all points, for one kind of device."""
+
+    nearest: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # x, c -> squared distance [N], nearest centroid [N]
+    sums: Callable[[Tensor, Tensor, int], Tensor]  # x, assignment, K -> sum of the rows of each cluster [K, D]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Clusters:
     @property
     def sizes(self) -> Int[Tensor, " K"]:
         """Points of each cluster; 0 is an empty one."""
-        return torch.bincount(self.assignment, minlength=len(self.centroids))
+        return _sizes(self.assignment, len(self.centroids))
 
     @property
     def inertia(self) -> float:
@@ -76,9 +78,10 @@ def kmeans(
     tolerance: NotNegative = 2e-3,
     max_points_per_centroid: Count = 1000,
 ) -> Clusters:
-    """K clusters of the rows of `x`, on its device; equal input gives equal bits.
+    """K clusters of the rows of `x`, on its device; equal input gives equal bits there.
 
-    With several processes the first one computes, and all get its result.
+    CPUs and GPUs begin with the same points and differ by rounding. With several processes the first one computes, and all
+    get its result.
 
     Args:
         x: the points, the same on every process.
@@ -102,20 +105,20 @@ def kmeans(
         assignment, distance = torch.empty(len(x), dtype=torch.long), torch.empty(len(x))
         centroids, steps = torch.empty(k, x.shape[1]), 0
     else:
-        points, nearest, drawn = x.cpu().contiguous(), _nearest(x.device), generator(seed, "kmeans")
-        begin = None if start is None else start.cpu().contiguous()
+        points, passes, drawn = x.contiguous(), passes_on(x.device), generator(seed, "kmeans")
+        begin = None if start is None else start.to(x.device).contiguous()
         sample = points
         if len(points) > k * max_points_per_centroid:
-            rows = torch.randperm(len(points), generator=drawn)[: k * max_points_per_centroid]
+            rows = torch.randperm(len(points), generator=drawn)[: k * max_points_per_centroid].to(x.device)
             sample = points[rows]
             begin = begin if begin is None or begin.is_floating_point() else begin[rows]
-        search = _Search(sample, k, spherical, nearest, drawn)
+        search = _Search(sample, k, spherical, passes, drawn)
         warm = None if begin is None else search.warm(begin)
         tried = [search.steps(search.cold() if warm is None else warm, iterations, tolerance)]
         tried += [search.steps(search.cold(), iterations, tolerance) for _ in range(starts - 1)]
         _, centroids, steps = min(tried, key=lambda result: result[0])
-        assignment = nearest(points, centroids)[1]
-        # Not faiss's own, |x|^2 - 2 x c + |c|^2, which has few digits where it is small.
+        assignment = passes.nearest(points, centroids)[1]
+        # Not that of `nearest`, which has few digits where it is small.
         distance = (points - centroids[assignment]).square().sum(1)
     distributed.wait_for_first()
     shared = (assignment, centroids, distance, torch.tensor(steps))
@@ -141,8 +144,8 @@ class _Search:
     x: Float[Tensor, "N D"]
     k: int
     spherical: bool
-    nearest: Nearest
-    drawn: torch.Generator
+    passes: Passes
+    drawn: torch.Generator  # on the CPU, wherever the points are
 
     def warm(self, start: Int[Tensor, " N"] | Float[Tensor, "K D"]) -> Int[Tensor, " N"] | None:
         """The assignment that a start amounts to; None if its means are worse than K points drawn at random.
@@ -150,19 +153,20 @@ class _Search:
         Both are compared as they are before any step. Embeddings of consecutive epochs whose assignment was spoilt more
         and more ended worse than from a cold start from about that point on.
         """
-        assignment = self.nearest(self.x, start)[1] if start.is_floating_point() else start
-        order = torch.randperm(len(self.x), generator=self.drawn)
+        assignment = self.passes.nearest(self.x, start)[1] if start.is_floating_point() else start
+        order = torch.randperm(len(self.x), generator=self.drawn).to(self.x.device)
         random, judges = self.x[order[: self.k]], order[self.k : self.k + JUDGES]
         m, _, _ = self._means(assignment)
         distance = (self.x[judges] - m[assignment[judges]]).square().sum()
-        return assignment if distance <= self.nearest(self.x[judges], random)[0].sum() else None
+        return assignment if distance <= self.passes.nearest(self.x[judges], random)[0].sum() else None
 
     def cold(self) -> Int[Tensor, " N"]:
         """The nearest of K points that are drawn as k-means++ does, but in rounds of as many as there are already."""
-        distance, assignment = self.x.new_full((len(self.x),), torch.inf), torch.zeros(len(self.x), dtype=torch.long)
-        rows, count = torch.randint(len(self.x), (1,), generator=self.drawn), 0
+        distance = self.x.new_full((len(self.x),), torch.inf)
+        assignment = torch.zeros(len(self.x), dtype=torch.long, device=self.x.device)
+        rows, count = torch.randint(len(self.x), (1,), generator=self.drawn).to(self.x.device), 0
         while len(rows):
-            near, which = self.nearest(self.x, self.x[rows])
+            near, which = self.passes.nearest(self.x, self.x[rows])
             closer = near < distance
             distance, assignment = torch.where(closer, near, distance), torch.where(closer, which + count, assignment)
             distance[rows] = 0  # exactly, whatever the rounding
@@ -179,82 +183,105 @@ class _Search:
         for step in range(iterations + 1):
             m, sizes, rest = self._means(assignment)
             m = torch.where(sizes[:, None] > 0, m, c)
-            before, inertia = inertia, (power + rest).item()
+            # The only wait for a GPU in a step without empty clusters.
+            before, (inertia, empty) = inertia, torch.stack((power + rest, (sizes == 0).sum().double())).tolist()
             if step == iterations or before - inertia <= tolerance * inertia:
                 break
             c = c + OVERSTEP * (m - c) if step > 0 else m.clone()
-            empty = (sizes == 0).nonzero()[:, 0]
-            if len(empty):
-                rows = self._far((self.x - m[assignment]).square().sum(1), len(empty))
-                c[empty[: len(rows)]] = self.x[rows]
+            if empty:
+                rows = self._far((self.x - m[assignment]).square().sum(1), int(empty))
+                c[(sizes == 0).nonzero()[: len(rows), 0]] = self.x[rows]
             c = nnf.normalize(c, dim=1) if self.spherical else c
-            assignment = self.nearest(self.x, c)[1]
+            assignment = self.passes.nearest(self.x, c)[1]
         return inertia, m, step
 
     def _means(
         self, assignment: Int[Tensor, " N"]
     ) -> tuple[Float[Tensor, "K D"], Int[Tensor, " K"], Float[Tensor, ""]]:
         """Means, of unit length if spherical; sizes; the inertia about them without the sum of |x|^2."""
-        sizes = torch.bincount(assignment, minlength=self.k)
-        total = self.x.new_zeros(self.k, self.x.shape[1]).index_add_(0, assignment, self.x)
+        sizes, total = _sizes(assignment, self.k), self.passes.sums(self.x, assignment, self.k)
         m = nnf.normalize(total, dim=1) if self.spherical else total / sizes.clamp(min=1)[:, None]
         return m, sizes, (sizes * m.double().square().sum(1) - 2 * (m.double() * total).sum(1)).sum()
 
     def _far(self, distance: Float[Tensor, " N"], count: int) -> Int[Tensor, " n"]:
         """Up to `count` different points, drawn in proportion to `distance`; none if that is 0 everywhere."""
-        reach = distance.double().cumsum(0)
+        reach = distance.cpu().double().cumsum(0)  # on the CPU, which adds them up in the same order every time
         if count == 0 or reach[-1] == 0:
-            return torch.empty(0, dtype=torch.long)
+            return torch.empty(0, dtype=torch.long, device=distance.device)
         at = torch.arange(count) + torch.rand(count, generator=self.drawn, dtype=torch.double)
         rows = torch.searchsorted(reach, at / count * reach[-1], right=True)
-        return rows.clamp(max=len(distance) - 1).unique()
+        return rows.clamp(max=len(distance) - 1).unique().to(distance.device)
 
 
-def _nearest(device: torch.device) -> Nearest:
-    """faiss's exact search, on that device if it is a GPU that faiss can use, else on the CPU."""
+def passes_on(device: torch.device) -> Passes:
+    """How points on that device are gone through: by faiss on a CPU, by matrix products on a GPU.
+
+    faiss's own search on a GPU is such a product as well, and needs a build of its own with libraries of CUDA 12.
+    """
+    return by_products() if device.type == "cuda" else by_faiss()
+
+
+def by_faiss() -> Passes:
+    """faiss's exact search, for points on the CPU."""
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells which instruction sets it has tried
     import faiss  # here: some builds crash if they are loaded before torch, or hang in a process forked after
 
     faiss.omp_set_num_threads(torch.get_num_threads())  # it counts threads of its own
-    resources = faiss.StandardGpuResources() if device.type == "cuda" and _gpu_works(device.index or 0) else None
 
-    def nearest(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    def nearest(x: Float[Tensor, "N D"], c: Float[Tensor, "K D"]) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
         index = faiss.IndexFlatL2(x.shape[1])
-        if resources:
-            index = faiss.index_cpu_to_gpu(resources, device.index or 0, index)
         index.add(c.numpy())
         distance, assignment = index.search(x.numpy(), 1)
         return torch.from_numpy(distance[:, 0]), torch.from_numpy(assignment[:, 0])
 
-    return nearest
+    def sums(x: Float[Tensor, "N D"], assignment: Int[Tensor, " N"], k: int) -> Float[Tensor, "{k} D"]:
+        return x.new_zeros(k, x.shape[1]).index_add_(0, assignment, x)
+
+    return Passes(nearest, sums)
 
 
-_PROBE = """
-import sys, faiss, numpy
-x = numpy.eye(64, dtype="float32")
-index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), int(sys.argv[1]), faiss.IndexFlatL2(64))
-index.add(x)
-sys.exit(0 if (index.search(x, 1)[1][:, 0] == range(64)).all() else "wrong neighbours")
-"""
+def by_products() -> Passes:
+    """Matrix products in float32 without TF32, and sums over sorted rows; for any device, where it waits for nothing.
+
+    The products of CHUNK_BYTES are held at once. No sum depends on the order in which threads come to it, and rows are
+    added in the order that they have in `x`, as on a CPU.
+    """
+
+    def nearest(x: Float[Tensor, "N D"], c: Float[Tensor, "K D"]) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
+        # About their mean, because |x|^2 - 2 x c + |c|^2 has few digits where all lie in one direction, as young embeddings do.
+        centre = x.mean(0)
+        c, near, which = c - centre, [], []
+        half = c.square().sum(1) / -2
+        with _full_precision():
+            for rows in x.split(max(1, CHUNK_BYTES // (4 * len(c)))):
+                rows = rows - centre
+                value, number = torch.addmm(half, rows, c.T).max(dim=1)  # x c - |c|^2 / 2
+                near.append(rows.square().sum(1) - 2 * value)
+                which.append(number)
+        return torch.cat(near).clamp_(min=0), torch.cat(which)
+
+    def sums(x: Float[Tensor, "N D"], assignment: Int[Tensor, " N"], k: int) -> Float[Tensor, "{k} D"]:
+        order = assignment.argsort(stable=True)
+        lengths = _sizes(assignment, k)
+        return torch.segment_reduce(x[order], "sum", lengths=lengths, axis=0, unsafe=True)  # unsafe: no check, no wait
+
+    return Passes(nearest, sums)
 
 
-@functools.cache
-def _gpu_works(number: int) -> bool:
-    """Whether faiss can search on that GPU; tried in another process, because faiss ends the one in which it cannot."""
-    import faiss
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """Products of float32 on a GPU without TF32, whose 10 bits of mantissa would move points between clusters."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
-    reason = "this build finds no GPU"
-    if faiss.get_num_gpus() > number:
-        command = [sys.executable, "-c", _PROBE, str(number)]
-        try:
-            probe = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-            if probe.returncode == 0:
-                return True
-            reason = (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1]
-        except subprocess.TimeoutExpired:
-            reason = f"no answer within {PATIENCE} s"
-    warnings.warn(f"faiss cannot use the GPU ({reason}): k-means runs on the CPU, with the same result.", stacklevel=4)
-    return False
+
+def _sizes(assignment: Int[Tensor, " N"], k: int) -> Int[Tensor, " {k}"]:
+    """Points of each cluster; unlike bincount without asking the device for the largest number."""
+    return assignment.new_zeros(k).index_add_(0, assignment, torch.ones_like(assignment))
 
 
 def concentration(clusters: Clusters, temperature: float) -> Float[Tensor, " K"]:
@@ -264,12 +291,10 @@ def concentration(clusters: Clusters, temperature: float) -> Float[Tensor, " K"]
     than two points get the largest value, and all are clipped to the 10th and 90th percentile. Where no cluster extends at
     all, each gets `temperature`.
     """
-    assignment, distance = clusters.assignment.cpu(), clusters.distance.cpu()  # sums on a GPU come out in varying order
-    sizes = torch.bincount(assignment, minlength=len(clusters.centroids))
-    total = torch.bincount(assignment, distance.double().sqrt(), minlength=len(sizes))
-    phi = total / sizes / (sizes.double() + 10).log()
-    phi = torch.where(sizes > 1, phi, phi[sizes > 1].max() if (sizes > 1).any() else 0.0)
+    sizes, passes = clusters.sizes, passes_on(clusters.distance.device)
+    distance = clusters.distance.double().sqrt()[:, None]
+    phi = passes.sums(distance, clusters.assignment, len(sizes))[:, 0] / sizes / (sizes.double() + 10).log()
+    phi = torch.where(sizes > 1, phi, phi.where(sizes > 1, 0).amax())
     phi = phi.clamp(phi.quantile(0.1), phi.quantile(0.9))
     mean = phi.mean()
-    phi = phi * (temperature / mean) if mean > 0 else torch.full_like(phi, temperature)
-    return phi.float().to(clusters.centroids.device)
+    return torch.where(mean > 0, phi * (temperature / mean), temperature).float()

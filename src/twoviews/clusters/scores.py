@@ -39,9 +39,7 @@ def scores(
         previous: the assignment of the same points in the epoch before, to any number of clusters; negative: unknown.
         seed: of the sample.
     """
-    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-
-    assignment, sizes = clusters.assignment.cpu(), clusters.sizes
+    assignment, sizes = clusters.assignment.cpu(), clusters.sizes.cpu()
     filled = sizes[sizes > 0]
     found = {
         "largest": float(filled.max()),
@@ -50,14 +48,34 @@ def scores(
     }
     if labels is not None:
         labels = labels.cpu()
-        found["nmi"] = 100 * float(normalized_mutual_info_score(labels, assignment))
-        found["ari"] = 100 * float(adjusted_rand_score(labels, assignment))
+        found["nmi"], found["ari"] = nmi_and_ari(labels, assignment)
         found["accuracy"], found["purity"] = accuracy_and_purity(assignment, labels)
     else:
         found["silhouette"] = silhouette(x, clusters, seed)
     if previous is not None and (known := (previous := previous.cpu()) >= 0).any():
-        found["stability"] = 100 * float(normalized_mutual_info_score(previous[known], assignment[known]))
+        found["stability"], _ = nmi_and_ari(previous[known], assignment[known])
     return found
+
+
+def nmi_and_ari(one: Int[Tensor, " N"], other: Int[Tensor, " N"]) -> tuple[float, float]:
+    """Agreement of two partitions in percent, as scikit-learn defines it, which takes several times as long.
+
+    Two partitions into one part each agree fully.
+    """
+    width = int(other.max()) + 1
+    pairs, joint = (one * width + other).unique(return_counts=True)  # only those that some point is in
+    a, b = torch.bincount(one), torch.bincount(other)
+    n, of_joint = len(one), (a[pairs // width].double(), b[pairs % width].double())
+    p = joint.double() / n
+    mutual = (p * (joint * n / (of_joint[0] * of_joint[1])).log()).sum().clamp(min=0).item()
+    entropy = sum(torch.special.entr(sizes.double() / n).sum().item() for sizes in (a, b)) / 2
+    nmi = mutual / entropy if entropy > 0 else 1.0
+    # Ordered pairs of different points: together in both, and in each of the two.
+    both, in_one, in_other = (int(sizes.square().sum()) - n for sizes in (joint, a, b))
+    chance = in_one * in_other / max(1, n * (n - 1))
+    most = (in_one + in_other) / 2
+    ari = (both - chance) / (most - chance) if most > chance else 1.0
+    return 100 * nmi, 100 * ari
 
 
 def accuracy_and_purity(assignment: Int[Tensor, " N"], labels: Int[Tensor, " N"]) -> tuple[float, float]:

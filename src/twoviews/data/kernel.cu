@@ -151,19 +151,44 @@ static __device__ void blur(float *x, float *other, float *tap, int channels, in
             x[c * plane + i] = scale * blurred(other + c * plane + i / size * size, i % size, 1, size, tap, radius);
 }
 
-// Block n makes the view of image n. A row of `drawn` has what views.py draws for it, as the lines below take it apart
-// (order -1 for nothing), and the statistics of the channels. `other` is as large as `out` where a sigma is above 0.
+union Bits { float value; unsigned bits; };
+
+// The bits of the nearest number of 16 bits, of two the even one; without CUDA's headers, which NVRTC may lack.
+static __device__ inline unsigned short bfloat16(float x)
+{
+    Bits u = {x};
+    return x != x ? 0x7fc0 : (u.bits + 0x7fff + (u.bits >> 16 & 1)) >> 16;
+}
+
+static __device__ inline unsigned short float16(float x)
+{
+    Bits u = {x};
+    unsigned sign = u.bits >> 16 & 0x8000;
+    u.bits &= 0x7fffffff;
+    if (!(u.value < 65520)) return sign | (x != x ? 0x7e00 : 0x7c00);
+    if (u.value < 6.103515625e-5f) { // subnormal: the last bit of numbers from 0.5 on is as large as that of half
+        u.value += 0.5f;
+        return sign | (u.bits - 0x3f000000);
+    }
+    u.bits += 0xfff + (u.bits >> 13 & 1);
+    return sign | (u.bits - 0x38000000) >> 13;
+}
+
+// Block n makes a view of image n % images_count. A row of `drawn` has what views.py draws for it, as the lines below take
+// it apart (order -1 for nothing), and the statistics of the channels. `x`, of float [blocks][channels][size][size], is what
+// it works on; `other` is as large where a sigma is above 0. `out` may be `x` if it has the same form: numbers are of 32
+// bits, with `form` 1 bfloat16 and with 2 half, and with `channels_last` those of a px lie side by side.
 extern "C" __global__ void __launch_bounds__(512)
-render(const unsigned char *images, const float *drawn, int channels, int side, int size, int bleed,
-       double solarize_from, float *other, float *out)
+render(const unsigned char *images, const float *drawn, int images_count, int channels, int side, int size, int bleed,
+       double solarize_from, int form, int channels_last, float *other, float *x, void *out)
 {
     extern __shared__ double shared[];
     int n = blockIdx.x, plane = size * size, radius = size / 20 > 1 ? size / 20 : 1;
-    drawn += (long long)n * (16 + 2 * channels), other += (long long)n * channels * plane;
+    long long begin = (long long)n * channels * plane;
+    drawn += (long long)n * (16 + 2 * channels), other += begin, x += begin;
     const float *start = drawn, *extent = drawn + 2, *order = drawn + 4, *factors = drawn + 8;
     const float flip = drawn[12], gray = drawn[13], sigma = drawn[14], solarize = drawn[15];
     const float *mean = drawn + 16, *std = mean + channels;
-    float *x = out + (long long)n * channels * plane;
 
     float *tap = (float *)(shared + blockDim.x);
     int *first = (int *)(tap + radius + 1);
@@ -172,7 +197,7 @@ render(const unsigned char *images, const float *drawn, int channels, int side, 
     Taps across = {first + size, down.weight + down.count * size, 0};
     triangles(&across, start[1], extent[1], side, size, bleed, flip != 0, 1);
     __syncthreads();
-    resample(images + (long long)n * channels * side * side, channels, side, size, down, across, x);
+    resample(images + (long long)(n % images_count) * channels * side * side, channels, side, size, down, across, x);
     for (int s = 0; s < 4; s++) {
         int operation = (int)order[s];
         if (operation < 0) continue;
@@ -189,7 +214,11 @@ render(const unsigned char *images, const float *drawn, int channels, int side, 
         for (int i = threadIdx.x; i < plane; i += blockDim.x) {
             float value = x[c * plane + i];
             if (solarize != 0 && value >= (float)solarize_from) value = 1 - value;
-            x[c * plane + i] = (value - shift) * scale;
+            value = (value - shift) * scale;
+            long long to = begin + (channels_last ? i * channels + c : c * plane + i);
+            if (form == 0) ((float *)out)[to] = value;
+            if (form == 1) ((unsigned short *)out)[to] = bfloat16(value);
+            if (form == 2) ((unsigned short *)out)[to] = float16(value);
         }
     }
 }

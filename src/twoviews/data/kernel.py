@@ -1,6 +1,7 @@
 """The compiled form of the augmentation for CPUs: kernel.c. It agrees with views.py's tensors to some 1e-6."""
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,23 +17,42 @@ def library() -> ctypes.CDLL | None:
     return compiled.library(SOURCE)
 
 
-def render(library: ctypes.CDLL, images: Tensor, size: int, *arrays: Tensor | float, bleed: bool = False) -> Tensor:
-    """[B, C, size, size] float32, normalised, of images [B, C, S, S] uint8 on the CPU.
+def render(
+    library: ctypes.CDLL,
+    images: Tensor,
+    sizes: Sequence[int],
+    *arrays: Tensor | float,
+    bleed: bool = False,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> list[Tensor]:
+    """Views [B, C, size, size], normalised, of images [B, C, S, S] uint8 on the CPU.
 
     Args:
         library: from `library`.
         images: the canvases.
-        size: side of the view in px.
-        arrays: the arguments of `render` in kernel.c from `start` to `std`.
+        sizes: side of each view in px.
+        arrays: the arguments of `render` in kernel.c from `start` to `std`, those up to `solarize` [V, B, ...].
         bleed: whether the resampling sees pixels beyond the boxes.
+        dtype: of the views.
+        memory_format: of the views.
 
     Raises:
         MemoryError: there is none left.
     """
-    count, channels, side, _ = images.shape
+    *drawn, solarize_from, mean, std = arrays
+    images, made = images.contiguous(), []
+    for view, size in enumerate(sizes):
+        given = [images, *(one[view].contiguous() for one in drawn), solarize_from, mean, std]
+        x = _view(library, size, given, bleed)
+        made.append(x.to(dtype=dtype, memory_format=memory_format))
+    return made
+
+
+def _view(library: ctypes.CDLL, size: int, arrays: list[Tensor | float], bleed: bool) -> Tensor:
+    count, channels, side, _ = arrays[0].shape  # type: ignore[union-attr]
     out = torch.empty(count, channels, size, size)
-    whole = [images.contiguous(), *(one.contiguous() if isinstance(one, Tensor) else one for one in arrays), out]
-    given = [compiled.address(one) if isinstance(one, Tensor) else ctypes.c_float(one) for one in whole]
+    given = [compiled.address(one) if isinstance(one, Tensor) else ctypes.c_float(one) for one in [*arrays, out]]
     sizes = [ctypes.c_int(number) for number in (channels, side, size, bleed)]
     if compiled.in_shares(lambda first, last: library.render(given[0], first, last, *sizes, *given[1:]), count):
         raise MemoryError("no memory is left for views; use a smaller batch_size.")

@@ -1,17 +1,21 @@
 """The compiled form of the augmentation for GPUs: kernel.cu. It agrees with views.py's tensors to some 1e-6."""
 
+import itertools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from twoviews.data.images import sent
+
 SOURCE = Path(__file__).with_name("kernel.cu")
 THREADS = 512  # of a block; kernel.cu is right with any number up to this one, which its __launch_bounds__ names too
 SHARED = 48 * 1024  # bytes: less than this a block gets on every GPU without asking
+FORMS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `form` in kernel.cu
 Kernel = Callable[..., None]  # called with grid, block, args and shared_mem, as what torch compiles
 
 
@@ -49,9 +53,9 @@ def shared_bytes(side: int, size: int, widest: float) -> int:
 def render(
     kernel: Kernel,
     images: UInt8[Tensor, "B C S S"],
-    size: int,
-    start: Float[Tensor, "B 2"],
-    extent: Float[Tensor, "B 2"],
+    sizes: Sequence[int],
+    start: Float[Tensor, "V B 2"],
+    extent: Float[Tensor, "V B 2"],
     flip: Tensor,
     order: Tensor,
     factors: Tensor,
@@ -62,31 +66,59 @@ def render(
     mean: Float[Tensor, "C"],
     std: Float[Tensor, "C"],
     bleed: bool = False,
-) -> Float[Tensor, "B C {size} {size}"] | None:
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> list[Float[Tensor, "B C _ _"]] | None:
     """Views on the device of the images, normalised; None where a block has too little shared memory for them.
 
-    All but the images is on the CPU and goes to the device in one copy, which nobody waits for.
+    All but the images is on the CPU and goes to the device in one copy, which nobody waits for. Views of one size that
+    follow each other are made by one launch.
 
     Args:
         kernel: from `build`.
         images: the canvases.
-        size: side of the view in px.
+        sizes: side of each view in px.
         start: this and all to `std` as `render` in kernel.c has it.
         bleed: whether the resampling sees pixels beyond the boxes.
+        dtype: float32, bfloat16 or float16.
+        memory_format: of the views, channels_last or contiguous.
     """
     count, channels, side, _ = images.shape
-    out = torch.empty(count, channels, size, size, device=images.device)
+    plain = dtype == torch.float32 and memory_format == torch.contiguous_format
+    given = {"dtype": dtype, "device": images.device, "memory_format": memory_format}
     if not count:
-        return out
-    needed = shared_bytes(side, size, max(side, float(extent.max())))  # the same whatever is drawn
-    if needed >= SHARED:
+        return [torch.empty(0, channels, size, size, **given) for size in sizes]
+    widest = max(side, float(extent.max()))  # the same whatever is drawn
+    if any(shared_bytes(side, size, widest) >= SHARED for size in sizes):
         return None
-    rows = [start, extent, order, factors, *(one[:, None] for one in (flip, grayscale, sigma, solarize))]
-    drawn = torch.cat([*(one.float() for one in rows), *(one.expand(count, channels) for one in (mean, std))], dim=1)
-    if images.is_cuda:
-        drawn = drawn.pin_memory().to(images.device, non_blocking=True)
-    other = torch.empty_like(out) if (sigma > 0).any() else out
-    arguments = [images.contiguous(), drawn, channels, side, size, int(bleed), solarize_from, other, out]
-    with torch.cuda.device_of(images):
-        kernel(grid=(count, 1, 1), block=(THREADS, 1, 1), args=arguments, shared_mem=needed)
-    return out
+    rows = [start, extent, order, factors, *(one[..., None] for one in (flip, grayscale, sigma, solarize))]
+    statistics = (one.expand(*sigma.shape, channels) for one in (mean, std))
+    drawn = sent(torch.cat([*(one.float() for one in rows), *statistics], dim=2), images.device)
+    images, blurred, made, first = images.contiguous(), bool((sigma > 0).any()), [], 0
+    for size, group in itertools.groupby(sizes):
+        views = len(list(group))
+        blocks = views * count
+        out = torch.empty(blocks, channels, size, size, **given)
+        x = out if plain else torch.empty(blocks, channels, size, size, device=images.device)
+        other = torch.empty_like(x) if blurred else x
+        form = [FORMS[dtype], int(memory_format == torch.channels_last)]
+        arguments = [
+            images,
+            drawn[first:],
+            count,
+            channels,
+            side,
+            size,
+            int(bleed),
+            solarize_from,
+            *form,
+            other,
+            x,
+            out,
+        ]
+        shared_mem = shared_bytes(side, size, widest)
+        with torch.cuda.device_of(images):
+            kernel(grid=(blocks, 1, 1), block=(THREADS, 1, 1), args=arguments, shared_mem=shared_mem)
+        made += out.split(count)
+        first += views
+    return made

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from twoviews.data.images import Images
+from twoviews.data.images import Images, sent
 from twoviews.data.views import Views
 from twoviews.errors import BadInput
 from twoviews.randomness import generator
@@ -31,6 +31,8 @@ class Loader:
         seed: of the order and of the views.
         device: where the batches lie.
         rank: number of this process among `processes`.
+        dtype: of the views.
+        channels_last: memory format of the views.
 
     The global batch of a step and its views are the same whatever the number of processes: process r takes the rows
     r, r + processes, ... of it. The images that do not fill a last batch (`left_over`) sit out the epoch, other ones
@@ -50,6 +52,8 @@ class Loader:
         device: torch.device | str,
         rank: int = 0,
         processes: int = 1,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
     ):
         if batch_size > len(images):
             raise BadInput(
@@ -61,6 +65,7 @@ class Loader:
             raise BadInput(f"batch_size={batch_size} is not a multiple of {processes} processes: use {sizes}.")
         self.images, self.views, self.batch_size, self.seed = images, views, batch_size, seed
         self.device, self.rank, self.processes = torch.device(device), rank, processes
+        self.dtype, self.channels_last = dtype, channels_last
         self.left_over = len(images) % batch_size
         self.set_epoch(0)
 
@@ -74,13 +79,11 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         order = torch.randperm(len(self.images), generator=generator(self.seed, "order", self.epoch))
         steps = order[: len(self) * self.batch_size].view(len(self), self.batch_size)[self.start :]
-        own = steps[:, self.rank :: self.processes]
-        rows = torch.arange(self.batch_size)[self.rank :: self.processes]
-        own_on_device = own.to(self.device)
-        batches = self.images.batches(own.shape[1], own.flatten())
-        for i, (pixels, _, _) in enumerate(batches):
-            draws = self.views.draw(
-                self.images.sizes[steps[i]], generator(self.seed, "views", self.epoch, self.start + i)
-            )
-            pixels = pixels.to(self.device, non_blocking=True)
-            yield Batch(self.views(pixels, [draw.take(rows) for draw in draws]), own_on_device[i])
+        own = steps[:, self.rank :: self.processes].contiguous()
+        own_on_device = sent(own, self.device)
+        for i, (pixels, sizes, _) in enumerate(self.images.batches(own.shape[1], own.flatten())):
+            random = generator(self.seed, "views", self.epoch, self.start + i)
+            draws = self.views.draw(sizes, random, rank=self.rank, processes=self.processes)
+            pixels = sent(pixels, self.device)
+            views = self.views(pixels, draws, dtype=self.dtype, channels_last=self.channels_last)
+            yield Batch(views, own_on_device[i])

@@ -65,6 +65,7 @@ class Prototypes(nn.Module):
     assignment: Int[Tensor, " N"]
     centroids: Float[Tensor, "K D"]  # means as k-means leaves them, not of unit length
     phi: Float[Tensor, " K"]
+    filled: Bool[Tensor, " K"]  # whether the cluster has images; follows from the assignment, so not in the checkpoint
 
     def __init__(self, k: int, images: int, dim: int):
         super().__init__()
@@ -72,6 +73,12 @@ class Prototypes(nn.Module):
         self.register_buffer("assignment", torch.zeros(images, dtype=torch.long))
         self.register_buffer("centroids", torch.zeros(k, dim))
         self.register_buffer("phi", torch.ones(k))
+        self.register_buffer("filled", torch.zeros(k, dtype=torch.bool), persistent=False)
+        self.register_load_state_dict_post_hook(lambda module, _: module.fill())
+
+    def fill(self) -> None:
+        """Bring `filled` up to date with the assignment."""
+        self.filled.fill_(False).index_fill_(0, self.assignment, True)
 
 
 class PCL(Method):
@@ -165,6 +172,7 @@ class PCL(Method):
             part.assignment.copy_(clusters.assignment)
             part.centroids.copy_(clusters.centroids)
             part.phi.copy_(concentration(clusters, self.temperature))
+            part.fill()
             found[name] = clusters
         self.clustered = True
         return Clustered(x, found, previous)
@@ -177,11 +185,9 @@ class PCL(Method):
         Those are of clusters that an image of the batch is in, which stand among the first already, and of empty ones, which
         have no mean. How many they are only the device knows, and it is not asked, so that nobody waits for the answer.
         """
-        absent = torch.zeros(part.k, dtype=torch.bool, device=positives.device)
-        absent[part.assignment] = True
-        absent[positives] = False
+        absent = part.filled.index_fill(0, positives, False)
         if self.negative_prototypes:
-            keys = distributed.from_first(torch.rand(part.k).to(absent.device, non_blocking=True))
+            keys = distributed.from_first(torch.rand(part.k, device=absent.device))
             rest = keys.masked_fill(~absent, -1).topk(self.negative_prototypes).indices
         else:
             rest = torch.arange(part.k, device=absent.device)
