@@ -320,7 +320,11 @@ def saved_steps(folder: Path, *overrides: str, stop: StopSignal | None = None) -
         ((), None, [0, 4, 8, 12]),  # checkpoint_seconds=0, of SMALL
         (("runtime.checkpoint_seconds=1000",), None, [0, 12]),
         (("runtime.checkpoint_seconds=1000",), After(6), [0, 6]),
-        (("runtime.checkpoint_seconds=1000", "runtime.checkpoint_minutes=1e-9"), None, [0, 1, 2, 3, 5, 6, 7, 9, 10, 11, 12]),
+        (
+            ("runtime.checkpoint_seconds=1000", "runtime.checkpoint_minutes=1e-9"),
+            None,
+            [0, 1, 2, 3, 5, 6, 7, 9, 10, 11, 12],
+        ),
     ],
     ids=["each epoch", "the last", "a signal", "within epochs"],
 )

@@ -21,9 +21,10 @@ from twoviews.config import build
 from twoviews.console import Console, duration, megabytes
 from twoviews.data.images import ImageData
 from twoviews.data.loader import Loader
-from twoviews.data.views import Views
+from twoviews.data.views import Views, compiled
 from twoviews.errors import BadInput
 from twoviews.features import Judged, embed
+from twoviews.fused_norm import reason_for_plain
 from twoviews.layers import sync_batch_norms
 from twoviews.methods.method import Method
 from twoviews.randomness import seed_of
@@ -190,7 +191,8 @@ def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
     shapes = [
         f"{count} of {side}x{side} px" if len(counts) > 1 else f"{side}x{side} px" for side, count in counts.items()
     ]
-    console.say(f"views     {len(parts.views)} of each image: {' and '.join(shapes)}")
+    how = "compiled" if compiled(parts.device) else "tensors"
+    console.say(f"views     {how}, {len(parts.views)} of each image: {' and '.join(shapes)}")
     console.say(
         f"method    {type(parts.method).__name__}: {parameter_count(parts.method) / 1e6:.2f} million parameters, of which "
         f"the encoder {parameter_count(parts.method.encoder) / 1e6:.2f}; {parts.method.encoder.out_dim} features"
@@ -210,8 +212,11 @@ def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
         else f"CPU, threads: {torch.get_num_threads()}"
     )
     console.say(f"device    {device}, {dtype}, processes: {distributed.processes()}")
-    reason = eager_reason(parts.runtime, parts.device)
-    console.say("step      CUDA graph" if reason is None else f"step      eager ({reason})")
+    for name, path, reason in (
+        ("step      ", ("CUDA graph", "eager"), eager_reason(parts.runtime, parts.device)),
+        ("norms     ", ("fused", "plain"), reason_for_plain(parts.device)),
+    ):
+        console.say(name + (path[0] if reason is None else f"{path[1]} ({reason})"))
     console.say(f"results   {folder}")
 
 
