@@ -63,7 +63,7 @@ class Here:
     device: str
     data: Path | None
     work: Path
-    epochs: int = 100
+    epochs: int = 60
     seeds: int = 1
 
     @property
@@ -437,7 +437,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=13.0, help="altogether")
     parser.add_argument("--out", type=Path, default=Path("outputs/gpu_check"), help="folder of gpu_check.json and .log")
     parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART", help="instead of all")
-    parser.add_argument("--epochs", type=int, default=100, help="of the reference")
+    parser.add_argument("--epochs", type=int, default=60, help="of the reference")
     parser.add_argument("--seeds", type=int, default=1, help="of the reference")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     options = parser.parse_args()
