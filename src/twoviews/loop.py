@@ -225,6 +225,7 @@ class Training:
         if clustered:
             values = {"time/e_step": time.monotonic() - start}
             self._log({**values, **(self.score(clustered) if distributed.rank() == 0 else {})})
+            distributed.wait_for_first()  # which scores them alone
 
     def _wrapped(self) -> Callable:
         wrapped: Any = self.method
