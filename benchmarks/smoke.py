@@ -56,7 +56,7 @@ PROTOCOL = {  # and what a protocol has of these, in any of its parts
     "learning_rates": [0.01, 0.1],
     "weight_decays": [0.001, 0.01],
 }
-PATH = re.compile(r"^(step|norms|views)\s+(CUDA graph|eager|fused|plain|compiled|tensors)\b.*")
+PATH = re.compile(r"^(views|norms|step)\s.*?(compiled|tensors|fused|plain|CUDA graph|eager.*)", re.MULTILINE)
 
 
 def methods() -> dict[str, list[str]]:
@@ -88,9 +88,7 @@ def called(name: str, command: list[str]) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     row = {"what": name, "code": done.returncode, "seconds": time.monotonic() - start}
-    row |= {
-        found[1]: " ".join(found[0].split()[1:]) for line in done.stdout.splitlines() if (found := PATH.match(line))
-    }
+    row |= dict(PATH.findall(done.stdout))
     if done.returncode:
         row["output"] = f"{done.stdout}\n{done.stderr}"[-4000:]
         print(f"{name}: exit code {done.returncode}\n{row['output']}", flush=True)

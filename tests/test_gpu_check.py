@@ -96,6 +96,16 @@ def test_parts_without_enough_time_are_skipped(checked) -> None:
     assert "20 s are left, and it needs 100" in lines[0] and "there is no such file" in lines[2]
 
 
+def test_a_gpu_has_to_take_the_fast_paths(tmp_path: Path) -> None:
+    """As the lines at the start of a training say; a captured step may turn out to be impossible after them."""
+    lines = "views     2 of each image: 24x24 px\nviews     compiled\nnorms     fused\nstep      CUDA graph\n"
+    found = gpu_check._paths(Here("cuda", tmp_path, tmp_path), gpu_check.Ended(lines, {}, []))
+    assert found == "views compiled, norms fused, step CUDA graph"
+    for wrong in ("step      eager (no CUDA graph: out of memory)", "norms     plain"):
+        with pytest.raises(RuntimeError, match=wrong.split()[1]):
+            gpu_check._paths(Here("cuda", tmp_path, tmp_path), gpu_check.Ended(lines + wrong, {}, []))
+
+
 def test_a_part_without_a_limit_leaves_what_later_ones_need() -> None:
     first, later = part("first", needs=10, limit=None), [part("a", needs=20), part("ladder", needs=50)]
     assert gpu_check.allowed(first, later, 100) == 80  # the last part gets what is left

@@ -169,6 +169,7 @@ class Training:
         if clustered:
             values = {"time/e_step": time.monotonic() - start}
             self._log({**values, **(self.score(clustered) if distributed.rank() == 0 else {})})
+            distributed.wait_for_first()  # which scores them alone
 
     def _train_epoch(self, stop: StopSignal) -> bool:
         """The rest of an epoch; False when a stop signal ended it early."""
