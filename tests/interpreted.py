@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from recorded_graph import recorded
 from torch import Tensor
 
 from twoviews import fused_norm
@@ -36,8 +37,7 @@ def interpreted(blocks: dict[str, Blocks] = FEW) -> Iterator[list[str]]:
 
     def note(kernel: str, grid: Any, arguments: tuple, *others: Any, **constants: Any) -> None:
         launched.append(kernel)
-        with torch._C.DisableTorchFunctionSubclass():
-            launch(kernel, grid, tuple(map(plain, arguments)), *others, **constants)
+        recorded(launch, kernel, grid, tuple(map(plain, arguments)), *others, **constants)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_norm, "DEVICES", {"cpu", "cuda"})

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_on_cpu import Block
 from recorded_graph import patch_graphs
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
@@ -242,10 +243,24 @@ class _Properties:
     total_memory, name, multi_processor_count = 140 * 10**9, "a GPU", 1
 
 
+def _launching(kernel: Block) -> Callable[..., None]:
+    """The kernel for pretended tensors."""
+
+    def launch(grid: tuple, block: tuple, args: list, shared_mem: int) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            kernel(grid, block, [x.as_subclass(Tensor) if isinstance(x, Tensor) else x for x in args], shared_mem)
+
+    return launch
+
+
 @contextlib.contextmanager
-def pretended() -> Iterator[list[str]]:
-    """Within it there is one GPU; gives the list of what waited for it."""
-    from twoviews.data import views
+def pretended(views_kernel: Block | None = None) -> Iterator[list[str]]:
+    """Within it there is one GPU; gives the list of what waited for it.
+
+    Args:
+        views_kernel: kernel.cu, compiled for the CPU; without it tensors make the views.
+    """
+    from twoviews.data import kernel_cuda, views
 
     waits.clear()
     answers: dict[str, Any] = {
@@ -273,7 +288,8 @@ def pretended() -> Iterator[list[str]]:
         patch.setattr(torch.cuda, "Event", _Event)
         patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
         patch.setattr(torch, "autocast", _Autocast)
-        patch.setenv("TWOVIEWS_KERNEL", "0")
+        patch.setattr(kernel_cuda, "build", lambda device: _launching(views_kernel) if views_kernel else None)
+        patch.setenv("TWOVIEWS_KERNEL", "1" if views_kernel else "0")
         views._checked.cache_clear()
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         try:

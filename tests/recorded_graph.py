@@ -5,13 +5,13 @@ and results come to lie where they lay. Random operators draw from the CPU's gen
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
 
@@ -29,6 +29,17 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
+_capturing: list[list[tuple]] = []  # calls of the graphs that are being captured
+
+
+def recorded(function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Call what is no operator of torch, such as the launch of a kernel; within a capture it is recorded, too."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():  # whatever operators it uses itself
+        function(*args, **kwargs)
+    if _capturing:
+        _capturing[-1].append((function, args, kwargs, None))
+
+
 class RecordedGraph:
     """In place of torch.cuda.CUDAGraph."""
 
@@ -40,7 +51,7 @@ class RecordedGraph:
     def replay(self) -> None:
         """Every operator again."""
         RecordedGraph.replays += 1
-        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        with torch.no_grad(), torch._C.DisableTorchFunction():
             for func, args, kwargs, result in self.calls:
                 again = func(*args, **kwargs)
                 for old, new in zip(tree_flatten(result)[0], tree_flatten(again)[0], strict=True):
@@ -50,8 +61,12 @@ class RecordedGraph:
 
 @contextlib.contextmanager
 def _capture(graph: RecordedGraph, pool: object = None, capture_error_mode: str = "") -> Iterator[None]:
-    with _Recorder(graph.calls):
-        yield
+    _capturing.append(graph.calls)
+    try:
+        with _Recorder(graph.calls):
+            yield
+    finally:
+        _capturing.pop()
 
 
 def patch_graphs(patch: pytest.MonkeyPatch) -> None:

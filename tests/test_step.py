@@ -26,11 +26,12 @@ from twoviews.step import EAGER_STEPS, Step, eager_reason
 STEPS = 8
 
 
-def training(folder: Path, name: str, *overrides: str) -> Training:
+def training(folder: Path, name: str, *overrides: str, device: str = "cpu") -> Training:
     """At the start of its first epoch."""
-    cfg = config(name, "runtime.device=cpu", *overrides)
-    runtime, data = hydra.utils.instantiate(cfg.runtime), load_data(cfg)
-    parts = make_parts(cfg, data, make_views(cfg, data), runtime, torch.device("cpu"))
+    cfg = config(name, f"runtime.device={device}", *overrides)
+    runtime = hydra.utils.instantiate(cfg.runtime)
+    data = load_data(cfg).to(there := runtime.torch_device())
+    parts = make_parts(cfg, data, make_views(cfg, data), runtime, there)
     one = Training(parts, run=Run(folder), metrics=None, console=Console(), epochs=4, seed=0)
     one.method.before_epoch(0, parts.embed, seed=0)
     one.method.train()
@@ -171,3 +172,20 @@ def test_when_steps_are_captured(changes, processes: int, reason: str | None, mo
     found = eager_reason(runtime, torch.device("cuda", 0))
     assert found is None if reason is None else reason in str(found)
     assert eager_reason(replace(runtime, precision="fp32"), torch.device("cpu")) == "on a CPU"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", METHODS)
+def test_on_a_gpu(name: str, precision: str, tmp_path: Path, capfd) -> None:
+    """Replayed and eager steps, of which no two are alike in the last digits there."""
+    losses = []
+    for captured in ("true", "false"):
+        overrides = (f"runtime.cuda_graph={captured}", f"runtime.precision={precision}", "runtime.accumulate=1")
+        one = training(tmp_path, name, *overrides, device="cuda")
+        losses.append([values["loss"] for values in stepped(one)])
+        assert len([key for key, graph in one.step._captured.items() if not isinstance(graph, int)]) == (
+            captured == "true"
+        )
+    assert "eager (no CUDA graph" not in capfd.readouterr().out
+    assert losses[0] == pytest.approx(losses[1], rel=0.02 if precision == "bf16" else 2e-3)

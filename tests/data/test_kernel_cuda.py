@@ -3,9 +3,7 @@
 import contextlib
 import ctypes
 import re
-import shutil
 import site
-import subprocess
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
@@ -14,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import STRONG
+from kernel_on_cpu import Block, compile_for_cpu
 from torch import Tensor
 
-from twoviews import compiled
 from twoviews.data import kernel_cuda
 from twoviews.data import views as module
 from twoviews.data.views import Views, eval_view
@@ -25,32 +23,6 @@ MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
 GREY = {key: STRONG[key] for key in ("scale", "flip", "jitter", "brightness", "contrast", "blur", "solarize")}
 SOURCE = kernel_cuda.SOURCE.read_text()
 BARRIERS = [match.span() for match in re.finditer(r"__syncthreads\(\);", SOURCE)]
-
-
-class Block:
-    """Calls kernel.cu as torch's compiled kernels are called, with so many threads in this order (see block.cpp)."""
-
-    def __init__(self, library: ctypes.CDLL, threads: int, order: int = 1):
-        self.library, self.threads, self.order = library, threads, order
-
-    def __call__(self, grid: tuple, block: tuple, args: list, shared_mem: int) -> None:
-        assert block == (kernel_cuda.THREADS, 1, 1)
-        assert shared_mem < kernel_cuda.SHARED
-        assert all(x.is_contiguous() for x in args[:-1] if isinstance(x, Tensor))
-        kinds = {int: ctypes.c_int, float: ctypes.c_double}  # as torch has it
-        given = [compiled.address(x) if isinstance(x, Tensor) else kinds[type(x)](x) for x in args]
-        # Fewer threads need fewer of the numbers that their sums are put together from.
-        shared_mem -= 8 * (block[0] - self.threads)
-        assert self.library.launch(grid[0], self.threads, self.order, shared_mem, *given) == 0
-
-
-def compile_for_cpu(source: Path, folder: Path) -> ctypes.CDLL:
-    compiler = shutil.which("c++")
-    assert compiler, "no C++ compiler: c++"
-    built = folder / f"{source.stem}.so"
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", f'-DKERNEL="{source}"']
-    subprocess.run([*command, str(Path(__file__).with_name("block.cpp")), "-o", str(built)], check=True, timeout=120)
-    return ctypes.CDLL(str(built))
 
 
 @pytest.fixture(scope="module")
