@@ -216,7 +216,7 @@ def test_all_else_is_left_to_the_modules(how, monkeypatch):
 
 
 def test_what_cannot_be_divided_is_refused_by_the_module():
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="5 images cannot be divided into 2 parts"):
         batch_norm_act(make_norm(3, 2), make_x(5, 3, 2, 2))
     with pytest.raises(ValueError, match="more than 1 value"):
         batch_norm_act(make_norm(3, 1), make_x(1, 3, 1, 1))

@@ -139,7 +139,7 @@ def _fused(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, relu: bool)
         residual = residual.contiguous(memory_format=torch.channels_last)
     y = _BatchNormAct.apply(
         *(x, residual, norm.weight, norm.bias, norm.running_mean, norm.running_var),
-        *(None if split else norm.num_batches_tracked, parts, float(norm.momentum), norm.eps, relu),
+        *(None if split else norm.num_batches_tracked, parts, float(norm.momentum or 0), norm.eps, relu),
     )
     if isinstance(norm, SplitBatchNorm) and processes > 1:
         for statistic in (norm.running_mean, norm.running_var):
