@@ -213,6 +213,9 @@ def call(func: Callable, args: Any, kwargs: dict[str, Any]) -> Any:
         if result is owner:  # it was written to where it lies
             return result
         if made_there or device is None and any(map(_is_there, _tensors(args, kwargs))):
+            if isinstance(result, Tensor) and type(result) is Tensor and not (getter or result._is_view()):
+                result.__class__ = OnGPU  # not a view: what a custom Function returns may be overwritten
+                return result
             return _there(result) if isinstance(result, Tensor) else tree_map(_there_if_tensor, result)
         if isinstance(result, Tensor) and not _tensors(args, kwargs):
             created.append(f"{name} in {_place()}")

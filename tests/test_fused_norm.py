@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -216,7 +218,7 @@ def test_all_else_is_left_to_the_modules(how, monkeypatch):
 
 
 def test_what_cannot_be_divided_is_refused_by_the_module():
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="5 images cannot be divided into 2 parts"):
         batch_norm_act(make_norm(3, 2), make_x(5, 3, 2, 2))
     with pytest.raises(ValueError, match="more than 1 value"):
         batch_norm_act(make_norm(3, 1), make_x(1, 3, 1, 1))
@@ -259,6 +261,11 @@ def test_without_triton_plain_norms_run_and_that_is_said(monkeypatch):
     with pytest.warns(UserWarning, match="fused batch norms are of no use"):
         assert reason_for_plain(DEVICE) == "ModuleNotFoundError: No module named 'triton'"
     fused_norm._checked.cache_clear()
+
+
+def test_only_their_use_imports_triton():
+    code = "import sys, twoviews.backbones, twoviews.layers; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_division_by_multiplication_is_exact():

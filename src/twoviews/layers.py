@@ -3,10 +3,12 @@
 import copy
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as nnf
 
 from twoviews import distributed
@@ -121,29 +123,89 @@ class SplitBatchNorm(nn.BatchNorm2d):
     momentum: float
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """[B, C, H, W], B a multiple of the parts of this process."""
-        parts = self.splits // distributed.processes()
-        if not self.training or parts * distributed.processes() == 1:
+        """[B, C, H, W], B a multiple of the parts of this process.
+
+        Raises:
+            ValueError: it is none.
+        """
+        processes = distributed.processes()
+        parts = self.splits // processes
+        if not self.training or parts * processes == 1:
             return super().forward(x)
-        b, c, h, w = x.shape
-        # Image i = j * parts + s becomes row j of part s, and a part's channels stand beside those of the others; in the
-        # memory format of x, which the convolution behind this wants back.
-        rows, last = b // parts, not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        if last:
-            y = x.permute(0, 2, 3, 1).view(rows, parts, h, w, c).transpose(1, 2).transpose(2, 3)
-            y = y.reshape(rows, h, w, parts * c).permute(0, 3, 1, 2)
-        else:
-            y = x.reshape(rows, parts * c, h, w)
-        mean, var = self.running_mean.repeat(parts), self.running_var.repeat(parts)
-        y = nnf.batch_norm(
-            y, mean, var, self.weight.repeat(parts), self.bias.repeat(parts), True, self.momentum, self.eps
+        statistics = self.running_mean, self.running_var
+        y = _Split.apply(x, self.weight, self.bias, *statistics, parts, self.momentum, self.eps)
+        if processes > 1:
+            for statistic in statistics:
+                statistic.copy_(distributed.mean(statistic))
+        return y
+
+
+class _Split(torch.autograd.Function):
+    """Batch norm of parts by that of torch, as one of parts * C channels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        parts: int,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        # In the memory format of x, which the convolution behind this wants back.
+        last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        beside = _beside(x, parts, last)
+        repeated = torch.stack((running_mean, running_var, weight, bias)).repeat(1, parts)
+        mean, var, scale, offset = repeated.unbind()
+        y, batch_mean, batch_rstd = torch.native_batch_norm(beside, scale, offset, mean, var, True, momentum, eps)
+        torch.mean(mean.view(parts, -1), 0, out=running_mean)
+        torch.mean(var.view(parts, -1), 0, out=running_var)
+        ctx.parts, ctx.eps, ctx.last = parts, eps, last
+        ctx.save_for_backward(beside, scale, batch_mean, batch_rstd)
+        return _apart(y, parts, last)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, mean, rstd = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        x_grad, *others = torch.ops.aten.native_batch_norm_backward(
+            _beside(grad, ctx.parts, ctx.last), x, scale, None, None, mean, rstd, True, ctx.eps, needed
         )
-        self.running_mean.copy_(distributed.mean(mean.view(parts, c).mean(0)))
-        self.running_var.copy_(distributed.mean(var.view(parts, c).mean(0)))
-        if last:
-            y = y.permute(0, 2, 3, 1).view(rows, h, w, parts, c).transpose(2, 3).transpose(1, 2)
-            return y.reshape(b, h, w, c).permute(0, 3, 1, 2)
-        return y.reshape(b, c, h, w)
+        sums = (
+            other.view(ctx.parts, -1).sum(0) if one else None for other, one in zip(others, needed[1:], strict=True)
+        )
+        return _apart(x_grad, ctx.parts, ctx.last) if needed[0] else None, *sums, *[None] * 5
+
+
+def _beside(x: Tensor, parts: int, last: bool) -> Float[Tensor, "J SC H W"]:
+    """Image i = j * parts + s as row j of part s, whose channels stand beside those of the other parts."""
+    b, c, h, w = x.shape
+    rows, size = b // parts, h * w * c
+    if b % parts:
+        raise ValueError(f"a batch of {b} images cannot be divided into {parts} parts")
+    if not last:
+        return x.reshape(rows, parts * c, h, w)
+    x = x.contiguous(memory_format=torch.channels_last)
+    x = x.as_strided((rows, h * w, parts, c), (parts * size, c, size, 1)).contiguous()
+    return x.as_strided((rows, parts * c, h, w), (parts * size, 1, w * parts * c, parts * c))
+
+
+def _apart(y: Float[Tensor, "J SC H W"], parts: int, last: bool) -> Float[Tensor, "B C H W"]:
+    """The inverse of `_beside`; no view, which a ReLU behind it could not overwrite."""
+    rows, channels, h, w = y.shape
+    shape = rows * parts, channels // parts, h, w
+    if not last:
+        return torch.ops.aten._unsafe_view(y.contiguous(), shape)
+    size = h * w * shape[1]
+    y = y.contiguous(memory_format=torch.channels_last)
+    y = y.as_strided((rows, parts, h * w, shape[1]), (parts * size, shape[1], channels, 1))
+    x = y.new_empty_strided(shape, (size, 1, w * shape[1], shape[1]))
+    x.as_strided(y.shape, (parts * size, size, shape[1], 1)).copy_(y)
+    return x
 
 
 def check_splits(splits: int, batch_size: int, processes: int) -> None:
