@@ -7,6 +7,12 @@ The first command trains and keeps the embeddings that each E-step clusters; the
 setting goes through the epochs in a chain, from its own assignment of the epoch before, and the recipe (five times twenty
 steps from random points, the best of them, faiss on all points) is run beside it on the same features. Times are CPU
 seconds of the process, which other programs disturb least; what counts are ratios within a round.
+
+    python benchmarks/kmeans.py --device cuda --json benchmarks/results/kmeans_gpu.json
+
+On a GPU: seconds by the clock of the E-steps of 50,000 embeddings with PCL's k, concentrations included, as many epochs in a
+chain as there are files; without --features three epochs of groups of random points that move. In the first round the same
+is done on the CPU, and the two are compared.
 """
 
 import argparse
@@ -32,6 +38,7 @@ GOALS = (
     (9.0, 1.011),
 )  # times faster than the recipe, at an inertia of at most so many times the recipe's
 RECIPE = "recipe"
+ON_GPU = [250, 500, 1000]  # clusters of PCL for CIFAR's 50,000 images
 
 
 def recipe(x: Tensor, k: int, seed: int) -> Clusters:
@@ -171,6 +178,67 @@ def compare_concentration(x: Tensor, k: int) -> None:
     print(f"concentration: {statistics.median(ratios):.0f} x faster than the loop")
 
 
+def groups_that_move(points: int = 50_000, dim: int = 128, epochs: int = 3) -> list[Tensor]:
+    """Unit rows around a thousand centres that overlap, and what they are after some steps at random."""
+    drawn = torch.Generator().manual_seed(0)
+    centres = torch.randn(1000, dim, generator=drawn)
+    x = centres[torch.randint(1000, (points,), generator=drawn)] + torch.randn(points, dim, generator=drawn)
+    found = []
+    for _ in range(epochs):
+        found.append(torch.nn.functional.normalize(x, dim=1))
+        x = x + 0.3 * torch.randn(points, dim, generator=drawn)
+    return found
+
+
+def e_step(x: Tensor, k: int, start: Tensor | None) -> tuple[Clusters, float]:
+    """One clustering with its concentrations, and the seconds by the clock until they are there."""
+    synchronize = torch.cuda.synchronize if x.is_cuda else lambda: None
+    synchronize()
+    begin = time.perf_counter()
+    clusters = kmeans(x, k, seed=0, start=start)
+    concentration(clusters, 0.2)
+    synchronize()
+    return clusters, time.perf_counter() - begin
+
+
+def compare_on_gpu(epochs: list[Tensor], ks: list[int], rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """One row a k and epoch: median seconds, and how far the result is the CPU's."""
+    rows, there = [], [x.to(device) for x in epochs]
+    e_step(there[0], ks[0], None)  # loads the kernels
+    for k in ks:
+        previous: list[Tensor | None] = [None] * rounds
+        before = None  # on the CPU
+        for epoch, (x, on_cpu) in enumerate(zip(there, epochs, strict=True)):
+            found = [e_step(x, k, start) for start in previous]
+            previous = [clusters.assignment for clusters, _ in found]
+            clusters = found[0][0]
+            expected, seconds = e_step(on_cpu, k, before)
+            before = expected.assignment
+            rows.append(
+                {
+                    "k": k,
+                    "epoch": epoch,
+                    "seconds": statistics.median(taken for _, taken in found),
+                    "cpu": seconds,
+                    "iterations": clusters.iterations,
+                    "inertia": clusters.inertia / expected.inertia,
+                    "equal": (clusters.assignment.cpu() == expected.assignment).float().mean().item(),
+                    "repeats": all(torch.equal(one, previous[0]) for one in previous),
+                }
+            )
+            last = rows[-1]
+            print(
+                f"k = {k:5}, epoch {epoch}: {1e3 * last['seconds']:7.1f} ms, {last['iterations']:2} steps; CPU "
+                f"{last['cpu']:6.2f} s; inertia {last['inertia']:.5f} of the CPU's, {100 * last['equal']:.2f} % in the same "
+                f"cluster; every round {'the same' if last['repeats'] else 'DIFFERENT'}",
+                flush=True,
+            )
+    for epoch in range(len(epochs)):
+        whole = sum(row["seconds"] for row in rows if row["epoch"] == epoch)
+        print(f"epoch {epoch}: {1e3 * whole:.1f} ms for k = {', '.join(map(str, ks))}")
+    return rows
+
+
 def train(folder: Path, overrides: list[str]) -> None:
     """Keep what each E-step of train.py clusters, as <folder>/epoch_00.npy and so on."""
     import runpy
@@ -199,13 +267,20 @@ def main() -> None:
     parser.add_argument(
         "--features", type=Path, nargs="+", help="files of consecutive epochs, .npy or .pt, [N, D] each"
     )
-    parser.add_argument("--k", type=int, default=1000)
+    parser.add_argument("--k", type=int, nargs="+", help="1000, and on a GPU 250 500 1000")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write all numbers here, for example below benchmarks/results/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for --train, as of train.py")
     options = parser.parse_args()
     if options.train:
         train(options.train, options.overrides)
+        return
+    if options.device == "cuda" and not options.overrides:
+        epochs = [load(path) for path in options.features] if options.features else groups_that_move()
+        device, (points, dim) = torch.device("cuda", 0), epochs[0].shape
+        rows = compare_on_gpu(epochs, options.k or ON_GPU, options.rounds, device)
+        record(options.json, f"kmeans.py --device cuda --rounds {options.rounds}", rows, device, points=points, dim=dim)
         return
     if not options.features or options.overrides:
         parser.error("give --train FOLDER or --features FILES")
@@ -214,12 +289,13 @@ def main() -> None:
     faiss.omp_set_num_threads(torch.get_num_threads())
     epochs = [load(path) for path in options.features]
     points, dim = epochs[0].shape
-    print(f"{len(epochs)} epochs of {points:,} x {dim}, k = {options.k}, {torch.get_num_threads()} thread(s)")
-    rows = compare(epochs, options.k, options.rounds)
+    (k,) = options.k or [1000]
+    print(f"{len(epochs)} epochs of {points:,} x {dim}, k = {k}, {torch.get_num_threads()} thread(s)")
+    rows = compare(epochs, k, options.rounds)
     report(rows)
-    compare_concentration(epochs[-1], options.k)
-    command = f"kmeans.py --features features/*.npy --k {options.k} --rounds {options.rounds}"
-    facts = {"points": points, "dim": dim, "k": options.k, "faiss": faiss.__version__}
+    compare_concentration(epochs[-1], k)
+    command = f"kmeans.py --features features/*.npy --k {k} --rounds {options.rounds}"
+    facts = {"points": points, "dim": dim, "k": k, "faiss": faiss.__version__}
     record(options.json, command, rows, **facts)
 
 

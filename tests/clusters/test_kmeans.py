@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from assembled import in_processes
+from pretended_gpu import pretended
 from sklearn.datasets import load_digits, load_sample_image
 from sklearn.feature_extraction.image import extract_patches_2d
 from torch.nn import functional as nnf
@@ -318,6 +319,25 @@ def test_products_tell_points_apart_that_lie_in_one_direction():
     assert squared.max() < 0.01
     torch.testing.assert_close(distance.double(), nearest, rtol=0, atol=1e-6 * squared.max().item())
     assert (squared.gather(1, assignment[:, None])[:, 0] - nearest).max() < 1e-6 * squared.max()
+
+
+@pytest.mark.parametrize("passes", ["products"], indirect=True)
+def test_a_step_waits_for_the_gpu_once():
+    x, steps = unit(3000), (2, 5)
+    start = kmeans(x, 10, seed=0, iterations=1).assignment
+    expected = concentration(kmeans(x, 10, seed=0, start=start, iterations=5, tolerance=0.0), 0.2)
+    with pretended() as waits:
+        there, begin, counts = x.to("cuda"), start.to("cuda"), []
+        for iterations in steps:
+            waits.clear()
+            found = kmeans(there, 10, seed=0, start=begin, iterations=iterations, tolerance=0.0)
+            assert found.iterations == iterations and (found.sizes > 0).all()
+            counts.append(len(waits))
+        assert counts[1] - counts[0] == steps[1] - steps[0]
+        waits.clear()
+        phi = concentration(found, 0.2)
+        assert not waits
+        torch.testing.assert_close(phi.cpu(), expected)
 
 
 def test_products_are_in_full_precision_and_leave_the_setting_alone(monkeypatch):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from PIL import Image
+from pretended_gpu import pretended
 
 from twoviews.data.decoding import Decoded
 from twoviews.data.images import Images
@@ -102,6 +103,20 @@ def test_views_in_the_form_that_a_run_computes_with(dtype):
             assert x.dtype == dtype and x.is_contiguous(memory_format=torch.channels_last)
             assert y.dtype == torch.float32 and y.is_contiguous()
             assert torch.equal(x, y.to(dtype))
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_an_epoch_does_not_wait_for_the_gpu(resident):
+    """From its order on; and it has the batches of a CPU."""
+    with pretended() as waits:
+        on_gpu = loader(PIXELS.to("cuda") if resident else PIXELS, device="cuda")
+        waits.clear()
+        found = list(on_gpu)
+        assert not waits
+        found = [(batch.index.cpu(), *(view.cpu() for view in batch.views)) for batch in found]
+    for ours, plain in zip(found, loader(), strict=True):
+        for x, y in zip(ours, (plain.index, *plain.views), strict=True):
+            torch.testing.assert_close(x, y, atol=1e-4, rtol=0)
 
 
 def test_batches_that_cannot_be_are_refused():

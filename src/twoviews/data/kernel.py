@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def render(
     library: ctypes.CDLL,
     images: Tensor,
     sizes: Sequence[int],
-    *arrays: Tensor | float,
+    *arrays: Any,
     bleed: bool = False,
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format,
@@ -49,8 +50,8 @@ def render(
     return made
 
 
-def _view(library: ctypes.CDLL, size: int, arrays: list[Tensor | float], bleed: bool) -> Tensor:
-    count, channels, side, _ = arrays[0].shape  # type: ignore[union-attr]
+def _view(library: ctypes.CDLL, size: int, arrays: list[Any], bleed: bool) -> Tensor:
+    count, channels, side, _ = arrays[0].shape
     out = torch.empty(count, channels, size, size)
     given = [compiled.address(one) if isinstance(one, Tensor) else ctypes.c_float(one) for one in [*arrays, out]]
     sizes = [ctypes.c_int(number) for number in (channels, side, size, bleed)]

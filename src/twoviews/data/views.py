@@ -12,7 +12,7 @@ Shapes: B images, V views of each, C channels, S the canvas side in px, h = w th
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -103,6 +103,9 @@ class Draw:
 
     def __getitem__(self, index: int | slice) -> "Draw":
         return Draw(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+
+    def __iter__(self) -> Iterator["Draw"]:
+        return (self[index] for index in range(len(self)))
 
 
 class Views:
