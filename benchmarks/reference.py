@@ -1,7 +1,7 @@
 """An independent implementation of the same recipe, trained on the same images: kNN of both sides over several seeds.
 
-    python benchmarks/reference.py data.root=<cifar10> backbone=resnet18_cifar --epochs 100 --json benchmarks/results/reference.json
-    python benchmarks/reference.py data.root=<cifar10> backbone=tiny --epochs 10 --methods moco simclr byol
+    python benchmarks/reference.py data.root=<cifar10> backbone=tiny --epochs 10 --json benchmarks/results/reference.json
+    python benchmarks/reference.py data.root=<cifar10> backbone=resnet18_cifar --epochs 100 --methods moco simclr byol
 
 The recipe is experiment=<method>_cifar10 with the overrides given, as of train.py. The reference side is built from lightly:
 its residual networks with its SplitBatchNorm, projection heads, NT-Xent loss with memory bank, negative cosine similarity,
@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import torch
@@ -84,7 +84,9 @@ def residual_network(recipe: DictConfig, channels: int, size: int, splits: int) 
     from lightly.models.resnet import BasicBlock, Bottleneck
 
     if not recipe._target_.endswith(".ResNet") or recipe.stem == "imagenet" or recipe.zero_init_residual:
-        raise BadInput("the reference has only residual networks for small images; use backbone=tiny or resnet18_cifar.")
+        raise BadInput(
+            "the reference has only residual networks for small images; use backbone=tiny or resnet18_cifar."
+        )
     splits = splits if splits > 1 else 0  # 0 is lightly's number for ordinary batch norm
     name = NAMES.get((recipe.block, tuple(recipe.depths)))
     if name and recipe.width == 64 and recipe.stem == "cifar":
@@ -95,7 +97,7 @@ def residual_network(recipe: DictConfig, channels: int, size: int, splits: int) 
             )
         network: nn.Module = ResNetGenerator(name, num_splits=splits)
         features = network.linear.in_features
-        network.linear = nn.Identity()
+        network.add_module("linear", nn.Identity())
     else:
         kind = {"basic": BasicBlock, "bottleneck": Bottleneck}[recipe.block]
         stride = 2 if recipe.stem == "strided" else 1
@@ -260,18 +262,23 @@ def check(method: str, cfg: DictConfig) -> None:
     if kind != wanted:
         raise BadInput(f"--methods {method} with method={kind} is not the method it names; choose it with --methods.")
     if method == "moco" and cfg.method.symmetric:
-        raise BadInput("lightly's memory bank takes keys at each loss, so method.symmetric=true is beyond the reference.")
+        raise BadInput(
+            "lightly's memory bank takes keys at each loss, so method.symmetric=true is beyond the reference."
+        )
     if method == "moco" and cfg.method.queue_size % cfg.batch_size:
+        usable = max(1, cfg.method.queue_size // cfg.batch_size) * cfg.batch_size
         raise BadInput(
             f"lightly's memory bank would drop keys: method.queue_size={cfg.method.queue_size} is not a multiple of "
-            f"batch_size={cfg.batch_size}; use method.queue_size={max(1, cfg.method.queue_size // cfg.batch_size) * cfg.batch_size}."
+            f"batch_size={cfg.batch_size}; use method.queue_size={usable}."
         )
     if optimizer not in ("sgd", "lars", "larc"):
         raise BadInput(f"the reference has no optimizer={optimizer}; use sgd, lars or larc.")
     if schedule != "Cosine":
         raise BadInput("the reference has only schedule=cosine.")
     if cfg.runtime.accumulate > 1 or cfg.runtime.precision == "fp16":
-        raise BadInput("the reference has neither runtime.accumulate above 1 nor runtime.precision=fp16; use bf16 or fp32.")
+        raise BadInput(
+            "the reference has neither runtime.accumulate above 1 nor runtime.precision=fp16; use bf16 or fp32."
+        )
 
 
 class Reference:
@@ -288,7 +295,14 @@ class Reference:
     """
 
     def __init__(
-        self, method: str, cfg: DictConfig, channels: int, size: int, steps: int, device: torch.device, dtype: torch.dtype
+        self,
+        method: str,
+        cfg: DictConfig,
+        channels: int,
+        size: int,
+        steps: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ):
         check(method, cfg)
         torch.manual_seed(cfg.seed)
@@ -297,11 +311,13 @@ class Reference:
         # Lightly's SplitBatchNorm takes its input apart with Tensor.view, which channels_last does not allow.
         last = cfg.runtime.channels_last and splits == 1
         self.form = torch.channels_last if last else torch.contiguous_format
-        self.model = MODELS[method](encoder, features, cfg.method).to(device, memory_format=self.form)
+        self.model = MODELS[method](encoder, features, cfg.method).to(device).to(memory_format=self.form)
         self.cfg, self.steps, self.device, self.dtype, self.done = cfg, steps, device, dtype, 0
         self.adaptive = cfg.optimizer._target_.rpartition(".")[2].removeprefix("sgd")
         recipe = cfg.optimizer
-        self.base_lr = recipe.lr * {"none": 1, "linear": cfg.batch_size / 256, "sqrt": cfg.batch_size**0.5}[recipe.lr_scaling]
+        self.base_lr = (
+            recipe.lr * {"none": 1, "linear": cfg.batch_size / 256, "sqrt": cfg.batch_size**0.5}[recipe.lr_scaling]
+        )
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         plain = [weight for weight in trained if weight.ndim == 1 and recipe.exclude_norm_and_bias]
         self.decayed = [weight for weight in trained if weight.ndim > 1 or not recipe.exclude_norm_and_bias]
@@ -389,7 +405,9 @@ class Judge:
         head = deepcopy(head).eval()
         found: dict[str, list[Features]] = {name: [] for name in MEASURES}
         for images in (self.data.memory, self.data.test):
-            x, labels = embed(encoder, images, self.data, self.device, self.dtype, True), images.labels.to(self.device).long()
+            assert images is not None and images.labels is not None
+            labels = images.labels.to(self.device).long()
+            x = embed(encoder, images, self.data, self.device, self.dtype, channels_last=True)
             with autocast(self.device, self.dtype):
                 projections = torch.cat([head(rows).float() for rows in x.split(1000)])
             found["features"].append(Features(x, labels))
@@ -457,7 +475,7 @@ class Task:
 
     def result(self, found: list[dict[str, float]], loss: float, seconds: float) -> dict[str, Any]:
         """Numbers at the end, and on the way if asked for: the mean loss of the last epoch, seconds without judging."""
-        values = {**found[-1], "loss": loss, "seconds": seconds}
+        values: dict[str, Any] = {**found[-1], "loss": loss, "seconds": seconds}
         if self.every:
             epochs = _moments(self.cfg.epochs, self.every)
             values["curve"] = [{"epoch": epoch, **one} for epoch, one in zip(epochs, found, strict=True)]
@@ -490,7 +508,7 @@ def ours(task: Task) -> dict[str, Any]:
         KeyboardInterrupt: it was stopped by a signal.
     """
     parts = make_parts(task.cfg, task.data, make_views(task.cfg, task.data), task.runtime, task.device)
-    watching = Watching(task.judge, parts.method.projector, task.every)
+    watching = Watching(task.judge, parts.method.get_submodule("projector"), task.every)
     parts.protocols = {"reference": watching}
     with tempfile.TemporaryDirectory() as name, StopSignal() as stop:
         folder = Path(name)
@@ -549,6 +567,10 @@ def composed(method: str, epochs: int, seed: int, overrides: Sequence[str]) -> D
     return cfg
 
 
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+
+
 def arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -558,7 +580,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=0, help="epochs between judgements; 0: only at the end")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after so many no further training is begun")
     parser.add_argument("--json", type=Path, help="write all numbers here, for example below benchmarks/results/")
-    parser.add_argument("overrides", nargs="+", metavar="key=value", help="data.root=<folder of images>, as of train.py")
+    parser.add_argument(
+        "overrides", nargs="+", metavar="key=value", help="data.root=<folder of images>, as of train.py"
+    )
     options = parser.parse_intermixed_args()  # options and overrides in any order
     if options.epochs < 1 or options.seeds < 1:
         raise BadInput(f"--epochs {options.epochs} and --seeds {options.seeds} have to be at least 1.")
@@ -581,12 +605,14 @@ def main() -> None:
     facts = {
         "processor": processor(),
         "precision": str(runtime.dtype(device)).removeprefix("torch."),
-        "recipes": {name: without_paths(OmegaConf.to_container(cfg, resolve=True)) for name, cfg in recipes.items()},
+        "recipes": {name: without_paths(_plain(cfg)) for name, cfg in recipes.items()},
     }
     trainings = [(name, seed, side) for name in options.methods for seed in range(options.seeds) for side in SIDES]
     for number, (method, seed, side) in enumerate(trainings):
         if (time.monotonic() - begin) / 60 > options.minutes:
-            print(f"{options.minutes:g} minutes are over: {len(trainings) - number} trainings are not begun", flush=True)
+            print(
+                f"{options.minutes:g} minutes are over: {len(trainings) - number} trainings are not begun", flush=True
+            )
             break
         if side == SIDES[0]:
             rows.append({"method": method, "seed": seed})
