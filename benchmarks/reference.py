@@ -364,6 +364,7 @@ class Reference:
         recipe = self.cfg.optimizer
         for weight in self.decayed if self.adaptive else ():
             gradient, decay = weight.grad, recipe.weight_decay
+            assert gradient is not None
             full = gradient + decay * weight
             if self.adaptive == "lars":
                 w, g = weight.norm(), full.norm()
