@@ -600,6 +600,8 @@ def main() -> None:
     data = load_data(some).to(device)
     if data.memory is None or data.test is None:
         raise BadInput(f"{data.name} has no labelled training and test images, and kNN cannot be measured.")
+    for cfg in recipes.values():  # what cannot be trained is refused before the first training
+        make_parts(cfg, data, make_views(cfg, data), runtime, device)
     named = " ".join("data.root=<cifar10>" if one.startswith("data.root=") else one for one in options.overrides)
     every = f" --every {options.every}" if options.every else ""
     chosen = f"--epochs {options.epochs} --seeds {options.seeds} --methods {' '.join(options.methods)}{every}"

@@ -204,3 +204,6 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     with pytest.raises(SystemExit, match="2"):
         call("--seeds", "0")
     assert "error: --epochs 2 and --seeds 0 have to be at least 1." in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        call("method.bn_splits=7")
+    assert capsys.readouterr().out == ""  # before anything is trained
