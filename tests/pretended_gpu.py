@@ -159,6 +159,8 @@ def _check(name: str, args: Any, kwargs: dict[str, Any]) -> None:
             raise WrongDevice("a tensor of the CPU is indexed by one on the GPU")
         if any(not _is_there(one) for one in indices):
             _wait("copy of an index")
+        if name == "__setitem__" and not values and any(one.dtype != torch.bool for one in indices):
+            _wait("copy of a number that is put at indices")
         if indices and any(_is_there(one) != _is_there(into) and one.ndim for one in values):
             raise WrongDevice("values of one device are put into a tensor of another")
         return

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
+from twoviews import cuda_graph
+
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, calls: list[tuple]):
@@ -84,6 +86,7 @@ def patch_graphs(patch: pytest.MonkeyPatch) -> None:
     }
     for name, stand_in in stand_ins.items():
         patch.setattr(torch.cuda, name, stand_in)
+    patch.setattr(cuda_graph, "_renew_generator", lambda: None)
 
 
 @contextlib.contextmanager

@@ -307,7 +307,8 @@ def test_they_can_be_captured_and_are_the_same_each_time():
 
     def step() -> tuple[Tensor, ...]:
         y = batch_norm_act(norm, x, nn.ReLU(), x.detach())
-        return (y, *torch.autograd.grad(y.float().square().sum(), (x, norm.weight, norm.bias)))
+        # Detached: nodes of an earlier graph that are still alive would join its stream with that of the capture.
+        return (y.detach(), *torch.autograd.grad(y.float().square().sum(), (x, norm.weight, norm.bias)))
 
     start = copy.deepcopy(norm.state_dict())
     expected = [t.clone() for t in step()]

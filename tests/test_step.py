@@ -189,3 +189,36 @@ def test_on_a_gpu(name: str, precision: str, tmp_path: Path, capfd) -> None:
         )
     assert "eager (no CUDA graph" not in capfd.readouterr().out
     assert losses[0] == pytest.approx(losses[1], rel=0.02 if precision == "bf16" else 2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [("simsiam", "adamw"), ("byol", "lars"), ("simsiam", "larc"), ("swav", "sgd")]
+)
+def test_every_optimizer_on_a_gpu(name: str, optimizer: str, tmp_path: Path) -> None:
+    losses = []
+    for captured in ("true", "false"):
+        frozen = ["method.freeze_prototypes_epochs=1"] if name == "swav" else []
+        overrides = (f"optimizer={optimizer}", f"runtime.cuda_graph={captured}", "runtime.precision=fp32", *frozen)
+        one = training(tmp_path, name, *overrides, device="cuda")
+        losses.append([values["loss"] for values in stepped(one, 12)])
+        assert any(not isinstance(graph, int) for graph in one.step._captured.values()) == (captured == "true")
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_leaves_eager_steps_behind(tmp_path: Path, capfd) -> None:
+    """What no eager step is told: that a graph cannot wait for the device. Random numbers are drawn as before."""
+    one = training(tmp_path, "simsiam", device="cuda")
+
+    def waiting() -> float:
+        torch.rand(3, device="cuda")
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+        return 1.0
+
+    method = Keeping(one.method.encoder, waiting)
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9, fused=True)
+    one.method, one.step = method, Step(method, optimizer, one.runtime, one.device, one.console.say)
+    losses = [values["loss"] for values in stepped(one)]
+    assert "eager (no CUDA graph" in capfd.readouterr().out and len(set(losses)) == STEPS

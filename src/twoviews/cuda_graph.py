@@ -40,8 +40,11 @@ class Captured:
             # Other threads, such as that which writes checkpoints, may use the device meanwhile.
             with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
                 self.values = function(self.views, self.index, key)
-        finally:
-            torch.cuda.set_stream(stream)  # which torch.cuda.graph leaves behind where it fails
+        except BaseException:
+            # torch.cuda.graph does not clean up where it fails: the stream and the generator would stay with the capture.
+            torch.cuda.set_stream(stream)
+            _renew_generator()
+            raise
 
     def __call__(self, views: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
         """What the function returns; the next call overwrites it."""
@@ -109,6 +112,12 @@ def capture(
         return captured
     finally:
         restore()
+
+
+def _renew_generator() -> None:
+    device = torch.cuda.current_device()
+    fresh = torch.Generator(torch.device("cuda", device))
+    torch.cuda.default_generators[device].graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -47,12 +47,13 @@ class Blocks:
     stages: int
 
 
-# Passes that add up keep two float32 for each number of a tile, and make as many partial sums as they have programs.
+# The best of benchmarks/norms.py --tune on an H200. Passes that add up keep two float32 for each number of a tile, and make
+# as many partial sums as they have programs.
 BLOCKS = {
-    "statistics": Blocks(8192, 8, 2, 4),
-    "normalise": Blocks(8192, 8, 16, 1),
-    "sums": Blocks(8192, 8, 2, 4),
-    "input_gradient": Blocks(8192, 8, 16, 1),
+    "statistics": Blocks(4096, 4, 2, 4),
+    "normalise": Blocks(16384, 8, 32, 1),
+    "sums": Blocks(4096, 4, 2, 4),
+    "input_gradient": Blocks(4096, 4, 4, 3),
 }
 WIDTH = 64  # channels of a tile: 128 bytes of bf16, a line of the cache
 FINISH_CHANNELS = 8  # of a program that finishes sums: 32 bytes

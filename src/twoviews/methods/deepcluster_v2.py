@@ -112,5 +112,5 @@ class DeepClusterV2(Method):
         everyone = distributed.gather(index)
         for bank, rows in zip(self.bank, z.detach().chunk(len(views)), strict=False):
             bank[everyone] = distributed.gather(rows)
-        self.seen[everyone] = True
+        self.seen.index_fill_(0, everyone, True)
         return Output(torch.stack(losses).mean(), {"spread": spread(z)})
