@@ -165,16 +165,16 @@ class _BatchNormAct(torch.autograd.Function):
         rows = x.numel() // (channels * parts)
         sizes = (parts, *_division(parts, x.shape[2] * x.shape[3]))
 
-        grid, chunk, tile, warps = _plan("statistics", rows, channels, parts, x.itemsize, x.device)
+        grid, _, tile, warps = _plan("statistics", rows, channels, parts, x.itemsize, x.device)
         partial = x.new_empty((2, parts, grid[2], channels), dtype=torch.float32)
-        _launch("statistics", grid, (x, partial, rows, chunk, channels, *sizes), warps, **tile)
+        _launch("statistics", grid, (x, partial, rows, channels, *sizes), warps, **tile)
 
-        moments = x.new_empty((2, parts, channels), dtype=torch.float32)
+        moments, height = x.new_empty((2, parts, channels), dtype=torch.float32), tile["ROWS"]
         blocks, tile, warps = _finish(parts, grid[2], channels)
         _launch(
             *("finish_statistics", blocks),
             (partial, moments, running_mean, running_var, moments if tracked is None else tracked)
-            + (rows, chunk, grid[2], channels, parts, momentum, eps),
+            + (rows, height, grid[2], channels, parts, momentum, eps),
             warps,
             TRACKED=tracked is not None,
             **tile,
@@ -198,11 +198,11 @@ class _BatchNormAct(torch.autograd.Function):
         sizes = (parts, *_division(parts, x.shape[2] * x.shape[3]))
         grad = grad.contiguous(memory_format=torch.channels_last)
 
-        grid, chunk, tile, warps = _plan("sums", rows, channels, parts, x.itemsize, x.device)
+        grid, _, tile, warps = _plan("sums", rows, channels, parts, x.itemsize, x.device)
         partial = x.new_empty((2, parts, grid[2], channels), dtype=torch.float32)
         masked = grad if y is None else torch.empty_like(x)
         arguments = (x, grad, masked if y is None else y, masked, weight, bias, moments, partial)
-        arguments += (rows, chunk, channels, *sizes)
+        arguments += (rows, channels, *sizes)
         _launch("sums", grid, arguments, warps, RELU=relu, RESIDUAL=ctx.residual, **tile)
 
         factors, weight_grad, bias_grad = (torch.empty_like(t) for t in (moments, weight, bias))
@@ -247,7 +247,7 @@ def _division(parts: int, size: int) -> tuple[int, int, int]:
 
 @functools.cache
 def _plan(name: str, rows: int, channels: int, parts: int, itemsize: int, device: torch.device) -> tuple:
-    """Of a pass over `parts` times `rows`: the grid (channels, parts, chunks), rows of a chunk, tile, warps."""
+    """Of a pass over `parts` times `rows`: the grid (channels, parts, chunks), rows of a chunk if they adjoin, tile, warps."""
     blocks = BLOCKS[name]
     width = min(WIDTH, _power_of_2(channels))
     height, columns = blocks.tile // (itemsize * width), -(-channels // width)

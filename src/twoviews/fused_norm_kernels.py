@@ -4,8 +4,10 @@ Activations are rows of channels, [N * H * W, C] in memory. Row r of a part is a
 (image n is in part n mod parts), so a program that stays within one part needs one vector of statistics. Statistics and
 all arithmetic are float32.
 
-A program is (block of channels, part, chunk of rows): neighbours read what lies side by side. All sizes but that of a
-channel row are left unspecialised, so that the kernels are compiled once for all maps of a network.
+A program is (block of channels, part, number): neighbours read what lies side by side. Passes that add up take every n-th
+tile of rows, and so go through memory from its beginning to its end, together; the passes after them go backwards, which
+finds what was read last in the L2 cache. All sizes but that of a row of channels are left unspecialised, so that kernels
+are compiled once for all maps of a network.
 """
 
 from typing import no_type_check
@@ -27,66 +29,59 @@ def _memory_rows(r, part, parts, size, multiplier, shift):
 @triton.jit(do_not_specialize=SIZES)
 @no_type_check
 def statistics(
-    x,
-    partial,
-    rows,
-    chunk,
-    channels,
-    parts,
-    size,
-    multiplier,
-    shift,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Mean of each chunk, and sum of squares around it: partial, [2, parts, chunks, C].
+    x, partial, rows, channels, parts, size, multiplier, shift,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Mean of what each program takes, and sum of squares around it: partial, [2, parts, programs, C].
 
     Every place of a tile has its own mean of what passes there (Welford), and at the end they are combined (Chan et al.).
     """
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     part = tl.program_id(1)
-    # The chunks from the last to the first: what the convolution has written last is still in the L2 cache.
-    number = tl.num_programs(2) - 1 - tl.program_id(2)
-    first = number * chunk
-    last = tl.minimum(first + chunk, rows)
+    first = tl.program_id(2) * ROWS
+    step = tl.num_programs(2) * ROWS
     offset = tl.arange(0, ROWS)
     known = c < channels
     mean = tl.zeros([ROWS, CHANNELS], dtype=tl.float32)
     square = tl.zeros([ROWS, CHANNELS], dtype=tl.float32)
-    for start in tl.range(first, last, ROWS, num_stages=STAGES):
+    for start in tl.range(first, rows, step, num_stages=STAGES):
         r = start + offset
-        inside = r < last
+        inside = r < rows
         place = _memory_rows(r, part, parts, size, multiplier, shift)[:, None] * channels + c[None, :]
         value = tl.load(x + place, mask=inside[:, None] & known[None, :], other=0.0).to(tl.float32)
-        share = ROWS / (ROWS + start - first)  # 1 / (tiles so far)
+        share = step / (step + start - first)  # 1 / (tiles so far)
         delta = value - mean
         mean += delta * tl.where(inside, share, 0.0)[:, None]
         square += delta * delta * tl.where(inside, 1.0 - share, 0.0)[:, None]
-    length = last - first
-    count = ((length - offset + (ROWS - 1)) // ROWS).to(tl.float32)[:, None]  # that passed each place
-    whole = tl.sum(mean * (count / length), axis=0)
+    count = ((rows - first - offset + step - 1) // step).to(tl.float32)  # that passed each place
+    whole = tl.sum(mean * (count / tl.sum(count, axis=0))[:, None], axis=0)
     apart = mean - whole[None, :]
-    square = tl.sum(square + apart * apart * count, axis=0)
-    out = partial + (part * tl.num_programs(2) + number) * channels + c
+    square = tl.sum(square + apart * apart * count[:, None], axis=0)
+    out = partial + (part * tl.num_programs(2) + tl.program_id(2)) * channels + c
     tl.store(out, whole, mask=known)
     tl.store(out + parts * tl.num_programs(2) * channels, square, mask=known)
 
 
-@triton.jit(do_not_specialize=["rows", "chunk", "chunks", "parts"])
+@triton.jit(do_not_specialize=["rows", "height", "chunks", "parts"])
 @no_type_check
 def finish_statistics(
-    partial, moments, running_mean, running_var, tracked, rows, chunk, chunks, channels, parts, momentum, eps,
+    partial, moments, running_mean, running_var, tracked, rows, height, chunks, channels, parts, momentum, eps,
     TRACKED: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and 1 / sqrt(variance + eps) of each part: moments, [2, parts, C]; and the running statistics."""
+    """Mean and 1 / sqrt(variance + eps) of each part: moments, [2, parts, C]; and the running statistics.
+
+    `chunks` programs of `statistics` took every `chunks`-th tile of `height` rows.
+    """
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     part = tl.arange(0, PARTS)
     number = tl.arange(0, CHUNKS)
     known = c < channels
     place = (part[:, None, None] * chunks + number[None, :, None]) * channels + c[None, None, :]
     inside = (part < parts)[:, None, None] & (number < chunks)[None, :, None] & known[None, None, :]
-    count = tl.where(number < chunks, tl.minimum(rows - number * chunk, chunk), 0).to(tl.float32)[None, :, None]
+    tiles = (rows + height - 1) // height
+    missing = tl.where(number == (tiles - 1) % chunks, tiles * height - rows, 0)  # of the last tile
+    count = tl.where(number < chunks, (tiles - number + chunks - 1) // chunks * height - missing, 0)
+    count = count.to(tl.float32)[None, :, None]
     means = tl.load(partial + place, mask=inside, other=0.0)
     squares = tl.load(partial + parts * chunks * channels + place, mask=inside, other=0.0)
     old_mean = tl.load(running_mean + c, mask=known, other=0.0)
@@ -116,7 +111,7 @@ def normalise(
     """The normalised rows, scaled, with offset, residual and ReLU."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     part = tl.program_id(1)
-    first = tl.program_id(2) * chunk
+    first = (tl.num_programs(2) - 1 - tl.program_id(2)) * chunk
     last = tl.minimum(first + chunk, rows)
     known = c < channels
     mean = tl.load(moments + part * channels + c, mask=known, other=0.0)
@@ -139,19 +134,16 @@ def normalise(
 @triton.jit(do_not_specialize=SIZES)
 @no_type_check
 def sums(
-    x, grad, y, masked, weight, bias, moments, partial, rows, chunk, channels, parts, size, multiplier, shift,
+    x, grad, y, masked, weight, bias, moments, partial, rows, channels, parts, size, multiplier, shift,
     RELU: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sums over each chunk of g and of g * (x - mean): partial, [2, parts, chunks, C]; g is the gradient below the ReLU.
+    """Each program's sums of g and of g * (x - mean): partial, [2, parts, programs, C]; g is the gradient below the ReLU.
 
     Without a residual the input says where the ReLU is open. With one the output does, and g is written to `masked`: it
     is the residual's gradient, and `input_gradient` reads it instead of gradient and output.
     """
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     part = tl.program_id(1)
-    number = tl.num_programs(2) - 1 - tl.program_id(2)  # as in `statistics`
-    first = number * chunk
-    last = tl.minimum(first + chunk, rows)
     known = c < channels
     mean = tl.load(moments + part * channels + c, mask=known, other=0.0)
     if RELU and not RESIDUAL:
@@ -160,9 +152,9 @@ def sums(
         offset = tl.load(bias + c, mask=known, other=0.0).to(tl.float32)
     total = tl.zeros([ROWS, CHANNELS], dtype=tl.float32)
     product = tl.zeros([ROWS, CHANNELS], dtype=tl.float32)
-    for start in tl.range(first, last, ROWS, num_stages=STAGES):
+    for start in tl.range(tl.program_id(2) * ROWS, rows, tl.num_programs(2) * ROWS, num_stages=STAGES):
         r = start + tl.arange(0, ROWS)
-        inside = (r < last)[:, None] & known[None, :]
+        inside = (r < rows)[:, None] & known[None, :]
         place = _memory_rows(r, part, parts, size, multiplier, shift)[:, None] * channels + c[None, :]
         g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean[None, :]
@@ -175,7 +167,7 @@ def sums(
                 g = tl.where(value * scale[None, :] + offset[None, :] <= 0, 0.0, g)
         total += g
         product += g * value
-    out = partial + (part * tl.num_programs(2) + number) * channels + c
+    out = partial + (part * tl.num_programs(2) + tl.program_id(2)) * channels + c
     tl.store(out, tl.sum(total, axis=0), mask=known)
     tl.store(out + parts * tl.num_programs(2) * channels, tl.sum(product, axis=0), mask=known)
 
@@ -215,7 +207,7 @@ def input_gradient(
     """The gradient of x; RELU: `grad` is that of the output of a ReLU that the input says is open or not."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     part = tl.program_id(1)
-    first = tl.program_id(2) * chunk
+    first = (tl.num_programs(2) - 1 - tl.program_id(2)) * chunk
     last = tl.minimum(first + chunk, rows)
     known = c < channels
     mean = tl.load(moments + part * channels + c, mask=known, other=0.0)
