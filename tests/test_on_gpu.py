@@ -19,6 +19,7 @@ from PIL import Image
 from pretended_gpu import OnGPU, WrongDevice, created, pretended, waits
 from recorded_graph import RecordedGraph
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from twoviews import batch_size
 from twoviews.assembly import Parts, load_data, make_parts, make_views
@@ -140,6 +141,41 @@ def test_a_step_by_the_paths_of_a_gpu(name: str, views_kernel: Block, tmp_path: 
         assert {"statistics", "normalise", "sums", "input_gradient"} <= set(launched)
     expected = [one.item() for one in stepped(training(tmp_path, config(name, *overrides, "runtime.device=cpu")))]
     assert found == pytest.approx(expected, abs=1e-3)
+
+
+class Counter(TorchDispatchMode):
+    """Counts operators of torch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "most", "launches"),
+    # MoCo had 1,242 with a batch norm for each part of the batch by reshaping.
+    [("moco method.queue_size=32", 621, 180), ("simclr", 560, 120)],
+)
+def test_an_eager_step_has_few_operators(name: str, most: int, launches: int, tmp_path: Path) -> None:
+    """Those of torch, and for each of 20 batch norms three launches forward and three backward."""
+    network = ["backbone=resnet18_cifar", "data.train_images=64", "batch_size=16", "augmentation=digits"]
+    shared = ["data=digits", "protocol=[]", "runtime.device=cuda", "runtime.precision=bf16", "tracking=files"]
+    method, *overrides = name.split()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = hydra.compose("train", [f"method={method}", *network, *shared, *overrides])
+    with pretended(), interpreted() as launched:
+        one = training(tmp_path, cfg)
+        assert reason_for_plain(one.device) is None
+        one.loader.set_epoch(0)
+        batch = next(iter(one.loader))
+        one._step(batch)
+        launched.clear()
+        with Counter() as counter:
+            one._step(batch)
+    assert counter.count <= most and len(launched) == launches
 
 
 OPTIMIZERS = {"sgd": "fp32", "lars": "bf16", "larc": "fp16", "adamw": "bf16"}
