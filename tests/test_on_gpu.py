@@ -154,18 +154,12 @@ class Counter(TorchDispatchMode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "most", "launches"),
-    # MoCo had 1,242 with a batch norm for each part of the batch by reshaping.
-    [("moco method.queue_size=32", 621, 180), ("simclr", 560, 120)],
-)
-def test_an_eager_step_has_few_operators(name: str, most: int, launches: int, tmp_path: Path) -> None:
-    """Those of torch, and for each of 20 batch norms three launches forward and three backward."""
+def test_an_eager_step_has_few_operators(tmp_path: Path) -> None:
+    """Those of torch, and for each of 20 batch norms three launches for queries, three for keys and three backward."""
     network = ["backbone=resnet18_cifar", "data.train_images=64", "batch_size=16", "augmentation=digits"]
     shared = ["data=digits", "protocol=[]", "runtime.device=cuda", "runtime.precision=bf16", "tracking=files"]
-    method, *overrides = name.split()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = hydra.compose("train", [f"method={method}", *network, *shared, *overrides])
+        cfg = hydra.compose("train", ["method=moco", "method.queue_size=32", *network, *shared])
     with pretended(), interpreted() as launched:
         one = training(tmp_path, cfg)
         assert reason_for_plain(one.device) is None
@@ -175,7 +169,8 @@ def test_an_eager_step_has_few_operators(name: str, most: int, launches: int, tm
         launched.clear()
         with Counter() as counter:
             one._step(batch)
-    assert counter.count <= most and len(launched) == launches
+    assert counter.count <= 621  # half of what it was with a batch norm for each part of the batch by reshaping
+    assert len(launched) == 180
 
 
 OPTIMIZERS = {"sgd": "fp32", "lars": "bf16", "larc": "fp16", "adamw": "bf16"}
