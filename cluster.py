@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from twoviews.config import build, entry
+from twoviews.config import entry, recorded_runtime
 
 
 @entry("cluster")
 def main(cfg, folder: Path) -> int:
     """Embed the images once, cluster them for every k, and leave scores, assignments and pictures in the run folder."""
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
 
     from twoviews.assembly import load_data
     from twoviews.clusters.kmeans import concentration, kmeans
@@ -25,10 +25,9 @@ def main(cfg, folder: Path) -> int:
     console, run = Console(), Run.existing(by_name(cfg.run) or cfg.run)
     afterwards.check(run.folder)
     recorded = OmegaConf.create(run.config())
-    dotted = OmegaConf.from_dotlist([one for one in HydraConfig.get().overrides.task if one.startswith("runtime.")])
-    runtime = build(DictConfig({**recorded.runtime, **dotted.get("runtime", {})}))
+    runtime, notes = recorded_runtime(cfg, run.config(), HydraConfig.get().overrides.task)
     data = load_data(cfg if "data" in cfg else recorded)
-    for note in data.notes:
+    for note in (*notes, *data.notes):
         console.say(note)
     subject = Subject(run, data, cfg.split, own="data" not in cfg)
     subject.check(cfg.clusters)

@@ -4,9 +4,11 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from twoviews.config import ROOT
+from twoviews.errors import BadInput
 from twoviews.tracking.state import replace
 
 PARTS = ("src", "conf", "*.py")  # what runs need, below the root of the checkout
@@ -27,13 +29,16 @@ def freeze(folder: Path) -> Path:
     """A copy of this code below `folder`, named by its content and made at most once, whole; with its `code_state`.
 
     What git ignores is left out; what it does not know yet is copied.
+
+    Raises:
+        BadInput: the copy is there and has another content.
     """
     files = {path: (ROOT / path).read_bytes() for path in _files()}
-    content = hashlib.blake2b(digest_size=4)
-    for path, data in files.items():
-        content.update(f"{path}\0{len(data)}\0".encode() + data)
-    copy = folder / content.hexdigest()
+    digest = _digest(files)
+    copy = folder / digest[:8]
     if copy.exists():
+        if content(copy) != digest:
+            raise BadInput(f"{copy} is not the code that its name stands for; delete it, and it is copied again.")
         return copy
     part = folder / f".{copy.name}.{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
@@ -51,6 +56,26 @@ def freeze(folder: Path) -> Path:
             raise
         shutil.rmtree(part)
     return copy
+
+
+def content(copy: Path) -> str:
+    """The digest of a copy of code, of which nothing compiled is kept; empty if it has links, which lead elsewhere."""
+    paths = sorted(copy.rglob("*"))
+    for path in paths:
+        if path.name == "__pycache__" and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)  # what is left counts as content
+    kept = {path.relative_to(copy).as_posix(): path for path in paths if path.is_symlink() or path.is_file()}
+    if any(path.is_symlink() for path in kept.values()):
+        return ""
+    about = ("commit.txt", "diff.patch")
+    return _digest({name: path.read_bytes() for name, path in sorted(kept.items()) if name not in about})
+
+
+def _digest(files: Mapping[str, bytes]) -> str:
+    found = hashlib.blake2b(digest_size=32)
+    for path, data in files.items():
+        found.update(f"{path}\0{len(data)}\0".encode() + data)
+    return found.hexdigest()
 
 
 def _files() -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from twoviews.assembly import load_data
-from twoviews.config import build, digest, flat
+from twoviews.config import build, digest, flat, recorded_runtime
 from twoviews.console import Console
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
@@ -67,11 +67,10 @@ def evaluate(
         BadInput: a protocol cannot judge this encoder on these images.
     """
     recorded = OmegaConf.create(source.config or {})
-    dotted = OmegaConf.from_dotlist([one for one in asked if one.startswith("runtime.")])
-    runtime = build(DictConfig({**recorded.get("runtime", cfg.runtime), **dotted.get("runtime", {})}))
+    runtime, notes = recorded_runtime(cfg, source.config or {}, asked)
     device = runtime.torch_device()
     data = source.fed(given() if given else load_data(recorded)).to(device)
-    for note in (*source.notes, *data.notes):
+    for note in (*source.notes, *notes, *data.notes):
         console.say(note)
     if given is None and data.digest != Run(source.folder).read("data.json")["digest"]:
         console.say("warning: these are not the images of the run (their digest differs), so the numbers are not its.")

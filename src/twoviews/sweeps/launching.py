@@ -1,6 +1,7 @@
 """From the combinations that a sweeper made to points of a sweep, checked before anything starts."""
 
 import hashlib
+import json
 import re
 import shlex
 import sys
@@ -13,11 +14,11 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from twoviews.code import code_state, freeze
+from twoviews.code import code_state, content, freeze
 from twoviews.config import build, check, check_plugin, digest, flat
 from twoviews.console import Console
 from twoviews.errors import BadInput
-from twoviews.sweeps import collecting
+from twoviews.sweeps import collecting, launched
 from twoviews.sweeps.composing import Composer
 from twoviews.sweeps.dispatch import POLL_S, Dispatch
 from twoviews.sweeps.folder import New, Point, State, Sweep
@@ -82,7 +83,10 @@ class Launch:
         """Make the folders of these points, with the code as it was at the first call."""
         sweep = Sweep(self.folder)
         if not self._here:
-            self._here = {"cwd": str(Path.cwd()), "code": str(freeze(sweep.folder / "code"))}
+            copy = freeze(sweep.folder / "code")
+            self._here = {"cwd": str(Path.cwd()), "code": str(copy)}
+            launched.remember(content(copy))
+            launched.remember(json.dumps(self.launcher, sort_keys=True))
         new = [replace(one, more={**one.more, **self._here}) for one in new]
         points = sweep.add(
             new, command=shlex.join(["python", *sys.argv]), launcher=self.launcher, commit=code_state()[0]
@@ -138,6 +142,23 @@ def launch(order: Launch, combinations: Sequence[Sequence[str]]) -> int:
     finally:
         order.deliver(sweep)
     return order.end(sweep, points)
+
+
+def again(sweep: Sweep, points: Sequence[Point]) -> None:
+    """Run points as they were launched, from their checkpoints and with the code they had.
+
+    Raises:
+        BadInput: this user launched no such code or no such launcher: what came from elsewhere is not run.
+    """
+    code = {point.description["code"] for point in points}
+    known = all(launched.remembered(content(Path(one))) for one in code)
+    launcher = sweep.record["launcher"]
+    if points and not (known and launched.remembered(json.dumps(launcher, sort_keys=True))):
+        raise BadInput(
+            f"{sweep.folder} has code or a launcher that was not launched from here, so nothing of it is run; launch the "
+            "sweep with `train.py -m` and sweep.name= again, which goes on from its checkpoints with the code of this checkout."
+        )
+    build(launcher).submit(points)
 
 
 def wait(dispatch: Dispatch, points: Sequence[Point], console: Console) -> None:

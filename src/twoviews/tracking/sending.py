@@ -18,6 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from twoviews import foreign
 from twoviews.errors import BadInput
 from twoviews.tracking import stores
 from twoviews.tracking.metrics import HEAD, NAME, lines
@@ -162,7 +163,9 @@ def _describe(client: "MlflowClient", run: "Run", folder: Path) -> None:
     """Parameters, tags and data set of the run. MLflow never changes a parameter: a new value becomes a tag."""
     from mlflow.entities import Dataset, DatasetInput, Param, RunTag
 
-    config, data, environment = (_load(folder / name) for name in ("config.yaml", "data.json", "environment.json"))
+    config, data, environment = (
+        foreign.load(folder / name) for name in ("config.yaml", "data.json", "environment.json")
+    )
     params = dict(_flat(config))
     tags = {
         "folder": str(folder.resolve()),
@@ -231,7 +234,7 @@ def _tell_status(client: "MlflowClient", run_id: str, folder: Path, state: State
 
 
 def _status(folder: Path, closed: bool) -> str:
-    return STATUS.get(_load(folder / "result.json").get("state", ""), "KILLED") if closed else "RUNNING"
+    return STATUS.get(foreign.load(folder / "result.json").get("state", ""), "KILLED") if closed else "RUNNING"
 
 
 def _changed_files(folder: Path, state: State) -> dict[str, list[int]]:
@@ -261,18 +264,6 @@ def _fitted(text: str, length: int) -> str:
         return text
     end = f"... sha256 {sha256(text.encode()).hexdigest()[:16]}"
     return text[: length - len(end)] + end
-
-
-def _load(path: Path) -> dict:
-    """A YAML or JSON file as a dictionary; empty where there is none, or a crash left half of one."""
-    import yaml
-
-    try:
-        text = path.read_text()
-        loaded = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return loaded if isinstance(loaded, dict) else {}
 
 
 def _text(path: Path) -> str:
