@@ -230,7 +230,7 @@ def test_config_yaml(entry: Call, place: Path, payload: object) -> None:
         put(content := yaml.safe_load(clean), filled(payload))
         path.write_text(yaml.safe_dump(content))
         commands = with_config(place / "aa")
-        harmless(entry, *(commands if number == 0 else [commands[0], commands[5]]))
+        harmless(entry, *(commands if number == 0 else commands[:1]))
 
 
 @pytest.mark.parametrize("kind", YAML)
