@@ -12,6 +12,7 @@ from twoviews.errors import BadInput
 from twoviews.tracking.state import replace
 
 PARTS = ("src", "conf", "*.py")  # what runs need, below the root of the checkout
+KINDS = (".py", ".yaml", ".c", ".cu")  # of these, outside a git checkout
 
 
 def code_state() -> tuple[str, str]:
@@ -28,12 +29,12 @@ def code_state() -> tuple[str, str]:
 def freeze(folder: Path) -> Path:
     """A copy of this code below `folder`, named by its content and made at most once, whole; with its `code_state`.
 
-    What git ignores is left out; what it does not know yet is copied.
+    It has what git tracks, and no other file: one that is new may be a private key. `left_out` names these.
 
     Raises:
         BadInput: the copy is there and has another content.
     """
-    files = {path: (ROOT / path).read_bytes() for path in _files()}
+    files = {path: (ROOT / path).read_bytes() for path in _files()[0]}
     digest = _digest(files)
     copy = folder / digest[:8]
     if copy.exists():
@@ -78,17 +79,28 @@ def _digest(files: Mapping[str, bytes]) -> str:
     return found.hexdigest()
 
 
-def _files() -> list[str]:
-    """Paths below the root of the checkout, sorted."""
+def left_out() -> list[str]:
+    """Paths below the root of the checkout that `freeze` does not copy, because git does not track them; sorted."""
+    return _files()[1]
+
+
+def _files() -> tuple[list[str], list[str]]:
+    """Paths below the root of the checkout that are copied, and those that are not; each sorted."""
     try:
         if (ROOT / "commit.txt").exists():
             raise FileNotFoundError
-        listed = _git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PARTS).split("\0")
-        found = [ROOT / path for path in listed if path]
+        tracked, other = (
+            _git("ls-files", "-z", *options, "--", *PARTS).split("\0")
+            for options in (("--cached",), ("--others", "--exclude-standard"))
+        )
+        if not any(tracked):  # this folder lies in a repository that does not know it
+            raise FileNotFoundError
     except (OSError, subprocess.CalledProcessError):
         found = [path for part in PARTS for one in ROOT.glob(part) for path in (one, *one.rglob("*"))]
-    kept = [path for path in found if path.is_file() and "__pycache__" not in path.parts]
-    return sorted({path.relative_to(ROOT).as_posix() for path in kept})
+        found = [path.relative_to(ROOT) for path in found if path.is_file() and "__pycache__" not in path.parts]
+        tracked = [str(path) for path in found if path.suffix in KINDS]
+        other = [str(path) for path in found if path.suffix not in KINDS]
+    return sorted({one for one in tracked if one and (ROOT / one).is_file()}), sorted({one for one in other if one})
 
 
 def _git(*arguments: str) -> str:

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from twoviews import foreign
-from twoviews.errors import BadInput, nearest
+from twoviews.errors import BadInput, nearest, without_secrets
 from twoviews.ranges import Count, Index, Range, Temperature
 from twoviews.signatures import BUILDS, Parameter, buildable, complaint, signature
 
@@ -214,12 +214,16 @@ def _plain_configuration(arguments: list[str]) -> None:
 def _sentence(name: str, arguments: list[str], error: Exception) -> str:
     from twoviews.diagnosis import diagnose  # only needed for what is wrong
 
-    return diagnose(name, arguments, error)
+    sentence = diagnose(name, arguments, error)
+    for argument in arguments:
+        if "://" in argument or "tracking.uri" in argument:  # it may hold a password, however it is quoted
+            sentence = sentence.replace(argument, f"{argument.partition('=')[0]}=…")
+    return sentence
 
 
 def _bad_input(message: str) -> int:
     if os.environ.get("RANK", "0") == "0":  # several processes of torchrun find the same mistake
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {without_secrets(message)}", file=sys.stderr)
     return BAD_INPUT
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from twoviews.code import code_state, content, freeze
+from twoviews.code import code_state, content, freeze, left_out
 from twoviews.config import build, check, check_plugin, digest, flat
 from twoviews.console import Console
 from twoviews.errors import BadInput
@@ -26,6 +26,8 @@ from twoviews.sweeps.plan import plan
 from twoviews.sweeps.truth import look
 from twoviews.sweeps.words import counted
 from twoviews.tracking import stores
+
+LEFT_OUT = 5  # files that are named
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Launch:
         """Make the folders of these points, with the code as it was at the first call."""
         sweep = Sweep(self.folder)
         if not self._here:
+            self._say_left_out(new)
             copy = freeze(sweep.folder / "code")
             self._here = {"cwd": str(Path.cwd()), "code": str(copy)}
             launched.remember(content(copy))
@@ -92,6 +95,18 @@ class Launch:
             new, command=shlex.join(["python", *sys.argv]), launcher=self.launcher, commit=code_state()[0]
         )
         return sweep, points
+
+    def _say_left_out(self, new: Sequence[New]) -> None:
+        files = left_out()
+        modules = {file: file.removeprefix("src/").removesuffix(".py").replace("/", ".") for file in files}
+        for file, module in modules.items():
+            if any(f"_target_: {module}." in one.config for one in new):
+                raise BadInput(
+                    f"{file} is not tracked by git, so points would not have it; `git add {file}` changes that."
+                )
+        if files:
+            named = ", ".join(files[:LEFT_OUT]) + (" …" if len(files) > LEFT_OUT else "")
+            self.console.say(f"code      without {counted(len(files), 'file')} that git does not track: {named}")
 
     def prepare(self, sweep: Sweep, points: Sequence[Point]) -> None:
         """Before points run: MLflow's run for the sweep, if the points are mirrored there.
