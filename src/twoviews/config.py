@@ -140,6 +140,7 @@ def entry(
             try:
                 _known_options(sys.argv[1:])
                 _plain_configuration(sys.argv[1:])
+                _known_choices(sys.argv[1:])
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
             except BadInput as error:
                 codes.append(_bad_input(str(error)))
@@ -188,6 +189,15 @@ def _known_options(arguments: list[str]) -> None:
         if word.startswith("-") and not short and not any(option.startswith(name) for option in options):
             key = name.lstrip("-").replace("-", "_")
             raise BadInput(f"there is no option {name}; values have no dashes, {key}=..., and --help lists them.")
+
+
+def _known_choices(arguments: list[str]) -> None:
+    """Refuse what Hydra would leave out without a word: unknown choices of optional groups."""
+    if any(word.lstrip("+").startswith(("experiment", "special")) for word in arguments):
+        from twoviews.diagnosis import unknown_choices
+
+        if sentence := unknown_choices(arguments):
+            raise BadInput(sentence)
 
 
 def _plain_configuration(arguments: list[str]) -> None:
