@@ -29,7 +29,7 @@ def library(source: Path) -> ctypes.CDLL | None:
     if compiler is None or os.environ.get("TWOVIEWS_KERNEL") == "0":
         return None
     try:
-        path = cache_folder() / f"{source.stem}-{_key(source, compiler)}.so"
+        path = _folder() / f"{source.stem}-{_key(source, compiler)}.so"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -42,8 +42,7 @@ def library(source: Path) -> ctypes.CDLL | None:
         return None
 
 
-def cache_folder() -> Path:
-    """Where this user's programs keep what can be made again."""
+def _folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "twoviews"
 
 

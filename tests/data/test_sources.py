@@ -1,5 +1,7 @@
 import inspect
 import io
+import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from twoviews.data import sources
+from twoviews.data import contents, sources
 from twoviews.data.decoding import Decoded
 from twoviews.errors import BadInput
 
@@ -431,3 +433,74 @@ def test_an_archive_laid_in_place_is_unpacked_and_used(tmp_path, cache, monkeypa
     assert np.array_equal(data.train.pixels.numpy().reshape(50, 3072), values[:50])
     assert np.array_equal(data.test.pixels.numpy().reshape(10, 3072), values[50:])
     assert data.mean == (0.4914, 0.4822, 0.4465)
+
+
+def grey(root, value):
+    """One picture a class and a split; all such folders have the same names, sizes and times, as from one archive."""
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            for i in range(2):
+                path = root / split / name / f"{i}.bmp"
+                picture(path, colour=value)
+                os.utime(path, (10**9, 10**9))
+
+
+def shown(root, cache):
+    """The grey of its pictures, as the data set has it."""
+    return {int(value) for value in folder(root, cache).train.pixels.unique()}
+
+
+def test_folders_that_look_alike_have_stores_of_their_own(tmp_path, cache):
+    for value in (1, 2):
+        grey(tmp_path / f"fold{value}" / "images", value)
+        assert shown(tmp_path / f"fold{value}" / "images", cache) == {value}
+
+
+def test_a_folder_that_is_replaced_has_another_store(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(contents, "SETTLED_S", -1.0)  # all of it counts as settled, and is known again
+    for value in (1, 2):
+        grey(tmp_path / f"new{value}", value)
+    for value in (1, 2, 1):
+        (tmp_path / f"new{value}").rename(tmp_path / "set")
+        assert shown(tmp_path / "set", cache) == {value}
+        (tmp_path / "set").rename(tmp_path / f"new{value}")
+
+
+def test_files_that_change_within_their_times_have_another_store(tmp_path, cache, monkeypatch):
+    grey(tmp_path / "set", 1)
+    frozen = os.stat
+    stamps = {}
+
+    def coarse(path, **options):  # a file system that notes no times finer than this test takes
+        return (
+            stamps.setdefault(str(path), frozen(path, **options))
+            if str(path).endswith(".bmp")
+            else frozen(path, **options)
+        )
+
+    monkeypatch.setattr(os, "stat", coarse)
+    assert shown(tmp_path / "set", cache) == {1}
+    grey(tmp_path / "set", 2)
+    assert shown(tmp_path / "set", cache) == {2}
+
+
+def test_copies_share_a_store_and_are_read_once(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(contents, "SETTLED_S", -1.0)
+    grey(tmp_path / "one" / "set", 1)
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    read = []
+    monkeypatch.setattr(contents, "_digest", lambda path, digest=contents._digest: read.append(path) or digest(path))
+    for _ in range(2):
+        for place in ("one", "other"):
+            assert shown(tmp_path / place / "set", cache) == {1}
+    assert len(read) == len(set(read)) == 16
+    assert len([path for path in Path(cache).iterdir() if path.name.startswith("set-") and path.is_dir()]) == 1
+
+
+def test_arrays_of_the_same_name_size_and_time_have_stores_of_their_own(tmp_path, cache):
+    for value in (1, 2):
+        path = tmp_path / str(value) / "images.npy"
+        path.parent.mkdir()
+        np.save(path, np.full((4, 8, 8, 3), value, np.uint8))
+        os.utime(path, (10**9, 10**9))
+        assert int(array(path, cache).train.pixels.max()) == value

@@ -22,7 +22,6 @@ class Tree:
 
     root: Path
     names: tuple[str, ...]  # relative to root, with "/" between the levels
-    stamps: tuple[tuple[int, int], ...]  # bytes and modification time in ns of each file
     ignored: int  # files that are no pictures by their suffix
 
     def __len__(self) -> int:
@@ -52,10 +51,9 @@ def tree(root: Path) -> Tree:
     """
     found, ignored = [], 0
     try:
-        for name, entry in _walk(root):
+        for name in _walk(root):
             if Path(name).suffix.lower() in SUFFIXES:
-                status = entry.stat()
-                found.append((name, (status.st_size, status.st_mtime_ns)))
+                found.append(name)
             else:
                 ignored += 1
     except OSError as error:
@@ -63,12 +61,11 @@ def tree(root: Path) -> Tree:
     if not found:
         others = f"only {ignored} other files" if ignored else "no file at all"
         raise BadInput(f"{root} holds no picture ({others}); pictures end in {' '.join(SUFFIXES)}.")
-    found.sort()
-    return Tree(root, tuple(name for name, _ in found), tuple(stamp for _, stamp in found), ignored)
+    return Tree(root, tuple(sorted(found)), ignored)
 
 
-def _walk(root: Path) -> Iterator[tuple[str, os.DirEntry]]:
-    """Every file below `root` that is not hidden, with its relative name."""
+def _walk(root: Path) -> Iterator[str]:
+    """The relative name of every file below `root` that is not hidden."""
     seen, waiting = set(), [("", root)]
     while waiting:
         prefix, folder = waiting.pop()
@@ -83,7 +80,7 @@ def _walk(root: Path) -> Iterator[tuple[str, os.DirEntry]]:
                 if entry.is_dir():
                     waiting.append((f"{prefix}{entry.name}/", Path(entry.path)))
                 else:
-                    yield prefix + entry.name, entry
+                    yield prefix + entry.name
 
 
 def shorter_side(path: str) -> int | None:

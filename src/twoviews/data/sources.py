@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from twoviews.data import arrays, downloads, folders
+from twoviews.data.contents import contents
 from twoviews.data.decoding import Decoded, cores
 from twoviews.data.images import ImageData, Images, stratified
 from twoviews.data.store import Recipe, Store, statistics, stored
@@ -166,8 +167,13 @@ def array(
     beside = None if labels is None else Path(labels).expanduser().absolute()
     if beside is not None and not beside.is_file():
         raise BadInput(f"data.labels={labels} is not there.")
-    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in (*files, beside) if path]
-    store = stored(cache, place.stem, {"files": stamps, "size": size}, lambda: arrays.recipe(files, beside, size))
+    read = [path for path in (*files, beside) if path]
+    key = {
+        "files": [path.name for path in read],
+        "contents": contents([str(path) for path in read], cache),
+        "size": size,
+    }
+    store = stored(cache, place.stem, key, lambda: arrays.recipe(files, beside, size))
     return _fewer(_data(place.stem, store), train_images)
 
 
@@ -220,7 +226,8 @@ def folder(
         "splits": found.splits,
         "classes": found.classes,
         "train_labelled": found.train_labelled,
-        "files": [[one.names, one.stamps] for one in found.trees],
+        "files": [one.names for one in found.trees],
+        "contents": contents([path for one in found.trees for path in one.paths], cache),
     }
     store = stored(cache, place.name, key, lambda: folders.recipe(found, size, channels, workers))
     notes += _broken(store, max_broken)

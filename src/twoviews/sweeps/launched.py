@@ -2,9 +2,8 @@
 
 import contextlib
 import hashlib
+import os
 from pathlib import Path
-
-from twoviews.compiled import cache_folder
 
 
 def remember(what: str) -> None:
@@ -21,4 +20,5 @@ def remembered(what: str) -> bool:
 
 
 def _path(what: str) -> Path:
-    return cache_folder() / "launched" / hashlib.blake2b(what.encode(), digest_size=32).hexdigest()
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser()
+    return caches / "twoviews" / "launched" / hashlib.blake2b(what.encode(), digest_size=32).hexdigest()
