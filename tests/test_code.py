@@ -13,8 +13,15 @@ from twoviews.errors import BadInput
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout with a committed file, a changed one, one that was added, an ignored one, and two that git does not know."""
     root = tmp_path / "checkout"
-    (root / "src" / "twoviews").mkdir(parents=True)
-    for name, text in {"train.py": "1", "src/twoviews/loop.py": "1", ".gitignore": "*.log\n", "README.md": ""}.items():
+    for place in ("src/twoviews", "tests"):
+        (root / place).mkdir(parents=True)
+    for name, text in {
+        "train.py": "1",
+        "tests/test_train.py": "1",
+        "src/twoviews/loop.py": "1",
+        ".gitignore": "*.log\n",
+        "README.md": "",
+    }.items():
         (root / name).write_text(text)
 
     def git(*arguments: str) -> None:

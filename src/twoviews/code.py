@@ -90,7 +90,7 @@ def _files() -> tuple[list[str], list[str]]:
         if (ROOT / "commit.txt").exists():
             raise FileNotFoundError
         tracked, other = (
-            _git("ls-files", "-z", *options, "--", *PARTS).split("\0")
+            _git("--glob-pathspecs", "ls-files", "-z", *options, "--", *PARTS).split("\0")
             for options in (("--cached",), ("--others", "--exclude-standard"))
         )
         if not any(tracked):  # this folder lies in a repository that does not know it

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -265,8 +266,13 @@ def _operating_system(error: OSError) -> str:
 def digest(cfg: DictConfig | dict[str, Any]) -> str:
     """Eight hex digits that change with everything that can change the result of a run."""
     values = {key: value for key, value in flat(_plain(cfg)).items() if not key.startswith(_NOT_IN_DIGEST)}
-    numbers = {key: float(value) if isinstance(value, int) else value for key, value in values.items()}  # 1 is 1.0
+    numbers = {key: number(value) for key, value in values.items()}
     return hashlib.blake2b(repr(sorted(numbers.items())).encode(), digest_size=4).hexdigest()
+
+
+def number(value: Any) -> Any:
+    """The value, as a float where that is the same number: 1 is 1.0."""
+    return float(value) if isinstance(value, int) and abs(value) <= 2**53 else value
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -329,10 +335,27 @@ def recorded_runtime(cfg: DictConfig, recorded: Mapping[str, Any], asked: Sequen
     """
     there = recorded.get("runtime", {})
     known = {key: value for key, value in there.items() if key in cfg.runtime}
-    dotted = OmegaConf.from_dotlist([one for one in asked if one.startswith("runtime.")]).get("runtime", {})
+    dotted = said(cfg, asked, "runtime")
     unknown = ", ".join(f"runtime.{key}" for key in there if key not in known)
     notes = [f"{unknown} of the run is not known to this version and left out."] if unknown else []
     return build(DictConfig({**cfg.runtime, **known, **dotted})), notes
+
+
+def said(cfg: DictConfig, asked: Sequence[str], node: str) -> dict[str, Any]:
+    """The values of a node that the command sets, as they are in its configuration, where the last override has won.
+
+    Args:
+        cfg: of the command.
+        asked: its overrides.
+        node: a key at the root; choices of files for it are no values.
+    """
+    found = OmegaConf.create({node: {}})
+    for override in OverridesParser.create().parse_overrides(list(asked)):
+        key, value = override.key_or_group, override.value()
+        for one in (f"{key}.{inner}" for inner in flat(value)) if isinstance(value, dict) and value else (key,):
+            if one.startswith(f"{node}."):
+                OmegaConf.update(found, one, OmegaConf.select(cfg, one), force_add=True)
+    return typing.cast(dict[str, Any], OmegaConf.to_container(found, resolve=True))[node]
 
 
 def _builds(value: Any) -> bool:

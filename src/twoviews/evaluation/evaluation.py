@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from twoviews.assembly import load_data
-from twoviews.config import build, digest, flat, recorded_runtime
+from twoviews.config import build, digest, flat, recorded_runtime, said
 from twoviews.console import Console
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
@@ -40,13 +40,12 @@ def protocols(cfg: DictConfig, asked: Sequence[str], recorded: Mapping[str, Any]
     there = (recorded or {}).get("protocol") or {}
     used = {name: there[name] for name in cfg.protocol if name in there and name in plain}
     if probe := there.get("linear"):  # the run's own, also for those that classify with it
-        used.update({name: {"linear": probe} for name, node in cfg.protocol.items() if "linear" in node})
+        for name in (name for name, node in cfg.protocol.items() if "linear" in node):
+            used[name] = {"linear": probe, **used.get(name, {})}
         if "predict" in cfg.protocol:
-            used["predict"] = {
-                key: value for key, value in probe.items() if key in cfg.protocol.predict and key[0] != "_"
-            }
-    dotted = OmegaConf.from_dotlist([one for one in asked if one.startswith("protocol.")])
-    return OmegaConf.merge(cfg, {"protocol": used}, {"protocol": dotted.get("protocol", {})}).protocol
+            shared = {key: value for key, value in probe.items() if key in cfg.protocol.predict and key[0] != "_"}
+            used["predict"] = {**shared, **used.get("predict", {})}
+    return OmegaConf.merge(cfg, {"protocol": used}, {"protocol": said(cfg, asked, "protocol")}).protocol
 
 
 def evaluate(

@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from twoviews.code import code_state, content, freeze, left_out
-from twoviews.config import build, check, check_plugin, digest, flat
+from twoviews.config import build, check, check_plugin, digest, flat, number
 from twoviews.console import Console
 from twoviews.errors import BadInput
 from twoviews.sweeps import collecting, launched
@@ -28,6 +28,7 @@ from twoviews.sweeps.words import counted
 from twoviews.tracking import stores
 
 LEFT_OUT = 5  # files that are named
+_HYDRAS = ("hydra.mode=", "hydra.launcher", "hydra/launcher=", "hydra.sweeper", "hydra/sweeper=", "hydra.sweep.dir=")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class Launch:
     def __init__(self, config: DictConfig, compose: Callable[[list[str]], DictConfig]):
         self.options, self.console = Options(**OmegaConf.to_container(config.sweep)), Console()  # type: ignore[arg-type]
         typed = _parsed(list(config.hydra.overrides.task))
+        for one in config.hydra.overrides.hydra:
+            if not one.lstrip("+~").startswith(_HYDRAS):
+                raise BadInput(f"{one} would not reach the points of a sweep; leave it out, or leave out -m.")
         self.swept = [one.get_key_element() for one in typed if one.is_sweep_override()]
         self.launcher = check_plugin(config, "launcher")
         called = self.options.name or name(config, self.swept)
@@ -227,7 +231,7 @@ def name(config: DictConfig, swept: Sequence[str]) -> str:
     nodes = _without(config, *_FREE)
     fixed = flat(OmegaConf.to_container(nodes, resolve=True))
     kept = {key: value for key, value in fixed.items() if not any(f"{key}.".startswith(f"{one}.") for one in swept)}
-    text = repr((sorted((key, _number(value)) for key, value in kept.items()), sorted(swept)))
+    text = repr((sorted((key, number(value)) for key, value in kept.items()), sorted(swept)))
     choices = config.hydra.runtime.choices
     front = [group if group in swept else choices[group] for group in ("method", "data")]
     return "-".join([*front, hashlib.blake2b(text.encode(), digest_size=4).hexdigest()])
@@ -292,7 +296,3 @@ def _parsed(overrides: Sequence[str]) -> list:
 def _plain(value: Any) -> Any:
     """A value as JSON has it; quoted strings without their quotes."""
     return [_plain(one) for one in value] if isinstance(value, list) else getattr(value, "text", value)
-
-
-def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, int) else value  # 1 is 1.0
