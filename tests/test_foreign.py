@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -319,6 +320,19 @@ def test_jobs_are_no_options_of_scancel(entry: Call, place: Path) -> None:
     record["points"]["aa"]["job"] = "--user=everybody"
     (place / "sweep.json").write_text(json.dumps(record))
     harmless(entry, *(["sweep", one, str(place)] for one in SWEEPS))
+
+
+def test_a_store_does_not_choose_where_files_are_written(entry: Call, place: Path) -> None:
+    """The database that tracking.json names may lie in the foreign folder, and says where the run's files belong."""
+    run, uri = place / "aa", f"sqlite:///{place / 'aa' / 'mlflow.db'}"
+    assert entry("tracking", "sync", str(run), "--uri", uri).code == 0
+    (Path.cwd() / "home").mkdir()
+    with sqlite3.connect(run / "mlflow.db") as database:
+        database.execute("UPDATE runs SET artifact_uri = ?", (str(Path.cwd() / "home"),))
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "evil.py").write_text("")
+    refused(entry("tracking", "sync", str(run)), "which is no folder of that run")
+    assert not list((Path.cwd() / "home").iterdir())
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
 from twoviews import foreign
 from twoviews.errors import BadInput
@@ -59,6 +60,7 @@ def send(folder: Path, closed: bool) -> int:
         client, experiment_id = stores.connect(stores.resolved(state.uri), state.experiment)
         run = _open_run(client, experiment_id, folder, state)
         changed = _changed_files(folder, state)
+        _check_place(run)
         if changed.keys() & set(DESCRIPTION):
             _describe(client, run, folder)
         sent = _send_points(client, run.info.run_id, folder, state, limit)
@@ -157,6 +159,21 @@ def _tagged(client: "MlflowClient", run: "Run", state: State) -> "Run":
         if run.data.tags.get(key) != value:
             client.set_tag(run.info.run_id, key, value)
     return run
+
+
+def _check_place(run: "Run") -> None:
+    """Refuse a store that would have files written into a folder that is not the run's: the store may be a foreign one.
+
+    Raises:
+        BadInput: it would.
+    """
+    place = urlsplit(run.info.artifact_uri or "")
+    path = Path(unquote(place.path)).resolve()
+    if place.scheme in ("", "file") and path.parts[-2:] != (run.info.run_id, "artifacts"):
+        raise BadInput(
+            f"the store has {path} for the files of run {run.info.run_id}, which is no folder of that run; name another store "
+            "with `python -m twoviews.tracking sync --uri`."
+        )
 
 
 def _describe(client: "MlflowClient", run: "Run", folder: Path) -> None:
