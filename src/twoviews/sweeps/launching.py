@@ -74,6 +74,7 @@ class Launch:
         if self.tracking["mirror"]:
             stores.check(self.tracking["uri"])
         self.dispatch: Dispatch = build(DictConfig(self.launcher))
+        self.protocols = [*(config.get("protocol") or {})]  # whose values result.json will have
         self._composer = Composer(compose)
         self._here: dict[str, str] = {}
 
@@ -228,7 +229,7 @@ def frozen(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def name(config: DictConfig, swept: Sequence[str]) -> str:
     """What a sweep is called: the same for other values of the same keys."""
-    nodes = _without(config, *_FREE)
+    nodes = _without(config, *FREE)
     fixed = flat(OmegaConf.to_container(nodes, resolve=True))
     kept = {key: value for key, value in fixed.items() if not any(f"{key}.".startswith(f"{one}.") for one in swept)}
     text = repr((sorted((key, number(value)) for key, value in kept.items()), sorted(swept)))
@@ -237,7 +238,7 @@ def name(config: DictConfig, swept: Sequence[str]) -> str:
     return "-".join([*front, hashlib.blake2b(text.encode(), digest_size=4).hexdigest()])
 
 
-_FREE = (
+FREE = (
     "hydra",
     "sweep",
     "tracking",
