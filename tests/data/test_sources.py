@@ -269,7 +269,8 @@ def test_colours_keep_their_balance_and_test_values_are_clipped_aloud(tmp_path, 
     [
         (np.array(["b", "a", "c", "a"] * 5), ("a", "b", "c")),
         (np.array([b"b", b"a"] * 10), ("a", "b")),
-        (np.array([-1, 7, 0, 7] * 5), ("-1", "0", "7")),
+        (np.array([-2, 7, 0, 7] * 5), ("-2", "0", "7")),
+        (np.array([-1, 1] * 10), ("-1", "1")),
         (np.array([1.0, 2.0] * 10), ("1", "2")),
         (np.array([[3], [5]] * 10), ("3", "5")),
         (np.array([True, False] * 10), ("0", "1")),
@@ -504,3 +505,49 @@ def test_arrays_of_the_same_name_size_and_time_have_stores_of_their_own(tmp_path
         np.save(path, np.full((4, 8, 8, 3), value, np.uint8))
         os.utime(path, (10**9, 10**9))
         assert int(array(path, cache).train.pixels.max()) == value
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int8, np.float32])
+@pytest.mark.parametrize("tested", [False, True])
+def test_label_minus_one_is_none(tmp_path, cache, kind, tested):
+    """As in STL-10: such images are trained on, and are in neither memory nor test."""
+    labels = np.where(np.arange(60) % 3 == 0, -1, np.arange(60) % 3 + 4).astype(kind)
+    images = np.arange(60, dtype=np.uint8)[:, None, None] * np.ones((1, 8, 8), np.uint8)
+    more = {"test_images": images[:6], "test_labels": labels[:6]} if tested else {}
+    np.savez(tmp_path / "a.npz", images=images, labels=labels, **more)
+    data = array(tmp_path / "a.npz", cache)
+    assert data.classes == ("5", "6") and data.train.labels is None
+    assert len(data.train) == (60 if tested else 52) and len(data.memory) == (40 if tested else 32)
+    assert len(data.test) == (4 if tested else 8)
+    for split in (data.memory, data.test):
+        rows = split.pixels[:, 0, 0, 0].numpy()
+        assert (split.labels.numpy() == rows % 3 - 1).all() and (rows % 3 > 0).all()
+    assert {*data.train.pixels[:, 0, 0, 0].tolist()} >= {row for row in range(60) if row % 3 == 0}
+    assert any("20 of 60 images have the label -1" in note for note in data.notes)
+    assert any("2 test images have the label -1" in note for note in data.notes) == tested
+
+
+@pytest.mark.parametrize(
+    "shape", [(13, 32, 32), (13, 32, 24), (40, 32, 32), (2, 20, 28), (3, 8, 9), (1, 9, 8), (40, 20, 28), (9, 9, 9)]
+)
+def test_channels_first_are_refused(tmp_path, cache, shape):
+    np.save(tmp_path / "a.npy", np.zeros((4, *shape), np.uint8))
+    with pytest.raises(BadInput, match=r"looks like \[N, C, H, W\].*moveaxis"):
+        array(tmp_path / "a.npy", cache)
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 13), (32, 24, 13), (32, 32, 40), (20, 28, 2), (8, 9, 3), (28, 28, 1)])
+def test_channels_last_are_taken(tmp_path, cache, shape):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 255, (4, *shape), dtype=np.uint8))
+    assert array(tmp_path / "a.npy", cache).channels == shape[-1]
+
+
+def test_arrays_that_are_not_used_are_named_and_may_be_anything(tmp_path, cache):
+    images = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), dtype=np.uint8)
+    names = np.array([f"{i}.png" for i in range(20)], dtype=object)
+    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(20) % 2, val_images=images, filenames=names)
+    data = array(tmp_path / "a.npz", cache)
+    assert "a.npz holds arrays that are not used: 'val_images', 'filenames'." in data.notes
+    np.savez(tmp_path / "b.npz", images=images, labels=names)
+    with pytest.raises(BadInput, match="Python objects"):
+        array(tmp_path / "b.npz", cache)

@@ -33,7 +33,8 @@ def contents(paths: Sequence[str], cache: str) -> str:
     with contextlib.suppress(OSError):
         return known.read_text()
     started, digest = time.time(), hashlib.blake2b(digest_size=16)
-    with ThreadPoolExecutor(READERS) as pool, progress("Reading", len(paths)) as advance:
+    shown = progress("Reading", len(paths)) if len(paths) > CHUNK else contextlib.nullcontext(lambda _: None)
+    with ThreadPoolExecutor(READERS) as pool, shown as advance:
         for start in range(0, len(paths), CHUNK):
             some = paths[start : start + CHUNK]
             for one in pool.map(_digest, some):
