@@ -100,7 +100,7 @@ def test_one_tree_with_train_and_test(tmp_path, cache):
     assert (len(data.train), len(data.test), data.size, data.channels, data.classes) == (6, 4, 16, 3, ("cat", "dog"))
     assert data.memory is data.train
     assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert any("1 files" in note for note in data.notes)
+    assert any(note.endswith("are not taken for pictures: 1 .txt.") for note in data.notes)
     assert any("16 x 16" in note for note in data.notes)
     first = np.asarray(Image.open(root / "train" / "cat" / "0.png")).transpose(2, 0, 1)
     assert np.array_equal(data.train.pixels[0], first)
@@ -183,6 +183,16 @@ def test_broken_files_stop_the_run_by_name_and_may_be_allowed(tmp_path, cache):
     for path in (truncated, root / "train" / "b" / "2.png", root / "train" / "b" / "9.jpg"):
         path.unlink()
     assert len(folder(root, cache).train) == 6
+
+
+def test_links_that_lead_nowhere_are_broken_files_and_pipes_are_none(tmp_path, cache):
+    pictures(tmp_path / "set", ["a"], count=4)
+    (tmp_path / "set" / "a" / "x.png").symlink_to("nowhere.png")
+    (tmp_path / "set" / "a" / "y.png").symlink_to("y.png")
+    os.mkfifo(tmp_path / "set" / "a" / "z.png")
+    with pytest.raises(BadInput, match=r"2 broken files.*x\.png.*y\.png"):
+        folder(tmp_path / "set", cache)
+    assert len(folder(tmp_path / "set", cache, max_broken=2).train) == 4
 
 
 def test_a_file_without_permission_is_not_a_broken_one(tmp_path, cache, monkeypatch):

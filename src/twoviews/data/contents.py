@@ -23,8 +23,7 @@ def contents(paths: Sequence[str], cache: str) -> str:
     They are known by place, inode, size and times; of these the time of the last change is set by the system alone, so
     that neither an archive nor a copy brings it along. What is known is kept in `<cache>/contents`.
     """
-    stats = [Path(path).stat() for path in paths]
-    stamps = [(one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for one in stats]
+    stamps = [_stamp(path) for path in paths]
     known = (
         Path(cache).expanduser()
         / "contents"
@@ -40,11 +39,20 @@ def contents(paths: Sequence[str], cache: str) -> str:
             for one in pool.map(_digest, some):
                 digest.update(one)
             advance(len(some))
-    if max(max(one.st_mtime, one.st_ctime) for one in stats) < started - SETTLED_S:
+    if max(max(stamp) for _, *stamp in stamps) < (started - SETTLED_S) * 1e9:
         with contextlib.suppress(OSError):  # of a cache that cannot be written: whoever writes the store says so
             known.parent.mkdir(parents=True, exist_ok=True)
             replace(known, digest.hexdigest())
     return digest.hexdigest()
+
+
+def _stamp(path: str) -> tuple[str, int, int]:
+    """Inode and size, and the times in ns at which content and file were changed; all 0 for a link that leads nowhere."""
+    try:
+        one = Path(path).stat()
+    except OSError:
+        return "", 0, 0
+    return f"{one.st_ino} {one.st_size}", one.st_mtime_ns, one.st_ctime_ns
 
 
 def _digest(path: str) -> bytes:

@@ -14,6 +14,7 @@ import torch
 from twoviews.data import arrays, downloads, folders
 from twoviews.data.contents import contents
 from twoviews.data.decoding import Decoded, cores
+from twoviews.data.files import dark
 from twoviews.data.images import ImageData, Images, stratified
 from twoviews.data.store import Recipe, Store, statistics, stored
 from twoviews.errors import BadInput
@@ -215,7 +216,7 @@ def folder(
         raise BadInput(f"data.channels={channels} is not possible for picture files: use 3 (colour) or 1 (grey).")
     place = Path(root).expanduser().absolute()
     found = folders.find(place, train, memory, test, labels)
-    notes = list(found.notes)
+    notes = [*found.notes, *dark(found.train.paths)]
     if size is None:
         size, note = folders.usual_side(found.train)
         notes.append(note)
