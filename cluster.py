@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from twoviews.config import entry
+from twoviews.config import entry, recorded_runtime
 
 
 @entry("cluster")
@@ -11,7 +11,7 @@ def main(cfg, folder: Path) -> int:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from twoviews.assembly import evaluation_runtime, load_data
+    from twoviews.assembly import load_data
     from twoviews.clusters.kmeans import concentration, kmeans
     from twoviews.clusters.scores import scores
     from twoviews.clusters.sheet import draw_clusters
@@ -26,9 +26,9 @@ def main(cfg, folder: Path) -> int:
     console, run = Console(), Run.existing(by_name(cfg.run) or cfg.run)
     afterwards.check(run.folder)
     recorded = OmegaConf.create(run.config())
-    runtime = evaluation_runtime(cfg, recorded, HydraConfig.get().overrides.task)
+    runtime, notes = recorded_runtime(cfg, run.config(), HydraConfig.get().overrides.task)
     data = load_data(cfg if "data" in cfg else recorded)
-    for note in data.notes:
+    for note in (*notes, *data.notes):
         console.say(note)
     subject = Subject(run, data, cfg.split, own="data" not in cfg)
     subject.check(cfg.clusters)

@@ -6,14 +6,22 @@ from pathlib import Path
 import pytest
 
 from twoviews import code
+from twoviews.errors import BadInput
 
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with a committed file, a changed one, a new one and an ignored one."""
+    """A checkout with a committed file, a changed one, one that was added, an ignored one, and two that git does not know."""
     root = tmp_path / "checkout"
-    (root / "src" / "twoviews").mkdir(parents=True)
-    for name, text in {"train.py": "1", "src/twoviews/loop.py": "1", ".gitignore": "*.log\n", "README.md": ""}.items():
+    for place in ("src/twoviews", "tests"):
+        (root / place).mkdir(parents=True)
+    for name, text in {
+        "train.py": "1",
+        "tests/test_train.py": "1",
+        "src/twoviews/loop.py": "1",
+        ".gitignore": "*.log\n",
+        "README.md": "",
+    }.items():
         (root / name).write_text(text)
 
     def git(*arguments: str) -> None:
@@ -24,6 +32,9 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     git("commit", "-qm", "first")
     (root / "src" / "twoviews" / "loop.py").write_text("2")
     (root / "src" / "twoviews" / "new.py").write_text("new")
+    git("add", "src/twoviews/new.py")
+    (root / "src" / "twoviews" / "mine.py").write_text("not added")
+    (root / "src" / "id_rsa").write_text("PRIVATE KEY")
     (root / "src" / "noise.log").write_text("noise")
     monkeypatch.setattr(code, "ROOT", root)
     return root
@@ -53,11 +64,29 @@ def test_the_same_code_is_copied_once(checkout: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "code").iterdir()] == [copy.name]
 
 
-def test_without_git_everything_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_git_does_not_track_is_left_out_and_named(checkout: Path, tmp_path: Path) -> None:
+    assert code.left_out() == ["src/id_rsa", "src/twoviews/mine.py"]
+    copy = code.freeze(tmp_path / "code")
+    assert "PRIVATE KEY" not in code.code_state()[1] and "not added" not in code.code_state()[1]
+    assert not {"src/id_rsa", "src/twoviews/mine.py"} & files(copy)
+
+
+def test_a_copy_with_another_content_is_not_used(checkout: Path, tmp_path: Path) -> None:
+    copy = code.freeze(tmp_path / "code")
+    (copy / "train.py").write_text("other")
+    with pytest.raises(BadInput, match="not the code that its name stands for"):
+        code.freeze(tmp_path / "code")
+
+
+@pytest.mark.parametrize("repository", [False, True])
+def test_without_git_code_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: bool) -> None:
+    if repository:  # another one, which does not know this folder
+        subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     (tmp_path / "root" / "src" / "__pycache__").mkdir(parents=True)
-    for name in ("train.py", "src/loop.py", "src/__pycache__/loop.pyc"):
+    for name in ("train.py", "src/loop.py", "src/__pycache__/loop.pyc", "src/id_rsa", "src/key.pem"):
         (tmp_path / "root" / name).write_text("1")
     monkeypatch.setattr(code, "ROOT", tmp_path / "root")
-    assert code.code_state() == ("none", "")
+    assert repository or code.code_state() == ("none", "")
+    assert code.left_out() == ["src/id_rsa", "src/key.pem"]
     copy = code.freeze(tmp_path / "code")
     assert files(copy) == {"train.py", "src/loop.py", "commit.txt"}

@@ -2,7 +2,6 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,20 +69,6 @@ class Parts:
             values = scores(clustered.x, clusters, labels=labels, previous=previous, seed=self.loader.seed)
             found.update({f"e_step/{name}/{key}": value for key, value in values.items()})
         return found
-
-
-def evaluation_runtime(cfg: DictConfig, recorded: DictConfig, overrides: Sequence[str]) -> Runtime:
-    """How a run is evaluated: as it was trained but for the precision, unless the command line says otherwise.
-
-    Args:
-        cfg: the configuration of the command.
-        recorded: that of the run, which an earlier version may have written; empty for an encoder without a run.
-        overrides: of the command line.
-    """
-    recorded = recorded.get("runtime", {})
-    known = {key: recorded[key] for key in cfg.runtime if key in recorded and key != "precision"}
-    asked = OmegaConf.from_dotlist([one for one in overrides if one.startswith("runtime.")])
-    return build(DictConfig({**cfg.runtime, **known, **asked.get("runtime", {})}))
 
 
 def load_data(cfg: DictConfig) -> ImageData:

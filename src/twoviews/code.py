@@ -4,12 +4,15 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from twoviews.config import ROOT
+from twoviews.errors import BadInput
 from twoviews.tracking.state import replace
 
 PARTS = ("src", "conf", "*.py")  # what runs need, below the root of the checkout
+KINDS = (".py", ".yaml", ".c", ".cu")  # of these, outside a git checkout
 
 
 def code_state() -> tuple[str, str]:
@@ -26,14 +29,17 @@ def code_state() -> tuple[str, str]:
 def freeze(folder: Path) -> Path:
     """A copy of this code below `folder`, named by its content and made at most once, whole; with its `code_state`.
 
-    What git ignores is left out; what it does not know yet is copied.
+    It has what git tracks, and no other file: one that is new may be a private key. `left_out` names these.
+
+    Raises:
+        BadInput: the copy is there and has another content.
     """
-    files = {path: (ROOT / path).read_bytes() for path in _files()}
-    content = hashlib.blake2b(digest_size=4)
-    for path, data in files.items():
-        content.update(f"{path}\0{len(data)}\0".encode() + data)
-    copy = folder / content.hexdigest()
+    files = {path: (ROOT / path).read_bytes() for path in _files()[0]}
+    digest = _digest(files)
+    copy = folder / digest[:8]
     if copy.exists():
+        if content(copy) != digest:
+            raise BadInput(f"{copy} is not the code that its name stands for; delete it, and it is copied again.")
         return copy
     part = folder / f".{copy.name}.{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
@@ -53,17 +59,48 @@ def freeze(folder: Path) -> Path:
     return copy
 
 
-def _files() -> list[str]:
-    """Paths below the root of the checkout, sorted."""
+def content(copy: Path) -> str:
+    """The digest of a copy of code, of which nothing compiled is kept; empty if it has links, which lead elsewhere."""
+    paths = sorted(copy.rglob("*"))
+    for path in paths:
+        if path.name == "__pycache__" and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)  # what is left counts as content
+    kept = {path.relative_to(copy).as_posix(): path for path in paths if path.is_symlink() or path.is_file()}
+    if any(path.is_symlink() for path in kept.values()):
+        return ""
+    about = ("commit.txt", "diff.patch")
+    return _digest({name: path.read_bytes() for name, path in sorted(kept.items()) if name not in about})
+
+
+def _digest(files: Mapping[str, bytes]) -> str:
+    found = hashlib.blake2b(digest_size=32)
+    for path, data in files.items():
+        found.update(f"{path}\0{len(data)}\0".encode() + data)
+    return found.hexdigest()
+
+
+def left_out() -> list[str]:
+    """Paths below the root of the checkout that `freeze` does not copy, because git does not track them; sorted."""
+    return _files()[1]
+
+
+def _files() -> tuple[list[str], list[str]]:
+    """Paths below the root of the checkout that are copied, and those that are not; each sorted."""
     try:
         if (ROOT / "commit.txt").exists():
             raise FileNotFoundError
-        listed = _git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PARTS).split("\0")
-        found = [ROOT / path for path in listed if path]
+        tracked, other = (
+            _git("--glob-pathspecs", "ls-files", "-z", *options, "--", *PARTS).split("\0")
+            for options in (("--cached",), ("--others", "--exclude-standard"))
+        )
+        if not any(tracked):  # this folder lies in a repository that does not know it
+            raise FileNotFoundError
     except (OSError, subprocess.CalledProcessError):
         found = [path for part in PARTS for one in ROOT.glob(part) for path in (one, *one.rglob("*"))]
-    kept = [path for path in found if path.is_file() and "__pycache__" not in path.parts]
-    return sorted({path.relative_to(ROOT).as_posix() for path in kept})
+        found = [path.relative_to(ROOT) for path in found if path.is_file() and "__pycache__" not in path.parts]
+        tracked = [str(path) for path in found if path.suffix in KINDS]
+        other = [str(path) for path in found if path.suffix not in KINDS]
+    return sorted({one for one in tracked if one and (ROOT / one).is_file()}), sorted({one for one in other if one})
 
 
 def _git(*arguments: str) -> str:

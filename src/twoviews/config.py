@@ -9,21 +9,24 @@ import os
 import signal
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
-from hydra.utils import instantiate
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from twoviews.errors import BadInput, nearest
+from twoviews import foreign
+from twoviews.errors import BadInput, nearest, without_secrets
 from twoviews.ranges import Count, Index, Range, Temperature
-from twoviews.signatures import Parameter, complaint, signature
+from twoviews.signatures import BUILDS, Parameter, buildable, complaint, signature
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -140,6 +143,8 @@ def entry(
             begun.clear()
             try:
                 _known_options(sys.argv[1:])
+                _plain_configuration(sys.argv[1:])
+                _known_choices(sys.argv[1:])
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
             except BadInput as error:
                 codes.append(_bad_input(str(error)))
@@ -190,15 +195,49 @@ def _known_options(arguments: list[str]) -> None:
             raise BadInput(f"there is no option {name}; values have no dashes, {key}=..., and --help lists them.")
 
 
+def _known_choices(arguments: list[str]) -> None:
+    """Refuse what Hydra would leave out without a word: unknown choices of optional groups."""
+    if any(word.lstrip("+").startswith(("experiment", "special")) for word in arguments):
+        from twoviews.diagnosis import unknown_choices
+
+        if sentence := unknown_choices(arguments):
+            raise BadInput(sentence)
+
+
+def _plain_configuration(arguments: list[str]) -> None:
+    """Refuse a configuration from elsewhere, as of a point of a sweep, that is more than plain values.
+
+    Raises:
+        BadInput: it is.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    given, _ = get_args_parser().parse_known_args(arguments)
+    if given.config_path is None and given.config_name is None:
+        return
+    path = (CONF / (given.config_path or "") / (given.config_name or "config")).resolve()
+    if not path.is_relative_to(CONF):
+        path = path if path.suffix == ".yaml" else path.with_name(path.name + ".yaml")
+        if not path.is_file():
+            raise BadInput(f"{path} is not there; --config-path= takes the folder of a run, and --config-name=config.")
+        foreign.load(path)
+        if "@package" in path.read_text():  # a comment that Hydra follows
+            raise BadInput(f"{path} is refused, because it has an @package line, which no run writes.")
+
+
 def _sentence(name: str, arguments: list[str], error: Exception) -> str:
     from twoviews.diagnosis import diagnose  # only needed for what is wrong
 
-    return diagnose(name, arguments, error)
+    sentence = diagnose(name, arguments, error)
+    for argument in arguments:
+        if "://" in argument or "tracking.uri" in argument:  # it may hold a password, however it is quoted
+            sentence = sentence.replace(argument, f"{argument.partition('=')[0]}=…")
+    return sentence
 
 
 def _bad_input(message: str) -> int:
     if os.environ.get("RANK", "0") == "0":  # several processes of torchrun find the same mistake
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {without_secrets(message)}", file=sys.stderr)
     return BAD_INPUT
 
 
@@ -231,8 +270,13 @@ def digest(cfg: DictConfig | dict[str, Any]) -> str:
     """Eight hex digits that change with everything that can change the result of a run."""
     values = {key: value for key, value in flat(_plain(cfg)).items() if not key.startswith(_NOT_IN_DIGEST)}
     values.setdefault("runtime.compile", False)  # a former option, so that runs which did not use it keep their names
-    numbers = {key: float(value) if isinstance(value, int) else value for key, value in values.items()}  # 1 is 1.0
+    numbers = {key: number(value) for key, value in values.items()}
     return hashlib.blake2b(repr(sorted(numbers.items())).encode(), digest_size=4).hexdigest()
+
+
+def number(value: Any) -> Any:
+    """The value, as a float where that is the same number: 1 is 1.0."""
+    return float(value) if isinstance(value, int) and abs(value) <= 2**53 else value
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -258,27 +302,78 @@ def _register_resolvers() -> None:
     OmegaConf.register_new_resolver("options", lambda group: ", ".join(options(group)), replace=True)  # for --help
 
 
-def build(node: DictConfig, **given: Any) -> Any:
-    """What a group's `_target_` makes of its values and those `given` beside them.
+def build(node: DictConfig | dict[str, Any], **given: Any) -> Any:
+    """What a group's `_target_` makes of its values and those `given` beside them; `_partial_=True` leaves the call out.
 
     Raises:
-        BadInput: a `_target_` is not part of this package: the config.yaml of a run may come from anywhere.
-        Exception: what the target raised, without Hydra's words around it.
+        BadInput: no file of conf/ names this `_target_`, or a value does not fit its signature.
     """
-    for target in _targets(OmegaConf.to_container(node)):
-        signature(target)
-    try:
-        return instantiate(node, **given, _convert_="all")
-    except InstantiationException as error:
-        raise (error.__cause__ or error) from None
+    tree = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
+    target = tree.get("_target_") if isinstance(tree, dict) else None
+    group = next((one for one in (*groups(), *BUILDS) if target in buildable(one)), None)
+    if group is None:
+        raise _not_ours(str(target))
+    left_out = given.pop("_partial_", False)
+    _check_node(group, tree, (*given, *_FILLED_IN.get(group, ())))
+    made = _made(typing.cast(dict[str, Any], tree), given)
+    return made if left_out else made()
 
 
-def _targets(tree: Any) -> Iterator[str]:
-    """Every `_target_` in a tree of dictionaries and lists."""
-    if isinstance(tree, dict):
-        yield from [str(tree["_target_"])] if "_target_" in tree else []
-    for node in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
-        yield from _targets(node)
+def _made(node: Mapping[str, Any], given: Mapping[str, Any]) -> partial:
+    """The call that a checked node stands for. Not Hydra's instantiate, which builds more than what was checked."""
+    values = {key: _made(one, {})() if _builds(one) else one for key, one in node.items() if key != "_target_"}
+    module, _, name = node["_target_"].rpartition(".")
+    return partial(getattr(import_module(module), name), **values, **given)
+
+
+def recorded_runtime(cfg: DictConfig, recorded: Mapping[str, Any], asked: Sequence[str]) -> tuple[Any, list[str]]:
+    """How a run is evaluated, and a note on what this version does not know any more.
+
+    That is as it was trained but for the precision, unless the command says otherwise.
+
+    Args:
+        cfg: of the command; keys that the run does not have are as there.
+        recorded: the run's configuration; empty if it is no run.
+        asked: the command's overrides.
+
+    Raises:
+        BadInput: a value does not fit.
+    """
+    there = recorded.get("runtime", {})
+    known = {key: value for key, value in there.items() if key in cfg.runtime and key != "precision"}
+    dotted = said(cfg, asked, "runtime")
+    unknown = ", ".join(f"runtime.{key}" for key, value in there.items() if key not in cfg.runtime and value)
+    notes = [f"{unknown} of the run is not known to this version and left out."] if unknown else []
+    return build(DictConfig({**cfg.runtime, **known, **dotted})), notes
+
+
+def said(cfg: DictConfig, asked: Sequence[str], node: str) -> dict[str, Any]:
+    """The values of a node that the command sets, as they are in its configuration, where the last override has won.
+
+    Args:
+        cfg: of the command.
+        asked: its overrides.
+        node: a key at the root; choices of files for it are no values.
+    """
+    found = OmegaConf.create({node: {}})
+    for override in OverridesParser.create().parse_overrides(list(asked)):
+        key, value = override.key_or_group, override.value()
+        for one in (f"{key}.{inner}" for inner in flat(value)) if isinstance(value, dict) and value else (key,):
+            if one.startswith(f"{node}."):
+                OmegaConf.update(found, one, OmegaConf.select(cfg, one), force_add=True)
+    return typing.cast(dict[str, Any], OmegaConf.to_container(found, resolve=True))[node]
+
+
+def _builds(value: Any) -> bool:
+    return isinstance(value, Mapping) and "_target_" in value
+
+
+def _not_ours(target: str, group: str = "") -> BadInput:
+    where = f"conf/{group}" if group else "conf/"
+    known = f" (there: {', '.join(sorted(buildable(group)))})" if group else ""
+    return BadInput(
+        f"_target_={target} is not part of twoviews: only what a file of {where} names can be built{known}."
+    )
 
 
 # ------------------------------------------------------------------------------------------ values against signatures
@@ -308,9 +403,6 @@ def check(name: str, cfg: DictConfig | dict[str, Any]) -> None:
         _check_keys(f"augmentation.views.{view}.", recipe, numbers, [*numbers])
 
 
-_BUILDS = {"launcher": "dispatch", "sweeper": "search"}  # the key of conf/hydra/<kind>/*.yaml that names what is ours
-
-
 def check_plugin(cfg: DictConfig, kind: Literal["launcher", "sweeper"]) -> dict[str, Any]:
     """What `build` makes the dispatch or the search of a sweep from, after its values were compared with its signature.
 
@@ -318,7 +410,7 @@ def check_plugin(cfg: DictConfig, kind: Literal["launcher", "sweeper"]) -> dict[
         BadInput: a key is unknown or missing, a value has the wrong type or is out of range, or one of Hydra's own was
             chosen.
     """
-    given, key = typing.cast(dict[str, Any], OmegaConf.to_container(cfg.hydra[kind], resolve=True)), _BUILDS[kind]
+    given, key = typing.cast(dict[str, Any], OmegaConf.to_container(cfg.hydra[kind], resolve=True)), BUILDS[kind]
     if key not in given:
         chosen = cfg.hydra.runtime.choices[f"hydra/{kind}"]
         raise BadInput(f"hydra/{kind}={chosen} is not ours; choose {', '.join(options(f'hydra/{kind}'))}.")
@@ -333,7 +425,10 @@ def _check_node(path: str, node: Any, filled_in: Sequence[str] = ()) -> None:
         if node is not None:
             raise BadInput(f"{path}={node} is a whole group; choose one of its files: {', '.join(options(path))}.")
     elif "_target_" in node:
-        parameters = {key: value for key, value in signature(str(node["_target_"])).items() if key not in filled_in}
+        target, group = str(node["_target_"]), path.partition(".")[0]
+        if target not in buildable(group):
+            raise _not_ours(target, group)
+        parameters = {key: value for key, value in signature(target).items() if key not in filled_in}
         given = {key: value for key, value in node.items() if key != "_target_"}
         _check_keys(f"{path}.", given, parameters, [*parameters])
     else:
@@ -351,7 +446,7 @@ def _check_keys(prefix: str, given: Mapping, parameters: Mapping[str, Parameter]
         if value == "???":
             example = {"run": "latest, or run=<the folder of a run>", "clusters": "[10,50]"}.get(str(key), "...")
             raise BadInput(f"{prefix}{key} is not set; give it a value: {prefix}{key}={example}")
-        if key in parameters and isinstance(value, Mapping) and "_target_" in value:
+        if key in parameters and _builds(value):
             _check_node(f"{prefix}{key}", value)
         if key in parameters and (wrong := complaint(value, parameters[key].annotation)):
             raise BadInput(f"{prefix}{key}={value} {wrong}.")

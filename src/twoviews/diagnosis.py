@@ -5,7 +5,7 @@ from typing import Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, QuotedString, Sweep
+from hydra.core.override_parser.types import Glob, Override, QuotedString, Sweep
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -14,6 +14,7 @@ from twoviews.config import CONF, groups, options, unknown_key
 from twoviews.errors import nearest
 
 _FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd")  # of Hydra's command line
+OPTIONAL = ("experiment", "special")  # groups of conf/train.yaml that may have no file
 
 
 def diagnose(name: str, arguments: list[str], error: Exception) -> str:
@@ -34,17 +35,13 @@ def diagnose(name: str, arguments: list[str], error: Exception) -> str:
         group = override.key_or_group
         if (CONF / group).is_dir():
             choices.append(override.input_line)
-            known = options(group)
             if name != "train" and override.input_line == "data=digits":
                 return (
                     "data=digits is a whole recipe of train.py; a run's own images need no data=, and others are named with "
                     "data=folder or data=array data.root=<images>, data=cifar10 and so on."
                 )
-            for value in _values(override):
-                if value not in known:
-                    return (
-                        f"{group}={value}: there is no such {group}.{nearest(value, known)} Known: {', '.join(known)}."
-                    )
+            if sentence := unknown_choice(override):
+                return sentence
     known_content = _compose(name, [choice for choice in choices if "," not in choice])
     for override in overrides:
         sentence = "" if override.input_line in choices else _unknown_override(override, known_content)
@@ -54,6 +51,29 @@ def diagnose(name: str, arguments: list[str], error: Exception) -> str:
     if several and not {"-m", "--multirun"} & {*arguments} and not any("hydra.mode" in one for one in arguments):
         return f"{several[0]} are several values; add -m to run each of them, or write a list in brackets, key=[a,b]."
     return " ".join(str(error).split())
+
+
+def unknown_choices(arguments: list[str]) -> str:
+    """A sentence for a choice that a group does not have, of the groups that Hydra leaves out then; empty if there is none."""
+    for argument in arguments:
+        key = argument.lstrip("+").partition("=")[0].partition("@")[0]
+        if key in OPTIONAL:
+            try:
+                (override,) = OverridesParser.create().parse_overrides([argument])
+            except HydraException:  # Hydra says it
+                continue
+            if sentence := unknown_choice(override):
+                return sentence
+    return ""
+
+
+def unknown_choice(override: Override) -> str:
+    """A sentence for a value that is no file of its group; empty if all are."""
+    group, known = override.key_or_group, options(override.key_or_group)
+    for value in _values(override):
+        if not (CONF / group / f"{value}.yaml").is_file() and not (value == "null" and group in OPTIONAL):
+            return f"{group}={value}: there is no such {group}.{nearest(value, known)} Known: {', '.join(known)}."
+    return ""
 
 
 def _compose(name: str, choices: list[str]) -> Any:
@@ -69,7 +89,8 @@ def _values(override: Override) -> list[str]:
     if isinstance(value, Sweep):
         value = list(override.sweep_string_iterator()) if override.is_choice_sweep() else []
     values = value if isinstance(value, list) else [value]
-    return [one.text if isinstance(one, QuotedString) else str(one) for one in values]
+    known = [one for one in values if not isinstance(one, Glob)]
+    return [one.text if isinstance(one, QuotedString) else "null" if one is None else str(one) for one in known]
 
 
 def _unknown_override(override: Override, content: Any) -> str:

@@ -1,6 +1,7 @@
 """The one error a user is meant to see, and the search for the name they meant."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -8,8 +9,18 @@ class BadInput(ValueError):
     """Something the user can put right: the message names value, limit and remedy in one sentence.
 
     The entry points print the message alone and leave with exit code 2; every other exception is a defect of the
-    program and keeps its traceback.
+    program and keeps its traceback. Credentials in addresses are left out of the message.
     """
+
+    def __init__(self, message: str):
+        super().__init__(without_secrets(message))
+
+
+def without_secrets(text: str) -> str:
+    """A text whose addresses have "…" for what may be credentials: before an @, in a query, or where a port belongs."""
+    text = re.sub(r"([A-Za-z][\w+.-]*:/+).*@", r"\1…@", text, flags=re.DOTALL)
+    text = re.sub(r"(:/+[^\s?#'\"]*[?#])[^\s'\"]*", r"\1…", text)
+    return re.sub(r"(://[^\s/:@\[…'\"]+:)(?!\d+\b)[^\s/'\"]+", r"\1…", text)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

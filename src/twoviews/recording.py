@@ -1,14 +1,13 @@
 """The life of a run folder around a training: begun or resumed, mirrored in MLflow, finished, interrupted or failed."""
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from twoviews import distributed
+from twoviews import distributed, foreign
 from twoviews.assembly import Parts, describe_data, describe_encoder, show_result
 from twoviews.config import build, digest
 from twoviews.console import Console
@@ -155,8 +154,8 @@ def finished_already(cfg: DictConfig, folder: Path) -> bool:
     path = folder / "result.json"
     if cfg.fresh or cfg.preview or cfg.find_batch or not path.exists():
         return False
-    result = json.loads(path.read_text())
-    if result["state"] != "finished" or json.loads((folder / "environment.json").read_text())["digest"] != digest(cfg):
+    result = foreign.load(path)
+    if result.get("state") != "finished" or foreign.load(folder / "environment.json").get("digest") != digest(cfg):
         return False
     if distributed.rank() == 0:
         console = Console()

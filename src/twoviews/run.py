@@ -9,18 +9,21 @@ import json
 import os
 import platform
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from twoviews import distributed
+from twoviews import distributed, foreign
 from twoviews.backbones import Encoder
 from twoviews.code import code_state
 from twoviews.config import build, flat
 from twoviews.data import views
 from twoviews.errors import BadInput, nearest
+from twoviews.ranges import Count
+from twoviews.signatures import complaint
 from twoviews.tracking.state import replace
 
 
@@ -98,17 +101,20 @@ class Run:
         return "; ".join(shown) + ("; …" if len(keys) > 3 else "")
 
     def config(self) -> dict[str, Any]:
-        """The resolved configuration of the run."""
-        from omegaconf import OmegaConf
+        """The resolved configuration of the run.
 
-        content = OmegaConf.to_container(OmegaConf.load(self.folder / "config.yaml"))
-        assert isinstance(content, dict)
-        return content  # type: ignore[return-value]
+        Raises:
+            BadInput: config.yaml is damaged, or more than plain values.
+        """
+        return foreign.load(self.folder / "config.yaml")
 
     def read(self, name: str) -> dict[str, Any]:
-        """A JSON file of the run; empty when it is not there."""
-        path = self.folder / name
-        return json.loads(path.read_text()) if path.exists() else {}
+        """A JSON file of the run; empty when it is not there.
+
+        Raises:
+            BadInput: it is damaged, or more than plain values.
+        """
+        return foreign.load(self.folder / name)
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file of the run, whole or not at all."""
@@ -219,27 +225,32 @@ class Run:
         return load_encoder(self.folder / "encoder.safetensors")[0]
 
 
+_FEEDING = {"channels": Count, "image_size": Count, "mean": Sequence[float], "std": Sequence[float]}
+
+
 def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
     """The encoder of a file of weights with encoder.json beside it, and what that says.
 
     Raises:
         BadInput: the two do not make an encoder.
     """
-    from omegaconf import DictConfig
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     beside = path.with_name("encoder.json")
+    description = foreign.load(beside)
     try:
-        description = json.loads(beside.read_text())
+        for key, kind in _FEEDING.items():
+            if wrong := complaint(description[key], kind):
+                raise TypeError(f"{key} {wrong}")
         sizes = {"channels": description["channels"], "image_size": description["image_size"]}
-        encoder = build(DictConfig(description["backbone"]), **sizes)
+        encoder = build(description["backbone"], **sizes)
         if not isinstance(encoder, Encoder):
             raise TypeError("the backbone is no encoder")
         encoder.load_state_dict(load_file(path))
         if not len(description["mean"]) == len(description["std"]) == description["channels"]:
             raise TypeError("mean and std are not those of the channels")
-    except (SafetensorError, RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise BadInput(f"{path} and {beside.name} beside it do not make an encoder: {reason[:200]}.") from error
     return encoder, description

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -14,13 +15,28 @@ from twoviews import ranges
 from twoviews.errors import BadInput, nearest
 
 _SOURCES = Path(__file__).resolve().parents[1]
+_CONF = _SOURCES.parent / "conf"
+
+# The key of conf/hydra/<kind>/*.yaml that names what is ours, where `_target_` names Hydra's plugin.
+BUILDS = {"launcher": "dispatch", "sweeper": "search"}
+
+
+@cache
+def buildable(group: str) -> frozenset[str]:
+    """What may be built for a group: the targets that its files in conf/ of this checkout name; nothing for other words."""
+    if not re.fullmatch(r"[a-z_]+", group):
+        return frozenset()
+    folder = _CONF / "hydra" / group if group in BUILDS else _CONF / group
+    texts = [path.read_text() for path in folder.glob("*.yaml")]
+    named = re.compile(rf"^[^#\n]*\b{BUILDS.get(group, '_target_')}: *([\w.]+)", re.MULTILINE)
+    return frozenset(target for text in texts for target in named.findall(text))
 
 
 def complaint(value: Any, annotation: Any) -> str:
     """What is wrong with a value, as the end of a sentence that begins with it; empty when nothing is.
 
-    Understands int, float, bool, str, None, Literal, unions, sequences, fixed tuples and Annotated with a Range;
-    any other annotation accepts everything.
+    Understands int, float, bool, str, None, Literal, unions, sequences, fixed tuples, dictionaries and Annotated with a
+    Range; any other annotation accepts everything.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
@@ -36,6 +52,10 @@ def complaint(value: Any, annotation: Any) -> str:
         return f"is not one of {', '.join(known)}{close}"
     if origin in (Sequence, list, tuple):
         return _wrong_sequence(value, arguments, fixed=origin is tuple and Ellipsis not in arguments)
+    if origin in (Mapping, dict):
+        if not isinstance(value, Mapping):
+            return "is not a dictionary, such as {a:1}"
+        return next(filter(None, (complaint(one, arguments[1]) for one in value.values())), "")
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     fits, sentence = {
         bool: (isinstance(value, bool), "is not true or false"),

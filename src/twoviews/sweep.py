@@ -6,6 +6,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 
+from twoviews import foreign
 from twoviews.console import ROWS, Console, duration
 from twoviews.errors import BadInput, nearest
 from twoviews.sweeps.axes import told_apart
@@ -116,8 +117,7 @@ def _row(point: Point, state: State, names: Mapping[str, str]) -> dict[str, obje
 
 def epochs(point: Point) -> int:
     """How long the training is to be."""
-    lines = (point.folder / "config.yaml").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("epochs:"))
+    return int(foreign.load(point.folder / "config.yaml")["epochs"])
 
 
 def logs(sweep: Sweep, points: Sequence[Point]) -> int:
@@ -144,15 +144,12 @@ def logs(sweep: Sweep, points: Sequence[Point]) -> int:
 
 def retry(sweep: Sweep, points: Sequence[Point]) -> int:
     """Run again what neither finished nor is under way, from its checkpoints and with the code it had."""
-    from omegaconf import DictConfig
-
-    from twoviews.config import build
     from twoviews.sweeps import collecting
-    from twoviews.sweeps.launching import report
+    from twoviews.sweeps.launching import again, report
 
     states, console = look(points), Console()
     todo = [point for point in points if states[point.digest].state in STOPPED]
-    build(DictConfig(sweep.record["launcher"])).submit(todo)
+    again(sweep, todo)
     if sweep.record["parent"]:
         collecting.deliver(sweep, console.say)
     wanted = {point.digest for point in points}

@@ -1,3 +1,4 @@
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -5,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from twoviews.data.decoding import Decoded
-from twoviews.data.files import decode, shorter_side, tree
+from twoviews.data.files import dark, decode, shorter_side, tree
 from twoviews.errors import BadInput
 
 
@@ -117,6 +118,68 @@ def test_exif_rotation_turns_the_picture_and_its_size(tmp_path):
         assert canvas[0, 10:].max() < 15
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+def test_every_orientation_in_every_format(tmp_path, suffix, orientation):
+    """As Pillow itself turns them, with the size of the upright picture."""
+    values = np.zeros((24, 48, 3), np.uint8)
+    values[:12, :24], values[12:, :24] = (250, 0, 0), (0, 250, 0)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = ImageOps.exif_transpose(_with_exif(Image.fromarray(values), exif))
+    Image.fromarray(values).save(tmp_path / f"a.{suffix}", exif=exif, quality=95)
+    canvas, sizes = decode(str(tmp_path / f"a.{suffix}"), 16, 3)
+    assert sizes == (upright.height, upright.width)
+    plain = np.asarray(upright.resize((16, 16), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert np.abs(canvas.astype(int) - plain).mean() < 8
+
+
+def _with_exif(image, exif):
+    file = io.BytesIO()
+    image.save(file, "png", exif=exif)
+    return Image.open(file)
+
+
+def _entry(kind, count, value):
+    """EXIF with one entry, the orientation, of this type."""
+    head = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1)
+    return head + struct.pack("<HHI", 0x0112, kind, count) + value.ljust(4, b"\0") + struct.pack("<I", 0)
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        *(_entry(3, 1, struct.pack("<H", value)) for value in (0, 9, 255, 65535)),
+        _entry(2, 2, b"6\0"),
+        _entry(3, 2, struct.pack("<HH", 6, 6)),
+        _entry(7, 4, b"\6\0\0\0"),
+        _entry(5, 1, struct.pack("<I", 9999)),
+        b"Exif\0\0nonsense",
+    ],
+)
+def test_orientations_that_mean_nothing_turn_nothing(tmp_path, exif):
+    Image.fromarray(np.zeros((24, 48, 3), np.uint8)).save(tmp_path / "a.jpg", exif=exif)
+    assert decode(str(tmp_path / "a.jpg"), 16, 3)[1] == (24, 48)
+
+
+def test_twelve_bits_in_files_of_sixteen_are_said(tmp_path):
+    noise = np.random.default_rng(0)
+    for name, bits in (("dark", 12), ("bright", 16)):
+        for i in range(3):
+            Image.fromarray(noise.integers(0, 2**bits, (16, 16), dtype=np.uint16)).save(tmp_path / f"{name}{i}.png")
+    (sentence,) = dark([str(tmp_path / f"dark{i}.png") for i in range(3)])
+    assert "nearly black" in sentence and "Multiply them by 16" in sentence
+    assert dark([str(tmp_path / f"bright{i}.png") for i in range(3)]) == []
+    assert dark([constant(tmp_path / "eight.png", 1, "L")]) == []
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "JPEG", "dib", "tga"])
+def test_other_names_of_pictures(tmp_path, suffix):
+    Image.new("RGB", (16, 16), (200, 0, 0)).save(tmp_path / f"a.{suffix}")
+    (path,) = tree(tmp_path).paths
+    assert decode(path, 16, 3)[0][0].min() > 190
+
+
 def test_the_whole_picture_goes_onto_the_canvas_and_large_jpegs_keep_their_size(tmp_path):
     values = np.zeros((300, 500, 3), np.uint8)
     values[150:, 250:] = 255
@@ -145,7 +208,7 @@ def test_tree_lists_pictures_only_and_in_order(tmp_path):
     (tmp_path / "b" / "loop").symlink_to(tmp_path)
     found = tree(tmp_path)
     assert found.names == ("a/x.webp", "b/2.PNG", "b/deep/er/1.jpg")
-    assert (found.ignored, found.loose, found.classes) == (1, 0, ("a", "b"))
+    assert (found.others, found.loose, found.classes) == ("1 .txt", 0, ("a", "b"))
     assert found.paths[0] == str(tmp_path / "a" / "x.webp")
 
 
@@ -153,7 +216,9 @@ def test_an_empty_folder_says_what_was_looked_for(tmp_path):
     with pytest.raises(BadInput, match="no file at all"):
         tree(tmp_path)
     (tmp_path / "readme.txt").write_text("x")
-    with pytest.raises(BadInput, match=r"only 1 other files.*\.png"):
+    (tmp_path / "Makefile").write_text("x")
+    (tmp_path / "a.heic").write_text("x")
+    with pytest.raises(BadInput, match=r"only 3 other files: 1 \.heic, 1 \.txt, 1 Makefile\); .*\.png"):
         tree(tmp_path)
 
 

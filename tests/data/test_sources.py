@@ -1,5 +1,7 @@
 import inspect
 import io
+import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from twoviews.data import sources
+from twoviews.data import contents, sources
 from twoviews.data.decoding import Decoded
 from twoviews.errors import BadInput
 
@@ -98,7 +100,7 @@ def test_one_tree_with_train_and_test(tmp_path, cache):
     assert (len(data.train), len(data.test), data.size, data.channels, data.classes) == (6, 4, 16, 3, ("cat", "dog"))
     assert data.memory is data.train
     assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert any("1 files" in note for note in data.notes)
+    assert any(note.endswith("are not taken for pictures: 1 .txt.") for note in data.notes)
     assert any("16 x 16" in note for note in data.notes)
     first = np.asarray(Image.open(root / "train" / "cat" / "0.png")).transpose(2, 0, 1)
     assert np.array_equal(data.train.pixels[0], first)
@@ -181,6 +183,16 @@ def test_broken_files_stop_the_run_by_name_and_may_be_allowed(tmp_path, cache):
     for path in (truncated, root / "train" / "b" / "2.png", root / "train" / "b" / "9.jpg"):
         path.unlink()
     assert len(folder(root, cache).train) == 6
+
+
+def test_links_that_lead_nowhere_are_broken_files_and_pipes_are_none(tmp_path, cache):
+    pictures(tmp_path / "set", ["a"], count=4)
+    (tmp_path / "set" / "a" / "x.png").symlink_to("nowhere.png")
+    (tmp_path / "set" / "a" / "y.png").symlink_to("y.png")
+    os.mkfifo(tmp_path / "set" / "a" / "z.png")
+    with pytest.raises(BadInput, match=r"2 broken files.*x\.png.*y\.png"):
+        folder(tmp_path / "set", cache)
+    assert len(folder(tmp_path / "set", cache, max_broken=2).train) == 4
 
 
 def test_a_file_without_permission_is_not_a_broken_one(tmp_path, cache, monkeypatch):
@@ -267,7 +279,8 @@ def test_colours_keep_their_balance_and_test_values_are_clipped_aloud(tmp_path, 
     [
         (np.array(["b", "a", "c", "a"] * 5), ("a", "b", "c")),
         (np.array([b"b", b"a"] * 10), ("a", "b")),
-        (np.array([-1, 7, 0, 7] * 5), ("-1", "0", "7")),
+        (np.array([-2, 7, 0, 7] * 5), ("-2", "0", "7")),
+        (np.array([-1, 1] * 10), ("-1", "1")),
         (np.array([1.0, 2.0] * 10), ("1", "2")),
         (np.array([[3], [5]] * 10), ("3", "5")),
         (np.array([True, False] * 10), ("0", "1")),
@@ -431,3 +444,120 @@ def test_an_archive_laid_in_place_is_unpacked_and_used(tmp_path, cache, monkeypa
     assert np.array_equal(data.train.pixels.numpy().reshape(50, 3072), values[:50])
     assert np.array_equal(data.test.pixels.numpy().reshape(10, 3072), values[50:])
     assert data.mean == (0.4914, 0.4822, 0.4465)
+
+
+def grey(root, value):
+    """One picture a class and a split; all such folders have the same names, sizes and times, as from one archive."""
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            for i in range(2):
+                path = root / split / name / f"{i}.bmp"
+                picture(path, colour=value)
+                os.utime(path, (10**9, 10**9))
+
+
+def shown(root, cache):
+    """The grey of its pictures, as the data set has it."""
+    return {int(value) for value in folder(root, cache).train.pixels.unique()}
+
+
+def test_folders_that_look_alike_have_stores_of_their_own(tmp_path, cache):
+    for value in (1, 2):
+        grey(tmp_path / f"fold{value}" / "images", value)
+        assert shown(tmp_path / f"fold{value}" / "images", cache) == {value}
+
+
+def test_a_folder_that_is_replaced_has_another_store(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(contents, "SETTLED_S", -1.0)  # all of it counts as settled, and is known again
+    for value in (1, 2):
+        grey(tmp_path / f"new{value}", value)
+    for value in (1, 2, 1):
+        (tmp_path / f"new{value}").rename(tmp_path / "set")
+        assert shown(tmp_path / "set", cache) == {value}
+        (tmp_path / "set").rename(tmp_path / f"new{value}")
+
+
+def test_files_that_change_within_their_times_have_another_store(tmp_path, cache, monkeypatch):
+    grey(tmp_path / "set", 1)
+    frozen = os.stat
+    stamps = {}
+
+    def coarse(path, **options):  # a file system that notes no times finer than this test takes
+        return (
+            stamps.setdefault(str(path), frozen(path, **options))
+            if str(path).endswith(".bmp")
+            else frozen(path, **options)
+        )
+
+    monkeypatch.setattr(os, "stat", coarse)
+    assert shown(tmp_path / "set", cache) == {1}
+    grey(tmp_path / "set", 2)
+    assert shown(tmp_path / "set", cache) == {2}
+
+
+def test_copies_share_a_store_and_are_read_once(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(contents, "SETTLED_S", -1.0)
+    grey(tmp_path / "one" / "set", 1)
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    read = []
+    monkeypatch.setattr(contents, "_digest", lambda path, digest=contents._digest: read.append(path) or digest(path))
+    for _ in range(2):
+        for place in ("one", "other"):
+            assert shown(tmp_path / place / "set", cache) == {1}
+    assert len(read) == len(set(read)) == 16
+    assert len([path for path in Path(cache).iterdir() if path.name.startswith("set-") and path.is_dir()]) == 1
+
+
+def test_arrays_of_the_same_name_size_and_time_have_stores_of_their_own(tmp_path, cache):
+    for value in (1, 2):
+        path = tmp_path / str(value) / "images.npy"
+        path.parent.mkdir()
+        np.save(path, np.full((4, 8, 8, 3), value, np.uint8))
+        os.utime(path, (10**9, 10**9))
+        assert int(array(path, cache).train.pixels.max()) == value
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int8, np.float32])
+@pytest.mark.parametrize("tested", [False, True])
+def test_label_minus_one_is_none(tmp_path, cache, kind, tested):
+    """As in STL-10: such images are trained on, and are in neither memory nor test."""
+    labels = np.where(np.arange(60) % 3 == 0, -1, np.arange(60) % 3 + 4).astype(kind)
+    images = np.arange(60, dtype=np.uint8)[:, None, None] * np.ones((1, 8, 8), np.uint8)
+    more = {"test_images": images[:6], "test_labels": labels[:6]} if tested else {}
+    np.savez(tmp_path / "a.npz", images=images, labels=labels, **more)
+    data = array(tmp_path / "a.npz", cache)
+    assert data.classes == ("5", "6") and data.train.labels is None
+    assert len(data.train) == (60 if tested else 52) and len(data.memory) == (40 if tested else 32)
+    assert len(data.test) == (4 if tested else 8)
+    for split in (data.memory, data.test):
+        rows = split.pixels[:, 0, 0, 0].numpy()
+        assert (split.labels.numpy() == rows % 3 - 1).all() and (rows % 3 > 0).all()
+    assert {*data.train.pixels[:, 0, 0, 0].tolist()} >= {row for row in range(60) if row % 3 == 0}
+    assert any("20 of 60 images have the label -1" in note for note in data.notes)
+    assert any("2 test images have the label -1" in note for note in data.notes) == tested
+
+
+@pytest.mark.parametrize(
+    "shape", [(13, 32, 32), (13, 32, 24), (40, 32, 32), (2, 20, 28), (3, 8, 9), (1, 9, 8), (40, 20, 28), (9, 9, 9)]
+)
+def test_channels_first_are_refused(tmp_path, cache, shape):
+    np.save(tmp_path / "a.npy", np.zeros((4, *shape), np.uint8))
+    with pytest.raises(BadInput, match=r"looks like \[N, C, H, W\].*moveaxis"):
+        array(tmp_path / "a.npy", cache)
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 13), (32, 24, 13), (32, 32, 40), (20, 28, 2), (8, 9, 3), (28, 28, 1)])
+def test_channels_last_are_taken(tmp_path, cache, shape):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 255, (4, *shape), dtype=np.uint8))
+    assert array(tmp_path / "a.npy", cache).channels == shape[-1]
+
+
+def test_arrays_that_are_not_used_are_named_and_may_be_anything(tmp_path, cache):
+    images = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), dtype=np.uint8)
+    names = np.array([f"{i}.png" for i in range(20)], dtype=object)
+    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(20) % 2, val_images=images, filenames=names)
+    data = array(tmp_path / "a.npz", cache)
+    assert "a.npz holds arrays that are not used: 'val_images', 'filenames'." in data.notes
+    np.savez(tmp_path / "b.npz", images=images, labels=names)
+    with pytest.raises(BadInput, match="Python objects"):
+        array(tmp_path / "b.npz", cache)

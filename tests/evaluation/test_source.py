@@ -177,7 +177,9 @@ def test_a_description_that_would_run_code_is_refused(tmp_path: Path, trained: P
         for backbone in ({"_target_": target, **extra}, nested):
             (folder / "encoder.json").write_text(json.dumps({**description, "backbone": backbone}))
             for run in (folder, folder / "encoder.safetensors"):
-                with pytest.raises(BadInput, match=f"{target} is not part of twoviews"):
+                with pytest.raises(
+                    BadInput, match=f"refused, because _target_={target} is none that backbone can build"
+                ):
                     open_source(str(run), digits)
     with pytest.raises(BadInput, match="not part of twoviews"):
         build(DictConfig({"_target_": "os.system", "command": "touch made"}))

@@ -1,5 +1,6 @@
 """What a real SLURM does to points, and what is then said of them. The trainings are stand-ins that take no time."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -10,10 +11,11 @@ import pytest
 from fake import FINISH, starts, sweep
 from on_slurm import VALUES, cluster, dispatch, quiet_cluster, slurm, states, wait_for  # noqa: F401
 
+from twoviews.code import content
 from twoviews.errors import BadInput
 from twoviews.sweep import chosen, logs, retry, status
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps import scheduler
+from twoviews.sweeps import launched, scheduler
 from twoviews.sweeps.collecting import prepare
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.truth import look
@@ -72,6 +74,8 @@ def test_cancelled_points_are_told_apart_and_the_rest_goes_on(tmp_path: Path) ->
     assert points[0].checkpoint(), "it had a moment to write one"
     with Sweep(tmp_path / "s").update() as record:
         record["launcher"] = {"_target_": "twoviews.sweeps.slurm.Slurm", **VALUES}
+        launched.remember(json.dumps(record["launcher"], sort_keys=True))
+    launched.remember(content(tmp_path / "s" / "code" / "fake"))
     assert retry(Sweep(tmp_path / "s"), chosen(points, ["seed=0", "seed=1"])) == 3
     wait_for(lambda: states(points)[0] == "FINISHED")
     assert len(starts(points[2])) == 1
@@ -195,7 +199,7 @@ def test_a_killed_launcher_leaves_jobs_that_are_not_started_twice(tmp_path: Path
 import os, signal, sys
 sys.path[:0] = {[str(Path(__file__).parent)]!r}
 from on_slurm import dispatch
-from twoviews.sweeps import scheduler
+from twoviews.sweeps import launched, scheduler
 from twoviews.sweeps.folder import Sweep
 Sweep.submitted = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # after sbatch, before it is written down
 dispatch().submit(Sweep({str(tmp_path / "s")!r}).points)

@@ -47,6 +47,12 @@ POINTS = [
     ["++seed=4"],
     ["seed=4"],
     ["seed=4", "seed=5"],
+    ["optimizer.lr=0.1", "++optimizer={lr:0.3}"],
+    ["++optimizer={lr:0.3}", "optimizer.lr=0.1"],
+    ["optimizer.lr=0.1", "++optimizer={lr:0.3,momentum:0.5}", "optimizer.momentum=0.8"],
+    ["optimizer=lars", "++optimizer={lr:0.3}", "optimizer.lr=0.2", "optimizer=sgd"],
+    ["seed=9007199254740993"],
+    ["seed=9007199254740992"],
 ]
 
 

@@ -48,7 +48,7 @@ class Order(Launch):
         self.folder, self.dispatch = folder, dispatch
         self.plan = {"epochs": 3, "collapse": False, "behind": False, "fail": "", "pause": 0.0, **plan}
         self.options, self.console = SimpleNamespace(plan=False), Console()
-        self.tracking = {"mirror": False}
+        self.tracking, self.protocols = {"mirror": False}, ["knn", "linear", "few_labels"]
         code = folder / "code" / "fake"
         code.mkdir(parents=True, exist_ok=True)
         (code / "train.py").write_text(TRAIN)
@@ -134,6 +134,34 @@ def test_other_values_are_another_study(tmp_path: Path) -> None:
         search(trials=1).run(Order(tmp_path / "s", Local()), ["x=interval(0.0,2.0)", "seed=0,1"])
     with pytest.raises(BadInput, match="nothing to search"):
         search(trials=1).run(Order(tmp_path / "s", Local()), ["seed=0,1"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "typed", "what"),
+    [
+        ({"metric": "linear/top1"}, TYPED, "metric"),
+        ({}, [*TYPED, "epochs=5"], "overrides"),
+        ({}, ["data=cifar10", *TYPED], "overrides"),
+        ({}, [TYPED[0], "seed=0,1,2"], "seeds"),
+        ({}, [TYPED[0]], "seeds"),
+    ],
+)
+def test_what_a_trial_means_cannot_change(
+    tmp_path: Path, monkeypatch, settings: dict, typed: list[str], what: str
+) -> None:
+    monkeypatch.setattr(Local, "serve", lambda *_: None)  # the study is begun, and no training
+    search().run(Order(tmp_path / "s", Local()), TYPED)
+    with pytest.raises(BadInput, match=rf"is about other {what}: .*sweep\.name="):
+        search(**settings).run(Order(tmp_path / "s", Local()), typed)
+    for same in ([*TYPED, "tracking=files"], ["runtime.device=cpu", *TYPED]):
+        search(trials=9).run(Order(tmp_path / "s", Local()), same)
+
+
+@pytest.mark.parametrize("metric", ["knn/topp1", "knn", "kn/top1", "train/loss", "tent/top1", "few_labels/"])
+def test_a_metric_that_nothing_measures_is_refused_before_training(tmp_path: Path, metric: str) -> None:
+    with pytest.raises(BadInput, match="Known: train/spread, knn/top1"):
+        search(metric=metric).run(Order(tmp_path / "s", Local()), TYPED)
+    assert not (tmp_path / "s" / "study.db").exists()
 
 
 def test_no_batch_waits_for_its_slowest(tmp_path: Path) -> None:

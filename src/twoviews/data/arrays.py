@@ -1,6 +1,7 @@
 """Images in .npz and .npy files: which arrays are meant, their range of values and labels, and the store's recipe."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ class Split:
     images: np.ndarray  # [N, H, W, C]
     labels: np.ndarray | None  # [n], of the rows
     rows: Int[np.ndarray, "n"]
+    labelled: int = 0  # rows before those whose label is -1, which means that they have none
 
     def chunks(self) -> Iterator[np.ndarray]:
         """The images, some megabytes at a time."""
@@ -91,30 +93,35 @@ def recipe(files: list[Path], labels: Path | None, size: int | None) -> Recipe:
     if test is None:
         notes.append("No labelled test images: kNN and linear accuracy are left out.")
     else:
-        splits["memory"], splits["test"] = splits["train"], (len(train.rows), len(numbers))
+        splits["memory"], splits["test"] = (0, train.labelled), (len(train.rows), len(numbers))
     parts = _parts([train] if test is None else [train, test], scale, side)
     return Recipe(splits, numbers, classes, channels, side, parts, notes=tuple(notes))
 
 
 def _splits(files: list[Path], labels: Path | None) -> tuple[Split, Split | None, list[str]]:
     """Training images, and test images where both have labels, with notes on how they came about."""
-    arrays = _opened(files[0])
-    images, own = _pick(arrays, IMAGES, files[0]), _pick(arrays, LABELS, files[0])
+    arrays, used = _opened(files[0]), set()
+    images, own = _pick(arrays, IMAGES, files[0], used), _pick(arrays, LABELS, files[0], used)
     if images is None:
         held = ", ".join(f"'{key}'" for key in arrays) or "nothing"
         raise BadInput(f"{files[0]} holds {held} and no array 'images': rename it, or use one of {', '.join(IMAGES)}.")
     if labels is not None:
-        own = next(iter(_opened(labels).values()))
-    train = _checked(images, own, files[0])
+        beside = _opened(labels)
+        own = _array(beside, next(iter(beside)), labels)
     notes = []
+    train = _checked(images, own, files[0])
     if train.labels is not None and len(np.unique(train.labels)) < 2:
         notes.append(f"All labels are {train.labels[0]}: the images count as unlabelled.")
         train = replace(train, labels=None)
+    train = _labelled_first(train, notes)
     if len(files) > 1:
-        arrays = _opened(files[1])
-        images, own = _pick(arrays, IMAGES + TEST_IMAGES, files[1]), _pick(arrays, LABELS + TEST_LABELS, files[1])
+        notes += _unused(arrays, files[0], used)
+        arrays, used = _opened(files[1]), set()
+        names, label_names = IMAGES + TEST_IMAGES, LABELS + TEST_LABELS
     else:
-        images, own = _pick(arrays, TEST_IMAGES, files[0]), _pick(arrays, TEST_LABELS, files[0])
+        names, label_names = TEST_IMAGES, TEST_LABELS
+    images, own = _pick(arrays, names, files[-1], used), _pick(arrays, label_names, files[-1], used)
+    notes += _unused(arrays, files[-1], used)
     if images is None:
         train, test, more = _held_out(train, files[0].name)
         return train, test, notes + more
@@ -124,28 +131,59 @@ def _splits(files: list[Path], labels: Path | None) -> tuple[Split, Split | None
         raise BadInput(f"Test images of shape and type {given} do not fit training images of {needed}.")
     if train.labels is None or test.labels is None:
         return train, None, [*notes, f"The test images of {files[-1].name} are left out: not all images have labels."]
-    return train, test, notes
+    if train.labelled < len(train.rows) or (train.labels != -1).all():
+        kept = test.labels != -1 if test.labels.dtype.kind == "i" else np.full(len(test.rows), True)
+        if not kept.all():
+            notes.append(f"{(~kept).sum()} test images have the label -1, which means none: they are left out.")
+            test = replace(test, labels=test.labels[kept], rows=test.rows[kept])
+    return train, (test if len(test.rows) else None), notes
+
+
+def _labelled_first(train: Split, notes: list[str]) -> Split:
+    """The split with images of label -1 behind all others; where -1 and one more are all labels, both are classes."""
+    count = len(train.rows)
+    if train.labels is None or train.labels.dtype.kind != "i":
+        return replace(train, labelled=count)
+    none = train.labels == -1
+    if not none.any() or len(np.unique(train.labels)) < 3:
+        return replace(train, labelled=count)
+    order = np.argsort(none, kind="stable")
+    notes.append(f"{none.sum()} of {count} images have the label -1, which means none: they are trained on alone.")
+    return Split(train.images, train.labels[order], train.rows[order], count - int(none.sum()))
 
 
 def _held_out(train: Split, name: str) -> tuple[Split, Split | None, list[str]]:
     """The images without a fifth of each class, and that fifth as test images."""
     if train.labels is None:
         return train, None, []
-    total = len(train.labels)
-    numbers = torch.from_numpy(np.unique(train.labels, return_inverse=True)[1])
+    total = train.labelled
+    numbers = torch.from_numpy(np.unique(train.labels[:total], return_inverse=True)[1])
     held = stratified(numbers, total, total // HELD_OUT).numpy()
     if not len(held):
         return train, None, [f"{name} has too few images to hold some out for testing."]
-    kept = np.setdiff1d(np.arange(total), held)
+    kept = np.setdiff1d(np.arange(len(train.rows)), held)
     note = f"{name} has no test images: {len(held)} of {total}, a fifth of each class, are held out for testing."
-    return Split(train.images, train.labels[kept], kept), Split(train.images, train.labels[held], held), [note]
+    own = Split(train.images, train.labels[kept], train.rows[kept], total - len(held))
+    return own, Split(train.images, train.labels[held], train.rows[held]), [note]
 
 
-def _opened(path: Path) -> Mapping[str, np.ndarray]:
-    """The arrays of a file by name."""
-    try:
+def _opened(path: Path) -> Mapping:
+    """The arrays of a file by name; those of an .npz file are read when they are asked for, by `_array`."""
+    with _readable(path):
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        return {key: loaded[key] for key in loaded.files} if path.suffix == ".npz" else {"images": loaded}
+        return loaded if path.suffix == ".npz" else {"images": loaded}
+
+
+def _array(arrays: Mapping, key: str, path: Path) -> np.ndarray:
+    with _readable(path):
+        return arrays[key]
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What numpy objects to, as a sentence."""
+    try:
+        yield
     except ValueError as error:
         if "allow_pickle" in str(error):
             raise BadInput(
@@ -156,12 +194,20 @@ def _opened(path: Path) -> Mapping[str, np.ndarray]:
         raise BadInput(f"{path} cannot be read: {error}.") from None
 
 
-def _pick(arrays: Mapping[str, np.ndarray], names: tuple[str, ...], path: Path) -> np.ndarray | None:
-    """The one array with one of these names."""
+def _pick(arrays: Mapping, names: tuple[str, ...], path: Path, used: set[str]) -> np.ndarray | None:
+    """The one array with one of these names, which is used from then on."""
     found = [key for key in arrays if key.lower() in names]
     if len(found) > 1:
         raise BadInput(f"{path} holds both '{found[0]}' and '{found[1]}', which mean the same: keep one.")
-    return arrays[found[0]] if found else None
+    used.update(found)
+    return _array(arrays, found[0], path) if found else None
+
+
+def _unused(arrays: Mapping, path: Path, used: set[str]) -> list[str]:
+    """The sentence that names what is left alone."""
+    left = [f"'{key}'" for key in arrays if key not in used]
+    named = ", ".join(left[:5]) + (" ..." if len(left) > 5 else "")
+    return [f"{path.name} holds arrays that are not used: {named}."] if left else []
 
 
 def _checked(images: np.ndarray, labels: np.ndarray | None, path: Path) -> Split:
@@ -173,9 +219,10 @@ def _checked(images: np.ndarray, labels: np.ndarray | None, path: Path) -> Split
         raise BadInput(f"The images in {path} have shape {shape}: [N, H, W, C] or [N, H, W] is needed.")
     if images.ndim == 3:
         images = images[..., None]
-    elif shape[1] < min(shape[2:]) and (shape[2] == shape[3] or shape[1] in (1, 3, 4)):
+    elif not (shape[3] < min(shape[1:3]) or shape[1] == shape[2] != shape[3]):
         raise BadInput(
-            f"The images in {path} have shape {shape}, which looks like [N, C, H, W]: save np.moveaxis(images, 1, -1)."
+            f"The images in {path} have shape {shape}, which looks like [N, C, H, W], and [N, H, W, C] is needed: save "
+            "np.moveaxis(images, 1, -1)."
         )
     if labels is not None:
         labels = labels.reshape(-1) if labels.size == len(images) else labels
@@ -192,15 +239,17 @@ def _classes(train: Split, test: Split | None, notes: list[str]) -> tuple[Int[np
     """Numbers 0..classes-1 of training and test labels, and what they stand for; all -1 where there are none."""
     if train.labels is None:
         return np.full(len(train.rows), -1), ()
-    known = np.unique(train.labels)
+    known = np.unique(train.labels[: train.labelled])
     given = train.labels if test is None or test.labels is None else np.concatenate([train.labels, test.labels])
-    odd = np.setdiff1d(given, known)
+    none = np.arange(len(given)) < len(train.rows)
+    none[: train.labelled] = False
+    odd = np.setdiff1d(given[~none], known)
     if len(odd):
         named = ", ".join(map(str, odd[:5]))
         raise BadInput(f"{len(odd)} labels of the test images do not occur in training: {named}.")
     if known.dtype.kind not in "iu" or list(known) != list(range(len(known))):
         notes.append(f"Labels: {len(known)} classes, {known[0]} to {known[-1]}, are numbered 0 to {len(known) - 1}.")
-    return np.searchsorted(known, given), tuple(map(str, known))
+    return np.where(none, -1, np.searchsorted(known, given)), tuple(map(str, known))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Decoding by worker processes: pictures as uint8 canvases, in order, whatever the number of workers."""
 
+import errno
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
@@ -118,7 +119,8 @@ class _Decode(Dataset[Read]):
             try:
                 canvas, height_width = decode(self.paths[row], self.size, self.channels)
             except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ValueError ...
-                if isinstance(error, OSError) and error.errno:  # no fault of the picture, so not kept as broken
+                fault = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ELOOP)
+                if fault:  # not of the picture or of a link that leads nowhere, so not kept as broken
                     unreadable = unreadable or f"{self.paths[row]} cannot be read: {error.strerror}."
                 broken.append((row, " ".join(str(error).replace(repr(self.paths[row]), "").split())))
                 continue

@@ -1,8 +1,10 @@
 """Picture files: which ones lie in a folder, and one of them as a uint8 canvas."""
 
+import errno
 import os
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +14,14 @@ from jaxtyping import UInt8
 
 from twoviews.errors import BadInput
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (  # of formats that every Pillow reads
+    *(".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif"),
+    *(".tiff", ".webp"),
+)
 ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 are the values that swap width and height
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # what turns each upright, as PIL.Image.Transpose numbers it
+TWELVE_BITS = 2**12  # values; cameras and microscopes keep them in files of 16 bits
+LOOKED_AT = 20  # files that are decoded to find out
 
 
 @dataclass(frozen=True)
@@ -22,8 +30,7 @@ class Tree:
 
     root: Path
     names: tuple[str, ...]  # relative to root, with "/" between the levels
-    stamps: tuple[tuple[int, int], ...]  # bytes and modification time in ns of each file
-    ignored: int  # files that are no pictures by their suffix
+    ignored: tuple[tuple[str, int], ...]  # suffixes of the other files, and how many have them
 
     def __len__(self) -> int:
         return len(self.names)
@@ -32,6 +39,11 @@ class Tree:
     def paths(self) -> list[str]:
         """Path of every picture, in order."""
         return [f"{self.root}/{name}" for name in self.names]
+
+    @property
+    def others(self) -> str:
+        """The files that are not taken for pictures, by suffix; empty if there are none."""
+        return _counted(self.ignored)
 
     @cached_property
     def loose(self) -> int:
@@ -50,25 +62,29 @@ def tree(root: Path) -> Tree:
     Raises:
         BadInput: the folder is missing or unreadable, or holds no picture.
     """
-    found, ignored = [], 0
+    found, ignored = [], Counter()
     try:
-        for name, entry in _walk(root):
+        for name in _walk(root):
             if Path(name).suffix.lower() in SUFFIXES:
-                status = entry.stat()
-                found.append((name, (status.st_size, status.st_mtime_ns)))
+                found.append(name)
             else:
-                ignored += 1
+                ignored[Path(name).suffix.lower() or Path(name).name] += 1
     except OSError as error:
         raise BadInput(f"{error.filename or root} cannot be read: {error.strerror}.") from None
+    others = tuple(sorted(ignored.items()))
     if not found:
-        others = f"only {ignored} other files" if ignored else "no file at all"
+        others = f"only {ignored.total()} other files: {_counted(others)}" if others else "no file at all"
         raise BadInput(f"{root} holds no picture ({others}); pictures end in {' '.join(SUFFIXES)}.")
-    found.sort()
-    return Tree(root, tuple(name for name, _ in found), tuple(stamp for _, stamp in found), ignored)
+    return Tree(root, tuple(sorted(found)), others)
 
 
-def _walk(root: Path) -> Iterator[tuple[str, os.DirEntry]]:
-    """Every file below `root` that is not hidden, with its relative name."""
+def _counted(suffixes: Sequence[tuple[str, int]]) -> str:
+    most = sorted(suffixes, key=lambda one: -one[1])
+    return ", ".join(f"{count} {suffix}" for suffix, count in most[:5]) + (" ..." if len(most) > 5 else "")
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """The relative name of every file below `root` that is not hidden."""
     seen, waiting = set(), [("", root)]
     while waiting:
         prefix, folder = waiting.pop()
@@ -80,10 +96,22 @@ def _walk(root: Path) -> Iterator[tuple[str, os.DirEntry]]:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
+                if _leads_to_itself(entry):
+                    yield prefix + entry.name
+                elif entry.is_dir():
                     waiting.append((f"{prefix}{entry.name}/", Path(entry.path)))
-                else:
-                    yield prefix + entry.name, entry
+                elif entry.is_file() or not Path(entry.path).exists():  # a link that leads nowhere is a broken file
+                    yield prefix + entry.name
+
+
+def _leads_to_itself(entry: os.DirEntry) -> bool:
+    try:
+        entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return True
+    return False
 
 
 def shorter_side(path: str) -> int | None:
@@ -105,21 +133,54 @@ def decode(path: str, size: int, channels: int) -> tuple[UInt8[np.ndarray, "C S 
     Raises:
         Exception: of many kinds, when the file is no sound picture; OSError with an errno when it cannot be read.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
         width, height = image.size
         image.draft(None, (2 * size, 2 * size))  # JPEGs decode to 1/2, 1/4 or 1/8, not below twice the canvas
-        orientation = image.getexif().get(ORIENTATION, 1)
+        image.load()  # of TIFF, Pillow turns the pixels then, and has told the size of the upright picture before
+        orientation = _orientation(image)
         if orientation >= 5:
             width, height = height, width
-        upright = image if orientation == 1 else ImageOps.exif_transpose(image)
+        upright = image if orientation == 1 else image.transpose(Image.Transpose(TURNS[orientation]))
         plain = _eight_bit(upright, "RGB" if channels == 3 else "L")
         if plain.size != (size, size):
             # Bicubic: the crop resamples the canvas once more, and two bilinear passes blur.
             plain = plain.resize((size, size), Image.Resampling.BICUBIC)
         canvas = np.asarray(plain)
     return canvas.reshape(size, size, channels).transpose(2, 0, 1), (height, width)
+
+
+def _orientation(image) -> int:
+    """The EXIF orientation of a PIL image that is loaded, 1 to 8; 1, upright, where the tag means nothing."""
+    try:
+        exif = image.getexif()
+        with warnings.catch_warnings(action="error"):  # which Pillow gives where it takes the first of several values
+            orientation = exif.get(ORIENTATION)
+    except Exception:  # of many kinds: pixels may be sound where EXIF is not
+        return 1
+    return orientation if type(orientation) is int and 1 <= orientation <= 8 else 1
+
+
+def dark(paths: Sequence[str]) -> list[str]:
+    """A sentence where pictures of 16 bits have no values beyond 12 bits, and so are nearly black."""
+    from PIL import Image
+
+    largest = 0
+    for path in paths[:: max(1, len(paths) // LOOKED_AT)]:
+        try:
+            with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+                if not image.mode.startswith("I"):
+                    return []
+                largest = max(largest, int(np.asarray(image).max()))
+        except Exception:  # the decoding pass says what is wrong with it
+            continue
+    if not 0 < largest < TWELVE_BITS:
+        return []
+    return [
+        f"warning: these pictures have 16 bits, and no value of those looked at is above {largest}: they are taken as nearly "
+        f"black. Multiply them by {65535 // largest}, or use data=array, which takes the range of the images."
+    ]
 
 
 def _eight_bit(image, mode: str):

@@ -96,7 +96,7 @@ def _beside(path: Path) -> str:
 def _agree(train: Tree, memory: Tree | None, test: Tree | None, labels: bool) -> Folders:
     """Labels and classes of the trees, checked against each other."""
     notes = [
-        f"{one.ignored} files below {one.root} are no pictures and are left alone."
+        f"Files below {one.root} that are not taken for pictures: {one.others}."
         for one in (train, memory, test)
         if one and one.ignored
     ]

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from twoviews.data import arrays, downloads, folders
+from twoviews.data.contents import contents
 from twoviews.data.decoding import Decoded, cores
+from twoviews.data.files import dark
 from twoviews.data.images import ImageData, Images, stratified
 from twoviews.data.store import Recipe, Store, statistics, stored
 from twoviews.errors import BadInput
@@ -166,8 +168,13 @@ def array(
     beside = None if labels is None else Path(labels).expanduser().absolute()
     if beside is not None and not beside.is_file():
         raise BadInput(f"data.labels={labels} is not there.")
-    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in (*files, beside) if path]
-    store = stored(cache, place.stem, {"files": stamps, "size": size}, lambda: arrays.recipe(files, beside, size))
+    read = [path for path in (*files, beside) if path]
+    key = {
+        "files": [path.name for path in read],
+        "contents": contents([str(path) for path in read], cache),
+        "size": size,
+    }
+    store = stored(cache, place.stem, key, lambda: arrays.recipe(files, beside, size))
     return _fewer(_data(place.stem, store), train_images)
 
 
@@ -209,7 +216,7 @@ def folder(
         raise BadInput(f"data.channels={channels} is not possible for picture files: use 3 (colour) or 1 (grey).")
     place = Path(root).expanduser().absolute()
     found = folders.find(place, train, memory, test, labels)
-    notes = list(found.notes)
+    notes = [*found.notes, *dark(found.train.paths)]
     if size is None:
         size, note = folders.usual_side(found.train)
         notes.append(note)
@@ -220,7 +227,8 @@ def folder(
         "splits": found.splits,
         "classes": found.classes,
         "train_labelled": found.train_labelled,
-        "files": [[one.names, one.stamps] for one in found.trees],
+        "files": [one.names for one in found.trees],
+        "contents": contents([path for one in found.trees for path in one.paths], cache),
     }
     store = stored(cache, place.name, key, lambda: folders.recipe(found, size, channels, workers))
     notes += _broken(store, max_broken)

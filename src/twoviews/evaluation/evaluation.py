@@ -7,9 +7,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from twoviews.assembly import evaluation_runtime, load_data
+from twoviews.assembly import load_data
 from twoviews.backbones import Encoder
-from twoviews.config import build, digest, flat
+from twoviews.config import build, digest, flat, recorded_runtime, said
 from twoviews.console import Console
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
@@ -42,13 +42,12 @@ def protocols(cfg: DictConfig, asked: Sequence[str], recorded: Mapping[str, Any]
     there = (recorded or {}).get("protocol") or {}
     used = {name: there[name] for name in cfg.protocol if name in there and name in plain}
     if probe := there.get("linear"):  # the run's own, also for those that classify with it
-        used.update({name: {"linear": probe} for name, node in cfg.protocol.items() if "linear" in node})
+        for name in (name for name, node in cfg.protocol.items() if "linear" in node):
+            used[name] = {"linear": probe, **used.get(name, {})}
         if "predict" in cfg.protocol:
-            used["predict"] = {
-                key: value for key, value in probe.items() if key in cfg.protocol.predict and key[0] != "_"
-            }
-    dotted = OmegaConf.from_dotlist([one for one in asked if one.startswith("protocol.")])
-    return OmegaConf.merge(cfg, {"protocol": used}, {"protocol": dotted.get("protocol", {})}).protocol
+            shared = {key: value for key, value in probe.items() if key in cfg.protocol.predict and key[0] != "_"}
+            used["predict"] = {**shared, **used.get("predict", {})}
+    return OmegaConf.merge(cfg, {"protocol": used}, {"protocol": said(cfg, asked, "protocol")}).protocol
 
 
 def evaluate(
@@ -69,12 +68,12 @@ def evaluate(
         BadInput: a protocol cannot judge this encoder on these images.
     """
     recorded = OmegaConf.create(source.config or {})
-    runtime = evaluation_runtime(cfg, recorded, asked)
+    runtime, notes = recorded_runtime(cfg, source.config or {}, asked)
     device = runtime.torch_device()
     runtime.configure_evaluation(device)
     precision = format_name(dtype := runtime.evaluation_dtype(device))
     data = source.fed(given() if given else load_data(recorded)).to(device)
-    for note in (*source.notes, *data.notes):
+    for note in (*source.notes, *notes, *data.notes):
         console.say(note)
     if given is None and data.digest != Run(source.folder).read("data.json")["digest"]:
         console.say("warning: these are not the images of the run (their digest differs), so the numbers are not its.")

@@ -8,8 +8,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+from twoviews import foreign
+from twoviews.errors import BadInput
 from twoviews.sweeps.folder import Point
 from twoviews.sweeps.words import typed
 
@@ -55,8 +58,12 @@ def _values(point: Point, description: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that can change the result of a point, by dotted key or group."""
     path = point.folder / "config.yaml"
     # A node of the configuration is at the left margin; most are the same in all points.
-    nodes = re.split(r"\n(?=\w)", path.read_text()) if path.exists() else []
-    found = {key: value for node in nodes for key, value in _leaves(node).items()}
+    nodes = re.split(r"\n(?=\w)", foreign.text(path) or "{}")
+    try:
+        found = {key: value for node in nodes for key, value in _leaves(node).items()}
+    except BadInput:
+        foreign.load(path)  # which says the same with the name of the file
+        raise
     return {**found, **_choices(description), **point.axes}
 
 
@@ -67,11 +74,9 @@ def _choices(description: Mapping[str, Any]) -> dict[str, Any]:
 @cache
 def _leaves(node: str) -> dict[str, Any]:
     """The values of a part of a config.yaml by dotted key."""
-    import yaml
-
     from twoviews.config import flat
 
-    return {key: value for key, value in flat(yaml.safe_load(node)).items() if _matters(key)}
+    return {key: value for key, value in flat(foreign.parse(node, Path("config.yaml"))).items() if _matters(key)}
 
 
 def _tells_apart(key: str, points: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> bool:

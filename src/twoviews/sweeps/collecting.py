@@ -8,6 +8,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from twoviews import foreign
 from twoviews.errors import BadInput
 from twoviews.sweeps.folder import WRITERS, Point, State, Sweep
 from twoviews.sweeps.truth import look
@@ -117,8 +118,6 @@ def _status(states: Sequence[State]) -> str:
 
 
 def _tracking(sweep: Sweep, points: Sequence[Point]) -> dict[str, Any]:
-    import yaml
-
     if known := sweep.record.get("tracking"):
         return known
-    return yaml.safe_load((points[0].folder / "config.yaml").read_text())["tracking"]
+    return foreign.load(points[0].folder / "config.yaml")["tracking"]

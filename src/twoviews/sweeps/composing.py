@@ -120,19 +120,20 @@ class Composer:
 def _sets_a_value(override: Override) -> bool:
     """Whether it changes a value that is there already, and chooses, adds or removes nothing."""
     plain = not (override.is_add() or override.is_force_add() or override.is_delete() or override.is_hydra_override())
-    return plain and not _chooses(override) and not isinstance(override.value(), dict)
+    return plain and not chooses(override) and not isinstance(override.value(), dict)
 
 
 def _touches(override: Override, others: Sequence[Override]) -> bool:
     """Whether the order of it and another one matters, because one sets a part of what the other sets."""
     path = f"{override.key_or_group}."
-    paths = [f"{other.key_or_group}." for other in others if other is not override and not _chooses(other)]
+    paths = [f"{other.key_or_group}." for other in others if other is not override and not chooses(other)]
     return any(path.startswith(other) or other.startswith(path) for other in paths)
 
 
-def _chooses(override: Override) -> bool:
+def chooses(override: Override) -> bool:
     """Whether it is about a file of a group: Hydra merges all of these before it sets a value."""
-    return override.package is not None or _is_group(override.key_or_group)
+    files = _is_group(override.key_or_group) and not isinstance(override.value(), dict)
+    return override.package is not None or files
 
 
 @cache

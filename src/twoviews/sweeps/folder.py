@@ -12,6 +12,7 @@ Nothing here needs torch, Hydra, MLflow or SLURM.
 
 import json
 import os
+import re
 import shlex
 import shutil
 import time
@@ -24,6 +25,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
+from twoviews import foreign
 from twoviews.errors import BadInput, nearest
 from twoviews.sweeps.words import text
 from twoviews.tracking.metrics import read
@@ -111,13 +113,13 @@ class Point:
     @property
     def description(self) -> dict[str, Any]:
         """The content of point.json."""
-        return _load(self.folder / "point.json")
+        return foreign.load(self.folder / "point.json")
 
     @property
     def state(self) -> State:
         """What the supervisor wrote last, QUEUED before that; `Dispatch.look` compares it with the scheduler."""
         known = {field.name for field in fields(State)}
-        return State(**{key: value for key, value in _load(self.folder / "state.json").items() if key in known})
+        return State(**{key: value for key, value in foreign.load(self.folder / "state.json").items() if key in known})
 
     def write(self, state: State) -> None:
         """Replace state.json; only for the supervisor that holds `lock`."""
@@ -131,7 +133,7 @@ class Point:
     @property
     def result(self) -> dict[str, Any]:
         """The content of result.json; empty until the training ended."""
-        return _load(self.folder / "result.json")
+        return foreign.load(self.folder / "result.json")
 
     def metrics(self) -> list[dict[str, float]]:
         """The lines of metrics.jsonl."""
@@ -212,7 +214,7 @@ class Sweep:
     @property
     def record(self) -> dict[str, Any]:
         """The content of sweep.json: name, created, commands, launcher, axes, parent, commit, points."""
-        return _load(self.folder / "sweep.json")
+        return foreign.load(self.folder / "sweep.json")
 
     @contextmanager
     def update(self) -> Iterator[dict[str, Any]]:
@@ -244,6 +246,11 @@ class Sweep:
     def points(self) -> list[Point]:
         """In the order in which they were added."""
         keys = ("job", "submitted", "cancelled", "given_up", "refused")
+        for digest, known in self.record["points"].items():
+            job = known.get("job")
+            # Names of folders and words of SLURM's commands are made of them.
+            if not re.fullmatch(r"\w[\w.-]*", digest) or not (job is None or re.fullmatch(r"\d+(_\d+)?", job)):
+                raise BadInput(f"{self.folder / 'sweep.json'} is refused: it has a point {digest!r} with job {job!r}.")
         return [
             Point(self.folder / digest, known["axes"], **{key: known[key] for key in keys if key in known})
             for digest, known in self.record["points"].items()
@@ -331,11 +338,3 @@ def _commands(record: Mapping[str, Any]) -> list[str]:
     """Of a sweep.json; once it held the words of the last one alone."""
     words = record.get("command")
     return record.get("commands") or ([shlex.join(words)] if words else [])
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """A JSON file that is always replaced whole; empty where there is none."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}

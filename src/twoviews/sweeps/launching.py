@@ -1,6 +1,7 @@
 """From the combinations that a sweeper made to points of a sweep, checked before anything starts."""
 
 import hashlib
+import json
 import re
 import shlex
 import sys
@@ -13,11 +14,11 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from twoviews.code import code_state, freeze
-from twoviews.config import build, check, check_plugin, digest, flat
+from twoviews.code import code_state, content, freeze, left_out
+from twoviews.config import build, check, check_plugin, digest, flat, number
 from twoviews.console import Console
 from twoviews.errors import BadInput
-from twoviews.sweeps import collecting
+from twoviews.sweeps import collecting, launched
 from twoviews.sweeps.composing import Composer
 from twoviews.sweeps.dispatch import POLL_S, Dispatch
 from twoviews.sweeps.folder import New, Point, State, Sweep
@@ -25,6 +26,9 @@ from twoviews.sweeps.plan import plan
 from twoviews.sweeps.truth import look
 from twoviews.sweeps.words import counted
 from twoviews.tracking import stores
+
+LEFT_OUT = 5  # files that are named
+_HYDRAS = ("hydra.mode=", "hydra.launcher", "hydra/launcher=", "hydra.sweeper", "hydra/sweeper=", "hydra.sweep.dir=")
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ class Launch:
     def __init__(self, config: DictConfig, compose: Callable[[list[str]], DictConfig]):
         self.options, self.console = Options(**OmegaConf.to_container(config.sweep)), Console()  # type: ignore[arg-type]
         typed = _parsed(list(config.hydra.overrides.task))
+        for one in config.hydra.overrides.hydra:
+            if not one.lstrip("+~").startswith(_HYDRAS):
+                raise BadInput(f"{one} would not reach the points of a sweep; leave it out, or leave out -m.")
         self.swept = [one.get_key_element() for one in typed if one.is_sweep_override()]
         self.launcher = check_plugin(config, "launcher")
         called = self.options.name or name(config, self.swept)
@@ -67,6 +74,7 @@ class Launch:
         if self.tracking["mirror"]:
             stores.check(self.tracking["uri"])
         self.dispatch: Dispatch = build(DictConfig(self.launcher))
+        self.protocols = [*(config.get("protocol") or {})]  # whose values result.json will have
         self._composer = Composer(compose)
         self._here: dict[str, str] = {}
 
@@ -82,12 +90,28 @@ class Launch:
         """Make the folders of these points, with the code as it was at the first call."""
         sweep = Sweep(self.folder)
         if not self._here:
-            self._here = {"cwd": str(Path.cwd()), "code": str(freeze(sweep.folder / "code"))}
+            self._say_left_out(new)
+            copy = freeze(sweep.folder / "code")
+            self._here = {"cwd": str(Path.cwd()), "code": str(copy)}
+            launched.remember(content(copy))
+            launched.remember(json.dumps(self.launcher, sort_keys=True))
         new = [replace(one, more={**one.more, **self._here}) for one in new]
         points = sweep.add(
             new, command=shlex.join(["python", *sys.argv]), launcher=self.launcher, commit=code_state()[0]
         )
         return sweep, points
+
+    def _say_left_out(self, new: Sequence[New]) -> None:
+        files = left_out()
+        modules = {file: file.removeprefix("src/").removesuffix(".py").replace("/", ".") for file in files}
+        for file, module in modules.items():
+            if any(f"_target_: {module}." in one.config for one in new):
+                raise BadInput(
+                    f"{file} is not tracked by git, so points would not have it; `git add {file}` changes that."
+                )
+        if files:
+            named = ", ".join(files[:LEFT_OUT]) + (" …" if len(files) > LEFT_OUT else "")
+            self.console.say(f"code      without {counted(len(files), 'file')} that git does not track: {named}")
 
     def prepare(self, sweep: Sweep, points: Sequence[Point]) -> None:
         """Before points run: MLflow's run for the sweep, if the points are mirrored there.
@@ -140,6 +164,23 @@ def launch(order: Launch, combinations: Sequence[Sequence[str]]) -> int:
     return order.end(sweep, points)
 
 
+def again(sweep: Sweep, points: Sequence[Point]) -> None:
+    """Run points as they were launched, from their checkpoints and with the code they had.
+
+    Raises:
+        BadInput: this user launched no such code or no such launcher: what came from elsewhere is not run.
+    """
+    code = {point.description["code"] for point in points}
+    known = all(launched.remembered(content(Path(one))) for one in code)
+    launcher = sweep.record["launcher"]
+    if points and not (known and launched.remembered(json.dumps(launcher, sort_keys=True))):
+        raise BadInput(
+            f"{sweep.folder} has code or a launcher that was not launched from here, so nothing of it is run; launch the "
+            "sweep with `train.py -m` and sweep.name= again, which goes on from its checkpoints with the code of this checkout."
+        )
+    build(launcher).submit(points)
+
+
 def wait(dispatch: Dispatch, points: Sequence[Point], console: Console) -> None:
     """Return when nobody runs any of these points any more; say what happens meanwhile."""
     before: dict[str, str] = {}
@@ -188,16 +229,16 @@ def frozen(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def name(config: DictConfig, swept: Sequence[str]) -> str:
     """What a sweep is called: the same for other values of the same keys."""
-    nodes = _without(config, *_FREE)
+    nodes = _without(config, *FREE)
     fixed = flat(OmegaConf.to_container(nodes, resolve=True))
     kept = {key: value for key, value in fixed.items() if not any(f"{key}.".startswith(f"{one}.") for one in swept)}
-    text = repr((sorted((key, _number(value)) for key, value in kept.items()), sorted(swept)))
+    text = repr((sorted((key, number(value)) for key, value in kept.items()), sorted(swept)))
     choices = config.hydra.runtime.choices
     front = [group if group in swept else choices[group] for group in ("method", "data")]
     return "-".join([*front, hashlib.blake2b(text.encode(), digest_size=4).hexdigest()])
 
 
-_FREE = (
+FREE = (
     "hydra",
     "sweep",
     "tracking",
@@ -256,7 +297,3 @@ def _parsed(overrides: Sequence[str]) -> list:
 def _plain(value: Any) -> Any:
     """A value as JSON has it; quoted strings without their quotes."""
     return [_plain(one) for one in value] if isinstance(value, list) else getattr(value, "text", value)
-
-
-def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, int) else value  # 1 is 1.0

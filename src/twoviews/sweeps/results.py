@@ -5,13 +5,13 @@ is one value for each axis but the seed; its points differ in the seed alone, wh
 count in means and tests.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twoviews import foreign
 from twoviews.sweeps.axes import SEED, told_apart
 from twoviews.sweeps.folder import Point, State, Sweep
 from twoviews.sweeps.truth import judged
@@ -155,7 +155,7 @@ def _row(point: Point, state: State) -> Row:
     for line in lines:
         latest.update({key: value for key, value in line.items() if key not in ("step", "epoch", "time")})
     latest.update({key: float(value) for key, value in result.items() if key not in _NOT_MEASURED})
-    machine = _json(point.folder / "environment.json")
+    machine = foreign.load(point.folder / "environment.json")
     processes = int(machine.get("processes", 1))
     gpu = machine.get("gpu")
     # result.json is the run's own word; the supervisor may not have come to write the same yet.
@@ -183,10 +183,6 @@ def _seconds(lines: Sequence[Mapping[str, float]]) -> float:
     times = [line["time"] for line in lines]
     gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
     return sum(gap for gap in gaps if 0 < gap < PAUSE_S)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _seed_order(row: Row) -> tuple[bool, float, str]:

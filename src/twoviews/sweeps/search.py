@@ -17,6 +17,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from twoviews.errors import BadInput
 from twoviews.ranges import Count, Index
 from twoviews.sweeps.axes import SEED
+from twoviews.sweeps.composing import chooses
 from twoviews.sweeps.launching import Launch, launch
 
 DIGITS = 4  # of a number that is drawn: enough for a search, and it can be read
@@ -72,10 +73,10 @@ def space(arguments: Sequence[str]) -> Space:
     """The space that these overrides describe.
 
     Raises:
-        BadInput: an interval is empty, or logarithmic and not above 0.
+        BadInput: an interval is empty, or logarithmic and not above 0, or a key is swept that lies inside of another one.
     """
     fixed, axes = [], {}
-    for one in OverridesParser.create().parse_overrides(list(arguments)):
+    for one in _lasting(OverridesParser.create().parse_overrides(list(arguments))):
         key = one.get_key_element()
         if one.is_interval_sweep():
             axes[key] = _interval(one)
@@ -87,6 +88,30 @@ def space(arguments: Sequence[str]) -> Space:
     if isinstance(seeds, Interval):
         raise BadInput("seed=interval(…): seeds are not searched for; list them, as in seed=0,1,2.")
     return Space(fixed, axes, seeds)
+
+
+def _lasting(overrides: Sequence[Override]) -> list[Override]:
+    """The overrides, of those of a swept key the last one.
+
+    Raises:
+        BadInput: one is swept, and another one sets a part of it or what it is a part of.
+    """
+    kept: list[Override] = []
+    for one in overrides:
+        swept = [other for other in kept if one.is_sweep_override() or other.is_sweep_override()]
+        kept = [other for other in kept if other not in swept or _key(other) != _key(one)]
+        for other in swept:
+            outer, inner = sorted((one, other), key=lambda each: len(_key(each)))
+            if _key(inner).startswith(f"{_key(outer)}.") and not chooses(outer):
+                raise BadInput(
+                    f"{other.input_line} and {one.input_line} set the same values, and one of them is swept; leave the other out."
+                )
+        kept.append(one)
+    return kept
+
+
+def _key(override: Override) -> str:
+    return override.get_key_element().lstrip("+~")
 
 
 def _interval(override: Override) -> Interval:

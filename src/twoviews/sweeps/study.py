@@ -6,6 +6,7 @@ this process dies at, the same command goes on with the same trials.
 """
 
 import math
+import re
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, nearest
 from twoviews.ranges import Count, Index
 from twoviews.sweeps.folder import Point, State, Sweep
-from twoviews.sweeps.launching import Launch, launch
+from twoviews.sweeps.launching import FREE, Launch, launch
 from twoviews.sweeps.search import Interval, Random, Search, Space, space
 from twoviews.sweeps.truth import CANCEL_S, ended, look
 from twoviews.sweeps.words import counted
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 LOOK_S = 2.0  # between two looks at the points that are under way
 KNN = "knn/top1"
 SPREAD = "train/spread"
+PROBES = ("knn", "linear")  # protocols whose values are known beforehand
 COLLAPSED = 0.05  # spread below which embeddings are taken for one point; 1 is even
 COLLAPSED_EPOCHS = 1.0  # so long, after as many to begin with
 COMPARED_AFTER = 4  # finished trials before the median means something
@@ -76,12 +78,13 @@ class Optuna(Search):
         """Stay until all trials are judged; 0, or 1 when none of them has a value.
 
         Raises:
-            BadInput: a setting is not right, or another process drives this study.
+            BadInput: a setting is not right, nothing measures the metric, or another process drives this study.
             SystemExit: a signal stopped it; the same command goes on.
         """
         wanted = space(arguments)
         if not wanted.axes:
             raise BadInput("hydra/sweeper=optuna has nothing to search; give a key several values or an interval.")
+        self._check_metric(order.protocols)
         if order.options.plan:
             order.console.say(
                 "which settings will be tried is not known beforehand; these are drawn at random instead."
@@ -96,7 +99,7 @@ class Optuna(Search):
                 f"another process drives the search in {sweep.folder}; wait for it, or stop it first."
             ) from error
         try:
-            with _study(sweep, wanted, self.draw) as study:
+            with _study(sweep, wanted, self) as study:
                 driver = Driver(self, study, order, wanted, sweep)
                 try:
                     driver.adopt()
@@ -107,6 +110,18 @@ class Optuna(Search):
                 return driver.end()
         finally:
             lock.release()
+
+    def _check_metric(self, protocols: Sequence[str]) -> None:
+        name, slash, value = self.metric.partition("/")
+        certain = [SPREAD, *(f"{one}/{top}" for one in PROBES if one in protocols for top in ("top1", "top5"))]
+        # What the others measure, their own code says.
+        if self.metric in certain or (slash and value and name in {*protocols} - {*PROBES}):
+            return
+        known = [*certain, *(f"{one}/…" for one in protocols if one not in PROBES)]
+        raise BadInput(
+            f"hydra.sweeper.metric={self.metric} is nothing that these trainings measure and that is better when larger."
+            f"{nearest(self.metric, known)} Known: {', '.join(known)}."
+        )
 
 
 class Driver:
@@ -368,11 +383,11 @@ def _distributions(space: Space) -> dict[str, Any]:
 
 
 @contextmanager
-def _study(sweep: Sweep, space: Space, draw: int) -> "Iterator[optuna.Study]":
+def _study(sweep: Sweep, space: Space, search: Optuna) -> "Iterator[optuna.Study]":
     """The study in a sweep folder, made where there is none.
 
     Raises:
-        BadInput: it is about other values.
+        BadInput: a trial meant something else there: other values, seeds or overrides, or another metric.
     """
     import optuna
 
@@ -388,15 +403,29 @@ def _study(sweep: Sweep, space: Space, draw: int) -> "Iterator[optuna.Study]":
         pruner=optuna.pruners.MedianPruner(n_startup_trials=COMPARED_AFTER),
     )
     # Begun with the same number again after a resume, a sampler would propose what it proposed first.
-    study.sampler = optuna.samplers.TPESampler(seed=draw + 1000 * len(study.trials), constant_liar=True)
-    described = "; ".join(f"{key}={_described(values)}" for key, values in sorted(space.axes.items()))
-    if study.user_attrs.get("space", described) != described:
-        raise BadInput(
-            f"the study in {path} is about other values: {study.user_attrs['space']}; give the same ones, or another folder "
-            "with sweep.name=."
-        )
-    study.set_user_attr("space", described)
+    study.sampler = optuna.samplers.TPESampler(seed=search.draw + 1000 * len(study.trials), constant_liar=True)
+    fixed = {one.partition("=")[0]: one.partition("=")[2] for one in space.fixed}  # the last of each key
+    about = {
+        "space": "; ".join(f"{key}={_described(values)}" for key, values in sorted(space.axes.items())),
+        "seeds": ",".join(sorted(space.seeds)),
+        "metric": search.metric,
+        "overrides": " ".join(f"{key}={value}" for key, value in sorted(fixed.items()) if not _free(key)),
+    }
+    for name, now in about.items():
+        before = study.user_attrs.get(name, now)
+        if before != now:
+            what = "values" if name == "space" else name
+            raise BadInput(
+                f"the study in {path} is about other {what}: {before or 'none'}, and not {now or 'none'}; give the same, or "
+                "another folder with sweep.name=."
+            )
+        study.set_user_attr(name, now)
     try:
         yield study
     finally:
         storage.remove_session()
+
+
+def _free(key: str) -> bool:
+    """Whether a trial means the same with another value."""
+    return re.split("[./@]", key.lstrip("+~"))[0] in FREE

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return given.action(given)
     except BadInput as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
 
 
@@ -74,6 +74,9 @@ def sync_one(folder: Path, uri: str | None, experiment: str | None) -> int:
     running = is_written(folder)
     try:
         sent = send(folder, closed=not running)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except Exception as error:  # one folder or store at fault must not keep the others
         print(f"{folder}: {unsent(folder)} points left ({reason(error)})")
         return 1

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, without_secrets
 from twoviews.tracking import stores
 from twoviews.tracking.sending import PARENT, aim, send, unsent
 from twoviews.tracking.state import State
@@ -136,7 +136,7 @@ def page(folder: Path) -> str:
 
 def reason(error: Exception) -> str:
     """One short line for what a store answered."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = without_secrets(" ".join(str(error).split())) or type(error).__name__
     if "Max retries exceeded" in text or "timed out" in text:
         return "it does not answer"
     return text if len(text) <= 300 else text[:300] + "…"

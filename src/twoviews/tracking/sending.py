@@ -17,7 +17,9 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
+from twoviews import foreign
 from twoviews.errors import BadInput
 from twoviews.tracking import stores
 from twoviews.tracking.metrics import HEAD, NAME, lines
@@ -58,6 +60,7 @@ def send(folder: Path, closed: bool) -> int:
         client, experiment_id = stores.connect(stores.resolved(state.uri), state.experiment)
         run = _open_run(client, experiment_id, folder, state)
         changed = _changed_files(folder, state)
+        _check_place(run)
         if changed.keys() & set(DESCRIPTION):
             _describe(client, run, folder)
         sent = _send_points(client, run.info.run_id, folder, state, limit)
@@ -158,11 +161,28 @@ def _tagged(client: "MlflowClient", run: "Run", state: State) -> "Run":
     return run
 
 
+def _check_place(run: "Run") -> None:
+    """Refuse a store that would have files written into a folder that is not the run's: the store may be a foreign one.
+
+    Raises:
+        BadInput: it would.
+    """
+    place = urlsplit(run.info.artifact_uri or "")
+    path = Path(unquote(place.path)).resolve()
+    if place.scheme in ("", "file") and path.parts[-2:] != (run.info.run_id, "artifacts"):
+        raise BadInput(
+            f"the store has {path} for the files of run {run.info.run_id}, which is no folder of that run; name another store "
+            "with `python -m twoviews.tracking sync --uri`."
+        )
+
+
 def _describe(client: "MlflowClient", run: "Run", folder: Path) -> None:
     """Parameters, tags and data set of the run. MLflow never changes a parameter: a new value becomes a tag."""
     from mlflow.entities import Dataset, DatasetInput, Param, RunTag
 
-    config, data, environment = (_load(folder / name) for name in ("config.yaml", "data.json", "environment.json"))
+    config, data, environment = (
+        foreign.load(folder / name) for name in ("config.yaml", "data.json", "environment.json")
+    )
     params = dict(_flat(config))
     tags = {
         "folder": str(folder.resolve()),
@@ -231,7 +251,7 @@ def _tell_status(client: "MlflowClient", run_id: str, folder: Path, state: State
 
 
 def _status(folder: Path, closed: bool) -> str:
-    return STATUS.get(_load(folder / "result.json").get("state", ""), "KILLED") if closed else "RUNNING"
+    return STATUS.get(foreign.load(folder / "result.json").get("state", ""), "KILLED") if closed else "RUNNING"
 
 
 def _changed_files(folder: Path, state: State) -> dict[str, list[int]]:
@@ -261,18 +281,6 @@ def _fitted(text: str, length: int) -> str:
         return text
     end = f"... sha256 {sha256(text.encode()).hexdigest()[:16]}"
     return text[: length - len(end)] + end
-
-
-def _load(path: Path) -> dict:
-    """A YAML or JSON file as a dictionary; empty where there is none, or a crash left half of one."""
-    import yaml
-
-    try:
-        text = path.read_text()
-        loaded = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return loaded if isinstance(loaded, dict) else {}
 
 
 def _text(path: Path) -> str:

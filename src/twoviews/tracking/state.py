@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import get_type_hints
 
 from filelock import FileLock, Timeout
 
+from twoviews import foreign
 from twoviews.errors import BadInput
+from twoviews.signatures import complaint
 
 
 @dataclass
@@ -41,14 +44,16 @@ class State:
             BadInput: tracking.json is not ours.
         """
         path = folder / "tracking.json"
-        if not path.exists():
-            return cls()
-        try:
-            return cls(**json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
+        recorded, kinds = foreign.load(path), get_type_hints(cls)
+        wrong = [f"there is no {key}" for key in recorded if key not in kinds]
+        wrong += [
+            f"{key} {why}" for key, kind in kinds.items() if key in recorded and (why := complaint(recorded[key], kind))
+        ]
+        if wrong:
             raise BadInput(
-                f"{path} cannot be read ({error}); delete it, and the run is sent to MLflow as a new one."
-            ) from error
+                f"{path} cannot be read ({wrong[0]}); delete it, and the run is sent to MLflow as a new one."
+            )
+        return cls(**recorded)
 
     def save(self, folder: Path) -> None:
         """Replace tracking.json."""

@@ -15,12 +15,13 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 DATABASES = ("postgresql", "mysql", "mssql")
+PLAIN_KEYS = {"host", "port", "user", "sslmode", "sslrootcert", "connect_timeout", "charset", "driver"}  # of a query
 HINT = "use sqlite:///<path> or http(s)://<host>:<port>"
 
 
@@ -37,29 +38,30 @@ def resolved(uri: str | None) -> str:
     """
     if uri is None:
         return f"sqlite:///{checkout() / 'mlflow.db'}"
-    scheme, path = uri.partition(":")[0].partition("+")[0], uri.partition(":///")[2]
+    scheme, path, shown = uri.partition(":")[0].partition("+")[0], uri.partition(":///")[2], _shown(uri)
+    if _holds_secrets(uri, scheme):
+        raise BadInput(
+            f"tracking.uri={shown} may hold credentials, which a run would record in plain text; give them in the environment: "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN; for PostgreSQL PGPASSWORD or a "
+            "PGPASSFILE."
+        )
     if scheme == "sqlite":
         if not path or path.startswith(":") or path.endswith("/"):
             raise BadInput(
-                f"tracking.uri={uri} names no file; write sqlite:///<path>, for example sqlite:///mlflow.db."
+                f"tracking.uri={shown} names no file; write sqlite:///<path>, for example sqlite:///mlflow.db."
             )
         return f"sqlite:///{Path(path).expanduser().absolute()}"
     if scheme == "file" or "://" not in uri:
         raise BadInput(
-            f"tracking.uri={uri} is a folder or unknown, and MLflow no longer keeps runs in plain folders; {HINT}."
+            f"tracking.uri={shown} is a folder or unknown, and MLflow no longer keeps runs in plain folders; {HINT}."
         )
     try:
         parts = urlsplit(uri)
         host, _ = parts.hostname, parts.port
-    except ValueError as error:
-        raise BadInput(f"tracking.uri={uri} is not an address ({error}); {HINT}.") from error
-    if parts.password:
-        raise BadInput(
-            "tracking.uri holds a password, which the run would record in plain text; give it in the environment "
-            "(MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or PGPASSWORD for PostgreSQL)."
-        )
+    except ValueError:  # whose words may hold a part of the address
+        host = None
     if scheme not in ("http", "https", *DATABASES) or not host:
-        raise BadInput(f"tracking.uri={uri} is not an address of MLflow; {HINT}.")
+        raise BadInput(f"tracking.uri={shown} is not an address of MLflow; {HINT}.")
     return uri.rstrip("/")
 
 
@@ -74,6 +76,24 @@ def installed() -> None:
             "MLflow is not installed in this environment; install it (python -m pip install mlflow), or train with "
             "tracking=files and send the run later, from where it is, with `python -m twoviews.tracking sync`."
         )
+
+
+def _holds_secrets(uri: str, scheme: str) -> bool:
+    """Whether there may be credentials in an address, be it right or not; a user's name alone is none of a database."""
+    address, mark, query = uri.partition("?")
+    before, at, _ = address.rpartition("@")
+    if scheme == "sqlite":
+        return bool(mark) or not uri.partition(":")[2].startswith("///") and bool(at)
+    named = scheme in DATABASES and re.fullmatch(r"[\w+]+://[^:/@]*", before)
+    keys = {part.partition("=")[0] for part in query.split("&")} if mark else set()
+    return bool(at) and not named or not keys <= (PLAIN_KEYS if scheme in DATABASES else set()) or "#" in uri
+
+
+def _shown(uri: str) -> str:
+    """An address without what may be credentials in it."""
+    before, at, after = re.split("[?#]", uri)[0].rpartition("@")
+    front = re.match(r"[A-Za-z][\w+.-]*://", before)
+    return without_secrets((front[0] if front else "") + "…@" + after if at else after)
 
 
 def check(uri: str | None) -> None:

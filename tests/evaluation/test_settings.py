@@ -1,0 +1,80 @@
+"""Which settings an evaluation has: the run's own, but for what the command says, whose last override counts."""
+
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from test_configs import composed
+
+from twoviews.config import recorded_runtime
+from twoviews.evaluation.evaluation import protocols
+
+
+def recorded(*overrides: str) -> dict[str, Any]:
+    return OmegaConf.to_container(composed(*overrides), resolve=True)  # type: ignore[return-value]
+
+
+def settings(*asked: str, run: dict[str, Any]) -> dict[str, Any]:
+    cfg = composed("run=x", *asked, name="evaluate")
+    return OmegaConf.to_container(protocols(cfg, asked, run), resolve=True)  # type: ignore[return-value]
+
+
+def test_nested_settings_are_those_of_the_run() -> None:
+    typed = [
+        "protocol=[linear,tent,corruptions,predict]",
+        "protocol.linear.iterations=7",
+        "protocol.tent.severities=[1,2]",
+        "protocol.tent.images=50",
+        "protocol.tent.lr=0.5",
+        "protocol.tent.linear.iterations=9",
+        "protocol.corruptions.severities=[3]",
+        "protocol.corruptions.images=60",
+    ]
+    run = recorded(*typed)
+    for asked in ("protocol=[tent,corruptions]", "protocol=[linear,tent,corruptions]"):
+        found = settings(asked, run=run)
+        assert found["tent"] == run["protocol"]["tent"]
+        assert found["corruptions"]["severities"] == [3] and found["corruptions"]["images"] == 60
+    assert settings("protocol=[tent]", "protocol.tent.images=8", run=run)["tent"] == {
+        **run["protocol"]["tent"],
+        "images": 8,
+    }
+    assert settings("protocol=[t3a]", run=run)["t3a"]["linear"]["iterations"] == 7, (
+        "the run's probe, where it has no t3a"
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "k"),
+    [
+        (["protocol.knn.k=5"], 5),
+        (["++protocol.knn.k=5"], 5),
+        (["++protocol.knn={k:5}"], 5),
+        (["++protocol={knn:{k:5}}"], 5),
+        (["protocol.knn.k=5", "protocol.knn.k=6"], 6),
+        (["protocol.knn.k=5", "++protocol.knn.k=6"], 6),
+        (["++protocol.knn.k=6", "protocol.knn.k=5"], 5),
+        (["protocol.knn.k=5", "++protocol.knn={k:6}"], 6),
+        (["protocol.knn.temperature=0.5"], 30),
+        ([], 30),
+    ],
+)
+def test_the_last_override_of_a_protocol_wins(asked: list[str], k: int) -> None:
+    assert settings(*asked, run=recorded("protocol.knn.k=30"))["knn"]["k"] == k
+
+
+@pytest.mark.parametrize("name", ["evaluate", "cluster"])
+@pytest.mark.parametrize(
+    ("asked", "precision"),
+    [
+        (["runtime.precision=fp32"], "fp32"),
+        (["++runtime.precision=fp32"], "fp32"),
+        (["++runtime={precision:fp32}"], "fp32"),
+        (["runtime.precision=fp16", "++runtime.precision=fp32"], "fp32"),
+        (["runtime.device=cpu"], "bf16"),
+    ],
+)
+def test_the_last_override_of_the_runtime_wins(name: str, asked: list[str], precision: str) -> None:
+    cfg = composed("run=x", *asked, name=name)
+    runtime, notes = recorded_runtime(cfg, recorded("runtime.precision=bf16", "runtime.device=cpu"), asked)
+    assert runtime.precision == precision and runtime.device == "cpu" and not notes
