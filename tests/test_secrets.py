@@ -45,7 +45,7 @@ def nowhere(folder: Path, *texts: str) -> None:
         assert SECRET not in path.name and not (path.is_file() and SECRET.encode() in path.read_bytes()), path
 
 
-@pytest.mark.parametrize("uri", URIS)
+@pytest.mark.parametrize("uri", URIS, ids=map(str, range(len(URIS))))  # names of folders are made of these
 def test_train(command, tmp_path: Path, uri: str) -> None:
     for arguments in (
         [f'tracking.uri="{uri}"'],
@@ -79,7 +79,7 @@ def test_commands_that_are_wrong_elsewhere(command, tmp_path: Path, arguments: l
     nowhere(tmp_path, finished.out, finished.err)
 
 
-@pytest.mark.parametrize("uri", URIS)
+@pytest.mark.parametrize("uri", URIS, ids=map(str, range(len(URIS))))  # names of folders are made of these
 def test_sync(tmp_path: Path, capsys, uri: str) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "time": 1, "a": 1}\n')
     assert tracking_command(["sync", str(tmp_path), "--uri", uri]) == 2

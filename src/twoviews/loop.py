@@ -179,9 +179,7 @@ class Training:
         batch = next(batches)
         while batch:
             values = self._step(batch)
-            batch = next(
-                batches, None
-            )  # made before anything is read, so that a GPU has work while the host waits for it
+            batch = next(batches, None)  # made before anything is read: while the host waits, a GPU has work
             step = self.position.step
             logged = step % log_every == 0 or step % steps == 0
             if logged:
