@@ -1,11 +1,13 @@
 """Heads, moving averages, the queue and the batch norms, against slow loops and against torch's own."""
 
+import copy
 import random
 from collections import deque
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from twoviews.backbones import ResNet
 from twoviews.layers import (
@@ -18,6 +20,7 @@ from twoviews.layers import (
     split_batch_norms,
     spread,
     sync_batch_norms,
+    targets,
     without_duplicates,
 )
 
@@ -83,6 +86,36 @@ def test_frozen_copy_is_equal_apart_and_without_gradients():
     assert copy.weight.data_ptr() != module.weight.data_ptr()
     assert not any(parameter.requires_grad for parameter in copy.parameters())
     assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_targets_are_what_the_network_makes_of_each_view_with_weights_cast_once(dtype):
+    torch.manual_seed(0)
+    network = frozen_copy(nn.Sequential(ResNet(3, 16, "basic", [1, 1], width=4), mlp([8, 8, 4])))
+    same, views = copy.deepcopy(network), [torch.randn(4, 3, 16, 16) for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.no_grad():
+            expected = [same(view).float() for view in views]
+        with Casts() as casts:
+            found = targets(network, views)
+    assert all(map(torch.equal, found, expected)) and not any(z.requires_grad for z in found)
+    assert all(map(torch.equal, network.state_dict().values(), same.state_dict().values()))
+    weights = [tuple(weight.shape) for weight in network.parameters() if weight.ndim > 1]
+    assert all(casts.shapes.count(shape) <= weights.count(shape) for shape in weights)
+    assert bool(casts.shapes) == (dtype == torch.bfloat16)
+
+
+class Casts(TorchDispatchMode):
+    """Shapes of what is cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func == torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
 
 
 def test_queue_starts_with_unit_rows_and_saves_all_of_itself():

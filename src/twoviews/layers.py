@@ -70,6 +70,19 @@ def frozen_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).requires_grad_(False)
 
 
+@torch.no_grad()
+def targets(frozen: nn.Module, views: Sequence[Float[Tensor, "B C _h _w"]]) -> list[Float[Tensor, "B D"]]:
+    """What a frozen network makes of each view, without gradient, in float32.
+
+    Under autocast its weights are cast once for all views: autocast itself keeps what it casts only for weights that learn.
+    """
+    weights: dict[str, Tensor] = {}
+    if torch.is_autocast_enabled(views[0].device.type):
+        dtype = torch.get_autocast_dtype(views[0].device.type)
+        weights = {name: weight.to(dtype) for name, weight in frozen.named_parameters() if weight.ndim > 1}
+    return [torch.func.functional_call(frozen, weights, (view,)).float() for view in views]
+
+
 class Queue(nn.Module):
     """The last `size` embeddings as unit rows, oldest overwritten first; part of the checkpoint."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from twoviews.backbones import Encoder
-from twoviews.layers import ema_update, frozen_copy, mlp, spread
+from twoviews.layers import ema_update, frozen_copy, mlp, spread, targets
 from twoviews.methods.method import Method, Output, Progress
 from twoviews.ranges import Count, EmaMomentum
 
@@ -46,8 +46,7 @@ class BYOL(Method):
         x1, x2 = views
         z1, z2 = self.projector(self.encoder(x1)), self.projector(self.encoder(x2))
         p1, p2 = self.predictor(z1).float(), self.predictor(z2).float()
-        with torch.no_grad():
-            t1, t2 = self.target(x1).float(), self.target(x2).float()
+        t1, t2 = targets(self.target, views)
         return Output(regression_loss(p1, t2) + regression_loss(p2, t1), {"spread": spread(z1)})
 
     def tau(self, fraction: Float64[Tensor, ""]) -> Float64[Tensor, ""]:
