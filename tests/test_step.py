@@ -1,7 +1,7 @@
 """Captured steps: what is replayed does what eager steps do, for every method, optimizer and phase."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -222,3 +222,28 @@ def test_a_capture_that_fails_leaves_eager_steps_behind(tmp_path: Path, capfd) -
     one.method, one.step = method, Step(method, optimizer, one.runtime, one.device, one.console.say)
     losses = [values["loss"] for values in stepped(one)]
     assert "eager (no CUDA graph" in capfd.readouterr().out and len(set(losses)) == STEPS
+
+
+@pytest.fixture
+def flags() -> Iterator[None]:
+    """Those of torch that a deterministic training sets are as they were."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = False
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["moco", "simclr", "byol", "swav", "pcl", "deepcluster_v2"])
+def test_deterministic_steps_are_the_same_bits(name: str, tmp_path: Path, flags: None) -> None:
+    """In two trainings, of which one is interrupted and goes on from its checkpoint."""
+    overrides = ("runtime.deterministic=true", "runtime.precision=bf16", "runtime.accumulate=1")
+    whole = training(tmp_path, name, *overrides, device="cuda")
+    expected = stepped(whole, 12)
+    first = training(tmp_path, name, *overrides, device="cuda")
+    found = stepped(first, 7)
+    state = copied(first.state())
+    torch.cuda.synchronize()
+    second = training(tmp_path, name, *overrides, device="cuda")
+    second.restore(state)
+    found += stepped(second, 5)
+    assert found == expected
