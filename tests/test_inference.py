@@ -191,4 +191,6 @@ def test_all_paths_of_a_gpu_agree(dtype, monkeypatch) -> None:
         monkeypatch.setattr(inference, "_reasons", {})
         monkeypatch.setitem(inference.PREFERRED, "cuda", paths)
         found = embed(encoder, data.train, data, device, dtype, channels_last=True).cpu()
-        assert (found - exact).norm() < {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype] * exact.norm()
+        assert (found - exact).norm() < {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}[
+            dtype
+        ] * exact.norm()

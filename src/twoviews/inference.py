@@ -19,7 +19,7 @@ from twoviews.backbones import BasicBlock, Bottleneck, ResNet
 
 # By type of device, the first that serves is used.
 PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("mkldnn",), "cuda": ("cudnn", "triton")}
-ALIGNED = 8  # channels of images for cuDNN are filled up to a multiple: 16 bytes of bf16, which tensor cores load at once
+ALIGNED = 8  # on a GPU, channels of images are filled up to a multiple: 16 bytes of bf16, as its tensor cores load them
 
 
 def folded(module: nn.Module, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -105,10 +105,9 @@ def _fuse(network: ResNet, path: str, dtype: torch.dtype) -> None:
     if path == "mkldnn":
         network.add_module("conv1", kind(first))
     else:
-        if path == "cudnn":
-            missing = -first.in_channels % ALIGNED
-            first.weight = nn.Parameter(nnf.pad(first.weight.detach(), (0, 0, 0, 0, 0, missing)))
-            first.in_channels += missing
+        missing = -first.in_channels % ALIGNED
+        first.weight = nn.Parameter(nnf.pad(first.weight.detach(), (0, 0, 0, 0, 0, missing)))
+        first.in_channels += missing
         network.add_module("conv1", nn.Sequential(_Input(first.in_channels, dtype), kind(first)))
     network.add_module("relu", nn.Identity())
     for stage in range(network.stages):
@@ -215,9 +214,7 @@ _reasons: dict[tuple, str | None] = {}
 _warned: set[tuple] = set()
 
 
-def reason_against(
-    path: str, network: ResNet, device: torch.device, dtype: torch.dtype, image_size: int
-) -> str | None:
+def reason_against(path: str, network: ResNet, device: torch.device, dtype: torch.dtype, image_size: int) -> str | None:
     """Why a path does not serve for networks of this form on a GPU; None: it was seen to be right there."""
     form = tuple((*part.weight.shape, *part.stride) for part in network.modules() if isinstance(part, nn.Conv2d))
     key = path, device, dtype, image_size, torch.backends.cudnn.allow_tf32, type(network.maxpool), form
