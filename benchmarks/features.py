@@ -110,7 +110,7 @@ def case(
     used = None
     if path != "plain":
         start = time.perf_counter()
-        used = path_for(encoder, device, dtype, 32)
+        used = path_for(encoder, device, dtype, 32, size)
         row["trial_ms"] = 1e3 * (time.perf_counter() - start)
         if used != path:
             return {**row, "reason": next(filter(None, inference._reasons.values()), "does not serve here")}

@@ -101,11 +101,11 @@ def test_what_is_no_number_is_seen(broken: str, path: str | None) -> None:
 
 def test_without_the_operators_nothing_is_fused(monkeypatch) -> None:
     encoder = ResNet(3, 32, "basic", [1, 1], width=8)
-    assert path_for(encoder, CPU, torch.float32, 32) == "mkldnn"
-    assert path_for(encoder, CPU, torch.bfloat16, 32) is None
-    assert path_for(nn.Linear(3, 3), CPU, torch.float32, 32) is None
+    assert path_for(encoder, CPU, torch.float32, 32, 40) == "mkldnn"
+    assert path_for(encoder, CPU, torch.bfloat16, 32, 40) is None
+    assert path_for(nn.Linear(3, 3), CPU, torch.float32, 32, 40) is None
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert path_for(encoder, CPU, torch.float32, 32) is None
+    assert path_for(encoder, CPU, torch.float32, 32, 40) is None
 
 
 @pytest.mark.parametrize("path", PREFERRED["cuda"])
@@ -116,7 +116,7 @@ def test_a_path_is_tried_before_it_is_used(block, stem, dtype, path, monkeypatch
 
     def reason() -> str | None:
         inference._reasons.clear()
-        return inference.reason_against(path, encoder, CPU, dtype, 32)
+        return inference.reason_against(path, encoder, CPU, dtype, 32, 40)
 
     with operators(path):
         assert reason() is None
@@ -143,9 +143,9 @@ def test_rounding_to_tf32_is_found_in_fp32(monkeypatch) -> None:
     with operators("cudnn"):
         monkeypatch.setattr(torch, "cudnn_convolution_relu", rounded)
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-        assert inference.reason_against("cudnn", encoder, CPU, torch.float32, 32)
+        assert inference.reason_against("cudnn", encoder, CPU, torch.float32, 32, 40)
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-        assert inference.reason_against("cudnn", encoder, CPU, torch.float32, 32) is None
+        assert inference.reason_against("cudnn", encoder, CPU, torch.float32, 32, 40) is None
 
 
 def test_the_next_path_serves_where_one_fails_and_the_last_is_plain_with_one_warning(monkeypatch) -> None:
@@ -155,7 +155,7 @@ def test_the_next_path_serves_where_one_fails_and_the_last_is_plain_with_one_war
     monkeypatch.setattr(inference, "_warned", set())
     monkeypatch.setattr(inference, "_error", lambda *given, error=inference._error: error(*given[:2], CPU, *given[3:]))
     with interpreted():
-        assert path_for(encoder, there, torch.float32, 32) == "triton"
+        assert path_for(encoder, there, torch.float32, 32, 40) == "triton"
 
     def missing() -> None:
         raise ImportError("no Triton")
@@ -163,18 +163,18 @@ def test_the_next_path_serves_where_one_fails_and_the_last_is_plain_with_one_war
     inference._reasons.clear()
     monkeypatch.setattr(fused_norm, "_kernels", missing)
     with pytest.warns(UserWarning, match="fused convolutions are of no use.*cudnn: .*triton: ImportError: no Triton"):
-        assert path_for(encoder, there, torch.float32, 32) is None
+        assert path_for(encoder, there, torch.float32, 32, 40) is None
     with warnings.catch_warnings(action="error"):
-        assert path_for(encoder, there, torch.float32, 32) is None
+        assert path_for(encoder, there, torch.float32, 32, 40) is None
     monkeypatch.setenv("TWOVIEWS_KERNEL", "0")
-    assert path_for(encoder, there, torch.bfloat16, 32) is None
+    assert path_for(encoder, there, torch.bfloat16, 32, 40) is None
     monkeypatch.delenv("TWOVIEWS_KERNEL")
     monkeypatch.undo()
     monkeypatch.setattr(inference, "_error", lambda *given, error=inference._error: error(*given[:2], CPU, *given[3:]))
     with operators("cudnn"):
-        assert path_for(encoder, there, torch.float32, 32) == "cudnn"
+        assert path_for(encoder, there, torch.float32, 32, 40) == "cudnn"
         with interpreted():
-            assert path_for(encoder, there, torch.float16, 32) == "triton"  # what overflows is seen
+            assert path_for(encoder, there, torch.float16, 32, 40) == "triton"  # what overflows is seen
 
 
 @pytest.mark.gpu

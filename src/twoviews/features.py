@@ -64,8 +64,10 @@ def embed(
         shared: several processes do a share each, and all get the whole.
     """
     rank, processes = (distributed.rank(), distributed.processes()) if shared else (0, 1)
-    # What is fused on a GPU has the images' number and memory format from its first layer on.
-    path = path_for(module, device, dtype, data.size) if channels_last or device.type == "cpu" else None
+    size, path = BATCH[device.type], None
+    if channels_last or device.type == "cpu":
+        path = path_for(module, device, dtype, data.size, size)
+    # What is fused on a GPU converts the images itself.
     convert = channels_last and (path is None or device.type == "cpu")
     network, x = folded(module, path, dtype), None
     # Autocast keeps the weights that it has cast until the outermost of its contexts ends, if they could learn.
@@ -73,7 +75,6 @@ def embed(
         parameter.requires_grad_(parameter.is_floating_point())
     if convert:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    size = BATCH[device.type]
     # Whole batches are dealt out, so that each image has the same company, and the same rounding, in one process.
     own = torch.arange(len(images)).split(size)[rank::processes]
     with torch.autocast(device.type, enabled=False):
