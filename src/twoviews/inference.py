@@ -209,7 +209,7 @@ class _Block(nn.Module):
 # --------------------------------------------------------------------------------------------------------- trying it out
 
 DIFFERENT = 32  # images of a batch, which are repeated
-# Largest relative errors, against float32: some times those of the number format, and less than those of TF32 where fp32 is meant.
+# Largest relative errors, against float32: some times those of the number format, and less than TF32's where fp32 is meant.
 APART = {torch.float32: 3e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 TF32_APART = 1e-3
 _reasons: dict[tuple, str | None] = {}
