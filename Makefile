@@ -67,12 +67,13 @@ bench-pcl: .venv/dev  # a training, from which the benchmarks of its k-means and
 		$(MEASURE)/kmeans.py --features $(PCL)/features/*.npy --k $$k --rounds 1 --json benchmarks/results/kmeans_$$k.json || exit; done
 	$(MEASURE)/linear.py $(PCL)/run --rounds 1 --json benchmarks/results/linear.json
 
-bench-gpu: .venv/dev  ## steps of five methods, views, kNN, k-means and batch norms on a GPU; DATA=<folder of CIFAR-10> or the download
+bench-gpu: .venv/dev  ## steps of five methods, views, kNN, k-means, batch norms and features on a GPU; DATA=<folder of CIFAR-10> or the download
 	$(BIN)/python benchmarks/step.py $(CIFAR10) runtime.device=cuda --profile moco --json benchmarks/results/step.json
 	$(BIN)/python benchmarks/views.py --device cuda --json benchmarks/results/views_gpu.json
 	$(BIN)/python benchmarks/knn.py --device cuda --json benchmarks/results/knn_gpu.json
 	$(BIN)/python benchmarks/kmeans.py --device cuda --json benchmarks/results/kmeans_gpu.json
 	$(BIN)/python benchmarks/norms.py --json benchmarks/results/norms.json
+	$(BIN)/python benchmarks/features.py --device cuda --json benchmarks/results/features_gpu.json
 	$(BIN)/python benchmarks/table.py
 
 # On machines without a package index, too: by .venv where there is one, else by the Python that has the packages.

@@ -265,6 +265,7 @@ def pretended(views_kernel: Block | None = None) -> Iterator[list[str]]:
     Args:
         views_kernel: kernel.cu, compiled for the CPU; without it tensors make the views.
     """
+    from twoviews import inference
     from twoviews.data import kernel_cuda, views
 
     waits.clear()
@@ -294,6 +295,7 @@ def pretended(views_kernel: Block | None = None) -> Iterator[list[str]]:
         patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
         patch.setattr(torch, "autocast", _Autocast)
         patch.setattr(kernel_cuda, "build", lambda device: _launching(views_kernel) if views_kernel else None)
+        patch.setattr(inference, "_reasons", {})
         patch.setenv("TWOVIEWS_KERNEL", "1" if views_kernel else "0")
         views._checked.cache_clear()
         torch.__future__.set_overwrite_module_params_on_conversion(True)

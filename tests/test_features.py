@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pretended_gpu import pretended, waits
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from twoviews import features
 from twoviews.backbones import ResNet
 from twoviews.data.images import ImageData
 from twoviews.data.sources import digits
-from twoviews.features import Judged, Pixels
+from twoviews.features import Judged, Pixels, embed
 
 
 def few(count: int) -> ImageData:
@@ -54,3 +57,46 @@ def test_half_precision_features_come_out_in_float32():
     assert rounded.dtype == torch.float32
     assert not torch.equal(rounded, exact)
     torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.05)
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of parameters, by their shape."""
+
+    def __init__(self, shape: torch.Size):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].shape == self.shape and kwargs.get("dtype"):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("learning", [False, True])
+def test_weights_are_cast_once(learning, monkeypatch):
+    monkeypatch.setitem(features.BATCH, "cpu", 20)
+    data, network = few(60), nn.Sequential(nn.Flatten(), nn.Linear(1024, 7, bias=False)).requires_grad_(learning)
+    with Casts(network[1].weight.shape) as casts:
+        x = embed(network, data.memory, data, torch.device("cpu"), torch.bfloat16)
+    assert casts.count == 1 and network[1].weight.requires_grad == learning and not x.requires_grad
+    monkeypatch.setitem(features.BATCH, "cpu", 60)
+    torch.testing.assert_close(
+        x, embed(network, data.memory, data, torch.device("cpu"), torch.bfloat16), rtol=0.02, atol=0.01
+    )
+
+
+@pytest.mark.parametrize("size", [20, 50, 80])
+def test_a_gpu_is_not_waited_for(size, monkeypatch):
+    """The last batch is filled up there, and nobody sees it."""
+    monkeypatch.setitem(features.BATCH, "cuda", size)
+    data, encoder = few(70), ResNet(1, 32, "basic", [1, 1], width=4)
+    images = replace(data.memory, pixels=data.memory.pixels.clone())
+    here = embed(encoder, images, data, torch.device("cpu"), torch.float32)
+    with pretended():
+        device, batches = torch.device("cuda", 0), []
+        encoder.to(device).register_forward_pre_hook(lambda module, given: batches.append(len(given[0])))
+        on_device = replace(data, memory=images).to(device).memory
+        waits.clear()
+        there = embed(encoder, on_device, data, device, torch.float32, channels_last=True)
+        assert not waits and set(batches) == {min(size, 70)}
+        torch.testing.assert_close(there.cpu(), here, rtol=1e-4, atol=1e-4)

@@ -1,44 +1,196 @@
 """Networks for inference compute what the trained ones do."""
 
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from interpreted import interpreted
+from torch import Tensor, nn
+from torch.nn import functional as nnf
 
+from twoviews import features, fused_norm, inference
 from twoviews.backbones import ResNet
-from twoviews.inference import _Block, folded
+from twoviews.data.sources import digits
+from twoviews.features import embed
+from twoviews.inference import PREFERRED, _Block, folded, path_for
+
+CPU = torch.device("cpu")
+FORMS = [("basic", "cifar"), ("bottleneck", "strided"), ("basic", "imagenet")]
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("fuse", [False, True])
-@pytest.mark.parametrize(("block", "stem"), [("basic", "cifar"), ("bottleneck", "strided"), ("basic", "imagenet")])
-def test_folded_networks_compute_the_same_and_leave_the_original(block, stem, fuse, memory_format) -> None:
+def relu(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+    """As cuDNN's operator, with its demands."""
+    assert bias is not None and x.dtype == weight.dtype == bias.dtype and x.shape[1] % 8 == 0
+    assert all(one.is_contiguous(memory_format=torch.channels_last) for one in (x, weight))
+    return nnf.conv2d(x, weight, bias, *settings).relu()
+
+
+def add_relu(x: Tensor, weight: Tensor, z: Tensor, alpha: float, bias: Tensor | None, *settings: Any) -> Tensor:
+    """As cuDNN's operator."""
+    assert bias is not None and x.dtype == weight.dtype == bias.dtype == z.dtype
+    return (nnf.conv2d(x, weight, bias, *settings) + alpha * z).relu()
+
+
+@contextlib.contextmanager
+def operators(path: str | None) -> Iterator[None]:
+    """Those of a GPU, on the CPU."""
+    with pytest.MonkeyPatch.context() as patch, interpreted() if path == "triton" else contextlib.nullcontext():
+        patch.setattr(torch, "cudnn_convolution_relu", relu)
+        patch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
+        patch.setattr(inference, "_reasons", {})
+        yield
+
+
+def trained(block: str, stem: str, memory_format: torch.memory_format = torch.contiguous_format) -> ResNet:
+    """With statistics and scales that are no longer 0 and 1."""
     torch.manual_seed(0)
-    encoder = ResNet(3, 32, block, [2, 1], width=8, stem=stem).to(memory_format=memory_format)
-    images = torch.randn(16, 3, 32, 32).to(memory_format=memory_format)
-    encoder(images)  # running statistics and, below, scales other than 1
+    encoder = ResNet(3, 32, block, [2, 1], width=8, stem=stem).to(memory_format=memory_format)  # type: ignore[arg-type]
+    encoder(torch.randn(16, 3, 32, 32).to(memory_format=memory_format))
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight)
             nn.init.normal_(module.bias)
+    return encoder
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("path", [None, "mkldnn", "cudnn", "triton"])
+@pytest.mark.parametrize(("block", "stem"), FORMS)
+def test_folded_networks_compute_the_same_and_leave_the_original(block, stem, path, memory_format) -> None:
+    encoder = trained(block, stem, memory_format)
+    images = torch.randn(16, 3, 32, 32).to(memory_format=memory_format)
     before, given = {name: value.clone() for name, value in encoder.state_dict().items()}, images.clone()
-    inference = folded(nn.Sequential(encoder, nn.Linear(encoder.out_dim, 4)), fuse)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in inference.modules())
-    assert any(isinstance(module, _Block) for module in inference.modules()) == fuse
-    with torch.no_grad():
-        found = inference[0](images)
+    with operators(path), torch.no_grad():
+        network = folded(nn.Sequential(encoder, nn.Linear(encoder.out_dim, 4)), path)
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+        assert any(isinstance(module, _Block) for module in network.modules()) == (path is not None)
+        found = network[0](images)  # type: ignore[index]
     assert torch.equal(images, given)
     assert encoder.training and all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     torch.testing.assert_close(found, encoder.eval()(images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("path", PREFERRED["cuda"])
+@pytest.mark.parametrize(("block", "stem"), FORMS)
+def test_fused_networks_in_bf16_are_as_exact_as_autocast(block, stem, path) -> None:
+    encoder, images = trained(block, stem), torch.randn(16, 3, 32, 32)
+    with operators(path), torch.no_grad():
+        network = folded(encoder, path, torch.bfloat16)
+        assert {part.weight.dtype for part in network.modules() if isinstance(part, nn.Conv2d)} == {torch.bfloat16}
+        with torch.autocast("cpu", torch.bfloat16):
+            found, plain = network(images), folded(encoder)(images)
+        exact = encoder.eval()(images)
+    assert found.dtype == torch.bfloat16
+    # Triton's interpreter cuts digits off, where a GPU rounds.
+    assert (found - exact).norm() < {"cudnn": 1.5, "triton": 6}[path] * (plain - exact).norm()
+
+
+@pytest.mark.parametrize("path", [None, "mkldnn", "cudnn", "triton"])
 @pytest.mark.parametrize("broken", ["conv1.weight", "bn1.running_var"])
-def test_what_is_no_number_is_seen(broken: str) -> None:
+def test_what_is_no_number_is_seen(broken: str, path: str | None) -> None:
     encoder = ResNet(3, 32, "basic", [1, 1], width=8)
     encoder.state_dict()[broken].fill_(torch.nan)
-    assert folded(encoder, fuse=True)(torch.randn(2, 3, 32, 32)).isnan().all()
+    with operators(path), torch.no_grad():
+        network = folded(encoder, path)
+        assert any(isinstance(module, _Block) for module in network.modules()) == (path == "triton")
+        assert network(torch.randn(2, 3, 32, 32)).isnan().all()
 
 
 def test_without_the_operators_nothing_is_fused(monkeypatch) -> None:
+    encoder = ResNet(3, 32, "basic", [1, 1], width=8)
+    assert path_for(encoder, CPU, torch.float32, 32, 40) == "mkldnn"
+    assert path_for(encoder, CPU, torch.bfloat16, 32, 40) is None
+    assert path_for(nn.Linear(3, 3), CPU, torch.float32, 32, 40) is None
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    inference = folded(ResNet(3, 32, "basic", [1, 1], width=8), fuse=True)
-    assert not any(isinstance(module, _Block) for module in inference.modules())
+    assert path_for(encoder, CPU, torch.float32, 32, 40) is None
+
+
+@pytest.mark.parametrize("path", PREFERRED["cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("block", "stem"), FORMS)
+def test_a_path_is_tried_before_it_is_used(block, stem, dtype, path, monkeypatch) -> None:
+    encoder = ResNet(3, 32, block, [2, 1], width=8, stem=stem)
+
+    def reason() -> str | None:
+        inference._reasons.clear()
+        return inference.reason_against(path, encoder, CPU, dtype, 32, 40)
+
+    with operators(path):
+        assert reason() is None
+        if path == "cudnn":
+            for name, wrong in (
+                ("relu", lambda *given: nnf.conv2d(*given)),  # without ReLU
+                ("relu", lambda x, weight, bias, *given: nnf.conv2d(x, weight, None, *given).relu()),
+                ("add_relu", lambda x, weight, z, alpha, *given: nnf.conv2d(x, weight, *given).relu()),
+                ("add_relu", lambda *given: add_relu(*given).mul(torch.nan)),
+            ):
+                with monkeypatch.context() as patch:
+                    patch.setattr(torch, f"cudnn_convolution_{name}", wrong)
+                    assert "an error of" in (reason() or "")
+
+
+def test_rounding_to_tf32_is_found_in_fp32(monkeypatch) -> None:
+    """An evaluation forbids it."""
+
+    def rounded(x: Tensor, weight: Tensor, *settings: Any) -> Tensor:
+        bits = [(one.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32) for one in (x, weight)]
+        return relu(*bits, *settings).contiguous(memory_format=torch.channels_last)
+
+    encoder = ResNet(3, 32, "basic", [2, 1], width=8)
+    with operators("cudnn"):
+        monkeypatch.setattr(torch, "cudnn_convolution_relu", rounded)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        assert inference.reason_against("cudnn", encoder, CPU, torch.float32, 32, 40)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        assert inference.reason_against("cudnn", encoder, CPU, torch.float32, 32, 40) is None
+
+
+def test_the_next_path_serves_where_one_fails_and_the_last_is_plain_with_one_warning(monkeypatch) -> None:
+    """Tried on the CPU, where cuDNN's operators raise."""
+    encoder, there = ResNet(3, 32, "basic", [1, 1], width=8), torch.device("cuda", 0)
+    monkeypatch.setattr(inference, "_reasons", {})
+    monkeypatch.setattr(inference, "_warned", set())
+    monkeypatch.setattr(inference, "_error", lambda *given, error=inference._error: error(*given[:2], CPU, *given[3:]))
+    with interpreted():
+        assert path_for(encoder, there, torch.float32, 32, 40) == "triton"
+
+    def missing() -> None:
+        raise ImportError("no Triton")
+
+    inference._reasons.clear()
+    monkeypatch.setattr(fused_norm, "_kernels", missing)
+    with pytest.warns(UserWarning, match="fused convolutions are of no use.*cudnn: .*triton: ImportError: no Triton"):
+        assert path_for(encoder, there, torch.float32, 32, 40) is None
+    with warnings.catch_warnings(action="error"):
+        assert path_for(encoder, there, torch.float32, 32, 40) is None
+    monkeypatch.setenv("TWOVIEWS_KERNEL", "0")
+    assert path_for(encoder, there, torch.bfloat16, 32, 40) is None
+    monkeypatch.delenv("TWOVIEWS_KERNEL")
+    monkeypatch.undo()
+    monkeypatch.setattr(inference, "_error", lambda *given, error=inference._error: error(*given[:2], CPU, *given[3:]))
+    with operators("cudnn"):
+        assert path_for(encoder, there, torch.float32, 32, 40) == "cudnn"
+        with interpreted():
+            assert path_for(encoder, there, torch.float16, 32, 40) == "triton"  # what overflows is seen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_all_paths_of_a_gpu_agree(dtype, monkeypatch) -> None:
+    device, data = torch.device("cuda", 0), digits()
+    torch.manual_seed(0)
+    encoder = ResNet(1, 32, "basic", [1, 1], width=32).to(device, memory_format=torch.channels_last)
+    encoder(torch.randn(64, 1, 32, 32, device=device))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setitem(features.BATCH, "cuda", 512)
+    exact = embed(encoder, data.train, data, CPU, torch.float32)
+    for paths in ((), *((path,) for path in PREFERRED["cuda"])):
+        monkeypatch.setattr(inference, "_reasons", {})
+        monkeypatch.setitem(inference.PREFERRED, "cuda", paths)
+        found = embed(encoder, data.train, data, device, dtype, channels_last=True).cpu()
+        assert (found - exact).norm() < {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}[
+            dtype
+        ] * exact.norm()

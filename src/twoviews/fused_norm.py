@@ -219,6 +219,35 @@ class _BatchNormAct(torch.autograd.Function):
         return x_grad, masked if ctx.residual else None, weight_grad, bias_grad, *[None] * 7
 
 
+class Offset(nn.Module):
+    """ReLU of activations with a bias and a residual, in one pass over them, where no gradients are needed.
+
+    Args:
+        bias: of each channel, in float32.
+    """
+
+    bias: Tensor
+    weight: Tensor
+    moments: Tensor
+
+    def __init__(self, bias: Float[Tensor, " C"]):
+        super().__init__()
+        self.register_buffer("bias", bias)
+        self.register_buffer("weight", torch.ones_like(bias))
+        self.register_buffer("moments", torch.stack((torch.zeros_like(bias), self.weight))[:, None])
+
+    def forward(self, x: Float[Tensor, "B C H W"], residual: Tensor | None = None) -> Float[Tensor, "B C H W"]:
+        """In channels_last; x is overwritten if it is so already."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        residual = x if residual is None else residual.contiguous(memory_format=torch.channels_last)
+        channels = x.shape[1]
+        rows = x.numel() // channels
+        grid, chunk, tile, warps = _plan("normalise", rows, channels, 1, x.itemsize, x.device)
+        arguments = (x, residual, x, self.weight, self.bias, self.moments, rows, chunk, channels, 1, *_division(1, 1))
+        _launch("normalise", grid, arguments, warps, RELU=True, RESIDUAL=residual is not x, **tile)
+        return x
+
+
 def _launch(kernel: str, grid: tuple[int, ...], arguments: tuple[Any, ...], warps: int, **constants: Any) -> None:
     with torch.cuda.device_of(arguments[0]):
         getattr(_kernels(), kernel)[grid](*arguments, num_warps=warps, **constants)

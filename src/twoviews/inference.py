@@ -1,23 +1,37 @@
-"""Networks where nothing learns: without batch norms, and on a CPU without passes of their own for ReLUs and shortcuts."""
+"""Networks where nothing learns: without batch norms, and without passes of their own for ReLUs and shortcuts.
+
+A convolution, the addition of a shortcut and the ReLU are one operator of mkldnn on a CPU and of cuDNN on a GPU; "triton"
+is a plain convolution there, and one pass of the fused batch norms' kernel for all that follows it.
+"""
 
 import copy
+import os
+import warnings
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from twoviews import fused_norm
 from twoviews.backbones import BasicBlock, Bottleneck, ResNet
 
+# By type of device, the first that serves is used.
+PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("mkldnn",), "cuda": ("cudnn", "triton")}
+ALIGNED = 8  # on a GPU, channels of images are filled up to a multiple: 16 bytes of bf16, as its tensor cores load them
 
-def folded(module: nn.Module, fuse: bool = False) -> nn.Module:
+
+def folded(module: nn.Module, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A copy for inference, in which the batch norms of `ResNet`s are part of the convolutions before them.
 
     The running statistics are constants then, and a pass over every map is saved.
 
     Args:
         module: in whatever mode.
-        fuse: let convolutions add shortcuts and take ReLUs, too; for float32 on a CPU.
+        path: of `PREFERRED`, what also adds shortcuts and takes ReLUs; None: passes of their own.
+        dtype: number format of the `ResNet`s; only with a path.
     """
     module = copy.deepcopy(module).eval()
     for part in list(module.modules()):
@@ -26,16 +40,57 @@ def folded(module: nn.Module, fuse: bool = False) -> nn.Module:
                 _fold(part, f"conv{number}", f"bn{number}")
             if isinstance(shortcut := getattr(part, "downsample", None), nn.Sequential):
                 _fold(shortcut, "0", "1")
-    # A fused ReLU makes 0 of what is no number, and what is broken has to be seen.
-    if fuse and _can_fuse() and all(parameter.isfinite().all() for parameter in module.parameters()):
-        for part in list(module.modules()):
-            if isinstance(part, ResNet):
-                part.add_module("conv1", _Rectified(part.conv1))
-                part.add_module("relu", nn.Identity())
-                for stage in range(part.stages):
-                    blocks = getattr(part, f"layer{stage + 1}")
-                    setattr(part, f"layer{stage + 1}", nn.Sequential(*map(_Block, blocks)))
+    if path is not None and (path not in RECTIFYING or _finite(module)):
+        for part in _resnets(module):
+            _fuse(part, path, dtype)
     return module
+
+
+def path_for(module: nn.Module, device: torch.device, dtype: torch.dtype, image_size: int, batch: int) -> str | None:
+    """The path of `PREFERRED` that serves for a module on a device; None: there is none, or nothing to fuse.
+
+    On a GPU each is tried before its first use for networks of one form, on random weights and images, which waits for
+    the device. TWOVIEWS_KERNEL=0 turns them off there.
+
+    Args:
+        module: of which `ResNet`s are fused.
+        device: where it is.
+        dtype: number format of the forward pass.
+        image_size: H = W in px.
+        batch: B.
+    """
+    networks = _resnets(module)
+    if not networks:
+        return None
+    if device.type == "cpu":
+        return next(iter(PREFERRED["cpu"]), None) if dtype == torch.float32 and _mkldnn_serves() else None
+    if os.environ.get("TWOVIEWS_KERNEL") == "0":
+        return None
+    reasons = []
+    for path in PREFERRED[device.type]:
+        if path == "cudnn" and (dtype == torch.float16 or torch.are_deterministic_algorithms_enabled()):
+            # fp16 may overflow, which a ReLU that makes 0 of NaN would hide; and the operator knows no deterministic mode.
+            continue
+        found = [reason for one in networks if (reason := reason_against(path, one, device, dtype, image_size, batch))]
+        if not found:
+            return path
+        reasons.append(f"{path}: {found[0]}")
+    if reasons and (key := (device, dtype)) not in _warned:
+        _warned.add(key)
+        warnings.warn(
+            f"fused convolutions are of no use on {device} ({'; '.join(reasons)}): plain ones run there, more slowly.",
+            stacklevel=3,
+        )
+    return None
+
+
+def _resnets(module: nn.Module) -> list[ResNet]:
+    return [part for part in module.modules() if isinstance(part, ResNet)]
+
+
+def _finite(module: nn.Module) -> bool:
+    """Whether all parameters are finite, and so are their squares; waits for the device once."""
+    return bool(nn.utils.get_total_norm(list(module.parameters())).isfinite())
 
 
 def _fold(part: nn.Module, convolution: str, norm: str) -> None:
@@ -45,41 +100,161 @@ def _fold(part: nn.Module, convolution: str, norm: str) -> None:
         setattr(part, norm, nn.Identity())
 
 
-def _can_fuse() -> bool:
+def _fuse(network: ResNet, path: str, dtype: torch.dtype) -> None:
+    """Of a network whose batch norms are folded."""
+    kind = {"mkldnn": _Mkldnn, "cudnn": _Cudnn, "triton": _Triton}[path]
+    first = network.conv1
+    if path == "mkldnn":
+        network.add_module("conv1", kind(first))
+    else:
+        missing = -first.in_channels % ALIGNED
+        first.weight = nn.Parameter(nnf.pad(first.weight.detach(), (0, 0, 0, 0, 0, missing)))
+        first.in_channels += missing
+        network.add_module("conv1", nn.Sequential(_Input(first.in_channels, dtype), kind(first)))
+    network.add_module("relu", nn.Identity())
+    for stage in range(network.stages):
+        blocks = getattr(network, f"layer{stage + 1}")
+        setattr(network, f"layer{stage + 1}", nn.Sequential(*(_Block(block, kind) for block in blocks)))
+    if path != "mkldnn":
+        for part in network.modules():
+            if isinstance(part, nn.Conv2d):
+                part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _mkldnn_serves() -> bool:
     """Whether torch has the operators that torch.compile, too, makes of a convolution and what follows it on a CPU."""
     enabled = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     return enabled and all(hasattr(torch.ops.mkldnn, f"_convolution_pointwise{end}") for end in ("", "_"))
 
 
-def _settings(convolution: nn.Conv2d) -> tuple:
-    c = convolution
-    return c.weight, c.bias, c.padding, c.stride, c.dilation, c.groups
+class _Input(nn.Module):
+    """Images in a network's number format, in channels_last, with channels of zeros up to a number."""
+
+    def __init__(self, channels: int, dtype: torch.dtype):
+        super().__init__()
+        self.channels, self.dtype = channels, dtype
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D H W"]:
+        """D = channels."""
+        x = images.to(dtype=self.dtype, memory_format=torch.channels_last)
+        missing = self.channels - x.shape[1]
+        return nnf.pad(x, (0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last) if missing else x
 
 
 class _Rectified(nn.Module):
-    """A convolution and the ReLU behind it."""
+    """Abstract: a convolution, the shortcut that is added to it, and the ReLU behind them."""
 
     def __init__(self, convolution: nn.Conv2d):
         super().__init__()
         self.convolution = convolution
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D _ _"]:
-        """Nothing below zero."""
-        return torch.ops.mkldnn._convolution_pointwise(x, *_settings(self.convolution), "relu", [], "")
+    def forward(self, x: Float[Tensor, "B C H W"], shortcut: Tensor | None = None) -> Float[Tensor, "B D _ _"]:
+        """Nothing below zero; the shortcut's memory may be written."""
+        raise NotImplementedError
+
+
+class _Mkldnn(_Rectified):
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        c = self.convolution
+        settings = c.weight, c.bias, c.padding, c.stride, c.dilation, c.groups
+        if shortcut is None:
+            return torch.ops.mkldnn._convolution_pointwise(x, *settings, "relu", [], "")
+        add = torch.ops.mkldnn._convolution_pointwise_.binary
+        return add(shortcut, x, *settings, "add", 1.0, "relu", [], "")
+
+
+class _Cudnn(_Rectified):
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        c = self.convolution
+        settings: tuple[Any, ...] = c.bias, c.stride, c.padding, c.dilation, c.groups
+        if shortcut is None:
+            return torch.cudnn_convolution_relu(x, c.weight, *settings)
+        return torch.cudnn_convolution_add_relu(x, c.weight, shortcut, 1.0, *settings)
+
+
+class _Triton(_Rectified):
+    def __init__(self, convolution: nn.Conv2d):
+        super().__init__(convolution)
+        assert convolution.bias is not None
+        self.offset = fused_norm.Offset(convolution.bias.detach().float())
+        convolution.register_parameter("bias", None)
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        return self.offset(self.convolution(x), shortcut)
+
+
+# In these a fused ReLU may make 0 of what is no number, and what is broken has to be seen.
+RECTIFYING = ("mkldnn", "cudnn")
 
 
 class _Block(nn.Module):
-    """A block of a ResNet after folding; the last convolution adds to the shortcut, in its memory."""
+    """A block of a ResNet after folding; the last convolution adds the shortcut."""
 
-    def __init__(self, block: BasicBlock | Bottleneck):
+    def __init__(self, block: BasicBlock | Bottleneck, kind: type[_Rectified]):
         super().__init__()
         convolutions = [getattr(block, f"conv{number}") for number in (1, 2, 3) if hasattr(block, f"conv{number}")]
-        self.first, self.last = nn.Sequential(*map(_Rectified, convolutions[:-1])), convolutions[-1]
-        self.downsample: nn.Module | None = block.downsample
+        self.downsample: nn.Module | None = None
+        if block.downsample is not None:
+            # Both are added, so one takes the offset of the other, which would be a pass of its own.
+            self.downsample = block.downsample[0]
+            convolutions[-1].bias = nn.Parameter((convolutions[-1].bias + self.downsample.bias).detach())
+            self.downsample.register_parameter("bias", None)
+        self.first, self.last = nn.Sequential(*map(kind, convolutions[:-1])), kind(convolutions[-1])
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D _ _"]:
         """What the block makes of x, whose memory may be written."""
-        y = self.first(x)
-        shortcut = x if self.downsample is None else self.downsample(x)
-        add = torch.ops.mkldnn._convolution_pointwise_.binary
-        return add(shortcut, y, *_settings(self.last), "add", 1.0, "relu", [], "")
+        return self.last(self.first(x), x if self.downsample is None else self.downsample(x))
+
+
+# --------------------------------------------------------------------------------------------------------- trying it out
+
+DIFFERENT = 32  # images of a batch, which are repeated
+# Largest relative errors, against float32: some times those of the number format, and less than TF32's where fp32 is meant.
+APART = {torch.float32: 3e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
+TF32_APART = 1e-3
+_reasons: dict[tuple, str | None] = {}
+_warned: set[tuple] = set()
+
+
+def reason_against(
+    path: str, network: ResNet, device: torch.device, dtype: torch.dtype, image_size: int, batch: int
+) -> str | None:
+    """Why a path does not serve for networks of this form on a GPU; None: it was seen to be right there."""
+    form = tuple((*part.weight.shape, *part.stride) for part in network.modules() if isinstance(part, nn.Conv2d))
+    settings = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    key = path, device, dtype, image_size, batch, *settings, type(network.maxpool), form
+    if key not in _reasons:
+        try:
+            error = _error(path, network, device, dtype, image_size, batch)
+            largest = TF32_APART if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else APART[dtype]
+            _reasons[key] = None if error <= largest else f"an error of {error:.1g}"  # nan is not
+        except Exception as error:  # of cuDNN, Triton, a driver
+            _reasons[key] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return _reasons[key]
+
+
+@torch.no_grad()
+def _error(path: str, network: ResNet, device: torch.device, dtype: torch.dtype, image_size: int, batch: int) -> float:
+    """Relative error of the features of random images by a network of this form with random weights."""
+    random = torch.Generator().manual_seed(0)
+    plain = folded(network).float()
+    for part in plain.modules():
+        if isinstance(part, nn.Conv2d):
+            # A quarter of the variance that He et al. give weights: blocks add to their shortcut little by little.
+            std = (0.5 / part.weight[0].numel()) ** 0.5
+            part.weight.copy_(torch.randn(part.weight.shape, generator=random) * std)
+            if part.bias is not None:
+                part.bias.copy_(torch.randn(part.bias.shape, generator=random) * 0.2)
+    images = torch.randn(DIFFERENT, network.conv1.in_channels, image_size, image_size, generator=random).to(device)
+    benchmark = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False  # not for this size of a batch
+    try:
+        expected = plain(images)
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+    times = -(-batch // DIFFERENT)
+    found, expected = (
+        folded(plain, path, dtype)(images.repeat(times, 1, 1, 1)[:batch]),
+        expected.repeat(times, 1)[:batch],
+    )
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()

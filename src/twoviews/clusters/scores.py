@@ -12,6 +12,7 @@ from twoviews.randomness import generator
 
 SAMPLE = 2_000  # points whose silhouette is taken; the mean of so many is within 0.02 of that of all
 CHUNK_BYTES = 64 * 2**20  # of distances held at once
+DENSE = 6  # pairs of clusters for each point up to which a table of all of them is quicker than sorting the points
 
 
 def scores(
@@ -52,8 +53,11 @@ def scores(
         found["accuracy"], found["purity"] = accuracy_and_purity(assignment, labels)
     else:
         found["silhouette"] = silhouette(x, clusters, seed)
-    if previous is not None and (known := (previous := previous.cpu()) >= 0).any():
-        found["stability"], _ = nmi_and_ari(previous[known], assignment[known])
+    if previous is not None and (previous := previous.cpu()).max() >= 0:
+        if previous.min() < 0:  # choosing points takes as long as what follows
+            known = previous >= 0
+            previous, assignment = previous[known], assignment[known]
+        found["stability"], _ = nmi_and_ari(previous, assignment)
     return found
 
 
@@ -63,9 +67,15 @@ def nmi_and_ari(one: Int[Tensor, " N"], other: Int[Tensor, " N"]) -> tuple[float
     Two partitions into one part each agree fully.
     """
     width = int(other.max()) + 1
-    pairs, joint = (one * width + other).unique(return_counts=True)  # only those that some point is in
-    a, b = torch.bincount(one), torch.bincount(other)
-    n, of_joint = len(one), (a[pairs // width].double(), b[pairs % width].double())
+    n, a, b = len(one), torch.bincount(one), torch.bincount(other)
+    pairs = one * width + other
+    if len(a) * width <= DENSE * n:
+        table = torch.bincount(pairs)
+        pairs = table.nonzero()[:, 0]  # only those that some point is in
+        joint = table[pairs]
+    else:
+        pairs, joint = pairs.unique(return_counts=True)
+    of_joint = a[pairs // width].double(), b[pairs % width].double()
     p = joint.double() / n
     mutual = (p * (joint * n / (of_joint[0] * of_joint[1])).log()).sum().clamp(min=0).item()
     entropy = sum(torch.special.entr(sizes.double() / n).sum().item() for sizes in (a, b)) / 2
