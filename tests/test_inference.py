@@ -3,11 +3,13 @@
 import contextlib
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from interpreted import interpreted
+from pretended_gpu import pretended, waits
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
@@ -175,6 +177,29 @@ def test_the_next_path_serves_where_one_fails_and_the_last_is_plain_with_one_war
         assert path_for(encoder, there, torch.float32, 32, 40) == "cudnn"
         with interpreted():
             assert path_for(encoder, there, torch.float16, 32, 40) == "triton"  # what overflows is seen
+
+
+@pytest.mark.parametrize("path", PREFERRED["cuda"])
+def test_features_by_the_paths_of_a_gpu(path, monkeypatch) -> None:
+    """On the pretended one: the path is found, nothing is waited for but whether weights are finite, once."""
+    monkeypatch.setitem(features.BATCH, "cuda", 40)
+    monkeypatch.setitem(inference.PREFERRED, "cuda", (path,))
+    torch.manual_seed(0)
+    data, encoder = digits(), ResNet(1, 32, "basic", [1, 1], width=8, stem="strided")
+    encoder(torch.randn(16, 1, 32, 32))
+    images = data.train.subset(torch.arange(100))
+    here = embed(encoder, images, data, CPU, torch.float32)
+    with pretended(), operators(path):
+        monkeypatch.setenv("TWOVIEWS_KERNEL", "1")
+        device = torch.device("cuda", 0)
+        images = replace(images, pixels=images.pixels.to(device))  # type: ignore[union-attr]
+        network = nn.Sequential(encoder.to(device), nn.Identity())
+        for _ in range(2):
+            waits.clear()
+            there = embed(network, images, data, device, torch.float32, channels_last=True)
+        assert list(inference._reasons.values()) == [None]
+        assert len(waits) == (path == "cudnn"), waits
+        torch.testing.assert_close(there.cpu(), here, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
