@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import GPU
 from interpreted import interpreted
 from pretended_gpu import pretended, waits
 from torch import Tensor, nn
@@ -39,6 +40,8 @@ def add_relu(x: Tensor, weight: Tensor, z: Tensor, alpha: float, bias: Tensor | 
 @contextlib.contextmanager
 def operators(path: str | None) -> Iterator[None]:
     """Those of a GPU, on the CPU."""
+    if path == "triton" and GPU:
+        pytest.skip("Triton has no interpreter beside a GPU")
     with pytest.MonkeyPatch.context() as patch, interpreted() if path == "triton" else contextlib.nullcontext():
         patch.setattr(torch, "cudnn_convolution_relu", relu)
         patch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
@@ -152,6 +155,8 @@ def test_rounding_to_tf32_is_found_in_fp32(monkeypatch) -> None:
 
 def test_the_next_path_serves_where_one_fails_and_the_last_is_plain_with_one_warning(monkeypatch) -> None:
     """Tried on the CPU, where cuDNN's operators raise."""
+    if GPU:
+        pytest.skip("Triton has no interpreter beside a GPU")
     encoder, there = ResNet(3, 32, "basic", [1, 1], width=8), torch.device("cuda", 0)
     monkeypatch.setattr(inference, "_reasons", {})
     monkeypatch.setattr(inference, "_warned", set())
