@@ -212,15 +212,17 @@ def test_features_by_the_paths_of_a_gpu(path, monkeypatch) -> None:
 def test_all_paths_of_a_gpu_agree(dtype, monkeypatch) -> None:
     device, data = torch.device("cuda", 0), digits()
     torch.manual_seed(0)
-    encoder = ResNet(1, 32, "basic", [1, 1], width=32).to(device, memory_format=torch.channels_last)
-    encoder(torch.randn(64, 1, 32, 32, device=device))
+    encoder = ResNet(1, 32, "basic", [1, 1], width=32)
+    encoder(torch.randn(64, 1, 32, 32))
+    exact = embed(encoder, data.train, data, CPU, torch.float32)
+    encoder = encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setitem(features.BATCH, "cuda", 512)
-    exact = embed(encoder, data.train, data, CPU, torch.float32)
     for paths in ((), *((path,) for path in PREFERRED["cuda"])):
         monkeypatch.setattr(inference, "_reasons", {})
         monkeypatch.setitem(inference.PREFERRED, "cuda", paths)
-        found = embed(encoder, data.train, data, device, dtype, channels_last=True).cpu()
-        assert (found - exact).norm() < {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}[
-            dtype
-        ] * exact.norm()
+        with warnings.catch_warnings(action="ignore"):  # cuDNN may have no such operator for this GPU
+            found = embed(encoder, data.train, data, device, dtype, channels_last=True).cpu()
+        apart = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
+        assert (found - exact).norm() < apart * exact.norm()
+    assert list(inference._reasons.values()) == [None]  # Triton's kernel serves on all of them
