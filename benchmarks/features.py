@@ -5,8 +5,8 @@
 Times are of `embed` from the call until the features are there, the median of the rounds after a first one, in which cuDNN
 chooses its algorithms; `host` is when the call returns, and `forward` the network alone on a batch that is ready, for as
 many images. Errors are of the features, relative to those of plain float32 (without TF32, by batches of 1024): of their
-norm, and the smallest cosine of an image. bf16 and fp16 are
-measured as in a training (cudnn.benchmark), fp32 as in an evaluation.
+norm, and the smallest cosine of an image. bf16 and fp16
+are measured as in a training (cudnn.benchmark), fp32 as in an evaluation.
 """
 
 import argparse

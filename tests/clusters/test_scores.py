@@ -75,6 +75,10 @@ def test_stability_is_about_the_partition_and_not_its_names():
     assert same["stability"] == pytest.approx(100)
     assert other["stability"] == pytest.approx(0, abs=1e-9)
     assert "stability" not in scores(x, clusters_of(first, 4), labels=None, previous=None, seed=0)
+    unknown = torch.tensor([-1, 1, -1, 1, -1, 3, -1, 3])
+    assert "stability" not in scores(x, clusters_of(first, 4), labels=None, previous=0 * unknown - 1, seed=0)
+    some = scores(x, clusters_of([3, 3, 2, 3, 1, 1, 0, 1], 4), labels=None, previous=unknown, seed=0)
+    assert some["stability"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize("parts", [(1, 1), (1, 4), (4, 1), (2, 3), (10, 50), (300, 300)])
