@@ -205,6 +205,7 @@ def call(func: Callable, args: Any, kwargs: dict[str, Any]) -> Any:
                 _wait(resolve_name(func) or name)
             if not getter and name not in NOT_COMPUTING:
                 _check(name, args, kwargs)
+        kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}  # which needs a driver
         device = kwargs.get("device")
         made_there = device is not None and not isinstance(device, int) and torch.device(device).type == "cuda"
         if made_there:

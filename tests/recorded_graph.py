@@ -86,7 +86,7 @@ def patch_graphs(patch: pytest.MonkeyPatch) -> None:
     }
     for name, stand_in in stand_ins.items():
         patch.setattr(torch.cuda, name, stand_in)
-    patch.setattr(cuda_graph, "_renew_generator", lambda: None)
+    patch.setattr(cuda_graph, "_recover", lambda: None)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ class Captured:
         except BaseException:
             # torch.cuda.graph does not clean up where it fails: the stream and the generator would stay with the capture.
             torch.cuda.set_stream(stream)
-            _renew_generator()
+            _recover()
             raise
 
     def __call__(self, views: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
@@ -114,7 +114,11 @@ def capture(
         restore()
 
 
-def _renew_generator() -> None:
+def _recover() -> None:
+    """Let go of errors that were not reported yet, and of a generator that takes itself for captured."""
+    for _ in range(2):
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize()
     device = torch.cuda.current_device()
     fresh = torch.Generator(torch.device("cuda", device))
     torch.cuda.default_generators[device].graphsafe_set_state(fresh.graphsafe_get_state())

@@ -307,7 +307,8 @@ def _power_of_2(number: int) -> int:
 def _checked(device: torch.device) -> str | None:
     """What the kernels do not get right on a device."""
     try:
-        reason = _disagreement(device)
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):  # whatever the first call is made within
+            reason = _disagreement(device)
     except Exception as error:  # no Triton, no compiler, a GPU that it does not know
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     if reason:
