@@ -149,7 +149,7 @@ def array(
     """Images in numpy files: [N, H, W, C] or [N, H, W], any number of channels, integers or floats.
 
     8-bit images are taken as they are; of all others the range of the training images becomes 0..255, one range for
-    3 channels (colours), else one for each channel. Labels may be any whole numbers or strings.
+    3 channels (colours), else one for each channel. Labels may be any whole numbers or strings; -1 means none.
 
     Args:
         root: an .npz file with arrays `images` and perhaps `labels`, `test_images`, `test_labels`; an .npy file of
