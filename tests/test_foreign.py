@@ -93,7 +93,7 @@ def clean(tmp_path_factory) -> Path:
     data, device = load_data(cfg), torch.device("cpu")
     parts = make_parts(cfg, data, make_views(cfg, data), build(cfg.runtime), device)
     run = Run(tmp_path_factory.mktemp("clean") / "run")
-    run.begin(OmegaConf.to_container(cfg, resolve=True), digest(cfg), describe_data(data), device)
+    run.begin(OmegaConf.to_container(cfg, resolve=True), digest(cfg), describe_data(data), device)  # type: ignore[arg-type]
     run.save({"method": parts.method.state_dict(), "position": {"step": 0}})
     method = {f"method.encoder.{name}": one for name, one in parts.method.encoder.state_dict().items()}
     torch.save(method, run.folder / "weights.pt")
