@@ -25,6 +25,7 @@ from twoviews.signatures import buildable
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps import launched
 from twoviews.sweeps.folder import New, State, Sweep
+from twoviews.tracking import read
 from twoviews.tracking.__main__ import main as tracking_command
 
 MADE = "MADE"  # the file that a payload would make, in the working directory; its absolute path is filled in
@@ -92,7 +93,7 @@ def clean(tmp_path_factory) -> Path:
     data, device = load_data(cfg), torch.device("cpu")
     parts = make_parts(cfg, data, make_views(cfg, data), build(cfg.runtime), device)
     run = Run(tmp_path_factory.mktemp("clean") / "run")
-    run.begin(OmegaConf.to_container(cfg, resolve=True), digest(cfg), describe_data(data), device)
+    run.begin(OmegaConf.to_container(cfg, resolve=True), digest(cfg), describe_data(data), device)  # type: ignore[arg-type]
     run.save({"method": parts.method.state_dict(), "position": {"step": 0}})
     method = {f"method.encoder.{name}": one for name, one in parts.method.encoder.state_dict().items()}
     torch.save(method, run.folder / "weights.pt")
@@ -333,6 +334,15 @@ def test_a_store_does_not_choose_where_files_are_written(entry: Call, place: Pat
     (run / "evaluation" / "evil.py").write_text("")
     refused(entry("tracking", "sync", str(run)), "which is no folder of that run")
     assert not list((Path.cwd() / "home").iterdir())
+
+
+@pytest.mark.parametrize(
+    "line", ['{"a":' * 50_000, "[1]", '{"step": 1, "epoch": [], "time": 1}', '{"step": 1, "epoch": "x", "time": 1}']
+)
+def test_metrics_that_are_no_numbers_end_the_file(tmp_path: Path, line: str) -> None:
+    whole = '{"step": 1, "epoch": 1, "time": 1, "a": "NaN"}\n'
+    (tmp_path / "metrics.jsonl").write_text(whole + line + "\n" + whole)
+    assert len(list(read(tmp_path))) == 1
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def until_it_answers(folder: Path, process: subprocess.Popen, port: int) -> None
 @pytest.fixture(scope="module")
 def served() -> Iterator[Path]:
     """The folder of a server that runs, below /tmp, where PostgreSQL's own user may go."""
+    pytest.importorskip("psycopg")
     try:
         _programs()
     except BadInput as error:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 PLAIN_SECONDS = 10.0  # between two progress lines where the output is not a terminal
 ROWS = 40  # of a table that are shown
@@ -32,7 +33,7 @@ class Console:
     def say(self, sentence: str) -> None:
         """One line."""
         if not self.quiet:
-            self._rich.print(sentence, markup=False)
+            self._rich.print(_plain(sentence))
             sys.stdout.flush()
 
     def start(self, steps: int, done: int) -> None:
@@ -70,25 +71,30 @@ class Console:
         """Two columns: what, and its value."""
         if self.quiet:
             return
-        table = Table(title=title, show_header=False, title_justify="left")
+        table = Table(title=_plain(title, "table.title"), show_header=False, title_justify="left")
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in rows.items():
-            table.add_row(name, value)
+            table.add_row(_plain(name), _plain(value))
         self._rich.print(table)
 
     def rows(self, title: str, rows: Sequence[Mapping[str, object]], count: int | None = None) -> None:
         """A table with a column for each key; of many rows the first ones, which may be all that is given of `count`."""
         if self.quiet or not rows:
             return
-        table = Table(
-            title=title + (f" (the first {ROWS} of {count:,})" if (count := count or len(rows)) > ROWS else "")
-        )
+        title += f" (the first {ROWS} of {count:,})" if (count := count or len(rows)) > ROWS else ""
+        table = Table(title=_plain(title, "table.title"))
         for name in rows[0]:
-            table.add_column(name, overflow="fold", min_width=len(name))
+            table.add_column(_plain(name), overflow="fold", min_width=len(name))
         for row in rows[:ROWS]:
-            table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+            cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
+            table.add_row(*map(_plain, cells))
         self._rich.print(table)
+
+
+def _plain(text: str, style: str = "") -> Text:
+    """A text that is no markup; bytes of file names that are no UTF-8 are spelt out."""
+    return Text(text.encode(errors="backslashreplace").decode(), style)
 
 
 def megabytes(count: float) -> str:

@@ -561,3 +561,31 @@ def test_arrays_that_are_not_used_are_named_and_may_be_anything(tmp_path, cache)
     np.savez(tmp_path / "b.npz", images=images, labels=names)
     with pytest.raises(BadInput, match="Python objects"):
         array(tmp_path / "b.npz", cache)
+
+
+def test_the_only_image_of_a_class_is_not_held_out(tmp_path, cache):
+    labels = np.repeat(np.arange(28), [20] * 3 + [1] * 25)
+    images = np.random.default_rng(0).integers(0, 255, (len(labels), 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, labels=labels)
+    data = array(tmp_path / "a.npz", cache)
+    assert len(data.test) == 12 and len(data.train) == 73 and len(data.classes) == 28
+    assert torch.bincount(data.train.labels, minlength=28).min() == 1
+    assert any("25 classes have a single image, which stays" in note for note in data.notes)
+    np.savez(tmp_path / "b.npz", images=images[:9], labels=np.arange(9))
+    assert array(tmp_path / "b.npz", cache).test is None
+
+
+def test_class_names_are_the_same_in_either_form_of_unicode(tmp_path, cache):
+    pictures(tmp_path / "set" / "train", ["Gr\u00f6\u00dfe", "b"])
+    pictures(tmp_path / "set" / "test", ["Gro\u0308\u00dfe", "b"])
+    data = folder(tmp_path / "set", cache)
+    assert data.classes == ("Gr\u00f6\u00dfe", "b") and data.test.labels.tolist() == [0] * 3 + [1] * 3
+
+
+def test_what_to_do_about_classes_that_differ(tmp_path, cache):
+    pictures(tmp_path / "set" / "train", ["Cat", "dog"])
+    pictures(tmp_path / "set" / "test", ["cat", "dog"])
+    with pytest.raises(
+        BadInput, match=r"Cat\. Did you mean 'cat'\? Add pictures of them there, move their folders away"
+    ):
+        folder(tmp_path / "set", cache)

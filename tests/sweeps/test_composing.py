@@ -1,5 +1,7 @@
 """Configurations of many points, made quickly, are Hydra's to the last value."""
 
+import os
+import random
 import time
 from collections.abc import Callable
 
@@ -78,6 +80,44 @@ def test_every_point_is_what_hydra_composes(hydra_compose) -> None:
         assert found == OmegaConf.to_container(expected, resolve=True), (number, point)
         assert repr(found) == repr(OmegaConf.to_container(expected, resolve=True))  # 1 is not 1.0, nor true
         assert digest(found) == digest(expected)
+
+
+PARTS = [
+    *("seed=1", "seed=2", "++seed=3", "epochs=7", "batch_size=32", "schedule.epochs=${epochs}", "schedule.epochs=5"),
+    *("optimizer.lr=0.1", "++optimizer.lr=0.2", "optimizer={lr:0.3}", "++optimizer={lr:0.4,momentum:0.5}"),
+    *("optimizer.momentum=0.8", "optimizer=lars", "optimizer=sgd", "method=moco", "method.temperature=0.1"),
+    *("++method={temperature:0.3}", "protocol=[knn]", "protocol.knn={k:5}", "protocol.knn.k=7", "++protocol.knn.k=9"),
+    *(
+        "++protocol={knn:{k:11}}",
+        "backbone=tiny",
+        "backbone.width=8",
+        "backbone.depths=[1,1]",
+        "~schedule.warmup_start",
+    ),
+    *(
+        "runtime={precision:fp32}",
+        "runtime.precision=bf16",
+        "tracking=files",
+        "tracking.uri=null",
+        "data.train_images=64",
+    ),
+]
+
+
+def test_random_command_lines_are_what_hydra_composes(hydra_compose) -> None:
+    """One composer for all of them, as in a sweep. TWOVIEWS_LINES=400 compares more."""
+    source, composer, refused_ = random.Random(0), Composer(hydra_compose), 0
+    for _ in range(count := int(os.environ.get("TWOVIEWS_LINES", "40"))):
+        line = [*BASE, *source.choices(PARTS, k=source.randint(1, 6))]
+        try:
+            expected = OmegaConf.to_container(hydra_compose(line), resolve=True)
+        except HydraException:
+            refused_ += 1
+            with pytest.raises(HydraException):
+                composer(line)
+            continue
+        assert repr(composer(line)) == repr(expected), line
+    assert refused_ < count / 2
 
 
 def test_a_point_is_not_changed_by_the_next(hydra_compose) -> None:

@@ -73,6 +73,7 @@ def test_a_frozen_configuration_is_the_run_that_was_composed(overrides: list[str
         (["seed=0,1", "hydra.sweep.subdir=${seed}"], ["hydra.sweep.subdir", "would not reach the points"]),
         (["optimizer.lr=0.1,0.2", "++optimizer={lr:0.3}"], ["optimizer.lr=0.1,0.2", "set the same values"]),
         (["seed=0,1", "sweep.nam=x"], ["sweep has no key 'nam'", "sweep.name"]),
+        (["seed=0,1", "sweep.name=2026"], ["sweep.name=2026", "quote it"]),
         (["seed=0,1", "sweep.name=a/b"], ["sweep.name=a/b is not the name of a folder"]),
         (["seed=0,1", "hydra/launcher=slrm"], ["there is no such hydra/launcher", "slurm"]),
         (["seed=0,1", "hydra/launcher=pool", "hydra.launcher.at_once=0"], ["hydra.launcher.at_once=0", "at least 1"]),

@@ -157,12 +157,15 @@ def _held_out(train: Split, name: str) -> tuple[Split, Split | None, list[str]]:
     if train.labels is None:
         return train, None, []
     total = train.labelled
-    numbers = torch.from_numpy(np.unique(train.labels[:total], return_inverse=True)[1])
-    held = stratified(numbers, total, total // HELD_OUT).numpy()
-    if not len(held):
+    numbers = np.unique(train.labels[:total], return_inverse=True)[1]
+    several = np.flatnonzero(np.bincount(numbers)[numbers] > 1)  # the only image of a class stays
+    if len(several) < HELD_OUT:
         return train, None, [f"{name} has too few images to hold some out for testing."]
+    chosen = stratified(torch.from_numpy(numbers[several]), len(several), len(several) // HELD_OUT)
+    held = several[chosen.numpy()]
     kept = np.setdiff1d(np.arange(len(train.rows)), held)
-    note = f"{name} has no test images: {len(held)} of {total}, a fifth of each class, are held out for testing."
+    note = f"{name} has no test images: {len(held)} of {total}, a fifth of each class, are held out for testing"
+    note += f"; {total - len(several)} classes have a single image, which stays." if len(several) < total else "."
     own = Split(train.images, train.labels[kept], train.rows[kept], total - len(held))
     return own, Split(train.images, train.labels[held], train.rows[held]), [note]
 

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -119,8 +120,9 @@ class _Decode(Dataset[Read]):
             try:
                 canvas, height_width = decode(self.paths[row], self.size, self.channels)
             except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ValueError ...
-                fault = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ELOOP)
-                if fault:  # not of the picture or of a link that leads nowhere, so not kept as broken
+                nowhere = isinstance(error, FileNotFoundError) and Path(self.paths[row]).is_symlink()
+                if isinstance(error, OSError) and error.errno not in (None, errno.ELOOP) and not nowhere:
+                    # No fault of the picture, nor a link that leads nowhere, so not kept as broken.
                     unreadable = unreadable or f"{self.paths[row]} cannot be read: {error.strerror}."
                 broken.append((row, " ".join(str(error).replace(repr(self.paths[row]), "").split())))
                 continue

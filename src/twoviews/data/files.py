@@ -2,6 +2,7 @@
 
 import errno
 import os
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -53,7 +54,12 @@ class Tree:
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """Names of the folders directly below the root that hold pictures, sorted."""
-        return tuple(sorted({name.split("/", 1)[0] for name in self.names if "/" in name}))
+        return tuple(sorted({class_of(name) for name in self.names if "/" in name}))
+
+
+def class_of(name: str) -> str:
+    """The class folder of a picture, in Unicode's composed form: some systems and archives take ü apart."""
+    return unicodedata.normalize("NFC", name.split("/", 1)[0])
 
 
 def tree(root: Path) -> Tree:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from twoviews.data.decoding import CHUNK, Decoded
-from twoviews.data.files import Tree, shorter_side, tree
+from twoviews.data.files import Tree, class_of, shorter_side, tree
 from twoviews.data.store import Part, Recipe
 from twoviews.errors import BadInput, nearest
 
@@ -47,7 +47,7 @@ class Folders:
         number = {name: label for label, name in enumerate(self.classes)}
         return np.concatenate(
             [
-                np.array([number[name.split("/", 1)[0]] for name in one.names])
+                np.array([number[class_of(name)] for name in one.names])
                 if one is not self.train or self.train_labelled
                 else np.full(len(one), -1)
                 for one in self.trees
@@ -107,7 +107,10 @@ def _agree(train: Tree, memory: Tree | None, test: Tree | None, labels: bool) ->
         memory = train
     for part, one in (("memory", memory), ("test", test)):
         if one and not _labelled(one, "move them into one"):
-            raise BadInput(f"data.{part}={one.root} needs at least two class folders; it has {len(one.classes)}.")
+            raise BadInput(
+                f"data.{part}={one.root} needs at least two class folders; it has {len(one.classes)}: name the folder that "
+                "holds them, or move it away, and training goes without labelled images."
+            )
     if memory and test:
         _same_classes(memory, test)
         if train_labelled and train.classes != memory.classes:
@@ -135,7 +138,11 @@ def _same_classes(memory: Tree, test: Tree) -> None:
         odd = sorted(set(one.classes) - set(other.classes))
         if odd:
             named = ", ".join(odd[:5]) + (" ..." if len(odd) > 5 else "")
-            raise BadInput(f"{len(odd)} classes of {one.root} are not in {other.root}: {named}.")
+            close = nearest(odd[0], set(other.classes) - set(one.classes))
+            raise BadInput(
+                f"{len(odd)} classes of {one.root} are not in {other.root}: {named}.{close} Add pictures of them there, move "
+                "their folders away, or give both the same name."
+            )
 
 
 def usual_side(train: Tree) -> tuple[int, str]:

@@ -24,6 +24,8 @@ from twoviews.ranges import Count, Index, Range
 Side = Annotated[int, Range(at_least=8)]
 Channels = Annotated[int, Range(at_least=1)]
 
+NAMED = 5  # broken files
+
 
 def digits(*, train_images: Count | None = None) -> ImageData:
     """scikit-learn's 1,797 handwritten digits, twice as large and each somewhere else on a black 32 x 32 canvas.
@@ -147,7 +149,7 @@ def array(
     """Images in numpy files: [N, H, W, C] or [N, H, W], any number of channels, integers or floats.
 
     8-bit images are taken as they are; of all others the range of the training images becomes 0..255, one range for
-    3 channels (colours), else one for each channel. Labels may be any whole numbers or strings.
+    3 channels (colours), else one for each channel. Labels may be any whole numbers or strings; -1 means none.
 
     Args:
         root: an .npz file with arrays `images` and perhaps `labels`, `test_images`, `test_labels`; an .npy file of
@@ -243,7 +245,7 @@ def _broken(store: Store, max_broken: int) -> list[str]:
     broken = store.meta["broken"]
     if not broken:
         return []
-    named = "; ".join(f"{path} ({reason})" for path, reason in broken[:3]) + (" ..." if len(broken) > 3 else "")
+    named = "; ".join(f"{path} ({reason})" for path, reason in broken[:NAMED]) + (" ..." if len(broken) > NAMED else "")
     files = f"{len(broken)} broken file{'s' if len(broken) > 1 else ''}"
     if len(broken) > max_broken:
         raise BadInput(

@@ -65,7 +65,7 @@ class Launch:
                 raise BadInput(f"{one} would not reach the points of a sweep; leave it out, or leave out -m.")
         self.swept = [one.get_key_element() for one in typed if one.is_sweep_override()]
         self.launcher = check_plugin(config, "launcher")
-        called = self.options.name or name(config, self.swept)
+        called = str(self.options.name or name(config, self.swept))  # a number is refused later, like any wrong value
         if not re.fullmatch(r"[\w+-][\w.+-]*", called):
             raise BadInput(f"sweep.name={called} is not the name of a folder; use letters, digits and any of . _ + -")
         self.folder = Path(config.hydra.sweep.dir) / called

@@ -152,7 +152,8 @@ def lines(path: Path, start: int = 0) -> Iterator[tuple[int, dict]]:
             start += len(text)
             try:
                 line = json.loads(text)
-            except ValueError:
+                [float(value) for value in line.values()]
+            except (AttributeError, RecursionError, TypeError, ValueError):
                 return
             if not (text.endswith(b"\n") and isinstance(line, dict) and line.keys() >= set(HEAD)):
                 return

@@ -136,7 +136,8 @@ def page(folder: Path) -> str:
 
 def reason(error: Exception) -> str:
     """One short line for what a store answered."""
-    text = without_secrets(" ".join(str(error).split())) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
     if "Max retries exceeded" in text or "timed out" in text:
         return "it does not answer"
+    text = without_secrets(text)
     return text if len(text) <= 300 else text[:300] + "…"
