@@ -96,7 +96,7 @@ def test_what_sbatch_refuses_is_said_once_and_kept(command, monkeypatch, tmp_pat
     said = (
         "echo 'sbatch: error: invalid partition: x' >&2; echo 'sbatch: error: Batch job submission failed' >&2; exit 1"
     )
-    for name_ in ("sbatch", "squeue", "scontrol", "scancel"):
+    for name_ in ("sbatch", "srun", "squeue", "scontrol", "scancel"):
         (place / name_).write_text(f"#!/bin/sh\n{said if name_ == 'sbatch' else ''}\n")
         (place / name_).chmod(0o755)
     monkeypatch.setenv("PATH", str(place), prepend=os.pathsep)

@@ -21,7 +21,7 @@ ACCURACIES = {"knn/top1": "kNN", "linear/top1": "linear"}  # what is compared; t
 CONFIDENCE = 95  # %
 FINISHED = "FINISHED"
 PAUSE_S = 600.0  # a longer gap between two lines of metrics.jsonl is taken for an interruption
-_NOT_MEASURED = ("state", "step", "epoch", "seconds", "mlflow_run_id", "reason")  # of result.json
+_NOT_MEASURED = ("state", "step", "epoch", "seconds", "precision", "mlflow_run_id", "reason")  # of result.json
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def available() -> None:
     Raises:
         BadInput: its commands are not there.
     """
-    if not all(shutil.which(command) for command in ("sbatch", "squeue", "scontrol", "scancel")):
+    if not all(shutil.which(command) for command in ("sbatch", "srun", "squeue", "scontrol", "scancel")):
         raise BadInput(
             "this machine has no SLURM (sbatch is not found); go to a login node, or use hydra/launcher=local or pool."
         )
