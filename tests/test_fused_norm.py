@@ -308,7 +308,11 @@ def test_without_a_compiler_plain_norms_run(c, monkeypatch):
 def test_results_are_the_same_for_all_numbers_of_threads(c, splits, shape, dtype):
     def results(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
-        norm, x, residual = make_norm(shape[1], splits), make_x(*shape, dtype=dtype), make_x(*shape, dtype=dtype, seed=1)
+        norm, x, residual = (
+            make_norm(shape[1], splits),
+            make_x(*shape, dtype=dtype),
+            make_x(*shape, dtype=dtype, seed=1),
+        )
         leaves = [x.requires_grad_(), residual.requires_grad_(), norm.weight, norm.bias]
         y = batch_norm_act(norm, x, nn.ReLU(), residual)
         assert type(y.grad_fn).__name__ == FUSED

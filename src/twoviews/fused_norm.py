@@ -111,7 +111,7 @@ def _fusable(norm: nn.Module, x: Tensor, act: nn.Module | None, residual: Tensor
         and LARGEST > x.numel() // x.shape[1] > parts  # modules to refuse
         and norm.momentum is not None
         and all(
-            t is not None and t.dtype == torch.float32 and t.device == x.device and t.is_contiguous()
+            isinstance(t, Tensor) and t.dtype == torch.float32 and t.device == x.device and t.is_contiguous()
             for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
         )
         and not any(map(_changed, (norm, act)))

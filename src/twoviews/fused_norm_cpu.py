@@ -25,7 +25,7 @@ def _layer(shape: torch.Size, parts: int, dtype: torch.dtype) -> _Layer:
 
 
 def _partial(layer: _Layer) -> Tensor:
-    return torch.empty(2, layer.parts, layer.chunks, layer.channels)
+    return torch.empty((2, layer.parts, layer.chunks, layer.channels), dtype=torch.float32)
 
 
 class Compiled:
@@ -67,7 +67,8 @@ class Compiled:
         eps: float,
     ) -> Tensor:
         """Mean and 1 / sqrt(variance + eps) of each part, [2, parts, C]; updates the running statistics."""
-        layer, moments = _layer(x.shape, parts, x.dtype), torch.empty(2, parts, x.shape[1])
+        layer = _layer(x.shape, parts, x.dtype)
+        moments = x.new_empty((2, parts, x.shape[1]), dtype=torch.float32)
         partial = _partial(layer)
         self._run("statistics", layer, x, partial)
         self._run("finish_statistics", layer, partial, moments, running_mean, running_var, momentum, eps)
