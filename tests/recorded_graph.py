@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
-from twoviews import cuda_graph
+from twoviews import cuda_graph, fused_norm_cpu
 
 
 class _Recorder(TorchDispatchMode):
@@ -72,7 +72,7 @@ def _capture(graph: RecordedGraph, pool: object = None, capture_error_mode: str 
 
 
 def patch_graphs(patch: pytest.MonkeyPatch) -> None:
-    """Captures are recorded in place of CUDA graphs."""
+    """Captures are recorded in place of CUDA graphs, with the compiled batch norms of the CPU."""
     RecordedGraph.replays = 0
     stand_ins = {
         "CUDAGraph": RecordedGraph,
@@ -87,6 +87,8 @@ def patch_graphs(patch: pytest.MonkeyPatch) -> None:
     for name, stand_in in stand_ins.items():
         patch.setattr(torch.cuda, name, stand_in)
     patch.setattr(cuda_graph, "_recover", lambda: None)
+    run = fused_norm_cpu.Compiled._run
+    patch.setattr(fused_norm_cpu.Compiled, "_run", lambda *arguments: recorded(run, *arguments))
 
 
 @contextlib.contextmanager

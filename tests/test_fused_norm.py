@@ -1,7 +1,10 @@
-"""Fused batch norms against plain modules in float64: in Triton's interpreter, or compiled where there is a GPU."""
+"""Fused batch norms against plain modules in float64: C, and Triton's in its interpreter, or compiled where there is a GPU."""
 
 import contextlib
 import copy
+import ctypes
+import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,21 +16,46 @@ from conftest import GPU
 from interpreted import SMALL, interpreted
 from torch import Tensor, nn
 
-from twoviews import fused_norm
+from twoviews import compiled, fused_norm
 from twoviews.backbones import ResNet
-from twoviews.fused_norm import BLOCKS, CASES, batch_norm_act, reason_for_plain
+from twoviews.fused_norm import BLOCKS, CASES, Triton, batch_norm_act, reason_for_plain
+from twoviews.fused_norm_cpu import SOURCE, Compiled
 from twoviews.layers import SplitBatchNorm, SyncBatchNorm, split_batch_norms
 
-DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
+CPU = torch.device("cpu")
+DEVICE = torch.device("cuda", 0) if GPU else CPU
 FUSED = "_BatchNormActBackward"
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # the interpreter rounds towards zero
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fused() -> Iterator[list[str] | None]:
-    with contextlib.nullcontext() if GPU else interpreted(SMALL) as launched:
+@pytest.fixture(scope="module", params=["triton", "c"], autouse=True)
+def kernels(request: pytest.FixtureRequest) -> Iterator[Triton | Compiled]:
+    """Who makes the passes in a test."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        if request.param == "c":
+            patch.setattr(sys.modules[__name__], "DEVICE", CPU)
+            patch.setenv("TWOVIEWS_KERNEL", "1")
+        elif not GPU:
+            stack.enter_context(interpreted(SMALL))
         assert reason_for_plain(DEVICE) is None
-        yield launched
+        passes = fused_norm._passes(DEVICE)
+        assert isinstance(passes, Compiled if request.param == "c" else Triton)
+        yield passes
+
+
+@pytest.fixture
+def triton(kernels: Triton | Compiled) -> None:
+    """Of a test of Triton's kernels."""
+    if not isinstance(kernels, Triton):
+        pytest.skip("about Triton's kernels")
+
+
+@pytest.fixture
+def c(kernels: Triton | Compiled) -> Compiled:
+    """Of a test of the compiled C."""
+    if not isinstance(kernels, Compiled):
+        pytest.skip("about the compiled C")
+    return kernels
 
 
 def make_norm(channels: int, splits: int) -> nn.BatchNorm2d:
@@ -99,9 +127,10 @@ def test_so_they_are_in_bf16(splits, shape, relu, with_residual):
     compare(splits, shape, relu, with_residual, torch.bfloat16)
 
 
-def test_half_precision_and_splits_of_one_part():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_half_precision_and_splits_of_one_part(dtype):
     compare(8, (24, 6, 3, 3), True, False, torch.float32)
-    norm, x = make_norm(4, 2), make_x(6, 4, 3, 3, dtype=torch.float16)
+    norm, x = make_norm(4, 2), make_x(6, 4, 3, 3, dtype=dtype)
     assert isinstance(norm, SplitBatchNorm)
     norm.splits = 1
     exact = copy.deepcopy(norm).double()
@@ -158,7 +187,7 @@ def test_residuals_and_gradients_of_other_memory_formats():
 
 
 @pytest.mark.parametrize(("block", "splits"), [("basic", 1), ("basic", 4), ("bottleneck", 4)])
-def test_a_resnet_is_what_it_is_with_plain_modules(block, splits, monkeypatch):
+def test_a_resnet_is_what_it_is_with_plain_modules(block, splits, kernels, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
     network = ResNet(3, 8, block, [1, 1], width=4).to(DEVICE, memory_format=torch.channels_last)
@@ -166,9 +195,15 @@ def test_a_resnet_is_what_it_is_with_plain_modules(block, splits, monkeypatch):
         split_batch_norms(network, splits)
     images, before = make_x(8, 3, 8, 8), copy.deepcopy(network)
     one, other = copy.deepcopy(network), copy.deepcopy(network).double()
-    ran = []
-    launch = fused_norm._launch
-    monkeypatch.setattr(fused_norm, "_launch", lambda name, *a, **k: (ran.append(name), launch(name, *a, **k)))
+    ran, name = [], "_run" if isinstance(kernels, Compiled) else "_launch"
+    owner = Compiled if isinstance(kernels, Compiled) else fused_norm
+    run = getattr(owner, name)
+
+    def note(*arguments, **constants):
+        ran.append(next(one for one in arguments if isinstance(one, str)))
+        run(*arguments, **constants)
+
+    monkeypatch.setattr(owner, name, note)
     features = one(images)
     features.square().sum().backward()
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
@@ -225,22 +260,19 @@ def test_what_cannot_be_divided_is_refused_by_the_module():
         batch_norm_act(make_norm(3, 1), make_x(1, 3, 1, 1))
 
 
-def too_large(launch, wrong: str, amount: float):
-    """The kernel `wrong` makes its result a little larger; its place among the arguments."""
-    place = {"statistics": 1, "normalise": 2, "sums": 7, "input_gradient": 2}[wrong]
-
-    def spoilt(kernel, grid, arguments, *others, **constants):
-        launch(kernel, grid, arguments, *others, **constants)
-        if kernel == wrong:
-            arguments[place].mul_(amount)
-
-    return spoilt
-
-
 @pytest.mark.parametrize("wrong", ["statistics", "normalise", "sums", "input_gradient"])
 @pytest.mark.parametrize("amount", [1.03, float("nan")])
-def test_wrong_kernels_are_not_used_and_that_is_said(wrong, amount, monkeypatch):
-    monkeypatch.setattr(fused_norm, "_launch", too_large(fused_norm._launch, wrong, amount))
+def test_wrong_kernels_are_not_used_and_that_is_said(wrong, amount, kernels, monkeypatch):
+    """One pass makes its first result a little larger."""
+    right = getattr(kernels, wrong)
+
+    def spoilt(*arguments):
+        found = right(*arguments)
+        first = found[1] if isinstance(found, tuple) else found  # of `sums`, the factors
+        first.mul_(amount)
+        return found
+
+    monkeypatch.setattr(kernels, wrong, spoilt)
     fused_norm._checked.cache_clear()
     norm, x = make_norm(3, 2), make_x(4, 3, 2, 2).requires_grad_()
     other = copy.deepcopy(norm)
@@ -253,7 +285,7 @@ def test_wrong_kernels_are_not_used_and_that_is_said(wrong, amount, monkeypatch)
     fused_norm._checked.cache_clear()
 
 
-def test_without_triton_plain_norms_run_and_that_is_said(monkeypatch):
+def test_without_triton_plain_norms_run_and_that_is_said(triton, monkeypatch):
     def missing(*arguments, **constants):
         raise ModuleNotFoundError("No module named 'triton'")
 
@@ -262,6 +294,56 @@ def test_without_triton_plain_norms_run_and_that_is_said(monkeypatch):
     with pytest.warns(UserWarning, match="fused batch norms are of no use"):
         assert reason_for_plain(DEVICE) == "ModuleNotFoundError: No module named 'triton'"
     fused_norm._checked.cache_clear()
+
+
+def test_without_a_compiler_plain_norms_run(c, monkeypatch):
+    monkeypatch.setattr(fused_norm, "_passes", lambda device: None)
+    assert reason_for_plain(CPU) == "no C compiler built them"
+    y = batch_norm_act(make_norm(3, 1), make_x(4, 3, 2, 2).requires_grad_())
+    assert type(y.grad_fn).__name__ != FUSED
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("splits", "shape"), [(1, (37, 19, 5, 3)), (3, (51, 70, 3, 3)), (8, (16, 48, 9, 8))])
+def test_results_are_the_same_for_all_numbers_of_threads(c, splits, shape, dtype):
+    def results(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        norm, x, residual = (
+            make_norm(shape[1], splits),
+            make_x(*shape, dtype=dtype),
+            make_x(*shape, dtype=dtype, seed=1),
+        )
+        leaves = [x.requires_grad_(), residual.requires_grad_(), norm.weight, norm.bias]
+        y = batch_norm_act(norm, x, nn.ReLU(), residual)
+        assert type(y.grad_fn).__name__ == FUSED
+        grads = torch.autograd.grad(y, leaves, make_x(*shape, dtype=dtype, seed=2))
+        return [y, norm.running_mean, norm.running_var, *grads]
+
+    threads = torch.get_num_threads()
+    try:
+        expected = results(1)
+        for number in (2, 3):
+            assert all(torch.equal(one, other) for one, other in zip(results(number), expected, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("flags", ["", "-mno-avx512bf16", "-march=x86-64"])
+def test_processors_without_some_instructions_round_alike(c, flags, tmp_path):
+    """bf16 to the nearest, of two to the even one, and what is no number stays so."""
+    built, command = tmp_path / "norm.so", [os.environ.get("CC", "cc"), *compiled.FLAGS, *flags.split()]
+    if "x86" not in platform.machine():
+        pytest.skip("flags of x86")
+    subprocess.run([*command, str(SOURCE), "-o", str(built), "-lm"], check=True)
+    x = torch.randn(3, 53, 5, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = x.contiguous(memory_format=torch.channels_last)
+    x[0, 0, 0, 0] = float("nan")
+    x[0, 0, 0, 1] = float("inf")
+    weight, bias = 1 + torch.arange(53) / 64, torch.full((53,), 2.0**-9)  # products and sums are exact in float32
+    moments = torch.stack((torch.zeros(1, 53), torch.ones(1, 53)))
+    expected = x.float() * weight[:, None, None] + bias[:, None, None]
+    found = Compiled(ctypes.CDLL(str(built))).normalise(x, None, weight, bias, moments, False)
+    assert torch.equal(found.nan_to_num(7.0), expected.bfloat16().nan_to_num(7.0))
 
 
 def test_only_their_use_imports_triton():
@@ -282,7 +364,7 @@ def test_division_by_multiplication_is_exact():
 
 
 @pytest.mark.slow
-def test_the_check_with_the_blocks_of_a_gpu(monkeypatch):
+def test_the_check_with_the_blocks_of_a_gpu(triton, monkeypatch):
     """Of which `interpreted` makes smaller ones."""
     monkeypatch.setattr(fused_norm, "BLOCKS", BLOCKS)
     monkeypatch.setattr(fused_norm, "CASES", CASES)
@@ -292,7 +374,7 @@ def test_the_check_with_the_blocks_of_a_gpu(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_they_are_used_on_this_gpu():
+def test_they_are_used_on_this_gpu(triton):
     fused_norm._checked.cache_clear()
     assert reason_for_plain(DEVICE) is None
     assert reason_for_plain(torch.device("cuda")) is None
@@ -303,7 +385,7 @@ def test_they_are_used_on_this_gpu():
 
 
 @pytest.mark.gpu
-def test_they_can_be_captured_and_are_the_same_each_time():
+def test_they_can_be_captured_and_are_the_same_each_time(triton):
     norm, x = make_norm(128, 8), make_x(64, 128, 16, 16, dtype=torch.bfloat16).requires_grad_()
 
     def step() -> tuple[Tensor, ...]:
@@ -329,7 +411,7 @@ def test_they_can_be_captured_and_are_the_same_each_time():
 
 
 @pytest.mark.gpu
-def test_more_numbers_than_int32_counts():
+def test_more_numbers_than_int32_counts(triton):
     norm, parts = make_norm(64, 4), 4
     x = torch.randn(64, 64, 736, 736, device=DEVICE, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     x[::parts] += 1

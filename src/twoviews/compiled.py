@@ -72,10 +72,11 @@ def address(x: Tensor) -> ctypes.c_void_p:
 def in_shares(function: Callable[[ctypes.c_int64, ctypes.c_int64], int], count: int) -> int:
     """Call function(first, last) for parts of range(count), one to each of torch's threads: the largest result."""
     threads = max(1, min(torch.get_num_threads(), count))
+    if threads == 1:
+        return function(ctypes.c_int64(0), ctypes.c_int64(count))
     ends = [count * part // threads for part in range(threads + 1)]
 
     def share(part: int) -> int:
         return function(ctypes.c_int64(ends[part]), ctypes.c_int64(ends[part + 1]))
 
-    run: Callable = map if threads == 1 else _pool(threads).map
-    return max(run(share, range(threads)))
+    return max(_pool(threads).map(share, range(threads)))

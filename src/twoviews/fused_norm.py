@@ -1,10 +1,11 @@
-"""Batch norm, the residual behind it and ReLU in one pass, on GPUs, for whole batches and for the parts of SplitBatchNorm.
+"""Batch norm, the residual behind it and ReLU in one pass, for whole batches and for the parts of SplitBatchNorm.
 
 Activations in channels_last are rows of channels, and the number of a row's image says its part, so nothing is
 re-ordered. Forward: statistics, a small kernel that finishes them, and one pass over the activations; backward the same.
-The kernels are Triton's (fused_norm_kernels.py), which comes with CUDA builds of torch. Plain modules remain wherever
-`reason_for_plain` or `_fusable` says so: on CPUs, in eval mode, for other norms and other memory formats, within
-torch.compile, and with TWOVIEWS_KERNEL=0 in the environment, which turns off all compiled code of this project.
+On GPUs the kernels are Triton's (fused_norm_kernels.py), which comes with CUDA builds of torch; on CPUs they are C (norm.c),
+for which a C compiler is needed. Plain modules remain wherever `reason_for_plain` or `_fusable` says so: in eval mode, for
+other norms and other memory formats, within torch.compile, and with TWOVIEWS_KERNEL=0 in the environment, which turns off
+all compiled code of this project.
 """
 
 import functools
@@ -19,14 +20,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as nnf
 
-from twoviews import distributed
+from twoviews import compiled, distributed
+from twoviews.fused_norm_cpu import SOURCE, Compiled
 from twoviews.layers import SplitBatchNorm
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-DEVICES = {"cuda"}  # types whose tensors the kernels are given; tests add "cpu", for Triton's interpreter
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DEVICES = {"cuda"}  # types whose tensors Triton's kernels are given; tests add "cpu", for Triton's interpreter
 LARGEST = 2**30  # rows of an activation; numbers of rows are int32
 
 
@@ -70,7 +71,7 @@ def batch_norm_act(
         act: the fused kernels know nn.ReLU; None is none.
         residual: added before `act`, as x.
     """
-    if x.device.type in DEVICES and _fusable(norm, x, act, residual):
+    if _fusable(norm, x, act, residual):
         return _fused(norm, x, residual, act is not None)
     y = norm(x)
     if residual is not None:
@@ -81,12 +82,14 @@ def batch_norm_act(
 def reason_for_plain(device: torch.device) -> str | None:
     """Why plain batch norms run on a device; None where fused ones do, after they were seen to be right there.
 
-    The first call for a device builds the kernels and tries them, which takes seconds and waits for the device.
+    The first call for a device builds the kernels and tries them, which takes seconds, and on GPUs waits for the device.
     """
-    if device.type not in DEVICES:
+    if device.type not in {*DEVICES, "cpu"}:
         return f"no kernels for {device.type}"
     if os.environ.get("TWOVIEWS_KERNEL") == "0":
         return "TWOVIEWS_KERNEL=0"
+    if _passes(device) is None:
+        return "no C compiler built them"
     if device == torch.device("cuda"):
         device = torch.device("cuda", torch.cuda.current_device())
     return _checked(device)
@@ -99,8 +102,7 @@ def _fusable(norm: nn.Module, x: Tensor, act: nn.Module | None, residual: Tensor
         return False
     parts = _parts(norm)
     return (
-        x.dtype in DTYPES
-        and x.ndim == 4
+        x.ndim == 4
         and x.shape[1] == norm.num_features
         and x.is_contiguous(memory_format=torch.channels_last)
         and (residual is None or (residual.dtype == x.dtype and residual.shape == x.shape))
@@ -109,11 +111,13 @@ def _fusable(norm: nn.Module, x: Tensor, act: nn.Module | None, residual: Tensor
         and LARGEST > x.numel() // x.shape[1] > parts  # modules to refuse
         and norm.momentum is not None
         and all(
-            t is not None and t.dtype == torch.float32 and t.device == x.device
+            isinstance(t, Tensor) and t.dtype == torch.float32 and t.device == x.device and t.is_contiguous()
             for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
         )
         and not any(map(_changed, (norm, act)))
         and reason_for_plain(x.device) is None
+        and (passes := _passes(x.device)) is not None
+        and x.dtype in passes.dtypes
     )
 
 
@@ -137,7 +141,7 @@ def _fused(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, relu: bool)
         residual = residual.contiguous(memory_format=torch.channels_last)
     y = _BatchNormAct.apply(
         *(x, residual, norm.weight, norm.bias, norm.running_mean, norm.running_var),
-        *(None if split else norm.num_batches_tracked, parts, float(norm.momentum or 0), norm.eps, relu),
+        *(None if split else norm.num_batches_tracked, parts, float(norm.momentum or 0), float(norm.eps), relu),
     )
     if isinstance(norm, SplitBatchNorm) and processes > 1:
         for statistic in (norm.running_mean, norm.running_var):
@@ -161,10 +165,43 @@ class _BatchNormAct(torch.autograd.Function):
         eps: float,
         relu: bool,
     ) -> Tensor:
-        channels = x.shape[1]
-        rows = x.numel() // (channels * parts)
-        sizes = (parts, *_division(parts, x.shape[2] * x.shape[3]))
+        passes = _passes(x.device)
+        assert passes is not None
+        moments = passes.statistics(x, running_mean, running_var, tracked, parts, momentum, eps)
+        y = passes.normalise(x, residual, weight, bias, moments, relu)
+        ctx.passes, ctx.relu, ctx.residual = passes, relu, residual is not None
+        ctx.save_for_backward(x, weight, bias, moments, y if relu and residual is not None else None)
+        return y
 
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, moments, y = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        masked, factors, weight_grad, bias_grad = ctx.passes.sums(x, grad, y, weight, bias, moments, ctx.relu)
+        x_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = ctx.passes.input_gradient(x, masked, weight, bias, moments, factors, ctx.relu and y is None)
+        return x_grad, masked if ctx.residual else None, weight_grad, bias_grad, *[None] * 7
+
+
+class Triton:
+    """The passes by fused_norm_kernels.py."""
+
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+
+    def statistics(
+        self,
+        x: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        tracked: Tensor | None,
+        parts: int,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        """Mean and 1 / sqrt(variance + eps) of each part, [2, parts, C]; updates the running statistics."""
+        rows, channels, sizes = _sizes(x, parts)
         grid, _, tile, warps = _plan("statistics", rows, channels, parts, x.itemsize, x.device)
         partial = x.new_empty((2, parts, grid[2], channels), dtype=torch.float32)
         _launch("statistics", grid, (x, partial, rows, channels, *sizes), warps, **tile)
@@ -179,44 +216,72 @@ class _BatchNormAct(torch.autograd.Function):
             TRACKED=tracked is not None,
             **tile,
         )
+        return moments
 
-        grid, chunk, tile, warps = _plan("normalise", rows, channels, parts, x.itemsize, x.device)
+    def normalise(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, moments: Tensor, relu: bool
+    ) -> Tensor:
+        """The normalised rows, scaled, with offset, residual and ReLU."""
+        rows, channels, sizes = _sizes(x, moments.shape[1])
+        grid, chunk, tile, warps = _plan("normalise", rows, channels, moments.shape[1], x.itemsize, x.device)
         y = torch.empty_like(x)
         arguments = (x, x if residual is None else residual, y, weight, bias, moments, rows, chunk, channels, *sizes)
         _launch("normalise", grid, arguments, warps, RELU=relu, RESIDUAL=residual is not None, **tile)
-
-        ctx.parts, ctx.relu, ctx.residual = parts, relu, residual is not None
-        ctx.save_for_backward(x, weight, bias, moments, y if relu and residual is not None else None)
         return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, moments, y = ctx.saved_tensors
-        parts, relu, channels = ctx.parts, ctx.relu, x.shape[1]
-        rows = x.numel() // (channels * parts)
-        sizes = (parts, *_division(parts, x.shape[2] * x.shape[3]))
-        grad = grad.contiguous(memory_format=torch.channels_last)
+    def sums(
+        self, x: Tensor, grad: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, moments: Tensor, relu: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The gradient below the ReLU behind a residual, factors for `input_gradient`, gradients of weight and bias.
 
+        `y` is the output where there are both, else None.
+        """
+        parts = moments.shape[1]
+        rows, channels, sizes = _sizes(x, parts)
         grid, _, tile, warps = _plan("sums", rows, channels, parts, x.itemsize, x.device)
         partial = x.new_empty((2, parts, grid[2], channels), dtype=torch.float32)
         masked = grad if y is None else torch.empty_like(x)
         arguments = (x, grad, masked if y is None else y, masked, weight, bias, moments, partial)
         arguments += (rows, channels, *sizes)
-        _launch("sums", grid, arguments, warps, RELU=relu, RESIDUAL=ctx.residual, **tile)
+        _launch("sums", grid, arguments, warps, RELU=relu, RESIDUAL=y is not None, **tile)
 
         factors, weight_grad, bias_grad = (torch.empty_like(t) for t in (moments, weight, bias))
         blocks, tile, warps = _finish(parts, grid[2], channels)
         arguments = (partial, moments, weight, factors, weight_grad, bias_grad, rows, grid[2], channels, parts)
         _launch("finish_sums", blocks, arguments, warps, **tile)
+        return masked, factors, weight_grad, bias_grad
 
-        x_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = torch.empty_like(x)
-            grid, chunk, tile, warps = _plan("input_gradient", rows, channels, parts, x.itemsize, x.device)
-            arguments = (x, masked, x_grad, weight, bias, moments, factors, rows, chunk, channels, *sizes)
-            _launch("input_gradient", grid, arguments, warps, RELU=relu and y is None, **tile)
-        return x_grad, masked if ctx.residual else None, weight_grad, bias_grad, *[None] * 7
+    def input_gradient(
+        self, x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, factors: Tensor, relu: bool
+    ) -> Tensor:
+        """The gradient of x; relu: `grad` is that of the output of a ReLU that the input says is open or not."""
+        rows, channels, sizes = _sizes(x, moments.shape[1])
+        x_grad = torch.empty_like(x)
+        grid, chunk, tile, warps = _plan("input_gradient", rows, channels, moments.shape[1], x.itemsize, x.device)
+        arguments = (x, grad, x_grad, weight, bias, moments, factors, rows, chunk, channels, *sizes)
+        _launch("input_gradient", grid, arguments, warps, RELU=relu, **tile)
+        return x_grad
+
+
+@functools.cache
+def _compiled() -> Compiled | None:
+    library = compiled.library(SOURCE)
+    return None if library is None else Compiled(library)
+
+
+def _passes(device: torch.device) -> Triton | Compiled | None:
+    """Who makes them on a device."""
+    if device.type in DEVICES:
+        return TRITON
+    return _compiled() if device.type == "cpu" else None
+
+
+TRITON = Triton()
+
+
+def _sizes(x: Tensor, parts: int) -> tuple[int, int, tuple[int, ...]]:
+    """Rows of a part, channels, and how rows of a part are found in memory."""
+    return x.numel() // (x.shape[1] * parts), x.shape[1], (parts, *_division(parts, x.shape[2] * x.shape[3]))
 
 
 class Offset(nn.Module):
@@ -307,7 +372,8 @@ def _power_of_2(number: int) -> int:
 def _checked(device: torch.device) -> str | None:
     """What the kernels do not get right on a device."""
     try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):  # whatever the first call is made within
+        # Whatever the first call is made within.
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             reason = _disagreement(device)
     except Exception as error:  # no Triton, no compiler, a GPU that it does not know
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -327,13 +393,22 @@ CASES = (
     ((48, 70, 9, 7), 8, True, False, torch.bfloat16),
     ((16, 64, 16, 16), 8, True, True, torch.float32),
 )
+# Nothing is compiled for them, so that they can be small: with whole vectors and less, in several blocks and chunks.
+CPU_CASES = (
+    ((16, 118, 3, 3), 8, True, True, torch.bfloat16),
+    ((6, 49, 5, 3), 1, True, False, torch.bfloat16),
+    ((6, 17, 9, 9), 2, False, False, torch.bfloat16),
+    ((34, 8, 3, 2), 1, False, True, torch.float32),
+    ((8, 118, 3, 3), 4, True, True, torch.float32),
+    ((6, 33, 4, 4), 1, True, False, torch.float32),
+)
 NAMES = ("output", "running mean", "running variance", "gradient", "weight's gradient", "bias's gradient", "residual's")
 
 
 def _disagreement(device: torch.device) -> str | None:
     """The first result that is not that of float64 on the CPU."""
     random = torch.Generator().manual_seed(0)
-    for case in CASES:
+    for case in CASES if device.type in DEVICES else CPU_CASES:
         shape, parts, relu, _, dtype = case
         found, expected = _both(device, random, *case)
         # What has the activations' dtype is as exact as that.
