@@ -263,6 +263,9 @@ class Triton:
         return x_grad
 
 
+TRITON = Triton()
+
+
 @functools.cache
 def _compiled() -> Compiled | None:
     library = compiled.library(SOURCE)
@@ -274,9 +277,6 @@ def _passes(device: torch.device) -> Triton | Compiled | None:
     if device.type in DEVICES:
         return TRITON
     return _compiled() if device.type == "cpu" else None
-
-
-TRITON = Triton()
 
 
 def _sizes(x: Tensor, parts: int) -> tuple[int, int, tuple[int, ...]]:
