@@ -62,7 +62,7 @@ class RecordedGraph:
 
 
 @contextlib.contextmanager
-def _capture(graph: RecordedGraph, pool: object = None, capture_error_mode: str = "") -> Iterator[None]:
+def _capture(graph: RecordedGraph, capture_error_mode: str = "") -> Iterator[None]:
     _capturing.append(graph.calls)
     try:
         with _Recorder(graph.calls):
@@ -77,7 +77,6 @@ def patch_graphs(patch: pytest.MonkeyPatch) -> None:
     stand_ins = {
         "CUDAGraph": RecordedGraph,
         "graph": _capture,
-        "graph_pool_handle": lambda: None,
         "current_stream": lambda: None,
         "set_stream": lambda stream: None,
         "synchronize": lambda device=None: None,

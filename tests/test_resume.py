@@ -234,7 +234,7 @@ def build(overrides: list[str], folder: Path):
     return Training(parts, run=Run(folder), metrics=None, console=Console(quiet=True), epochs=cfg.epochs, seed=cfg.seed)
 
 
-def test_a_step_waits_until_the_checkpoint_before_it_iscopied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_waits_until_the_checkpoint_before_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = [*SMALL_MOCO, "protocol=[]"]
     training = build(overrides, tmp_path)
     training.method.train()

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from twoviews import distributed
-from twoviews.backbones import Encoder
+from twoviews.backbones import Encoder, ResNet
 from twoviews.clusters.kmeans import Clustered
 from twoviews.clusters.scores import scores
 from twoviews.code import code_state
@@ -24,7 +24,7 @@ from twoviews.data.views import Views, compiled
 from twoviews.errors import BadInput
 from twoviews.features import Judged, embed
 from twoviews.fused_norm import reason_for_plain
-from twoviews.layers import sync_batch_norms
+from twoviews.layers import SyncBatchNorm, sync_batch_norms
 from twoviews.methods.method import Method
 from twoviews.randomness import seed_of
 from twoviews.run import parameter_count
@@ -92,6 +92,7 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
     Raises:
         BadInput: they do not, with the value to change.
     """
+    runtime.configure(device)
     torch.manual_seed(seed_of(cfg.seed, "initialisation"))
     encoder = build(cfg.backbone, channels=data.channels, image_size=data.size)
     extra: dict[str, Any] = {}
@@ -199,10 +200,21 @@ def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
     console.say(f"device    {device}, {dtype}, processes: {distributed.processes()}")
     for name, path, reason in (
         ("step      ", ("CUDA graph", "eager"), eager_reason(parts.runtime, parts.device)),
-        ("norms     ", ("fused", "plain"), reason_for_plain(parts.device)),
+        ("norms     ", ("fused", "plain"), _plain_norms(parts)),
     ):
         console.say(name + (path[0] if reason is None else f"{path[1]} ({reason})"))
     console.say(f"results   {folder}")
+
+
+def _plain_norms(parts: Parts) -> str | None:
+    """Why the encoder's batch norms are not fused with what follows them; None if they are."""
+    if not isinstance(parts.method.encoder, ResNet):
+        return f"{type(parts.method.encoder).__name__} has norms of its own"
+    if not parts.runtime.channels_last:
+        return "runtime.channels_last=false"
+    if any(isinstance(part, (SyncBatchNorm, nn.SyncBatchNorm)) for part in parts.method.encoder.modules()):
+        return "their statistics are shared by processes"
+    return reason_for_plain(parts.device)
 
 
 def describe_encoder(cfg: DictConfig, data: ImageData) -> dict[str, Any]:

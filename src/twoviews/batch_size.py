@@ -32,8 +32,9 @@ from twoviews.errors import BadInput
 from twoviews.loop import Training
 from twoviews.run import Run
 from twoviews.runtime import Runtime, StopSignal
+from twoviews.step import EAGER_STEPS, eager_reason
 
-STEPS = 2  # the first claims memory, the second has the optimizer's state as well and is the one that is timed
+EAGER = 2  # steps: the first claims memory, the second has the optimizer's state as well and is the one that is timed
 QUARTERS = (0.25, 0.5, 0.75)  # of the way from the largest that fits to the smallest that does not
 
 
@@ -218,12 +219,13 @@ def _try(content: dict[str, Any], free: int, scratch: Path, answer: Connection) 
 
 
 def _two_steps(cfg: DictConfig, runtime: Runtime, device: torch.device, scratch: Path) -> Trial:
-    """A training that ends after two steps, both logged."""
+    """A training that ends after two steps, or two captured ones, each of them logged."""
     data, runtime = load_data(cfg).to(device), replace(runtime, log_every=1)
     parts = make_parts(cfg, data, make_views(cfg, data), runtime, device)
     for group in parts.optimizer.param_groups:
         group["lr"] = 0.0  # scaled to so large a batch it might end in numbers that are none
-    parts.loader, parts.protocols = cast(Loader, _FewSteps(parts.loader)), {}
+    steps = EAGER if eager_reason(runtime, device) else EAGER_STEPS + 2  # a graph has memory of its own
+    parts.loader, parts.protocols = cast(Loader, _FewSteps(parts.loader, steps)), {}
     training = Training(parts, run=Run(scratch), metrics=None, console=Console(quiet=True), epochs=1, seed=cfg.seed)
     training.fit(StopSignal())
     peak = training.latest["memory/gpu_mb" if device.type == "cuda" else "memory/process_mb"]
@@ -231,20 +233,21 @@ def _two_steps(cfg: DictConfig, runtime: Runtime, device: torch.device, scratch:
 
 
 class _FewSteps:
-    """A loader whose epoch ends after `STEPS` steps; where the data is not enough for them, it begins again.
+    """A loader whose epoch ends after a few steps; where the data is not enough for them, it begins again.
 
     Args:
         loader: of the data.
+        steps: how many.
     """
 
-    def __init__(self, loader: Loader):
-        self.loader = loader
+    def __init__(self, loader: Loader, steps: int):
+        self.loader, self.steps = loader, steps
 
     def __len__(self) -> int:
-        return STEPS
+        return self.steps
 
     def __iter__(self) -> Iterator[Batch]:
-        return islice(chain.from_iterable(repeat(self.loader)), STEPS)
+        return islice(chain.from_iterable(repeat(self.loader)), self.steps)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)

@@ -17,7 +17,7 @@ class Checkpoints:
 
     On a CPU, weights and what the optimizer keeps for them are copied by that thread, too, which the next update must wait
     for (`wait_for_copy`); buffers, which forward passes and E-steps change, are copied at once. On a GPU everything is
-    copied to pinned memory by the stream that computes, in its turn, and nobody waits.
+    copied to pinned memory by the stream that computes, in its turn, and no copy is waited for.
 
     Args:
         run: the run folder.
@@ -52,9 +52,8 @@ class Checkpoints:
             self._copy |= copied(later, self._copy)
             done = torch.cuda.Event()
             done.record()
-            self._copying = self._writer.submit(done.synchronize)
-            self._writing = self._writer.submit(self._write, self._copying)
-            self._copying = None  # the stream keeps the order of the copies and of the next update
+            # The next update needs no waiting: the stream keeps the order of the copies and of what comes after them.
+            self._writing = self._writer.submit(self._write, self._writer.submit(done.synchronize))
         else:
             self._copying = self._writer.submit(self._copy_later, later)
             self._writing = self._writer.submit(self._write, self._copying)

@@ -34,7 +34,7 @@ BAD_INPUT = 2  # exit code for what the user can put right
 STOPPED = 128  # plus the signal's number: exit code of a run that was stopped and can go on
 
 # What a run computes does not depend on these, so they are not part of its name.
-_NOT_IN_DIGEST = (
+NOT_IN_DIGEST = (
     "fresh",
     "preview",
     "find_batch",
@@ -268,8 +268,9 @@ def _operating_system(error: OSError) -> str:
 
 def digest(cfg: DictConfig | dict[str, Any]) -> str:
     """Eight hex digits that change with everything that can change the result of a run."""
-    values = {key: value for key, value in flat(_plain(cfg)).items() if not key.startswith(_NOT_IN_DIGEST)}
-    values.setdefault("runtime.compile", False)  # a former option, so that runs which did not use it keep their names
+    values = {key: value for key, value in flat(_plain(cfg)).items() if not key.startswith(NOT_IN_DIGEST)}
+    if any(key.startswith("runtime.") for key in values):  # of a run
+        values.setdefault("runtime.compile", False)  # a former option: runs that did not use it keep their names
     numbers = {key: number(value) for key, value in values.items()}
     return hashlib.blake2b(repr(sorted(numbers.items())).encode(), digest_size=4).hexdigest()
 

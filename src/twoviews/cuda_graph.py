@@ -1,20 +1,20 @@
 """Functions of tensors as CUDA graphs, compared with what they do without one.
 
-Shapes: none; a function takes the views of a batch, the indices of its images and a key, and returns scalars by name.
+Such a function takes the views of a batch, the indices of its images and a key, and returns scalars by name.
 """
 
 import contextlib
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 Function = Callable[[Sequence[Tensor], Tensor, Hashable], dict[str, Tensor]]
 Inputs = tuple[Sequence[Tensor], Tensor, Hashable]
-OF_A_TENSOR, OF_ALL = 0.25, 0.02  # of what a run changes: how far a replay may be apart from it
-OF_ALL_AGAIN = 0.1  # the same of two runs of the function
+# How far a replay may be apart from the function, as a share of what that changes: each tensor, and all together.
+TENSOR_TOLERANCE, TOTAL_TOLERANCE = 0.25, 0.02
+EAGER_TOLERANCE = 0.1  # how far two runs of the function may be apart, all tensors together
 ROUNDING = 1e-6  # of the numbers themselves
 
 
@@ -28,17 +28,16 @@ class Captured:
     Args:
         function: uses nothing but its inputs and tensors that stay where they are; it is run once, to record its kernels.
         inputs: of which the key is kept.
-        pool: memory shared with other graphs, which must not be replayed at the same time.
     """
 
-    def __init__(self, function: Function, inputs: Inputs, pool: Any):
+    def __init__(self, function: Function, inputs: Inputs):
         views, index, key = inputs
         self.views, self.index = [view.clone() for view in views], index.clone()
         self.graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
         try:
             # Other threads, such as that which writes checkpoints, may use the device meanwhile.
-            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.values = function(self.views, self.index, key)
         except BaseException:
             # torch.cuda.graph does not clean up where it fails: the stream and the generator would stay with the capture.
@@ -54,9 +53,7 @@ class Captured:
         return self.values
 
 
-def capture(
-    function: Function, inputs: Inputs, state: Sequence[Tensor], prepare: Callable[[int], None], pool: Any
-) -> Captured:
+def capture(function: Function, inputs: Inputs, state: Sequence[Tensor], prepare: Callable[[int], None]) -> Captured:
     """The captured function, once a replay was seen to do what the function does; the state is left as it was.
 
     The function runs three times: as it is; with every wait for the device being an error, which also shows how far two
@@ -66,9 +63,8 @@ def capture(
         function: to be captured.
         inputs: for the trials.
         state: all tensors that the function changes.
-        prepare: sets the seed and the tensors from which the function reads its numbers; called with 1 before each trial
-            and with 0 before the capture, so that numbers which the graph has kept show if they differ.
-        pool: as of `Captured`.
+        prepare: sets the seed and the tensors from which the function reads its numbers, to other values for each argument;
+            called with 1 before each trial and with 0 before the capture, so that a number which the graph has kept shows.
 
     Raises:
         CaptureDiffers: a replay does something else.
@@ -91,23 +87,26 @@ def capture(
             again = function(*inputs)
         noise = _distances(state, after)
         noise_of_values = {name: (again[name] - value).abs() for name, value in values.items()}
-        if not noise.norm() <= OF_ALL_AGAIN * changed.norm() + ROUNDING * size.norm():
+        if not noise.norm() <= EAGER_TOLERANCE * changed.norm() + ROUNDING * size.norm():
             raise CaptureDiffers("two eager steps from the same state differ")
         restore()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph cannot use the memory that is kept for other work
         prepare(0)
-        captured = Captured(function, inputs, pool)
+        captured = Captured(function, inputs)
         restore()
         prepare(1)
         replayed = captured(*inputs[:2])
         apart = _distances(state, after)
-        if (apart > OF_A_TENSOR * changed + ROUNDING * size + 3 * noise).logical_or(apart.isnan()).any():
+        if (apart > TENSOR_TOLERANCE * changed + ROUNDING * size + 3 * noise).logical_or(apart.isnan()).any():
             raise CaptureDiffers("a replay changes a tensor otherwise than the step")
-        if not apart.norm() <= OF_ALL * changed.norm() + ROUNDING * size.norm() + 3 * noise.norm():
+        if not apart.norm() <= TOTAL_TOLERANCE * changed.norm() + ROUNDING * size.norm() + 3 * noise.norm():
             raise CaptureDiffers("a replay changes weights otherwise than the step")
         for name, value in values.items():
-            if not (replayed[name] - value).abs() <= OF_ALL * value.abs() + ROUNDING + 3 * noise_of_values[name]:
+            if (
+                not (replayed[name] - value).abs()
+                <= TOTAL_TOLERANCE * value.abs() + ROUNDING + 3 * noise_of_values[name]
+            ):
                 raise CaptureDiffers(f"{name} of a replay is {replayed[name]:.5g}, and of the step {value:.5g}")
         return captured
     finally:

@@ -78,7 +78,8 @@ def embed(
     # Whole batches are dealt out, so that each image has the same company, and the same rounding, in one process.
     own = torch.arange(len(images)).split(size)[rank::processes]
     with torch.autocast(device.type, enabled=False):
-        for pixels, sizes, index in images.batches(size, torch.cat(own) if processes > 1 and own else None):
+        rows_of_own = torch.cat([torch.empty(0, dtype=torch.int64), *own]) if processes > 1 else None
+        for pixels, sizes, index in images.batches(size, rows_of_own):
             batch = eval_view(sent(pixels, device), sizes, size=data.size, crop=1.0, mean=data.mean, std=data.std)
             if convert:
                 batch = batch.to(memory_format=torch.channels_last)
@@ -91,8 +92,11 @@ def embed(
                 x = torch.zeros(len(images), rows.shape[1], device=device)
             first = int(index[0])
             x[first : first + len(index)] = rows
+    if shared:  # fewer batches than processes leave some without any
+        width = distributed.largest(0 if x is None else x.shape[1], device)
+        x = distributed.total(torch.zeros(len(images), width, device=device) if x is None else x)
     assert x is not None
-    return distributed.total(x) if shared else x
+    return x
 
 
 class Judged:

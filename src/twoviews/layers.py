@@ -79,7 +79,9 @@ def targets(frozen: nn.Module, views: Sequence[Float[Tensor, "B C _h _w"]]) -> l
     weights: dict[str, Tensor] = {}
     if torch.is_autocast_enabled(views[0].device.type):
         dtype = torch.get_autocast_dtype(views[0].device.type)
-        weights = {name: weight.to(dtype) for name, weight in frozen.named_parameters() if weight.ndim > 1}
+        kinds = (nn.Linear, nn.modules.conv._ConvNd)  # other parameters, such as tokens, autocast leaves as they are
+        parts = ((name, part) for name, part in frozen.named_modules() if isinstance(part, kinds))
+        weights = {f"{name}.weight".lstrip("."): part.weight.to(dtype) for name, part in parts}
     return [torch.func.functional_call(frozen, weights, (view,)).float() for view in views]
 
 

@@ -64,7 +64,7 @@ class Training:
         self.step.before_update = self.checkpoints.wait_for_copy
         self.position = Position()
         self.latest: dict[str, float] = {}
-        self._started, self._saved_at, self._saved_step = time.monotonic(), time.monotonic(), -1
+        self._started, self._saved_at, self._saved_step = time.monotonic(), -math.inf, -1
         self._advised = self._forecasted = False
         self._watch_seconds = 0.0
         self._stepping = [0, 0.0]  # steps, and seconds they took, without those before the first log line

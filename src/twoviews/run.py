@@ -19,7 +19,7 @@ from torch import nn
 from twoviews import distributed, foreign
 from twoviews.backbones import Encoder
 from twoviews.code import code_state
-from twoviews.config import build, flat
+from twoviews.config import NOT_IN_DIGEST, build, flat
 from twoviews.data import views
 from twoviews.errors import BadInput, nearest
 from twoviews.ranges import Count
@@ -95,7 +95,9 @@ class Run:
         keys = [
             key
             for key in sorted({*before, *now})
-            if before.get(key) != now.get(key) and not key.startswith(("tracking", "fresh", "preview", "find_batch"))
+            if before.get(key) != now.get(key)
+            and not key.startswith(NOT_IN_DIGEST)
+            and (key, before.get(key)) != ("runtime.compile", False)  # a former option
         ]
         shown = [f"{key} is {before.get(key, 'absent')} there and {now.get(key, 'absent')} here" for key in keys[:3]]
         return "; ".join(shown) + ("; …" if len(keys) > 3 else "")

@@ -1,4 +1,4 @@
-"""What a run computes with: device, precision, memory format, compilation, processes, and the signals that stop it."""
+"""What a run computes with: device, precision, memory format, choice of kernels; and the signals that stop it."""
 
 import contextlib
 import os
@@ -98,9 +98,10 @@ class Runtime:
             torch.backends.cudnn.allow_tf32 = not self.deterministic
 
     def configure_evaluation(self, device: torch.device) -> None:
-        """Fp32 is fp32 in an evaluation: convolutions without TF32."""
+        """The same for an evaluation, whose batches are of several sizes, and in which fp32 is fp32: without TF32."""
+        self.configure(device)
         if device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = False
 
 
 def native_bf16(device: torch.device) -> bool:

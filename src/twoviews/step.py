@@ -58,7 +58,6 @@ class Step:
         say: Callable[[str], None],
     ):
         self.method, self.optimizer, self.runtime, self.device = method, optimizer, runtime, device
-        runtime.configure(device)
         self.dtype = runtime.dtype(device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
@@ -70,10 +69,11 @@ class Step:
             self._wrapped = DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
         self._progress = Progress(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(2)))
         self._captures = eager_reason(runtime, device) is None
-        self._captured: dict[Hashable, Captured | int] = {}  # the graph for each phase, or how many eager steps it had
+        self._key: Hashable = None  # what decides on the operations of a step
+        self._eager_steps = 0  # with that key
+        self._graph: Captured | None = None
         if self._captures:
             self._lr_tensors = [torch.tensor(lr, dtype=torch.float32, device=device) for lr in self.base_lrs]
-            self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, batch: Batch, *, seed: int, lr_factor: float, step: int, steps: int, epochs: int) -> Values:
         """Update the method once.
@@ -95,16 +95,17 @@ class Step:
         if not self._captures:
             return self._run(views, index, phase)
         key = (phase, *(view.shape for view in views))
-        graph = self._captured.get(key, 0)
-        if graph == EAGER_STEPS:
-            graph = self._capture(views, index, phase, seed) or 0
+        if key != self._key:
+            self._key, self._eager_steps, self._graph = key, 0, None  # a graph holds the memory of a whole step
+            torch.cuda.empty_cache()
+        if self._graph is None and self._eager_steps == EAGER_STEPS:
+            self._graph = self._capture(views, index, phase, seed)
             torch.manual_seed(seed)
             self._set(lr_factor, *progress)
-        if isinstance(graph, int):
-            self._captured[key] = graph + 1
+        if self._graph is None:
+            self._eager_steps += 1
             return self._run(views, index, phase)
-        self._captured[key] = graph
-        return graph(views, index)
+        return self._graph(views, index)
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
         """Take over an optimizer's state from a checkpoint, in the form (fused or not) that suits this device."""
@@ -166,7 +167,7 @@ class Step:
             self._set(lr_factor=0.5 + trial, epoch=0.25 + trial, fraction=0.25 + trial / 2)
 
         try:
-            return capture(self._run, (views, index, phase), state, prepare, self._pool)
+            return capture(self._run, (views, index, phase), state, prepare)
         except (RuntimeError, CaptureDiffers) as error:
             self._captures = False
             self._say(f"step      eager (no CUDA graph: {str(error).splitlines()[0]})")

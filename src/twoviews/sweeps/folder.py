@@ -325,6 +325,8 @@ class Sweep:
         text = json.dumps(description, indent=1) + "\n"
         if folder.exists():
             replace(folder / "point.json", text)
+            if foreign.load(folder / "result.json").get("state") != "finished":
+                replace(folder / "config.yaml", new.config)  # with the options of the code that will go on with it
             return
         part = self.folder / f".{new.digest}.{os.getpid()}"
         shutil.rmtree(part, ignore_errors=True)

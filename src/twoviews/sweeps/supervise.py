@@ -91,7 +91,7 @@ def _begun(point: Point, before: State, submitted: float, job: str | None) -> St
         return state
     reason = (
         f"{STALLED} starts in a row ended before they wrote a checkpoint; give it more time (the launcher's timeout_min) "
-        "or write checkpoints more often (runtime.checkpoint_minutes)"
+        "or write checkpoints more often (runtime.checkpoint_seconds at ends of epochs, runtime.checkpoint_minutes within them)"
     )
     return replace(state, state="FAILED", ended=time.time(), starts=before.starts, reason=reason)
 
