@@ -301,11 +301,10 @@ def facts() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """By git; in a copy without it the variable COMMIT or the file commit.txt."""
-    if found := _said("git", "-C", str(ROOT), "rev-parse", "HEAD").strip():
-        return found
+    """The variable COMMIT, which a copy of a checkout needs; else by git, else the file commit.txt."""
     file = ROOT / "commit.txt"
-    return os.environ.get("COMMIT") or (file.read_text().strip() if file.exists() else None)
+    written = file.read_text().strip() if file.exists() else None
+    return os.environ.get("COMMIT") or _said("git", "-C", str(ROOT), "rev-parse", "HEAD").strip() or written
 
 
 def _said(*command: str) -> str:

@@ -104,7 +104,7 @@ def step(rows: Rows) -> Iterator[Line]:
     """Training steps on a GPU."""
     for row in rows:
         what = f"step of {row['method']}, {row['backbone']}, {row['batch_size']} images, {row['images_per_s']:,.0f} images/s"
-        yield Line(what, "", 100 * row["of_product"], 25, unit="% of the device's product")
+        yield Line(what, "", 100 * row["of_floor_sum"], 60, unit="% of the floor")
 
 
 def knn(rows: Rows, place: str = "") -> Iterator[Line]:

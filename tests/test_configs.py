@@ -109,6 +109,12 @@ def test_evaluate_composes() -> None:
     check("evaluate", composed("run=x", name="evaluate"))
 
 
+def test_digests_are_those_of_earlier_versions() -> None:
+    """By which runs are found again; the first is that of `python train.py` before runtime.compile went."""
+    assert digest(composed()) == "8d016ac0"
+    assert digest({"path": "/x"}) == "35f07098"
+
+
 def test_digest_follows_what_changes_results() -> None:
     same = digest(composed())
     assert digest(composed("fresh=true", "tracking=files", "preview=true", "find_batch=true")) == same

@@ -16,8 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from twoviews import distributed
 from twoviews.backbones import ResNet
+from twoviews.data.sources import digits
 from twoviews.distributed import local_rows
-from twoviews.features import Judged
+from twoviews.features import Judged, embed
 from twoviews.layers import SplitBatchNorm, SyncBatchNorm
 from twoviews.methods.byol import regression_loss
 from twoviews.methods.moco import info_nce
@@ -311,3 +312,18 @@ def test_alone_everything_is_the_identity():
         assert function(x) is x
     assert torch.equal(distributed.mean(x), x)
     assert distributed.largest(5, torch.device("cpu")) == 5
+
+
+def _features_of_few(count: int) -> torch.Tensor:
+    data = digits()
+    torch.manual_seed(0)
+    encoder = ResNet(1, 32, "basic", [1, 1], width=4, stem="strided")
+    images = data.train.subset(torch.arange(count))
+    return embed(encoder, images, data, torch.device("cpu"), torch.float32, channels_last=True, shared=True)
+
+
+def test_features_of_fewer_batches_than_processes(tmp_path: Path) -> None:
+    """One process has a batch and the other none."""
+    one, other = in_processes(2, tmp_path, _features_of_few, 40)
+    torch.testing.assert_close(one, _features_of_few(40))
+    assert torch.equal(one, other)

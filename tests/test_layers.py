@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twoviews.backbones import ResNet
+from twoviews.backbones import ResNet, Timm
 from twoviews.layers import (
     Queue,
     SplitBatchNorm,
@@ -103,6 +103,17 @@ def test_targets_are_what_the_network_makes_of_each_view_with_weights_cast_once(
     weights = [tuple(weight.shape) for weight in network.parameters() if weight.ndim > 1]
     assert all(casts.shapes.count(shape) <= weights.count(shape) for shape in weights)
     assert bool(casts.shapes) == (dtype == torch.bfloat16)
+
+
+def test_targets_leave_tokens_of_a_transformer_in_fp32():
+    """As autocast does, which casts the weights of convolutions and linear layers alone."""
+    network = frozen_copy(Timm(3, 32, "vit_tiny_patch16_224"))
+    seen: list[torch.dtype] = []
+    network.model.blocks[3].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = network(view := torch.randn(2, 3, 32, 32)).float()
+        (found,) = targets(network, [view])
+    assert seen[0] == seen[1] and torch.equal(found, expected)
 
 
 class Casts(TorchDispatchMode):

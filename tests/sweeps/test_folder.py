@@ -47,6 +47,18 @@ def test_values_are_added_and_what_is_there_stays(tmp_path: Path) -> None:
     assert [(point.digest, point.job) for point in sweep.points] == [("aa", "12_0"), ("bb", None)]
 
 
+def test_what_goes_on_with_newer_code_has_its_options(tmp_path: Path) -> None:
+    """A point that an earlier version began; what is finished keeps the configuration that it was trained with."""
+    sweep = Sweep(tmp_path / "s")
+    sweep.add([new("aa", seed=0), new("bb", seed=1)])
+    for digest, state in (("aa", "interrupted"), ("bb", "finished")):
+        (sweep.folder / digest / "config.yaml").write_text("seed: 9  # as written before\n")
+        (sweep.folder / digest / "result.json").write_text(json.dumps({"state": state}))
+    sweep.add([new("aa", seed=0), new("bb", seed=1)])
+    assert (sweep.folder / "aa" / "config.yaml").read_text() == "seed: 0\n"
+    assert (sweep.folder / "bb" / "config.yaml").read_text() == "seed: 9  # as written before\n"
+
+
 def test_launches_at_once_lose_no_point(tmp_path: Path) -> None:
     code = """
 import sys
