@@ -71,7 +71,7 @@ def test_the_last_override_of_a_protocol_wins(asked: list[str], k: int) -> None:
         (["++runtime.precision=fp32"], "fp32"),
         (["++runtime={precision:fp32}"], "fp32"),
         (["runtime.precision=fp16", "++runtime.precision=fp32"], "fp32"),
-        (["runtime.device=cpu"], "bf16"),
+        (["runtime.device=cpu"], "auto"),  # the precision of a training is not that of its evaluations
     ],
 )
 def test_the_last_override_of_the_runtime_wins(name: str, asked: list[str], precision: str) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
@@ -58,14 +58,19 @@ class Launch:
     """
 
     def __init__(self, config: DictConfig, compose: Callable[[list[str]], DictConfig]):
-        self.options, self.console = Options(**OmegaConf.to_container(config.sweep)), Console()  # type: ignore[arg-type]
+        options = cast(dict[str, Any], OmegaConf.to_container(config.sweep))
+        if not isinstance(options["name"], str | None):
+            raise BadInput(
+                f"sweep.name={options['name']} is a number and has to be a name; quote it: 'sweep.name=\"{options['name']}\"'."
+            )
+        self.options, self.console = Options(**options), Console()
         typed = _parsed(list(config.hydra.overrides.task))
         for one in config.hydra.overrides.hydra:
             if not one.lstrip("+~").startswith(_HYDRAS):
                 raise BadInput(f"{one} would not reach the points of a sweep; leave it out, or leave out -m.")
         self.swept = [one.get_key_element() for one in typed if one.is_sweep_override()]
         self.launcher = check_plugin(config, "launcher")
-        called = str(self.options.name or name(config, self.swept))  # a number is refused later, like any wrong value
+        called = self.options.name or name(config, self.swept)
         if not re.fullmatch(r"[\w+-][\w.+-]*", called):
             raise BadInput(f"sweep.name={called} is not the name of a folder; use letters, digits and any of . _ + -")
         self.folder = Path(config.hydra.sweep.dir) / called
