@@ -76,7 +76,11 @@ def weights(method: str, model: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_same_losses_weights_and_judgement_step_by_step(name: str, tmp_path: Path) -> None:
+def test_the_same_losses_weights_and_judgement_step_by_step(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Batch norms of torch on both sides: at the kinks of ReLU, roundings of 1e-6 grow to 1e-3 within eight steps.
+    monkeypatch.setenv("TWOVIEWS_KERNEL", "0")
     method, overrides = CASES[name]
     cfg, parts = assembled(method, *overrides)
     other = the_other(method, cfg, parts)
