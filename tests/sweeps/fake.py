@@ -31,7 +31,7 @@ def until(path):
     while not Path(path).exists():
         time.sleep(0.02)
 
-exec((folder / "config.yaml").read_text())
+exec("\\n".join(line[2:] for line in (folder / "config.yaml").read_text().splitlines() if line.startswith("# ")))
 """
 FINISH = "checkpoint(); result('finished')"
 
@@ -42,9 +42,16 @@ def sweep(folder: Path, *plans: str) -> list[Point]:
     code.mkdir(parents=True, exist_ok=True)
     (code / "train.py").write_text(TRAIN)
     here = {"cwd": str(folder), "code": str(code)}
-    made = [New(f"{number:08x}", {"seed": number}, [], plan, here) for number, plan in enumerate(plans)]
+    made = [
+        New(f"{number:08x}", {"seed": number}, [], _config(number, plan), here) for number, plan in enumerate(plans)
+    ]
     Sweep(folder).add(made)
     return Sweep(folder).points
+
+
+def _config(number: int, plan: str) -> str:
+    """The plan as comments of a configuration that can be read."""
+    return "\n".join([f"seed: {number}", *(f"# {line}" for line in plan.splitlines())]) + "\n"
 
 
 def starts(point: Point) -> list[int]:

@@ -276,8 +276,8 @@ class Sweep:
 
         The command that adds them is kept beside those before it, unless it is one of them.
 
-        A folder that is there keeps its config.yaml, which says the same; its point.json is renewed, because the code
-        that it is to run may be another one.
+        The point.json of a folder that is there is renewed, because the code that it is to run may be another one, and so
+        is its config.yaml, which says the same in the options of that code, unless the point is finished.
         """
         with self.update() as record:
             record.update(facts)
