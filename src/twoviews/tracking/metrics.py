@@ -24,7 +24,9 @@ _encode = json.JSONEncoder(allow_nan=False).encode
 
 
 class Metrics:
-    """The only writer of metrics.jsonl in `folder`, on the one thread that trains.
+    """The only writer of metrics.jsonl in `folder`, on the thread that trains.
+
+    `commit` is called by the thread that writes checkpoints.
 
     Opening it means that the run goes on: the result.json of an earlier stretch is removed, and lines after
     `kept_bytes`, which come from steps that will be computed again, are cut off. Their time stamps are remembered, so
