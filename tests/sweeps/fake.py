@@ -43,15 +43,15 @@ def sweep(folder: Path, *plans: str) -> list[Point]:
     (code / "train.py").write_text(TRAIN)
     here = {"cwd": str(folder), "code": str(code)}
     made = [
-        New(f"{number:08x}", {"seed": number}, [], _config(number, plan), here) for number, plan in enumerate(plans)
+        New(f"{number:08x}", {"seed": number}, [], config(number, plan), here) for number, plan in enumerate(plans)
     ]
     Sweep(folder).add(made)
     return Sweep(folder).points
 
 
-def _config(number: int, plan: str) -> str:
+def config(seed: object, plan: str) -> str:
     """The plan as comments of a configuration that can be read."""
-    return "\n".join([f"seed: {number}", *(f"# {line}" for line in plan.splitlines())]) + "\n"
+    return "\n".join([f"seed: {seed}", *(f"# {line}" for line in plan.splitlines())]) + "\n"
 
 
 def starts(point: Point) -> list[int]:

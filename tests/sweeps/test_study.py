@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fake import TRAIN, starts
+from fake import TRAIN, config, starts
 from test_supervise import wait_for
 
 from twoviews.console import Console
@@ -59,8 +59,8 @@ class Order(Launch):
         for one in combinations:
             axes = {key: float(value) for key, value in (override.split("=") for override in one)}
             digest = f"{abs(hash(tuple(sorted(axes.items())))) % 2**32:08x}"
-            config = PLAN.format(**{"seed": 0, **axes}, **self.plan)
-            made.append(New(digest, axes, list(one), config))
+            plan = PLAN.format(**{"seed": 0, **axes}, **self.plan)
+            made.append(New(digest, axes, list(one), config(axes.get("seed", 0), plan)))
         return made
 
     def add(self, new):
@@ -174,7 +174,7 @@ def test_no_batch_waits_for_its_slowest(tmp_path: Path) -> None:
             made = super().points(combinations)
             if first:
                 until = "while len(list(folder.parent.glob('*/result.json'))) < 4: time.sleep(0.05)\n"
-                made = [replace(one, config=until + one.config) for one in made]
+                made = [replace(one, config=f"# {until}{one.config}") for one in made]
             return made
 
     assert search(trials=5).run(Held(folder, pool(2)), ["x=interval(0.0,1.0)"]) == 0
