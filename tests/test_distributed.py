@@ -305,6 +305,12 @@ def test_nobody_waits_for_a_first_that_failed(tmp_path: Path):
     assert time.monotonic() - begin < 30
 
 
+def test_the_others_leave_after_the_first(tmp_path: Path):
+    children = meet("if rank == 0: time.sleep(3); open('done', 'w').close()", tmp_path)
+    assert children[1].wait(40) == 0 and (tmp_path / "0" / "done").exists()
+    assert [child.wait(40) for child in children] == [0, 0, 0], (tmp_path / "1" / "stderr.txt").read_text()
+
+
 def test_alone_everything_is_the_identity():
     x = torch.randn(4, 3, requires_grad=True)
     assert distributed.processes() == 1

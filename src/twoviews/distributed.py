@@ -76,6 +76,10 @@ def group(runtime: "Runtime") -> Iterator[torch.device]:
         _store().set(f"host/{rank()}", platform.node())
     try:
         yield device
+        # gloo's thread may still hold the tensors of the last exchange; if it lets go of them while Python shuts down, the
+        # process aborts. While process 0 evaluates, it has the time; torchrun waits for all of them in any case.
+        with contextlib.suppress(RuntimeError):  # the store is gone, because it lived in process 0
+            wait_for_first()
     except BaseException as error:
         if dist.is_initialized():
             _leave(explained(error))
