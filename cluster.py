@@ -17,6 +17,7 @@ def main(cfg, folder: Path) -> int:
     from twoviews.clusters.sheet import draw_clusters
     from twoviews.clusters.subject import Subject
     from twoviews.console import Console
+    from twoviews.errors import printable
     from twoviews.evaluation.names import by_name
     from twoviews.randomness import seed_of
     from twoviews.run import Run
@@ -44,7 +45,7 @@ def main(cfg, folder: Path) -> int:
         clusters = kmeans(x, k, seed=seed_of(cfg.seed, k), iterations=50, tolerance=1e-4)  # to the end: it is done once
         found = scores(x, clusters, labels=subject.images.labels, previous=None, seed=cfg.seed)
         subject.save(k, clusters, concentration(clusters, cfg.temperature))
-        title = f"{run.folder.name}: {len(x):,} images of {data.name} ({cfg.split}) in {k} clusters"
+        title = f"{printable(run.folder.name)}: {len(x):,} images of {data.name} ({cfg.split}) in {k} clusters"
         draw_clusters(run.folder / f"{subject.name}_{k}.png", subject.images, clusters, data.classes, title)
         last = ("largest", "smallest", "empty")
         rows[f"k = {k}"] = ", ".join(f"{key} {found[key]:.4g}" for key in sorted(found, key=last.__contains__))

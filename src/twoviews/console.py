@@ -10,6 +10,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from twoviews.errors import printable
+
 PLAIN_SECONDS = 10.0  # between two progress lines where the output is not a terminal
 ROWS = 40  # of a table that are shown
 FILE_WIDTH = 200  # characters of a line where the output is not a terminal, which says how many it has
@@ -93,8 +95,8 @@ class Console:
 
 
 def _plain(text: str, style: str = "") -> Text:
-    """A text that is no markup; bytes of file names that are no UTF-8 are spelt out."""
-    return Text(text.encode(errors="backslashreplace").decode(), style)
+    """A text that is no markup."""
+    return Text(printable(text), style)
 
 
 def megabytes(count: float) -> str:

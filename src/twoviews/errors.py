@@ -23,6 +23,11 @@ def without_secrets(text: str) -> str:
     return re.sub(r"(://[^\s/:@\[…'\"]+:)(?!\d+\b)[^\s/'\"]+", r"\1…", text)
 
 
+def printable(text: str) -> str:
+    """A text that any encoding of Unicode takes: bytes of file names that are no UTF-8 are spelt out, such as \\udcfc."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """ " Did you mean 'x'?" for the closest of `names`, or an empty string when none is close."""
     found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.55)

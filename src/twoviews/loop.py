@@ -284,6 +284,8 @@ class Training:
         if due:
             found = verdicts(due, self.judge(self.method.encoder))
             values = {f"{name}/{key}": v for name, verdict in found.items() for key, v in verdict.values.items()}
+            for note in dict.fromkeys(note for verdict in found.values() for note in verdict.notes):
+                self.console.say(note)
         if epoch == self.epochs:
             values.update(peak_memory(self.device))
         if values:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from twoviews.data.images import Images
 from twoviews.data.views import Views, eval_view
+from twoviews.errors import printable
 from twoviews.randomness import generator
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def font(name: str) -> "FreeTypeFont":
 
 
 def fitted(text: str, face: "FreeTypeFont", room: float) -> str:
-    """`text`, or as much of it as `room` px hold."""
+    """`text`, printable, or as much of it as `room` px hold."""
+    text = printable(text)
     if face.getlength(text) <= room:
         return text
     while text and face.getlength(text + "…") > room:

@@ -1,5 +1,6 @@
 """Softmax regression against scikit-learn's on handwritten digits, and the choice of its weight decay."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
+from twoviews.data.sources import digits
 from twoviews.errors import BadInput
 from twoviews.features import Features, Judged, Pixels
 from twoviews.protocols.knn import top1
-from twoviews.protocols.linear import Linear, fit, held_out
+from twoviews.protocols.linear import Linear, fit, held_out, temperature
 
 
 def pixels(start: int, stop: int) -> Features:
@@ -64,6 +66,45 @@ def test_held_out_is_stratified_complete_and_always_the_same():
     assert torch.equal(again[1], chooses)
     # Drawn at random, not the first ones of each class.
     assert not torch.equal(chooses[:10], torch.arange(10))
+
+
+def test_no_class_is_held_out_whole():
+    y = torch.tensor([0] * 10 + [1] * 2 + [2])
+    for share in (0.1, 0.5, 0.99):
+        rest, chooses = held_out(y, share)
+        assert len(rest) + len(chooses) == 13
+        assert set(y[rest].tolist()) == {0, 1, 2} and set(y[chooses].tolist()) == {0, 1}
+
+
+def test_images_that_cannot_be_held_out_choose_nothing_and_that_is_said():
+    data = digits()
+    rows = torch.stack([(data.train.labels == label).nonzero()[0, 0] for label in range(10)])
+    data = replace(data, train=data.train.subset(rows), memory=data.train.subset(rows))
+    linear = Linear([1e-2, 1e-3], 0.1, 20, 0)
+    (note,) = linear.notes(data)
+    assert "one labelled image" in note and "0.01 is used" in note
+    there = Judged(Pixels(1, 32), data, torch.device("cpu"), torch.float32)
+    assert linear(there).values["weight_decay"] == 1e-2 and linear.calibrated(there)[1] == 1
+    assert linear.notes(digits()) == Linear([1e-2], 0.1, 20, 0).notes(data) == []
+
+
+def test_the_temperature_has_the_smallest_cross_entropy_and_stays_positive():
+    torch.manual_seed(0)
+    y = torch.randint(5, (400,))
+    logits = 2 * torch.randn(400, 5) + 2 * torch.nn.functional.one_hot(y, 5)
+    found = temperature(logits, y)
+
+    def loss(t: float) -> float:
+        return torch.nn.functional.cross_entropy(logits.double() / t, y).item()
+
+    grid = torch.logspace(-1, 1, 400).tolist()
+    assert found == pytest.approx(min(grid, key=loss), rel=0.03)
+    assert temperature(7 * logits, y) == pytest.approx(7 * found, rel=1e-3)
+    # All right: a temperature of 0 would say that no other image is ever wrong.
+    certain = 30.0 * torch.nn.functional.one_hot(torch.arange(4) % 2, 2)
+    p = (certain / temperature(certain, torch.arange(4) % 2)).softmax(1).amax(1)
+    assert p.tolist() == pytest.approx([0.9] * 4, abs=1e-3)
+    assert temperature(torch.empty(0, 5), torch.empty(0, dtype=torch.long)) == 1
 
 
 def by_hand(memory: Features, test: Features, decays: list[float], iterations: int) -> tuple[float, float]:

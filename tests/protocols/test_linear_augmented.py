@@ -111,5 +111,5 @@ def test_larger_batches_than_data_are_clamped_and_said():
     found = protocol(batch_size=4096, lr=0.1, lr_scaling="linear", epochs=1)(judged)
     assert found.values["batch_size"] == 60
     assert found.values["learning_rate"] == pytest.approx(0.1 * 60 / 256)
-    assert found.tables["notes"] == [{"note": "batch_size=4096 is larger than the 60 images: batches have 60."}]
+    assert found.notes == ["batch_size=4096 is larger than the 60 images: batches have 60."]
     assert protocol(epochs=1)(judged).tables == {}

@@ -1,6 +1,7 @@
 """Predict, embed and neighbours on files of one's own: alpha, CMYK, 16 bits, a broken one, and the errors."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from twoviews.data.images import Images
 from twoviews.data.sources import digits, folder
 from twoviews.errors import BadInput
 from twoviews.evaluation import given, sheet
-from twoviews.features import Judged
+from twoviews.evaluation.scores import calibration_error
+from twoviews.features import Judged, Pixels
 from twoviews.pictures import GAP, RED
 from twoviews.protocols.embed import Embed
 from twoviews.protocols.linear import Linear
@@ -85,7 +87,7 @@ def test_every_kind_of_file_is_predicted_or_named(judged: Judged, photos: Path, 
     found = predict(str(photos))(judged)
     rows = found.tables["predictions"]
     assert [Path(row["image"]).name for row in rows] == list(KINDS)
-    assert found.values == {"images": 7, "broken": 1} and found.probabilities is None
+    assert found.values["images"] == 7 and found.values["broken"] == 1 and found.probabilities is None
     full = {
         Path(one["image"]).name: one for one in json.loads((tmp_path / "predictions.json").read_text())["predictions"]
     }
@@ -106,13 +108,62 @@ def test_every_kind_of_file_is_predicted_or_named(judged: Judged, photos: Path, 
 
 
 def test_a_test_image_by_its_file_is_what_the_protocol_linear_makes_of_it(judged: Judged, classes: Path) -> None:
-    rows = predict(str(classes / "test"))(judged).tables["predictions"]
-    expected = Linear(**LINEAR)(judged).probabilities
+    found = predict(str(classes / "test"))(judged)
+    rows, temperature = found.tables["predictions"], found.values["temperature"]
+    expected = (Linear(**LINEAR)(judged).probabilities.log() / temperature).softmax(1)
     assert [row["image"] for row in rows] == judged.data.test.paths
     for row, shares in zip(rows, expected, strict=True):
         assert row["class"] == ("china", "flower")[int(shares.argmax())]
         assert row["probability"] == pytest.approx(shares.max().item(), abs=1e-4)
     assert {row["class"] for row in rows} == {"china", "flower"}
+
+
+@pytest.fixture(scope="module")
+def sure(tmp_path_factory) -> tuple[Judged, Path]:
+    """Digits by their pixels, which a probe of thousands of weights learns by heart, and half of the test images as files."""
+    data, place = digits(train_images=600), tmp_path_factory.mktemp("digits")
+    for number, pixels in enumerate(data.test.pixels[:180]):
+        Image.fromarray(pixels[0].numpy()).save(place / f"{number:03}.png")
+    judged = Judged(Pixels(1, 32), replace(data, memory=data.train), torch.device("cpu"), torch.float32)
+    return judged, place
+
+
+def test_probabilities_are_calibrated_on_images_held_out_from_the_probe(sure, tmp_path: Path) -> None:
+    judged, place = sure
+    judged.folder = tmp_path
+    found = Predict(str(place), **{**LINEAR, "weight_decays": [0], "iterations": 300})(judged)
+    temperature, written = found.values["temperature"], json.loads((tmp_path / "predictions.json").read_text())
+    labels = judged.data.test.labels[:180]
+    p = torch.tensor([[one["probabilities"][name] for name in judged.data.classes] for one in written["predictions"]])
+    bare = (p.double().log() * temperature).softmax(1)  # at a temperature of 1
+    assert temperature > 2 and written["temperature"] == temperature and written["test_images"] == 360
+    assert calibration_error(p, labels) < 0.5 * calibration_error(bare, labels)
+    assert torch.equal(p.argmax(1), bare.argmax(1))
+
+
+def test_pictures_unlike_the_test_images_are_counted_and_marked(sure, tmp_path: Path) -> None:
+    judged, place = sure
+    judged.folder = None
+    like = predict(str(place / "00*.png"))(judged)
+    assert like.notes == [] and like.values["far"] == 0 and len(like.tables["predictions"]) == 10
+    usual = [row["distance_percentile"] for row in predict(str(place))(judged).tables["predictions"]]
+    assert np.mean(usual) == pytest.approx(50, abs=5) and 0 <= min(usual) < 5 and 95 < max(usual) < 100
+    for number in range(3):
+        noise = np.random.default_rng(number).integers(0, 256, (32, 32), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"noise{number}.png")
+        shutil.copy(place / f"00{number}.png", tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"")
+    found = predict(str(tmp_path))(judged)
+    assert found.values["far"] == 3 and found.values["broken"] == 1
+    assert len(found.notes) == 1 and "3 of 6 pictures are farther" in found.notes[0]
+    assert "99 % of the 360 test images" in found.notes[0]
+    for row in found.tables["predictions"]:
+        if "noise" in row["image"]:
+            assert row["distance_percentile"] == 100 and row["distance"] > 0.2
+        elif "broken" in row["image"]:
+            assert row["distance_percentile"] == row["distance"] == ""
+        else:
+            assert row["distance_percentile"] < 99
 
 
 def test_grey_runs_and_more_than_a_chunk(photos: Path, classes: Path, tmp_path: Path) -> None:

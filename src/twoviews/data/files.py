@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, printable
 
 SUFFIXES = (  # of formats that every Pillow reads
     *(".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif"),
@@ -58,8 +58,8 @@ class Tree:
 
 
 def class_of(name: str) -> str:
-    """The class folder of a picture, in Unicode's composed form: some systems and archives take ü apart."""
-    return unicodedata.normalize("NFC", name.split("/", 1)[0])
+    """The class folder of a picture, printable, in Unicode's composed form: some systems and archives take ü apart."""
+    return unicodedata.normalize("NFC", printable(name.split("/", 1)[0]))
 
 
 def tree(root: Path) -> Tree:

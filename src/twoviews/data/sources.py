@@ -17,7 +17,7 @@ from twoviews.data.decoding import Decoded, cores
 from twoviews.data.files import dark
 from twoviews.data.images import ImageData, Images, stratified
 from twoviews.data.store import Recipe, Store, statistics, stored
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, printable
 from twoviews.randomness import generator
 from twoviews.ranges import Count, Index, Range
 
@@ -275,7 +275,7 @@ def _data(name: str, store: Store, files: Decoded | None = None, notes: Sequence
         if (start, stop) not in made:
             made[start, stop] = split(start, stop)
     return ImageData(
-        name=name,
+        name=printable(name),
         train=made[ranges["train"]],
         memory=made[ranges["memory"]] if "memory" in ranges else None,
         test=made[ranges["test"]] if "test" in ranges else None,

@@ -153,6 +153,8 @@ def _measured(
         found, between = _written(name, verdict, judged, title)
         for table, lines in verdict.tables.items():
             console.rows(f"{name}: {table}", lines)
+        for note in verdict.notes:
+            console.say(note)
         values.update(found)
         intervals.update(between)
         if len(verdict.values) <= FEW:

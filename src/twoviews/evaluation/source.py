@@ -14,7 +14,7 @@ from torch import Tensor
 from twoviews.backbones import Encoder, Timm
 from twoviews.config import build, digest, flat
 from twoviews.data.images import ImageData
-from twoviews.errors import BadInput, nearest
+from twoviews.errors import BadInput, nearest, printable
 from twoviews.evaluation.names import by_name
 from twoviews.randomness import seed_of
 from twoviews.run import Run, load_encoder
@@ -96,7 +96,7 @@ def open_source(run: str, data: Callable[[], ImageData] | None = None) -> Source
     opened = Run.existing(path)
     return Source(
         encoder=opened.encoder(),
-        name=path.resolve().name,
+        name=printable(path.resolve().name),
         folder=opened.folder,
         config=opened.config(),
         **_feeding(opened.read("encoder.json")),

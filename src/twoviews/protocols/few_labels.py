@@ -113,7 +113,7 @@ class FewLabels(Protocol):
 
     def _weight_decay(self, x: Tensor, y: Tensor, classes: int) -> float:
         rest, chooses = held_out(y, self.held_out)
-        if len(self.weight_decays) == 1 or len(y[rest].unique()) < len(y.unique()):
+        if len(self.weight_decays) == 1 or len(y[chooses].unique()) < len(y.unique()):
             return max(self.weight_decays)
         fits = [fit(x[rest], y[rest], classes, candidate, self.iterations) for candidate in self.weight_decays]
         found = [top1(linear(x[chooses]), y[chooses]) for linear in fits]

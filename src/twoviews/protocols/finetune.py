@@ -19,7 +19,7 @@ from twoviews.errors import BadInput, nearest
 from twoviews.features import Judged, embed
 from twoviews.layers import whole_batch_norms
 from twoviews.optim import LrScaling, sgd
-from twoviews.protocols.labelled import accuracies, as_tables, classifier, crops, descend, labelled
+from twoviews.protocols.labelled import accuracies, classifier, crops, descend, labelled
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.randomness import seed_of
 from twoviews.ranges import Count, Fraction, Index, NotNegative, Positive, Range
@@ -180,4 +180,4 @@ class FineTune(Protocol):
         scores = self.scores(judged, model)
         assert test.labels is not None
         labels = test.labels.to(judged.device).long()
-        return Verdict(accuracies(scores, labels), scores.softmax(1), as_tables(notes))
+        return Verdict(accuracies(scores, labels), scores.softmax(1), notes=notes)

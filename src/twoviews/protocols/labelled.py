@@ -102,8 +102,3 @@ def descend(
                 f"training on labelled images diverged in epoch {epoch + 1} (loss {loss.item()}) with a learning rate of "
                 f"{max(rates):g}; use a smaller lr for this protocol, for example {max(rates) / 10:g}."
             )
-
-
-def as_tables(notes: list[str]) -> dict[str, list[dict[str, float | int | str]]]:
-    """Sentences as a table of a verdict, if there are any."""
-    return {"notes": [{"note": note} for note in notes]} if notes else {}

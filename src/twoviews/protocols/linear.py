@@ -5,6 +5,7 @@ held-out part of the memory images, never on the test images.
 Shapes: N bank, M queries, F features, C classes.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
 from twoviews.features import Judged
 from twoviews.optim import LBFGS
@@ -68,14 +70,36 @@ def fit(x: Float[Tensor, "N F"], y: Int[Tensor, " N"], classes: int, weight_deca
 
 
 def held_out(y: Int[Tensor, " N"], share: float) -> tuple[Tensor, Tensor]:
-    """Indices of a fixed stratified split: (rest, held out), with `share` of each class held out."""
+    """Indices of a fixed stratified split: (rest, held out), with `share` of each class held out, but never all of one."""
     order = torch.randperm(len(y), generator=generator("linear", "held out")).to(y.device)
     # Within each class, the first ones of the random order are held out.
     ranks = torch.empty_like(y)
     for label in y.unique():
         members = order[y[order] == label]
-        ranks[members] = (torch.arange(len(members), device=y.device) >= share * len(members)).long()
+        count = min(share * len(members), len(members) - 1)
+        ranks[members] = (torch.arange(len(members), device=y.device) >= count).long()
     return ranks.nonzero().flatten(), (ranks == 0).nonzero().flatten()
+
+
+@torch.no_grad()
+def temperature(logits: Float[Tensor, "N C"], y: Int[Tensor, " N"]) -> float:
+    """The T for which softmax(logits / T) has the smallest cross-entropy; 1 where there are no logits.
+
+    Temperature scaling of Guo et al., "On Calibration of Modern Neural Networks", arXiv:1706.04599, sec. 4.2, for images
+    that the classifier was not fitted to. One image more counts as of all classes alike: without it T would be 0 where each
+    of a few images is classified correctly.
+    """
+    from scipy.optimize import minimize_scalar
+
+    count, classes = logits.shape
+    if not count:
+        return 1.0
+    targets = (count * nnf.one_hot(y, classes).double() + 1 / classes) / (count + 1)
+
+    def loss(log_temperature: float) -> float:  # has one minimum: it is convex in 1 / T
+        return nnf.cross_entropy(logits.double() / math.exp(log_temperature), targets).item()
+
+    return math.exp(minimize_scalar(loss, bounds=(math.log(1e-3), math.log(1e3)), method="bounded").x)
 
 
 class Linear(Protocol):
@@ -105,19 +129,39 @@ class Linear(Protocol):
         self.weight_decays, self.held_out = list(weight_decays), held_out
         self.iterations, self.every_epochs = iterations, every_epochs
 
+    def notes(self, data: ImageData) -> list[str]:
+        """That the weight decay is not chosen, if it is not."""
+        labels = None if data.memory is None else data.memory.labels
+        if labels is None or len(labels.unique()) < len(labels) or len(self.weight_decays) < 2:
+            return []
+        return [
+            f"each class has one labelled image, so none is held out to choose a weight decay: {self.weight_decays[0]:g} is used."
+        ]
+
     def probe(self, judged: Judged) -> tuple[Probe, float]:
         """The classifier, and the weight decay that was chosen for it; the test images are not looked at."""
+        return self._fitted(judged, calibrate=False)[:2]
+
+    def calibrated(self, judged: Judged) -> tuple[Probe, float]:
+        """The classifier, and the temperature of its probabilities: that of the same one without the held-out images."""
+        probe, _, found = self._fitted(judged, calibrate=True)
+        return probe, found
+
+    def _fitted(self, judged: Judged, calibrate: bool) -> tuple[Probe, float, float]:
+        """The classifier, its weight decay, and its temperature, which is 1 where it is not to be calibrated."""
         classes, memory = len(judged.data.classes), judged.memory
         mean, std = memory.x.mean(0), memory.x.std(0) + 1e-6
         x, y = (memory.x - mean) / std, memory.y
         rest, chooses = held_out(y, self.held_out)
-        best, chosen = -1.0, self.weight_decays[0]
-        for weight_decay in self.weight_decays if len(self.weight_decays) > 1 else []:
-            linear = fit(x[rest], y[rest], classes, weight_decay, self.iterations)
-            accuracy = top1(linear(x[chooses]), y[chooses])
+        best, chosen, scale = -1.0, self.weight_decays[0], 1.0
+        needed = len(chooses) and (calibrate or len(self.weight_decays) > 1)
+        for weight_decay in self.weight_decays if needed else []:
+            logits = fit(x[rest], y[rest], classes, weight_decay, self.iterations)(x[chooses])
+            accuracy = top1(logits, y[chooses])
             if accuracy > best:
                 best, chosen = accuracy, weight_decay
-        return Probe(mean, std, fit(x, y, classes, chosen, self.iterations)), chosen
+                scale = temperature(logits, y[chooses]) if calibrate else 1.0
+        return Probe(mean, std, fit(x, y, classes, chosen, self.iterations)), chosen, scale
 
     def __call__(self, judged: Judged) -> Verdict:
         """top1 on the test images and the weight decay it was reached with."""

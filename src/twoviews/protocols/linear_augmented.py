@@ -16,7 +16,7 @@ from torch import Tensor
 
 from twoviews.features import Judged
 from twoviews.optim import LrScaling, larc, scaled_lr, sgd
-from twoviews.protocols.labelled import accuracies, as_tables, classifier, crops, descend, labelled
+from twoviews.protocols.labelled import accuracies, classifier, crops, descend, labelled
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.ranges import Count, Fraction, Index, NotNegative, Positive, Range
 from twoviews.runtime import autocast
@@ -95,4 +95,4 @@ class LinearAugmented(Protocol):
             "learning_rate": scaled_lr(self.lr, self.lr_scaling, loader.batch_size),
             "batch_size": float(loader.batch_size),
         }
-        return Verdict({**accuracies(scores, judged.test.y), **used}, scores.softmax(1), as_tables(notes))
+        return Verdict({**accuracies(scores, judged.test.y), **used}, scores.softmax(1), notes=notes)

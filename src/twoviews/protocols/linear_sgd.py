@@ -127,12 +127,17 @@ class LinearSGD(Protocol):
         """The classifier, and the candidates from best to worst; the test images are not looked at.
 
         Raises:
-            BadInput: none of the candidates stays finite.
+            BadInput: none of the candidates stays finite, or no class has two images.
         """
         memory = judged.memory
         mean, std = memory.x.mean(0), memory.x.std(0) + 1e-6
         x, y, classes = (memory.x - mean) / std, memory.y, len(judged.data.classes)
         rest, chooses = held_out(y, self.held_out)
+        if not len(chooses):
+            raise BadInput(
+                f"{judged.data.name} has one labelled image of each class, and none to choose a learning rate on; use "
+                "protocol=linear."
+            )
         grid = list(product(self.learning_rates, self.weight_decays))
         stack, rows = self._sgd(x[rest], y[rest], classes, grid), []
         for point, (learning_rate, weight_decay) in enumerate(grid):

@@ -1,30 +1,57 @@
-"""What is on pictures of one's own: the classes of the run by its linear probe.
+"""What is on pictures of one's own: the classes of the run by its linear probe, and how unlike its images they are.
 
-Shapes: n pictures, C classes.
+Shapes: n pictures, M test images, N bank, F features.
 """
 
 import json
 from collections.abc import Sequence
 from typing import Annotated
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
 from twoviews.evaluation.given import embed_given, made_grey, pictures
-from twoviews.features import Judged
+from twoviews.features import Features, Judged
+from twoviews.protocols.knn import neighbours
 from twoviews.protocols.linear import Linear
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.ranges import Count, Index, NotNegative, Range
 from twoviews.tracking.state import replace
 
+NEAREST = 10  # bank images that a distance is the mean of
+FAR = 99.0  # percentile of the test images' distances from which on a picture is unlike them
+
+
+@torch.no_grad()
+def distances(x: Float[Tensor, "n F"], bank: Features) -> Float[Tensor, " n"]:
+    """1 - cosine, in [0, 2], to the `NEAREST` nearest bank images, on average.
+
+    How far images are from the training images' features tells those of another kind, as in Sun et al.,
+    "Out-of-Distribution Detection with Deep Nearest Neighbors", arXiv:2204.06507, who take the distance to the k-th.
+    """
+    found = [1 - cosines.mean(1) for _, cosines, _ in neighbours(x, bank, NEAREST)]
+    return torch.cat([x.new_empty(0), *found])
+
+
+def percentiles(distance: Float[Tensor, " n"], test: Float[Tensor, " M"]) -> Float[Tensor, " n"]:
+    """Share of the test images that are nearer to the bank, in percent."""
+    return 100 * torch.searchsorted(test.sort().values, distance).float() / len(test)
+
 
 class Predict(Protocol):
     """Class names and probabilities of given pictures; writes predictions.json.
 
+    Probabilities are those of the linear probe at the temperature that suits memory images which it was not fitted to. They
+    hold for pictures like the data's; of others the distance from the memory images tells.
+
     Args:
         images: a picture file, a folder of them, or a pattern.
         weight_decays: of the linear probe, as in `Linear`.
-        held_out: likewise.
-        iterations: likewise.
+        held_out: share of the memory images that chooses the weight decay and the temperature.
+        iterations: as in `Linear`.
         every_epochs: how often it is done in training; 0 is at the end only.
     """
 
@@ -40,11 +67,14 @@ class Predict(Protocol):
         self.linear = Linear(weight_decays, held_out, iterations, every_epochs)
 
     def notes(self, data: ImageData) -> list[str]:
-        """That colours are lost, if they are."""
-        return made_grey(self.images, data)
+        """That colours are lost, or that nothing can be held out, if so."""
+        return [*made_grey(self.images, data), *self.linear.notes(data)]
 
     def __call__(self, judged: Judged) -> Verdict:
         """A row for each picture; a file that is no sound picture has what is wrong with it in place of a class.
+
+        The values: `images`, `broken` of them, `far` of them, which are farther from the bank than `FAR` percent of the test
+        images, and the `temperature` of the probabilities.
 
         Raises:
             BadInput: there are no such pictures, or no labelled images to learn the classes from.
@@ -54,12 +84,16 @@ class Predict(Protocol):
         if judged.data.memory is None:
             raise BadInput(f"{judged.data.name} has no labelled images, so there are no classes to predict.")
         given = embed_given(paths, judged)
-        probe, _ = self.linear.probe(judged)
-        probabilities = probe(given.x).softmax(1).cpu()
-        found = dict(zip(given.rows.tolist(), probabilities.tolist(), strict=True))
+        probe, temperature = self.linear.calibrated(judged)
+        probabilities = (probe(given.x) / temperature).softmax(1)
+        distance, test = distances(given.x, judged.memory), distances(judged.test.x, judged.memory)
+        unlike = percentiles(distance, test)
         rows, full = [], []
+        columns = (given.rows, probabilities, distance, unlike)
+        found = {row: rest for row, *rest in zip(*(column.tolist() for column in columns), strict=True)}
         for row, path in enumerate(paths):
-            shares = sorted(zip(found.get(row, ()), classes, strict=False), reverse=True)
+            shares, far, percentile = found.get(row, ((), "", ""))
+            shares = sorted(zip(shares, classes, strict=False), reverse=True)
             (first, name), (next_, second) = (*shares, ("", ""), ("", ""))[:2]
             rows.append(
                 {
@@ -68,16 +102,40 @@ class Predict(Protocol):
                     "probability": first,
                     "second": second,
                     "second_probability": next_,
+                    "distance": far,
+                    "distance_percentile": percentile,
                     "broken": given.broken.get(row, ""),
                 }
             )
-            ranked = {name: share for share, name in shares}
+            where = {"distance": far, "distance_percentile": percentile}
             full.append(
-                {"image": path, "class": name, "probabilities": ranked}
+                {"image": path, "class": name, "probabilities": {name: share for share, name in shares}, **where}
                 if shares
                 else {"image": path, "broken": given.broken[row]}
             )
         if judged.folder is not None:
-            content = {"linear_probe_on": judged.data.name, "predictions": full}
+            content = {
+                "linear_probe_on": judged.data.name,
+                "temperature": temperature,
+                "test_images": len(test),
+                "predictions": full,
+            }
             replace(judged.folder / "predictions.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        return Verdict({"images": float(len(paths)), "broken": float(len(given.broken))}, tables={"predictions": rows})
+        count = int((unlike >= FAR).sum())
+        values = {"images": len(paths), "broken": len(given.broken), "far": count, "temperature": temperature}
+        return Verdict(
+            {name: float(value) for name, value in values.items()},
+            tables={"predictions": rows},
+            notes=_warning(count, len(unlike), len(test)),
+        )
+
+
+def _warning(far: int, pictures: int, test: int) -> list[str]:
+    """The sentence about pictures that are unlike the data's, if there are any."""
+    if not far:
+        return []
+    return [
+        f"warning: {far:,} of {pictures:,} picture{'s are' if pictures > 1 else ' is'} farther from the training images than "
+        f"{FAR:g} % of the {test:,} test images (column distance_percentile): what they show may be none of the classes, "
+        "whatever the probability."
+    ]

@@ -21,6 +21,7 @@ class Verdict:
     values: dict[str, float]  # numbers by name, accuracies in percent; the one named top1 is the headline
     probabilities: Float[Tensor, "M C"] | None = None  # of the test images, in their order; None: nothing is classified
     tables: dict[str, list[dict[str, float | int | str]]] = field(default_factory=dict)  # rows by name, equal keys
+    notes: list[str] = field(default_factory=list)  # sentences that the user should read beside the numbers
 
 
 class Protocol:

@@ -73,9 +73,12 @@ def durable_bytes(folder: Path) -> int:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write `text` so that a crash leaves the old file or the new one, whole."""
+    """Write `text` in UTF-8 so that a crash leaves the old file or the new one, whole.
+
+    Bytes of file names that are no UTF-8 are spelt out as \\udcfc, from which JSON makes the name again.
+    """
     part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
+    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
