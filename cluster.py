@@ -18,6 +18,7 @@ def main(cfg, folder: Path) -> int:
     from twoviews.clusters.subject import Subject
     from twoviews.console import Console
     from twoviews.errors import printable
+    from twoviews.fallbacks import slower
     from twoviews.evaluation.names import by_name
     from twoviews.randomness import seed_of
     from twoviews.run import Run
@@ -37,6 +38,8 @@ def main(cfg, folder: Path) -> int:
         console.say("warning: these are not the images of the run (their digest differs).")
     device = runtime.torch_device()
     runtime.configure_evaluation(device)
+    for sentence in slower(runtime.device, device):
+        console.say(sentence)
     precision = format_name(dtype := runtime.evaluation_dtype(device))
     console.say(f"features of {len(subject.images):,} images of {data.name}, split {cfg.split}, in {precision}")
     x = subject.features(device, dtype, runtime.channels_last)

@@ -276,11 +276,9 @@ def test_wrong_kernels_are_not_used_and_that_is_said(wrong, amount, kernels, mon
     fused_norm._checked.cache_clear()
     norm, x = make_norm(3, 2), make_x(4, 3, 2, 2).requires_grad_()
     other = copy.deepcopy(norm)
-    with pytest.warns(UserWarning) as said:
-        y = batch_norm_act(norm, x)
-        assert batch_norm_act(copy.deepcopy(norm), x).shape == x.shape
-    assert len(said) == 1
-    assert str(said[0].message).startswith(f"fused batch norms are of no use on {DEVICE} (wrong ")
+    y = batch_norm_act(norm, x)
+    assert batch_norm_act(copy.deepcopy(norm), x).shape == x.shape
+    assert (reason_for_plain(DEVICE) or "").startswith("wrong ")
     assert type(y.grad_fn).__name__ != FUSED and torch.equal(y, other(x))
     fused_norm._checked.cache_clear()
 
@@ -291,16 +289,18 @@ def test_without_triton_plain_norms_run_and_that_is_said(triton, monkeypatch):
 
     monkeypatch.setattr(fused_norm, "_launch", missing)
     fused_norm._checked.cache_clear()
-    with pytest.warns(UserWarning, match="fused batch norms are of no use"):
-        assert reason_for_plain(DEVICE) == "ModuleNotFoundError: No module named 'triton'"
+    assert reason_for_plain(DEVICE) == "ModuleNotFoundError: No module named 'triton'"
     fused_norm._checked.cache_clear()
 
 
 def test_without_a_compiler_plain_norms_run(c, monkeypatch):
-    monkeypatch.setattr(fused_norm, "_passes", lambda device: None)
-    assert reason_for_plain(CPU) == "no C compiler built them"
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setattr(fused_norm, "_compiled", lambda: None)
+    compiled.library.cache_clear()
+    assert "no C compiler no-such-compiler" in (reason_for_plain(CPU) or "")
     y = batch_norm_act(make_norm(3, 1), make_x(4, 3, 2, 2).requires_grad_())
     assert type(y.grad_fn).__name__ != FUSED
+    compiled.library.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

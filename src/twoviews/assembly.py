@@ -22,6 +22,7 @@ from twoviews.data.images import ImageData
 from twoviews.data.loader import Loader
 from twoviews.data.views import Views, compiled
 from twoviews.errors import BadInput
+from twoviews.fallbacks import slower, unrecorded
 from twoviews.features import Judged, embed
 from twoviews.fused_norm import reason_for_plain
 from twoviews.layers import SyncBatchNorm, sync_batch_norms
@@ -198,23 +199,24 @@ def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
         else f"CPU, threads: {torch.get_num_threads()}"
     )
     console.say(f"device    {device}, {dtype}, processes: {distributed.processes()}")
-    for name, path, reason in (
-        ("step      ", ("CUDA graph", "eager"), eager_reason(parts.runtime, parts.device)),
-        ("norms     ", ("fused", "plain"), _plain_norms(parts)),
-    ):
-        console.say(name + (path[0] if reason is None else f"{path[1]} ({reason})"))
+    reason, chosen = eager_reason(parts.runtime, parts.device), _chosen_norms(parts)
+    console.say("step      " + ("CUDA graph" if reason is None else f"eager ({reason})"))
+    fused = chosen is None and reason_for_plain(parts.device) is None  # a reason of the device's is told below
+    console.say("norms     " + ("fused" if fused else f"plain ({chosen})" if chosen else "plain"))
+    for sentence in (*slower(parts.runtime.device, parts.device, norms=chosen is None), *unrecorded()):
+        console.say(sentence)
     console.say(f"results   {folder}")
 
 
-def _plain_norms(parts: Parts) -> str | None:
-    """Why the encoder's batch norms are not fused with what follows them; None if they are."""
+def _chosen_norms(parts: Parts) -> str | None:
+    """What in the run's settings keeps the encoder's batch norms from being fused with what follows them, if anything."""
     if not isinstance(parts.method.encoder, ResNet):
         return f"{type(parts.method.encoder).__name__} has norms of its own"
     if not parts.runtime.channels_last:
         return "runtime.channels_last=false"
     if any(isinstance(part, (SyncBatchNorm, nn.SyncBatchNorm)) for part in parts.method.encoder.modules()):
         return "their statistics are shared by processes"
-    return reason_for_plain(parts.device)
+    return None
 
 
 def describe_encoder(cfg: DictConfig, data: ImageData) -> dict[str, Any]:

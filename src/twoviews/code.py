@@ -16,7 +16,7 @@ KINDS = (".py", ".yaml", ".c", ".cu")  # of these, outside a git checkout
 
 
 def code_state() -> tuple[str, str]:
-    """The commit this code is at and what was changed since; ("none", "") outside a git checkout."""
+    """The commit this code is at and what was changed since; ("none", "") where there is none, for `no_commit`'s reason."""
     if (ROOT / "commit.txt").exists():  # a frozen copy, which lies in a folder that git ignores
         difference = ROOT / "diff.patch"
         return (ROOT / "commit.txt").read_text().strip(), difference.read_text() if difference.exists() else ""
@@ -24,6 +24,20 @@ def code_state() -> tuple[str, str]:
         return _git("rev-parse", "HEAD").strip(), _git("diff", "HEAD", "--", ".", ":!outputs", ":!multirun")
     except (OSError, subprocess.CalledProcessError):
         return "none", ""
+
+
+def no_commit() -> str | None:
+    """Why the commit of this code is not known; None if it is."""
+    if (ROOT / "commit.txt").exists():
+        return None if code_state()[0] != "none" else "none was known where it was copied"
+    try:
+        _git("rev-parse", "HEAD")
+    except FileNotFoundError:
+        return "git is not installed"
+    except (OSError, subprocess.CalledProcessError) as error:
+        lines = str(getattr(error, "stderr", "") or error).strip().splitlines()
+        return lines[0] if lines else str(error)
+    return None
 
 
 def freeze(folder: Path) -> Path:

@@ -1,6 +1,6 @@
 """C code of the project, built by the machine's C compiler when it is first used, for what is slow in tensors on a CPU.
 
-Without a compiler, or with TWOVIEWS_KERNEL=0, tensors do the same: callers have both forms.
+Without a compiler, or with TWOVIEWS_KERNEL=0, tensors do the same: callers have both forms. `reason` says why.
 """
 
 import ctypes
@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -20,26 +21,51 @@ from torch import Tensor
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11", "-shared", "-fPIC")
 COMPILE_S = 120
+_reasons: dict[Path, str] = {}  # why a file is not compiled
 
 
 @functools.cache
 def library(source: Path) -> ctypes.CDLL | None:
     """A compiled C file; None where it cannot be built."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None or os.environ.get("TWOVIEWS_KERNEL") == "0":
-        return None
+    _reasons.pop(source, None)
     try:
-        path = _folder() / f"{source.stem}-{_key(source, compiler)}.so"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                built = Path(folder) / "built.so"
-                command = [compiler, *FLAGS, str(source), "-o", str(built), "-lm"]
-                subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_S)
-                built.replace(path)
-        return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError):
+        return _built(source)
+    except (OSError, subprocess.SubprocessError, _NotBuilt) as error:
+        _reasons[source] = " ".join(str(error).split())
         return None
+
+
+def reason(source: Path) -> str | None:
+    """Why a C file is not compiled, in words that go behind a colon; None if it is."""
+    return None if library(source) else _reasons[source]
+
+
+class _NotBuilt(Exception):
+    """Says why."""
+
+
+def _built(source: Path) -> ctypes.CDLL:
+    name = os.environ.get("CC", "cc")
+    if os.environ.get("TWOVIEWS_KERNEL") == "0":
+        raise _NotBuilt("TWOVIEWS_KERNEL=0")
+    compiler = shutil.which(name)
+    if compiler is None:
+        raise _NotBuilt(f"there is no C compiler {name}; install one, or name another by the environment's CC")
+    path = _folder() / f"{source.stem}-{_key(source, compiler)}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            built = Path(folder) / "built.so"
+            command = [compiler, *FLAGS, str(source), "-o", str(built), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_S)
+            if done.returncode or not built.exists():
+                log = path.with_suffix(".log")
+                log.write_text(f"$ {shlex.join(command)}\n{done.stdout}{done.stderr}")
+                lines = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()
+                first = next((line for line in lines if "error" in line), lines[-1])
+                raise _NotBuilt(f"{name} does not compile {source.name} ({first.strip()}); all that it says is in {log}")
+            built.replace(path)
+    return ctypes.CDLL(str(path))
 
 
 def _folder() -> Path:

@@ -31,12 +31,19 @@ class Console:
             self._rich.width = FILE_WIDTH
         self._live: Progress | None = None
         self._last_line = 0.0
+        self._said: set[str] = set()
 
     def say(self, sentence: str) -> None:
         """One line."""
         if not self.quiet:
             self._rich.print(_plain(sentence))
             sys.stdout.flush()
+
+    def say_once(self, sentence: str) -> None:
+        """One line, unless it was said before."""
+        if sentence not in self._said:
+            self._said.add(sentence)
+            self.say(sentence)
 
     def start(self, steps: int, done: int) -> None:
         """Begin the live line of a training of that many steps."""

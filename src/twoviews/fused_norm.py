@@ -10,7 +10,6 @@ all compiled code of this project.
 
 import functools
 import os
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -89,7 +88,7 @@ def reason_for_plain(device: torch.device) -> str | None:
     if os.environ.get("TWOVIEWS_KERNEL") == "0":
         return "TWOVIEWS_KERNEL=0"
     if _passes(device) is None:
-        return "no C compiler built them"
+        return compiled.reason(SOURCE)
     if device == torch.device("cuda"):
         device = torch.device("cuda", torch.cuda.current_device())
     return _checked(device)
@@ -374,14 +373,9 @@ def _checked(device: torch.device) -> str | None:
     try:
         # Whatever the first call is made within.
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            reason = _disagreement(device)
+            return _disagreement(device)
     except Exception as error:  # no Triton, no compiler, a GPU that it does not know
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    if reason:
-        warnings.warn(
-            f"fused batch norms are of no use on {device} ({reason}): plain ones run there, more slowly.", stacklevel=4
-        )
-    return reason
+        return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 # B, C, H, W, parts, whether with ReLU and with a residual, dtype; few and alike, because each kind has to be compiled.

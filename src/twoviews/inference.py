@@ -63,7 +63,7 @@ def path_for(module: nn.Module, device: torch.device, dtype: torch.dtype, image_
     if not networks:
         return None
     if device.type == "cpu":
-        return next(iter(PREFERRED["cpu"]), None) if dtype == torch.float32 and _mkldnn_serves() else None
+        return next(iter(PREFERRED["cpu"]), None) if dtype == torch.float32 and convolutions_fuse() else None
     if os.environ.get("TWOVIEWS_KERNEL") == "0":
         return None
     reasons = []
@@ -121,8 +121,8 @@ def _fuse(network: ResNet, path: str, dtype: torch.dtype) -> None:
                 part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _mkldnn_serves() -> bool:
-    """Whether torch has the operators that torch.compile, too, makes of a convolution and what follows it on a CPU."""
+def convolutions_fuse() -> bool:
+    """Whether torch has the operators that torch.compile, too, makes on a CPU of a convolution and what follows it."""
     enabled = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     return enabled and all(hasattr(torch.ops.mkldnn, f"_convolution_pointwise{end}") for end in ("", "_"))
 

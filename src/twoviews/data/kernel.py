@@ -14,8 +14,13 @@ SOURCE = Path(__file__).with_name("kernel.c")
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled code; None where it cannot be built."""
+    """The compiled code; None where it cannot be built, for the `reason`."""
     return compiled.library(SOURCE)
+
+
+def reason() -> str | None:
+    """Why there is no compiled code; None where there is."""
+    return compiled.reason(SOURCE)
 
 
 def render(

@@ -19,23 +19,22 @@ FORMS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `form` in ker
 Kernel = Callable[..., None]  # called with grid, block, args and shared_mem, as what torch compiles
 
 
-def build(device: torch.device) -> Kernel | None:
-    """The kernel for a GPU, by NVRTC, which comes with torch; None where it cannot be built."""
-    if os.environ.get("TWOVIEWS_KERNEL") == "0":
-        return None
-    try:
-        from torch.utils import cpp_extension
+def build(device: torch.device) -> Kernel:
+    """The kernel for a GPU, by NVRTC, which comes with torch.
 
-        home = cpp_extension.CUDA_HOME
-        try:
-            # Without a folder of CUDA's headers torch gives up; kernel.cu needs none of them.
-            cpp_extension.CUDA_HOME = home or os.devnull
-            with torch.cuda.device(device):
-                return torch.cuda._compile_kernel(SOURCE.read_text(), "render")
-        finally:
-            cpp_extension.CUDA_HOME = home
-    except Exception:  # a private function, which other versions of torch may lack or have in another form
-        return None
+    Raises:
+        Exception: it cannot be built: by a private function, which other versions of torch may lack or have in another form.
+    """
+    from torch.utils import cpp_extension
+
+    home = cpp_extension.CUDA_HOME
+    try:
+        # Without a folder of CUDA's headers torch gives up; kernel.cu needs none of them.
+        cpp_extension.CUDA_HOME = home or os.devnull
+        with torch.cuda.device(device):
+            return torch.cuda._compile_kernel(SOURCE.read_text(), "render")
+    finally:
+        cpp_extension.CUDA_HOME = home
 
 
 def shared_bytes(side: int, size: int, widest: float) -> int:

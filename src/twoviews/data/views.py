@@ -11,7 +11,7 @@ Shapes: B images, V views of each, C channels, S the canvas side in px, h = w th
 
 import functools
 import math
-import warnings
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -328,26 +328,28 @@ def compiled(device: torch.device) -> Render | None:
     if device.type == "cpu":
         library = kernel.library()
         return functools.partial(kernel.render, library) if library else None
-    return _checked(device) if device.type == "cuda" else None
+    found = _checked(device) if device.type == "cuda" else None
+    return None if isinstance(found, str) else found
+
+
+def reason_for_tensors(device: torch.device) -> str | None:
+    """Why tensors make the views on a device; None where compiled code does, after it was seen to be right there."""
+    if device.type == "cpu":
+        return kernel.reason()
+    found = _checked(device) if device.type == "cuda" else f"there is no kernel for {device.type}"
+    return found if isinstance(found, str) else None
 
 
 @functools.cache
-def _checked(device: torch.device) -> Render | None:
-    """`render` of kernel.cu for a GPU, once it was seen to make there what tensors make."""
-    built = kernel_cuda.build(device)
-    if built is None:
-        return None
-    render = functools.partial(kernel_cuda.render, built)
+def _checked(device: torch.device) -> Render | str:
+    """`render` of kernel.cu for a GPU, once it was seen to make there what tensors make; else why it is of no use."""
+    if os.environ.get("TWOVIEWS_KERNEL") == "0":
+        return "TWOVIEWS_KERNEL=0"
     try:
-        if _agrees(render, device):
-            return render
-        reason = "its views are not those of tensors"
+        render = functools.partial(kernel_cuda.render, kernel_cuda.build(device))
+        return render if _agrees(render, device) else "kernel.cu makes other views than tensors do"
     except Exception as error:  # whatever a driver, or a private function of torch, has against it
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    warnings.warn(
-        f"kernel.cu is of no use on {device} ({reason}): tensors make views there, more slowly.", stacklevel=4
-    )
-    return None
+        return f"kernel.cu, {type(error).__name__}: {error}".splitlines()[0]
 
 
 CHECKED = {  # everything that the kernel has to get right, in crops that grow and that shrink

@@ -13,6 +13,7 @@ from twoviews.config import build, digest, flat, recorded_runtime, said
 from twoviews.console import Console
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
+from twoviews.fallbacks import slower
 from twoviews.evaluation.comparison import Evaluation, as_csv
 from twoviews.evaluation.pictures import draw_confusion, draw_knn_curve, draw_per_class, published_curve
 from twoviews.evaluation.projection import projected
@@ -75,6 +76,8 @@ def evaluate(
     data = source.fed(given() if given else load_data(recorded)).to(device)
     for note in (*source.notes, *notes, *data.notes):
         console.say(note)
+    for sentence in slower(runtime.device, device):
+        console.say_once(sentence)
     if given is None and data.digest != Run(source.folder).read("data.json")["digest"]:
         console.say("warning: these are not the images of the run (their digest differs), so the numbers are not its.")
     encoder, prefix = _encoder(source, cfg.feature)
