@@ -18,8 +18,8 @@ def main(cfg, folder: Path) -> int:
     from twoviews.clusters.subject import Subject
     from twoviews.console import Console
     from twoviews.errors import printable
-    from twoviews.fallbacks import slower
     from twoviews.evaluation.names import by_name
+    from twoviews.fallbacks import slower
     from twoviews.randomness import seed_of
     from twoviews.run import Run
     from twoviews.runtime import format_name

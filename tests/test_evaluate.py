@@ -2,12 +2,15 @@
 
 import csv
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, SMALL_MOCO, refused, start
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits, load_sample_images
 
 from twoviews.run import load_checkpoint
@@ -88,6 +91,43 @@ def test_classes_of_own_pictures(runs: Path, command) -> None:
     assert len(rows) == 4 and [bool(row["broken"]) for row in rows] == [False, False, False, True]
     assert all(row["class"] in "0123456789" for row in rows)
     refused(command("evaluate", f"run={runs / '0'}", "protocol=predict", "images=photo"), "photos")
+
+
+def test_names_that_are_no_utf8(runs: Path, command) -> None:
+    pixels = load_digits()
+    for part, first, count in ((b"train", 0, 12), (b"test", 100, 4)):
+        for label, name in enumerate((b"a", b"M\xfcnze")):
+            folder = os.fsdecode(b"ph\xf6tos/" + part + b"/" + name)
+            os.makedirs(folder)  # noqa: PTH103
+            for number in range(count):
+                image = Image.fromarray((pixels.images[first + 20 * label + number] * 15).astype(np.uint8))
+                image.resize((32, 32)).save(f"{folder}/{os.fsdecode(b'K' + bytes([0xE4]))}{number}.png")
+    images = ("data=folder", "data.channels=1", "data.cache=c", "data.workers=0", os.fsdecode(b"data.root=ph\xf6tos"))
+    protocols = "protocol=[knn_small,linear,predict,embed,neighbours,map]"
+    done = command("evaluate", f"run={runs / '1'}", *images, protocols, os.fsdecode(b"images=ph\xf6tos/test"))
+    assert done.code == 0, done.out + done.err
+    folder = evaluation(runs / "1", "knn+linear+predict+embed+neighbours+map")
+    written = json.loads((folder / "predictions.json").read_text(encoding="utf-8"))["predictions"]
+    assert len(written) == 8 and all(Path(one["image"]).is_file() for one in written)
+    assert set(written[0]["probabilities"]) == {"a", "M\\udcfcnze"}
+    assert {row["class"] for row in table(folder / "knn_classes.csv")} == {"a", "M\\udcfcnze"}
+    for name in ("knn_confusion.png", "knn_classes.png", "neighbours.png", "map.png"):
+        assert Image.open(folder / name).format == "PNG"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_whatever_uses_them(runs: Path, command, value: float) -> None:
+    shutil.copytree(runs / "0", "broken", ignore=shutil.ignore_patterns("evaluation*", "*.pt"))
+    weights = load_file("broken/encoder.safetensors")
+    next(weight for name, weight in weights.items() if name.endswith("conv2.weight"))[0, 0, 0, 0] = value
+    save_file(weights, "broken/encoder.safetensors")
+    image = runs / "0" / "views.png"
+    for protocol in ("[knn_small,linear]", "health", "predict", "embed", "neighbours", "map"):
+        more = [f"images={image}"] if protocol == "predict" else []
+        done = command("evaluate", "run=broken", f"protocol={protocol}", *more)
+        refused(done, "features of", "are not finite", "runtime.precision=fp32")
+    refused(command("cluster", "run=broken", "clusters=[3]"), "are not finite")
+    assert not list(Path("broken").rglob("embeddings.npz"))
 
 
 def test_a_network_of_torchvision_on_images_of_the_command_line(command) -> None:

@@ -46,13 +46,17 @@ def test_each_command_says_it_once(forgotten, command, tmp_path: Path, monkeypat
         assert done.code == 0, done.err
         missing = "there is no C compiler cc; install one, or name another by the environment's CC."
         assert told(done.out) == [
-            "slower    in plain torch: views (about five times as long), batch norms, the search of neighbours; " + missing,
+            "slower    in plain torch: views (about five times as long), batch norms, the search of neighbours; "
+            + missing,
             "code      no commit is recorded: git is not installed.",
         ]
         assert "views     tensors" in done.out and "norms     plain\n" in done.out
         assert (done.folder / "commit.txt").read_text() == "none\n"
         both = f"run=[{done.folder},{whole.folder}]"
-        for name, *more in (("evaluate", both, "protocol=knn_small"), ("cluster", f"run={done.folder}", "clusters=[3]")):
+        for name, *more in (
+            ("evaluate", both, "protocol=knn_small"),
+            ("cluster", f"run={done.folder}", "clusters=[3]"),
+        ):
             after = command(name, *more)
             assert after.code == 0, after.err
             (line,) = told(after.out)

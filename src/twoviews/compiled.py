@@ -63,7 +63,9 @@ def _built(source: Path) -> ctypes.CDLL:
                 log.write_text(f"$ {shlex.join(command)}\n{done.stdout}{done.stderr}")
                 lines = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()
                 first = next((line for line in lines if "error" in line), lines[-1])
-                raise _NotBuilt(f"{name} does not compile {source.name} ({first.strip()}); all that it says is in {log}")
+                raise _NotBuilt(
+                    f"{name} does not compile {source.name} ({first.strip()}); all that it says is in {log}"
+                )
             built.replace(path)
     return ctypes.CDLL(str(path))
 

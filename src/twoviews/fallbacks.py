@@ -43,7 +43,9 @@ def _unused_gpu() -> list[str]:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
     if hidden or torch.cuda.is_available() or not DRIVER.exists():
         return []
-    cause = "this build of torch is for CPUs" if torch.version.cuda is None else "nvidia-smi tells more about the driver"
+    cause = (
+        "this build of torch is for CPUs" if torch.version.cuda is None else "nvidia-smi tells more about the driver"
+    )
     return [f"slower    on a CPU: this machine has a GPU, and torch does not find it ({cause})."]
 
 

@@ -589,3 +589,101 @@ def test_what_to_do_about_classes_that_differ(tmp_path, cache):
         BadInput, match=r"Cat\. Did you mean 'cat'\? Add pictures of them there, move their folders away"
     ):
         folder(tmp_path / "set", cache)
+
+
+def warnings(data):
+    return [note for note in data.notes if note.startswith("warning: ")]
+
+
+def test_test_and_training_images_that_look_swapped_are_named(tmp_path, cache):
+    root = tmp_path / "set"
+    pictures(root / "train", ["cat", "dog"], count=2)
+    pictures(root / "test", ["cat", "dog"], count=5)
+    (warning,) = warnings(folder(root, cache))
+    assert f"{root / 'test'} has 10 test pictures and {root / 'train'} 4 to train on (classes: cat, dog)" in warning
+    assert f"data.train={root / 'test'} data.test={root / 'train'}" in warning
+    mended = folder(root, cache, train=str(root / "test"), test=str(root / "train"))
+    assert warnings(mended) == [] and (len(mended.train), len(mended.test)) == (10, 4)
+    assert (
+        warnings(folder(root, cache, train="test", test="train", train_images=2)) == []
+    )  # of what there is, not of those used
+    images = np.random.default_rng(0).integers(0, 255, (60, 8, 8, 3), dtype=np.uint8)
+    labels = np.arange(60) % 3
+    parts = {"images": images[:12], "labels": labels[:12], "test_images": images[12:], "test_labels": labels[12:]}
+    np.savez(tmp_path / "a.npz", **parts)
+    (warning,) = warnings(array(tmp_path / "a.npz", cache))
+    assert "48 test images and 12 to train on: are test_images of a.npz" in warning and "swapped?" in warning
+    (tmp_path / "both").mkdir()
+    np.savez(tmp_path / "both" / "train.npz", images=images[:12], labels=labels[:12])
+    np.savez(tmp_path / "both" / "test.npz", images=images[12:], labels=labels[12:])
+    assert len(warnings(array(tmp_path / "both", cache))) == 1
+
+
+@pytest.mark.parametrize("parts", [("train", "test"), ("Training", "val")])
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_a_root_that_is_too_high_is_said_with_the_right_one(tmp_path, cache, parts, level):
+    home = tmp_path.joinpath("home", *"xy"[:level], "cifar")
+    for part in parts:
+        pictures(home / part, ["cat", "dog"])
+    root = tmp_path / "home" if level else home
+    if level == 0 and parts[0] == "train":
+        assert warnings(folder(root, cache)) == []
+        return
+    (warning,) = warnings(folder(root, cache))
+    if level == 0:
+        assert "Training, val of" in warning and "data.train=Training data.test=val" in warning
+    else:
+        named = f"{parts[0]}, {parts[1]}" if parts[0] < parts[1] else f"{parts[1]}, {parts[0]}"
+        assert f"{home} has the folders {named}" in warning and f"data.root={home} " in warning
+        assert warning.endswith("Folders taken as classes now: x.")
+
+
+def test_several_data_sets_below_the_root_are_named(tmp_path, cache):
+    for name in ("cifar", "digits"):
+        for part in ("train", "test"):
+            pictures(tmp_path / "home" / name / part, ["cat", "dog"])
+    data = folder(tmp_path / "home", cache)
+    (warning,) = warnings(data)
+    assert data.classes == ("cifar", "digits") and "taken as classes now: cifar, digits." in warning
+    assert "and so has digits" in warning
+
+
+@pytest.mark.parametrize("root", ["train", "test", "train/cat", "train/cat/wild"])
+def test_a_root_that_is_too_low_is_said_with_the_right_one(tmp_path, cache, root):
+    home = tmp_path / "cifar"
+    for part in ("train", "test"):
+        pictures(home / part, ["cat/wild", "cat/tame", "dog"])
+    found = warnings(folder(home / root, cache))
+    if root == "train/cat/wild":  # three levels off
+        assert found == []
+        return
+    (warning,) = found
+    assert f"{home} has the folders test, train" in warning and f"data.root={home} " in warning
+    classes = {"train": "cat, dog", "test": "cat, dog", "train/cat": "tame, wild"}[root]
+    assert warning.endswith(f"Folders taken as classes now: {classes}.")
+
+
+def test_a_class_of_the_name_of_a_part_is_not_taken_for_it_in_silence(tmp_path, cache):
+    """The train that is a vehicle."""
+    pictures(tmp_path / "vehicles", ["train", "bus", "car"])
+    data = folder(tmp_path / "vehicles", cache)
+    assert any(note.startswith(f"Not used of {tmp_path / 'vehicles'}: bus, car") for note in data.notes)
+    assert folder(tmp_path / "vehicles", cache, train=".").classes == ("bus", "car", "train")
+    pictures(tmp_path / "usual" / "train", ["a", "b"])
+    pictures(tmp_path / "usual" / "test", ["a", "b"])
+    assert not any("Not used" in note for note in folder(tmp_path / "usual", cache).notes)
+
+
+def test_a_single_class_is_named_with_what_it_holds(tmp_path, cache):
+    for part in ("train", "test"):
+        pictures(tmp_path / "set" / part / "images" / "png", ["cat", "dog"])
+    with pytest.raises(
+        BadInput, match=r"it has one class folder, images, and .*test/images/png has the folders cat, dog"
+    ):
+        folder(tmp_path / "set", cache)
+    paths = {part: f"{part}/images/png" for part in ("train", "test")}
+    assert folder(tmp_path / "set", cache, **paths).classes == ("cat", "dog")
+    data = folder(tmp_path / "set" / "train", cache)
+    assert any("one class folder, images, and" in note and "count as unlabelled" in note for note in data.notes)
+    pictures(tmp_path / "alone", ["cat"])
+    assert any("alone has one class folder, cat: its 3" in note for note in folder(tmp_path / "alone", cache).notes)

@@ -42,9 +42,7 @@ def sweep(folder: Path, *plans: str) -> list[Point]:
     code.mkdir(parents=True, exist_ok=True)
     (code / "train.py").write_text(TRAIN)
     here = {"cwd": str(folder), "code": str(code)}
-    made = [
-        New(f"{number:08x}", {"seed": number}, [], config(number, plan), here) for number, plan in enumerate(plans)
-    ]
+    made = [New(f"{number:08x}", {"seed": number}, [], config(number, plan), here) for number, plan in enumerate(plans)]
     Sweep(folder).add(made)
     return Sweep(folder).points
 

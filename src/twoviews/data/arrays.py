@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from twoviews.data.images import stratified
+from twoviews.data.layout import SWAPPED
 from twoviews.data.store import Part, Recipe
 from twoviews.errors import BadInput, nearest
 
@@ -136,6 +137,11 @@ def _splits(files: list[Path], labels: Path | None) -> tuple[Split, Split | None
         if not kept.all():
             notes.append(f"{(~kept).sum()} test images have the label -1, which means none: they are left out.")
             test = replace(test, labels=test.labels[kept], rows=test.rows[kept])
+    if len(test.rows) >= SWAPPED * len(train.rows):
+        notes.append(
+            f"warning: {len(test.rows):,} test images and {len(train.rows):,} to train on: are {names[0]} of {files[-1].name} "
+            f"and the training images of {files[0].name} swapped?"
+        )
     return train, (test if len(test.rows) else None), notes
 
 

@@ -9,6 +9,7 @@ import torch
 
 from twoviews.data.decoding import CHUNK, Decoded
 from twoviews.data.files import Tree, class_of, shorter_side, tree
+from twoviews.data.layout import doubts, one_class
 from twoviews.data.store import Part, Recipe
 from twoviews.errors import BadInput, nearest
 
@@ -73,9 +74,10 @@ def find(root: Path, train: str | None, memory: str | None, test: str | None, la
     start = places["train"] or root
     trees: dict[Path | None, Tree] = {path: tree(path) for path in {start, *places.values()} if path}
     found = _agree(trees[start], trees.get(places["memory"]), trees.get(places["test"]), labels)
+    notes = [*found.notes, *doubts(root, places, found.train, found.test)]
     if test is None and places["test"] == root / "test" and (root / "val").is_dir():
-        return replace(found, notes=(*found.notes, f"{root / 'val'} is not used: {root / 'test'} is."))
-    return found
+        notes.append(f"{root / 'val'} is not used: {root / 'test'} is.")
+    return replace(found, notes=tuple(notes))
 
 
 def _place(root: Path, part: str, given: str | None, usual: tuple[str, ...]) -> Path | None:
@@ -102,14 +104,15 @@ def _agree(train: Tree, memory: Tree | None, test: Tree | None, labels: bool) ->
     ]
     train_labelled = labels and _labelled(train, "data.labels=false makes all of it one unlabelled set")
     if labels and not train_labelled:
-        notes.append(f"{train.root} has no class folders: its {len(train)} pictures count as unlabelled.")
+        has = one_class(train) if train.classes and not train.loose else "no class folders"
+        notes.append(f"{train.root} has {has}: its {len(train)} pictures count as unlabelled.")
     if memory is None and train_labelled:
         memory = train
     for part, one in (("memory", memory), ("test", test)):
         if one and not _labelled(one, "move them into one"):
             raise BadInput(
-                f"data.{part}={one.root} needs at least two class folders; it has {len(one.classes)}: name the folder that "
-                "holds them, or move it away, and training goes without labelled images."
+                f"data.{part}={one.root} needs at least two class folders; it has {one_class(one) if one.classes else 'none'}: "
+                "name the folder that holds them, or move it away, and training goes without labelled images."
             )
     if memory and test:
         _same_classes(memory, test)

@@ -13,12 +13,12 @@ from twoviews.config import build, digest, flat, recorded_runtime, said
 from twoviews.console import Console
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
-from twoviews.fallbacks import slower
 from twoviews.evaluation.comparison import Evaluation, as_csv
 from twoviews.evaluation.pictures import draw_confusion, draw_knn_curve, draw_per_class, published_curve
 from twoviews.evaluation.projection import projected
 from twoviews.evaluation.scores import scores
 from twoviews.evaluation.source import Source
+from twoviews.fallbacks import slower
 from twoviews.features import Judged
 from twoviews.protocols.health import advice
 from twoviews.protocols.protocol import Protocol, Verdict
