@@ -619,22 +619,21 @@ def test_test_and_training_images_that_look_swapped_are_named(tmp_path, cache):
     assert len(warnings(array(tmp_path / "both", cache))) == 1
 
 
-@pytest.mark.parametrize("parts", [("train", "test"), ("Training", "val")])
+@pytest.mark.parametrize("parts", [("train", "test"), ("Training", "Testing")])
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_a_root_that_is_too_high_is_said_with_the_right_one(tmp_path, cache, parts, level):
-    home = tmp_path.joinpath("home", *"xy"[:level], "cifar")
+    home = tmp_path.joinpath(*("home", "x", "cifar")[: level + 1])
     for part in parts:
         pictures(home / part, ["cat", "dog"])
-    root = tmp_path / "home" if level else home
+    root = tmp_path / "home"
     if level == 0 and parts[0] == "train":
         assert warnings(folder(root, cache)) == []
         return
     (warning,) = warnings(folder(root, cache))
     if level == 0:
-        assert "Training, val of" in warning and "data.train=Training data.test=val" in warning
+        assert "Testing, Training of" in warning and "data.train=Training data.test=Testing" in warning
     else:
-        named = f"{parts[0]}, {parts[1]}" if parts[0] < parts[1] else f"{parts[1]}, {parts[0]}"
-        assert f"{home} has the folders {named}" in warning and f"data.root={home} " in warning
+        assert f"{home} has the folders {', '.join(sorted(parts))}" in warning and f"data.root={home} " in warning
         assert warning.endswith("Folders taken as classes now: x.")
 
 

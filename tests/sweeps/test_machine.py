@@ -12,6 +12,7 @@ from fake import FINISH, starts, sweep
 from test_supervise import wait_for
 
 from twoviews.errors import BadInput
+from twoviews.sweeps import machine
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.machine import Local, Pool, gpus
 from twoviews.sweeps.truth import look
@@ -87,6 +88,18 @@ def test_gpus_are_those_of_the_driver(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert gpus() == found
+
+
+def test_a_gpu_that_cannot_be_named_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    pool = Pool(at_once=1, points_per_gpu=1, cores_per_point=1)
+    for driver, count in ((tmp_path, 1), (tmp_path / "none", 0)):
+        monkeypatch.setattr(machine, "DRIVER", driver)
+        pool.submit([])
+        assert capsys.readouterr().out.count("this machine has a GPU, and nvidia-smi") == count
 
 
 def test_two_pools_do_not_lease_the_same(tmp_path: Path) -> None:

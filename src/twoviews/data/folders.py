@@ -9,7 +9,7 @@ import torch
 
 from twoviews.data.decoding import CHUNK, Decoded
 from twoviews.data.files import Tree, class_of, shorter_side, tree
-from twoviews.data.layout import doubts, one_class
+from twoviews.data.layout import doubts, listed, one_class
 from twoviews.data.store import Part, Recipe
 from twoviews.errors import BadInput, nearest
 
@@ -70,7 +70,8 @@ def find(root: Path, train: str | None, memory: str | None, test: str | None, la
         "test": _place(root, "test", test, ("test", "val")),
     }
     if places["train"] is None and (places["memory"] or places["test"]):
-        raise BadInput(f"{root} has no folder 'train' beside the others: name the training images by data.train=.")
+        there = listed(one.name for one in root.iterdir() if one.is_dir())
+        raise BadInput(f"{root} has the folders {there}, but no 'train': name the training images by data.train=.")
     start = places["train"] or root
     trees: dict[Path | None, Tree] = {path: tree(path) for path in {start, *places.values()} if path}
     found = _agree(trees[start], trees.get(places["memory"]), trees.get(places["test"]), labels)

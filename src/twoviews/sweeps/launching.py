@@ -14,7 +14,7 @@ from typing import Any, cast
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from twoviews.code import code_state, content, freeze, left_out
+from twoviews.code import code_state, content, freeze, left_out, no_commit
 from twoviews.config import build, check, check_plugin, digest, flat, number
 from twoviews.console import Console
 from twoviews.errors import BadInput
@@ -96,6 +96,8 @@ class Launch:
         sweep = Sweep(self.folder)
         if not self._here:
             self._say_left_out(new)
+            if reason := no_commit():
+                self.console.say(f"code      no commit is recorded: {reason}.")
             copy = freeze(sweep.folder / "code")
             self._here = {"cwd": str(Path.cwd()), "code": str(copy)}
             launched.remember(content(copy))

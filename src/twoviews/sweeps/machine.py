@@ -28,6 +28,8 @@ from twoviews.sweeps.folder import Point, Sweep
 from twoviews.sweeps.supervise import LOG
 from twoviews.sweeps.truth import look
 
+DRIVER = Path("/dev/nvidiactl")  # as in fallbacks.py, which imports torch
+
 
 @dataclass
 class Slot:
@@ -108,6 +110,7 @@ class Pool(Dispatch):
             BadInput: a point wants more cores than there are.
             SystemExit: a signal stopped them; its code is 128 + the signal's number.
         """
+        self._say_missed()
         work(points, self.slots(), self.at_once)
 
     def room(self) -> int:
@@ -121,7 +124,16 @@ class Pool(Dispatch):
             BadInput: a point wants more cores than there are.
             SystemExit: a signal stopped them; its code is 128 + the signal's number.
         """
+        self._say_missed()
         serve(sweep, feed, self.slots(), self.room())
+
+    def _say_missed(self) -> None:
+        """A line where points are dealt out to cores, though there is a GPU whose driver nobody can ask."""
+        if "CUDA_VISIBLE_DEVICES" not in os.environ and not gpus() and DRIVER.exists():
+            Console().say(
+                "slower    points share the cores: this machine has a GPU, and nvidia-smi, which is missing or fails, does not "
+                "name it; CUDA_VISIBLE_DEVICES=0 before the command does."
+            )
 
     def slots(self) -> list[Slot]:
         """Room for points on this machine, taken or not.
