@@ -102,9 +102,9 @@ def test_names_that_are_no_utf8(runs: Path, command) -> None:
             for number in range(count):
                 image = Image.fromarray((pixels.images[first + 20 * label + number] * 15).astype(np.uint8))
                 image.resize((32, 32)).save(f"{folder}/{os.fsdecode(b'K' + bytes([0xE4]))}{number}.png")
-    images = ("data=folder", "data.channels=1", "data.cache=c", "data.workers=0", os.fsdecode(b"data.root=ph\xf6tos"))
+    images = ("data=folder", "data.channels=1", "data.cache=c", "data.workers=0", os.fsdecode(b'data.root="ph\xf6tos"'))
     protocols = "protocol=[knn_small,linear,predict,embed,neighbours,map]"
-    done = command("evaluate", f"run={runs / '1'}", *images, protocols, os.fsdecode(b"images=ph\xf6tos/test"))
+    done = command("evaluate", f"run={runs / '1'}", *images, protocols, os.fsdecode(b'images="ph\xf6tos/test"'))
     assert done.code == 0, done.out + done.err
     folder = evaluation(runs / "1", "knn+linear+predict+embed+neighbours+map")
     written = json.loads((folder / "predictions.json").read_text(encoding="utf-8"))["predictions"]
@@ -125,7 +125,7 @@ def test_weights_that_are_no_numbers_are_refused_by_whatever_uses_them(runs: Pat
     for protocol in ("[knn_small,linear]", "health", "predict", "embed", "neighbours", "map"):
         more = [f"images={image}"] if protocol == "predict" else []
         done = command("evaluate", "run=broken", f"protocol={protocol}", *more)
-        refused(done, "features of", "are not finite", "runtime.precision=fp32")
+        refused(done, "features of", "are not finite: use weights of before")
     refused(command("cluster", "run=broken", "clusters=[3]"), "are not finite")
     assert not list(Path("broken").rglob("embeddings.npz"))
 

@@ -100,10 +100,10 @@ def embed(
         x = distributed.total(torch.zeros(len(images), width, device=device) if x is None else x)
     assert x is not None
     if broken := int((~x.isfinite().all(1)).sum()):
+        precision = "" if dtype == torch.float32 else f", or runtime.precision=fp32 in place of {format_name(dtype)}"
         raise BadInput(
-            f"the features of {broken} of {len(x)} images are not finite: the weights are not, or {format_name(dtype)} is too "
-            "small for them; use weights of before the training diverged (a lower optimizer.lr may keep it from that), or "
-            "runtime.precision=fp32."
+            f"the features of {broken} of {len(x)} images are not finite: use weights of before the training diverged (a lower "
+            f"optimizer.lr may keep it from that){precision}."
         )
     return x
 
