@@ -86,13 +86,14 @@ def step(parts: Parts, number: int, batch: Batch | None = None, wrapped: Callabl
     batch = batch or batch_of(parts, number)
     parts.method.train()
     torch.manual_seed(number)
-    loss = (wrapped or parts.method)(batch.views, batch.index).loss
-    loss.backward()
+    output = (wrapped or parts.method)(batch.views, batch.index)
+    output.loss.backward()
     parts.method.before_step(parts.method.phase(number / len(parts.loader)))
     parts.optimizer.step()
     parts.optimizer.zero_grad()
-    parts.method.after_step(progress(number + 1, len(parts.loader), 4))
-    return loss.detach()
+    rows = {name: distributed.gather(x) for name, x in output.rows.items()}
+    parts.method.after_step(progress(number + 1, len(parts.loader), 4), rows)
+    return output.loss.detach()
 
 
 def progress(step: int, steps: int, epochs: int) -> Progress:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from assembled import METHODS, build, config, in_processes, step
+from assembled import METHODS, batch_of, build, config, in_processes, step
 from conftest import start
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -28,6 +28,7 @@ from twoviews.protocols import knn
 from twoviews.protocols.knn import KNN
 from twoviews.protocols.linear import Linear
 from twoviews.protocols.protocol import Protocol, Verdict, verdicts
+from twoviews.step import Step
 
 N, D = 8, 5
 
@@ -44,6 +45,7 @@ LOSSES = {
     "negative_cosine": lambda a, b, queue: negative_cosine(a, b),
     "regression_loss": lambda a, b, queue: regression_loss(a, b.detach()),
 }
+IN_MICRO_BATCHES = ["simclr", "moco_symmetric", "swav", "deepcluster_v2"]
 NORMS = {"sync": lambda: SyncBatchNorm(3), "split2": lambda: split(2), "split4": lambda: split(4)}
 
 
@@ -129,6 +131,16 @@ def train_two_steps(name: str) -> dict[str, object]:
     return {"losses": torch.stack(losses), "gradients": gradients, "state": parts.method.state_dict()}
 
 
+def train_in_micro_batches(name: str) -> dict[str, object]:
+    """Losses of two steps of two micro-batches, and the state after them."""
+    parts = build(config(name, "runtime.accumulate=2"))
+    parts.method.train()
+    taken = Step(parts.method, parts.optimizer, parts.runtime, parts.device, print)
+    shared = {"lr_factor": 1.0, "steps": len(parts.loader), "epochs": 4}
+    losses = [taken(batch_of(parts, number), seed=number, step=number, **shared)["loss"] for number in range(2)]
+    return {"losses": distributed.mean(torch.stack(losses)), "state": parts.method.state_dict()}
+
+
 class Counted(KNN):
     """Says how many queries this process had to search."""
 
@@ -172,7 +184,9 @@ def judged() -> dict[str, object]:
 
 def everything() -> dict[str, dict]:
     methods = {name: train_two_steps(name) for name in METHODS}
-    return {"exchanges": exchanges(), "losses": losses(), "norms": norms(), "methods": methods, "judged": judged()}
+    parts = {name: train_in_micro_batches(name) for name in IN_MICRO_BATCHES}
+    both = {"methods": methods, "micro_batches": parts}
+    return {"exchanges": exchanges(), "losses": losses(), "norms": norms(), "judged": judged(), **both}
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +229,17 @@ def test_batch_norms_are_one_processs(name, two):
             torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
 
 
+def assert_same_state(one: dict, first: dict, second: dict) -> None:
+    """Of both processes bit for bit, and but for rounding that of one process."""
+    for key, value in one.items():
+        if not value.is_floating_point():  # such as an E-step's assignments
+            assert key.endswith("num_batches_tracked") or torch.equal(first[key], value), key
+        else:
+            off = torch.linalg.vector_norm(first[key].double() - value.double())
+            assert off <= 1e-3 * torch.linalg.vector_norm(value.double()) + 1e-4, key
+    assert all(torch.equal(second[key], value) for key, value in first.items())
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_compute_what_one_process_does(name, two):
     one = train_two_steps(name)
@@ -227,14 +252,15 @@ def test_methods_compute_what_one_process_does(name, two):
         whole = torch.stack([gradient.norm() for gradient in one["gradients"].values()]).norm()
         for key, gradient in one["gradients"].items():
             assert (found["gradients"][key] - gradient).norm() / whole < 5e-4, (rank, key)
-        for key, value in one["state"].items():
-            if not value.is_floating_point():  # such as an E-step's assignments
-                assert key.endswith("num_batches_tracked") or torch.equal(found["state"][key], value), (rank, key)
-            else:
-                off = torch.linalg.vector_norm(found["state"][key].double() - value.double())
-                assert off <= 1e-3 * torch.linalg.vector_norm(value.double()) + 1e-4, (rank, key)
-    first, second = (found["state"] for found in both)
-    assert all(torch.equal(second[key], value) for key, value in first.items())
+    assert_same_state(one["state"], *(found["state"] for found in both))
+
+
+@pytest.mark.parametrize("name", IN_MICRO_BATCHES)
+def test_micro_batches_are_those_of_one_process(name, two):
+    one, both = train_in_micro_batches(name), [results["micro_batches"][name] for results in two]
+    for found in both:
+        torch.testing.assert_close(found["losses"], one["losses"], rtol=1e-4, atol=1e-6)
+    assert_same_state(one["state"], *(found["state"] for found in both))
 
 
 def test_an_encoder_is_judged_by_all_processes_as_by_one(two):

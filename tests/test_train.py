@@ -254,6 +254,7 @@ def test_micro_batches_train_like_the_batch(command) -> None:
     assert whole.code == parts.code == 0, whole.err + parts.err
     losses = [[line["train/loss"] for line in read(Path(name)) if "train/loss" in line] for name in ("whole", "parts")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert "micro-batch" not in parts.out  # there is nothing to be said
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

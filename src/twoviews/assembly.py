@@ -131,14 +131,8 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
         raise BadInput(
             f"a batch of {micro_batch} image has no statistics for batch norm; use batch_size={2 * runtime.accumulate} or more."
         )
-    try:
-        notes = method.prepare(micro_batch, len(data.train), distributed.processes())
-    except BadInput as error:
-        if runtime.accumulate == 1:
-            raise
-        raise BadInput(
-            f"each of runtime.accumulate={runtime.accumulate} micro-batches is a batch of its own: {error}"
-        ) from error
+    notes = method.prepare(cfg.batch_size, micro_batch, len(data.train), distributed.processes())
+    notes += _seen_in_parts(method, cfg.batch_size, micro_batch)
     if distributed.processes() > 1:
         sync_batch_norms(method, device)
     method.to(device, memory_format=torch.channels_last if runtime.channels_last else torch.contiguous_format)
@@ -157,6 +151,18 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
         protocols=protocols,
         notes=[*notes, *(note for one in protocols.values() for note in one.notes(data))],
     )
+
+
+def _seen_in_parts(method: Method, batch_size: int, micro_batch: int) -> list[str]:
+    """In what steps of several micro-batches differ from steps of one batch, for the user; nothing where they do not."""
+    norms = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in method.modules())
+    parts = [*([method.within_batch] if method.within_batch else []), *(["batch-norm statistics"] if norms else [])]
+    if micro_batch == batch_size or not parts:
+        return []
+    return [
+        f"runtime.accumulate={batch_size // micro_batch}: {' and '.join(parts)} come from the {micro_batch} images of a "
+        f"micro-batch, not from all {batch_size} of a step."
+    ]
 
 
 def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:

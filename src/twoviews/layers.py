@@ -223,17 +223,21 @@ def _apart(y: Float[Tensor, "J SC H W"], parts: int, last: bool) -> Float[Tensor
     return x
 
 
-def check_splits(splits: int, batch_size: int, processes: int) -> None:
-    """Whether a batch can be cut into that many parts for SplitBatchNorm.
+def check_splits(splits: int, batch_size: int, micro_batch: int, processes: int) -> None:
+    """Whether a forward pass of `micro_batch` images of a batch can be cut into that many parts for SplitBatchNorm.
 
     Raises:
         BadInput: it cannot; with the sizes that could.
     """
-    if splits > 1 and (splits % processes or batch_size % splits or batch_size // splits < 2):
-        batch = f"batch_size={max(2, round(batch_size / splits)) * splits} or " if splits % processes == 0 else ""
+    if splits > 1 and (splits % processes or micro_batch % splits or micro_batch // splits < 2):
+        parts = batch_size // micro_batch
+        fitting = max(2, round(micro_batch / splits)) * splits * parts
+        batch = f"batch_size={fitting} or " if splits % processes == 0 else ""
+        divided = f" / runtime.accumulate={parts}" if parts > 1 else ""
         raise BadInput(
-            f"method.bn_splits={splits} needs a batch_size that is a multiple of it (at least {2 * splits}) and a number "
-            f"of processes that divides it; this is batch_size={batch_size} and {processes} process(es): use "
+            f"method.bn_splits={splits} needs a batch_size{' / runtime.accumulate' if divided else ''} that is a multiple of "
+            f"it (at least {2 * splits}) and a number of processes that divides it; this is "
+            f"batch_size={batch_size}{divided} and {processes} process(es): use "
             f"{batch}method.bn_splits=1."
         )
 

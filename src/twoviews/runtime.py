@@ -29,7 +29,8 @@ class Runtime:
         cuda_graph: on a single GPU, capture the training step as a CUDA graph and replay it.
         deterministic: on a GPU, the same bits again on the same machine: without kernels chosen by trial and those that add
             in any order, which takes longer.
-        accumulate: micro-batches an optimizer step; batch_size counts all of them, a contrastive loss sees one.
+        accumulate: micro-batches an optimizer step; batch_size counts all of them. Queues, moving averages and
+            the like advance once a step; negatives within a batch, and batch norm, see one micro-batch.
         log_every: optimizer steps between two lines of metrics.jsonl.
         checkpoint_seconds: shortest time between two checkpoints at epoch ends; the last step and signals always write one.
         checkpoint_minutes: longest time between two checkpoints within an epoch; 0 writes them at epoch ends only.

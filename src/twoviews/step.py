@@ -137,8 +137,12 @@ class Step:
         return view.to(self.device, memory_format=form, non_blocking=True)
 
     def _run(self, views: Sequence[Tensor], index: Tensor, phase: Hashable) -> Values:
-        """The step itself, in `accumulate` micro-batches, whose loss and metrics are averaged."""
-        parts, values = self.runtime.accumulate, []
+        """The step itself, in `accumulate` micro-batches, whose loss and metrics are averaged.
+
+        They are of one size and follow one another in the batch, so that they hold the same images for any number of
+        processes. What a method keeps of images, it gets once, of the whole batch.
+        """
+        parts, values, rows = self.runtime.accumulate, [], []
         for part in range(parts):
             with ExitStack() as stack:
                 if distributed.processes() > 1 and part < parts - 1:
@@ -147,12 +151,14 @@ class Step:
                     output = self._wrapped([view.chunk(parts)[part] for view in views], index.chunk(parts)[part])
                 self.scaler.scale(output.loss / parts).backward()
             values.append({"loss": output.loss.detach().float(), **{k: v.float() for k, v in output.metrics.items()}})
+            rows.append(output.rows)
         self.before_update()
         self.method.before_step(phase)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.method.after_step(self._progress)
+        everyone = {name: distributed.gather(torch.cat([one[name] for one in rows])) for name in rows[0]}
+        self.method.after_step(self._progress, everyone)
         if parts == 1:
             return values[0]
         return {name: torch.stack([one[name] for one in values]).mean() for name in values[0]}

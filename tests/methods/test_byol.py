@@ -53,7 +53,7 @@ def test_the_target_follows_by_the_tau_of_the_step():
             parameter.add_(torch.randn_like(parameter))
     method([torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)], torch.arange(4))
     buffers = {key: value.clone() for key, value in method.target.named_buffers()}
-    method.after_step(progress(30, 10, 12))
+    method.after_step(progress(30, 10, 12), {})
     tau = 1 - 0.1 * (math.cos(math.pi / 4) + 1) / 2
     for target, old, new in zip(method.target.parameters(), before, online, strict=True):
         torch.testing.assert_close(target.detach(), tau * old + (1 - tau) * new.detach())

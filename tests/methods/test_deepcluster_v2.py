@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from assembled import progress
 from torch.nn import functional as nnf
 
 from twoviews.backbones import ResNet
@@ -19,7 +20,7 @@ def prepared(**changes) -> DeepClusterV2:
     torch.manual_seed(0)
     options = {"hidden_dim": 8, "embed_dim": 6, "temperature": 0.1, "clusters": [5, 7, 5]}
     method = DeepClusterV2(ResNet(3, 16, "basic", [1, 1], width=4), **{**options, **changes})
-    method.prepare(8, IMAGES, 1)
+    method.prepare(8, 8, IMAGES, 1)
     return method
 
 
@@ -40,12 +41,12 @@ def test_the_loss_against_a_loop():
     for row, label in zip((scores / 0.1).tolist(), classes.tolist(), strict=True):
         if label != UNSEEN:
             losses.append(math.log(sum(math.exp(value) for value in row)) - row[label])
-    assert cluster_loss(scores, classes, 0.1).item() == pytest.approx(sum(losses) / 4, rel=1e-5)
+    assert cluster_loss(scores, classes, 0.1, share=0.5).item() == pytest.approx(sum(losses) / 3, rel=1e-5)
 
 
 def test_a_batch_in_which_no_image_has_a_class_costs_nothing():
     scores = torch.randn(3, 4, requires_grad=True)
-    loss = cluster_loss(scores, torch.full((3,), UNSEEN), 0.1)
+    loss = cluster_loss(scores, torch.full((3,), UNSEEN), 0.1, share=0.5)
     loss.backward()
     assert loss.item() == 0 and not scores.grad.any()
 
@@ -80,13 +81,23 @@ def test_the_loss_is_that_of_all_crops_under_all_heads():
     torch.testing.assert_close(method(views, index).loss, expected)
 
 
+def test_micro_batches_of_which_some_images_have_no_class_make_the_loss_of_the_batch():
+    method = prepared().eval()
+    method.before_epoch(0, embeddings, seed=3)
+    views, index = crops(16, 16), torch.arange(8, 16)
+    method.assignments[:, 9:13] = UNSEEN  # three of the first four images, and one of the others
+    halves = [method([view[rows] for view in views], index[rows]).loss for rows in (slice(4), slice(4, 8))]
+    torch.testing.assert_close(torch.stack(halves).mean(), method(views, index).loss)
+
+
 def test_the_next_e_step_clusters_what_the_epoch_saw_and_leaves_out_the_rest():
     method = prepared()
     method.before_epoch(0, embeddings, seed=3)
     first = method.assignments.clone()
     assert not method.seen.any()
     for start in range(0, 32, 8):
-        method(crops(16, 16), torch.arange(start, start + 8))
+        output = method(crops(16, 16), torch.arange(start, start + 8))
+        method.after_step(progress(start // 8 + 1, 4, 9), output.rows)
     bank = method.bank.clone()
     assert torch.equal(method.seen.nonzero()[:, 0], torch.arange(32))
     torch.testing.assert_close(bank.norm(dim=2), torch.ones(2, IMAGES))
@@ -104,11 +115,11 @@ def test_the_next_e_step_clusters_what_the_epoch_saw_and_leaves_out_the_rest():
 
 def test_heads_follow_the_data():
     method = prepared(clusters=None)
-    assert method.prepare(8, 50_000, 1) == ["3 heads with 500 + 500 + 500 clusters"]
+    assert method.prepare(8, 8, 50_000, 1) == ["3 heads with 500 + 500 + 500 clusters"]
 
 
 def test_more_clusters_than_an_epoch_has_images():
     method = prepared()
     method.clusters = [33]
     with pytest.raises(BadInput, match=r"clusters=\[33\] .* use at most 32"):
-        method.prepare(8, 39, 1)
+        method.prepare(8, 8, 39, 1)

@@ -119,14 +119,15 @@ def test_parameters_are_as_many_as_on_imagenet(mlp_head, parameters):
     assert sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad) == parameters
 
 
-def test_one_view_is_query_the_other_key_and_keys_are_queued_after_the_loss():
+def test_one_view_is_query_the_other_key_and_keys_are_queued_after_the_step():
     method, (x1, x2) = small(), views()
     queue = method.queue.rows.clone()
     with torch.no_grad():
         q = nnf.normalize(method.projector(method.encoder(x1)), dim=1)
         k = nnf.normalize(method.key_encoder(x2), dim=1)
-    loss = method([x1, x2], torch.arange(4)).loss
-    assert loss.item() == pytest.approx(by_loop(q, k, queue, 0.1), rel=1e-4)
+    output = method([x1, x2], torch.arange(4))
+    method.after_step(DONE, output.rows)
+    assert output.loss.item() == pytest.approx(by_loop(q, k, queue, 0.1), rel=1e-4)
     torch.testing.assert_close(method.queue.rows[:4], k)
     assert torch.equal(method.queue.rows[4:], queue[4:])
     assert method.queue.position.item() == 4
@@ -138,8 +139,9 @@ def test_symmetric_is_the_sum_over_both_directions_on_one_queue():
     with torch.no_grad():
         q1, q2 = (nnf.normalize(method.projector(method.encoder(x)), dim=1) for x in (x1, x2))
         k1, k2 = (nnf.normalize(method.key_encoder(x), dim=1) for x in (x1, x2))
-    loss = method([x1, x2], torch.arange(4)).loss
-    assert loss.item() == pytest.approx(by_loop(q1, k2, queue, 0.1) + by_loop(q2, k1, queue, 0.1), rel=1e-4)
+    output = method([x1, x2], torch.arange(4))
+    method.after_step(DONE, output.rows)
+    assert output.loss.item() == pytest.approx(by_loop(q1, k2, queue, 0.1) + by_loop(q2, k1, queue, 0.1), rel=1e-4)
     torch.testing.assert_close(method.queue.rows[:8], torch.cat([k1, k2]))
     assert torch.equal(method.queue.rows[8:], queue[8:])
     assert method.queue.position.item() == 8
@@ -161,7 +163,7 @@ def test_gradient_flows_only_through_queries():
 
 def test_key_encoder_follows_in_parameters_and_keeps_its_own_statistics():
     method = small(momentum=0.75)
-    method(views(), torch.arange(4))
+    rows = method(views(), torch.arange(4)).rows
     query = [*method.encoder.parameters(), *method.projector.parameters()]
     before = [parameter.clone() for parameter in method.key_encoder.parameters()]
     buffers = {key: value.clone() for key, value in method.key_encoder.named_buffers()}
@@ -170,7 +172,7 @@ def test_key_encoder_follows_in_parameters_and_keeps_its_own_statistics():
     with torch.no_grad():
         for parameter in query:
             parameter.add_(torch.randn_like(parameter))
-    method.after_step(DONE)
+    method.after_step(DONE, rows)
     for key, old, new in zip(method.key_encoder.parameters(), before, query, strict=True):
         torch.testing.assert_close(key, 0.75 * old + 0.25 * new.detach())
     assert all(torch.equal(value, buffers[name]) for name, value in method.key_encoder.named_buffers())
@@ -236,7 +238,7 @@ def test_split_norms_are_in_both_encoders_and_only_there_when_asked_for():
 def test_check(options, batch_size, images, processes, message):
     method = small(**{"queue_size": 64, **options})
     if message is None:
-        method.prepare(batch_size, images, processes)
+        method.prepare(batch_size, batch_size, images, processes)
     else:
         with pytest.raises(BadInput, match=message):
-            method.prepare(batch_size, images, processes)
+            method.prepare(batch_size, batch_size, images, processes)

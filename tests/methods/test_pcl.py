@@ -35,7 +35,7 @@ def small(**changes) -> PCL:
 
 def prepared(batch_size: int = 4, **changes) -> PCL:
     method = small(**changes)
-    method.prepare(batch_size, IMAGES, 1)
+    method.prepare(batch_size, batch_size, IMAGES, 1)
     return method
 
 
@@ -216,7 +216,7 @@ def test_a_step_does_not_go_through_the_assignments_of_all_images():
 
 def test_numbers_of_clusters_follow_the_data():
     method = small(clusters=None, queue_size=4096)
-    notes = method.prepare(512, 50_000, 1)
+    notes = method.prepare(512, 512, 50_000, 1)
     assert [part.k for part in method.prototypes] == [250, 500, 1000]
     assert notes == ["250 + 500 + 1,000 clusters from epoch 1 on"]
 
@@ -234,4 +234,4 @@ def test_numbers_of_clusters_follow_the_data():
 )
 def test_refusals(options, message):
     with pytest.raises(BadInput, match=message):
-        small(**options).prepare(4, IMAGES, 1)
+        small(**options).prepare(4, 4, IMAGES, 1)

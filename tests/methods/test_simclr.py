@@ -74,6 +74,6 @@ def test_both_views_are_one_batch_for_the_batch_norms():
 
 def test_needs_negatives():
     method = SimCLR(ResNet(3, 16, "basic", [1], width=4), 8, 5, 0.5)
-    method.prepare(2, 100, 1)
+    method.prepare(2, 2, 100, 1)
     with pytest.raises(BadInput, match="batch_size=1 leaves SimCLR without negatives"):
-        method.prepare(1, 100, 1)
+        method.prepare(1, 1, 100, 1)

@@ -144,8 +144,9 @@ def codes_and_loss() -> dict[str, torch.Tensor]:
     for step in range(3):
         z = nnf.normalize(torch.randn(2, 8, 6), dim=2)
         mine = z[:, distributed.rank() :: distributed.processes()]
-        codes = method._codes(mine, method.prototypes(mine))
+        codes = method._codes(method.prototypes(mine))
         found[f"codes{step}"] = torch.stack([distributed.gather(one) for one in codes])
+        method.after_step(progress(step + 1, 4, 9), {"z": z.transpose(0, 1).flatten(1)})
     return {**found, "rows": method.queue.rows, "queued": method.queued}
 
 
@@ -205,7 +206,7 @@ def test_no_gradient_flows_through_codes():
     z = method._embed(views)
     scores = method.prototypes(z)
     assert scores.requires_grad
-    assert not method._codes(z, scores).requires_grad
+    assert not method._codes(scores).requires_grad
 
 
 # ----------------------------------------------------------------------------------------------------------------- crops
@@ -293,10 +294,11 @@ def test_prototypes_have_unit_length_in_every_forward_pass():
     optimizer = torch.optim.SGD(method.parameters(), lr=1.0)
     for number in range(2):
         torch.testing.assert_close(method.prototypes.weight.norm(dim=1), torch.ones(5))
-        method(crops(16, 16), torch.arange(4)).loss.backward()
+        output = method(crops(16, 16), torch.arange(4))
+        output.loss.backward()
         optimizer.step()
         assert not torch.allclose(method.prototypes.weight.norm(dim=1), torch.ones(5))
-        method.after_step(progress(number + 1, 4, 2))
+        method.after_step(progress(number + 1, 4, 2), output.rows)
 
 
 def test_prototypes_stay_for_the_first_epochs():
@@ -321,16 +323,16 @@ def test_prototypes_stay_for_the_first_epochs():
 def step(method: SwAV, number: int) -> torch.Tensor:
     """One step of 4 images, 4 steps an epoch."""
     torch.manual_seed(number)
-    loss = method(crops(16, 16, 8), torch.arange(4)).loss
-    loss.backward()
+    output = method(crops(16, 16, 8), torch.arange(4))
+    output.loss.backward()
     method.before_step(method.phase(number / 4))
     with torch.no_grad():
         for parameter in method.parameters():
             if parameter.grad is not None:
                 parameter.sub_(0.1 * parameter.grad)
     method.zero_grad()
-    method.after_step(progress(number + 1, 4, 9))
-    return loss.detach()
+    method.after_step(progress(number + 1, 4, 9), output.rows)
+    return output.loss.detach()
 
 
 def without_queue(method: SwAV, number: int) -> float:
@@ -361,12 +363,13 @@ def test_a_full_queue_shares_the_prototypes_crop_by_crop():
     older = method.queue.rows.clone()
     torch.manual_seed(5)
     views = crops(16, 16, 8)
-    loss = method(views, torch.arange(4)).loss.item()
+    output = method(views, torch.arange(4))
     with torch.no_grad():
         z = method._embed(views)
         scores = [method.prototypes(one) for one in z]
         queued = [method.prototypes(older[:, :6]), method.prototypes(older[:, 6:])]
-    assert loss == pytest.approx(lightlys(scores, 2, queued).item(), rel=1e-5)
+    assert output.loss.item() == pytest.approx(lightlys(scores, 2, queued).item(), rel=1e-5)
+    method.after_step(progress(3, 4, 9), output.rows)
     torch.testing.assert_close(method.queue.rows[:4], torch.cat([z[0], z[1]], dim=1))
     assert torch.equal(method.queue.rows[4:], older[4:])
 
@@ -404,10 +407,10 @@ def test_a_queue_in_any_state_goes_on_bit_for_bit(stop):
 def test_queues_that_cannot_work_are_refused(options, batch_size, images, message):
     method = small(**options)
     if message is None:
-        assert method.prepare(batch_size, images, 1) == []
+        assert method.prepare(batch_size, batch_size, images, 1) == []
     else:
         with pytest.raises(BadInput, match=message):
-            method.prepare(batch_size, images, 1)
+            method.prepare(batch_size, batch_size, images, 1)
 
 
 @pytest.mark.parametrize(
@@ -427,7 +430,7 @@ def test_queues_that_cannot_work_are_refused(options, batch_size, images, messag
     ],
 )
 def test_more_prototypes_than_images_to_share_them_is_said(options, batch_size, images, advice):
-    notes = small(**options).prepare(batch_size, images, 1)
+    notes = small(**options).prepare(batch_size, batch_size, images, 1)
     if advice is None:
         assert notes == []
     else:

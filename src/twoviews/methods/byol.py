@@ -14,7 +14,7 @@ from torch.nn import functional as nnf
 
 from twoviews.backbones import Encoder
 from twoviews.layers import ema_update, frozen_copy, mlp, spread, targets
-from twoviews.methods.method import Method, Output, Progress
+from twoviews.methods.method import Method, Output, Progress, Rows
 from twoviews.ranges import Count, EmaMomentum
 
 
@@ -53,6 +53,6 @@ class BYOL(Method):
         """The target's decay when that share of the training is done: 1 - (1 - momentum) (cos(pi fraction) + 1) / 2."""
         return 1 - (1 - self.momentum) * (torch.cos(math.pi * fraction) + 1) / 2
 
-    def after_step(self, progress: Progress) -> None:
+    def after_step(self, progress: Progress, rows: Rows) -> None:
         """The target follows; batch-norm statistics stay its own."""
         ema_update(self.target, (self.encoder, self.projector), self.tau(progress.fraction))

@@ -12,12 +12,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from twoviews import distributed
 from twoviews.backbones import Encoder
 from twoviews.clusters.kmeans import Clustered, kmeans
 from twoviews.errors import BadInput
 from twoviews.layers import encode_crops, mlp, spread
-from twoviews.methods.method import Embed, Method, Output
+from twoviews.methods.method import Embed, Method, Output, Progress, Rows
 from twoviews.randomness import seed_of
 from twoviews.ranges import Count, Temperature
 
@@ -26,10 +25,21 @@ HEADS, IMAGES_PER_CLUSTER = 3, 100  # of the default
 UNSEEN = -100  # no class, for images that sat out the epoch before
 
 
-def cluster_loss(scores: Float[Tensor, "VB K"], classes: Int[Tensor, " VB"], temperature: float) -> Float[Tensor, ""]:
-    """Cross-entropy of the rows that have a class, averaged over those of all processes; 0 where none has one."""
-    known = distributed.mean((classes != UNSEEN).sum().float()).clamp(min=1 / distributed.processes())
-    return nnf.cross_entropy(scores.float() / temperature, classes, ignore_index=UNSEEN, reduction="sum") / known
+def cluster_loss(
+    scores: Float[Tensor, "VB K"], classes: Int[Tensor, " VB"], temperature: float, share: float | Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """Cross-entropy of the rows that have a class, averaged over as many as have one in an average batch.
+
+    The original divides by how many there are in the batch, so that an image would weigh more or less by its company.
+
+    Args:
+        scores: cosines with the prototypes.
+        classes: a prototype each, or UNSEEN.
+        temperature: T.
+        share: of the training images, those that have a class.
+    """
+    losses = nnf.cross_entropy(scores.float() / temperature, classes, ignore_index=UNSEEN, reduction="sum")
+    return losses / (len(scores) * share)
 
 
 class DeepClusterV2(Method):
@@ -62,7 +72,7 @@ class DeepClusterV2(Method):
         self.encoder = encoder
         self.projector = mlp([encoder.out_dim, hidden_dim, embed_dim])
 
-    def prepare(self, batch_size: int, train_images: int, processes: int) -> list[str]:
+    def prepare(self, batch_size: int, micro_batch: int, train_images: int, processes: int) -> list[str]:
         """Clusters against the data; room for the bank, the assignments and the centroids."""
         ks = self.clusters or [max(2, train_images // IMAGES_PER_CLUSTER)] * HEADS
         # An epoch's batches leave less than one batch of images out of the bank.
@@ -105,12 +115,16 @@ class DeepClusterV2(Method):
     def forward(self, views: Sequence[Float[Tensor, "B C _h _w"]], index: Int[Tensor, " B"]) -> Output:
         """The mean over heads of the loss of all crops; the first crops' embeddings go into the bank."""
         z = nnf.normalize(self.projector(encode_crops(self.encoder, views)).float(), dim=1)
+        share = (self.assignments[0] != UNSEEN).float().mean()  # of each head
         losses = []
         for head in range(len(self.ks)):
             classes = self.assignments[head, index].repeat(len(views))
-            losses.append(cluster_loss(z @ self.get_buffer(f"centroids{head}").T, classes, self.temperature))
-        everyone = distributed.gather(index)
-        for bank, rows in zip(self.bank, z.detach().chunk(len(views)), strict=False):
-            bank[everyone] = distributed.gather(rows)
-        self.seen.index_fill_(0, everyone, True)
-        return Output(torch.stack(losses).mean(), {"spread": spread(z)})
+            losses.append(cluster_loss(z @ self.get_buffer(f"centroids{head}").T, classes, self.temperature, share))
+        rows = {"index": index, "z": z.detach().unflatten(0, (len(views), -1))[:BANKS].transpose(0, 1)}
+        return Output(torch.stack(losses).mean(), {"spread": spread(z)}, rows)
+
+    def after_step(self, progress: Progress, rows: Rows) -> None:
+        """The first crops' embeddings go into the bank."""
+        for bank, z in zip(self.bank, rows["z"].unbind(1), strict=False):
+            bank[rows["index"]] = z
+        self.seen.index_fill_(0, rows["index"], True)

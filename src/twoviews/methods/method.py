@@ -19,12 +19,22 @@ from twoviews.layers import without_duplicates
 Embed = Callable[[nn.Module], Tensor]
 
 
+Rows = dict[str, Tensor]  # by name, detached, a row for each image
+
+
 @dataclass(frozen=True)
 class Output:
-    """What one forward pass gives: the loss and numbers worth watching, detached scalars by name."""
+    """What one forward pass gives.
+
+    Args:
+        loss: of these images.
+        metrics: numbers worth watching, detached scalars by name.
+        rows: what `after_step` wants to know of these images, such as keys for a queue.
+    """
 
     loss: Float[Tensor, ""]
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    rows: Rows = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,9 @@ class Progress:
 class Method(nn.Module):
     """Abstract: views of B images in, the loss out.
 
-    A forward pass and an E-step may change buffers, but no parameters: a checkpoint is still being copied while they run.
+    A step may consist of several forward passes, each of a micro-batch, so what it leaves to the next step is changed in
+    `after_step`, from the rows of the whole batch. A forward pass changes nothing but batch-norm statistics; an E-step may
+    change buffers, but no parameters: a checkpoint is still being copied while it runs.
     On a GPU the forward pass, `before_step` and `after_step` are captured as a CUDA graph: what changes between steps must
     be in tensors, random numbers must be drawn on the device, and nothing may wait for it (no .item(), no `if` on a tensor).
     Python values that a step depends on belong into `phase`.
@@ -46,15 +58,24 @@ class Method(nn.Module):
 
     encoder: Encoder
     views: int | None = 2  # how many views an image needs; None takes any number
+    # What the loss of an image takes from the other images of its forward pass, such as "negatives", for a sentence to the
+    # user of micro-batches; None: nothing, the loss is a mean over images.
+    within_batch: str | None = None
 
     def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
-        """The loss of a batch; `index` says which training images it holds."""
+        """The loss of a batch, or of a micro-batch; `index` says which training images it holds."""
         raise NotImplementedError
 
-    def prepare(self, batch_size: int, train_images: int, processes: int) -> list[str]:
+    def prepare(self, batch_size: int, micro_batch: int, train_images: int, processes: int) -> list[str]:
         """Refuse what cannot work with this much data, make state whose size depends on it; sentences for the user.
 
-        Called once, before the optimizer is made and before a checkpoint is loaded; sizes are over all processes.
+        Called once, before the optimizer is made and before a checkpoint is loaded.
+
+        Args:
+            batch_size: images of a step, over all processes.
+            micro_batch: images of a forward pass, over all processes; a divisor of `batch_size`.
+            train_images: N.
+            processes: how many share a forward pass.
 
         Raises:
             BadInput: with the value, the limit and the remedy.
@@ -75,5 +96,10 @@ class Method(nn.Module):
     def before_step(self, phase: Hashable) -> None:
         """Called between the gradients and the optimizer's step, with the step's phase: frozen parameters."""
 
-    def after_step(self, progress: Progress) -> None:
-        """Called after each optimizer step, which `progress` includes: moving averages."""
+    def after_step(self, progress: Progress, rows: Rows) -> None:
+        """Called after each optimizer step, which `progress` includes: moving averages, queues.
+
+        Args:
+            progress: how far training has come.
+            rows: those of the whole batch, over all micro-batches and processes, in its order.
+        """

@@ -13,7 +13,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from twoviews import distributed
 from twoviews.backbones import Encoder
 from twoviews.layers import (
     Queue,
@@ -25,7 +24,7 @@ from twoviews.layers import (
     split_batch_norms,
     spread,
 )
-from twoviews.methods.method import Method, Output, Progress
+from twoviews.methods.method import Method, Output, Progress, Rows
 from twoviews.ranges import Count, EmaMomentum, Temperature
 
 
@@ -78,10 +77,10 @@ class MoCo(Method):
         self.key_encoder = frozen_copy(nn.Sequential(self.encoder, self.projector))
         self.queue = Queue(queue_size, embed_dim)
 
-    def prepare(self, batch_size: int, train_images: int, processes: int) -> list[str]:
-        """Queue against data and batch, batch against the parts of SplitBatchNorm."""
+    def prepare(self, batch_size: int, micro_batch: int, train_images: int, processes: int) -> list[str]:
+        """Queue against data and batch, micro-batch against the parts of SplitBatchNorm."""
         self.queue.check(batch_size, 2 if self.symmetric else 1, train_images)
-        check_splits(self.bn_splits, batch_size, processes)
+        check_splits(self.bn_splits, batch_size, micro_batch, processes)
         return []
 
     def _queries(self, x: Tensor) -> Float[Tensor, "B D"]:
@@ -93,16 +92,14 @@ class MoCo(Method):
     def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
         """Queries of the first view against keys of the second, and the reverse if symmetric."""
         x1, x2 = views
-        # The copy is what the backward pass needs: the queue itself moves on below.
-        queue = self.queue.rows.clone()
         q1, k2 = self._queries(x1), self._keys(x2)
-        loss, keys = info_nce(q1, k2, queue, self.temperature), [k2]
+        loss, keys = info_nce(q1, k2, self.queue.rows, self.temperature), {"k2": k2}
         if self.symmetric:
             q2, k1 = self._queries(x2), self._keys(x1)
-            loss, keys = loss + info_nce(q2, k1, queue, self.temperature), [k1, k2]
-        self.queue.push(torch.cat([distributed.gather(k) for k in keys]))
-        return Output(loss, {"spread": spread(q1)})
+            loss, keys = loss + info_nce(q2, k1, self.queue.rows, self.temperature), {"k1": k1, "k2": k2}
+        return Output(loss, {"spread": spread(q1)}, keys)
 
-    def after_step(self, progress: Progress) -> None:
-        """The key encoder follows; batch-norm statistics stay its own, as in the original."""
+    def after_step(self, progress: Progress, rows: Rows) -> None:
+        """Keys are queued. The key encoder follows; batch-norm statistics stay its own, as in the original."""
+        self.queue.push(torch.cat(list(rows.values())))
         ema_update(self.key_encoder, (self.encoder, self.projector), self.momentum)

@@ -28,7 +28,7 @@ from twoviews.layers import (
     split_batch_norms,
     spread,
 )
-from twoviews.methods.method import Embed, Method, Output, Progress
+from twoviews.methods.method import Embed, Method, Output, Progress, Rows
 from twoviews.methods.moco import info_nce
 from twoviews.randomness import seed_of
 from twoviews.ranges import Count, EmaMomentum, Temperature
@@ -100,6 +100,8 @@ class PCL(Method):
         warmup_epochs: epochs of InfoNCE alone.
     """
 
+    within_batch = "prototypes of other images"
+
     def __init__(
         self,
         encoder: Encoder,
@@ -136,10 +138,10 @@ class PCL(Method):
         """What `get_extra_state` gave."""
         self.clustered = bool(state)
 
-    def prepare(self, batch_size: int, train_images: int, processes: int) -> list[str]:
+    def prepare(self, batch_size: int, micro_batch: int, train_images: int, processes: int) -> list[str]:
         """Queue, parts of the batch and clusters against the data; room for the assignments."""
         self.queue.check(batch_size, 1, train_images)
-        check_splits(self.bn_splits, batch_size, processes)
+        check_splits(self.bn_splits, batch_size, micro_batch, processes)
         ks = self.clusters or [max(2, train_images // images) for images in IMAGES_PER_CLUSTER]
         if max(ks) > train_images:
             raise BadInput(
@@ -147,12 +149,12 @@ class PCL(Method):
             )
         if len(set(ks)) < len(ks):
             raise BadInput(f"method.clusters={ks} has a number twice; give each k once.")
-        if self.negative_prototypes and self.negative_prototypes > min(ks) - batch_size:
-            room = min(ks) - batch_size
+        if self.negative_prototypes and self.negative_prototypes > min(ks) - micro_batch:
+            room = min(ks) - micro_batch
             fitting = f"at most {room} or " if room > 0 else ""
             raise BadInput(
                 f"method.negative_prototypes={self.negative_prototypes} with {min(ks)} clusters, of which a batch of "
-                f"{batch_size} images can fill {min(batch_size, min(ks))}; use {fitting}null, which takes all there are."
+                f"{micro_batch} images can fill {min(micro_batch, min(ks))}; use {fitting}null, which takes all there are."
             )
         modules: Any = nn.ModuleList(Prototypes(k, train_images, self.embed_dim) for k in ks)
         self.prototypes = modules
@@ -196,11 +198,9 @@ class PCL(Method):
     def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
         """InfoNCE of the two views, and once there are clusters ProtoNCE of the first, averaged over clusterings."""
         x1, x2 = views
-        queue = self.queue.rows.clone()
         q = nnf.normalize(self.projector(self.encoder(x1)).float(), dim=1)
         k = shuffled_keys(self.key_encoder, x2, self.bn_splits)
-        loss = info_nce(q, k, queue, self.temperature)
-        self.queue.push(distributed.gather(k))
+        loss = info_nce(q, k, self.queue.rows, self.temperature)
         metrics = {"spread": spread(q)}
         if self.clustered:
             everyone = distributed.gather(index)
@@ -216,12 +216,13 @@ class PCL(Method):
             prototype_loss = torch.stack(losses).mean()
             metrics.update(instance_loss=loss.detach(), prototype_loss=prototype_loss.detach())
             loss = loss + prototype_loss
-        return Output(loss, metrics)
+        return Output(loss, metrics, {"k": k})
 
     def phase(self, epoch: float) -> bool:
         """Whether there are clusters."""
         return self.clustered
 
-    def after_step(self, progress: Progress) -> None:
-        """The key encoder follows; batch-norm statistics stay its own, as in the original."""
+    def after_step(self, progress: Progress, rows: Rows) -> None:
+        """Keys are queued. The key encoder follows; batch-norm statistics stay its own, as in the original."""
+        self.queue.push(rows["k"])
         ema_update(self.key_encoder, (self.encoder, self.projector), self.momentum)

@@ -46,13 +46,15 @@ class SimCLR(Method):
         temperature: tau.
     """
 
+    within_batch = "negatives"
+
     def __init__(self, encoder: Encoder, hidden_dim: Count, embed_dim: Count, temperature: Temperature):
         super().__init__()
         self.temperature = temperature
         self.encoder = encoder
         self.projector = mlp([encoder.out_dim, hidden_dim, embed_dim])
 
-    def prepare(self, batch_size: int, train_images: int, processes: int) -> list[str]:
+    def prepare(self, batch_size: int, micro_batch: int, train_images: int, processes: int) -> list[str]:
         """Negatives come from the batch."""
         if batch_size < 2:
             raise BadInput(

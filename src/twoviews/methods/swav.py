@@ -18,7 +18,7 @@ from twoviews import distributed
 from twoviews.backbones import Encoder
 from twoviews.errors import BadInput
 from twoviews.layers import Queue, encode_crops, mlp, spread
-from twoviews.methods.method import Method, Output, Progress
+from twoviews.methods.method import Method, Output, Progress, Rows
 from twoviews.ranges import Count, Index, NotNegative, Range, Temperature
 
 
@@ -75,6 +75,7 @@ class SwAV(Method):
     """
 
     views = None
+    within_batch = "codes"
     started: Tensor  # [], whether the queue fills
     queued: Tensor  # [], images queued since then
 
@@ -108,8 +109,8 @@ class SwAV(Method):
     def _normalise_prototypes(self) -> None:
         self.prototypes.weight.copy_(nnf.normalize(self.prototypes.weight, dim=1))
 
-    def prepare(self, batch_size: int, train_images: int, processes: int) -> list[str]:
-        """Queue against data and batch; prototypes against both."""
+    def prepare(self, batch_size: int, micro_batch: int, train_images: int, processes: int) -> list[str]:
+        """Queue against data and batch; prototypes against queue and micro-batch, over which codes share them out."""
         size, k = self.queue_size, self.prototypes.out_features
         if size > train_images:
             raise BadInput(
@@ -122,13 +123,13 @@ class SwAV(Method):
                 f"method.queue_size={size} is smaller than the {batch_size} images of one step; use "
                 f"method.queue_size={min(train_images, 4 * batch_size)}, or 0 for none."
             )
-        if k <= batch_size + size:
+        if k <= micro_batch + size:
             return []
-        needed = math.ceil((k - batch_size) / batch_size) * batch_size
+        needed = math.ceil((k - micro_batch) / batch_size) * batch_size
         queue = f" or method.queue_size={needed} method.queue_start_epoch=0" if needed <= train_images else ""
         return [
-            f"method.prototypes={k} are more than the {batch_size + size} images of batch and queue that are shared out "
-            f"over them, so that some are nobody's; better use method.prototypes={batch_size + size}{queue}."
+            f"method.prototypes={k} are more than the {micro_batch + size} images of batch and queue that are shared out "
+            f"over them, so that some are nobody's; better use method.prototypes={micro_batch + size}{queue}."
         ]
 
     def _embed(self, views: Sequence[Tensor]) -> Float[Tensor, "V B D"]:
@@ -137,7 +138,7 @@ class SwAV(Method):
         return z.unflatten(0, (len(views), -1))
 
     @torch.no_grad()
-    def _codes(self, z: Float[Tensor, "A B D"], scores: Float[Tensor, "A B K"]) -> Float[Tensor, "A B K"]:
+    def _codes(self, scores: Float[Tensor, "A B K"]) -> Float[Tensor, "A B K"]:
         """Codes of each crop on its own, the batch sharing the prototypes with the queue once that is full."""
         a, b, _ = scores.shape
         counted = None
@@ -146,8 +147,6 @@ class SwAV(Method):
             full = self.queued >= self.queue_size  # stays on the device: an `if` would wait for it
             counted = torch.cat([full.new_ones(b), full.expand(older.shape[1])])
             scores = torch.cat([scores, self.prototypes(older)], dim=1)
-            self.queue.push(distributed.gather(z.transpose(0, 1).flatten(1)))
-            self.queued += self.started * b * distributed.processes()
         return torch.stack([sinkhorn(s, self.epsilon, self.sinkhorn_iterations, counted)[:b] for s in scores])
 
     def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
@@ -166,11 +165,12 @@ class SwAV(Method):
         # Under autocast the scores would be rounded to bf16: an error of up to 0.004 / epsilon.
         with torch.autocast(z.device.type, enabled=False):
             scores = self.prototypes(z)
-            codes = self._codes(z[:a], scores[:a])
+            codes = self._codes(scores[:a])
             loss = swapped_prediction(scores, codes, self.temperature)
         # 1 when every image belongs to all prototypes alike: codes that say nothing, a loss of ln K.
         entropy = torch.special.entr(codes).sum(2).mean() / math.log(codes.shape[2])
-        return Output(loss, {"spread": spread(z[0]), "code_entropy": entropy})
+        rows = {"z": z[:a].detach().transpose(0, 1).flatten(1)} if self.queue_size else {}
+        return Output(loss, {"spread": spread(z[0]), "code_entropy": entropy}, rows)
 
     def phase(self, epoch: float) -> bool:
         """Whether the prototypes are frozen."""
@@ -181,7 +181,10 @@ class SwAV(Method):
         if phase:
             self.prototypes.weight.grad = None
 
-    def after_step(self, progress: Progress) -> None:
-        """Prototypes have unit length again; the queue begins with the next step."""
+    def after_step(self, progress: Progress, rows: Rows) -> None:
+        """Embeddings are queued, prototypes have unit length again; `started` is for the next step."""
+        if self.queue_size:
+            self.queue.push(rows["z"])
+            self.queued += self.started * len(rows["z"])
         self._normalise_prototypes()
         self.started.copy_(progress.epoch >= self.queue_start_epoch)
