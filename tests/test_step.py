@@ -89,8 +89,9 @@ def test_with_every_optimizer(name: str, optimizer: str, tmp_path: Path) -> None
     compare(tmp_path, name, *f"optimizer={optimizer}".split(), "schedule.warmup_epochs=1")
 
 
-def test_in_micro_batches(tmp_path: Path) -> None:
-    compare(tmp_path, "simclr", "runtime.accumulate=2")
+@pytest.mark.parametrize("name", ["simclr", "moco_symmetric", "swav"])
+def test_in_micro_batches(name: str, tmp_path: Path) -> None:
+    compare(tmp_path, name, "runtime.accumulate=2")
 
 
 def test_another_phase_is_captured_anew(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ class DeepClusterV2(Method):
         return Clustered(self.bank[0, rows], found, previous, rows)
 
     def forward(self, views: Sequence[Float[Tensor, "B C _h _w"]], index: Int[Tensor, " B"]) -> Output:
-        """The mean over heads of the loss of all crops; the first crops' embeddings go into the bank."""
+        """The mean over heads of the loss of all crops."""
         z = nnf.normalize(self.projector(encode_crops(self.encoder, views)).float(), dim=1)
         share = (self.assignments[0] != UNSEEN).float().mean()  # of each head
         losses = []

@@ -139,7 +139,7 @@ class PCL(Method):
         self.clustered = bool(state)
 
     def prepare(self, batch_size: int, micro_batch: int, train_images: int, processes: int) -> list[str]:
-        """Queue, parts of the batch and clusters against the data; room for the assignments."""
+        """Queue, parts of the micro-batch and clusters against the data; room for the assignments."""
         self.queue.check(batch_size, 1, train_images)
         check_splits(self.bn_splits, batch_size, micro_batch, processes)
         ks = self.clusters or [max(2, train_images // images) for images in IMAGES_PER_CLUSTER]
