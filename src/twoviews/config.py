@@ -91,6 +91,7 @@ class Cluster:
     clusters: Sequence[Annotated[int, Range(at_least=2)]]
     split: Literal["train", "memory", "test"]
     seed: Index
+    nredo: Count | None
     temperature: Temperature
 
 
