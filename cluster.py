@@ -45,7 +45,7 @@ def main(cfg, folder: Path) -> int:
     x = subject.features(device, dtype, runtime.channels_last)
     rows, values = {}, {}
     for k in sorted(set(cfg.clusters)):
-        clusters = kmeans(x, k, seed=seed_of(cfg.seed, k), iterations=50, tolerance=1e-4)  # to the end: it is done once
+        clusters = kmeans(x, k, seed=seed_of(cfg.seed, k), nredo=cfg.nredo, iterations=50, tolerance=1e-4)  # to the end
         found = scores(x, clusters, labels=subject.images.labels, previous=None, seed=cfg.seed)
         subject.save(k, clusters, concentration(clusters, cfg.temperature))
         title = f"{printable(run.folder.name)}: {len(x):,} images of {data.name} ({cfg.split}) in {k} clusters"
@@ -53,7 +53,9 @@ def main(cfg, folder: Path) -> int:
         last = ("largest", "smallest", "empty")
         rows[f"k = {k}"] = ", ".join(f"{key} {found[key]:.4g}" for key in sorted(found, key=last.__contains__))
         values[k] = found
-    subject.record({"seed": cfg.seed, "temperature": cfg.temperature, "precision": precision}, values)
+    subject.record(
+        {"seed": cfg.seed, "nredo": cfg.nredo, "temperature": cfg.temperature, "precision": precision}, values
+    )
     afterwards.add(run.folder, {f"{subject.name}/k{k}/{key}": v for k, one in values.items() for key, v in one.items()})
     afterwards.deliver(run.folder, recorded.tracking.mirror, console.say)
     console.table(

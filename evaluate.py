@@ -22,7 +22,7 @@ def main(cfg, folder: Path) -> int:
     console, asked, evaluations = Console(), HydraConfig.get().overrides.task, {}
     data = cache(lambda: load_data(cfg)) if "data" in cfg else None
     for run in named(cfg.run):
-        source = open_source(run, data)
+        source = open_source(run, data, cfg.mean, cfg.std)
         name = run if source.name in evaluations else source.name
         evaluations[name] = evaluate(source, data, cfg, asked, console)
     if len(evaluations) > 1:

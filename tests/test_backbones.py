@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision
 
-from twoviews.backbones import BasicBlock, Bottleneck, ResNet, Timm
+from twoviews.backbones import BasicBlock, Bottleneck, Encoder, ResNet, Timm, left_over, unseen
 from twoviews.errors import BadInput
 
 SHAPES = {
@@ -117,6 +117,8 @@ def test_timm_gives_pooled_features_at_any_size():
         ("resnet10", 32, 0.0, "is not a model of timm .* Did you mean 'resnet1"),
         ("vit_tiny_patch16_224", 8, 0.0, "cannot take 8x8 images"),
         ("vgg11", 32, 0.1, "backbone.drop_path_rate=0.1 is not for vgg11"),
+        ("xcit_nano_12_p16_224", 35, 0.0, "cannot take 35x35 images .*divide"),
+        ("vit_tiny_r_s16_p8_224", 35, 0.0, r"cannot take 35x35 images \(AssertionError\)"),
     ],
 )
 def test_timm_refuses_in_one_sentence(name, size, rate, message):
@@ -129,3 +131,63 @@ def test_a_model_for_one_size_refuses_views_of_another():
     assert encoder(torch.zeros(2, 1, 32, 32)).shape == (2, 192)
     with pytest.raises(BadInput, match=r"24x24 px.*size=null"):
         encoder(torch.zeros(2, 1, 24, 24))
+
+
+def by_pixels(encoder, channels: int, size: int) -> list[int]:
+    """Rows of which no pixel reaches a feature, found by making each of them NaN in turn."""
+    x, rows = torch.zeros(1, channels, size, size), []
+    for row in range(size):
+        x[:, :, row] = torch.nan
+        with torch.no_grad():
+            rows += [] if encoder.eval()(x).isnan().any() else [row]
+        x[:, :, row] = 0
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "missing"),
+    [
+        ("vit_tiny_patch16_224", 35, 3),
+        ("vit_tiny_patch16_224", 32, 0),
+        ("swin_tiny_patch4_window7_224", 33, 1),
+        ("convnext_atto", 39, 3),
+        ("convmixer_768_32", 36, 1),
+        ("resnet10t", 33, 0),
+    ],
+)
+def test_pixels_that_patches_or_strides_leave_over_are_said(name, size, missing):
+    encoder = Timm(1, size, name)
+    rows, columns = unseen(encoder, 1, size)
+    assert rows == columns == by_pixels(encoder.eval(), 1, size) == [*range(size - missing, size)]
+    encoder.train()
+    sentence = left_over(encoder, 1, size)
+    assert encoder.training
+    if missing:
+        assert f"{size}x{size} px, {missing} row(s) and {missing} column(s)" in sentence and name in sentence
+        assert f"images of {size - missing} px have none" in sentence
+        assert left_over(Timm(1, size - missing, name), 1, size - missing) is None
+    else:
+        assert sentence is None
+
+
+def test_gaps_between_patches_are_said():
+    class Sparse(Encoder):
+        recipe = {}
+
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(1, 4, 2, stride=4)
+
+        def forward(self, images):
+            return self.conv(images).mean((2, 3))
+
+    sentence = left_over(Sparse(), 1, 16)
+    assert "8 row(s) and 8 column(s) of pixels are not seen by Sparse" in sentence and "another backbone" in sentence
+
+
+@pytest.mark.parametrize("stem", ["cifar", "strided", "imagenet"])
+def test_resnets_see_every_pixel(stem):
+    for size in range(33, 50, 3):
+        block = "bottleneck" if size % 2 else "basic"
+        encoder = ResNet(1, size, block, [1, 1, 1, 1], width=4, stem=stem, zero_init_residual=True)
+        assert unseen(encoder, 1, size) == ([], [])

@@ -27,7 +27,7 @@ from twoviews.tracking.__main__ import main as tracking
 from twoviews.tracking.sending import aim
 from twoviews.tracking.state import writer_lock
 
-PER_K = ("largest", "smallest", "empty", "nmi", "ari", "accuracy", "purity")
+PER_K = ("largest", "smallest", "empty", "concentration_min", "concentration_max", "nmi", "ari", "accuracy", "purity")
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,24 @@ def test_the_same_again_adds_nothing_and_k_does_not_depend_on_the_others(run: Pa
     assert list(json.loads((run / "clusters.json").read_text())["scores"]) == ["20"]
 
 
+def test_the_starts_of_k_means_are_settings(run: Path, command) -> None:
+    inertia = {}
+    for nredo in (1, 20, "null"):
+        assert command("cluster", f"run={run}", "clusters=[10]", f"nredo={nredo}").code == 0
+        inertia[nredo] = np.load(run / "clusters_10.npz")["distance"].sum()
+        written = json.loads((run / "clusters.json").read_text())
+        assert written["settings"]["nredo"] == (None if nredo == "null" else nredo)
+    assert inertia[20] < inertia[1] and inertia["null"] < inertia[1]
+    found = written["scores"]["10"]
+    phi = np.load(run / "clusters_10.npz")["concentration"] / 0.2
+    assert (found["concentration_min"], found["concentration_max"]) == (
+        pytest.approx(phi.min(), rel=1e-5),
+        pytest.approx(phi.max(), rel=1e-5),
+    )
+    assert {"clusters/k10/concentration_min", "clusters/k10/concentration_max"} < list(read(run))[-1].keys()
+    refused(command("cluster", f"run={run}", "clusters=[10]", "nredo=0"), "nredo=0", "at least 1")
+
+
 def test_another_split_leaves_the_first_alone(run: Path, command) -> None:
     assert command("cluster", f"run={run}", "clusters=[5]").code == 0
     before = (run / "clusters.json").read_bytes()
@@ -121,7 +139,7 @@ def test_other_pictures_without_labels(run: Path, command, tmp_path: Path) -> No
     done = command("cluster", f"run={run}", "clusters=[4]", *other, "data.channels=1")
     assert done.code == 0, done.err
     written = json.loads((run / "clusters_my_photos.json").read_text())
-    assert written["scores"]["4"].keys() == {"largest", "smallest", "empty", "silhouette"}
+    assert written["scores"]["4"].keys() == {*PER_K[:5], "silhouette"}
     saved = np.load(run / "clusters_my_photos_4.npz")
     assert [Path(path).name for path in saved["paths"]] == [f"{number:02}.png" for number in range(40)]
     assert "clusters_my_photos/k4/silhouette" in list(read(run))[-1]

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from twoviews.assembly import make_parts, make_views
 from twoviews.config import build, check, digest
 from twoviews.data.images import ImageData, Images
+from twoviews.errors import BadInput
 
 CONF = ROOT / "conf"
 
@@ -51,6 +52,24 @@ def test_every_experiment_builds(experiment: str) -> None:
     cifar = images(50_000, 3, 32, 10)
     parts = make_parts(cfg, cifar, make_views(cfg, cifar), build(cfg.runtime), torch.device("cpu"))
     assert len(parts.loader) == 50_000 // cfg.batch_size
+
+
+def test_pixels_that_a_backbone_leaves_over_are_said_for_each_size_of_views() -> None:
+    cfg = composed(
+        "method=swav", "data=cifar10", "backbone=timm", "backbone.name=convmixer_768_32", "augmentation=multicrop"
+    )
+    black = images(2_000, 3, 66, 10)
+    parts = make_parts(cfg, black, make_views(cfg, black), build(cfg.runtime), torch.device("cpu"))
+    said = [note for note in parts.notes if "not seen by convmixer_768_32" in note]
+    sizes = {66, *parts.views.sizes}
+    assert len(sizes) > 1
+    assert {size for size in sizes if any(f"{size}x{size} px" in note for note in said)} == {
+        size for size in sizes if size % 7
+    }
+    assert any("66x66 px, 3 row(s) and 3 column(s)" in note and "63 px have none" in note for note in said)
+    cfg = composed("method=swav", "data=cifar10", "backbone=timm", "augmentation=multicrop")  # a vision transformer
+    with pytest.raises(BadInput, match="cannot take views of"):
+        make_parts(cfg, black, make_views(cfg, black), build(cfg.runtime), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("method", options("method"))

@@ -144,6 +144,17 @@ def test_a_network_of_torchvision_on_images_of_the_command_line(command) -> None
     assert done.code == 0, done.err
     found = json.loads(next(Path("outputs").glob("evaluation-*/evaluation.json")).read_text())
     assert found["data"]["test"] == 24 and found["knn/top1"] > 50
+    assert "images are normalised with mean=[" in done.out and "those of images; mean= and std= set others" in done.out
+    other = ("run=timm:vit_tiny_patch16_224", "mean=[0.5,0.5,0.5]", "std=[0.1,0.2,0.3]")
+    small = ("data=folder", "data.root=images", "data.cache=c", "data.workers=0", "data.size=35")
+    done = command("evaluate", *other, *small, "protocol=knn_small", "runtime.device=cpu")
+    assert done.code == 0, done.err
+    assert "mean=[0.5,0.5,0.5] and std=[0.1,0.2,0.3], of the command" in done.out
+    assert "3 row(s) and 3 column(s) of pixels are not seen by vit_tiny_patch16_224" in done.out
+    found = json.loads(next(Path("outputs").glob("evaluation-timm-*/evaluation.json")).read_text())
+    assert (found["mean"], found["std"]) == ([0.5, 0.5, 0.5], [0.1, 0.2, 0.3])
+    refused(command("evaluate", *other[:1], *small, "mean=[120,120,120]", "std=[0.1,0.2,0.3]"), "mean=", "at most 1")
+    refused(command("evaluate", *other[:1], *small, "mean=[0.5,0.5,0.5]", "std=[0,1,1]"), "std=", "above 0")
     refused(command("evaluate", "run=torchvision:resnet18"), "data=")
     refused(command("evaluate", "run=torchvision:resnet81", *images), "resnet18")
     refused(command("evaluate", "run=x", "data=digits"), "recipe of train.py")

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from twoviews import distributed
-from twoviews.backbones import Encoder, ResNet
+from twoviews.backbones import Encoder, ResNet, left_over
 from twoviews.clusters.kmeans import Clustered
 from twoviews.clusters.scores import scores
 from twoviews.code import code_state
@@ -96,6 +96,8 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
     runtime.configure(device)
     torch.manual_seed(seed_of(cfg.seed, "initialisation"))
     encoder = build(cfg.backbone, channels=data.channels, image_size=data.size)
+    sizes = sorted({data.size, *views.sizes})
+    unseen = [note for size in sizes if (note := left_over(encoder, data.channels, size))]
     extra: dict[str, Any] = {}
     if "labels" in signature(cfg.method._target_):
         if data.train.labels is None:
@@ -149,7 +151,7 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
         optimizer=optimizer,
         schedule=build(cfg.schedule),
         protocols=protocols,
-        notes=[*notes, *(note for one in protocols.values() for note in one.notes(data))],
+        notes=[*unseen, *notes, *(note for one in protocols.values() for note in one.notes(data))],
     )
 
 

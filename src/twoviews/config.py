@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from twoviews import foreign
 from twoviews.errors import BadInput, nearest, without_secrets
-from twoviews.ranges import Count, Index, Range, Temperature
+from twoviews.ranges import Count, Fraction, Index, Range, Temperature
 from twoviews.signatures import BUILDS, Parameter, buildable, complaint, signature
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +81,8 @@ class Evaluate:
     feature: Literal["backbone", "projection"]
     images: str | None
     format: Literal["torchvision", "timm", "safetensors", "onnx"]
+    mean: Sequence[Fraction] | None
+    std: Sequence[Annotated[float, Range(above=0, at_most=1)]] | None
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Cluster:
     clusters: Sequence[Annotated[int, Range(at_least=2)]]
     split: Literal["train", "memory", "test"]
     seed: Index
+    nredo: Count | None
     temperature: Temperature
 
 

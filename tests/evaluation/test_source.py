@@ -21,7 +21,8 @@ from twoviews.config import build, digest
 from twoviews.data.sources import digits
 from twoviews.errors import BadInput
 from twoviews.evaluation import names
-from twoviews.evaluation.source import open_source, tensors
+from twoviews.evaluation.source import open_source
+from twoviews.evaluation.weights import tensors
 from twoviews.run import Run
 from twoviews.tracking import run_id, send
 from twoviews.tracking.sending import aim
@@ -138,6 +139,102 @@ def test_bottlenecks_and_other_widths(tmp_path: Path) -> None:
         found.fed(colour())
 
 
+# several encoders in one file
+
+PAIRS = {  # (prefix and name of one, of the other): which is used, and why
+    ("student.module.backbone.", "student", "teacher.backbone.", "teacher"): ("teacher", "as DINO evaluates it"),
+    ("student_backbone.", "student_backbone", "teacher_backbone.", "teacher_backbone"): ("teacher_backbone", "as DINO"),
+    ("module.encoder_q.", "encoder_q", "module.encoder_k.", "encoder_k"): ("encoder_q", "learns from gradients"),
+    ("online_encoder.net.", "online_encoder", "target_encoder.net.", "target_encoder"): ("online_encoder", "learns"),
+    ("backbone.", "backbone", "momentum_backbone.", "momentum_backbone"): ("backbone", "learns"),
+    ("model.", "model", "model_ema.", "model_ema"): ("model", "learns"),
+    ("", "", "ema.", "ema"): ("", "learns"),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair[3])
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_several_encoders_it_says_which_is_used_and_takes_either(tmp_path: Path, pair, turned: bool) -> None:
+    used, why = PAIRS[pair]
+    weights = {"weights": (first := theirs().state_dict()), "others": {key: value + 1 for key, value in first.items()}}
+    prefixes = {pair[1]: (pair[0], "weights"), pair[3]: (pair[2], "others")}
+    content = [
+        (p + key, value) for p, of in prefixes.values() for key, value in weights[of].items() if "fc." not in key
+    ]
+    torch.save(dict(reversed(content) if turned else content), tmp_path / "pair.pth")
+    found = {name: open_source(f"pair.pth:{name}", colour) for name in prefixes}
+    found["default"] = open_source("pair.pth", colour)
+    for name, source in found.items():
+        _, of = prefixes[used if name == "default" else name]
+        assert torch.equal(source.encoder.state_dict()["layer1.0.conv1.weight"], weights[of]["layer1.0.conv1.weight"])
+        assert "holds 2 encoders" in source.notes[0]
+    (other,) = prefixes.keys() - {used}
+    assert why in found["default"].notes[0] and f"Evaluated is {used}" in found["default"].notes[0]
+    assert f"run=pair.pth:{other} is another" in found["default"].notes[0]
+    assert "as the command says" in found[other].notes[0]
+    folders = {source.folder for source in found.values()}
+    assert len(folders) == (2 if "" in prefixes else 3)  # results of one do not replace those of another
+    with pytest.raises(BadInput, match=r"run=pair.pth:nobody: pair.pth holds no encoder nobody, but these: "):
+        open_source("pair.pth:nobody", colour)
+
+
+def test_one_of_two_equals_has_to_be_named(tmp_path: Path) -> None:
+    torch.save({"a": (weights := theirs().state_dict()), "b": weights}, tmp_path / "two.pt")
+    with pytest.raises(BadInput, match=r"holds 2 ResNets \(a, b\); choose one: run=two.pt:a or run=two.pt:b\."):
+        open_source("two.pt", colour)
+    assert "Evaluated is b, as the command says" in open_source("two.pt:b", colour).notes[0]
+    with pytest.raises(BadInput, match=r"there is no such file. Did you mean 'two.pt'\?"):
+        open_source("tow.pt:a", colour)
+
+
+def test_the_key_encoder_of_a_run(trained: Path) -> None:
+    last = open_source(f"{trained}/last.pt")
+    assert "Evaluated is encoder, which learns from gradients; run=" in last.notes[0] and "key_encoder" in last.notes[0]
+    weights = {name: value + 1 for name, value in tensors(trained / "last.pt").items() if value.is_floating_point()}
+    kept = torch.load(trained / "last.pt", weights_only=True)
+    keys = {name: value for name, value in kept["method"].items() if name.startswith("key_encoder.")}
+    moved = {name: weights[f"method.{name}"] for name in keys if f"method.{name}" in weights}
+    folder = shutil.copytree(trained, trained.parent / "moved")
+    torch.save({**kept, "method": {**kept["method"], **moved}}, folder / "last.pt")
+    key, query = open_source(f"{folder}/last.pt:key_encoder"), open_source(f"{folder}/last.pt")
+    assert same(query.encoder, last.encoder)
+    for name, value in query.encoder.state_dict().items():
+        assert torch.equal(key.encoder.state_dict()[name], value + 1 if value.is_floating_point() else value), name
+    with pytest.raises(BadInput, match="holds one encoder"):
+        open_source(f"{trained}/encoder.safetensors:key_encoder", digits)
+
+
+# mean and standard deviation
+
+
+def test_mean_and_std_are_said_and_can_be_set(tmp_path: Path, trained: Path) -> None:
+    torch.save(theirs().state_dict(), tmp_path / "plain.pt")
+    place = tmp_path / "hub" / "hub" / "checkpoints"
+    place.mkdir(parents=True)
+    torch.save(theirs(depths=(2, 2, 2, 2)).state_dict(), place / "resnet18-f37072fd.pth")
+    shown = ",".join(f"{value:.4g}" for value in colour().mean)
+    own = f"mean=[{shown}] and std="
+    for name, said in {
+        "plain.pt": own,
+        "torchvision:resnet18": own,
+        "timm:resnet10t": own,
+        "torchvision:resnet18:pretrained": "mean=[0.485,0.456,0.406] and std=[0.229,0.224,0.225], which belong to these",
+    }.items():
+        assert said in open_source(name, colour).notes[-1]
+        mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+        source = open_source(name, colour, mean=mean, std=std)
+        assert "mean=[0.1,0.2,0.3] and std=[0.4,0.5,0.6], of the command" in source.notes[-1]
+        assert (source.fed(colour()).mean, source.fed(colour()).std) == (tuple(mean), tuple(std))
+        with pytest.raises(BadInput, match=r"mean=\[0.5\] and std=\[0.5\] need 3 number\(s\) each"):
+            open_source(name, colour, mean=[0.5], std=[0.5])
+        with pytest.raises(BadInput, match="mean= and std= belong together"):
+            open_source(name, colour, mean=mean)
+    assert "encoder.json" in open_source(f"{trained}/encoder.safetensors", digits).notes[-1]
+    assert not open_source(str(trained)).notes
+    with pytest.raises(BadInput, match="knows those that it was trained with"):
+        open_source(str(trained), mean=[0.5], std=[0.5])
+
+
 # files that are refused
 
 
@@ -191,7 +288,6 @@ REFUSED = {
     "module.pt": (theirs, "ResNet"),
     "other.pt": (lambda: torch.nn.Linear(2, 2).state_dict(), "no ResNet with torchvision's names"),
     "tensor.pt": (lambda: torch.zeros(3), "no ResNet"),
-    "two.pt": (lambda: {"a": (weights := theirs().state_dict()), "b": weights}, "2 ResNets"),
     "next.pt": (lambda: torchvision.models.resnext50_32x4d(weights=None).state_dict(), "no plain ResNet"),
     "short.pt": (
         lambda: {key: value for key, value in theirs().state_dict().items() if key != "layer2.0.conv2.weight"},

@@ -123,3 +123,17 @@ def test_more_clusters_than_an_epoch_has_images():
     method.clusters = [33]
     with pytest.raises(BadInput, match=r"clusters=\[33\] .* use at most 32"):
         method.prepare(8, 8, 39, 1)
+
+
+@pytest.mark.parametrize("nredo", [1, 4])
+def test_starts_of_k_means_can_be_set(nredo):
+    method = prepared(nredo=nredo)
+    method.before_epoch(0, embeddings, seed=3)
+    x, same = nnf.normalize(embeddings(None), dim=1), []
+    for head, k in enumerate((5, 7, 5)):
+        wanted, other = (
+            kmeans(x, k, seed=seed_of(3, head, k), spherical=True, nredo=starts) for starts in (nredo, 5 - nredo)
+        )
+        assert torch.equal(method.get_buffer(f"centroids{head}"), wanted.centroids)
+        same.append(torch.equal(wanted.centroids, other.centroids))
+    assert not all(same)

@@ -235,3 +235,31 @@ def test_numbers_of_clusters_follow_the_data():
 def test_refusals(options, message):
     with pytest.raises(BadInput, match=message):
         small(**options).prepare(4, 4, IMAGES, 1)
+
+
+def test_copies_of_images_leave_the_loss_finite():
+    """Two thirds of the images are copies of four; their clusters do not extend, and the others do."""
+
+    def copies(module) -> torch.Tensor:
+        return torch.cat([embeddings(module)[:4].repeat(10, 1), embeddings(module)[40:]])
+
+    method = prepared(clusters=[6, 12])
+    clustered = method.before_epoch(0, copies, seed=3)
+    assert any((found.distance < 1e-10).sum() > 30 for found in clustered.clusters.values())
+    for part in method.prototypes:
+        assert part.phi.min() >= 0.2 / 10 and part.phi.mean().item() == pytest.approx(0.2, rel=1e-5)
+    loss = method(views(), torch.tensor([0, 1, 45, 50])).metrics["prototype_loss"].item()
+    assert 0 <= loss < 2 / (0.2 / 10) + math.log(12)
+
+
+@pytest.mark.parametrize("nredo", [1, 4])
+def test_starts_of_k_means_can_be_set(nredo):
+    method = prepared(nredo=nredo)
+    method.before_epoch(0, embeddings, seed=3)
+    x = nnf.normalize(embeddings(method.key_encoder), dim=1)
+    for part in method.prototypes:
+        assert torch.equal(part.centroids, kmeans(x, part.k, seed=seed_of(3, part.k), nredo=nredo).centroids)
+    assert any(
+        not torch.equal(part.centroids, kmeans(x, part.k, seed=seed_of(3, part.k), nredo=5 - nredo).centroids)
+        for part in method.prototypes
+    )

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from twoviews.clusters.kmeans import Clusters
+from twoviews.clusters.kmeans import Clusters, concentration
 from twoviews.randomness import generator
 
 SAMPLE = 2_000  # points whose silhouette is taken; the mean of so many is within 0.02 of that of all
@@ -25,7 +25,9 @@ def scores(
 ) -> dict[str, float]:
     """Numbers worth logging of one clustering of `x`.
 
-    Always: `largest` and `smallest` (points of those clusters that have any) and `empty` (clusters without points).
+    Always: `largest` and `smallest` (points of those clusters that have any), `empty` (clusters without points), and
+    `concentration_min` and `concentration_max` (of PCL's concentrations, in units of their mean, the temperature: from
+    1 / CONCENTRATION_RATIO to CONCENTRATION_RATIO).
     With labels, in percent: `nmi` (normalised by the arithmetic mean of the entropies), `ari` (0 by chance), `purity`
     (points that have the most frequent label of their cluster) and `accuracy` (points that have the label which a
     one-to-one matching gives their cluster: the best matching, found by the Hungarian algorithm; with more clusters than
@@ -41,11 +43,13 @@ def scores(
         seed: of the sample.
     """
     assignment, sizes = clusters.assignment.cpu(), clusters.sizes.cpu()
-    filled = sizes[sizes > 0]
+    filled, phi = sizes[sizes > 0], concentration(clusters, 1.0).cpu()
     found = {
         "largest": float(filled.max()),
         "smallest": float(filled.min()),
         "empty": float(len(sizes) - len(filled)),
+        "concentration_min": float(phi.min()),
+        "concentration_max": float(phi.max()),
     }
     if labels is not None:
         labels = labels.cpu()

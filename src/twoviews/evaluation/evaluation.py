@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from twoviews.assembly import load_data
-from twoviews.backbones import Encoder
+from twoviews.backbones import Encoder, left_over
 from twoviews.config import build, digest, flat, recorded_runtime, said
 from twoviews.console import Console
 from twoviews.data.images import ImageData
@@ -74,7 +74,8 @@ def evaluate(
     runtime.configure_evaluation(device)
     precision = format_name(dtype := runtime.evaluation_dtype(device))
     data = source.fed(given() if given else load_data(recorded)).to(device)
-    for note in (*source.notes, *notes, *data.notes):
+    unseen = left_over(source.encoder, source.channels, source.image_size)
+    for note in (*source.notes, *([unseen] if unseen else []), *notes, *data.notes):
         console.say(note)
     for sentence in slower(runtime.device, device):
         console.say_once(sentence)
@@ -97,6 +98,8 @@ def evaluate(
             "changes the last digits."
         )
     how = {"data": about, "protocol": plain, "precision": precision, "step": result.get("step")}
+    if source.statistics is not None:  # a run's are in its encoder.json
+        how |= {"mean": list(source.mean), "std": list(source.std)}
     folder = source.folder / FOLDER / prefix / f"{'+'.join(judges)}-{digest(how)}"
     folder.mkdir(parents=True, exist_ok=True)
     judged = Judged(encoder.to(device), data, device, dtype, runtime.channels_last, folder=folder)

@@ -1,8 +1,7 @@
 """What `run=` may be: a run, a file of weights, or a network of torchvision or timm; each an encoder and how to feed it."""
 
 import re
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from twoviews.backbones import Encoder, Timm
-from twoviews.config import build, digest, flat
+from twoviews.config import build, digest
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput, nearest, printable
 from twoviews.evaluation.names import by_name
+from twoviews.evaluation.weights import SUFFIXES, of_run, resnet, split, tensors
 from twoviews.randomness import seed_of
 from twoviews.run import Run, load_encoder
 
@@ -26,12 +26,6 @@ RESNETS = {
     "resnet101": ("bottleneck", [3, 4, 23, 3]),
     "resnet152": ("bottleneck", [3, 8, 36, 3]),
 }
-WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors", ".tar")  # what files of weights are called
-FIRST_BLOCK = "layer1.0.conv1.weight"  # the parameter that a ResNet is found by, whatever stands before its name
-FOLLOWERS = re.compile(
-    r"encoder_k|key_encoder|momentum|target|teacher|ema|slow"
-)  # networks that learn nothing themselves
-
 Statistics = tuple[float, ...]
 
 
@@ -47,6 +41,7 @@ class Source:
     image_size: int  # px, side of the square that the encoder is fed
     mean: Statistics  # per channel, of pixels in [0, 1]
     std: Statistics
+    statistics: str | None = None  # where mean and std come from; None: encoder.json of the run, which knows them
     notes: tuple[str, ...] = ()  # sentences that the user should read
 
     def fed(self, data: ImageData) -> ImageData:
@@ -63,17 +58,49 @@ class Source:
         return replace(data, size=self.image_size, mean=self.mean, std=self.std)
 
 
-def open_source(run: str, data: Callable[[], ImageData] | None = None) -> Source:
+def open_source(
+    run: str,
+    data: Callable[[], ImageData] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Source:
     """The encoder that `run=` names.
 
     Args:
         run: a run folder, "latest", MLflow's id of a run, a file of weights, or "torchvision:<name>" or "timm:<name>",
-            with random weights or, with ":pretrained" behind, those that lie on this machine.
+            with random weights or, with ":pretrained" behind, those that lie on this machine. Behind a file of several
+            encoders, such as a student and its teacher, ":<name>" chooses one.
         data: loads the images of the command line, called once that much is known to be right; None: there are none.
+        mean: per channel, of pixels in [0, 1], for an encoder that is not a run's; None: those that belong to its weights,
+            or where that is not known those of the images.
+        std: as `mean`.
 
     Raises:
-        BadInput: there is no such thing, it is damaged or could run code, or it is no run and `data` is missing.
+        BadInput: there is no such thing, it is damaged or could run code, or it is no run and `data` is missing; or `mean`
+            and `std` are not for it.
     """
+    source = _opened(run, data)
+    if (mean is None) != (std is None):
+        raise BadInput("mean= and std= belong together; give both, one number a channel, or none.")
+    if mean is not None and std is not None:
+        if source.statistics is None:
+            raise BadInput(
+                f"mean= and std= are for other encoders; the run {run} knows those that it was trained with."
+            )
+        if {len(mean), len(std)} != {source.channels}:
+            raise BadInput(
+                f"mean={list(mean)} and std={list(std)} need {source.channels} number(s) each, as {source.name} takes images "
+                f"of {source.channels} channel(s)."
+            )
+        source = replace(source, mean=tuple(mean), std=tuple(std), statistics="of the command")
+    if source.statistics is None:
+        return source
+    numbers = (f"[{','.join(f'{value:.4g}' for value in values)}]" for values in (source.mean, source.std))
+    fed = "images are normalised with mean={} and std={}".format(*numbers)
+    return replace(source, notes=(*source.notes, f"{fed}, {source.statistics}; mean= and std= set others."))
+
+
+def _opened(run: str, data: Callable[[], ImageData] | None) -> Source:
     library, colon, name = run.partition(":")
     if colon and library in ("torchvision", "timm"):
         name, _, pretrained = name.partition(":")
@@ -82,13 +109,13 @@ def open_source(run: str, data: Callable[[], ImageData] | None = None) -> Source
                 f"run={run}: what follows the name can only be :pretrained, run={library}:{name}:pretrained."
             )
         return (_torchvision if library == "torchvision" else _timm)(name, bool(pretrained), data)
-    path = Path(run).expanduser()
+    path, chosen = split(run)
     if path.is_file():
-        return _file(path, data)
+        return _file(path, data, chosen)
     if (place := by_name(run)) is not None:
         path = place
     elif not path.exists():
-        if path.suffix in WEIGHTS:
+        if path.suffix in SUFFIXES:
             there = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
             raise BadInput(f"run={run}: there is no such file.{nearest(path.name, there)}")
         if close := nearest(library, ("torchvision", "timm")) if colon else "":
@@ -103,90 +130,29 @@ def open_source(run: str, data: Callable[[], ImageData] | None = None) -> Source
     )
 
 
-def tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file of weights by its dotted name, however nested; nothing that is in the file is run.
-
-    Raises:
-        BadInput: it is no such file, or holds what could run code.
-    """
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings(action="ignore"):  # about unusual versions of pickle
-            content = flat(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # of many kinds; nothing in the file can have done more than fail to be read
-        if isinstance(error, OSError) and error.errno:
-            raise
-        found = re.search(r"(?:GLOBAL|global|class) ([\w.]+\.[\w.]+)", str(error))
-        what = f"holds {found[1]}, and reading that could run code" if found else "cannot be read as weights alone"
-        raise BadInput(
-            f"{path} {what}, so it is refused; ask for a file of weights alone, as torch.save(model.state_dict(), …) "
-            "or safetensors write it."
-        ) from None
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
-
-
 # ------------------------------------------------------------------------------------------------------ files of weights
 
 
-def _file(path: Path, data: Callable[[], ImageData] | None) -> Source:
+def _file(path: Path, data: Callable[[], ImageData] | None, chosen: str | None) -> Source:
     """Weights from anywhere; those in a run folder are built as its config.yaml says."""
     if path.suffix == ".safetensors" and path.with_name("encoder.json").exists():
+        if chosen is not None:
+            raise BadInput(f"run={path}:{chosen}: {path.name} holds one encoder; use run={path}.")
         encoder, description = load_encoder(path)
         _needed(path, data)
-        return Source(encoder, **_elsewhere(path), **_feeding(description))
+        return Source(encoder, **_elsewhere(path), **_feeding(description), statistics="of encoder.json beside it")
     weights = tensors(path)
-    ours = {name: value for name, value in weights.items() if name.startswith("method.encoder.")}
-    if ours and path.with_name("config.yaml").exists():
+    if any(name.startswith("method.encoder.") for name in weights) and path.with_name("config.yaml").exists():
         config = Run.existing(path.parent).config()
         images = data() if data else build(DictConfig(config["data"]))
         encoder = build(DictConfig(config["backbone"]), channels=images.channels, image_size=images.size)
-        _fill(encoder, {name.removeprefix("method.encoder."): value for name, value in ours.items()}, path)
-        own = {**_elsewhere(path), "config": config}
-        return Source(encoder, **own, channels=images.channels, **_like(images))
-    own, recipe, channels, notes = _resnet(weights, path)
+        own, notes = of_run(weights, list(encoder.state_dict()), path, chosen)
+        _fill(encoder, own, path)
+        place = {**_elsewhere(path, chosen), "config": config}
+        return Source(encoder, **place, channels=images.channels, **_like(images), notes=tuple(notes))
+    own, recipe, channels, notes = resnet(weights, path, chosen)
     images = _needed(path, data)()
-    return _network(recipe, channels, images, own, _elsewhere(path), notes)
-
-
-def _resnet(weights: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[str, Any], int, tuple[str, ...]]:
-    """A ResNet with torchvision's names among these weights: its own, how to build it, its channels, and notes."""
-    prefixes = [name.removesuffix(FIRST_BLOCK) for name in weights if name.endswith(FIRST_BLOCK)]
-    leaders = [prefix for prefix in prefixes if not FOLLOWERS.search(prefix)] or prefixes
-    if not leaders:
-        raise BadInput(
-            f"{path} holds no ResNet with torchvision's names (no {FIRST_BLOCK} among its {len(weights)} tensors); "
-            "only those can be recognised without the code that made them."
-        )
-    if len(leaders) > 1:
-        raise BadInput(f"{path} holds {len(leaders)} ResNets ({', '.join(leaders)}); save the one to judge alone.")
-    own = {name.removeprefix(leaders[0]): value for name, value in weights.items() if name.startswith(leaders[0])}
-    stem = own.get("conv1.weight", torch.empty(0))
-    side = stem.shape[-1] if stem.ndim == 4 else 0
-    if side not in (3, 7):
-        raise BadInput(f"{path}: the ResNet begins with no 3x3 or 7x7 convolution conv1, so its stem is not known.")
-    stages, depths = 0, []
-    while depth := len({name.split(".")[1] for name in own if name.startswith(f"layer{stages + 1}.")}):
-        stages, depths = stages + 1, [*depths, depth]
-    recipe = {
-        "_target_": "twoviews.backbones.ResNet",
-        "block": "bottleneck" if "layer1.0.conv3.weight" in own else "basic",
-        "depths": depths,
-        "width": stem.shape[0],
-        "stem": "imagenet" if side == 7 else "cifar",
-    }
-    inner = {name: value for name, value in own.items() if re.match(r"(conv1|bn1|layer\d+)\.", name)}
-    note = f"{path.name}: ResNet with {'-'.join(map(str, depths))} {recipe['block']} blocks of width {stem.shape[0]}"
-    if side == 3:
-        return (
-            inner,
-            recipe,
-            stem.shape[1],
-            (f"{note}; its conv1 is 3x3, so stride 1 and no max-pool are taken for granted.",),
-        )
-    return inner, recipe, stem.shape[1], (f"{note} and ImageNet's stem.",)
+    return _network(recipe, channels, images, own, _elsewhere(path, chosen), notes)
 
 
 def _network(
@@ -256,9 +222,14 @@ def _torchvision(name: str, pretrained: bool, data: Callable[[], ImageData] | No
     if found is None:
         best, path = next(iter(known.items()))
         raise _absent(run, path, best.url)
-    weights, _, channels, notes = _resnet(tensors(known[found]), known[found])
+    weights, _, channels, notes = resnet(tensors(known[found]), known[found])
     transform = found.transforms()
-    facts = {"image_size": transform.crop_size[0], "mean": tuple(transform.mean), "std": tuple(transform.std)}
+    facts = {
+        "image_size": transform.crop_size[0],
+        "mean": tuple(transform.mean),
+        "std": tuple(transform.std),
+        "statistics": "which belong to these weights",
+    }
     images = _needed(run, data)()
     return _network(recipe, channels, images, weights, _elsewhere(f"torchvision-{name}-pretrained"), notes, facts)
 
@@ -293,7 +264,13 @@ def _timm(name: str, pretrained: bool, data: Callable[[], ImageData] | None) -> 
     encoder = Timm(channels, size, name)
     weights, wanted = tensors(path), encoder.model.state_dict()
     _fill(encoder.model, {key: value for key, value in weights.items() if key in wanted}, path)
-    facts = {"channels": channels, "image_size": size, "mean": tuple(cfg.mean), "std": tuple(cfg.std)}
+    facts = {
+        "channels": channels,
+        "image_size": size,
+        "mean": tuple(cfg.mean),
+        "std": tuple(cfg.std),
+        "statistics": "which belong to these weights",
+    }
     return Source(encoder, **_elsewhere(f"timm-{name}-pretrained"), **facts)
 
 
@@ -329,20 +306,21 @@ def _needed(run: Path | str, data: Callable[[], ImageData] | None) -> Callable[[
     return data
 
 
-def _elsewhere(origin: Path | str) -> dict[str, Any]:
-    """Name, folder and configuration of what is no run."""
+def _elsewhere(origin: Path | str, chosen: str | None = None) -> dict[str, Any]:
+    """Name, folder and configuration of what is no run; `chosen` is one of several encoders in a file."""
     name = folder = re.sub(r"[^\w.-]", "_", str(origin))
     if isinstance(origin, Path):  # many files are called last.pt: the folder's name tells most of them apart
         path = origin.resolve()
-        stem = re.sub(rf"({'|'.join(map(re.escape, WEIGHTS))})+$", "", path.name)
-        name = re.sub(r"[^\w.-]", "_", "-".join(filter(None, (path.parent.name, stem))))
+        stem = re.sub(rf"({'|'.join(map(re.escape, SUFFIXES))})+$", "", path.name)
+        name = re.sub(r"[^\w.-]", "_", "-".join(filter(None, (path.parent.name, stem, chosen))))
         folder = f"{name}-{digest({'path': str(path)})}"
     return {"name": name, "folder": Path("outputs") / f"evaluation-{folder}", "config": None}
 
 
 def _like(images: ImageData) -> dict[str, Any]:
     """Size and statistics of the images themselves."""
-    return {"image_size": images.size, "mean": images.mean, "std": images.std}
+    statistics = f"those of {images.name}"
+    return {"image_size": images.size, "mean": images.mean, "std": images.std, "statistics": statistics}
 
 
 def _feeding(description: dict[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class DeepClusterV2(Method):
         temperature: T.
         clusters: K of each head, whose prototypes are the centroids of a spherical k-means of its own; None: three heads
             with a cluster for 100 training images.
+        nredo: starts of each k-means, of which the best is kept; None: ten up to k = 8, and one from k = 41 on.
     """
 
     views = None
@@ -66,9 +67,10 @@ class DeepClusterV2(Method):
         embed_dim: Count,
         temperature: Temperature,
         clusters: list[Count] | None,
+        nredo: Count | None = None,
     ):
         super().__init__()
-        self.embed_dim, self.temperature, self.clusters = embed_dim, temperature, clusters
+        self.embed_dim, self.temperature, self.clusters, self.nredo = embed_dim, temperature, clusters, nredo
         self.encoder = encoder
         self.projector = mlp([encoder.out_dim, hidden_dim, embed_dim])
 
@@ -102,6 +104,7 @@ class DeepClusterV2(Method):
                 seed=seed_of(seed, head, k),
                 start=centroids if epoch > 0 else None,
                 spherical=True,
+                nredo=self.nredo,
             )
             if epoch > 0:
                 previous[name] = self.assignments[head, rows]

@@ -98,6 +98,7 @@ class PCL(Method):
         mask_same_cluster: leave out the prototypes of images in an image's own cluster, which are false negatives; the
             original keeps them.
         warmup_epochs: epochs of InfoNCE alone.
+        nredo: starts of each k-means, of which the best is kept; None: ten up to k = 8, and one from k = 41 on.
     """
 
     within_batch = "prototypes of other images"
@@ -115,11 +116,12 @@ class PCL(Method):
         negative_prototypes: Count | None,
         mask_same_cluster: bool,
         warmup_epochs: int,
+        nredo: Count | None = None,
     ):
         super().__init__()
         self.embed_dim, self.momentum, self.temperature, self.bn_splits = embed_dim, momentum, temperature, bn_splits
         self.clusters, self.negative_prototypes = clusters, negative_prototypes
-        self.mask_same_cluster, self.warmup_epochs = mask_same_cluster, warmup_epochs
+        self.mask_same_cluster, self.warmup_epochs, self.nredo = mask_same_cluster, warmup_epochs, nredo
         self.encoder = encoder
         features = encoder.out_dim
         self.projector = mlp([features, features, embed_dim] if mlp_head else [features, embed_dim], norm=False)
@@ -170,7 +172,7 @@ class PCL(Method):
             name = f"k{part.k}"
             if self.clustered:
                 previous[name] = part.assignment.clone()
-            clusters = kmeans(x, part.k, seed=seed_of(seed, part.k), start=previous.get(name))
+            clusters = kmeans(x, part.k, seed=seed_of(seed, part.k), start=previous.get(name), nredo=self.nredo)
             part.assignment.copy_(clusters.assignment)
             part.centroids.copy_(clusters.centroids)
             part.phi.copy_(concentration(clusters, self.temperature))
