@@ -170,9 +170,11 @@ class Recording:
             with contextlib.suppress(OSError):
                 if not self._ended:
                     self.run.write("result.json", result)
-            with contextlib.suppress(OSError):
-                self._close(IMPATIENT_S if stopped else 60)
-            last_line(self.run.folder)
+            try:
+                with contextlib.suppress(OSError):
+                    self._close(IMPATIENT_S if stopped else 60)
+            finally:  # whoever is in a hurry presses Ctrl-C again
+                last_line(self.run.folder)
 
 
 def _finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
