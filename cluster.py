@@ -26,43 +26,47 @@ def main(cfg, folder: Path) -> int:
     from twoviews.tracking import afterwards, page
 
     console, run = Console(), Run.existing(by_name(cfg.run) or cfg.run)
-    afterwards.check(run.folder)
-    recorded = OmegaConf.create(run.config())
-    runtime, notes = recorded_runtime(cfg, run.config(), HydraConfig.get().overrides.task)
-    data = load_data(cfg if "data" in cfg else recorded)
-    for note in (*notes, *data.notes):
-        console.say(note)
-    subject = Subject(run, data, cfg.split, own="data" not in cfg)
-    subject.check(cfg.clusters)
-    if subject.changed:
-        console.say("warning: these are not the images of the run (their digest differs).")
-    device = runtime.torch_device()
-    runtime.configure_evaluation(device)
-    for sentence in slower(runtime.device, device):
-        console.say(sentence)
-    precision = format_name(dtype := runtime.evaluation_dtype(device))
-    console.say(f"features of {len(subject.images):,} images of {data.name}, split {cfg.split}, in {precision}")
-    x = subject.features(device, dtype, runtime.channels_last)
-    rows, values = {}, {}
-    for k in sorted(set(cfg.clusters)):
-        clusters = kmeans(x, k, seed=seed_of(cfg.seed, k), nredo=cfg.nredo, iterations=50, tolerance=1e-4)  # to the end
-        found = scores(x, clusters, labels=subject.images.labels, previous=None, seed=cfg.seed)
-        subject.save(k, clusters, concentration(clusters, cfg.temperature))
-        title = f"{printable(run.folder.name)}: {len(x):,} images of {data.name} ({cfg.split}) in {k} clusters"
-        draw_clusters(run.folder / f"{subject.name}_{k}.png", subject.images, clusters, data.classes, title)
-        last = ("largest", "smallest", "empty")
-        rows[f"k = {k}"] = ", ".join(f"{key} {found[key]:.4g}" for key in sorted(found, key=last.__contains__))
-        values[k] = found
-    subject.record(
-        {"seed": cfg.seed, "nredo": cfg.nredo, "temperature": cfg.temperature, "precision": precision}, values
-    )
-    afterwards.add(run.folder, {f"{subject.name}/k{k}/{key}": v for k, one in values.items() for key, v in one.items()})
-    afterwards.deliver(run.folder, recorded.tracking.mirror, console.say)
-    console.table(
-        f"{run.folder.name}: {len(x):,} images of {data.name} (nmi, ari, accuracy and purity in percent)", rows
-    )
-    console.say(f"MLflow: {page(run.folder)}")
-    console.say(f"written to {run.folder}: {subject.name}.json, and _<k>.npz and _<k>.png for each k")
+    with afterwards.using(run.folder, console.say):
+        recorded = OmegaConf.create(run.config())
+        runtime, notes = recorded_runtime(cfg, run.config(), HydraConfig.get().overrides.task)
+        data = load_data(cfg if "data" in cfg else recorded)
+        for note in (*notes, *data.notes):
+            console.say(note)
+        subject = Subject(run, data, cfg.split, own="data" not in cfg)
+        subject.check(cfg.clusters)
+        if subject.changed:
+            console.say("warning: these are not the images of the run (their digest differs).")
+        device = runtime.torch_device()
+        runtime.configure_evaluation(device)
+        for sentence in slower(runtime.device, device):
+            console.say(sentence)
+        precision = format_name(dtype := runtime.evaluation_dtype(device))
+        console.say(f"features of {len(subject.images):,} images of {data.name}, split {cfg.split}, in {precision}")
+        x = subject.features(device, dtype, runtime.channels_last)
+        rows, values = {}, {}
+        for k in sorted(set(cfg.clusters)):
+            clusters = kmeans(
+                x, k, seed=seed_of(cfg.seed, k), nredo=cfg.nredo, iterations=50, tolerance=1e-4
+            )  # to the end
+            found = scores(x, clusters, labels=subject.images.labels, previous=None, seed=cfg.seed)
+            subject.save(k, clusters, concentration(clusters, cfg.temperature))
+            title = f"{printable(run.folder.name)}: {len(x):,} images of {data.name} ({cfg.split}) in {k} clusters"
+            draw_clusters(run.folder / f"{subject.name}_{k}.png", subject.images, clusters, data.classes, title)
+            last = ("largest", "smallest", "empty")
+            rows[f"k = {k}"] = ", ".join(f"{key} {found[key]:.4g}" for key in sorted(found, key=last.__contains__))
+            values[k] = found
+        subject.record(
+            {"seed": cfg.seed, "nredo": cfg.nredo, "temperature": cfg.temperature, "precision": precision}, values
+        )
+        afterwards.add(
+            run.folder, {f"{subject.name}/k{k}/{key}": v for k, one in values.items() for key, v in one.items()}
+        )
+        afterwards.deliver(run.folder, recorded.tracking.mirror, console.say)
+        console.table(
+            f"{run.folder.name}: {len(x):,} images of {data.name} (nmi, ari, accuracy and purity in percent)", rows
+        )
+        console.say(f"MLflow: {page(run.folder)}")
+        console.say(f"written to {run.folder}: {subject.name}.json, and _<k>.npz and _<k>.png for each k")
     return 0
 
 

@@ -18,13 +18,15 @@ def main(cfg, folder: Path) -> int:
     from twoviews.evaluation.evaluation import evaluate
     from twoviews.evaluation.names import named
     from twoviews.evaluation.source import open_source
+    from twoviews.tracking import afterwards
 
     console, asked, evaluations = Console(), HydraConfig.get().overrides.task, {}
     data = cache(lambda: load_data(cfg)) if "data" in cfg else None
     for run in named(cfg.run):
         source = open_source(run, data, cfg.mean, cfg.std)
         name = run if source.name in evaluations else source.name
-        evaluations[name] = evaluate(source, data, cfg, asked, console)
+        with afterwards.using(source.folder, console.say):
+            evaluations[name] = evaluate(source, data, cfg, asked, console)
     if len(evaluations) > 1:
         compare(evaluations, Path("outputs"), console)
     return 0

@@ -3,18 +3,22 @@
 import json
 import random
 import signal
+import sqlite3
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, SMALL_MOCO, assert_same_weights, start
+from conftest import ROOT, SMALL, SMALL_MOCO, assert_same_weights, refused, start
 from hydra.utils import instantiate
 
 from twoviews.checkpoints import copied
+from twoviews.errors import BadInput
 from twoviews.run import Run
 from twoviews.runtime import StopSignal
 from twoviews.tracking import read
+from twoviews.tracking.state import evaluation_lock, is_written, writer_lock
 
 LONG = ("epochs=12", "tracking=files", "protocol.knn.every_epochs=4")
 
@@ -155,10 +159,129 @@ def test_part_of_a_checkpoint_is_removed(tmp_path: Path, capsys) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"] and not capsys.readouterr().out
 
 
-def test_no_whole_checkpoint_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "last.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="fresh=true"):
-        Run(tmp_path).load(print)
+@pytest.mark.parametrize("names", [("last.pt",), ("last.pt", "previous.pt"), ("previous.pt", "new.pt")])
+def test_no_whole_checkpoint_is_refused_until_fresh(tmp_path: Path, names: tuple[str, ...]) -> None:
+    run = Run(tmp_path / "run")
+    (tmp_path / "run" / "metrics.durable").write_text("80")
+    for name in names:
+        (run.folder / name).write_bytes(f"damaged {name}".encode())
+    for _ in range(3):
+        with pytest.raises(BadInput, match="fresh=true"):
+            run.load(print)
+    aside = run.set_aside()
+    assert aside is not None and run.load(print) is None
+    kept = {path.read_bytes() for path in aside.glob("*.pt")}
+    assert kept == {f"damaged {name}".encode() for name in names}
+
+
+def test_checkpoints_that_are_gone_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.durable").write_text("80")
+    for _ in range(2):
+        with pytest.raises(BadInput, match="are gone"):
+            Run(tmp_path).load(print)
+
+
+def test_damaged_checkpoints_are_kept_one_beside_the_other(tmp_path: Path, capsys) -> None:
+    run = Run(tmp_path)
+    for step in (1, 2):
+        run.save({"step": step})
+        run.save({"step": step})
+        (tmp_path / "last.pt").write_bytes(f"damaged {step}".encode())
+        assert run.load(print) == {"step": step}
+        assert "is damaged" in capsys.readouterr().out
+    assert (tmp_path / "damaged.pt").read_bytes() == b"damaged 1"
+    assert (tmp_path / "damaged.2.pt").read_bytes() == b"damaged 2"
+
+
+TWICE = """
+import os, runpy, signal, sys
+
+where, *sys.argv[:] = sys.argv[1:]
+
+def interrupted(function):
+    def wrapper(self, *given, **named):
+        for _ in range(2 * (not hasattr(self, "position") or self.position.step == 6)):
+            os.kill(os.getpid(), signal.SIGINT)
+        return function(self, *given, **named)
+    return wrapper
+
+from twoviews import loop, recording
+of = {"step": (loop.Training, "_step"), "close": (recording.Recording, "_close")}[where]
+setattr(*of, interrupted(getattr(*of)))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("where", ["step", "close"])
+def test_a_second_ctrl_c_is_no_failure(tmp_path: Path, undisturbed: Path, where: str) -> None:
+    command = [str(ROOT / "train.py"), *SMALL_MOCO, *LONG, f"hydra.run.dir={tmp_path / 'run'}"]
+    assert start(["-c", TWICE, where, *command], tmp_path).wait(300) == 128 + signal.SIGINT
+    error = (tmp_path / "stderr.txt").read_text()
+    assert "Traceback" not in error and "interrupted; the same command goes on" in error
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["state"] == {"step": "interrupted", "close": "finished"}[where]
+    assert (tmp_path / "stdout.txt").read_text().strip().endswith(f"run: {tmp_path / 'run'}")
+    assert train(tmp_path).wait(300) == 0
+    assert_same_weights(undisturbed / "run", tmp_path / "run")
+    same_metrics(undisturbed, tmp_path)
+
+
+def test_a_folder_is_locked_before_anything_in_it_is_touched(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twoviews.tracking.metrics.PATIENCE_S", 0.1)
+    done = command("train", *SMALL_MOCO, "protocol=[]")
+    begin, locked = Run.begin, []
+
+    def noted(self: Run, *given) -> None:
+        locked.append(is_written(self.folder))
+        begin(self, *given)
+
+    monkeypatch.setattr(Run, "begin", noted)
+    assert command("train", *SMALL_MOCO, "protocol=[]", "fresh=true").code == 0
+    assert locked == [True] and not is_written(done.folder)
+    before = sorted(done.folder.parent.iterdir())
+    with evaluation_lock(done.folder):
+        refused(command("train", *SMALL_MOCO, "protocol=[]", "fresh=true"), "evaluate.py or cluster.py is working on")
+    with writer_lock(done.folder):
+        refused(command("train", *SMALL_MOCO, "protocol=[]", "fresh=true"), "another process is training into")
+        refused(command("evaluate", f"run={done.folder}", "protocol=knn"), "is being trained at this moment")
+    assert sorted(done.folder.parent.iterdir()) == before
+
+
+def test_finished_by_another_command_meanwhile(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that waited neither trains nor touches what is there."""
+    done = command("train", *SMALL_MOCO, "protocol=[]")
+    result = (done.folder / "result.json").read_bytes()
+    monkeypatch.setattr("twoviews.recording.finished_already", lambda cfg, folder: False)
+    refused(command("train", *SMALL_MOCO, "protocol=[]"), "another command has just finished the run")
+    assert (done.folder / "result.json").read_bytes() == result
+
+
+def test_an_evaluation_waits_for_another_of_the_same_run(command) -> None:
+    done = command("train", *SMALL_MOCO, "protocol=[]")
+    lock = evaluation_lock(done.folder)
+    assert lock.acquire()
+    timer = threading.Timer(3, lock.remove)
+    timer.start()
+    evaluated = command("evaluate", f"run={done.folder}", "protocol=knn")
+    timer.join()
+    assert evaluated.code == 0 and "waiting for another command that evaluates" in evaluated.out
+
+
+def test_mlflow_is_told_later_that_a_run_is_finished(command, tmp_path: Path) -> None:
+    """As after a kill between result.json and the last update: the same command sends all that is missing."""
+    store = f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"
+    small = [one for one in SMALL_MOCO if one != "tracking=files"]
+    done = command("train", *small, store, "tracking=files")
+    again = command("train", *small, store)
+    assert again.code == 0 and "is finished" in again.out and again.folder == done.folder
+    result = json.loads((done.folder / "result.json").read_text())
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        assert database.execute("select run_uuid, status from runs").fetchall() == [
+            (result["mlflow_run_id"], "FINISHED")
+        ]
+        found = database.execute("select step, key from metrics").fetchall()
+    head = ("step", "epoch", "time")
+    assert sorted(found) == sorted((line["step"], key) for line in read(done.folder) for key in line if key not in head)
 
 
 def test_finished_run_says_so_and_fresh_starts_over(command) -> None:

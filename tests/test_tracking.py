@@ -4,12 +4,15 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,8 +21,8 @@ import yaml
 from twoviews.errors import BadInput
 from twoviews.tracking import Metrics, Mirror, Tracking, page, read, run_id, send, stores
 from twoviews.tracking.__main__ import main
-from twoviews.tracking.sending import aim, unsent
-from twoviews.tracking.state import State
+from twoviews.tracking.sending import RUN_KEY, aim, open_once, unsent
+from twoviews.tracking.state import FolderLock, State
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -155,6 +158,29 @@ def test_two_writers_are_refused(tmp_path, monkeypatch):
     other.kill()
     other.wait()
     Metrics(tmp_path).close()
+
+
+def test_who_waits_while_a_folder_is_set_aside_gets_the_lock_of_the_new_one(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    first, second, third = (FolderLock(folder / "lock") for _ in range(3))
+    assert first.acquire() and not second.acquire()
+    waiting = threading.Thread(target=second.acquire, args=(60,))
+    waiting.start()
+    time.sleep(0.2)
+    folder.rename(tmp_path / "run.1")
+    folder.mkdir()
+    waiting.join(60)
+    assert not third.acquire()
+    second.release()
+    assert third.acquire() and (folder / "lock").exists()
+
+
+def test_a_link_for_a_lock_is_a_sentence(tmp_path):
+    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BadInput, match="delete it"):
+        FolderLock(tmp_path / "lock").acquire()
+    assert not (tmp_path / "elsewhere").exists()
 
 
 # What MLflow has
@@ -368,7 +394,145 @@ def test_eight_processes_on_a_fresh_file(tmp_path):
         assert database.execute("select count(*) from experiments where name = 'sweep'").fetchone() == (1,)
 
 
+KILLED = """
+import os, signal, sys
+from sqlalchemy import Engine, event
+from twoviews.tracking import stores
+
+left = int(sys.argv[2])
+
+@event.listens_for(Engine, "after_cursor_execute")
+def kill(connection, cursor, statement, *_):
+    global left
+    left -= "CREATE TABLE" in statement
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+stores.connect(stores.resolved(sys.argv[1]), "x")
+"""
+
+
+def test_killed_again_and_again_while_mlflow_makes_its_tables(tmp_path):
+    fresh = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    for tables in (2, 25):
+        killed = subprocess.run([sys.executable, "-c", KILLED, fresh, str(tables)], capture_output=True)
+        assert killed.returncode == -signal.SIGKILL
+        assert not (tmp_path / "mlflow.db").exists()
+    metrics = Metrics(aimed(tmp_path / "run", fresh, "x"))
+    steps(metrics, 0, 3)
+    metrics.close()
+    assert send(tmp_path / "run", closed=True) == 6
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left <= {"run", "mlflow.db", "mlflow.db.made", "mlflow.db.lock", "mlartifacts"}
+
+
+def test_a_database_without_all_tables_is_kept_beside_a_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "mlflow.db"
+    with sqlite3.connect(path) as database:  # as MLflow's own commands leave it when they are killed
+        database.execute("create table metrics (key text)")
+    (tmp_path / "mlflow.db-journal").write_bytes(b"")
+    monkeypatch.setattr("twoviews.tracking.database.UNFINISHED_S", 0.5)
+    client, experiment_id = stores.connect(f"sqlite:///{path}", "x")
+    assert client.create_run(experiment_id).info.status == "RUNNING"
+    with sqlite3.connect(tmp_path / "mlflow.db.incomplete") as database:
+        assert database.execute("select name from sqlite_master").fetchall() == [("metrics",)]
+
+
+def moved_store(uri, tmp_path):
+    """A copy of the store in a folder that was renamed after a run was sent to it: (run, folder before, folder now)."""
+    shutil.copytree(Path(uri.removeprefix("sqlite:///")).parent, tmp_path / "here")
+    run = aimed(tmp_path / "run", f"sqlite:///{tmp_path / 'here' / 'mlflow.db'}", "moved")
+    (run / "views.png").write_bytes(b"picture")
+    Metrics(run).close()
+    send(run, closed=True)
+    assert (tmp_path / "here" / "mlartifacts" / run_id(run) / "artifacts" / "views.png").exists()
+    return run, tmp_path / "here", (tmp_path / "here").rename(tmp_path / "there")
+
+
+def test_files_go_where_the_database_was_moved(run, uri, tmp_path):
+    send(run, closed=False)  # so that there is a store to copy
+    moved, here, there = moved_store(uri, tmp_path)
+    made, address = run_id(moved), f"sqlite:///{there / 'mlflow.db'}"
+    (moved / "curves.png").write_bytes(b"another")
+    sync = [sys.executable, "-m", "twoviews.tracking", "sync", str(moved), "--uri", address]
+    assert subprocess.run(sync).returncode == 0  # a process of its own, because MLflow remembers where files went
+    assert run_id(moved) == made and not here.exists()
+    assert {path.name for path in (there / "mlartifacts" / made / "artifacts").iterdir()} == {"views.png", "curves.png"}
+    assert {file.path for file in client_of(moved).list_artifacts(made)} == {"views.png", "curves.png"}
+    new = aimed(tmp_path / "new", address, "moved")
+    (new / "views.png").write_bytes(b"picture")
+    send(new, closed=True)
+    assert (there / "mlartifacts" / run_id(new) / "artifacts" / "views.png").exists() and not here.exists()
+
+
+def test_a_database_that_was_moved_away_is_not_made_again(run, uri, tmp_path, capsys):
+    send(run, closed=False)
+    moved, here, _ = moved_store(uri, tmp_path)
+    stores.connect.cache_clear()  # as in another process
+    (moved / "curves.png").write_bytes(b"another")
+    assert main(["sync", str(moved)]) == 2
+    assert re.search(r"error: the folder of .*here/mlflow\.db is not there; .*sync --uri", capsys.readouterr().err)
+    assert not here.exists()
+
+
+def test_an_experiment_with_a_place_of_its_own_keeps_it(uri, tmp_path):
+    client, _ = stores.connect(uri, "any")
+    own = (tmp_path / "large disk").as_uri()
+    client.create_experiment("own place", artifact_location=own)
+    assert client.get_experiment(stores.connect(uri, "own place")[1]).artifact_location == own
+
+
 # A server
+
+
+class LosingAnswers(BaseHTTPRequestHandler):
+    """Runs of MLflow's REST interface: the answer to the first that is made never comes."""
+
+    def do_POST(self):  # noqa: N802
+        body, made = self.rfile.read(int(self.headers["Content-Length"])), self.server.made
+        if self.path.endswith("/runs/create"):
+            made.append(json.loads(body))
+            if len(made) == 1:
+                self.close_connection = True
+                return
+        runs = [self.run(number, given) for number, given in enumerate(made)]
+        content = json.dumps({"runs": runs} if self.path.endswith("/search") else {"run": runs[-1]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def run(self, number, given):
+        info = {"run_id": f"run{number}", "experiment_id": "1", "status": "RUNNING", "start_time": 1}
+        return {"info": info, "data": {"tags": given["tags"]}}
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_lost_answer_makes_no_second_run():
+    stores.prepare_environment()
+    from mlflow import MlflowClient
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), LosingAnswers) as server:
+        server.made = []
+        threading.Thread(target=server.serve_forever).start()
+        client = MlflowClient(f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(Exception, match="onnection"):
+            open_once(client, "1", "key", tags={"a": "b"})
+        assert open_once(client, "1", "key", tags={"a": "b"}).info.run_id == "run0"
+        server.shutdown()
+    assert len(server.made) == 1
+
+
+def test_a_run_that_was_made_after_all_is_removed(run):
+    Metrics(run).close()
+    send(run, closed=False)
+    client, state = client_of(run), State.load(run)
+    late = client.create_run(state.experiment_id, tags={RUN_KEY: state.run_key}).info.run_id
+    send(run, closed=True)
+    assert client.get_run(late).info.lifecycle_stage == "deleted"
+    assert client.get_run(run_id(run)).info.status == "KILLED"
 
 
 class Server:

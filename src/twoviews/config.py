@@ -163,6 +163,8 @@ def entry(
             except OSError as error:
                 codes.append(_bad_input(_operating_system(error)))
             except KeyboardInterrupt:
+                more = "goes on from the last checkpoint" if name == "train" else "begins again"
+                print(f"interrupted; the same command {more}.", file=sys.stderr)
                 codes.append(STOPPED + signal.SIGINT)
             sys.exit(max(codes, default=0))
 

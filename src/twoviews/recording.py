@@ -11,13 +11,17 @@ from twoviews import distributed, foreign
 from twoviews.assembly import Parts, describe_data, describe_encoder, show_result
 from twoviews.config import build, digest
 from twoviews.console import Console
+from twoviews.errors import BadInput
 from twoviews.loop import Training
 from twoviews.pictures import draw_curves, draw_views
-from twoviews.run import Run
+from twoviews.run import CHECKPOINTS, Run
 from twoviews.runtime import StopSignal, format_name, peak_memory
-from twoviews.tracking import Metrics, Mirror, is_child, read, run_id, wait_for_writer
+from twoviews.tracking import Metrics, Mirror, afterwards, is_child, lock_for_training, read, run_id
+from twoviews.tracking.sending import aim, known
+from twoviews.tracking.state import FolderLock
 
 FAILED = 1  # exit code of a training that went wrong
+IMPATIENT_S = 5.0  # that MLflow gets for the end of a run after a second Ctrl-C
 
 
 def last_line(folder: Path) -> None:
@@ -42,31 +46,49 @@ class Recording:
 
         self.cfg, self.parts, self.console = cfg, parts, console
         self.run, self.metrics, self.mirror = Run(folder), None, None
+        self._training: Training | None = None
+        self._ended = False  # result.json says how
         self._first = distributed.rank() == 0
         if self._first:
             tracking = build(cfg.tracking)
-            resumed = any((folder / name).exists() for name in ("last.pt", "previous.pt")) and not cfg.fresh
+            resumed = any((folder / name).exists() for name in CHECKPOINTS) and not cfg.fresh
             tracking.check(resumed or is_child(folder), console.say)
-            wait_for_writer(folder)
-            if cfg.fresh and (aside := self.run.set_aside()):
-                console.say(f"fresh=true: the old results are in {aside}.")
-            content = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-            self.run.begin(content, digest(cfg), describe_data(parts.data), parts.device)
-            self._tracking = tracking
-            self._state = self.run.load(console.say)
+            lock = lock_for_training(folder)
+            try:
+                lock = self._begin(lock)
+            except BaseException:
+                lock.release()
+                raise
         distributed.wait_for_first()  # process 0 has put a damaged checkpoint out of the way
         if not self._first:
             self._state = self.run.load(console.say)
         else:
-            self.metrics = Metrics(folder, self._state["metrics_bytes"] if self._state else 0, console.say)
+            self.metrics = Metrics(folder, self._state["metrics_bytes"] if self._state else 0, console.say, lock)
             draw_views(folder / "views.png", parts.data.train, parts.views, cfg.seed)
-            self.mirror: Mirror | None = self._tracking.start(folder, console.say)
+            self.mirror: Mirror | None = tracking.start(folder, console.say)
+
+    def _begin(self, lock: FolderLock) -> FolderLock:
+        """Make the folder that of this run, and load its last checkpoint; the lock of the folder that is there then."""
+        cfg, folder = self.cfg, self.run.folder
+        if _finished(cfg, folder):
+            raise BadInput(
+                f"another command has just finished the run in {folder}; the same command shows its results."
+            )
+        if cfg.fresh and (aside := self.run.set_aside()):
+            self.console.say(f"fresh=true: the old results are in {aside}.")
+            lock.release()
+            lock = lock_for_training(folder)
+        content = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+        self.run.begin(content, digest(cfg), describe_data(self.parts.data), self.parts.device)
+        self._state = self.run.load(self.console.say)
+        return lock
 
     def __enter__(self) -> "Recording":
         return self
 
     def resume(self, training: Training) -> None:
         """Put the training where the last checkpoint left it, if there is one."""
+        self._training = training
         if self._state:
             training.restore(self._state)
             self.console.say(f"resuming at step {training.position.step} (epoch {training.epoch:.2f}).")
@@ -85,9 +107,11 @@ class Recording:
         if self._first:
             if training.position.step:  # before that it would be an untrained one
                 self.run.save_encoder(training.method.encoder, describe_encoder(self.cfg, self.parts.data))
-            result = self._end(training, "finished" if finished else "interrupted")
-            if self.run.folder.joinpath("metrics.jsonl").stat().st_size:
+            assert self.metrics
+            if self.metrics.mark():
                 draw_curves(self.run.folder / "curves.png", read(self.run.folder))
+            # Last of all files: with it the run is finished, and nothing would make up for what is missing.
+            result = self._end(training, "finished" if finished else "interrupted")
             self._close()
             show_result(self.run.folder, result, self.console)
             if not finished:
@@ -121,45 +145,58 @@ class Recording:
             **more,
         }
         self.run.write("result.json", result)
+        self._ended = True
         return result
 
-    def _close(self) -> None:
-        if self.mirror:
-            self.mirror.close()
-            self.mirror = None
-            result = self.run.read("result.json")
-            if result.get("mlflow_run_id") != run_id(
-                self.run.folder
-            ):  # a run so short that MLflow had not answered yet
-                self.run.write("result.json", {**result, "mlflow_run_id": run_id(self.run.folder)})
+    def _close(self, timeout_s: float = 60) -> None:
+        mirror, self.mirror = self.mirror, None
+        if mirror:
+            mirror.close(timeout_s)
         if self.metrics:
             self.metrics.close()
             self.metrics = None
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        """A training that ended in an exception is recorded as failed, as far as the disk allows."""
+        """What ended in an exception is recorded as failed, or after a second Ctrl-C as interrupted, if the disk allows."""
         if self._first and error is not None and self.metrics:
+            stopped = isinstance(error, KeyboardInterrupt)
+            result: dict[str, Any] = {"state": "interrupted" if stopped else "failed"}
+            result["reason"] = "a second Ctrl-C" if stopped else str(distributed.explained(error))
+            if self._training:
+                result |= {"step": self._training.position.step, "epoch": self._training.epoch}
             # On a full disk each of these may fail in turn, and the checkpoint is what matters.
             with contextlib.suppress(OSError):
                 self.metrics.mark()
             with contextlib.suppress(OSError):
-                self.run.write("result.json", {"state": "failed", "reason": str(distributed.explained(error))})
-            with contextlib.suppress(OSError):
-                self._close()
-            last_line(self.run.folder)
+                if not self._ended:
+                    self.run.write("result.json", result)
+            try:
+                with contextlib.suppress(OSError):
+                    self._close(IMPATIENT_S if stopped else 60)
+            finally:  # whoever is in a hurry presses Ctrl-C again
+                last_line(self.run.folder)
+
+
+def _finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
+    """result.json if the folder holds this very run, finished, and it is not to be started over."""
+    if cfg.fresh:
+        return None
+    result = foreign.load(folder / "result.json")
+    same = result.get("state") == "finished" and foreign.load(folder / "environment.json").get("digest") == digest(cfg)
+    return result if same else None
 
 
 def finished_already(cfg: DictConfig, folder: Path) -> bool:
-    """Whether the folder holds this very run, finished; then its results are shown again."""
-    path = folder / "result.json"
-    if cfg.fresh or cfg.preview or cfg.find_batch or not path.exists():
-        return False
-    result = foreign.load(path)
-    if result.get("state") != "finished" or foreign.load(folder / "environment.json").get("digest") != digest(cfg):
-        return False
-    if distributed.rank() == 0:
-        console = Console()
+    """Whether the folder holds this very run, finished; then MLflow gets what it lacks, and the results are shown again."""
+    result = None if cfg.preview or cfg.find_batch else _finished(cfg, folder)
+    if result and distributed.rank() == 0:
+        console, tracking = Console(), build(cfg.tracking)
         console.say("this run is finished; fresh=true would start it over.")
+        if tracking.mirror:
+            tracking.check(expected=True, say=console.say)
+            aim(folder, tracking.uri, tracking.experiment)
+            if not known(folder):  # killed, or without an answer, before the end was told
+                afterwards.deliver(folder, mirror=True, say=console.say)
         show_result(folder, result, console)
         last_line(folder)
-    return True
+    return bool(result)

@@ -5,6 +5,7 @@ process dies at, one whole checkpoint is there.
 """
 
 import io
+import itertools
 import json
 import os
 import platform
@@ -24,7 +25,9 @@ from twoviews.data import views
 from twoviews.errors import BadInput, nearest
 from twoviews.ranges import Count
 from twoviews.signatures import complaint
-from twoviews.tracking.state import replace
+from twoviews.tracking.state import durable_bytes, mirroring, replace
+
+CHECKPOINTS = ("last.pt", "previous.pt")
 
 
 class Run:
@@ -123,13 +126,17 @@ class Run:
         replace(self.folder / name, json.dumps(content, indent=2) + "\n")
 
     def set_aside(self) -> Path | None:
-        """Rename the folder to <name>.1 (.2, …) and begin an empty one; None when there was nothing."""
-        if not (self.folder / "config.yaml").exists():
+        """Rename the folder to <name>.1 (.2, …) and begin an empty one; None when there was nothing.
+
+        Who holds its lock holds that of the renamed folder afterwards.
+        """
+        if not any((self.folder / name).exists() for name in ("config.yaml", "metrics.jsonl", *CHECKPOINTS)):
             return None
         number = 1
         while (other := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
             number += 1
-        self.folder.rename(other)
+        with mirroring(self.folder):  # what is being sent to MLflow would go on with the new folder
+            self.folder.rename(other)
         self.folder.mkdir(exist_ok=True)
         return other
 
@@ -160,45 +167,61 @@ class Run:
 
     def _finish_save(self) -> None:
         """What a kill left of a save: a whole new.pt becomes the last checkpoint, a part of one goes."""
-        new = self.folder / "new.pt"
-        if new.exists():
-            try:
-                load_checkpoint(new)
-            except (RuntimeError, EOFError, KeyError, ValueError):
+        new, last = self.folder / "new.pt", self.folder / "last.pt"
+        if not new.exists():
+            return
+        try:
+            load_checkpoint(new)
+        except (RuntimeError, EOFError, KeyError, ValueError):
+            if last.exists() or not last.with_name("previous.pt").exists():
                 new.unlink()
-            except OSError:  # it may be whole, and readable at another time
-                return
-            else:
-                self._keep(new)
+            else:  # killed between the renames of a save, it was whole and is damaged
+                new.replace(last)
+        except OSError:  # it may be whole, and readable at another time
+            return
+        else:
+            self._keep(new)
 
     def load(self, say) -> dict[str, Any] | None:
         """The last whole checkpoint, on the CPU, or None; says so when it had to fall back to the one before.
 
         Raises:
-            BadInput: there are checkpoints and none is whole.
+            BadInput: there are checkpoints and none is whole, or there were some.
         """
         if distributed.rank() == 0:
             self._finish_save()
-        damaged = []
-        for name in ("last.pt", "previous.pt"):
-            path = self.folder / name
+        damaged = {}
+        for path in (self.folder / name for name in CHECKPOINTS):
             if not path.exists():
                 continue
             try:
                 state = load_checkpoint(path)
             except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
-                damaged.append(name)
+                damaged[path] = str(error).splitlines()[0]
+                continue
+            for bad, reason in damaged.items():
                 if distributed.rank() == 0:
                     # Out of the way, or the next save would keep it in place of the good one.
-                    path.replace(self.folder / "damaged.pt")
-                say(f"warning: {path} is damaged ({str(error).splitlines()[0]}); trying the checkpoint before it.")
-                continue
+                    bad.replace(kept := self._unused("damaged"))
+                    say(f"warning: {bad} is damaged ({reason}) and kept as {kept.name}; the one before it is used.")
             return state
         if damaged:
+            found = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
             raise BadInput(
-                f"no checkpoint in {self.folder} is whole ({', '.join(damaged)}); start over with fresh=true."
+                f"no checkpoint in {self.folder} is whole ({found}); put one back, or start over with fresh=true, which keeps "
+                "the old results beside it."
+            )
+        if durable_bytes(self.folder) or (self.folder / "damaged.pt").exists():
+            raise BadInput(
+                f"the checkpoints of {self.folder} are gone ({' and '.join(CHECKPOINTS)}); put one back, or start over with "
+                "fresh=true, which keeps the old results beside it."
             )
         return None
+
+    def _unused(self, stem: str) -> Path:
+        """The first of <stem>.pt, <stem>.2.pt, … that is not there."""
+        names = itertools.chain([f"{stem}.pt"], (f"{stem}.{number}.pt" for number in itertools.count(2)))
+        return next(path for name in names if not (path := self.folder / name).exists())
 
     # ---------------------------------------------------------------------------------------------------------- encoder
 

@@ -5,8 +5,19 @@ run folder, so one function, `send`, serves the thread beside the training (`Mir
 `python -m twoviews.tracking sync` alike.
 """
 
-from twoviews.tracking.metrics import NAME, Metrics, read, wait_for_writer
+from twoviews.tracking.metrics import NAME, Metrics, lock_for_training, read
 from twoviews.tracking.mirror import Mirror, Tracking, is_child, page, run_id
 from twoviews.tracking.sending import send
 
-__all__ = ["NAME", "Metrics", "Mirror", "Tracking", "is_child", "page", "read", "run_id", "send", "wait_for_writer"]
+__all__ = [
+    "NAME",
+    "Metrics",
+    "Mirror",
+    "Tracking",
+    "is_child",
+    "lock_for_training",
+    "page",
+    "read",
+    "run_id",
+    "send",
+]

@@ -5,55 +5,59 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from twoviews.errors import BadInput
-from twoviews.tracking.metrics import NAME, acquire, lines, read
+from twoviews.tracking.metrics import NAME, lines, read
 from twoviews.tracking.mirror import reason
 from twoviews.tracking.sending import send
-from twoviews.tracking.state import is_written, writer_lock
+from twoviews.tracking.state import evaluation_lock, is_written
 
 
-def check(folder: Path) -> None:
-    """Refuse a run that is still being trained: its encoder is about to be another.
+@contextmanager
+def using(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Hold a run, or another folder of results, while its encoder is evaluated; waits for others that do the same.
 
     Raises:
-        BadInput: it is.
+        BadInput: the run is being trained, and its encoder is about to be another.
     """
-    if is_written(folder):
-        raise BadInput(f"{folder} is being trained at this moment; wait for its end, or interrupt it (Ctrl-C).")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = evaluation_lock(folder)
+    if not lock.acquire():
+        say(f"waiting for another command that evaluates {folder} …")
+        while not lock.acquire(60):
+            pass
+    try:
+        if is_written(folder):
+            raise BadInput(f"{folder} is being trained at this moment; wait for its end, or interrupt it (Ctrl-C).")
+        yield
+    finally:
+        lock.remove()
 
 
 def add(folder: Path, values: Mapping[str, float]) -> None:
     """Write the finite ones of these numbers as measured at the run's last step, unless they were the last ones, too.
 
-    An interrupted run that goes on cuts them off again, like everything after its last checkpoint.
-
-    Raises:
-        BadInput: a process is training into `folder`.
+    Within `using`. An interrupted run that goes on cuts them off again, like everything after its last checkpoint.
     """
-    lock = writer_lock(folder)
-    acquire(lock, folder)
-    try:
-        head, last = {"step": 0, "epoch": 0}, {}
-        for line in read(folder):
-            head = {key: line[key] for key in head}
-            last.update({name: (line["step"], value) for name, value in line.items()})
-        new = {name: value for name, value in values.items() if math.isfinite(value)}
-        new = {name: value for name, value in new.items() if last.get(name) != (head["step"], value)}
-        if not new:
-            return
-        path = folder / NAME
-        whole = max((end for end, _ in lines(path)), default=0)
-        with path.open("r+b" if path.exists() else "w+b") as file:
-            file.truncate(whole)  # what a crash tore
-            file.seek(whole)
-            file.write(json.dumps({**head, "time": round(time.time(), 3), **new}).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-    finally:
-        lock.release()
+    head, last = {"step": 0, "epoch": 0}, {}
+    for line in read(folder):
+        head = {key: line[key] for key in head}
+        last.update({name: (line["step"], value) for name, value in line.items()})
+    new = {name: value for name, value in values.items() if math.isfinite(value)}
+    new = {name: value for name, value in new.items() if last.get(name) != (head["step"], value)}
+    if not new:
+        return
+    path = folder / NAME
+    whole = max((end for end, _ in lines(path)), default=0)
+    with path.open("r+b" if path.exists() else "w+b") as file:
+        file.truncate(whole)  # what a crash tore
+        file.seek(whole)
+        file.write(json.dumps({**head, "time": round(time.time(), 3), **new}).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def deliver(folder: Path, mirror: bool, say: Callable[[str], None] = print) -> None:

@@ -11,10 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from filelock import BaseFileLock, Timeout
-
 from twoviews.errors import BadInput
-from twoviews.tracking.state import State, mirroring, replace, writer_lock
+from twoviews.tracking.state import FolderLock, State, evaluation_lock, mirroring, replace, writer_lock
 
 NAME = "metrics.jsonl"
 HEAD = ("step", "epoch", "time")  # of each line; everything else in it is a measured number
@@ -36,22 +34,23 @@ class Metrics:
         folder: the run folder; it exists.
         kept_bytes: what `mark` returned for the checkpoint that is resumed; 0 for a new run.
         say: where a sentence for the user goes.
+        lock: from `lock_for_training`, where it is held already.
 
     Raises:
-        BadInput: another process is training into `folder`.
+        BadInput: another process uses `folder`.
     """
 
-    def __init__(self, folder: Path, kept_bytes: int = 0, say: Callable[[str], None] = print):
+    def __init__(
+        self, folder: Path, kept_bytes: int = 0, say: Callable[[str], None] = print, lock: FolderLock | None = None
+    ):
         self._folder, self._path = folder, folder / NAME
-        self._lock = writer_lock(folder)
-        acquire(self._lock, folder)
+        self._lock = lock or lock_for_training(folder)
         self._path.touch()
         whole = self._path.stat().st_size
         if kept_bytes > whole:
             say(f"{self._path} has {whole} bytes but had {kept_bytes} at the checkpoint: the points between are lost.")
             kept_bytes = max((end for end, _ in lines(self._path)), default=0)
         self._times = self._cut(kept_bytes)
-        (folder / "result.json").unlink(missing_ok=True)
         self._file = self._path.open("ab", buffering=1 << 16)
         self._flushed = 0.0
 
@@ -107,32 +106,28 @@ class Metrics:
                 state.save(self._folder)
             self.commit(kept_bytes)
             os.truncate(self._path, kept_bytes)
+            (self._folder / "result.json").unlink(missing_ok=True)
         return times
 
 
-def acquire(lock: BaseFileLock, folder: Path) -> None:
-    """Hold the writer's lock; waits for a process that is about to end, as after a requeue.
+def lock_for_training(folder: Path) -> FolderLock:
+    """The writer's lock, held; waits for a process that is about to end, as after a requeue.
 
     Raises:
-        BadInput: another process is training into `folder`.
+        BadInput: another process uses `folder`.
     """
-    try:
-        lock.acquire(timeout=PATIENCE_S)
-    except Timeout as error:
+    lock, evaluation = writer_lock(folder), evaluation_lock(folder)
+    if not lock.acquire(PATIENCE_S):
         raise BadInput(
             f"another process is training into {folder}; wait for its end, or name another folder: hydra.run.dir=..."
-        ) from error
-
-
-def wait_for_writer(folder: Path) -> None:
-    """Return when nobody trains into `folder`, so that its last checkpoint is really the last.
-
-    Raises:
-        BadInput: another process is training into it.
-    """
-    lock = writer_lock(folder)
-    acquire(lock, folder)
-    lock.release()
+        )
+    if not evaluation.acquire(PATIENCE_S):
+        lock.release()
+        raise BadInput(
+            f"evaluate.py or cluster.py is working on {folder}; wait for its end, or name another folder: hydra.run.dir=..."
+        )
+    evaluation.remove()  # another evaluation sees that the folder is trained into
+    return lock
 
 
 def read(folder: Path) -> Iterator[dict[str, float]]:

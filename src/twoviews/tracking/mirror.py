@@ -80,13 +80,15 @@ class Mirror:
         Waits `timeout_s` seconds at most, and says how to send later what is left.
         """
         self._closing.set()
-        self._thread.join(timeout_s)
-        left = unsent(self._folder)
-        if not self._complete:
-            self._say(
-                f"MLflow does not have the end of this run yet ({left} points left); send it with "
-                f"`python -m twoviews.tracking sync {shlex.quote(str(self._folder))}`."
-            )
+        try:
+            self._thread.join(timeout_s)
+        finally:  # a second Ctrl-C included
+            left = unsent(self._folder)
+            if not self._complete:
+                self._say(
+                    f"MLflow does not have the end of this run yet ({left} points left); send it with "
+                    f"`python -m twoviews.tracking sync {shlex.quote(str(self._folder))}`."
+                )
         return left
 
     def _follow(self) -> None:

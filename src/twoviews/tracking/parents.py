@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twoviews.tracking import stores
-from twoviews.tracking.sending import KEY_LENGTH, PARENT, RUN_KEY, TAG_LENGTH, aiming
+from twoviews.tracking.sending import KEY_LENGTH, PARENT, TAG_LENGTH, aiming, open_once
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,8 +33,7 @@ def open_parent(uri: str | None, experiment: str, name: str, key: str, tags: Map
         MlflowException: the store does not answer or refuses.
     """
     client, experiment_id = stores.connect(stores.resolved(uri), experiment)
-    found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
-    run = found[0] if found else client.create_run(experiment_id, tags={RUN_KEY: key}, run_name=name)
+    run = open_once(client, experiment_id, key, tags={}, run_name=name)
     _tag(client, run.info.run_id, tags)
     client.update_run(run.info.run_id, status="RUNNING")
     return run.info.run_id

@@ -11,12 +11,12 @@ import platform
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from twoviews import foreign
@@ -24,6 +24,7 @@ from twoviews.errors import BadInput
 from twoviews.tracking import stores
 from twoviews.tracking.metrics import HEAD, NAME, lines
 from twoviews.tracking.state import State, durable_bytes, mirroring
+from twoviews.tracking.state import replace as replace_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -59,6 +60,7 @@ def send(folder: Path, closed: bool) -> int:
         status = _status(folder, closed)
         client, experiment_id = stores.connect(stores.resolved(state.uri), state.experiment)
         run = _open_run(client, experiment_id, folder, state)
+        _write_run_id(folder, run.info.run_id)
         changed = _changed_files(folder, state)
         _check_place(run)
         if changed.keys() & set(DESCRIPTION):
@@ -136,21 +138,46 @@ def _open_run(client: "MlflowClient", experiment_id: str, folder: Path, state: S
             )
     state.run_key = state.run_key or uuid.uuid4().hex
     state.save(folder)
-    found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{state.run_key}'", max_results=1)
     first = next((line["time"] for _, line in lines(folder / NAME)), time.time())
-    run = (
-        found[0]
-        if found
-        else client.create_run(
-            experiment_id,
-            start_time=int(first * 1000),
-            tags={RUN_KEY: state.run_key, "mlflow.user": os.environ.get("USER", "unknown"), **state.tags},
-            run_name=folder.resolve().name,
-        )
-    )
+    tags = {"mlflow.user": os.environ.get("USER", "unknown"), **state.tags}
+    name = folder.resolve().name
+    run = open_once(client, experiment_id, state.run_key, tags=tags, run_name=name, start_time=int(first * 1000))
     state.run_id, state.experiment_id, state.status = run.info.run_id, experiment_id, run.info.status
     state.save(folder)
     return _tagged(client, run, state)
+
+
+def open_once(client: "MlflowClient", experiment_id: str, key: str, tags: Mapping[str, str], **given: Any) -> "Run":
+    """The run with this key, made if there is none; a lost answer of a server does not make a second one.
+
+    Raises:
+        MlflowException: the store does not answer or refuses.
+    """
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES as RETRIES
+
+    if found := _with_key(client, experiment_id, key):
+        return found[0]
+    before = RETRIES.get()
+    RETRIES.set(0)  # MLflow's client would send the request again, whether the first made a run or not
+    try:
+        return client.create_run(experiment_id, tags={RUN_KEY: key, **tags}, **given)
+    finally:
+        RETRIES.set(before)
+
+
+def _with_key(client: "MlflowClient", experiment_id: str, key: str) -> "list[Run]":
+    """Usually one; the first that was made comes first."""
+    return client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{key}'", order_by=["attributes.start_time ASC"])
+
+
+def _write_run_id(folder: Path, run_id: str) -> None:
+    """Put it into result.json, which may be older than MLflow's answer; the time of the file stays the run's end."""
+    path = folder / "result.json"
+    result = foreign.load(path)
+    if result and result.get("mlflow_run_id") != run_id:
+        stat = path.stat()
+        replace_file(path, json.dumps({**result, "mlflow_run_id": run_id}, indent=2) + "\n")
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def _tagged(client: "MlflowClient", run: "Run", state: State) -> "Run":
@@ -239,6 +266,9 @@ def _send_points(client: "MlflowClient", run_id: str, folder: Path, state: State
 
 
 def _tell_status(client: "MlflowClient", run_id: str, folder: Path, state: State, status: str) -> None:
+    for other in _with_key(client, state.experiment_id, state.run_key) if state.experiment_id and state.run_key else ():
+        if other.info.run_id != run_id:  # a server that was slow to answer made it after all
+            client.delete_run(other.info.run_id)
     if status == "RUNNING":
         client.update_run(run_id, status=status)
     else:

@@ -1,11 +1,15 @@
-"""How far a run folder has been mirrored (tracking.json), and the two locks on the folder.
+"""How far a run folder has been mirrored (tracking.json), and the locks on the folder.
 
 Two files with one writer each, so that a training step never waits for a mirror that waits for a server:
 `tracking.json` is changed only under `mirroring`; `metrics.durable` belongs to the process that trains.
 """
 
+import errno
+import fcntl
 import json
 import os
+import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -85,9 +89,87 @@ def replace(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def writer_lock(folder: Path) -> FileLock:
-    """Held by the process that trains; the system releases it however the process ends, `kill -9` included."""
-    return FileLock(folder / ".writer.lock")
+class FolderLock:
+    """A lock on a run folder; the system releases it however the process that holds it ends, `kill -9` included.
+
+    It belongs to the path: who waits while `fresh=true` renames the folder gets the lock of the folder that is there
+    afterwards. filelock's would be the one of the renamed folder.
+
+    Args:
+        path: of the lock's file.
+    """
+
+    def __init__(self, path: Path):
+        self._path, self._file = path, -1
+
+    def acquire(self, timeout_s: float = 0.0) -> bool:
+        """Whether the lock could be had within `timeout_s` seconds.
+
+        Raises:
+            BadInput: the file is a link or a folder.
+        """
+        end = time.monotonic() + timeout_s
+        while not self._try():
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def _try(self) -> bool:
+        try:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:  # the folder is being renamed
+            return False
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR):
+                raise BadInput(f"{self._path} is no file that a run wrote; delete it.") from error
+            raise
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file), self._path.stat()):
+                self._file, file = file, -1
+        except (BlockingIOError, PermissionError, FileNotFoundError):
+            pass
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            warnings.warn(
+                f"the file system of {self._path.parent} has no locks; use it for one command at a time", stacklevel=4
+            )
+            self._file, file = file, -1
+        finally:
+            if file != -1:
+                os.close(file)
+        return self._file != -1
+
+    def release(self) -> None:
+        """Let others have it."""
+        if self._file != -1:
+            os.close(self._file)
+            self._file = -1
+
+    def remove(self) -> None:
+        """Let others have it, and leave no file behind."""
+        self._path.unlink(missing_ok=True)  # who waits with that file sees that it is not at the path any more
+        self.release()
+
+    def __enter__(self) -> "FolderLock":
+        while not self.acquire(3600):
+            pass
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def writer_lock(folder: Path) -> FolderLock:
+    """Held by the process that trains."""
+    return FolderLock(folder / ".writer.lock")
+
+
+def evaluation_lock(folder: Path) -> FolderLock:
+    """Held by the process that evaluates the encoder or clusters images by it."""
+    return FolderLock(folder / ".evaluation.lock")
 
 
 def held(lock: FileLock) -> bool:
@@ -104,7 +186,12 @@ def held(lock: FileLock) -> bool:
 
 def is_written(folder: Path) -> bool:
     """Some process, this one included, is training into `folder`."""
-    return held(writer_lock(folder))
+    if not (folder / ".writer.lock").exists():
+        return False
+    lock = writer_lock(folder)
+    free = lock.acquire()
+    lock.release()
+    return not free
 
 
 @contextmanager
@@ -114,13 +201,11 @@ def mirroring(folder: Path, timeout_s: float = 120.0) -> Iterator[None]:
     Raises:
         BadInput: another one did not end within `timeout_s` seconds.
     """
-    lock = FileLock(folder / ".mirror.lock", timeout=timeout_s)
-    try:
-        lock.acquire()
-    except Timeout as error:
+    lock = FolderLock(folder / ".mirror.lock")
+    if not lock.acquire(timeout_s):
         raise BadInput(
             f"another process has been sending {folder} to MLflow for {timeout_s:g} s; try again when it has ended."
-        ) from error
+        )
     try:
         yield
     finally:

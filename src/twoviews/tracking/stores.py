@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock
 
 from twoviews.errors import BadInput, without_secrets
+from twoviews.tracking import database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -148,7 +149,7 @@ def connect(uri: str, experiment: str) -> tuple["MlflowClient", str]:
     Takes seconds the first time: mlflow is imported here and a fresh SQLite file gets its tables.
 
     Raises:
-        BadInput: the experiment was deleted in MLflow, or MLflow is not installed.
+        BadInput: the experiment was deleted in MLflow, MLflow is not installed, or the database's folder is gone.
         MlflowException: the store does not answer or refuses.
     """
     installed()
@@ -159,17 +160,26 @@ def connect(uri: str, experiment: str) -> tuple["MlflowClient", str]:
         client = MlflowClient(uri)
         return client, _experiment(client, experiment, None)
     path = _database(uri)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.is_dir():  # as after a checkout was moved: what is made there would not be looked at
+        raise BadInput(
+            f"the folder of MLflow's database {path} is not there; name the database where it is now with `python -m "
+            "twoviews.tracking sync --uri sqlite:///<path>` or, in training, tracking.uri=."
+        )
     made, version, artifacts = Path(f"{path}.made"), importlib.metadata.version("mlflow"), path.parent / "mlartifacts"
     # MLflow creates its tables without a lock: of 8 processes that open a fresh file at once, 7 fail. It takes each of
     # them seconds to open one, so once the tables are there they need not queue for it.
-    there = path.exists() and made.exists() and made.read_text() == version
+    there = database.complete(path) and made.exists() and made.read_text() == version
     with contextlib.nullcontext() if there else FileLock(f"{path}.lock", timeout=300):
+        if not there:
+            database.make(path, artifacts.as_uri())
         client = MlflowClient(uri)
         experiment_id = _experiment(client, experiment, artifacts.as_uri())
         if not there:
             made.write_text(version)
-        return client, experiment_id
+    if client.get_experiment(experiment_id).artifact_location != artifacts.as_uri():
+        with FileLock(f"{path}.lock", timeout=300):
+            database.move_artifacts(path, artifacts)
+    return client, experiment_id
 
 
 def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str:
