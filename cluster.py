@@ -11,7 +11,7 @@ def main(cfg, folder: Path) -> int:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from twoviews.assembly import load_data
+    from twoviews.assembly import load_data, recorded_data
     from twoviews.clusters.kmeans import concentration, kmeans
     from twoviews.clusters.scores import scores
     from twoviews.clusters.sheet import draw_clusters
@@ -20,6 +20,7 @@ def main(cfg, folder: Path) -> int:
     from twoviews.errors import printable
     from twoviews.evaluation.names import by_name
     from twoviews.fallbacks import slower
+    from twoviews.foreign import blamed
     from twoviews.randomness import seed_of
     from twoviews.run import Run
     from twoviews.runtime import format_name
@@ -28,8 +29,9 @@ def main(cfg, folder: Path) -> int:
     console, run = Console(), Run.existing(by_name(cfg.run) or cfg.run)
     with afterwards.using(run.folder, console.say):
         recorded = OmegaConf.create(run.config())
-        runtime, notes = recorded_runtime(cfg, run.config(), HydraConfig.get().overrides.task)
-        data = load_data(cfg if "data" in cfg else recorded)
+        with blamed(path := run.folder / "config.yaml"):
+            runtime, notes = recorded_runtime(cfg, run.config(), HydraConfig.get().overrides.task)
+        data = load_data(cfg) if "data" in cfg else recorded_data(run.config(), path)
         for note in (*notes, *data.notes):
             console.say(note)
         subject = Subject(run, data, cfg.split, own="data" not in cfg)

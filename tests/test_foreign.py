@@ -15,6 +15,7 @@ from conftest import SMALL_MOCO, Finished, refused
 from omegaconf import OmegaConf
 from test_configs import composed
 
+from twoviews import launched
 from twoviews.assembly import describe_data, describe_encoder, load_data, make_parts, make_views
 from twoviews.code import content
 from twoviews.config import build, digest
@@ -23,7 +24,6 @@ from twoviews.foreign import load
 from twoviews.run import Run
 from twoviews.signatures import buildable
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps import launched
 from twoviews.sweeps.folder import New, State, Sweep
 from twoviews.tracking import read
 from twoviews.tracking.__main__ import main as tracking_command

@@ -194,7 +194,7 @@ def describe(folder):
         "k" * 300: 1,
     } | {f"many{n}": n for n in range(150)}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    (folder / "environment.json").write_text('{"host": "node7"}')
+    (folder / "environment.json").write_text('{"host": "node7", "digest": "ab"}')
     (folder / "data.json").write_text(json.dumps({"name": "digits", "digest": "ab" * 32}))
     (folder / "commit.txt").write_text("1234abcd\n")
     for name in ("diff.patch", "views.png", "curves.png", "encoder.json"):

@@ -2,6 +2,7 @@
 
 import statistics
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from twoviews.data.views import Views, compiled
 from twoviews.errors import BadInput
 from twoviews.fallbacks import slower, unrecorded
 from twoviews.features import Judged, embed
+from twoviews.foreign import blamed
 from twoviews.fused_norm import reason_for_plain
 from twoviews.layers import SyncBatchNorm, sync_batch_norms
 from twoviews.methods.method import Method
@@ -80,6 +82,16 @@ def load_data(cfg: DictConfig) -> ImageData:
     if distributed.rank() == 0:
         distributed.wait_for_first()
     return data
+
+
+def recorded_data(config: Mapping[str, Any], path: Path) -> ImageData:
+    """The data set that a run was trained on, as its config.yaml at `path` says.
+
+    Raises:
+        BadInput: it is not there, or config.yaml is damaged.
+    """
+    with blamed(path):
+        return load_data(OmegaConf.create({"data": config["data"]}))
 
 
 def make_views(cfg: DictConfig, data: ImageData) -> Views:

@@ -24,13 +24,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from twoviews import foreign
-from twoviews.errors import BadInput, nearest, without_secrets
+from twoviews.errors import BadInput, nearest, system_reason, without_secrets
 from twoviews.ranges import Count, Fraction, Index, Range, Temperature
 from twoviews.signatures import BUILDS, Parameter, buildable, complaint, signature
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 BAD_INPUT = 2  # exit code for what the user can put right
+UNUSABLE = (  # what the operating system says of files and folders that a user can replace
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY),
+    *(errno.ELOOP, errno.EIO, errno.ESTALE, errno.EILSEQ, errno.EBUSY),
+)
 STOPPED = 128  # plus the signal's number: exit code of a run that was stopped and can go on
 
 # What a run computes does not depend on these, so they are not part of its name.
@@ -119,7 +123,13 @@ def entry(
             # which in a sweep would keep the other points from running.
             folder = Path(HydraConfig.get().runtime.output_dir)
             try:
+                if (
+                    name == "train" and "method" not in HydraConfig.get().runtime.choices
+                ):  # it came whole, from elsewhere
+                    _complete(cfg)
                 check(name, cfg)
+                if name == "train":  # the others look at no folder of this name
+                    foreign.refuse_links(folder)
                 if sys.stdout.isatty():
                     print("loading torch …", flush=True)  # some seconds, in which a person would see nothing
                 codes.append(main(cfg, folder) or 0)
@@ -225,9 +235,28 @@ def _plain_configuration(arguments: list[str]) -> None:
         path = path if path.suffix == ".yaml" else path.with_name(path.name + ".yaml")
         if not path.is_file():
             raise BadInput(f"{path} is not there; --config-path= takes the folder of a run, and --config-name=config.")
-        foreign.load(path)
+        foreign.refuse_links(path.parent)
+        store = foreign.load(path).get("tracking", {}).get("uri")
+        if not any(word.lstrip("+").startswith("tracking") for word in arguments):
+            from twoviews.tracking import stores
+
+            stores.refuse_unknown(store)
         if "@package" in path.read_text():  # a comment that Hydra follows
             raise BadInput(f"{path} is refused, because it has an @package line, which no run writes.")
+
+
+def _complete(cfg: DictConfig) -> None:
+    """Give a configuration of an earlier version what it lacks of the runtime, as far as no result depends on it."""
+    if "runtime" not in cfg:
+        return
+    text = (CONF / "runtime" / "default.yaml").read_text()
+    defaults = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
+    missing = [key for key in defaults if key not in cfg.runtime and f"runtime.{key}" in NOT_IN_DIGEST]
+    for key in missing:
+        OmegaConf.update(cfg, f"runtime.{key}", defaults[key], force_add=True)
+    if missing:
+        shown = ", ".join(f"runtime.{key}={defaults[key]}" for key in missing)
+        print(f"the configuration is of an earlier version; what it lacks is taken from conf/runtime: {shown}")
 
 
 def _sentence(name: str, arguments: list[str], error: Exception) -> str:
@@ -261,10 +290,10 @@ def _operating_system(error: OSError) -> str:
             f"no space is left on the device of {where}; free some, or move with hydra.run.dir= or data.cache=; "
             "checkpoints are intact."
         )
-    unusable = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST)
-    if error.errno in unusable:
-        reason = (error.strerror or str(error)).lower()
-        return f"{where} cannot be used ({reason}); choose another folder with hydra.run.dir= or data.cache=."
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{str(where)[:80]}… cannot be used (a name in it is too long: most file systems allow 255 bytes); shorten it."
+    if error.errno in UNUSABLE:
+        return f"{where} cannot be used ({system_reason(error)}); choose another folder with hydra.run.dir= or data.cache=."
     raise error
 
 

@@ -1,5 +1,8 @@
 """One sentence for a command that Hydra refused."""
 
+import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -29,6 +32,8 @@ def diagnose(name: str, arguments: list[str], error: Exception) -> str:
         except HydraException:
             if meant := " or ".join(f"{group}={argument}" for group in groups() if argument in options(group)):
                 return f"'{argument}' is no key=value; write {meant}."
+            if name != "train" and _is_run(argument):
+                return f"'{argument}' is no key=value; write {_typed('run', argument)}."
             return f"'{argument}' cannot be read as key=value; quote values with spaces or special characters: 'key=\"value\"'."
     choices = []
     for override in overrides:
@@ -51,6 +56,18 @@ def diagnose(name: str, arguments: list[str], error: Exception) -> str:
     if several and not {"-m", "--multirun"} & {*arguments} and not any("hydra.mode" in one for one in arguments):
         return f"{several[0]} are several values; add -m to run each of them, or write a list in brackets, key=[a,b]."
     return " ".join(str(error).split())
+
+
+def _is_run(argument: str) -> bool:
+    """Whether it is what `run=` takes."""
+    places = (Path(argument), *(Path(folder, argument) for folder in ("outputs", "multirun")))
+    return argument == "latest" or any(place.exists() for place in places)
+
+
+def _typed(key: str, value: str) -> str:
+    """An override as it is typed in a shell, with the quotes that Hydra wants."""
+    plain = re.fullmatch(r"[\w./+:@%?-]+", value)
+    return f"{key}={value}" if plain else shlex.quote(f"{key}='{value}'")
 
 
 def unknown_choices(arguments: list[str]) -> str:

@@ -32,3 +32,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """ " Did you mean 'x'?" for the closest of `names`, or an empty string when none is close."""
     found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.55)
     return f" Did you mean '{found[0]}'?" if found else ""
+
+
+def system_reason(error: OSError) -> str:
+    """What the operating system says, as part of a sentence."""
+    return (error.strerror or str(error) or type(error).__name__).lower()

@@ -1,21 +1,96 @@
 """Files of run folders and sweep folders, which may come from anywhere, read as plain values that can do nothing.
 
 Every config.yaml and every JSON file of such a folder is read by `load`. What it returns names no class but those that
-conf/ of this checkout names for the same group, has no interpolation where a configuration is built, and is small.
+conf/ of this checkout names for the same group, has no interpolation where a configuration is built, is small, and has the
+types that `FIELDS` says. `refuse_links` keeps what is read from and written into such a folder inside it.
 """
 
 import json
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from twoviews.errors import BadInput
-from twoviews.signatures import buildable
+from twoviews.errors import BadInput, system_reason
+from twoviews.ranges import Count, Index, NotNegative
+from twoviews.signatures import buildable, complaint
 
 LARGEST = {".yaml": 2**18, ".json": 2**25}  # bytes; YAML takes far longer to read
 DEPTH = 20  # of dictionaries and lists in each other; those of conf/ have five
 WHOLE = 2**63  # of a whole number's size
+
+_Node = Mapping[str, Any]
+# Annotations of what is read from these files, "*" of all other keys; keys that end in "!" must be there.
+FIELDS: dict[str, dict[str, Any]] = {
+    "config.yaml": {
+        **dict.fromkeys(("backbone", "data", "method", "optimizer", "protocol", "runtime", "schedule"), _Node),
+        "epochs": Count,
+        "tracking": {"uri!": str | None, "experiment!": str, "mirror!": bool},
+    },
+    "result.json": {
+        "state!": Literal["finished", "interrupted", "failed"],
+        "step": Index,
+        "epoch": NotNegative,
+        "seconds": NotNegative,
+        "reason": str,
+        "precision": str,
+        "mlflow_run_id": str | None,
+        "*": float,
+    },
+    "environment.json": {"digest!": str, "processes": Count, "threads": Count, "gpu": str | None, "host": str},
+    "data.json": {"name!": str, "digest!": str},
+    "encoder.json": {
+        "backbone!": _Node,
+        "channels!": Count,
+        "image_size!": Count,
+        "mean!": Sequence[float],
+        "std!": Sequence[float],
+    },
+    "clusters.json": {"settings!": _Node, "scores!": _Node},
+    "sweep.json": {
+        "axes!": {"*": Sequence[Any]},
+        "points!": {
+            "*": {
+                "axes!": _Node,
+                "job": str | None,
+                "submitted": NotNegative,
+                "cancelled": NotNegative,
+                "given_up": str,
+                "refused": str,
+            }
+        },
+        "launcher!": _Node,
+        "commands": Sequence[str],
+        "command": Sequence[str],
+        "parent!": str | None,
+        "parent_key": str,
+        "tracking": {"uri!": str | None, "experiment!": str},
+    },
+    "point.json": {"axes!": _Node, "overrides!": Sequence[str], "choices": _Node, "code": str, "cwd": str},
+    "state.json": {
+        **dict.fromkeys(("submitted", "step", "starts", "stalled", "checkpoint"), NotNegative),
+        **dict.fromkeys(("started", "ended"), NotNegative | None),
+        **dict.fromkeys(("job", "node"), str | None),
+        "state!": str,
+        "reason": str,
+    },
+}
+# What can be done without the file that was written.
+REMEDIES = {
+    "result.json": "delete it, and the same train.py command goes on from the last checkpoint and writes it again",
+    "environment.json": "put the file back that the run wrote, or start over with fresh=true",
+    "data.json": "put the file back that the run wrote, or start over with fresh=true",
+    "clusters.json": "delete it, and cluster.py writes it again",
+    "sweep.json": "put the file back, or delete it and launch the sweep again, which goes on with its points",
+    "point.json": "put the file back, or launch the sweep again, which writes it again",
+    "state.json": "delete it, and the point counts as one that has not begun",
+    "tracking.json": "delete it, and the run is sent to MLflow as a new one",
+    "metrics.durable": "delete it, and the next checkpoint writes it again",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -32,25 +107,30 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, needed: bool = False) -> dict[str, Any]:
     """The content of a YAML or JSON file; empty where there is none.
 
     Raises:
-        BadInput: it is too large, damaged, or holds more than plain values.
+        BadInput: it is too large, damaged, or holds more than plain values; or it is needed and missing.
     """
-    found = text(path)
-    return {} if found is None else parse(found, path)
+    content = text(path)
+    if content is not None:
+        return parse(content, path)
+    if needed:
+        raise BadInput(f"{path} is missing; {_remedy(path)}.")
+    return {}
 
 
 def text(path: Path) -> str | None:
     """What `load` parses; None where there is no file.
 
     Raises:
-        BadInput: it is too large, or no text.
+        BadInput: it is too large, unreadable, or no text.
     """
     try:
+        _refuse_link(path, path.parent)
         if not path.is_file():
-            if path.exists():
+            if path.exists() or path.is_symlink():
                 raise BadInput(f"{path} is no regular file, and none that a run wrote; it is refused.")
             return None
         with path.open("rb") as file:
@@ -63,7 +143,11 @@ def text(path: Path) -> str | None:
     except FileNotFoundError:  # it was replaced meanwhile
         return None
     except UnicodeDecodeError as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
+    except OSError as error:
+        raise BadInput(
+            f"{path} cannot be read ({system_reason(error)}); make it readable, or {_remedy(path)}."
+        ) from None
 
 
 def parse(content: str, path: Path) -> dict[str, Any]:
@@ -75,24 +159,91 @@ def parse(content: str, path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(content) if path.suffix == ".json" else yaml.load(content, _Loader)  # noqa: S506
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
     if not isinstance(tree, dict):
-        raise _damaged(path, "it holds no keys")
+        raise damaged(path, "it holds no keys" if content.strip() else "it is empty")
     for key, value in tree.items():
         wrong = _impure(str(key), value, str(key), path.suffix == ".yaml", DEPTH)
         # Hydra reads config.yaml when a point of a sweep is trained, and would follow these two.
         if key in ("defaults", "hydra") or str(key).startswith("_"):
-            wrong = f"it has the key {_short(key)}"
+            wrong = f"it has the key {short(key)}"
         if wrong:
             raise BadInput(
                 f"{path} is refused, because {wrong}: the files of a run may come from anywhere, so they hold plain values and "
                 "classes that conf/ of this checkout names."
             )
+    if wrong := _misfit(tree, FIELDS.get(path.name, {})):
+        raise damaged(path, wrong)
     return tree
 
 
-def _damaged(path: Path, why: object) -> BadInput:
-    return BadInput(f"{path} cannot be read ({_short(why)}); put the file back that the run wrote.")
+def damaged(path: Path, why: object) -> BadInput:
+    """The sentence for a file that is not what was written."""
+    return BadInput(f"{path} cannot be read ({short(why)}); {_remedy(path)}.")
+
+
+@contextmanager
+def blamed(path: Path) -> Iterator[None]:
+    """What is wrong with the values of a file that are used here is said with its name."""
+    try:
+        yield
+    except BadInput as error:
+        raise error if str(path) in str(error) else BadInput(f"{path}: {error}") from None
+
+
+def _remedy(path: Path) -> str:
+    return REMEDIES.get(path.name, "put the file back that the run wrote")
+
+
+def _misfit(tree: Mapping[str, Any], fields: Mapping[str, Any], prefix: str = "") -> str:
+    """What is missing or of another type than `FIELDS` says, as part of a sentence; empty if nothing is."""
+    named = {key.rstrip("!"): kind for key, kind in fields.items()}
+    if missing := [key for key in fields if key.endswith("!") and key.rstrip("!") not in tree]:
+        return f"{prefix}{missing[0].rstrip('!')} is missing"
+    for key, value in tree.items():
+        kind = named.get(str(key), named.get("*", Any))
+        inner = kind if isinstance(kind, dict) else None
+        if wrong := complaint(value, _Node if inner is not None else kind):
+            return f"{prefix}{short(key)}={short(value)} {wrong.partition(';')[0]}"
+        if inner is not None and (wrong := _misfit(value, inner, f"{prefix}{short(key)}.")):
+            return wrong
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------------------------ links
+
+
+def refuse_links(folder: Path) -> None:
+    """Make sure that what is read or written below a run folder or a sweep folder is not elsewhere.
+
+    Raises:
+        BadInput: something in it is a link that leads out of it, or neither a file nor a folder.
+    """
+    waiting = [folder]
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    if entry.is_symlink():
+                        _refuse_link(Path(entry.path), folder)
+                    elif entry.is_dir():
+                        waiting.append(Path(entry.path))
+                    elif not stat.S_ISREG(entry.stat().st_mode):
+                        raise BadInput(f"{entry.path} is no regular file, and none that a run wrote; delete it.")
+        except (FileNotFoundError, NotADirectoryError):  # not there yet, or it was replaced meanwhile
+            continue
+        except OSError as error:
+            raise BadInput(
+                f"{error.filename or folder} cannot be read ({system_reason(error)}); make it readable."
+            ) from None
+
+
+def _refuse_link(path: Path, folder: Path) -> None:
+    if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise BadInput(
+            f"{path} is a link to {path.readlink()}, outside of {folder}: nothing is read or written through it; put a copy "
+            "of the file in its place, or delete it."
+        )
 
 
 def _impure(path: str, value: Any, group: str, literal: bool, depth: int) -> str:
@@ -111,25 +262,25 @@ def _impure(path: str, value: Any, group: str, literal: bool, depth: int) -> str
     if isinstance(value, dict):
         for key, inner in value.items():
             if not isinstance(key, (str, int)):
-                return f"{path[:60]!r} has the key {_short(key)}"
+                return f"{path[:60]!r} has the key {short(key)}"
             if str(key) == "_target_":
                 if not isinstance(inner, str) or inner not in buildable(group):
-                    return f"_target_={_short(inner)} is none that {group} can build"
+                    return f"_target_={short(inner)} is none that {group} can build"
             elif str(key).startswith("_") and str(key).endswith("_"):
-                return f"{path[:60]!r} has the key {_short(key)}"
+                return f"{path[:60]!r} has the key {short(key)}"
             elif wrong := _impure(f"{path}.{key}", inner, group, literal, depth - 1):
                 return wrong
         return ""
     if isinstance(value, list):
         return next(filter(None, (_impure(path, one, group, literal, depth - 1) for one in value)), "")
     if isinstance(value, str):
-        return f"{path[:60]!r} is the interpolation {_short(value)}" if literal and "${" in value else ""
+        return f"{path[:60]!r} is the interpolation {short(value)}" if literal and "${" in value else ""
     if isinstance(value, int):
         return f"{path[:60]!r} is out of range" if abs(value) > WHOLE else ""
     return "" if value is None or isinstance(value, float) else f"{path[:60]!r} is a {type(value).__name__}"
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     """On one line, and not long."""
     text = " ".join(str(value).split())
     return "".join(sign if sign.isprintable() else "?" for sign in text[:100]) + ("…" if len(text) > 100 else "")

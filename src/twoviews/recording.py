@@ -90,7 +90,13 @@ class Recording:
         """Put the training where the last checkpoint left it, if there is one."""
         self._training = training
         if self._state:
-            training.restore(self._state)
+            try:
+                training.restore(self._state)
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise BadInput(
+                    f"the checkpoint in {self.run.folder} is of another network or another version ({foreign.short(error)}); put "
+                    "that of the run back, or start over with fresh=true, which keeps the old results beside it."
+                ) from error
             self.console.say(f"resuming at step {training.position.step} (epoch {training.epoch:.2f}).")
             before, now = self._state.get("precision"), format_name(training.dtype)
             if before not in (None, now):

@@ -10,24 +10,26 @@ import json
 import os
 import platform
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from twoviews import distributed, foreign
 from twoviews.backbones import Encoder
 from twoviews.code import code_state
 from twoviews.config import NOT_IN_DIGEST, build, flat
 from twoviews.data import views
-from twoviews.errors import BadInput, nearest
-from twoviews.ranges import Count
+from twoviews.errors import BadInput, nearest, system_reason
+from twoviews.ranges import Index
 from twoviews.signatures import complaint
 from twoviews.tracking.state import durable_bytes, mirroring, replace
 
 CHECKPOINTS = ("last.pt", "previous.pt")
+
+STATE = ("method", "optimizer", "scaler", "position", "metrics_bytes", "latest")  # what a checkpoint has
 
 
 class Run:
@@ -55,10 +57,13 @@ class Run:
             )
             close = nearest(path.name, [run.name for run in runs])
             hint = f"; the latest beside it is {runs[-1]}" if runs and not close else ""
+            if path.is_file() and (path.parent / "config.yaml").exists():
+                raise BadInput(f"{path} is a file of a run; give its folder, run={path.parent}.")
             raise BadInput(
                 f"{path} holds no run (no config.yaml); give the folder that a run's last line names, run=<folder>{hint}."
                 f"{close}"
             )
+        foreign.refuse_links(path)
         return cls(path)
 
     # ------------------------------------------------------------------------------------------ what the run consists of
@@ -79,7 +84,7 @@ class Run:
                 "old results beside it, or choose another folder with hydra.run.dir=."
             )
         if recorded:
-            if self.read("data.json")["digest"] != data["digest"]:
+            if self.read("data.json", needed=True)["digest"] != data["digest"]:
                 raise BadInput(
                     f"the images of {data['name']} are not those that {self.folder} was trained on; put them back, or start over "
                     "with fresh=true, which keeps the old results beside it."
@@ -111,15 +116,19 @@ class Run:
         Raises:
             BadInput: config.yaml is damaged, or more than plain values.
         """
-        return foreign.load(self.folder / "config.yaml")
+        path = self.folder / "config.yaml"
+        config = foreign.load(path, needed=True)
+        if missing := [key for key in ("backbone", "data", "method", "tracking") if key not in config]:
+            raise foreign.damaged(path, f"{missing[0]} is missing")
+        return config
 
-    def read(self, name: str) -> dict[str, Any]:
+    def read(self, name: str, needed: bool = False) -> dict[str, Any]:
         """A JSON file of the run; empty when it is not there.
 
         Raises:
-            BadInput: it is damaged, or more than plain values.
+            BadInput: it is damaged, or more than plain values; or it is needed and missing.
         """
-        return foreign.load(self.folder / name)
+        return foreign.load(self.folder / name, needed)
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file of the run, whole or not at all."""
@@ -172,7 +181,7 @@ class Run:
             return
         try:
             load_checkpoint(new)
-        except (RuntimeError, EOFError, KeyError, ValueError):
+        except ValueError:
             if last.exists() or not last.with_name("previous.pt").exists():
                 new.unlink()
             else:  # killed between the renames of a save, it was whole and is damaged
@@ -196,7 +205,11 @@ class Run:
                 continue
             try:
                 state = load_checkpoint(path)
-            except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
+                if missing := [key for key in STATE if key not in state]:
+                    raise ValueError(f"{missing[0]} is missing")
+                if wrong := complaint(state["metrics_bytes"], Index):
+                    raise ValueError(f"metrics_bytes {wrong}")
+            except (OSError, ValueError) as error:
                 damaged[path] = str(error).splitlines()[0]
                 continue
             for bad, reason in damaged.items():
@@ -227,13 +240,7 @@ class Run:
 
     def save_encoder(self, encoder: Encoder, description: dict[str, Any]) -> None:
         """Weights as encoder.safetensors, and beside them what is needed to build and use the network."""
-        from safetensors.torch import save_file
-
-        weights = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
-        new = self.folder / "encoder.new"
-        save_file(weights, new)
-        _sync(new)
-        new.replace(self.folder / "encoder.safetensors")
+        replace(self.folder / "encoder.safetensors", weight_file(encoder.state_dict()))
         self.write("encoder.json", {**description, "features": encoder.out_dim})
 
     def encoder(self) -> Encoder:
@@ -244,13 +251,32 @@ class Run:
         """
         if not (self.folder / "encoder.json").exists() or not (self.folder / "encoder.safetensors").exists():
             raise BadInput(
-                f"{self.folder} holds no encoder; let the run finish (the same command goes on), or interrupt it (Ctrl-C), "
-                "which writes one."
+                f"{self.folder} holds no encoder (encoder.json and encoder.safetensors); let the run finish (the same command "
+                "goes on), or interrupt it (Ctrl-C), which writes one."
             )
         return load_encoder(self.folder / "encoder.safetensors")[0]
 
 
-_FEEDING = {"channels": Count, "image_size": Count, "mean": Sequence[float], "std": Sequence[float]}
+def weight_file(weights: Mapping[str, Tensor]) -> bytes:
+    """The content of a .safetensors file; safetensors' own `save_file` makes files that only their owner may read."""
+    from safetensors.torch import save
+
+    return save({name: value.detach().cpu().contiguous() for name, value in weights.items()})
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file.
+
+    Raises:
+        SafetensorError, OSError: it is damaged, or cannot be read.
+    """
+    from safetensors.torch import load, load_file
+
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # names that are no UTF-8, which safetensors does not open
+        return load(path.read_bytes())
+    return load_file(path)
 
 
 def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
@@ -260,25 +286,40 @@ def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
         BadInput: the two do not make an encoder.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     beside = path.with_name("encoder.json")
-    description = foreign.load(beside)
+    description = foreign.load(beside, needed=True)
     try:
-        for key, kind in _FEEDING.items():
-            if wrong := complaint(description[key], kind):
-                raise TypeError(f"{key} {wrong}")
         sizes = {"channels": description["channels"], "image_size": description["image_size"]}
         encoder = build(description["backbone"], **sizes)
         if not isinstance(encoder, Encoder):
             raise TypeError("the backbone is no encoder")
-        encoder.load_state_dict(load_file(path))
+        encoder.load_state_dict(weights := read_weights(path))
         if not len(description["mean"]) == len(description["std"]) == description["channels"]:
             raise TypeError("mean and std are not those of the channels")
-    except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        check_finite(weights)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({system_reason(error)}); make it readable.") from error
+    except (BadInput, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise BadInput(f"{path} and {beside.name} beside it do not make an encoder: {reason[:200]}.") from error
+        raise BadInput(
+            f"{path} and {beside.name} beside it do not make an encoder: {reason[:200]}; put the files back that the run "
+            "wrote, or delete both and result.json, and the same train.py command writes them again from its last checkpoint."
+        ) from error
     return encoder, description
+
+
+def check_finite(weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights that make no features.
+
+    Raises:
+        ValueError: a number is NaN or infinite, or a variance is negative.
+    """
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinite numbers")
+        if name.endswith("running_var") and (value < 0).any():
+            raise ValueError(f"{name} holds negative variances")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -286,17 +327,36 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: it is damaged.
+        OSError: it cannot be read.
     """
-    if not zipfile.is_zipfile(path):
+    if path.is_dir() or not zipfile.is_zipfile(path):
         raise ValueError("not a complete file")
+    try:
+        refuse_compressed(path)
+        with zipfile.ZipFile(path) as archive:
+            if broken := archive.testzip():
+                raise ValueError(f"wrong checksum of {broken}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds; nothing in the file can have done more than fail to be read
+        raise ValueError(foreign.short(error)) from error
+    if not isinstance(state, dict) or not isinstance(state.get("method"), dict):
+        raise ValueError("not a checkpoint of a run")
+    return state
+
+
+def refuse_compressed(path: Path) -> None:
+    """Refuse an archive that torch did not write: it compresses nothing, and a few compressed bytes can fill the memory.
+
+    Raises:
+        ValueError: something in it is compressed, or is said to lie in several places.
+    """
     with zipfile.ZipFile(path) as archive:
-        try:
-            broken = archive.testzip()
-        except zipfile.BadZipFile as error:
-            raise ValueError(str(error)) from error
-        if broken:
-            raise ValueError(f"wrong checksum of {broken}")
-    return torch.load(path, map_location="cpu", weights_only=True)
+        members = archive.infolist()
+        size = sum(one.file_size for one in members)
+    if any(one.compress_type != zipfile.ZIP_STORED for one in members) or size > path.stat().st_size:
+        raise ValueError("it is no archive that torch.save wrote")
 
 
 def _sync(path: Path) -> None:

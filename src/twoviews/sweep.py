@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from twoviews import foreign
 from twoviews.console import ROWS, Console, duration
-from twoviews.errors import BadInput, nearest
+from twoviews.errors import BadInput, nearest, system_reason
 from twoviews.sweeps.axes import told_apart
 from twoviews.sweeps.folder import Point, State, Sweep
 from twoviews.sweeps.supervise import LOG
@@ -47,6 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
         return given.action(sweep, points)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno is None:
+            raise
+        print(f"error: {error.filename or 'a file'} cannot be used ({system_reason(error)}).", file=sys.stderr)
         return 2
 
 
@@ -117,7 +122,7 @@ def _row(point: Point, state: State, names: Mapping[str, str]) -> dict[str, obje
 
 def epochs(point: Point) -> int:
     """How long the training is to be."""
-    return int(foreign.load(point.folder / "config.yaml")["epochs"])
+    return int(foreign.load(point.folder / "config.yaml", needed=True).get("epochs", 0))
 
 
 def logs(sweep: Sweep, points: Sequence[Point]) -> int:

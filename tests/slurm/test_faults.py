@@ -11,11 +11,12 @@ import pytest
 from fake import FINISH, starts, sweep
 from on_slurm import VALUES, cluster, dispatch, quiet_cluster, slurm, states, wait_for  # noqa: F401
 
+from twoviews import launched
 from twoviews.code import content
 from twoviews.errors import BadInput
 from twoviews.sweep import chosen, logs, retry, status
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps import launched, scheduler
+from twoviews.sweeps import scheduler
 from twoviews.sweeps.collecting import prepare
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.truth import look
@@ -199,7 +200,7 @@ def test_a_killed_launcher_leaves_jobs_that_are_not_started_twice(tmp_path: Path
 import os, signal, sys
 sys.path[:0] = {[str(Path(__file__).parent)]!r}
 from on_slurm import dispatch
-from twoviews.sweeps import launched, scheduler
+from twoviews.sweeps import scheduler
 from twoviews.sweeps.folder import Sweep
 Sweep.submitted = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # after sbatch, before it is written down
 dispatch().submit(Sweep({str(tmp_path / "s")!r}).points)

@@ -13,6 +13,7 @@ from twoviews.sweep import main as sweep_command
 from twoviews.sweeps import collecting
 from twoviews.sweeps.collecting import deliver, owed, prepare
 from twoviews.sweeps.folder import New, Point, State, Sweep
+from twoviews.tracking import stores
 from twoviews.tracking.metrics import Metrics
 
 CONFIG = "epochs: 2\ntracking:\n  uri: {uri}\n  experiment: sweeps\n  mirror: false\nseed: {seed}\n"
@@ -20,7 +21,9 @@ CONFIG = "epochs: 2\ntracking:\n  uri: {uri}\n  experiment: sweeps\n  mirror: fa
 
 @pytest.fixture
 def uri(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/mlflow.db"
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    stores.remember(uri)  # as the command does that names it
+    return uri
 
 
 def points(sweep: Sweep, uri: str, count: int) -> list[Point]:
@@ -112,6 +115,7 @@ def test_a_run_that_was_there_before_becomes_a_child(tmp_path: Path, uri: str) -
 
 def test_a_store_that_does_not_answer_refuses_the_sweep(tmp_path: Path) -> None:
     sweep, uri = Sweep(tmp_path / "s"), "http://127.0.0.1:9"
+    stores.remember(uri)
     with pytest.raises(BadInput, match="MLflow takes no sweep .* tracking=files"):
         prepare(sweep, points(sweep, uri, 1), {"uri": uri, "experiment": "sweeps"})
 
@@ -133,6 +137,7 @@ def test_what_mlflow_has_is_not_sent_again(tmp_path: Path, uri: str, monkeypatch
     assert owed(sweep)
     with sweep.update() as record:
         record["tracking"]["uri"] = "http://127.0.0.1:9"
+    stores.remember("http://127.0.0.1:9")
     deliver(sweep, said.append)
     assert "MLflow takes no sweep" in said[0] and "python -m twoviews.sweep collect s" in said[1]
 

@@ -45,7 +45,7 @@ def fill(point: Point, given: Mapping[str, Any]) -> None:
     (point.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if "knn" in given:
         (point.folder / "environment.json").write_text(
-            json.dumps({"gpu": given.get("gpu"), "threads": 2, "processes": given.get("processes", 1)})
+            json.dumps({"digest": "ab", "gpu": given.get("gpu"), "threads": 2, "processes": given.get("processes", 1)})
         )
         result = {"state": "finished", "knn/top1": given["knn"], "seconds": 180.0, "mlflow_run_id": None}
         if "linear" in given:

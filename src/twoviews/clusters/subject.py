@@ -52,7 +52,7 @@ class Subject:
     @property
     def changed(self) -> bool:
         """Whether the run's own images are not what they were."""
-        return self.own and self.data.digest != self.run.read("data.json")["digest"]
+        return self.own and self.data.digest != self.run.read("data.json", needed=True)["digest"]
 
     def check(self, clusters: Sequence[int]) -> None:
         """Refuse before the images are embedded what could not be done with them afterwards.

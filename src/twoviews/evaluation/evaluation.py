@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from twoviews.assembly import load_data
+from twoviews.assembly import recorded_data
 from twoviews.backbones import Encoder, left_over
 from twoviews.config import build, digest, flat, recorded_runtime, said
 from twoviews.console import Console
@@ -20,6 +20,7 @@ from twoviews.evaluation.scores import scores
 from twoviews.evaluation.source import Source
 from twoviews.fallbacks import slower
 from twoviews.features import Judged
+from twoviews.foreign import blamed
 from twoviews.protocols.health import advice
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.run import Run
@@ -69,17 +70,20 @@ def evaluate(
         BadInput: a protocol cannot judge this encoder on these images.
     """
     recorded = OmegaConf.create(source.config or {})
-    runtime, notes = recorded_runtime(cfg, source.config or {}, asked)
+    run = Run(source.origin) if source.origin else None
+    path = (source.origin or source.folder) / "config.yaml"
+    with blamed(path):
+        runtime, notes = recorded_runtime(cfg, source.config or {}, asked)
     device = runtime.torch_device()
     runtime.configure_evaluation(device)
     precision = format_name(dtype := runtime.evaluation_dtype(device))
-    data = source.fed(given() if given else load_data(recorded)).to(device)
+    data = source.fed(given() if given else recorded_data(source.config or {}, path)).to(device)
     unseen = left_over(source.encoder, source.channels, source.image_size)
     for note in (*source.notes, *([unseen] if unseen else []), *notes, *data.notes):
         console.say(note)
     for sentence in slower(runtime.device, device):
         console.say_once(sentence)
-    if given is None and data.digest != Run(source.folder).read("data.json")["digest"]:
+    if given is None and run and data.digest != run.read("data.json", needed=True)["digest"]:
         console.say("warning: these are not the images of the run (their digest differs), so the numbers are not its.")
     encoder, prefix = _encoder(source, cfg.feature)
     nodes = protocols(cfg, asked, source.config)
@@ -87,10 +91,10 @@ def evaluate(
     for note in [note for judge in judges.values() for note in judge.notes(data)]:
         console.say(note)
     plain, about = OmegaConf.to_container(nodes, resolve=True), _about(data)
-    result = Run(source.folder).read("result.json")
+    result = run.read("result.json") if run else {}
     if result.get("state", "finished") != "finished":
         console.say(
-            f"warning: {source.name} is {result['state']} after {result['epoch']:.4g} epochs; its encoder is of then."
+            f"warning: {source.name} is {result['state']} after {result.get('epoch', 0):.4g} epochs; its encoder is of then."
         )
     if (trained := result.get("precision", precision)) != precision:
         console.say(
@@ -104,7 +108,8 @@ def evaluate(
     folder.mkdir(parents=True, exist_ok=True)
     judged = Judged(encoder.to(device), data, device, dtype, runtime.channels_last, folder=folder)
     values, intervals, rows = _measured(judges, judged, source.name, console)
-    if source.config is not None:
+    own = source.config is not None and source.folder == source.origin  # not of a file of the run that was named
+    if own and source.config:
         curve = source.folder / FOLDER / "knn_curve.png"  # the run's own, whatever is measured now
         draw_knn_curve(curve, read(source.folder), published_curve(source.config), source.name)
     settings = {f"protocol.{key}": value for key, value in flat(plain).items()}
@@ -112,7 +117,7 @@ def evaluate(
     write = {**values, "intervals": intervals, **how}
     for file in (folder / "evaluation.json", *([] if prefix else [source.folder / "evaluation.json"])):
         replace(file, json.dumps(write, indent=2) + "\n")
-    if source.config is not None:
+    if own:
         afterwards.add(source.folder, {f"evaluation/{prefix}{name}": value for name, value in values.items()})
         afterwards.deliver(source.folder, recorded.tracking.mirror, console.say)
     console.table(f"{source.name}: kNN bank {about['memory']:,}, test {about['test']:,} images of {data.name}", rows)
@@ -120,7 +125,7 @@ def evaluate(
         console.say(", ".join(f"{key.removeprefix('protocol.')} {value}" for key, value in settings.items()))
     console.say(f"written, with all settings, to {folder}")
     state = State.load(source.folder)
-    mirrored = source.config is not None and recorded.tracking.mirror
+    mirrored = own and recorded.tracking.mirror
     return Evaluation(
         values,
         intervals,
@@ -138,9 +143,9 @@ def _encoder(source: Source, feature: str) -> tuple[Encoder, str]:
     """What is judged, and what stands before the names of its numbers."""
     if feature == "backbone":
         return source.encoder, ""
-    if source.config is None:
+    if source.origin is None:
         raise BadInput(f"feature=projection needs a run, and {source.name} is a network alone; use feature=backbone.")
-    return projected(source.encoder, Run(source.folder)), "projection/"
+    return projected(source.encoder, Run(source.origin)), "projection/"
 
 
 def _measured(

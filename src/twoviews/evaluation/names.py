@@ -1,4 +1,4 @@
-"""Runs by name: `run=` may be a folder, several, a folder of runs, "latest", or MLflow's id."""
+"""Runs by name: `run=` may be a folder or its name, several, a folder of runs, "latest", or MLflow's id."""
 
 import contextlib
 import re
@@ -11,6 +11,7 @@ from twoviews.tracking import stores
 from twoviews.tracking.state import State
 
 RUN_FOLDERS = ("outputs", "multirun")
+NAME = re.compile(r"[^/~:]+")  # of a folder, as tables and MLflow show it
 RUN_ID = re.compile(r"[0-9a-f]{32}")  # MLflow's
 
 
@@ -19,22 +20,30 @@ def named(run: str | Sequence[str]) -> list[str]:
     found = []
     for one in [run] if isinstance(run, str) else run:
         folder = Path(one).expanduser()
+        folder = folder if folder.exists() or not NAME.fullmatch(one) else Path("multirun", one)
         within = [] if (folder / "config.yaml").exists() else sorted(folder.glob("*/config.yaml"))
         found += [str(config.parent) for config in within] or [one]
     return found
 
 
 def by_name(run: str) -> Path | None:
-    """The folder of the run that was begun last, for "latest", or of the one with this id in MLflow; None for other words.
+    """The folder of the run that was begun last, for "latest", or of the one with this name or id in MLflow; else None.
 
     Raises:
-        BadInput: there is no such run on this machine.
+        BadInput: there is no such run on this machine, or there are several of this name.
     """
     if run == "latest":
         if runs := _runs():
             return runs[0]
         raise BadInput(f"run=latest: there is no run below {Path.cwd()}/outputs or multirun; give a run's folder.")
-    return _of_mlflow(run) if RUN_ID.fullmatch(run) and not Path(run).exists() else None
+    if Path(run).exists() or not NAME.fullmatch(run):
+        return None
+    called = [folder for folder in _runs() if folder.name == run]
+    if len(called) > 1:
+        raise BadInput(f"run={run}: several runs have this name; give a folder: {', '.join(map(str, called))}.")
+    if called:
+        return called[0]
+    return _of_mlflow(run) if RUN_ID.fullmatch(run) else None
 
 
 def _runs() -> list[Path]:
@@ -68,8 +77,8 @@ def _of_mlflow(run_id: str) -> Path:
 
 def _told(uri: str, run_id: str) -> Path | None:
     """The folder that a store of MLflow has for a run; None when it has none or does not answer."""
-    if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():
-        return None  # opening it would make it
+    if not stores.known(uri) or uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return None  # a folder from elsewhere names it; or opening it would make it
     stores.prepare_environment()
     try:
         from mlflow import MlflowClient

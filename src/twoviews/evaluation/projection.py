@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from twoviews.backbones import Encoder
 from twoviews.config import build
 from twoviews.errors import BadInput
-from twoviews.run import Run, load_checkpoint
+from twoviews.foreign import short
+from twoviews.run import Run, check_finite, load_checkpoint
 
 PREFIX = "projector."
 
@@ -38,12 +39,16 @@ def projected(encoder: Encoder, run: Run) -> Projected:
     config = run.config()
     try:
         state = load_checkpoint(path)["method"]
-    except (ValueError, RuntimeError, EOFError) as error:
+    except ValueError as error:
         raise BadInput(f"{path} is damaged ({str(error).splitlines()[0]}); use feature=backbone.") from error
     weights = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
     if not weights:
         raise BadInput(f"the method of {run.folder} has no projector; use feature=backbone.")
     projector = build(DictConfig(config["method"]), encoder=encoder).projector
-    projector.load_state_dict(weights)
+    try:
+        check_finite(weights)
+        projector.load_state_dict(weights)
+    except (RuntimeError, ValueError) as error:
+        raise BadInput(f"{path} holds no projector for {run.folder} ({short(error)}); use feature=backbone.") from error
     last = next(module for module in reversed(list(projector.modules())) if isinstance(module, nn.Linear))
     return Projected(encoder, projector, last.out_features, encoder.recipe)

@@ -16,8 +16,9 @@ from twoviews.data.images import ImageData
 from twoviews.errors import BadInput, nearest, printable
 from twoviews.evaluation.names import by_name
 from twoviews.evaluation.weights import SUFFIXES, of_run, resnet, split, tensors
+from twoviews.foreign import blamed
 from twoviews.randomness import seed_of
-from twoviews.run import Run, load_encoder
+from twoviews.run import Run, check_finite, load_encoder
 
 RESNETS = {
     "resnet18": ("basic", [2, 2, 2, 2]),
@@ -37,6 +38,7 @@ class Source:
     name: str  # in tables and pictures
     folder: Path  # where results go; that of a run, or one that need not exist yet
     config: dict[str, Any] | None  # of the run; None: not a run, so that the images are named on the command line
+    origin: Path | None  # the folder of the run, also where only one of its files was named
     channels: int  # C of the images
     image_size: int  # px, side of the square that the encoder is fed
     mean: Statistics  # per channel, of pixels in [0, 1]
@@ -126,6 +128,7 @@ def _opened(run: str, data: Callable[[], ImageData] | None) -> Source:
         name=printable(path.resolve().name),
         folder=opened.folder,
         config=opened.config(),
+        origin=opened.folder,
         **_feeding(opened.read("encoder.json")),
     )
 
@@ -144,11 +147,12 @@ def _file(path: Path, data: Callable[[], ImageData] | None, chosen: str | None) 
     weights = tensors(path)
     if any(name.startswith("method.encoder.") for name in weights) and path.with_name("config.yaml").exists():
         config = Run.existing(path.parent).config()
-        images = data() if data else build(DictConfig(config["data"]))
-        encoder = build(DictConfig(config["backbone"]), channels=images.channels, image_size=images.size)
+        with blamed(path.with_name("config.yaml")):
+            images = data() if data else build(DictConfig(config["data"]))
+            encoder = build(DictConfig(config["backbone"]), channels=images.channels, image_size=images.size)
         own, notes = of_run(weights, list(encoder.state_dict()), path, chosen)
         _fill(encoder, own, path)
-        place = {**_elsewhere(path, chosen), "config": config}
+        place = {**_elsewhere(path, chosen), "config": config, "origin": path.parent}
         return Source(encoder, **place, channels=images.channels, **_like(images), notes=tuple(notes))
     own, recipe, channels, notes = resnet(weights, path, chosen)
     images = _needed(path, data)()
@@ -190,6 +194,10 @@ def _fill(encoder: Encoder | torch.nn.Module, weights: dict[str, Tensor], where:
     except RuntimeError as error:
         reason = " ".join(str(error).split(":", 1)[-1].split())
         raise BadInput(f"{where} is no plain ResNet or not the network it was taken for: {reason[:200]}") from None
+    try:
+        check_finite(encoder.state_dict())
+    except ValueError as error:
+        raise BadInput(f"{where}: {error}; take a file of weights from before its training went wrong.") from None
 
 
 # ------------------------------------------------------------------------------------------------- networks of libraries
@@ -314,7 +322,7 @@ def _elsewhere(origin: Path | str, chosen: str | None = None) -> dict[str, Any]:
         stem = re.sub(rf"({'|'.join(map(re.escape, SUFFIXES))})+$", "", path.name)
         name = re.sub(r"[^\w.-]", "_", "-".join(filter(None, (path.parent.name, stem, chosen))))
         folder = f"{name}-{digest({'path': str(path)})}"
-    return {"name": name, "folder": Path("outputs") / f"evaluation-{folder}", "config": None}
+    return {"name": name, "folder": Path("outputs") / f"evaluation-{folder}", "config": None, "origin": None}
 
 
 def _like(images: ImageData) -> dict[str, Any]:

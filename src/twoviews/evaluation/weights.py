@@ -2,6 +2,7 @@
 
 import re
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from twoviews.config import flat
 from twoviews.errors import BadInput
+from twoviews.run import read_weights, refuse_compressed
 
 SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors", ".tar")  # what files of weights are called
 FIRST_BLOCK = "layer1.0.conv1.weight"  # the parameter that a ResNet is found by, whatever stands before its name
@@ -32,11 +34,11 @@ def tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         BadInput: it is no such file, or holds what could run code.
     """
-    from safetensors.torch import load_file
-
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return read_weights(path)
+        if zipfile.is_zipfile(path):
+            refuse_compressed(path)
         with warnings.catch_warnings(action="ignore"):  # about unusual versions of pickle
             content = flat(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # of many kinds; nothing in the file can have done more than fail to be read

@@ -20,7 +20,7 @@ from twoviews.evaluation.source import RESNETS
 from twoviews.features import Judged
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.ranges import Index
-from twoviews.run import load_encoder
+from twoviews.run import load_encoder, weight_file
 
 COMPARED = 32  # images that the file and the encoder are compared on
 TOLERANCE = 1e-4  # of a feature, or of the largest feature where that is above 1
@@ -159,7 +159,7 @@ def _torchvision(encoder: Encoder, judged: Judged, place: Path, images: Tensor) 
 
 def _timm(encoder: Encoder, judged: Judged, place: Path, images: Tensor) -> tuple[str, list[str], Tensor]:
     import timm
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     options: dict[str, Any] = {"num_classes": 0}
     if isinstance(encoder, Timm):
@@ -169,7 +169,7 @@ def _timm(encoder: Encoder, judged: Judged, place: Path, images: Tensor) -> tupl
         (name, stem), weights = _library_name(encoder, "timm"), encoder.state_dict()
         modules, lines = _stem(stem, judged.data.channels)
     file = f"timm_{name}.safetensors"
-    save_file({key: value.contiguous() for key, value in weights.items()}, place / file)
+    (place / file).write_bytes(weight_file(weights))
     load = [
         "import timm, torch",
         "from safetensors.torch import load_file",
@@ -182,10 +182,8 @@ def _timm(encoder: Encoder, judged: Judged, place: Path, images: Tensor) -> tupl
 
 
 def _safetensors(encoder: Encoder, judged: Judged, place: Path, images: Tensor) -> tuple[str, list[str], Tensor]:
-    from safetensors.torch import save_file
-
     data, file = judged.data, "encoder.safetensors"
-    save_file({key: value.contiguous() for key, value in encoder.state_dict().items()}, place / file)
+    (place / file).write_bytes(weight_file(encoder.state_dict()))
     description = {
         "backbone": encoder.recipe,
         "channels": data.channels,

@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 
 from twoviews import foreign
 from twoviews.errors import BadInput, nearest
+from twoviews.signatures import complaint
 from twoviews.sweeps.words import text
 from twoviews.tracking.metrics import read
 from twoviews.tracking.state import replace
@@ -113,13 +114,16 @@ class Point:
     @property
     def description(self) -> dict[str, Any]:
         """The content of point.json."""
-        return foreign.load(self.folder / "point.json")
+        return foreign.load(self.folder / "point.json", needed=True)
 
     @property
     def state(self) -> State:
         """What the supervisor wrote last, QUEUED before that; `Dispatch.look` compares it with the scheduler."""
-        known = {field.name for field in fields(State)}
-        return State(**{key: value for key, value in foreign.load(self.folder / "state.json").items() if key in known})
+        known, path = {field.name for field in fields(State)}, self.folder / "state.json"
+        content = {key: value for key, value in foreign.load(path).items() if key in known}
+        if content and (wrong := complaint(content["state"], Name)):
+            raise foreign.damaged(path, f"state={content['state']} {wrong}")
+        return State(**content)
 
     def write(self, state: State) -> None:
         """Replace state.json; only for the supervisor that holds `lock`."""
@@ -186,19 +190,24 @@ class Sweep:
         Raises:
             BadInput: there is none.
         """
-        if name is not None and (Path(name) / "sweep.json").is_file():
-            return cls(name)
+        foreign.refuse_links(folder := cls._folder(name))
+        return cls(folder)
+
+    @staticmethod
+    def _folder(name: Path | str | None) -> Path:
+        if name is not None and (Path(name) / "sweep.json").exists():
+            return Path(name)
         found = {path.parent.name: path for path in MULTIRUN.glob("*/sweep.json")}
         if not found:
             raise BadInput(f"there is no sweep in {MULTIRUN.absolute()}; go where it was launched, or name its folder.")
         if name is None:
-            return cls(max(found.values(), key=lambda path: path.stat().st_mtime).parent)
+            return max(found.values(), key=lambda path: path.stat().st_mtime).parent
         if str(name) not in found:
             raise BadInput(
                 f"there is no sweep '{name}'.{nearest(str(name), found)} In {MULTIRUN.absolute()}: "
                 f"{', '.join(sorted(found))}."
             )
-        return cls(found[str(name)].parent)
+        return found[str(name)].parent
 
     @staticmethod
     def names() -> list[str]:

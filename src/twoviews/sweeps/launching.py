@@ -14,11 +14,12 @@ from typing import Any, cast
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from twoviews import foreign, launched
 from twoviews.code import code_state, content, freeze, left_out, no_commit
 from twoviews.config import build, check, check_plugin, digest, flat, number
 from twoviews.console import Console
 from twoviews.errors import BadInput
-from twoviews.sweeps import collecting, launched
+from twoviews.sweeps import collecting
 from twoviews.sweeps.composing import Composer
 from twoviews.sweeps.dispatch import POLL_S, Dispatch
 from twoviews.sweeps.folder import New, Point, State, Sweep
@@ -78,6 +79,7 @@ class Launch:
         self.tracking: dict[str, Any] = {**tracking, "uri": stores.resolved(tracking["uri"])}  # type: ignore[dict-item, index]
         if self.tracking["mirror"]:
             stores.check(self.tracking["uri"])
+        stores.remember(self.tracking["uri"])
         self.dispatch: Dispatch = build(DictConfig(self.launcher))
         self.protocols = [*(config.get("protocol") or {})]  # whose values result.json will have
         self._composer = Composer(compose)
@@ -185,6 +187,8 @@ def again(sweep: Sweep, points: Sequence[Point]) -> None:
             f"{sweep.folder} has code or a launcher that was not launched from here, so nothing of it is run; launch the "
             "sweep with `train.py -m` and sweep.name= again, which goes on from its checkpoints with the code of this checkout."
         )
+    for point in points:
+        stores.refuse_unknown(foreign.load(point.folder / "config.yaml").get("tracking", {}).get("uri"))
     build(launcher).submit(points)
 
 

@@ -4,6 +4,7 @@ Signals of schedulers end here: they are passed on to the training, which stops 
 of the training becomes the state of the point. No torch is imported, so that this takes no time and little memory.
 """
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -19,7 +20,10 @@ from types import FrameType
 
 from filelock import Timeout
 
+from twoviews import foreign
+from twoviews.errors import BadInput
 from twoviews.sweeps.folder import Name, Point, State
+from twoviews.tracking import stores
 
 PREDECESSOR_S = 60.0  # a supervisor before this one may still be dying
 STALLED = 3  # starts in a row without a checkpoint after which a point is given up
@@ -60,6 +64,9 @@ def supervise(
         point.write(state)
         if state.state == "FAILED":
             return state
+        # What is supervised was launched by somebody, perhaps on a machine with another cache folder.
+        with contextlib.suppress(BadInput):  # which the training says
+            stores.remember(foreign.load(point.folder / "config.yaml").get("tracking", {}).get("uri"))
         with Training(point, LOG, environment or {}) as training:
             training.wait(failing)
         verdict, reason = training.verdict(failing())

@@ -4,10 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from twoviews.errors import BadInput
+from twoviews import foreign
+from twoviews.errors import BadInput, system_reason
 from twoviews.tracking import stores
 from twoviews.tracking.metrics import NAME
-from twoviews.tracking.mirror import reason
+from twoviews.tracking.mirror import kept
 from twoviews.tracking.sending import aim, send, unsent
 from twoviews.tracking.state import State, is_written
 
@@ -48,6 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno is None:
+            raise
+        print(f"error: {error.filename or 'a file'} cannot be used ({system_reason(error)}).", file=sys.stderr)
+        return 2
 
 
 def _sync(given: argparse.Namespace) -> int:
@@ -64,21 +70,25 @@ def _serve(given: argparse.Namespace) -> int:
 
 
 def sync_one(folder: Path, uri: str | None, experiment: str | None) -> int:
-    """Send one folder and print a line about it; 0 if everything is in MLflow now, else 1.
-
-    Raises:
-        BadInput: the address in `uri` or in tracking.json is wrong.
-    """
-    state = State.load(folder)
-    aim(folder, uri or state.uri, experiment or state.experiment)
-    running = is_written(folder)
+    """Send one folder and print a line about it; 0 if everything is in MLflow now, 1 if not, 2 if it cannot be."""
     try:
+        state = State.load(folder)
+        if uri is None:
+            stores.refuse_unknown(state.uri)
+        aim(folder, uri or state.uri, experiment or state.experiment)
+        running = is_written(folder)
         sent = send(folder, closed=not running)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Exception as error:  # one folder or store at fault must not keep the others
-        print(f"{folder}: {unsent(folder)} points left ({reason(error)})")
+        if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+            print(
+                f"error: {folder} cannot be sent: {error.filename or 'a file'}: {system_reason(error)}.",
+                file=sys.stderr,
+            )
+            return 2
+        print(f"{folder}: {unsent(folder)} points left ({kept(folder, error)})")
         return 1
     left = unsent(folder)
     later = f", still training: {left} points follow with its next checkpoints" if running and left else ""
@@ -88,6 +98,7 @@ def sync_one(folder: Path, uri: str | None, experiment: str | None) -> int:
 
 def _folders(given: list[Path]) -> list[Path]:
     for folder in given:
+        foreign.refuse_links(folder)
         if not (folder / NAME).is_file():
             raise BadInput(f"{folder} is not a run folder (it has no {NAME}); name one, or none for all in outputs/.")
     found = given or sorted(path.parent for name in DEFAULT_FOLDERS for path in Path(name).rglob(NAME))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from twoviews.errors import BadInput
 from twoviews.tracking.metrics import NAME, lines, read
-from twoviews.tracking.mirror import reason
+from twoviews.tracking.mirror import kept
 from twoviews.tracking.sending import send
 from twoviews.tracking.state import evaluation_lock, is_written
 
@@ -69,4 +69,4 @@ def deliver(folder: Path, mirror: bool, say: Callable[[str], None] = print) -> N
     try:
         send(folder, closed=True)
     except Exception as error:  # whatever is wrong with MLflow, the results are in the folder
-        say(f"MLflow does not have this yet ({reason(error)}); {later}")
+        say(f"MLflow does not have this yet ({kept(folder, error)}); {later}")

@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from twoviews import foreign
 from twoviews.errors import BadInput
-from twoviews.tracking.state import FolderLock, State, evaluation_lock, mirroring, replace, writer_lock
+from twoviews.tracking.state import FolderLock, State, durable_bytes, evaluation_lock, mirroring, replace, writer_lock
 
 NAME = "metrics.jsonl"
 HEAD = ("step", "epoch", "time")  # of each line; everything else in it is a measured number
+LONGEST = 2**20  # bytes of a line
 PATIENCE_S = 15.0  # a process that was killed may take a while to be gone, and `sync` looks at the lock for a moment
 
 _encode = json.JSONEncoder(allow_nan=False).encode
@@ -140,21 +142,38 @@ def read(folder: Path) -> Iterator[dict[str, float]]:
 
 
 def lines(path: Path, start: int = 0) -> Iterator[tuple[int, dict]]:
-    """(byte after it, line) of each whole line from byte `start` on, as far as no crash tore the file."""
+    """(byte after it, line) of each whole line from byte `start` on, as far as no crash tore the file.
+
+    Raises:
+        BadInput: it is no file, or a line is damaged that was on the disk before the last checkpoint was.
+    """
     if not path.exists():
         return
+    if not path.is_file():
+        raise BadInput(f"{path} is no regular file, and none that a run wrote; put the file back that the run wrote.")
     with path.open("rb") as file:
         file.seek(start)
-        for text in file:
+        while text := file.readline(LONGEST):
+            if (line := _line(text)) is None:
+                if start < durable_bytes(path.parent):
+                    raise BadInput(
+                        f"{path} is damaged at byte {start:,}: {foreign.short(text.decode(errors='replace'))!r} is no line of "
+                        "numbers; put the file back that the run wrote, or start over with fresh=true."
+                    )
+                return
             start += len(text)
-            try:
-                line = json.loads(text)
-                [float(value) for value in line.values()]
-            except (AttributeError, RecursionError, TypeError, ValueError):
-                return
-            if not (text.endswith(b"\n") and isinstance(line, dict) and line.keys() >= set(HEAD)):
-                return
             yield start, line
+
+
+def _line(text: bytes) -> dict | None:
+    """A line of metrics.jsonl; None if it is none."""
+    try:
+        line = json.loads(text)
+        [float(value) for value in line.values()]
+    except (AttributeError, RecursionError, TypeError, ValueError):
+        return None
+    whole = text.endswith(b"\n") and line.keys() >= set(HEAD) and type(line["step"]) is int
+    return line if whole else None
 
 
 def _spelt(value: float) -> str:

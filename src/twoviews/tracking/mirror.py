@@ -1,9 +1,11 @@
 """The mirror of a run in MLflow: the thread beside the training, and what the entry point asks of it."""
 
+import contextlib
 import os
 import shlex
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,9 @@ from pathlib import Path
 from twoviews.errors import BadInput, without_secrets
 from twoviews.tracking import stores
 from twoviews.tracking.sending import PARENT, aim, send, unsent
-from twoviews.tracking.state import State
+from twoviews.tracking.state import State, replace
+
+LOG, NO_ANSWER = "mlflow.log", "it does not answer"
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,9 @@ class Mirror:
                 send(self._folder, closed=closing)
             except Exception as error:  # whatever is wrong with MLflow, the training goes on
                 if not away:
-                    self._say(f"MLflow takes nothing now ({reason(error)}); the points are kept and sent when it does.")
+                    self._say(
+                        f"MLflow takes nothing now ({kept(self._folder, error)}); the points are kept and sent when it does."
+                    )
                 away, pause_s = True, min(12 * self._every_s, max(self._every_s, 2 * pause_s))
             else:
                 if away:
@@ -136,10 +142,20 @@ def page(folder: Path) -> str:
     )
 
 
+def kept(folder: Path, error: Exception) -> str:
+    """`reason`, and where in the run folder all of it is: MLflow's errors are often pages long."""
+    if isinstance(error, BadInput) or (short := reason(error)) == NO_ANSWER:
+        return reason(error)
+    with contextlib.suppress(OSError):  # the store may be at fault because the disk is full
+        replace(folder / LOG, without_secrets("".join(traceback.format_exception(error))))
+        return f"{short}; all of it is in {folder / LOG}"
+    return short
+
+
 def reason(error: Exception) -> str:
     """One short line for what a store answered."""
     text = " ".join(str(error).split()) or type(error).__name__
     if "Max retries exceeded" in text or "timed out" in text:
-        return "it does not answer"
+        return NO_ANSWER
     text = without_secrets(text)
     return text if len(text) <= 300 else text[:300] + "…"

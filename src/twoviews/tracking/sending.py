@@ -89,7 +89,7 @@ def _knows(folder: Path, state: State, closed: bool, limit: int | None) -> bool:
 
 
 def aim(folder: Path, uri: str | None, experiment: str) -> None:
-    """Write down where `folder` is to be sent; a store other than before gets the whole run.
+    """Write down where `folder` is to be sent, as somebody wants it; a store other than before gets the whole run.
 
     Raises:
         BadInput: the address is wrong.
@@ -101,6 +101,7 @@ def aim(folder: Path, uri: str | None, experiment: str) -> None:
 @contextmanager
 def aiming(folder: Path, uri: str | None, experiment: str) -> Iterator[State]:
     """As `aim`, with more to write down at once: what is changed in the state is saved."""
+    stores.remember(uri)
     with mirroring(folder):
         state = State.load(folder)
         before = replace(state) if (folder / "tracking.json").exists() else None
@@ -140,7 +141,7 @@ def _open_run(client: "MlflowClient", experiment_id: str, folder: Path, state: S
     state.save(folder)
     first = next((line["time"] for _, line in lines(folder / NAME)), time.time())
     tags = {"mlflow.user": os.environ.get("USER", "unknown"), **state.tags}
-    name = folder.resolve().name
+    name = _fitted(folder.resolve().name, KEY_LENGTH)
     run = open_once(client, experiment_id, state.run_key, tags=tags, run_name=name, start_time=int(first * 1000))
     state.run_id, state.experiment_id, state.status = run.info.run_id, experiment_id, run.info.status
     state.save(folder)
@@ -306,7 +307,11 @@ def _flat(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _fitted(text: str, length: int) -> str:
-    """`text`, or its beginning and a digest, so that two long values that differ stay different."""
+    """`text`, or its beginning and a digest, so that two long values that differ stay different.
+
+    Bytes of names that are no UTF-8, which MLflow does not take, are spelt out.
+    """
+    text = text.encode(errors="backslashreplace").decode()
     if len(text) <= length:
         return text
     end = f"... sha256 {sha256(text.encode()).hexdigest()[:16]}"
@@ -314,4 +319,4 @@ def _fitted(text: str, length: int) -> str:
 
 
 def _text(path: Path) -> str:
-    return path.read_text().strip() if path.exists() else ""
+    return path.read_text(errors="replace").strip() if path.is_file() else ""

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from twoviews import foreign
 from twoviews.errors import BadInput
+from twoviews.ranges import Index
 from twoviews.signatures import complaint
 
 
@@ -32,7 +33,7 @@ class State:
     run_key: str = ""  # ours, random, known before MLflow answers: finds a run whose id was never written down
     run_id: str | None = None
     experiment_id: str | None = None
-    sent_bytes: int = 0  # of metrics.jsonl
+    sent_bytes: Index = 0  # of metrics.jsonl
     status: str = ""  # as MLflow was told last
     files: dict[str, list[int]] = field(default_factory=dict)  # name: [mtime in ns, bytes] of the artifact sent
     tags: dict[str, str] = field(default_factory=dict)  # of the run: in a sweep its parent and the values of the axes
@@ -48,7 +49,7 @@ class State:
             BadInput: tracking.json is not ours.
         """
         path = folder / "tracking.json"
-        recorded, kinds = foreign.load(path), get_type_hints(cls)
+        recorded, kinds = foreign.load(path), get_type_hints(cls, include_extras=True)
         wrong = [f"there is no {key}" for key in recorded if key not in kinds]
         wrong += [
             f"{key} {why}" for key, kind in kinds.items() if key in recorded and (why := complaint(recorded[key], kind))
@@ -73,17 +74,20 @@ class State:
 def durable_bytes(folder: Path) -> int:
     """Size in bytes of the part of metrics.jsonl that the last checkpoint keeps; 0 before the first."""
     path = folder / "metrics.durable"
-    return int(path.read_text()) if path.exists() else 0
+    try:
+        return int(path.read_text()) if path.exists() else 0
+    except (OSError, ValueError) as error:
+        raise foreign.damaged(path, error) from None
 
 
-def replace(path: Path, text: str) -> None:
-    """Write `text` in UTF-8 so that a crash leaves the old file or the new one, whole.
+def replace(path: Path, content: str | bytes) -> None:
+    """Write text in UTF-8, or bytes, so that a crash leaves the old file or the new one, whole.
 
     Bytes of file names that are no UTF-8 are spelt out as \\udcfc, from which JSON makes the name again.
     """
     part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
+    with part.open("wb") as file:
+        file.write(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import http.client
 import importlib.metadata
 import importlib.util
 import logging
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
+from twoviews import launched
 from twoviews.errors import BadInput, without_secrets
 from twoviews.tracking import database
 
@@ -64,6 +66,29 @@ def resolved(uri: str | None) -> str:
     if scheme not in ("http", "https", *DATABASES) or not host:
         raise BadInput(f"tracking.uri={shown} is not an address of MLflow; {HINT}.")
     return uri.rstrip("/")
+
+
+def remember(uri: str | None) -> None:
+    """Somebody has named this store on a command line; `connect` takes only such."""
+    launched.remember(f"store {resolved(uri)}")
+
+
+def known(uri: str | None) -> bool:
+    """Whether it is the default store, or somebody has named it on a command line."""
+    return resolved(uri) == resolved(None) or launched.remembered(f"store {resolved(uri)}")
+
+
+def refuse_unknown(uri: str | None) -> None:
+    """Refuse a store that only a run folder names: it may come from anywhere, and the store would get credentials.
+
+    Raises:
+        BadInput: nobody has named it on a command line.
+    """
+    if not known(uri):
+        raise BadInput(
+            f"the folder names {_shown(str(uri))}, and nothing was sent there from here before; if you know it, name it once: "
+            f"`python -m twoviews.tracking sync <folder> --uri {_shown(str(uri))}`, in train.py tracking.uri=."
+        )
 
 
 def installed() -> None:
@@ -134,8 +159,8 @@ def _check_server(uri: str) -> None:
         if error.code < 500:  # something answers: a server that wants a login, or a gateway without /health
             return
         reason = f"status {error.code}"
-    except OSError as error:
-        reason = str(getattr(error, "reason", error))
+    except (OSError, ValueError, http.client.HTTPException) as error:  # what answers may be no server of pages at all
+        reason = str(getattr(error, "reason", error)) or type(error).__name__
     raise BadInput(
         f"no MLflow answers at {uri}/health ({reason}); start it, give another tracking.uri=, or train with "
         "tracking=files and send the run later with `python -m twoviews.tracking sync`."
@@ -149,9 +174,11 @@ def connect(uri: str, experiment: str) -> tuple["MlflowClient", str]:
     Takes seconds the first time: mlflow is imported here and a fresh SQLite file gets its tables.
 
     Raises:
-        BadInput: the experiment was deleted in MLflow, MLflow is not installed, or the database's folder is gone.
+        BadInput: the experiment was deleted in MLflow, MLflow is not installed, nobody has named the store, or the database's
+            folder is gone.
         MlflowException: the store does not answer or refuses.
     """
+    refuse_unknown(uri)
     installed()
     prepare_environment()
     from mlflow import MlflowClient

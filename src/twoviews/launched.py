@@ -1,13 +1,16 @@
-"""What this user has launched: a sweep folder may come from anywhere, and of its code and its launcher only that is run."""
+"""What this user has launched and where results were sent: folders may come from anywhere, and name code and stores, too."""
 
 import contextlib
 import hashlib
 import os
 from pathlib import Path
 
+_here: set[str] = set()  # in this process, for where nothing can be written
+
 
 def remember(what: str) -> None:
-    """Of code its digest, of a launcher its values; where nothing can be written, nothing is run a second time."""
+    """Of code its digest, of a launcher its values, of a store its address; where nothing can be written, this process does."""
+    _here.add(what)
     with contextlib.suppress(OSError):
         path = _path(what)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -15,8 +18,8 @@ def remember(what: str) -> None:
 
 
 def remembered(what: str) -> bool:
-    """Whether it was launched with this user's cache folder."""
-    return _path(what).is_file()
+    """Whether it was launched, or named, with this user's cache folder or by this process."""
+    return what in _here or _path(what).is_file()
 
 
 def _path(what: str) -> Path:
