@@ -4,6 +4,7 @@ Every config.yaml and every JSON file of such a folder is read by `load`. What i
 conf/ of this checkout names for the same group, has no interpolation where a configuration is built, and is small.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,27 @@ def load(path: Path) -> dict[str, Any]:
     return {} if found is None else parse(found, path)
 
 
+def regular(*paths: Path) -> None:
+    """Refuse what would be waited for without end, or never ends itself: pipes, sockets and devices, and links to them.
+
+    Raises:
+        BadInput: one of these is there, and no regular file.
+    """
+    for path in paths:
+        if path.exists() and not path.is_file():
+            raise BadInput(f"{path} is no regular file; it is refused.")
+
+
+def regular_files(folder: Path) -> None:
+    """The same for all that lies in a folder of a run or a sweep but folders.
+
+    Raises:
+        BadInput: something is no regular file.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        regular(*(path for path in folder.iterdir() if not path.is_dir()))
+
+
 def text(path: Path) -> str | None:
     """What `load` parses; None where there is no file.
 
@@ -49,9 +71,8 @@ def text(path: Path) -> str | None:
         BadInput: it is too large, or no text.
     """
     try:
+        regular(path)
         if not path.is_file():
-            if path.exists():
-                raise BadInput(f"{path} is no regular file, and none that a run wrote; it is refused.")
             return None
         with path.open("rb") as file:
             content = file.read(LARGEST[path.suffix] + 1)

@@ -35,11 +35,15 @@ class Run:
 
     Args:
         folder: made if it is not there.
+
+    Raises:
+        BadInput: something in it is no regular file.
     """
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        foreign.regular_files(self.folder)
 
     @classmethod
     def existing(cls, folder: Path | str) -> "Run":
@@ -263,6 +267,7 @@ def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
     from safetensors.torch import load_file
 
     beside = path.with_name("encoder.json")
+    foreign.regular(path)
     description = foreign.load(beside)
     try:
         for key, kind in _FEEDING.items():

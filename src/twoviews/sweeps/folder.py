@@ -170,11 +170,15 @@ class Sweep:
 
     Args:
         folder: made where it is not there, with an empty sweep.json.
+
+    Raises:
+        BadInput: something in it is no regular file.
     """
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
+        foreign.regular_files(self.folder)
         if not (self.folder / "sweep.json").exists():
             with self.update():
                 pass

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from twoviews import foreign
 from twoviews.errors import BadInput
 from twoviews.tracking.state import FolderLock, State, evaluation_lock, mirroring, replace, writer_lock
 
@@ -44,6 +45,7 @@ class Metrics:
         self, folder: Path, kept_bytes: int = 0, say: Callable[[str], None] = print, lock: FolderLock | None = None
     ):
         self._folder, self._path = folder, folder / NAME
+        foreign.regular_files(folder)
         self._lock = lock or lock_for_training(folder)
         self._path.touch()
         whole = self._path.stat().st_size
@@ -141,7 +143,7 @@ def read(folder: Path) -> Iterator[dict[str, float]]:
 
 def lines(path: Path, start: int = 0) -> Iterator[tuple[int, dict]]:
     """(byte after it, line) of each whole line from byte `start` on, as far as no crash tore the file."""
-    if not path.exists():
+    if not path.is_file():
         return
     with path.open("rb") as file:
         file.seek(start)
