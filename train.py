@@ -23,7 +23,7 @@ def main(cfg, folder: Path) -> int:
 
     with StopSignal() as stop, distributed.group(runtime := build(cfg.runtime)) as device:
         if cfg.find_batch:
-            return find_batch(cfg, device, folder, stop)
+            return find_batch(cfg, device, folder)
         console = Console(quiet=distributed.rank() > 0)
         data = load_data(cfg).to(device)
         views = make_views(cfg, data)
@@ -33,7 +33,7 @@ def main(cfg, folder: Path) -> int:
             return 0
         parts = make_parts(cfg, data, views, runtime, device)
         plan(cfg, parts, folder, console)
-        with Recording(cfg, folder, parts, console) as recording:
+        with Recording(cfg, folder, parts, console) as recording, stop.deferred():
             training = Training(
                 parts, run=recording.run, metrics=recording.metrics, console=console, epochs=cfg.epochs, seed=cfg.seed
             )

@@ -318,6 +318,17 @@ def test_a_process_that_does_not_come_is_named(program: str, tmp_path: Path):
     assert "error: " not in said[2] and "Traceback" not in said[0] + said[2]
 
 
+def test_a_process_that_is_killed_is_no_traceback(tmp_path: Path):
+    """In the middle of an exchange, where torch says that a connection was lost."""
+    children = meet(
+        "import signal\nif rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ndistributed.largest(1, device)", tmp_path
+    )
+    assert [child.wait(60) for child in children] == [1, -9, 1]
+    for rank in (0, 2):
+        said = (tmp_path / str(rank) / "stderr.txt").read_text()
+        assert said.count("error: another process has ended") == 1 and "Traceback" not in said
+
+
 def test_what_the_first_does_alone_may_take_long(tmp_path: Path):
     children = meet("if rank == 0: time.sleep(6)\ndistributed.wait_for_first()\ndistributed.barrier()", tmp_path)
     assert [child.wait(40) for child in children] == [0, 0, 0], (tmp_path / "1" / "stderr.txt").read_text()

@@ -354,6 +354,43 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     assert load(tmp_path / "result.json") == {}
 
 
+RUN_FILES = (
+    *("config.yaml", "encoder.json", "encoder.safetensors", "metrics.jsonl", "result.json", "last.pt", "data.json"),
+    *("metrics.durable", "tracking.json", "environment.json", "diff.patch", "log.txt", "weights.pt"),
+)
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_pipes_and_devices_in_a_run_folder_are_not_waited_for(entry: Call, place: Path, name: str) -> None:
+    """Without an answer the test would hang: nothing writes into the pipe, and the device never ends."""
+    run = place / "aa"
+    (run / name).unlink(missing_ok=True)
+    if RUN_FILES.index(name) % 2:
+        os.mkfifo(run / name)
+    else:
+        (run / name).symlink_to("/dev/zero")
+    harmless(
+        entry,
+        ["evaluate", f"run={run}"],
+        ["cluster", f"run={run}", "clusters=[5]"],
+        ["evaluate", f"run={run / 'encoder.safetensors'}"]
+        if name == "encoder.safetensors"
+        else ["evaluate", f"run={run}"],
+        ["evaluate", f"run={run / 'weights.pt'}"],
+        ["train", *SMALL_MOCO, f"hydra.run.dir={run}"],
+    )
+    code = entry("tracking", "sync", str(run), "--uri", "sqlite:///mlflow.db").code
+    assert code in (1, 2)
+    assert entry("sweep", "status", str(place)).code in (1, 2)
+
+
+def test_a_pipe_in_a_sweep_folder_is_not_waited_for(entry: Call, place: Path) -> None:
+    (place / "sweep.json").unlink()
+    os.mkfifo(place / "sweep.json")
+    for command in ("status", "logs", "report", "retry", "cancel"):
+        refused(entry("sweep", command, str(place)))
+
+
 def test_what_can_be_built_is_what_conf_names() -> None:
     assert buildable("backbone") == {"twoviews.backbones.ResNet", "twoviews.backbones.Timm"}
     assert buildable("launcher") >= {"twoviews.sweeps.machine.Local", "twoviews.sweeps.slurm.Slurm"}

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 import yaml
 
 from twoviews.errors import BadInput
-from twoviews.tracking import Metrics, Mirror, Tracking, page, read, run_id, send, stores
+from twoviews.tracking import Metrics, Mirror, Tracking, afterwards, page, read, run_id, send, stores
 from twoviews.tracking.__main__ import main
 from twoviews.tracking.sending import RUN_KEY, aim, open_once, unsent
 from twoviews.tracking.state import FolderLock, State
@@ -627,6 +628,64 @@ def test_a_server_that_dies_and_comes_back_has_every_point_once(tmp_path, server
     assert sum("takes nothing now (it does not answer)" in line for line in said) == 2  # once a run
     assert sum("takes points again" in line for line in said) == 1
     assert page(run) == f"{server.uri}/#/experiments/{State.load(run).experiment_id}/runs/{run_id(run)}"
+
+
+class Silent(socketserver.ThreadingTCPServer):
+    """Takes every connection and answers nothing, or only that it is healthy."""
+
+    daemon_threads, block_on_close = True, False
+
+    def __init__(self, healthy: bool):
+        outer = self
+        self.asked = threading.Event()
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                if healthy and b"/health" in self.request.recv(1000):
+                    self.request.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK")
+                    return
+                outer.asked.set()
+                outer.ended.wait(300)
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.ended, self.uri = threading.Event(), f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        """No connection is held any more."""
+        self.ended.set()
+        self.shutdown()
+        self.server_close()
+
+
+@pytest.mark.parametrize("healthy", [False, True])
+def test_a_server_that_never_answers_is_given_up_within_seconds(tmp_path, healthy, monkeypatch):
+    """At the end of a run, after an evaluation, by sync: none waits for what MLflow's own patience would be."""
+    import mlflow  # noqa: F401
+
+    monkeypatch.setattr(stores, "ANSWER_S", 1.0)
+    said, server = [], Silent(healthy)
+    folder = aimed(tmp_path / "moco-digits", server.uri, "x")
+    try:
+        metrics, mirror = Metrics(folder), Mirror(folder, said.append, every_s=0.1)
+        steps(metrics, 0, 3)
+        metrics.mark()
+        assert server.asked.wait(60)
+        begun = time.monotonic()
+        assert mirror.close() == 6 and time.monotonic() - begun < 30
+        metrics.close()
+        later = f"python -m twoviews.tracking sync {folder}"
+        assert re.search(rf"6 points left\).*{later}", said[-1])
+        begun = time.monotonic()
+        afterwards.deliver(folder, mirror=True, say=said.append)
+        assert time.monotonic() - begun < 30
+        assert "does not have this yet (" in said[-1] and later in said[-1]
+        if not healthy:
+            assert main(["sync", str(folder)]) == 1
+            with pytest.raises(BadInput, match="no MLflow answers at"):
+                Tracking(server.uri, "x", mirror=True).check(expected=False)
+    finally:
+        server.close()
 
 
 # Configuration

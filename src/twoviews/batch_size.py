@@ -28,7 +28,7 @@ from twoviews.assembly import load_data, make_parts, make_views
 from twoviews.config import build
 from twoviews.console import Console, megabytes
 from twoviews.data.loader import Batch, Loader
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, Stopped
 from twoviews.loop import Training
 from twoviews.run import Run
 from twoviews.runtime import Runtime, StopSignal
@@ -71,12 +71,8 @@ class Trial:
         return f"{megabytes(self.peak)}, {self.rate:,.0f} images/s" if self.fits else f"does not fit ({self.failed})"
 
 
-class Stopped(Exception):
-    """A signal came while a size was tried."""
-
-
-def find_batch(cfg: DictConfig, device: torch.device, folder: Path, stop: StopSignal) -> int:
-    """Say what batches take, and which is the largest that fits; 0, or 128 + n after signal n.
+def find_batch(cfg: DictConfig, device: torch.device, folder: Path) -> int:
+    """Say what batches take, and which is the largest that fits; 0.
 
     Raises:
         BadInput: batch_size itself is refused, nothing fits, or this cannot be found out here.
@@ -94,10 +90,7 @@ def find_batch(cfg: DictConfig, device: torch.device, folder: Path, stop: StopSi
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     console.say(f"memory    {megabytes(total)} of the GPU" if total else f"memory    {megabytes(free)} are free")
     with tempfile.TemporaryDirectory(prefix="find_batch-", dir=folder) as scratch:
-        try:
-            largest = _Finder(cfg, free, Path(scratch), console, stop).largest()
-        except Stopped:
-            return 128 + stop.number
+        largest = _Finder(cfg, free, Path(scratch), console).largest()
     parts = 2 * cfg.runtime.accumulate
     console.say(f"the largest that fits: batch_size={largest.size} ({largest.words}).")
     if 2 * largest.size <= largest.images:
@@ -111,8 +104,8 @@ def find_batch(cfg: DictConfig, device: torch.device, folder: Path, stop: StopSi
 class _Finder:
     """Tries sizes and says what became of them."""
 
-    def __init__(self, cfg: DictConfig, free: int, scratch: Path, console: Console, stop: StopSignal):
-        self.cfg, self.free, self.scratch, self.console, self.stop = cfg, free, scratch, console, stop
+    def __init__(self, cfg: DictConfig, free: int, scratch: Path, console: Console):
+        self.cfg, self.free, self.scratch, self.console = cfg, free, scratch, console
 
     def largest(self) -> Trial:
         """Of batch_size, its doubles or halves, and the quarters in between.
@@ -153,7 +146,6 @@ class _Finder:
         Raises:
             BadInput: the parts refuse batch_size itself.
             OSError: for example a full disk.
-            Stopped: a signal came.
         """
         processes = multiprocessing.get_context("spawn")  # a fork would share threads and CUDA with this one
         ours, theirs = processes.Pipe(duplex=False)
@@ -165,16 +157,13 @@ class _Finder:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         theirs.close()
         try:
-            while not ours.poll(0.2):
-                if self.stop.number:
-                    raise Stopped
             trial = ours.recv()
         except EOFError:  # it died
             process.join()
-            if self.stop.number:  # of a signal to both
-                raise Stopped from None
             if (code := process.exitcode or 0) >= 0:
                 raise RuntimeError(f"the process that tried {size} images ended with exit code {code}") from None
+            if -code == signal.SIGTERM:  # to both
+                raise Stopped(-code) from None
             trial = Trial(size, failed=f"it died of {signal.Signals(-code).name}")
         except BaseException:
             process.terminate()

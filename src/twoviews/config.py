@@ -23,8 +23,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from twoviews import foreign
-from twoviews.errors import BadInput, nearest, system_reason, without_secrets
+from twoviews import foreign, processes
+from twoviews.command_line import understood
+from twoviews.errors import BadInput, Stopped, nearest, system_reason, without_secrets
 from twoviews.ranges import Count, Fraction, Index, Range, Temperature
 from twoviews.signatures import BUILDS, Parameter, buildable, complaint, signature
 
@@ -135,10 +136,20 @@ def entry(
                 codes.append(main(cfg, folder) or 0)
                 if codes[-1] >= STOPPED:
                     sys.exit(codes[-1])  # the points of a sweep after this one shall not begin
+            except Stopped as stopped:
+                if os.environ.get("RANK", "0") == "0":
+                    print("stopped before the training began; the same command begins again.", file=sys.stderr)
+                sys.exit(STOPPED + stopped.number)
             except BadInput as error:
                 codes.append(_bad_input(str(error)))
             except OSError as error:
                 codes.append(_bad_input(_operating_system(error)))
+            except RuntimeError as error:
+                from twoviews.data.decoding import worker_trouble
+
+                if not (sentence := worker_trouble(error)):
+                    raise
+                codes.append(_bad_input(sentence))
             finally:
                 _remove_if_empty(folder)
 
@@ -155,9 +166,11 @@ def entry(
             codes.clear()
             begun.clear()
             try:
+                processes.settle(name, sweep=not {"-m", "--multirun"}.isdisjoint(sys.argv[1:]))
                 _known_options(sys.argv[1:])
                 _plain_configuration(sys.argv[1:])
                 _known_choices(sys.argv[1:])
+                sys.argv[1:] = understood(name, sys.argv[1:])
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
             except BadInput as error:
                 codes.append(_bad_input(str(error)))
@@ -491,7 +504,8 @@ def unknown_key(prefix: str, key: str, known: Sequence[str]) -> str:
     """A sentence for a key that is not there, with the one that was probably meant."""
     close = nearest(key, known).replace("'", "'" + prefix, 1)
     where = f"{prefix.rstrip('.')} has no key '{key}'" if prefix else f"there is no key or group '{key}'"
-    return f"{where}.{close} Known: {', '.join(known)}."
+    listed = f"Known: {', '.join(known)}." if known else "It has none."
+    return f"{where}.{close} {listed}"
 
 
 def groups() -> list[str]:

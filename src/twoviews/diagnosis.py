@@ -47,7 +47,7 @@ def diagnose(name: str, arguments: list[str], error: Exception) -> str:
                 )
             if sentence := unknown_choice(override):
                 return sentence
-    known_content = _compose(name, [choice for choice in choices if "," not in choice])
+    known_content = composed(name, [choice for choice in choices if "," not in choice])
     for override in overrides:
         sentence = "" if override.input_line in choices else _unknown_override(override, known_content)
         if sentence:
@@ -93,7 +93,8 @@ def unknown_choice(override: Override) -> str:
     return ""
 
 
-def _compose(name: str, choices: list[str]) -> Any:
+def composed(name: str, choices: list[str]) -> Any:
+    """The configuration with these overrides, unresolved; None if Hydra refuses them."""
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             return OmegaConf.to_container(hydra.compose(name, choices), resolve=False)
@@ -101,13 +102,23 @@ def _compose(name: str, choices: list[str]) -> Any:
         return None
 
 
+def has(content: Any, key: str) -> bool:
+    """Whether a configuration has a dotted key."""
+    for part in key.split("."):
+        if not isinstance(content, dict) or part not in content:
+            return isinstance(content, list)
+        content = content[part]
+    return True
+
+
 def _values(override: Override) -> list[str]:
     value = override.value()
+    if isinstance(value, Glob):
+        return []
     if isinstance(value, Sweep):
         value = list(override.sweep_string_iterator()) if override.is_choice_sweep() else []
     values = value if isinstance(value, list) else [value]
-    known = [one for one in values if not isinstance(one, Glob)]
-    return [one.text if isinstance(one, QuotedString) else "null" if one is None else str(one) for one in known]
+    return [one.text if isinstance(one, QuotedString) else "null" if one is None else str(one) for one in values]
 
 
 def _unknown_override(override: Override, content: Any) -> str:

@@ -10,6 +10,8 @@ import itertools
 import math
 import os
 import platform
+import re
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,13 +22,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from twoviews.errors import BadInput, Stopped
+
 if TYPE_CHECKING:
     from twoviews.runtime import Runtime
 
 PATIENCE_S = 600.0  # for the other processes to come to a barrier or to an exchange
 GRACE_S = 30.0  # for those who waited in an exchange, too, to say so
 FAILED = 1  # exit code
-LEFT = "left"  # key of the store: a process has left with an error
+LEFT = "left"  # key of the store: a process has left, with an error or for the signal of this number
+START_S = 600.0  # for the other processes to come to the start
+ALONE_S = 10.0  # after which a process that waits for the others at the start says so
 
 _meetings = itertools.count()  # all processes come to the same ones, in the same order
 _own: list[str] = []  # keys of those since the last barrier
@@ -46,6 +52,18 @@ class Absent(RuntimeError):
             f"{named} did not come within {PATIENCE_S / 60:g} min to where the others wait; look at its output and at that "
             "machine; the same command goes on from the last checkpoint."
         )
+
+
+class Gone(RuntimeError):
+    """Another process has ended in the middle of an exchange, killed or with an error of its own; the message is a sentence."""
+
+
+# What gloo, NCCL and the store say then.
+_GONE = (
+    "another process has ended, killed or with an error of its own; look at its output and at the memory of its machine; the "
+    "same command goes on from the last checkpoint."
+)
+_BROKEN = re.compile(r"onnection (reset|closed|refused|was likely closed)|Broken pipe|gloo|remote process exited", re.I)
 
 
 def rank() -> int:
@@ -71,8 +89,11 @@ def group(runtime: "Runtime") -> Iterator[torch.device]:
         gpu = device if device.type == "cuda" else None
         # NCCL ends a process whose time is over, before it can say anything: the barriers shall notice first.
         patience = timedelta(seconds=(2 if gpu else 1) * PATIENCE_S)
+        store, size = _meet(), int(os.environ["WORLD_SIZE"])
         # Told its device, NCCL need not guess one for the first exchange.
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=patience, device_id=gpu)
+        dist.init_process_group(
+            "nccl" if gpu else "gloo", store=store, rank=rank(), world_size=size, timeout=patience, device_id=gpu
+        )
         _store().set(f"host/{rank()}", platform.node())
     try:
         yield device
@@ -81,18 +102,75 @@ def group(runtime: "Runtime") -> Iterator[torch.device]:
         with contextlib.suppress(RuntimeError):  # the store is gone, because it lived in process 0
             wait_for_first()
     except BaseException as error:
-        if dist.is_initialized():
-            _leave(explained(error))
-        raise
+        if not dist.is_initialized():
+            raise
+        why = explained(error)
+        _leave(why)
+        if why is error:
+            raise
+        raise why from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+def _meet() -> dist.Store:
+    """The store of all processes, when all have come to it: torch would wait for the others without looking at signals.
+
+    Raises:
+        BadInput: some did not come within START_S seconds.
+    """
+    host, port, size = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["WORLD_SIZE"])
+    begun, said, store, why = time.monotonic(), False, None, ""
+    serves = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # or torchrun does
+    while not (store and store.check([f"came/{one}" for one in range(size)])):
+        if not said and time.monotonic() - begun > ALONE_S:
+            said = True
+            print(
+                f"process {rank()} waits at {host}:{port} for the others of {size} (WORLD_SIZE); if there are none, unset "
+                "WORLD_SIZE.",
+                file=sys.stderr,
+                flush=True,
+            )
+        if time.monotonic() - begun > START_S or (serves and why):
+            os.environ.pop("RANK")  # or processes other than the first would not say it
+            raise BadInput(
+                f"not all of the {size} processes (WORLD_SIZE) came to {host}:{port} within {START_S / 60:g} min{why}; start "
+                "them with torchrun, or unset WORLD_SIZE for a single one."
+            )
+        if store is None:
+            try:
+                if not serves:
+                    socket.create_connection((host, port), timeout=2).close()
+                store = dist.TCPStore(
+                    host, port, size, serves, timedelta(seconds=START_S), wait_for_workers=False, multi_tenant=True
+                )
+                store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+                store.set(f"came/{rank()}", "")
+            except (RuntimeError, OSError) as error:
+                why = f" ({str(error).splitlines()[0][:200]})"
+        time.sleep(0.05)
+    return store
+
+
+def tell_stopped(number: int) -> None:
+    """Tell the other processes that this one leaves for a signal, and takes part in no exchange any more."""
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            _store().set(LEFT, str(number))
+
+
 def _leave(error: BaseException) -> None:
-    """Tell the others that this process ends with an error; where another is absent, end at once."""
-    with contextlib.suppress(RuntimeError):  # the store may be gone
+    """Tell the others that this process ends; where it was stopped, or another is absent, end without waiting for them."""
+    if isinstance(error, Stopped):
+        tell_stopped(error.number)
+        time.sleep(1 if rank() == 0 else 0)  # the store of all may live in this process
+        return
+    with contextlib.suppress(RuntimeError):
         _store().set(LEFT, "")
+    if isinstance(error, Gone):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(FAILED)
     if isinstance(error, Absent):
         if rank() == error.first:
             print(f"error: {error}", file=sys.stderr)
@@ -104,12 +182,16 @@ def _leave(error: BaseException) -> None:
 
 @functools.cache
 def explained(error: BaseException) -> BaseException:
-    """`Absent` in place of what an exchange raised when its time was over, after the others had time to say that they waited.
+    """What ended an exchange: `Stopped` if another process was, `Gone` if one died, `Absent` if one did not come.
 
     Any other error as it is.
+
+    Where the time of an exchange was over, the others get time to say that they waited.
     """
-    if not dist.is_initialized() or not isinstance(error, RuntimeError) or "imed out" not in str(error):
+    if not dist.is_initialized() or not isinstance(error, RuntimeError):
         return error
+    if "imed out" not in str(error):
+        return _stopped() or (Gone(_GONE) if _BROKEN.search(str(error)) else error)
     store, everyone, end = _store(), range(processes()), time.monotonic() + GRACE_S
     try:
         store.set(f"waited/{rank()}", "")
@@ -120,6 +202,15 @@ def explained(error: BaseException) -> BaseException:
         return Absent(missing) if missing else error
     except RuntimeError:  # the store is gone
         return error
+
+
+def _stopped() -> Stopped | None:
+    """Why an exchange broke, if another process left it for a signal, which comes to all of them within a moment."""
+    with contextlib.suppress(RuntimeError):  # the store may be gone
+        time.sleep(0.5)
+        if _store().check([LEFT]) and (number := _store().get(LEFT).decode()):
+            return Stopped(int(number))
+    return None
 
 
 def _store() -> dist.Store:
@@ -168,11 +259,12 @@ def _key(number: int, process: int) -> str:
 
 
 def _wait(number: int, whom: Sequence[int], seconds: float) -> None:
-    """Until these processes have arrived; leaves with exit code 1 when another did so with an error."""
+    """Until these processes have arrived; leaves when another has left, with exit code 1 if that had an error."""
     store, keys, pause, end = _store(), [_key(number, one) for one in whom], 5e-4, time.monotonic() + seconds
     while not store.check(keys):
         if store.check([LEFT]):
-            raise SystemExit(FAILED)  # it has said why
+            signal = store.get(LEFT).decode()
+            raise Stopped(int(signal)) if signal else SystemExit(FAILED)  # it has said why
         if time.monotonic() > end:
             raise Absent([one for one, key in zip(whom, keys, strict=True) if not store.check([key])])
         time.sleep(pause)

@@ -16,6 +16,18 @@ class BadInput(ValueError):
         super().__init__(without_secrets(message))
 
 
+class Stopped(BaseException):
+    """A signal stops the command where nothing is lost by that; nothing but entry points and the loop catch it.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
 def without_secrets(text: str) -> str:
     """A text whose addresses have "…" for what may be credentials: before an @, in a query, or where a port belongs."""
     text = re.sub(r"([A-Za-z][\w+.-]*:/+).*@", r"\1…@", text, flags=re.DOTALL)

@@ -121,6 +121,17 @@ def load(path: Path, needed: bool = False) -> dict[str, Any]:
     return {}
 
 
+def regular(*paths: Path) -> None:
+    """Refuse what would be waited for without end, or never ends itself: pipes, sockets and devices, and links to them.
+
+    Raises:
+        BadInput: one of these is there, and no regular file.
+    """
+    for path in paths:
+        if path.exists() and not path.is_file():
+            raise BadInput(f"{path} is no regular file; it is refused.")
+
+
 def text(path: Path) -> str | None:
     """What `load` parses; None where there is no file.
 
@@ -129,9 +140,10 @@ def text(path: Path) -> str | None:
     """
     try:
         _refuse_link(path, path.parent)
+        regular(path)
         if not path.is_file():
-            if path.exists() or path.is_symlink():
-                raise BadInput(f"{path} is no regular file, and none that a run wrote; it is refused.")
+            if path.is_symlink():  # to nothing
+                raise BadInput(f"{path} is a link to a file that is not there; delete it.")
             return None
         with path.open("rb") as file:
             content = file.read(LARGEST[path.suffix] + 1)

@@ -11,6 +11,7 @@ from twoviews import distributed
 from twoviews.checkpoints import Checkpoints, finite
 from twoviews.console import Console, duration
 from twoviews.data.loader import Batch
+from twoviews.errors import Stopped
 from twoviews.features import Pixels
 from twoviews.protocols.protocol import verdicts
 from twoviews.randomness import seed_of
@@ -37,6 +38,7 @@ class Position:
 
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # spent by this run in all its processes' lives
+    unmeasured: bool = False  # at the end of an epoch: what is due after it is still to be measured
 
 
 class Training:
@@ -69,6 +71,7 @@ class Training:
         self._watch_seconds = 0.0
         self._stepping = [0, 0.0]  # steps, and seconds they took, without those before the first log line
         self._first_step = 0
+        self.whole = True  # False within an E-step, which changes the method bit by bit
 
     # ------------------------------------------------------------------------------------------------------------ state
 
@@ -131,6 +134,8 @@ class Training:
     def fit(self, stop: StopSignal) -> bool:
         """Train to the end, True, or to the step after a stop signal, False; either way the last step is saved.
 
+        What a signal ends that is no step, an E-step or a measurement, is done again by the training that goes on.
+
         Raises:
             NotFinite: the loss is infinite or not a number; the last checkpoint is from before that.
         """
@@ -138,25 +143,39 @@ class Training:
         steps = len(self.loader)
         last = steps * self.epochs
         self._first_step = self.position.step
-        if self.position.step == 0 and not self.latest:
-            self._baselines()
-            self.save()
-        self.console.start(last, self.position.step)
         try:
-            while self.position.step < last and not stop.received(self.device):
-                epoch = self.position.step // steps
-                if self.position.step % steps == 0:
-                    self._before_epoch(epoch)
-                self.loader.set_epoch(epoch, start=self.position.step - epoch * steps)
-                if self._train_epoch(stop):
-                    self._watch(epoch + 1)
-                    self._save_after(self.runtime.checkpoint_seconds)
-            if self._saved_step != self.position.step:
+            if self.position.step == 0 and not self.latest:
+                with stop.at_once():
+                    self._baselines()
                 self.save()
-            return self.position.step == last
+            self.console.start(last, self.position.step)
+            while (self.position.step < last or self.position.unmeasured) and not stop.received(self.device):
+                epoch = self.position.step // steps
+                if self.position.unmeasured:
+                    with stop.at_once():
+                        self._watch(epoch)
+                    self.position.unmeasured, self._saved_step = False, -1
+                    self._save_after(self.runtime.checkpoint_seconds)
+                    continue
+                if self.position.step % steps == 0:
+                    with stop.at_once():
+                        self._before_epoch(epoch)
+                self.loader.set_epoch(epoch, start=self.position.step - epoch * steps)
+                self.position.unmeasured = self._train_epoch(stop)
+        except (Stopped, RuntimeError) as error:
+            why = distributed.explained(error)
+            if not isinstance(why, Stopped):
+                raise
+            stop.number = stop.number or why.number
+            # Others may not have heard of it yet, so nothing is exchanged with them any more.
+            distributed.tell_stopped(why.number)
         finally:
             self.console.stop()
             self.checkpoints.wait()
+        if self.whole and self.position.step and self._saved_step != self.position.step:
+            self.save()
+            self.checkpoints.wait()
+        return self.position.step == last and not self.position.unmeasured
 
     def _before_epoch(self, epoch: int) -> None:
         """The method's E-step, if it has one, with its seconds and scores.
@@ -164,8 +183,9 @@ class Training:
         Nothing is saved between this and the first step of the epoch: an interrupted E-step is done again, from the
         weights and centroids that it began with.
         """
-        start = time.monotonic()
+        start, self.whole = time.monotonic(), False
         clustered = self.method.before_epoch(epoch, self.embed, seed_of(self.seed, "e-step", epoch))
+        self.whole = True
         if clustered:
             values = {"time/e_step": time.monotonic() - start}
             self._log({**values, **(self.score(clustered) if distributed.rank() == 0 else {})})

@@ -11,7 +11,7 @@ from twoviews import distributed, foreign
 from twoviews.assembly import Parts, describe_data, describe_encoder, show_result
 from twoviews.config import build, digest
 from twoviews.console import Console
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, Stopped
 from twoviews.loop import Training
 from twoviews.pictures import draw_curves, draw_views
 from twoviews.run import CHECKPOINTS, Run
@@ -21,7 +21,7 @@ from twoviews.tracking.sending import aim, known
 from twoviews.tracking.state import FolderLock
 
 FAILED = 1  # exit code of a training that went wrong
-IMPATIENT_S = 5.0  # that MLflow gets for the end of a run after a second Ctrl-C
+IMPATIENT_S = 5.0  # that MLflow gets for the end of a run which is to stop
 
 
 def last_line(folder: Path) -> None:
@@ -64,8 +64,12 @@ class Recording:
             self._state = self.run.load(console.say)
         else:
             self.metrics = Metrics(folder, self._state["metrics_bytes"] if self._state else 0, console.say, lock)
-            draw_views(folder / "views.png", parts.data.train, parts.views, cfg.seed)
-            self.mirror: Mirror | None = tracking.start(folder, console.say)
+            try:
+                draw_views(folder / "views.png", parts.data.train, parts.views, cfg.seed)
+                self.mirror: Mirror | None = tracking.start(folder, console.say)
+            except BaseException:
+                self.metrics.close()
+                raise
 
     def _begin(self, lock: FolderLock) -> FolderLock:
         """Make the folder that of this run, and load its last checkpoint; the lock of the folder that is there then."""
@@ -118,11 +122,13 @@ class Recording:
                 draw_curves(self.run.folder / "curves.png", read(self.run.folder))
             # Last of all files: with it the run is finished, and nothing would make up for what is missing.
             result = self._end(training, "finished" if finished else "interrupted")
-            self._close()
+            with contextlib.suppress(Stopped), contextlib.nullcontext() if stop.number else stop.at_once():
+                self._close(IMPATIENT_S if stop.number else 60)
             show_result(self.run.folder, result, self.console)
             if not finished:
+                where = "there" if training.whole else "the checkpoint before it"
                 self.console.say(
-                    f"interrupted by {stop.name} at step {training.position.step}; the same command goes on from there."
+                    f"interrupted by {stop.name} at step {training.position.step}; the same command goes on from {where}."
                 )
             last_line(self.run.folder)
         return 0 if finished else 128 + stop.number
@@ -164,10 +170,11 @@ class Recording:
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         """What ended in an exception is recorded as failed, or after a second Ctrl-C as interrupted, if the disk allows."""
-        if self._first and error is not None and self.metrics:
+        error = distributed.explained(error) if error else None
+        if self._first and error is not None and self.metrics and not isinstance(error, Stopped):
             stopped = isinstance(error, KeyboardInterrupt)
             result: dict[str, Any] = {"state": "interrupted" if stopped else "failed"}
-            result["reason"] = "a second Ctrl-C" if stopped else str(distributed.explained(error))
+            result["reason"] = "a second Ctrl-C" if stopped else str(error)
             if self._training:
                 result |= {"step": self._training.position.step, "epoch": self._training.epoch}
             # On a full disk each of these may fail in turn, and the checkpoint is what matters.

@@ -37,11 +37,15 @@ class Run:
 
     Args:
         folder: made if it is not there.
+
+    Raises:
+        BadInput: something in it is no regular file.
     """
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        foreign.refuse_links(self.folder)
 
     @classmethod
     def existing(cls, folder: Path | str) -> "Run":
@@ -288,6 +292,7 @@ def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
     from safetensors import SafetensorError
 
     beside = path.with_name("encoder.json")
+    foreign.regular(path)
     description = foreign.load(beside, needed=True)
     try:
         sizes = {"channels": description["channels"], "image_size": description["image_size"]}

@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -13,7 +14,7 @@ from typing import Literal
 import torch
 
 from twoviews import distributed
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, Stopped
 from twoviews.ranges import Count, NotNegative
 
 
@@ -137,10 +138,11 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 
 class StopSignal:
-    """Remembers SIGTERM, SIGUSR2 and Ctrl-C until the loop asks; a second Ctrl-C stops at once."""
+    """SIGTERM, SIGUSR2 and Ctrl-C raise `Stopped`, or are remembered within `deferred`; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.number = 0
+        self._remembers = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -152,13 +154,39 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """While there is something to save: a signal is remembered until the loop asks for it."""
+        before, self._remembers = self._remembers, True
+        try:
+            yield
+        finally:
+            self._remembers = before
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within `deferred`, what takes long and can be done again.
+
+        Raises:
+            Stopped: a signal came, before it or meanwhile.
+        """
+        before, self._remembers = self._remembers, False
+        try:
+            if self.number:
+                raise Stopped(self.number)
+            yield
+        finally:
+            self._remembers = before
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.number = number
-        if distributed.rank() == 0:
+        first, self.number = not self.number, number
+        if distributed.rank() == 0 and first:
             # Not print: a signal may come in the middle of one.
             os.write(2, f"{self.name}: stopping as soon as the state can be saved\n".encode())
+        if not self._remembers and first:  # not twice, as by SLURM's two signals, while it is being dealt with
+            raise Stopped(number)
 
     @property
     def name(self) -> str:

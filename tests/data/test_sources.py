@@ -2,8 +2,10 @@ import inspect
 import io
 import os
 import shutil
+import socket
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,14 +187,51 @@ def test_broken_files_stop_the_run_by_name_and_may_be_allowed(tmp_path, cache):
     assert len(folder(root, cache).train) == 6
 
 
-def test_links_that_lead_nowhere_are_broken_files_and_pipes_are_none(tmp_path, cache):
+def test_what_is_no_file_is_a_broken_one(tmp_path, cache):
+    place = tmp_path / "set" / "a"
     pictures(tmp_path / "set", ["a"], count=4)
-    (tmp_path / "set" / "a" / "x.png").symlink_to("nowhere.png")
-    (tmp_path / "set" / "a" / "y.png").symlink_to("y.png")
-    os.mkfifo(tmp_path / "set" / "a" / "z.png")
-    with pytest.raises(BadInput, match=r"2 broken files.*x\.png.*y\.png"):
-        folder(tmp_path / "set", cache)
-    assert len(folder(tmp_path / "set", cache, max_broken=2).train) == 4
+    (place / "x.png").symlink_to("nowhere.png")
+    (place / "y.png").symlink_to("y.png")
+    os.mkfifo(place / "z.png")
+    (place / "za.png").symlink_to("z.png")
+    (place / "zb.png").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.path.relpath(place / "zc.png"))
+        names = ["x", "y", "z", "za", "zb", "zc"]
+        with pytest.raises(BadInput, match=r"6 broken files.*" + ".*".join(rf"/{name}\.png" for name in names[:3])):
+            folder(tmp_path / "set", cache)
+        allowed = folder(tmp_path / "set", cache, max_broken=6)
+    assert len(allowed.train) == 4 and "z.png (is no regular file)" in " ".join(allowed.notes)
+
+
+@pytest.mark.parametrize("name", ["images.npz", "labels.npy", "train.npz", "test.npz"])
+def test_arrays_that_are_no_files_are_refused(tmp_path, cache, name):
+    place = tmp_path / "set"
+    place.mkdir()
+    values = {"images": numbers((20, 8, 8, 3)), "labels": np.arange(20) % 2}
+    for one in ("images.npz", "train.npz", "test.npz"):
+        np.savez(place / one, **values)
+    (place / name).unlink(missing_ok=True)
+    os.mkfifo(place / "pipe")
+    (place / name).symlink_to("pipe")
+    root = place if name in ("train.npz", "test.npz") else place / "images.npz"
+    labels = str(place / name) if name == "labels.npy" else None
+    with pytest.raises(BadInput, match=rf"{name} is no regular file"):
+        array(root, cache, labels=labels)
+
+
+@pytest.mark.parametrize("free", [0, 2**40])
+def test_images_come_without_shared_memory_where_there_is_none(tmp_path, monkeypatch, capfd, free):
+    paths = []
+    for number in range(70):
+        picture(tmp_path / f"{number}.png", seed=number)
+        paths.append(str(tmp_path / f"{number}.png"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    files, alone = (Decoded(paths, size=16, channels=3, workers=workers) for workers in (2, 0))
+    parts = torch.arange(70).split(40)
+    for found, expected in zip(files.batches(parts), alone.batches(parts), strict=True):
+        assert torch.equal(found, expected) and found.is_shared() == (free > 0 and len(found) <= 32)
+    assert ("images come from them by pipes" in capfd.readouterr().err) == (free == 0)
 
 
 def test_a_file_without_permission_is_not_a_broken_one(tmp_path, cache, monkeypatch):

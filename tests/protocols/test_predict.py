@@ -1,6 +1,7 @@
 """Predict, embed and neighbours on files of one's own: alpha, CMYK, 16 bits, a broken one, and the errors."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -199,6 +200,19 @@ def test_what_images_may_be(photos: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ):
         with pytest.raises(BadInput, match=part):
             given.pictures(images)
+
+
+def test_pictures_that_are_no_files(judged: Judged, photos: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    shutil.copy(photos / "photo.jpg", tmp_path / "photo.jpg")
+    for name in ("pipe.png", "device.png"):
+        with pytest.raises(BadInput, match="is no regular file"):
+            given.pictures(str(tmp_path / name))
+    for images in (str(tmp_path), f"{tmp_path}/*.*"):
+        embedded = given.embed_given(given.pictures(images), judged)
+        assert [Path(embedded.paths[row]).name for row in embedded.broken] == ["device.png", "pipe.png"]
+        assert len(embedded.x) == 1 and {*embedded.broken.values()} == {"is no regular file"}
 
 
 def test_predict_refuses(judged: Judged, photos: Path) -> None:

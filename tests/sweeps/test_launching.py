@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.composing import Composer
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.launching import composed, name
+
+SLURM = ["seed=0,1", "tracking=files", "hydra/launcher=slurm"]
 
 
 def master(*overrides: str):
@@ -78,11 +81,100 @@ def test_a_frozen_configuration_is_the_run_that_was_composed(overrides: list[str
         (["seed=0,1", "hydra/launcher=slrm"], ["there is no such hydra/launcher", "slurm"]),
         (["seed=0,1", "hydra/launcher=pool", "hydra.launcher.at_once=0"], ["hydra.launcher.at_once=0", "at least 1"]),
         (["seed=0,1", "hydra/launcher=pool", "+hydra.launcher.gpus=1"], ["hydra.launcher has no key 'gpus'"]),
+        (["seed=0,1", "hydra.launcher.options.qos=x"], ["hydra.launcher has no key 'options'"]),
+        (SLURM + ["hydra.launcher.options.time=9"], ["hydra.launcher.options.time", "hydra.launcher.timeout_min"]),
+        (SLURM + ["hydra.launcher.options={array:9}"], ["hydra.launcher.options.array", "leave it out"]),
+        (
+            ["method=simsiam,moco", "method.hidden_dim=64"],
+            ["point method=moco", "method has no key 'hidden_dim'", "launch"],
+        ),
+        (
+            ["method=moco,simsiam", "method.hidden_dim=64"],
+            ["point method=moco", "method has no key 'hidden_dim'", "launch"],
+        ),
+        (["method=byol,simsiam", "method.hiden_dim=64"], ["method has no key 'hiden_dim'", "'method.hidden_dim'"]),
+        (["method=glob(x*)"], ["method=glob(x*) fits none", "simclr"]),
     ],
 )
 def test_what_is_wrong_refuses_the_whole_sweep(command, arguments: list[str], parts: list[str]) -> None:
     refused(command("train", "-m", *arguments), *parts)
     assert not [path for path in Path("multirun").glob("*/*") if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["method=simsiam,byol", "method.hidden_dim=64"], [("simsiam", 64), ("byol", 64)]),
+        (["experiment=simsiam_cifar10,laptop", "method=simsiam", "method.hidden_dim=64"], [("simsiam", 64)] * 2),
+        (["method=glob(simsiam*)", "method.hidden_dim=64,128"], [("simsiam", 64), ("simsiam", 128)]),
+        (["method=moco,simclr", "method.temperature=0.5"], [("moco", None), ("simclr", 512)]),
+    ],
+)
+def test_a_key_may_be_one_that_only_the_swept_choices_have(command, monkeypatch, arguments: list, found: list) -> None:
+    monkeypatch.setattr("twoviews.sweeps.launching.plan", lambda folder, new, *_: planned.extend(new))
+    planned: list = []
+    done = command("train", "-m", *arguments, "tracking=files", "sweep.plan=true")
+    assert done.code == 0, done.err
+    contents = [OmegaConf.create(one.config).method for one in planned]
+    assert [(one["_target_"].split(".")[2], one.get("hidden_dim")) for one in contents] == found
+
+
+def test_options_of_sbatch_are_typed_as_their_file_says(command, monkeypatch, tmp_path: Path) -> None:
+    scripts = tmp_path / "scripts"
+    slurm(tmp_path, monkeypatch, sbatch=f'cat "$1" >> {scripts}; echo "Submitted batch job 7"')
+    options = ("hydra.launcher.options.constraint=a100", "hydra.launcher.options={qos:low,requeue:false}")
+    done = command("train", "-m", *SLURM, *options)
+    assert done.code == 0, done.err
+    text = scripts.read_text()
+    assert "#SBATCH --constraint=a100" in text and "#SBATCH --qos=low" in text and "requeue" not in text
+    assert "export SLURM_EXPORT_ENV=ALL" in text and f"{tmp_path}/bin" in text
+
+
+@pytest.mark.parametrize("scontrol", ["echo 'MaxArraySize            = 4'", None])
+def test_arrays_are_as_long_as_the_cluster_takes(command, monkeypatch, tmp_path: Path, scontrol: str | None) -> None:
+    jobs = tmp_path / "jobs"
+    count = f"$(( $(cat {jobs} | wc -l) + 7 ))"
+    sbatch = f'grep -o "array=.*" "$1" >> {jobs} || echo one >> {jobs}; echo "Submitted batch job {count}"'
+    slurm(tmp_path, monkeypatch, sbatch=sbatch, scontrol=scontrol)
+    assert command("train", "-m", *SLURM[1:], "seed=range(0,9)").code == 0
+    arrays = jobs.read_text().split()
+    assert arrays == (["array=0-3%4", "array=0-3%4", "one"] if scontrol else ["array=0-8%9"])
+    (folder,) = (path.parent for path in Path("multirun").glob("*/sweep.json"))
+    assert len({point.job for point in Sweep(folder).points}) == 9
+
+
+def test_what_a_full_queue_does_not_take_follows_when_there_is_room(command, monkeypatch, tmp_path: Path) -> None:
+    tries, jobs = tmp_path / "tries", tmp_path / "jobs"
+    refuses = "echo 'sbatch: error: AssocMaxSubmitJobLimit' >&2; exit 1"
+    # Two at once are too many at any time, and the third and fourth try find the queue full.
+    sbatch = f"""
+echo x >> {tries}; n=$(cat {tries} | wc -l)
+if grep -q array= "$1" || [ $n = 3 ] || [ $n = 4 ]; then {refuses}; fi
+echo x >> {jobs}; echo "Submitted batch job $n"
+"""
+    slurm(tmp_path, monkeypatch, sbatch=sbatch)
+    monkeypatch.setattr("twoviews.sweeps.slurm.ROOM_S", 0.0)
+    done = command("train", "-m", *SLURM)
+    assert done.code == 0, done.err
+    assert done.out.count("1 point wait here until there is room") == 1 and done.out.count("submitted 1 point") == 2
+    (folder,) = (path.parent for path in Path("multirun").glob("*/sweep.json"))
+    made = Sweep(folder).points
+    assert all(point.job and not point.refused for point in made)
+    assert len([*folder.glob("slurm/*/*_submitted.pkl")]) == 2, "what was taken keeps its files"
+
+
+def slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str, scontrol: str | None = "") -> None:
+    """Commands of a cluster, of which only these two do anything."""
+    place = folder / "bin"
+    place.mkdir()
+    scripts = {"srun": "", "squeue": "exit 1", "scancel": "", "sbatch": sbatch, "scontrol": scontrol}
+    for name_, script in scripts.items():
+        if script is not None:
+            (place / name_).write_text(f"#!/bin/sh\n{script}\n")
+            (place / name_).chmod(0o755)
+    for name_ in ("cat", "env", "git", "grep", "wc"):
+        (place / name_).symlink_to(shutil.which(name_) or "")
+    monkeypatch.setenv("PATH", str(place))
 
 
 def test_without_slurm_there_is_a_sentence(command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from twoviews.data.images import stratified
 from twoviews.data.layout import SWAPPED
 from twoviews.data.store import Part, Recipe
 from twoviews.errors import BadInput, nearest
+from twoviews.foreign import regular
 
 IMAGES = ("images", "image", "x", "data", "train_images", "x_train", "train_x", "arr_0")
 LABELS = ("labels", "label", "y", "targets", "target", "train_labels", "y_train", "train_y", "arr_1")
@@ -63,8 +64,9 @@ def files_of(root: Path) -> list[Path]:
     """The files that a data set is read from: one, or train.npz and perhaps test.npz of a folder.
 
     Raises:
-        BadInput: there is no such file.
+        BadInput: there is no such file, or no regular one.
     """
+    regular(*(root / name for name in ("train.npz", "test.npz")), *([] if root.is_dir() else [root]))
     if root.is_dir():
         if not (root / "train.npz").is_file():
             raise BadInput(f"{root} holds no train.npz: give it one, or name an .npz or .npy file by data.root=.")

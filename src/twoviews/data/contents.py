@@ -58,6 +58,8 @@ def _stamp(path: str) -> tuple[str, int, int]:
 def _digest(path: str) -> bytes:
     """Of one file; of one that cannot be read, which decoding it will say, nothing."""
     try:
+        if not Path(path).is_file():
+            return bytes(16)
         with open(path, "rb") as file:  # noqa: PTH123
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
     except OSError:

@@ -1,7 +1,11 @@
 """Decoding by worker processes: pictures as uint8 canvases, in order, whatever the number of workers."""
 
+import atexit
 import errno
+import multiprocessing
 import os
+import re
+import shutil
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,8 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from twoviews.data.files import decode
+from twoviews.data.progress import say
 from twoviews.errors import BadInput
 
+PREFETCH = 4  # chunks that each worker has ready
 CHUNK = 32  # canvases per unit of work: small, so that all workers share in the first batch
 
 
@@ -88,13 +94,14 @@ class _Workers:
 
     def __init__(self, files: Decoded):
         self.work: list[Tensor] = []
+        piped = files.workers > 0 and not _room(files)
         self.loader = DataLoader(
-            _Decode(files.paths, files.size, files.channels),
+            _Decode(files.paths, files.size, files.channels, piped),
             batch_size=None,
             sampler=self.work,
             num_workers=files.workers,
             collate_fn=_unchanged,
-            prefetch_factor=4 if files.workers else None,
+            prefetch_factor=PREFETCH if files.workers else None,
             persistent_workers=files.workers > 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_leave_signals_to_the_parent,
@@ -103,15 +110,57 @@ class _Workers:
 
     def run(self, work: list[Tensor]) -> Iterator[Read]:
         self.work[:] = work
-        for pixels, *rest in self.loader:
-            yield Read(pixels, *rest)
+        for pixels, sizes, rows, broken, unreadable in self.loader:
+            yield Read(*map(torch.as_tensor, (pixels, sizes, rows)), broken=broken, unreadable=unreadable)  # type: ignore[misc]
+
+
+def _room(files: Decoded) -> bool:
+    """Whether the machine has shared memory for what workers have ready, as small containers have not; says so if not."""
+    shared = Path("/dev/shm")  # noqa: S108
+    if not shared.is_dir():
+        return True
+    need = 2 * files.workers * PREFETCH * CHUNK * files.channels * files.size**2  # some is on its way
+    free = shutil.disk_usage(shared).free
+    if need > free:
+        say(
+            f"{shared} has {free / 1e6:,.0f} MB left and {files.workers} workers want {need / 1e6:,.0f} MB: images come from "
+            "them by pipes, which is slower (a container gets more by --shm-size)."
+        )
+    return need <= free
+
+
+def worker_trouble(error: RuntimeError) -> str:
+    """A sentence for what torch raises when a process that decodes is gone; empty for other errors."""
+    text = " ".join(str(error).split())
+    if not re.search(r"DataLoader worker \(pid|shared memory|ancdata", text):
+        return ""
+    found = re.search(r"DataLoader worker \(pid[^)]*\) (?:is|exited)[^.]*|[^.:]*(?:shared memory|ancdata)[^.]*", text)
+    why = found[0] if found else text[:200]
+    return (
+        f"a process that decodes images is gone ({why}); if memory is used up, use fewer (data.workers=1, or 0 for none); the "
+        "same command goes on from the last checkpoint."
+    )
+
+
+@atexit.register
+def _end_workers() -> None:
+    """What hangs on a disk does not hear that it is to end, and would be waited for."""
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 class _Decode(Dataset[Read]):
-    """What a worker process holds."""
+    """What a worker process holds.
 
-    def __init__(self, paths: list[str], size: int, channels: int):
-        self.paths, self.size, self.channels = paths, size, channels
+    Args:
+        paths: the files.
+        size: S, side of the canvas in px.
+        channels: C.
+        piped: give arrays, which come through a pipe, instead of tensors, which come in shared memory.
+    """
+
+    def __init__(self, paths: list[str], size: int, channels: int, piped: bool):
+        self.paths, self.size, self.channels, self.piped = paths, size, channels, piped
 
     def __getitem__(self, rows: Int[Tensor, "n"]) -> Read:  # the sampler hands out tensors of rows
         canvases, sizes, good, broken = [], [], [], []
@@ -130,8 +179,9 @@ class _Decode(Dataset[Read]):
             sizes.append(height_width)
             good.append(row)
         pixels = np.stack(canvases) if canvases else np.empty((0, self.channels, self.size, self.size), np.uint8)
-        sizes = torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2)
-        return Read(torch.from_numpy(pixels), sizes, torch.tensor(good, dtype=torch.int64), broken, unreadable)
+        arrays = pixels, np.array(sizes, np.int64).reshape(-1, 2), np.array(good, np.int64)
+        kept = arrays if self.piped else map(torch.from_numpy, arrays)
+        return Read(*kept, broken, unreadable)  # type: ignore[arg-type]
 
 
 def _unchanged(item):

@@ -2,18 +2,24 @@
 
 import errno
 import os
+import stat
 import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
 
 from twoviews.errors import BadInput, printable
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SUFFIXES = (  # of formats that every Pillow reads
     *(".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif"),
@@ -106,7 +112,7 @@ def _walk(root: Path) -> Iterator[str]:
                     yield prefix + entry.name
                 elif entry.is_dir():
                     waiting.append((f"{prefix}{entry.name}/", Path(entry.path)))
-                elif entry.is_file() or not Path(entry.path).exists():  # a link that leads nowhere is a broken file
+                else:  # what is no file, as a pipe or a link that leads nowhere, counts as a broken one
                     yield prefix + entry.name
 
 
@@ -120,12 +126,26 @@ def _leads_to_itself(entry: os.DirEntry) -> bool:
     return False
 
 
-def shorter_side(path: str) -> int | None:
-    """Shorter side of a picture in px, read from the head of the file; None when that is broken."""
+@contextmanager
+def _opened(path: str) -> Iterator["Image.Image"]:
+    """A picture file, of which only the head is read.
+
+    Raises:
+        Exception: of many kinds, when it is none; ValueError for pipes and devices, which Pillow would wait for or never end
+            to read.
+    """
     from PIL import Image
 
+    if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
+        raise ValueError("is no regular file")
+    with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        yield image
+
+
+def shorter_side(path: str) -> int | None:
+    """Shorter side of a picture in px, read from the head of the file; None when that is broken."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        with _opened(path) as image:
             return min(image.size)
     except Exception:  # the decoding pass will say what is wrong with it
         return None
@@ -141,7 +161,7 @@ def decode(path: str, size: int, channels: int) -> tuple[UInt8[np.ndarray, "C S 
     """
     from PIL import Image
 
-    with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+    with _opened(path) as image:
         width, height = image.size
         image.draft(None, (2 * size, 2 * size))  # JPEGs decode to 1/2, 1/4 or 1/8, not below twice the canvas
         image.load()  # of TIFF, Pillow turns the pixels then, and has told the size of the upright picture before
@@ -170,12 +190,10 @@ def _orientation(image) -> int:
 
 def dark(paths: Sequence[str]) -> list[str]:
     """A sentence where pictures of 16 bits have no values beyond 12 bits, and so are nearly black."""
-    from PIL import Image
-
     largest = 0
     for path in paths[:: max(1, len(paths) // LOOKED_AT)]:
         try:
-            with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            with _opened(path) as image:
                 if not image.mode.startswith("I"):
                     return []
                 largest = max(largest, int(np.asarray(image).max()))

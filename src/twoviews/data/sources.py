@@ -18,6 +18,7 @@ from twoviews.data.files import dark
 from twoviews.data.images import ImageData, Images, stratified
 from twoviews.data.store import Recipe, Store, statistics, stored
 from twoviews.errors import BadInput, printable
+from twoviews.foreign import regular
 from twoviews.randomness import generator
 from twoviews.ranges import Count, Index, Range
 
@@ -168,6 +169,7 @@ def array(
     place = Path(root).expanduser().absolute()
     files = arrays.files_of(place)
     beside = None if labels is None else Path(labels).expanduser().absolute()
+    regular(*([beside] if beside else []))
     if beside is not None and not beside.is_file():
         raise BadInput(f"data.labels={labels} is not there.")
     read = [path for path in (*files, beside) if path]

@@ -12,6 +12,7 @@ from twoviews.data.files import SUFFIXES, tree
 from twoviews.data.images import ImageData, Images
 from twoviews.errors import BadInput, nearest
 from twoviews.features import Judged, embed
+from twoviews.foreign import regular
 
 FEW = 4 * CHUNK  # pictures that are decoded before worker processes would have started
 
@@ -31,7 +32,7 @@ def pictures(images: str | None) -> list[str]:
     """The files that `images=` names: a file, all pictures below a folder, or those that a pattern fits; sorted.
 
     Raises:
-        BadInput: there are none.
+        BadInput: there are none, or one that is named is no regular file.
     """
     if not images:
         raise BadInput("images= names no pictures; give a file, a folder or a pattern, such as images=photo.jpg.")
@@ -40,11 +41,12 @@ def pictures(images: str | None) -> list[str]:
         return tree(place).paths
     if place.is_file():
         return [str(place)]
+    regular(place)
     if not any(sign in images for sign in "*?["):
         there = [one.name for one in place.parent.iterdir()] if place.parent.is_dir() else []
         raise BadInput(f"images={images}: there is no such file or folder.{nearest(place.name, there)}")
     found = Path(place.anchor or ".").glob(str(place.relative_to(place.anchor)))
-    paths = sorted(str(path) for path in found if path.is_file() and path.suffix.lower() in SUFFIXES)
+    paths = sorted(str(path) for path in found if not path.is_dir() and path.suffix.lower() in SUFFIXES)
     if not paths:
         raise BadInput(f"images={images} fits no picture; pictures end in {' '.join(SUFFIXES)}.")
     return paths

@@ -16,7 +16,7 @@ from twoviews.data.images import ImageData
 from twoviews.errors import BadInput, nearest, printable
 from twoviews.evaluation.names import by_name
 from twoviews.evaluation.weights import SUFFIXES, of_run, resnet, split, tensors
-from twoviews.foreign import blamed
+from twoviews.foreign import blamed, regular
 from twoviews.randomness import seed_of
 from twoviews.run import Run, check_finite, load_encoder
 
@@ -112,6 +112,8 @@ def _opened(run: str, data: Callable[[], ImageData] | None) -> Source:
             )
         return (_torchvision if library == "torchvision" else _timm)(name, bool(pretrained), data)
     path, chosen = split(run)
+    if not path.is_dir():
+        regular(path)
     if path.is_file():
         return _file(path, data, chosen)
     if (place := by_name(run)) is not None:

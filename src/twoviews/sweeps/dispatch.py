@@ -2,8 +2,12 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+from filelock import Timeout
+
+from twoviews.console import Console
 from twoviews.sweeps.folder import Point, State, Sweep
 
 POLL_S = 5.0  # between two looks at a cluster, each one call of squeue
@@ -61,3 +65,18 @@ class Dispatch(ABC):
         from twoviews.sweeps.truth import look
 
         return look(points)
+
+
+@contextmanager
+def alone(sweep: Sweep, console: Console) -> Iterator[None]:
+    """As the only process that starts or submits points of this sweep on this machine."""
+    launching = sweep.launching
+    try:
+        launching.acquire(timeout=0)
+    except Timeout:
+        console.say(f"another process works on {sweep.name}; waiting for its end …")
+        launching.acquire()
+    try:
+        yield
+    finally:
+        launching.release()

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from twoviews import foreign, launched
 from twoviews.code import code_state, content, freeze, left_out, no_commit
 from twoviews.config import build, check, check_plugin, digest, flat, number
 from twoviews.console import Console
+from twoviews.diagnosis import diagnose
 from twoviews.errors import BadInput
 from twoviews.sweeps import collecting
 from twoviews.sweeps.composing import Composer
@@ -223,9 +226,14 @@ def composed(composer: Composer, combinations: Sequence[Sequence[str]], swept: S
             for flag in ("fresh", "preview", "find_batch"):
                 if content[flag]:
                     raise BadInput(f"{flag}=true is for one run; leave it out, or leave out -m.")
-        except BadInput as error:
+        except (BadInput, HydraException, OmegaConfBaseException) as error:
+            said = str(error) if isinstance(error, BadInput) else diagnose("train", list(combination), error)
+            if " has no key " in said and len(combinations) > 1:
+                said += (
+                    " What not all points have is for a launch of those that do, which may have the same sweep.name=."
+                )
             values = " ".join(f"{key}={value}" for key, value in axes.items())
-            raise BadInput(f"point {values}: {error}" if values else str(error)) from error
+            raise BadInput(f"point {values}: {said}" if values else said) from error
         more = {"choices": composer.choices(combination)}
         one = New(digest(content), axes, combination, composer.text(frozen(content)), more)
         found.setdefault(one.digest, one)

@@ -12,8 +12,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -23,7 +22,7 @@ from filelock import FileLock, Timeout
 from twoviews.console import Console, duration
 from twoviews.errors import BadInput
 from twoviews.ranges import Count
-from twoviews.sweeps.dispatch import Dispatch, Feed
+from twoviews.sweeps.dispatch import Dispatch, Feed, alone
 from twoviews.sweeps.folder import Point, Sweep
 from twoviews.sweeps.supervise import LOG
 from twoviews.sweeps.truth import look
@@ -193,7 +192,7 @@ def work(points: Sequence[Point], slots: Sequence[Slot], at_once: int | None = N
     if not points:
         return
     sweep, console = Sweep(points[0].folder.parent), Console()
-    with _launching(sweep, console):
+    with alone(sweep, console):
         now = look(points)
         queue = deque(
             _submitted(sweep, [one for one in points if now[one.digest].state not in ("FINISHED", "RUNNING")])
@@ -219,23 +218,8 @@ def serve(sweep: Sweep, feed: Feed, slots: Sequence[Slot], at_once: int) -> None
         given = feed(room)
         return _submitted(sweep, given) if given else given
 
-    with _launching(sweep, console):
+    with alone(sweep, console):
         _work(submitting, slots, at_once, console, "")
-
-
-@contextmanager
-def _launching(sweep: Sweep, console: Console) -> Iterator[None]:
-    """The only process that works on this sweep on this machine."""
-    launching = sweep.launching
-    try:
-        launching.acquire(timeout=0)
-    except Timeout:
-        console.say(f"another process works on {sweep.name}; waiting for its end …")
-        launching.acquire()
-    try:
-        yield
-    finally:
-        launching.release()
 
 
 def _submitted(sweep: Sweep, points: Sequence[Point]) -> list[Point]:

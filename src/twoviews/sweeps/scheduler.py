@@ -1,14 +1,17 @@
 """SLURM's commands: what it says about jobs, and what it is asked to do with them."""
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from twoviews.errors import BadInput
 
 ANSWER_S = 60.0  # longest wait for one of its commands
+USUAL_ARRAY = 1001  # MaxArraySize unless a cluster says otherwise
 JOBS_A_CALL = 500  # of arrays and single jobs, far below the longest command line
 
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
@@ -36,10 +39,24 @@ def available() -> None:
     Raises:
         BadInput: its commands are not there.
     """
-    if not all(shutil.which(command) for command in ("sbatch", "srun", "squeue", "scontrol", "scancel")):
+    missing = [command for command in ("sbatch", "srun", "squeue", "scancel") if not shutil.which(command)]
+    if missing:
         raise BadInput(
-            "this machine has no SLURM (sbatch is not found); go to a login node, or use hydra/launcher=local or pool."
+            f"this machine has no SLURM ({' and '.join(missing)} not found); go to a login node, or use "
+            "hydra/launcher=local or pool."
         )
+
+
+def folders() -> list[str]:
+    """Where this machine has SLURM's commands, for jobs in whose PATH they are not."""
+    found = (shutil.which(command) for command in ("srun", "squeue", "scontrol"))
+    return [*dict.fromkeys(str(Path(one).parent) for one in found if one)]
+
+
+def largest_array() -> int:
+    """How many tasks this cluster takes in an array (MaxArraySize)."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _run("scontrol", "show", "config").stdout, re.MULTILINE)
+    return max(1, int(found[1]) if found else USUAL_ARRAY)
 
 
 def queue(jobs: Sequence[str]) -> Mapping[str, Said] | None:

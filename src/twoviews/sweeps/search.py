@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 
+from twoviews.config import options
 from twoviews.errors import BadInput
 from twoviews.ranges import Count, Index
 from twoviews.sweeps.axes import SEED
@@ -73,13 +74,16 @@ def space(arguments: Sequence[str]) -> Space:
     """The space that these overrides describe.
 
     Raises:
-        BadInput: an interval is empty, or logarithmic and not above 0, or a key is swept that lies inside of another one.
+        BadInput: an interval is empty, or logarithmic and not above 0, or a key is swept that lies inside of another one, or
+            a pattern fits no file of a group.
     """
     fixed, axes = [], {}
     for one in _lasting(OverridesParser.create().parse_overrides(list(arguments))):
         key = one.get_key_element()
         if one.is_interval_sweep():
             axes[key] = _interval(one)
+        elif isinstance(pattern := one.value(), Glob):
+            axes[key] = _fitting(one, pattern)
         elif one.is_sweep_override():
             axes[key] = list(dict.fromkeys(one.sweep_string_iterator()))
         else:
@@ -88,6 +92,16 @@ def space(arguments: Sequence[str]) -> Space:
     if isinstance(seeds, Interval):
         raise BadInput("seed=interval(…): seeds are not searched for; list them, as in seed=0,1,2.")
     return Space(fixed, axes, seeds)
+
+
+def _fitting(override: Override, pattern: Glob) -> list[str]:
+    """The files of a group that a pattern fits."""
+    group = _key(override)
+    if not (known := options(group)):
+        raise BadInput(f"{override.input_line}: glob chooses files of a group, and {group} is none; list the values.")
+    if not (found := pattern.filter(known)):
+        raise BadInput(f"{override.input_line} fits none of the files of {group}: {', '.join(known)}.")
+    return found
 
 
 def _lasting(overrides: Sequence[Override]) -> list[Override]:

@@ -8,6 +8,7 @@ import contextlib
 import io
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -22,13 +24,22 @@ from twoviews.console import Console
 from twoviews.errors import BadInput
 from twoviews.ranges import Count, Index
 from twoviews.sweeps import scheduler
-from twoviews.sweeps.dispatch import Dispatch
+from twoviews.sweeps.dispatch import Dispatch, alone
 from twoviews.sweeps.folder import Point, State, Sweep
 from twoviews.sweeps.supervise import STOPS, Training, supervise
-from twoviews.sweeps.truth import look
+from twoviews.sweeps.truth import AGAIN, look
 from twoviews.sweeps.words import counted
 
-TASKS_AN_ARRAY = 1000  # SLURM's own limit unless a cluster says otherwise (MaxArraySize)
+# What sbatch says where a user, an account or the cluster may have no more jobs (MaxSubmitJobs, MaxJobCount).
+FULL = re.compile(r"SubmitJob\w*Limit|job submit limit|temporarily un|limit on the number of jobs", re.IGNORECASE)
+ROOM_S = 30.0  # between two tries to submit what there was no room for
+# Options of sbatch that the keys of the launcher set, by the key, and those that would break the array.
+KEYS = {
+    **{"time": "timeout_min", "signal": "signal_delay_s", "cpus_per_task": "cpus_per_task", "mem": "mem_gb"},
+    **{"gpus_per_node": "gpus_per_node", "partition": "partition", "account": "account", "nodes": "nodes"},
+    **{"ntasks_per_node": "tasks_per_node"},
+}
+OURS = ("array", "error", "ntasks", "open_mode", "output", "wait", "wrap")
 SIGNAL_EARLY_S = 60  # SLURM may send it so much earlier than told
 PATIENCE_S = 600.0  # of a job whose controller does not answer when it wants to be requeued
 MLFLOW_S = 120.0  # for it to take the end of a point or of the sweep
@@ -45,7 +56,7 @@ class Slurm(Dispatch):
     Args:
         timeout_min: time limit; a point that needs more is requeued and goes on from its checkpoint.
         signal_delay_s: seconds before the time limit at which it is told to stop; a quarter of short limits at most.
-        array_parallelism: points that run at once, of each thousand.
+        array_parallelism: points that run at once, of each array, whose length the cluster limits, often to 1001.
         cpus_per_task: cores of each process.
         gpus_per_node: GPUs of each node; None for none.
         mem_gb: memory of each node; None: the cluster's default.
@@ -54,7 +65,10 @@ class Slurm(Dispatch):
         nodes: of one point.
         tasks_per_node: processes of one point on each node.
         setup: shell commands before the training, such as module load.
-        options: any other option of sbatch, by name.
+        options: any other option of sbatch, by name; false leaves one out.
+
+    Raises:
+        BadInput: an option is one that the launcher sets itself.
     """
 
     def __init__(
@@ -75,7 +89,15 @@ class Slurm(Dispatch):
         self.timeout_min, self.signal_delay_s, self.array_parallelism = timeout_min, signal_delay_s, array_parallelism
         self.cpus_per_task, self.gpus_per_node, self.mem_gb = cpus_per_task, gpus_per_node, mem_gb
         self.partition, self.account, self.nodes, self.tasks_per_node = partition, account, nodes, tasks_per_node
-        self.setup, self.options = setup, options
+        self._console, self.setup = Console(), setup
+        self.options = {name.replace("-", "_"): value for name, value in options.items()}
+        for name in self.options:
+            if name in KEYS:
+                raise BadInput(
+                    f"hydra.launcher.options.{name} is set by the launcher; use hydra.launcher.{KEYS[name]}."
+                )
+            if name in OURS:
+                raise BadInput(f"hydra.launcher.options.{name} is set by the launcher; leave it out.")
 
     def room(self) -> int:
         """Of each array."""
@@ -94,18 +116,39 @@ class Slurm(Dispatch):
         if not points:
             return
         scheduler.available()
-        sweep, console = Sweep(points[0].folder.parent), Console()
-        for start in range(0, len(points), TASKS_AN_ARRAY):
-            some = points[start : start + TASKS_AN_ARRAY]
-            when = time.time()
+        sweep = Sweep(points[0].folder.parent)
+        with alone(sweep, self._console):
+            now = look(points)  # another process may have submitted some meanwhile
+            self._submit_all(sweep, [point for point in points if not _taken(now[point.digest])])
+
+    def _submit_all(self, sweep: Sweep, points: Sequence[Point]) -> None:
+        """In as many arrays as it takes; what the cluster has no room for now waits here."""
+        left, waits = list(points), False
+        size = most = scheduler.largest_array()
+        while left:
+            some, when = left[:size], time.time()
             try:
                 jobs = self._submit(sweep, some, when)
             except BadInput as error:
-                sweep.refused([point.digest for point in points[start:]], str(error))
-                raise
+                full = FULL.search(str(error))
+                if full and len(some) > 1:
+                    size = len(some) // 2
+                elif full and len(left) < len(points):
+                    if not waits:
+                        self._console.say(
+                            f"{counted(len(left), 'point')} wait here until there is room ({full[0]}); this command may be "
+                            "stopped (Ctrl-C), and the same command goes on."
+                        )
+                    waits = True
+                    time.sleep(ROOM_S)
+                else:
+                    sweep.refused([point.digest for point in left], str(error))
+                    raise
+                continue
             sweep.submitted(dict(zip((point.digest for point in some), jobs, strict=True)), when)
             array = jobs[0].partition("_")[0]
-            console.say(f"submitted {counted(len(jobs), 'point')} as job {array}: {self.describe()}")
+            self._console.say(f"submitted {counted(len(jobs), 'point')} as job {array}: {self.describe()}")
+            left, size, waits = left[len(some) :], min(most, 2 * size), False
 
     def describe(self) -> str:
         """What SLURM is asked for each point."""
@@ -126,7 +169,8 @@ class Slurm(Dispatch):
         import submitit
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-        folder = sweep.folder / "slurm" / time.strftime("%Y%m%d-%H%M%S", time.localtime(when))
+        # Of its own for each try: what is left of one that was refused is removed.
+        folder = sweep.folder / "slurm" / f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(when))}-{points[0].digest}"
         executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=0)
         executor.update_parameters(**self._parameters(sweep, points))
         try:
@@ -145,6 +189,9 @@ class Slurm(Dispatch):
     def _parameters(self, sweep: Sweep, points: Sequence[Point]) -> dict[str, object]:
         code = Path(points[0].description["code"])
         setup = [
+            # With options.export, SLURM would give the processes of a job as little as the job itself.
+            "export SLURM_EXPORT_ENV=ALL",
+            f"export PATH=${{PATH:+$PATH:}}{shlex.quote(os.pathsep.join(scheduler.folders()))}",
             f"export PYTHONPATH={shlex.quote(str(code / 'src'))}${{PYTHONPATH:+:$PYTHONPATH}}",
             # srun does not inherit it from sbatch since SLURM 22.05.
             f"export SRUN_CPUS_PER_TASK={self.cpus_per_task}",
@@ -168,7 +215,9 @@ class Slurm(Dispatch):
             "nodes": self.nodes,
             "ntasks_per_node": self.tasks_per_node,
             "setup": setup,
-            "additional_parameters": {"requeue": True, **self.options},
+            "additional_parameters": {
+                key: value for key, value in {"requeue": True, **self.options}.items() if value is not False
+            },
             **{key: value for key, value in asked.items() if value is not None},
         }
 
@@ -207,6 +256,11 @@ def _outside_of_jobs() -> Iterator[None]:
     with submitit.helpers.clean_env():
         os.environ.update(conf)
         yield
+
+
+def _taken(state: State) -> bool:
+    """Whether a point needs no job, or has one."""
+    return state.done or state.state == "RUNNING" or (state.state == "QUEUED" and state.job is not None)
 
 
 # ------------------------------------------------------------------------------------------------------- in the job
@@ -256,6 +310,11 @@ def run_point(folder: str, submitted: float) -> str:
 
 def _requeue(point: Point, state: State, job: str, told: _Told) -> None:
     """Back into the queue, unless SLURM was faster or is ending the job for good. Does not return."""
+    missing = [command for command in ("scontrol", "squeue") if not shutil.which(command)]
+    if missing:
+        reason = f"{state.reason}, and {_node()} has no {missing[0]} that would put it back into the queue; {AGAIN}"
+        point.write(replace(state, reason=reason))
+        os._exit(1)
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
         known = scheduler.queue([job])
@@ -266,7 +325,7 @@ def _requeue(point: Point, state: State, job: str, told: _Told) -> None:
         if said is None or said.state != "RUNNING":  # requeued or cancelled by others
             os._exit(0)
         # Before it is asked: SLURM kills this process at any moment after that.
-        point.write(State(**{**vars(state), "state": "QUEUED", "reason": f"requeued, {state.reason}"}))
+        point.write(replace(state, state="QUEUED", reason=f"requeued, {state.reason}"))
         if not scheduler.requeue(job):
             # Leaving now would end the job before SLURM has put it back.
             told.wait(120)

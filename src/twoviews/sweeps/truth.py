@@ -125,6 +125,8 @@ def _there(
     if said.state in scheduler.WORKING:
         return replace(own, state="RUNNING", node=own.node or said.node, reason="")
     word = _MEANS.get(said.state, said.state)
+    if word == "FAILED" and state.state == "INTERRUPTED" and state.submitted >= point.submitted:
+        return state  # it could not be requeued, and its supervisor said why
     if word in _SAME_NAME:
         reason = _WHY.get(
             word, f"SLURM says {said.state}, {said.reason}; its files are in {point.folder.parent / 'slurm'}"

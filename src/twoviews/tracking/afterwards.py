@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,9 +12,11 @@ from pathlib import Path
 
 from twoviews.errors import BadInput
 from twoviews.tracking.metrics import NAME, lines, read
-from twoviews.tracking.mirror import kept
+from twoviews.tracking.mirror import kept, wait_for
 from twoviews.tracking.sending import send
 from twoviews.tracking.state import evaluation_lock, is_written
+
+PATIENCE_S = 120.0  # for MLflow to take it
 
 
 @contextmanager
@@ -66,7 +69,17 @@ def deliver(folder: Path, mirror: bool, say: Callable[[str], None] = print) -> N
     if not mirror:
         say(f"MLflow was not told, because the run has tracking=files; {later}")
         return
-    try:
-        send(folder, closed=True)
-    except Exception as error:  # whatever is wrong with MLflow, the results are in the folder
-        say(f"MLflow does not have this yet ({kept(folder, error)}); {later}")
+    failed: list[str] = []
+
+    def deliver() -> None:
+        try:
+            send(folder, closed=True)
+        except Exception as error:  # whatever is wrong with MLflow, the results are in the folder
+            failed.append(kept(folder, error))
+
+    thread = threading.Thread(target=deliver, name="mlflow-delivery", daemon=True)
+    thread.start()
+    if not wait_for(thread, folder, PATIENCE_S):
+        failed.append("it does not answer")
+    if failed:
+        say(f"MLflow does not have this yet ({failed[0]}); {later}")

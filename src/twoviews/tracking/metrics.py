@@ -46,6 +46,7 @@ class Metrics:
         self, folder: Path, kept_bytes: int = 0, say: Callable[[str], None] = print, lock: FolderLock | None = None
     ):
         self._folder, self._path = folder, folder / NAME
+        foreign.refuse_links(folder)
         self._lock = lock or lock_for_training(folder)
         self._path.touch()
         whole = self._path.stat().st_size

@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,11 +82,12 @@ class Mirror:
     def close(self, timeout_s: float | int = 60) -> int:
         """Send the rest and the final status from result.json; returns the number of points that are left.
 
-        Waits `timeout_s` seconds at most, and says how to send later what is left.
+        Waits `timeout_s` seconds at most, and for a store that is silent some of them only, and says how to send later what
+        is left.
         """
         self._closing.set()
         try:
-            self._thread.join(timeout_s)
+            wait_for(self._thread, self._folder, timeout_s)
         finally:  # a second Ctrl-C included
             left = unsent(self._folder)
             if not self._complete:
@@ -114,6 +116,24 @@ class Mirror:
                 away, pause_s, self._complete = False, self._every_s, closing
             if closing:
                 return
+
+
+def wait_for(thread: threading.Thread, folder: Path, timeout_s: float) -> bool:
+    """Wait for a thread that sends `folder`; whether it ended.
+
+    It is waited for no longer than `timeout_s` seconds, and than `stores.ANSWER_S` while nothing is heard of the store, unless
+    that is a file.
+    """
+    file, written = stores.resolved(State.load(folder).uri).startswith("sqlite:"), 0
+    end = heard = time.monotonic()
+    while thread.is_alive() and time.monotonic() < end + timeout_s:
+        now = State.written(folder)  # after each answer
+        if file or now != written or not stores.loaded.is_set():
+            written, heard = now, time.monotonic()
+        if time.monotonic() > heard + stores.ANSWER_S:
+            break
+        thread.join(0.1)
+    return not thread.is_alive()
 
 
 def run_id(folder: Path) -> str | None:
@@ -155,7 +175,7 @@ def kept(folder: Path, error: Exception) -> str:
 def reason(error: Exception) -> str:
     """One short line for what a store answered."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if "Max retries exceeded" in text or "timed out" in text:
+    if isinstance(error, ConnectionError) or "Max retries exceeded" in text or "timed out" in text:
         return NO_ANSWER
     text = without_secrets(text)
     return text if len(text) <= 300 else text[:300] + "…"

@@ -49,9 +49,10 @@ def send(folder: Path, closed: bool) -> int:
             Otherwise only what the last checkpoint keeps is sent.
 
     Raises:
-        BadInput: the run or its experiment was deleted in MLflow.
+        BadInput: the run or its experiment was deleted in MLflow, or a file of the folder is none of a run.
         MlflowException, OSError: the store does not answer or refuses; what was sent until then is recorded.
     """
+    foreign.refuse_links(folder)
     with mirroring(folder):
         state = State.load(folder)
         limit = None if closed else durable_bytes(folder)
@@ -288,7 +289,7 @@ def _status(folder: Path, closed: bool) -> str:
 def _changed_files(folder: Path, state: State) -> dict[str, list[int]]:
     """Name -> [mtime in ns, bytes] of the artifacts that MLflow does not have as they are now."""
     found = {}
-    more = sorted(path for pattern in PATTERNS for path in folder.glob(pattern))
+    more = sorted(path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file())
     for path in [*(folder / name for name in FILES), *more]:
         with contextlib.suppress(FileNotFoundError):
             stat = path.stat()

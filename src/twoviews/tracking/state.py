@@ -64,6 +64,12 @@ class State:
         """Replace tracking.json."""
         replace(folder / "tracking.json", json.dumps(asdict(self), indent=1))
 
+    @staticmethod
+    def written(folder: Path) -> int:
+        """When tracking.json was replaced last, in ns; 0 where there is none."""
+        path = folder / "tracking.json"
+        return path.stat().st_mtime_ns if path.exists() else 0
+
     def forget_run(self) -> None:
         """Start over in a store that does not know the run; `run_key` stays, so that a way back finds it again."""
         self.run_id = self.experiment_id = None

@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 import re
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 DATABASES = ("postgresql", "mysql", "mssql")
 PLAIN_KEYS = {"host", "port", "user", "sslmode", "sslrootcert", "connect_timeout", "charset", "driver"}  # of a query
+ANSWER_S = 5.0  # for a server to answer anything at all
+loaded = threading.Event()  # mlflow is imported, which takes seconds
 HINT = "use sqlite:///<path> or http(s)://<host>:<port>"
 
 
@@ -151,16 +154,22 @@ def _check_file(path: Path) -> None:
         raise BadInput(f"{path} cannot be written; name another file with tracking.uri=sqlite:///<path>.")
 
 
-def _check_server(uri: str) -> None:
+def _silent(uri: str) -> str:
+    """Why nothing answers at the address of a server, within seconds; empty if something does."""
     try:
-        urllib.request.urlopen(f"{uri}/health", timeout=5).close()
-        return
+        urllib.request.urlopen(f"{uri}/health", timeout=ANSWER_S).close()
+        return ""
     except urllib.error.HTTPError as error:
-        if error.code < 500:  # something answers: a server that wants a login, or a gateway without /health
-            return
-        reason = f"status {error.code}"
-    except (OSError, ValueError, http.client.HTTPException) as error:  # what answers may be no server of pages at all
-        reason = str(getattr(error, "reason", error)) or type(error).__name__
+        # Below 500 something answers: a server that wants a login, or a gateway without /health.
+        return f"status {error.code}" if error.code >= 500 else ""
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        # what answers may be no server of pages at all
+        return str(getattr(error, "reason", error)) or type(error).__name__
+
+
+def _check_server(uri: str) -> None:
+    if not (reason := _silent(uri)):
+        return
     raise BadInput(
         f"no MLflow answers at {uri}/health ({reason}); start it, give another tracking.uri=, or train with "
         "tracking=files and send the run later with `python -m twoviews.tracking sync`."
@@ -176,6 +185,7 @@ def connect(uri: str, experiment: str) -> tuple["MlflowClient", str]:
     Raises:
         BadInput: the experiment was deleted in MLflow, MLflow is not installed, nobody has named the store, or the database's
             folder is gone.
+        ConnectionError: the server does not answer.
         MlflowException: the store does not answer or refuses.
     """
     refuse_unknown(uri)
@@ -183,7 +193,10 @@ def connect(uri: str, experiment: str) -> tuple["MlflowClient", str]:
     prepare_environment()
     from mlflow import MlflowClient
 
+    loaded.set()
     if not uri.startswith("sqlite:"):
+        if uri.startswith("http") and (reason := _silent(uri)):  # mlflow would wait for minutes
+            raise ConnectionError(f"{uri} does not answer ({reason})")
         client = MlflowClient(uri)
         return client, _experiment(client, experiment, None)
     path = _database(uri)
@@ -239,6 +252,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     # Longer than any answer seen from a server that 64 runs come to at once, or it would get the same batches for ever.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    os.environ.setdefault("PGCONNECT_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     for name in ("alembic", "git", "urllib3.connectionpool"):

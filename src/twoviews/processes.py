@@ -1,0 +1,61 @@
+"""Which of several processes this is, as torchrun says by variables of the environment, of which other launchers set some."""
+
+import os
+import sys
+
+from twoviews.errors import BadInput
+
+GROUP = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # without one of these there are no others to find
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def settle(command: str, sweep: bool) -> None:
+    """Take the environment's word for several processes only where it is complete; otherwise this is a single one.
+
+    Args:
+        command: train, evaluate or cluster.
+        sweep: whether it launches a sweep.
+
+    Raises:
+        BadInput: the variables make no sense, or the command is for one process.
+    """
+    given = {name: os.environ[name] for name in PLACE if name in os.environ}
+    missing = [name for name in GROUP if not os.environ.get(name)]
+    if not given:
+        return
+    if missing:
+        for name in given:
+            del os.environ[name]
+        if any(value not in ("0" if "RANK" in name else "1") for name, value in given.items()):
+            said = ", ".join(f"{name}={value}" for name, value in given.items())
+            print(
+                f"{said} of the environment without {' and '.join(missing)}: this is a single process; for several use torchrun.",
+                file=sys.stderr,
+            )
+        return
+    processes = _number("WORLD_SIZE", 1, None)
+    _number("RANK", 0, processes - 1)
+    _number("LOCAL_RANK", 0, processes - 1)
+    _number("LOCAL_WORLD_SIZE", 1, processes)
+    _number("MASTER_PORT", 1, 2**16 - 1)
+    if processes > 1 and sweep:
+        raise BadInput(
+            f"a sweep is launched by one process, and WORLD_SIZE={processes}; leave out torchrun or unset WORLD_SIZE, and give "
+            "each point several processes by hydra/launcher=slurm_ddp."
+        )
+    if processes > 1 and command != "train":
+        raise BadInput(
+            f"{command}.py is one process, and WORLD_SIZE={processes}; leave out torchrun, or unset WORLD_SIZE."
+        )
+
+
+def _number(name: str, least: int, most: int | None) -> int:
+    """The number in a variable of the environment; `least` where there is none."""
+    value = os.environ.get(name, str(least))
+    if value.isdecimal() and least <= int(value) and (most is None or int(value) <= most):
+        return int(value)
+    os.environ.pop("RANK", None)  # of several processes only the first prints, and who that is is not known here
+    limit = f"at least {least}" if most is None else f"from {least} to {most}"
+    raise BadInput(
+        f"{name}={value} of the environment is no number {limit}; start several processes by torchrun, or unset {name}."
+    )
