@@ -31,7 +31,9 @@ CONF = Path(__file__).parents[1] / "conf"
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory):
     """One SQLite store for all tests: making its tables takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('a store') / 'mlflow.db'}"
+    uri = f"sqlite:///{tmp_path_factory.mktemp('a store') / 'mlflow.db'}"
+    stores.remember(uri)
+    return uri
 
 
 @pytest.fixture
@@ -409,6 +411,7 @@ def kill(connection, cursor, statement, *_):
     if left < 0:
         os.kill(os.getpid(), signal.SIGKILL)
 
+stores.remember(sys.argv[1])
 stores.connect(stores.resolved(sys.argv[1]), "x")
 """
 
@@ -433,6 +436,7 @@ def test_a_database_without_all_tables_is_kept_beside_a_new_one(tmp_path, monkey
         database.execute("create table metrics (key text)")
     (tmp_path / "mlflow.db-journal").write_bytes(b"")
     monkeypatch.setattr("twoviews.tracking.database.UNFINISHED_S", 0.5)
+    stores.remember(f"sqlite:///{path}")
     client, experiment_id = stores.connect(f"sqlite:///{path}", "x")
     assert client.create_run(experiment_id).info.status == "RUNNING"
     with sqlite3.connect(tmp_path / "mlflow.db.incomplete") as database:

@@ -20,6 +20,7 @@ from twoviews.sweeps import scheduler
 from twoviews.sweeps.collecting import prepare
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.truth import look
+from twoviews.tracking import stores
 
 # The first start waits to be stopped with a checkpoint, or killed; the next one finishes.
 TWICE = (
@@ -101,6 +102,7 @@ def test_no_run_in_mlflow_outlives_a_point_that_was_cancelled(tmp_path: Path) ->
     points = sweep(folder, MIRRORED, MIRRORED, MIRRORED, f"until('{tmp_path}/go'); {FINISH}")
     with Sweep(folder).update() as record:
         record["commands"] = ["train.py"]
+    stores.remember(uri)
     prepare(Sweep(folder), points, {"uri": uri, "experiment": "x"})
 
     def told() -> dict[str, str]:
