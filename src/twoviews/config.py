@@ -28,7 +28,7 @@ from twoviews import foreign, processes
 from twoviews.command_line import understood
 from twoviews.errors import BadInput, Stopped, nearest, shown, system_reason, without_secrets
 from twoviews.ranges import Count, Fraction, Range, Seed, Size, Temperature
-from twoviews.signatures import BUILDS, Parameter, buildable, complaint, signature
+from twoviews.signatures import BUILDS, Parameter, buildable, complaint, signature, unusable
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -561,7 +561,8 @@ def _key_problems(
         elif key in parameters:
             problems = [*_node_problems(f"{prefix}{key}", value)] if _builds(value) else []
             yield from problems
-            if not problems and (wrong := complaint(value, parameters[key].annotation)):
+            annotation = parameters[key].annotation
+            if not problems and (wrong := complaint(value, annotation) or unusable(value, annotation)):
                 wrong = wrong.replace("did you mean '", f"did you mean '{prefix}{key}=")
                 yield f"{prefix}{key}={shown(value)} {wrong}."
 

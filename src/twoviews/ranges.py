@@ -22,7 +22,7 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         return (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))  # of a large whole number it would fail
             and (self.above is None or value > self.above)
             and (self.at_least is None or value >= self.at_least)
             and (self.below is None or value < self.below)
@@ -65,6 +65,7 @@ Count = Annotated[int, Range(at_least=1, at_most=MANY)]
 Index = Annotated[int, Range(at_least=0, at_most=MANY)]
 Trials = Annotated[int, Range(at_least=1, at_most=100_000)]
 Seed = Annotated[int, Range(at_least=0)]
+Total = Annotated[int, Range(at_least=0)]  # of what adds up: bytes, steps
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(at_least=0)]
 Fraction = Annotated[float, Range(at_least=0, at_most=1)]

@@ -50,18 +50,13 @@ def complaint(value: Any, annotation: Any) -> str:
     """What is wrong with a value, as the end of a sentence that begins with it; empty when nothing is.
 
     Understands int, float, bool, str, None, Literal, unions, sequences, fixed tuples, dictionaries, components of this
-    package, and Annotated with a Range or a Length. Numbers are finite, texts and lists are not empty.
+    package, Any, and Annotated with a Range or a Length.
 
     Raises:
         TypeError: it does not understand the annotation.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        lengths = [limit for limit in arguments[1:] if isinstance(limit, Length)]
-        if lengths and isinstance(value, (list, tuple)) and _container(arguments[0]) is Sequence:
-            return _wrong_elements(value, arguments[0], lengths[0])
-        if lengths and value == "":
-            return "" if value in lengths[0] else complaint(value, arguments[0])
         return complaint(value, arguments[0]) or _out_of_range(value, arguments[1:])
     if origin in (types.UnionType, typing.Union):
         complaints = {one: complaint(value, one) for one in arguments}
@@ -71,10 +66,12 @@ def complaint(value: Any, annotation: Any) -> str:
         return complaints[(alike or arguments)[0]]
     if origin is Literal:
         return _wrong_choice(value, arguments)
+    if annotation is Any:
+        return ""
     if origin in (Sequence, list, tuple):
         if isinstance(value, (list, tuple)):
-            return _wrong_elements(value, annotation, Length(at_least=1))
-        alone = value is not None and not _wrong_elements([value], annotation, Length(at_least=1))
+            return _wrong_elements(value, annotation)
+        alone = value is not None and not _wrong_elements([value], annotation)
         example = "two numbers, such as [0.1,1]" if origin is tuple else "such as [1,2]"
         return f"is not a list; write [{shown(value)}]" if alone else f"is not a list, {example}"
     if origin in (Mapping, dict) or annotation in (Mapping, dict):
@@ -104,22 +101,35 @@ def _wrong_scalar(value: Any, annotation: Any) -> str:
         raise TypeError(f"the annotation {annotation} cannot be compared with a value of a configuration")
     if not number or (annotation is int and not isinstance(value, int)):
         return "is not a whole number" if annotation is int else "is not a number"
-    if isinstance(value, int) and abs(value) >= WHOLE:
-        return f"is too large; whole numbers end at {WHOLE - 1}"
-    return "" if math.isfinite(value) else "is not a finite number"
+    return ""
 
 
 def _wrong_text(value: Any) -> str:
     if isinstance(value, (bool, int, float)):
         kind = "true or false" if isinstance(value, bool) else "a number"
         return f"is {kind} where a text belongs; quote it twice, as in key='\"{shown(value)}\"'"
-    if not isinstance(value, str):
-        return "is not a text"
-    if not value:
-        return "is an empty text"
-    if len(value) > LONGEST:
-        return f"is longer than {LONGEST:,} characters"
-    return "has a control character" if any(sign < " " for sign in value) else ""
+    return "" if isinstance(value, str) else "is not a text"
+
+
+def unusable(value: Any, annotation: Any = None) -> str:
+    """What keeps a value from being typed for any parameter, as the end of a sentence that begins with it.
+
+    That is to be empty, unless the annotation has a Length that says otherwise, or infinite, or no number, or too long.
+    """
+    if value in ("", []):
+        lengths = [limit for limit in get_args(annotation) if isinstance(limit, Length)]
+        empty = "is an empty text" if value == "" else "is an empty list"
+        return "" if any(value in limit for limit in lengths) else empty
+    if isinstance(value, str):
+        if len(value) > LONGEST:
+            return f"is longer than {LONGEST:,} characters"
+        return "has a control character" if any(sign < " " for sign in value) else ""
+    if isinstance(value, int):
+        return f"is too large; whole numbers end at {WHOLE - 1}" if abs(value) >= WHOLE else ""
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else "is not a finite number"
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return next(filter(None, map(unusable, inner)), "")
 
 
 def _wrong_choice(value: Any, choices: Sequence[Any]) -> str:
@@ -142,20 +152,20 @@ def _container(kind: Any) -> type | None:
 
 
 def _out_of_range(value: Any, limits: Sequence[Any]) -> str:
-    broken = [limit for limit in limits if isinstance(limit, ranges.Range) and value not in limit]
-    return f"is out of range: it must be {broken[0]}" if broken else ""
+    for limit in limits:
+        if isinstance(limit, ranges.Range) and value not in limit:
+            return f"is out of range: it must be {limit}"
+        if isinstance(limit, Length) and value not in limit:
+            return f"has {len(value)} elements and needs {limit}" if value else "is empty"
+    return ""
 
 
-def _wrong_elements(values: Sequence[Any], annotation: Any, length: Length) -> str:
+def _wrong_elements(values: Sequence[Any], annotation: Any) -> str:
     kinds = get_args(annotation)
-    if get_origin(annotation) is tuple and Ellipsis not in kinds:
-        if len(values) != len(kinds):
-            return f"needs {len(kinds)} numbers"
-    else:
-        kinds = [kinds[0]] * len(values)
-        if values not in length:
-            return f"has {len(values)} elements and needs {length}" if values else "is an empty list"
-    complaints = (complaint(value, kind) for value, kind in zip(values, kinds, strict=True))
+    fixed = get_origin(annotation) is tuple and Ellipsis not in kinds
+    if fixed and len(values) != len(kinds):
+        return f"needs {len(kinds)} numbers"
+    complaints = (complaint(value, kinds[number] if fixed else kinds[0]) for number, value in enumerate(values))
     return next(filter(None, complaints), "")
 
 

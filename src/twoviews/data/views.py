@@ -23,7 +23,7 @@ from torch import Tensor
 from twoviews.data import kernel, kernel_cuda, pixels
 from twoviews.errors import BadInput, nearest, shown
 from twoviews.ranges import Fraction, Length, NotNegative, Positive, Range, Repeats
-from twoviews.signatures import complaint
+from twoviews.signatures import complaint, unusable
 
 JITTER = (
     pixels.brightness,
@@ -449,7 +449,7 @@ def _recipe(name: str, numbers: dict[str, Any]) -> View:
         if key not in annotations:
             close = nearest(key, annotations).replace("'", f"'{where}.", 1)
             raise BadInput(f"{where}.{key} is no number of a view.{close} Known: {', '.join(annotations)}.")
-        if wrong := complaint(value, annotations[key]):
+        if wrong := complaint(value, annotations[key]) or unusable(value):
             raise BadInput(f"{where}.{key}={shown(value)} {wrong}.")
         if get_origin(annotations[key]) is tuple and value[0] > value[1]:
             raise BadInput(f"{where}.{key}={shown(value)} has the larger number first: use [{value[1]},{value[0]}].")

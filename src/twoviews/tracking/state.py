@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import get_type_hints
 
 from filelock import FileLock, Timeout
 
 from twoviews import foreign
 from twoviews.errors import BadInput
-from twoviews.ranges import Length, Range
+from twoviews.ranges import Total
 from twoviews.signatures import complaint
 
 
@@ -30,18 +30,16 @@ class State:
 
     uri: str | None = None  # None: the default store
     experiment: str = "twoviews"
-    # Ours, random, known before MLflow answers: finds a run whose id was not written.
-    run_key: Annotated[str, Length()] = ""
+    run_key: str = ""  # ours, random, known before MLflow answers: finds a run whose id was never written down
     run_id: str | None = None
     experiment_id: str | None = None
-    sent_bytes: Annotated[int, Range(at_least=0)] = 0  # of metrics.jsonl
-    status: Annotated[str, Length()] = ""  # as MLflow was told last
+    sent_bytes: Total = 0  # of metrics.jsonl
+    status: str = ""  # as MLflow was told last
     files: dict[str, list[int]] = field(default_factory=dict)  # name: [mtime in ns, bytes] of the artifact sent
-    # Of the run: in a sweep its parent and the values of the axes.
-    tags: dict[str, Annotated[str, Length()]] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)  # of the run: in a sweep its parent and the values of the axes
     # Points that were sent and then cut from metrics.jsonl, because an earlier checkpoint is resumed: step -> names.
     # They are computed again, perhaps not to the last digit (images_per_s never is), and must not appear twice.
-    already: dict[str, Annotated[list[str], Length()]] = field(default_factory=dict)
+    already: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path) -> "State":
