@@ -35,7 +35,8 @@ def main(cfg, folder: Path) -> int:
         for note in (*notes, *data.notes):
             console.say(note)
         subject = Subject(run, data, cfg.split, own="data" not in cfg)
-        subject.check(cfg.clusters)
+        counts = [cfg.clusters] if isinstance(cfg.clusters, int) else cfg.clusters
+        subject.check(counts)
         if subject.changed:
             console.say("warning: these are not the images of the run (their digest differs).")
         device = runtime.torch_device()
@@ -46,7 +47,7 @@ def main(cfg, folder: Path) -> int:
         console.say(f"features of {len(subject.images):,} images of {data.name}, split {cfg.split}, in {precision}")
         x = subject.features(device, dtype, runtime.channels_last)
         rows, values = {}, {}
-        for k in sorted(set(cfg.clusters)):
+        for k in sorted(set(counts)):
             clusters = kmeans(
                 x, k, seed=seed_of(cfg.seed, k), nredo=cfg.nredo, iterations=50, tolerance=1e-4
             )  # to the end

@@ -8,18 +8,24 @@ from twoviews.config import entry
 @entry("evaluate")
 def main(cfg, folder: Path) -> int:
     """Rebuild encoder and data, measure, leave the findings beside the run; several runs are compared at the end."""
-    from functools import cache
+    from functools import cache, partial
 
     from hydra.core.hydra_config import HydraConfig
 
     from twoviews.assembly import load_data
+    from twoviews.config import build
     from twoviews.console import Console
+    from twoviews.errors import BadInput, mistakes
     from twoviews.evaluation.comparison import compare
     from twoviews.evaluation.evaluation import evaluate
     from twoviews.evaluation.names import named
     from twoviews.evaluation.source import open_source
     from twoviews.tracking import afterwards
 
+    if "protocol" not in cfg:
+        raise BadInput("protocol=[] leaves nothing to measure; choose one or more, such as protocol=[knn,linear].")
+    if problems := mistakes(*(partial(build, node) for node in cfg.protocol.values())):
+        raise BadInput(*problems)
     console, asked, evaluations = Console(), HydraConfig.get().overrides.task, {}
     data = cache(lambda: load_data(cfg)) if "data" in cfg else None
     for run in named(cfg.run):

@@ -14,7 +14,7 @@ def main(cfg, folder: Path) -> int:
     if finished_already(cfg, folder):
         return 0
 
-    from twoviews.assembly import load_data, make_parts, make_views, plan
+    from twoviews.assembly import check_parts, load_data, make_parts, make_views, plan
     from twoviews.batch_size import find_batch
     from twoviews.console import Console
     from twoviews.loop import NotFinite, Training
@@ -22,6 +22,7 @@ def main(cfg, folder: Path) -> int:
     from twoviews.runtime import StopSignal
 
     with StopSignal() as stop, distributed.group(runtime := build(cfg.runtime)) as device:
+        check_parts(cfg, runtime, device)
         if cfg.find_batch:
             return find_batch(cfg, device, folder)
         console = Console(quiet=distributed.rank() > 0)

@@ -68,7 +68,6 @@ COMMANDS = [
     (["--batch-size", "64"], ["no option --batch-size", "batch_size="]),
     (["--batch-size=64"], ["no option --batch-size", "batch_size="]),
     (["seed=0,1"], ["seed=0,1", "-m"]),
-    (["seed=0,1", "method.nope=3"], ["nope"]),
     (["method.encoder=3"], ["encoder"]),
     (["+method.encoder=3"], ["encoder"]),
     (["+augmentation.size=24"], ["size"]),
@@ -88,6 +87,53 @@ COMMANDS = [
     (["tracking.uri=http://127.0.0.1:9"], ["http://127.0.0.1:9", "tracking=files"]),
     (["tracking.uri=./mlruns"], ["mlruns", "sqlite:///"]),
     (["runtime.accumulate=3"], ["accumulate=3", "batch_size=128"]),
+    # What is made of it would not fit into any memory, or never be made.
+    (["backbone.width=1000000000000"], ["more than 9.22 EB", "free", "backbone.width=1000000000000"]),
+    (["backbone.width=300000"], ["TB of memory", "free", "backbone.width=300000"]),
+    (["method.embed_dim=1000000000000"], ["PB of memory", "method.embed_dim=1000000000000"]),
+    (["method.queue_size=100000000"], ["method.queue_size=100000000", "1437"]),
+    (["method=simsiam", "method.projector_layers=1000000000000"], ["projector_layers", "at most 1,000"]),
+    (["backbone.depths=[1000000000000]"], ["backbone.depths", "at most 1,000"]),
+    (["augmentation.views.both.count=1000000000000"], ["views.both.count", "at most 1,000"]),
+    (["augmentation.views.both.size=1000000"], ["PB of memory", "views.<name>.size"]),
+    (["epochs=1000000000000"], ["epochs", "at most 1,000,000,000"]),
+    (["epochs=1" + 400 * "0"], ["epochs=1", "too large"]),
+    (["batch_size=1000000000000"], ["batch_size=1000000000000", "1437"]),
+    # Empty, or null where something has to be.
+    (["protocol.knn=null"], ["protocol.knn=null", "protocol=[…]"]),
+    (["protocol.knn=foo"], ["protocol.knn=foo", "whole group"]),
+    (["protocol=[t3a]", "protocol.t3a.linear=foo"], ["protocol.t3a.linear=foo", "Linear"]),
+    (["optimizer=null"], ["optimizer=null", "sgd"]),
+    (["runtime=[a,b]"], ["runtime=a", "default"]),
+    (["method=[1,null]"], ["method=1", "simclr"]),
+    (["protocol=[3]"], ["protocol=3", "knn"]),
+    (["backbone=2"], ["backbone=2", "tiny"]),
+    (["sweep=null"], ["sweep=null", "sweep.name"]),
+    (["augmentation.views=null"], ["augmentation.views=null", "dictionary"]),
+    (["augmentation.views.both=foo"], ["both=foo", "dictionary"]),
+    (["augmentation.views={}"], ["augmentation.views={}", "changes nothing"]),
+    (["backbone.depths=[]"], ["backbone.depths=[]", "empty list"]),
+    (["method=pcl", "method.clusters=[]"], ["method.clusters=[]", "empty list"]),
+    (["method=pcl", "method.clusters=10"], ["method.clusters=10", "write [10]"]),
+    (["schedule.epochs=0"], ["schedule.epochs=0", "above 0"]),
+    (["schedule=step", "schedule.milestones=[inf,1]"], ["schedule.milestones=[inf, 1]", "finite"]),
+    (["data=cifar10", "data.cache=''"], ["data.cache=''", "empty text"]),
+    (["data=folder", "data.root='a\nb'"], ["data.root=a?b", "control character"]),
+    (["data=folder", "data.channels=2"], ["data.channels=2", "1, 3"]),
+    (["-m", "epochs=range(1,0)"], ["epochs=range(1,0)", "no values"]),
+    (["epochs=range(1,0)"], ["epochs=range(1,0)", "-m"]),
+    (["-m", "seed=0,1", "hydra/launcher=slurm", "hydra.launcher.options=foo"], ["options=foo", "dictionary"]),
+    (["hydra.launcher.options=foo"], ["hydra.launcher has no key 'options'"]),
+    (["tracking.uri=mysql+evil://"], ["mysql+evil", "sqlite:///"]),
+    (["tracking.uri=mysql+evil://host/db"], ["mysql+evil", "mysql+pymysql"]),
+    (["protocol=[corruptions]", "protocol.corruptions.corruptions=[fogg]"], ["fogg", "'protocol.corruptions"]),
+    # The text to type.
+    (["lr=0.1"], ["'lr'", "write optimizer.lr=0.1."]),
+    (["+lr=0.1"], ["'lr'", "write optimizer.lr=0.1."]),
+    (["temperature=0.1"], ["write method.temperature=0.1 or protocol.knn.temperature=0.1."]),
+    (["size=64"], ["augmentation.views.both.size=64", "data.size=64 with data=array or data=folder"]),
+    (["runtime.device=gpu"], ["runtime.device=cuda"]),
+    (["fresh"], ["write fresh=true."]),
 ]
 
 
@@ -95,6 +141,65 @@ COMMANDS = [
 def test_command(command, tmp_path: Path, arguments: list[str], parts: list[str]) -> None:
     refused(command("train", *arguments), *parts)
     assert not list(tmp_path.rglob("*")), "a refused command left something behind"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (
+            ["metod=simclr", "epochs=0", "optimizer.lrr=3", "batch_size=nan", "fresh"],
+            ["'metod'", "'lrr'", "fresh=true", "epochs=0", "batch_size=nan"],
+        ),
+        (
+            ["method.temperature=0", "protocol.knn=null", "seed=-1"],
+            ["seed=-1", "method.temperature=0", "protocol.knn=null"],
+        ),
+        (["method=simclrr", "method.hidden_dim=3", "epochs=0"], ["method=simclrr", "epochs=0"]),
+        (["experiment=typo", "epochs=0"], ["experiment=typo", "epochs=0"]),
+        (["seed=0,1", "method.nope=3"], ["'nope'", "seed=0,1"]),
+        (["-m", "seed=0,1", "epochs=0", "batch_size=0"], ["epochs=0", "schedule.epochs=0", "batch_size=0"]),
+        (  # values that do not go together, of a data set that would have to be found first
+            [
+                "data=folder",
+                "schedule.warmup_epochs=300",
+                "batch_size=127",
+                "runtime.accumulate=2",
+                "tracking.uri=ftp://x",
+            ],
+            ["batch_size=127", "warmup_epochs=300", "ftp://x", "data.root="],
+        ),
+    ],
+)
+def test_every_mistake_is_said_at_once(command, arguments: list[str], parts: list[str]) -> None:
+    finished = command("train", *arguments)
+    errors = [line for line in finished.err.splitlines() if line.startswith("error: ")]
+    assert finished.code == 2 and "Traceback" not in finished.err
+    assert len(errors) == len(parts), finished.err
+    for part in parts:
+        assert any(part in line for line in errors), f"{part!r} is not in {errors}"
+
+
+def test_memory_that_runs_out(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    import twoviews.assembly
+
+    def exhausted(cfg):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(twoviews.assembly, "load_data", exhausted)
+    refused(command("train", *SMALL_MOCO), "memory does not suffice", "find_batch=true")
+
+
+def test_method_that_returns_no_output(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from twoviews.methods.method import Output
+    from twoviews.methods.moco import MoCo
+
+    loss = MoCo.forward
+    monkeypatch.setattr(MoCo, "forward", lambda *inputs: loss(*inputs).loss)
+    refused(
+        command("train", *SMALL_MOCO, "hydra.run.dir=a"), "twoviews.methods.moco.MoCo.forward", "Output(loss, metrics)"
+    )
+    monkeypatch.setattr(MoCo, "forward", lambda *inputs: Output(loss(*inputs).loss.detach()))
+    refused(command("train", *SMALL_MOCO, "hydra.run.dir=b"), "twoviews.methods.moco.MoCo.forward", "gradient")
 
 
 def test_cifar_without_network(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +329,11 @@ def test_evaluate_without_a_run(command) -> None:
     refused(command("evaluate"), "run")
     refused(command("evaluate", "run=outputs/nothing"), "outputs/nothing")
     refused(command("evaluate", "run=x", "protocol=[knnn]"), "knnn")
+    refused(command("evaluate", "run=[]"), "run=[]", "empty list")
+    refused(command("evaluate", "run=x", "protocol=[]"), "protocol=[knn,linear]")
+    refused(command("evaluate", "outputs/moco-digits-1"), "write run=outputs/moco-digits-1.")
+    refused(command("cluster", "clusters=10", "outputs/moco-digits-1"), "write run=outputs/moco-digits-1.")
+    refused(command("cluster", "run=outputs/nothing", "clusters=10"), "outputs/nothing")
 
 
 def _python() -> list[str]:

@@ -4,6 +4,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,25 @@ from twoviews.clusters.kmeans import Clustered
 from twoviews.clusters.scores import scores
 from twoviews.code import code_state
 from twoviews.config import build
-from twoviews.console import Console, duration, megabytes
+from twoviews.console import Console, duration, in_bytes
 from twoviews.data.images import ImageData
 from twoviews.data.loader import Loader
 from twoviews.data.views import Views, compiled
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, mistakes
 from twoviews.fallbacks import slower, unrecorded
 from twoviews.features import Judged, embed
 from twoviews.foreign import blamed
 from twoviews.fused_norm import reason_for_plain
 from twoviews.layers import SyncBatchNorm, sync_batch_norms
+from twoviews.memory import check_networks, check_views
 from twoviews.methods.method import Method
 from twoviews.randomness import seed_of
+from twoviews.ranges import Repeats, Size
 from twoviews.run import parameter_count
 from twoviews.runtime import Runtime, format_name
 from twoviews.signatures import signature
 from twoviews.step import eager_reason
-from twoviews.tracking import page, read
+from twoviews.tracking import page, read, stores
 
 
 @dataclass
@@ -74,6 +77,28 @@ class Parts:
         return found
 
 
+def check_parts(cfg: DictConfig, runtime: Runtime, device: torch.device) -> None:
+    """Build what needs no images, so that mistakes in it are said together and before any image is decoded.
+
+    Raises:
+        BadInput: with all of them.
+    """
+    groups = [{"params": [nn.Parameter(torch.zeros(1, 1)), nn.Parameter(torch.zeros(1))]}]
+    colours = {"size": 32, "channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3}  # any will do
+    problems = mistakes(
+        lambda: runtime.dtype(device),
+        lambda: check_batch(cfg, runtime),
+        lambda: build(cfg.optimizer, batch_size=cfg.batch_size, _partial_=True)(groups),
+        lambda: build(cfg.schedule),
+        lambda: build(cfg.augmentation, **colours),
+        lambda: stores.resolved(build(cfg.tracking).uri),
+        *(partial(build, node) for node in (cfg.get("protocol") or {}).values()),
+        *([lambda: build(cfg.data)] if "root" in cfg.data and cfg.data.root is None else []),
+    )
+    if problems:
+        raise BadInput(*problems)
+
+
 def load_data(cfg: DictConfig) -> ImageData:
     """The data set of a configuration; with several processes one prepares it and the others wait."""
     if distributed.rank() > 0:
@@ -106,10 +131,6 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
         BadInput: they do not, with the value to change.
     """
     runtime.configure(device)
-    torch.manual_seed(seed_of(cfg.seed, "initialisation"))
-    encoder = build(cfg.backbone, channels=data.channels, image_size=data.size)
-    sizes = sorted({data.size, *views.sizes})
-    unseen = [note for size in sizes if (note := left_over(encoder, data.channels, size))]
     extra: dict[str, Any] = {}
     if "labels" in signature(cfg.method._target_):
         if data.train.labels is None:
@@ -117,12 +138,6 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
                 f"this method learns from labels, and the training images of {data.name} have none; choose another method."
             )
         extra = {"labels": data.train.labels, "classes": len(data.classes)}
-    method = build(cfg.method, encoder=encoder, **extra)
-    if method.views not in (None, len(views)):
-        raise BadInput(
-            f"this method takes {method.views} views of an image and the augmentation makes {len(views)}; "
-            "choose another with augmentation=."
-        )
     loader = Loader(
         data.train,
         views,
@@ -135,18 +150,14 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
         dtype=runtime.dtype(device) if device.type == "cuda" else torch.float32,
         channels_last=runtime.channels_last and device.type == "cuda",
     )
-    micro_batch = cfg.batch_size // runtime.accumulate
-    if cfg.batch_size % (runtime.accumulate * distributed.processes()):
-        raise BadInput(
-            f"batch_size={cfg.batch_size} does not divide into runtime.accumulate={runtime.accumulate} micro-batches on "
-            f"{distributed.processes()} process(es); use a multiple of {runtime.accumulate * distributed.processes()}."
-        )
-    if micro_batch < 2:
-        raise BadInput(
-            f"a batch of {micro_batch} image has no statistics for batch norm; use batch_size={2 * runtime.accumulate} or more."
-        )
-    notes = method.prepare(cfg.batch_size, micro_batch, len(data.train), distributed.processes())
-    notes += _seen_in_parts(method, cfg.batch_size, micro_batch)
+    check_batch(cfg, runtime)
+    check_networks(lambda: _method(cfg, data, len(views), extra, _encoder(cfg, data))[0], device, _sizes(cfg))
+    check_views(views, cfg.batch_size // distributed.processes(), data.channels, device)
+    torch.manual_seed(seed_of(cfg.seed, "initialisation"))
+    encoder = _encoder(cfg, data)
+    unseen = [note for size in sorted({data.size, *views.sizes}) if (note := left_over(encoder, data.channels, size))]
+    method, notes = _method(cfg, data, len(views), extra, encoder)
+    notes += _seen_in_parts(method, cfg.batch_size, cfg.batch_size // runtime.accumulate)
     if distributed.processes() > 1:
         sync_batch_norms(method, device)
     method.to(device, memory_format=torch.channels_last if runtime.channels_last else torch.contiguous_format)
@@ -179,6 +190,56 @@ def _seen_in_parts(method: Method, batch_size: int, micro_batch: int) -> list[st
     ]
 
 
+def check_batch(cfg: DictConfig, runtime: Runtime) -> None:
+    """Whether a batch can be cut into micro-batches, of which batch norm can take statistics.
+
+    Raises:
+        BadInput: it cannot.
+    """
+    parts = runtime.accumulate * distributed.processes()
+    if cfg.batch_size % parts:
+        raise BadInput(
+            f"batch_size={cfg.batch_size} does not divide into runtime.accumulate={runtime.accumulate} micro-batches on "
+            f"{distributed.processes()} process(es); use a multiple of {parts}."
+        )
+    if cfg.batch_size // runtime.accumulate < 2:
+        raise BadInput(
+            f"a batch of {cfg.batch_size // runtime.accumulate} image has no statistics for batch norm; use "
+            f"batch_size={2 * runtime.accumulate} or more."
+        )
+
+
+def _encoder(cfg: DictConfig, data: ImageData) -> Encoder:
+    return build(cfg.backbone, channels=data.channels, image_size=data.size)
+
+
+def _method(
+    cfg: DictConfig, data: ImageData, views: int, extra: dict[str, Any], encoder: Encoder
+) -> tuple[Any, list[str]]:
+    """The method around its encoder, prepared for the data, and its sentences for the user."""
+    method = build(cfg.method, encoder=encoder, **extra)
+    if method.views not in (None, views):
+        raise BadInput(
+            f"this method takes {method.views} views of an image and the augmentation makes {views}; "
+            "choose another with augmentation=."
+        )
+    micro_batch = cfg.batch_size // cfg.runtime.accumulate
+    return method, method.prepare(cfg.batch_size, micro_batch, len(data.train), distributed.processes())
+
+
+def _sizes(cfg: DictConfig) -> str:
+    """The values of backbone and method that memory is needed for, the largest first."""
+    found: dict[str, int] = {}
+    for group in ("backbone", "method"):
+        parameters = signature(cfg[group]._target_)
+        found |= {
+            f"{group}.{key}": value
+            for key, value in cfg[group].items()
+            if isinstance(value, int) and parameters[key].annotation in (Size, Repeats)
+        }
+    return ", ".join(f"{key}={found[key]}" for key in sorted(found, key=found.__getitem__, reverse=True)[:3])
+
+
 def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
     """Say what the run will do, before it does it."""
     data, loader, lr = parts.data, parts.loader, parts.optimizer.param_groups[0]["lr"]
@@ -190,7 +251,7 @@ def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
         f"data      {data.name}: {len(data.train):,} training images of {data.size}x{data.size} px, "
         f"{'colour' if data.channels == 3 else f'channels: {data.channels}'}, {labelled}"
         + (f"; kNN bank {len(data.memory):,}, test {len(data.test):,}" if data.memory and data.test else "")
-        + (f"; {megabytes(data.resident_bytes)} of pixels in memory" if data.resident_bytes else "")
+        + (f"; {in_bytes(data.resident_bytes)} of pixels in memory" if data.resident_bytes else "")
     )
     if not data.test:
         console.say("          without labelled test images there is no kNN or linear accuracy; watch train/spread.")
@@ -281,7 +342,7 @@ def show_result(folder: Path, result: dict[str, Any], console: Console) -> None:
         "time": duration(result["seconds"]),
         "precision": result.get("precision", "-"),
         "memory": ", ".join(
-            f"{where} {megabytes(1e6 * result[f'memory/{where}_mb'])}"
+            f"{where} {in_bytes(1e6 * result[f'memory/{where}_mb'])}"
             for where in ("process", "gpu")
             if f"memory/{where}_mb" in result
         )

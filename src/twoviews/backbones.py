@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from twoviews.errors import BadInput, nearest
 from twoviews.fused_norm import batch_norm_act
-from twoviews.ranges import Count, Range
+from twoviews.ranges import Count, Range, Repeats, Size
 
 
 class Encoder(nn.Module):
@@ -107,8 +107,8 @@ class ResNet(Encoder):
         channels: Count,
         image_size: Count,
         block: Literal["basic", "bottleneck"],
-        depths: Sequence[Count],
-        width: Count = 64,
+        depths: Sequence[Repeats],
+        width: Size = 64,
         stem: Literal["cifar", "strided", "imagenet"] = "cifar",
         zero_init_residual: bool = False,
     ):

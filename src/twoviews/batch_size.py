@@ -5,7 +5,6 @@ more than there is, and later ends whole processes. So a process may ask for wha
 not every library bears to be refused memory, each size has a process of its own, which may die of it.
 """
 
-import contextlib
 import errno
 import multiprocessing
 import resource
@@ -26,10 +25,11 @@ from omegaconf import DictConfig, OmegaConf
 from twoviews import distributed
 from twoviews.assembly import load_data, make_parts, make_views
 from twoviews.config import build
-from twoviews.console import Console, megabytes
+from twoviews.console import Console, in_bytes
 from twoviews.data.loader import Batch, Loader
 from twoviews.errors import BadInput, Stopped
 from twoviews.loop import Training
+from twoviews.memory import TooLarge, free_memory, kib, ran_out
 from twoviews.run import Run
 from twoviews.runtime import Runtime, StopSignal
 from twoviews.step import EAGER_STEPS, eager_reason
@@ -68,7 +68,7 @@ class Trial:
         """What became of it, for a person."""
         if self.refused:
             return f"passed over: {self.refused}"
-        return f"{megabytes(self.peak)}, {self.rate:,.0f} images/s" if self.fits else f"does not fit ({self.failed})"
+        return f"{in_bytes(self.peak)}, {self.rate:,.0f} images/s" if self.fits else f"does not fit ({self.failed})"
 
 
 def find_batch(cfg: DictConfig, device: torch.device, folder: Path) -> int:
@@ -88,7 +88,7 @@ def find_batch(cfg: DictConfig, device: torch.device, folder: Path) -> int:
         raise BadInput("find_batch=true on a CPU needs Linux, which can limit the memory of a process; use a GPU.")
     console, free = Console(), free_memory() if device.type == "cpu" else 0
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    console.say(f"memory    {megabytes(total)} of the GPU" if total else f"memory    {megabytes(free)} are free")
+    console.say(f"memory    {in_bytes(total)} of the GPU" if total else f"memory    {in_bytes(free)} are free")
     with tempfile.TemporaryDirectory(prefix="find_batch-", dir=folder) as scratch:
         largest = _Finder(cfg, free, Path(scratch), console).largest()
     parts = 2 * cfg.runtime.accumulate
@@ -187,18 +187,20 @@ def _try(content: dict[str, Any], free: int, scratch: Path, answer: Connection) 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if device.type == "cpu":
         limits = [
-            _kib(Path("/proc/self/status"), "VmData") + free,
+            kib(Path("/proc/self/status"), "VmData") + free,
             *(one for one in (soft, hard) if one != resource.RLIM_INFINITY),
         ]
         resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
     try:
         found = _two_steps(cfg, runtime, device, scratch)
+    except TooLarge as error:
+        found = Trial(cfg.batch_size, failed=str(error))
     except BadInput as error:
         found = Trial(cfg.batch_size, refused=str(error))
     except no_memory as error:
         found = Trial(cfg.batch_size, failed=shorten(str(error) or type(error).__name__, 100))
     except RuntimeError as error:  # of the libraries beside torch's allocator
-        if "out of memory" not in str(error) and "ALLOC_FAILED" not in str(error):
+        if not ran_out(error):
             raise
         found = Trial(cfg.batch_size, failed=shorten(str(error), 100))
     except OSError as error:
@@ -240,30 +242,3 @@ class _FewSteps:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
-
-
-def free_memory() -> int:
-    """Bytes that this machine, and the control groups that this process is in, have left."""
-    free = [_kib(Path("/proc/meminfo"), "MemAvailable")]
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        number, controllers, path = line.split(":", 2)
-        if number == "0":  # version 2
-            root, names, cached = Path("/sys/fs/cgroup"), ("memory.max", "memory.current"), "inactive_file"
-        elif "memory" in controllers.split(","):
-            root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            cached = "total_inactive_file"
-        else:
-            continue
-        group = root / path.lstrip("/")
-        for one in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError):  # the outermost has no limit, others may say max
-                limit, used = (int((one / name).read_text()) for name in names)
-                stat = (line.split() for line in (one / "memory.stat").read_text().splitlines())
-                # Files that were read go when their place is needed.
-                free.append(limit - used + sum(int(value) for name, value in stat if name == cached))
-    return min(free)
-
-
-def _kib(path: Path, name: str) -> int:
-    """Bytes, of a line such as VmData:  1024 kB."""
-    return next(1024 * int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(f"{name}:"))

@@ -6,10 +6,11 @@ The signature of what a group builds is the schema of its YAML: names, types and
 import errno
 import hashlib
 import os
+import re
 import signal
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module
@@ -25,9 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from twoviews import foreign, processes
 from twoviews.command_line import understood
-from twoviews.errors import BadInput, Stopped, nearest, system_reason, without_secrets
-from twoviews.ranges import Count, Fraction, Index, Range, Temperature
-from twoviews.signatures import BUILDS, Parameter, buildable, complaint, signature
+from twoviews.errors import BadInput, Stopped, nearest, shown, system_reason, without_secrets
+from twoviews.ranges import Count, Fraction, Range, Seed, Size, Temperature
+from twoviews.signatures import BUILDS, Parameter, buildable, complaint, signature, unusable
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -70,9 +71,9 @@ _FILLED_IN = {
 class Train:
     """Root scalars of conf/train.yaml."""
 
-    seed: Index
+    seed: Seed
     epochs: Count
-    batch_size: Count
+    batch_size: Size
     fresh: bool
     preview: bool
     find_batch: bool
@@ -90,19 +91,35 @@ class Evaluate:
     std: Sequence[Annotated[float, Range(above=0, at_most=1)]] | None
 
 
+ClusterCount = Annotated[int, Range(at_least=2)]
+
+
 @dataclass(frozen=True)
 class Cluster:
     """Root scalars of conf/cluster.yaml."""
 
     run: str
-    clusters: Sequence[Annotated[int, Range(at_least=2)]]
+    clusters: ClusterCount | Sequence[ClusterCount]
     split: Literal["train", "memory", "test"]
-    seed: Index
+    seed: Seed
     nredo: Count | None
     temperature: Temperature
 
 
 _ROOTS: dict[str, type] = {"train": Train, "evaluate": Evaluate, "cluster": Cluster}
+
+_LESS_MEMORY = {
+    "train": "find_batch=true finds the largest batch_size that fits",
+    "evaluate": "close other programs, or choose other protocols",
+    "cluster": "close other programs, or cluster fewer images",
+}
+
+# Groups that a command cannot do without.
+_NEEDED = {
+    "train": ("method", "backbone", "data", "augmentation", "optimizer", "schedule", "runtime", "tracking"),
+    "evaluate": ("runtime",),
+    "cluster": ("runtime",),
+}
 
 
 def entry(
@@ -141,15 +158,19 @@ def entry(
                     print("stopped before the training began; the same command begins again.", file=sys.stderr)
                 sys.exit(STOPPED + stopped.number)
             except BadInput as error:
-                codes.append(_bad_input(str(error)))
+                codes.append(_bad_input(*error.messages))
             except OSError as error:
                 codes.append(_bad_input(_operating_system(error)))
-            except RuntimeError as error:
+            except (MemoryError, RuntimeError) as error:
                 from twoviews.data.decoding import worker_trouble
+                from twoviews.memory import ran_out
 
-                if not (sentence := worker_trouble(error)):
+                if ran_out(error):
+                    codes.append(_bad_input(f"the memory does not suffice ({shown(error)}); {_LESS_MEMORY[name]}."))
+                elif isinstance(error, RuntimeError) and (sentence := worker_trouble(error)):
+                    codes.append(_bad_input(sentence))
+                else:
                     raise
-                codes.append(_bad_input(sentence))
             finally:
                 _remove_if_empty(folder)
 
@@ -169,17 +190,17 @@ def entry(
                 processes.settle(name, sweep=not {"-m", "--multirun"}.isdisjoint(sys.argv[1:]))
                 _known_options(sys.argv[1:])
                 _plain_configuration(sys.argv[1:])
-                _known_choices(sys.argv[1:])
+                _known_choices(name, sys.argv[1:])
                 sys.argv[1:] = understood(name, sys.argv[1:])
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
             except BadInput as error:
-                codes.append(_bad_input(str(error)))
+                codes.append(_bad_input(*error.messages))
             except (HydraException, OmegaConfBaseException) as error:
-                codes.append(_bad_input(_sentence(name, sys.argv[1:], error)))
+                codes.append(_bad_input(*_sentences(name, sys.argv[1:], error)))
             except ValueError as error:
                 if begun:
                     raise
-                codes.append(_bad_input(_sentence(name, sys.argv[1:], error)))
+                codes.append(_bad_input(*_sentences(name, sys.argv[1:], error)))
             except BrokenPipeError:  # the reader of `train.py --help | head` has seen enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 codes.append(STOPPED + signal.SIGPIPE)
@@ -223,13 +244,19 @@ def _known_options(arguments: list[str]) -> None:
             raise BadInput(f"there is no option {name}; values have no dashes, {key}=..., and --help lists them.")
 
 
-def _known_choices(arguments: list[str]) -> None:
-    """Refuse what Hydra would leave out without a word: unknown choices of optional groups."""
-    if any(word.lstrip("+").startswith(("experiment", "special")) for word in arguments):
-        from twoviews.diagnosis import unknown_choices
+def _known_choices(name: str, arguments: list[str]) -> None:
+    """Refuse what Hydra would pass over without a word, or fall over: choices that are none, and empty dictionaries."""
+    for word in arguments:
+        key, _, value = word.partition("=")
+        if value.strip() == "{}" and not key.startswith("hydra."):
+            raise BadInput(
+                f"{word} changes nothing, because dictionaries are merged; set single keys of {key} instead."
+            )
+    if any((CONF / re.split("[@=]", word.lstrip("+"))[0]).is_dir() for word in arguments if "=" in word):
+        from twoviews.diagnosis import diagnose, unknown_choices
 
         if sentence := unknown_choices(arguments):
-            raise BadInput(sentence)
+            raise BadInput(*dict.fromkeys([sentence, *diagnose(name, arguments)]))
 
 
 def _plain_configuration(arguments: list[str]) -> None:
@@ -272,19 +299,20 @@ def _complete(cfg: DictConfig) -> None:
         print(f"the configuration is of an earlier version; what it lacks is taken from conf/runtime: {shown}")
 
 
-def _sentence(name: str, arguments: list[str], error: Exception) -> str:
+def _sentences(name: str, arguments: list[str], error: Exception) -> list[str]:
     from twoviews.diagnosis import diagnose  # only needed for what is wrong
 
-    sentence = diagnose(name, arguments, error)
+    sentences = diagnose(name, arguments, error)
     for argument in arguments:
         if "://" in argument or "tracking.uri" in argument:  # it may hold a password, however it is quoted
-            sentence = sentence.replace(argument, f"{argument.partition('=')[0]}=…")
-    return sentence
+            sentences = [one.replace(argument, f"{argument.partition('=')[0]}=…") for one in sentences]
+    return sentences
 
 
-def _bad_input(message: str) -> int:
-    if os.environ.get("RANK", "0") == "0":  # several processes of torchrun find the same mistake
-        print(f"error: {without_secrets(message)}", file=sys.stderr)
+def _bad_input(*messages: str) -> int:
+    if os.environ.get("RANK", "0") == "0":  # several processes of torchrun find the same mistakes
+        for message in messages:
+            print(f"error: {without_secrets(message)}", file=sys.stderr)
     return BAD_INPUT
 
 
@@ -362,7 +390,8 @@ def build(node: DictConfig | dict[str, Any], **given: Any) -> Any:
     if group is None:
         raise _not_ours(str(target))
     left_out = given.pop("_partial_", False)
-    _check_node(group, tree, (*given, *_FILLED_IN.get(group, ())))
+    if problems := [*_node_problems(group, tree, (*given, *_FILLED_IN.get(group, ())))]:
+        raise BadInput(*problems)
     made = _made(typing.cast(dict[str, Any], tree), given)
     return made if left_out else made()
 
@@ -431,7 +460,7 @@ def check(name: str, cfg: DictConfig | dict[str, Any]) -> None:
     """Compare every key and value of a configuration, resolved or not, with the signature it goes to.
 
     Raises:
-        BadInput: a key is unknown or missing, a value has the wrong type or is out of range.
+        BadInput: keys are unknown or missing, values have the wrong type or are out of range; with all of them.
     """
     content = cfg if isinstance(cfg, dict) else typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     root = {field.name: field.type for field in fields(_ROOTS[name])}
@@ -439,73 +468,134 @@ def check(name: str, cfg: DictConfig | dict[str, Any]) -> None:
     chosen = [key for key in content if key not in root and key in known]
     nodes = [key for key in content if key in _NODES]
     annotations = {key: Parameter(annotation, required=True) for key, annotation in root.items()}
-    _check_keys("", content, annotations, [*root, *chosen, *nodes])
+    problems = [*_key_problems("", content, annotations, [*root, *chosen, *nodes])]
+    for group in _NEEDED[name]:
+        if content.get(group) is None:
+            problems.append(f"{group}=null leaves nothing to work with; choose one of: {', '.join(options(group))}.")
     for node in nodes:
-        parameters = signature(_NODES[node])
-        _check_keys(f"{node}.", content[node], parameters, [*parameters])
+        problems += _part_problems(node, content[node], _NODES[node])
     for group in chosen:
-        _check_node(group, content[group], _FILLED_IN.get(group, ()))
-    views = (content.get("augmentation") or {}).get("views") or {}
+        if content[group] is not None:
+            problems += _node_problems(group, content[group], _FILLED_IN.get(group, ()))
+    views = _inside(_inside(content.get("augmentation")).get("views"))
     for view, recipe in views.items():
-        numbers = signature("twoviews.data.views.View")
-        _check_keys(f"augmentation.views.{view}.", recipe, numbers, [*numbers])
+        if isinstance(recipe, Mapping):
+            problems += _part_problems(f"augmentation.views.{view}", recipe, "twoviews.data.views.View")
+    if isinstance(cfg, DictConfig):
+        problems = _causes(problems, cfg)
+    if problems:
+        raise BadInput(*problems)
+
+
+def _causes(problems: Sequence[str], cfg: DictConfig) -> list[str]:
+    """The problems, without those of keys that only repeat a key at the root which has one, as schedule.epochs does."""
+    keys = {problem.partition("=")[0] for problem in problems}
+    raw = flat(OmegaConf.to_container(cfg, resolve=False))
+    repeated = {key for key in keys if str(raw.get(key)).strip("${}") in keys - {key}}
+    return [problem for problem in problems if problem.partition("=")[0] not in repeated]
 
 
 def check_plugin(cfg: DictConfig, kind: Literal["launcher", "sweeper"]) -> dict[str, Any]:
     """What `build` makes the dispatch or the search of a sweep from, after its values were compared with its signature.
 
     Raises:
-        BadInput: a key is unknown or missing, a value has the wrong type or is out of range, or one of Hydra's own was
+        BadInput: keys are unknown or missing, values have the wrong type or are out of range, or one of Hydra's own was
             chosen.
     """
-    given, key = typing.cast(dict[str, Any], OmegaConf.to_container(cfg.hydra[kind], resolve=True)), BUILDS[kind]
-    if key not in given:
+    given, key = _inside(OmegaConf.to_container(cfg.hydra[kind], resolve=True)), BUILDS[kind]
+    if given.get(key) not in buildable(kind):
         chosen = cfg.hydra.runtime.choices[f"hydra/{kind}"]
         raise BadInput(f"hydra/{kind}={chosen} is not ours; choose {', '.join(options(f'hydra/{kind}'))}.")
     values = {name: value for name, value in given.items() if name not in ("_target_", key)}
-    parameters = signature(given[key])
-    _check_keys(f"hydra.{kind}.", values, parameters, [*parameters])
+    if problems := [*_part_problems(f"hydra.{kind}", values, given[key])]:
+        raise BadInput(*problems)
     return {"_target_": given[key], **values}
 
 
-def _check_node(path: str, node: Any, filled_in: Sequence[str] = ()) -> None:
-    if not isinstance(node, Mapping):
-        if node is not None:
-            raise BadInput(f"{path}={node} is a whole group; choose one of its files: {', '.join(options(path))}.")
-    elif "_target_" in node:
-        target, group = str(node["_target_"]), path.partition(".")[0]
-        if target not in buildable(group):
-            raise _not_ours(target, group)
-        parameters = {key: value for key, value in signature(target).items() if key not in filled_in}
-        given = {key: value for key, value in node.items() if key != "_target_"}
-        _check_keys(f"{path}.", given, parameters, [*parameters])
+def _inside(node: Any) -> Mapping[str, Any]:
+    return node if isinstance(node, Mapping) else {}
+
+
+def _part_problems(path: str, node: Any, target: str) -> Iterator[str]:
+    """What is wrong with the values of a node that goes to `target` without naming it."""
+    parameters = signature(target)
+    if isinstance(node, Mapping):
+        yield from _key_problems(f"{path}.", node, parameters, [*parameters])
     else:
+        keys = ", ".join(f"{path}.{key}" for key in parameters)
+        yield f"{path}={shown(node)} is not possible, because {path} has keys; set them: {keys}."
+
+
+def _node_problems(path: str, node: Any, filled_in: Sequence[str] = ()) -> Iterator[str]:
+    """What is wrong with a node that a group's files make, or with `protocol`, which has a node for each of them."""
+    group = path.partition(".")[0]
+    if not isinstance(node, Mapping):
+        choice = "protocol=[…]" if group == "protocol" else f"{group}=…"
+        yield (
+            f"{path}={shown(node)} is not possible, because {path} is a whole group; choose by {choice} among its files: "
+            f"{', '.join(options(group))}."
+        )
+    elif path == "protocol" and "_target_" not in node:
         for key, value in node.items():
-            _check_node(f"{path}.{key}", value)
+            yield from _node_problems(f"{path}.{key}", value)
+    elif node.get("_target_") not in buildable(group):
+        yield str(_not_ours(shown(node.get("_target_")), group))
+    else:
+        parameters = {key: value for key, value in signature(node["_target_"]).items() if key not in filled_in}
+        given = {key: value for key, value in node.items() if key != "_target_"}
+        yield from _key_problems(f"{path}.", given, parameters, [*parameters])
 
 
-def _check_keys(prefix: str, given: Mapping, parameters: Mapping[str, Parameter], known: Sequence[str]) -> None:
-    missing = [key for key, parameter in parameters.items() if parameter.required and key not in given]
-    if missing:
-        raise BadInput(f"{prefix}{missing[0]} is missing; give it a value: {prefix}{missing[0]}=...")
+def _key_problems(
+    prefix: str, given: Mapping, parameters: Mapping[str, Parameter], known: Sequence[str]
+) -> Iterator[str]:
+    for key, parameter in parameters.items():
+        if parameter.required and key not in given:
+            yield f"{prefix}{key} is missing; give it a value: {prefix}{key}=..."
     for key, value in given.items():
         if key not in known:
-            raise BadInput(unknown_key(prefix, str(key), known))
-        if value == "???":
+            yield unknown_key(prefix, str(key), known, [] if prefix else elsewhere(str(key), given, shown(value)))
+        elif value == "???":
             example = {"run": "latest, or run=<the folder of a run>", "clusters": "[10,50]"}.get(str(key), "...")
-            raise BadInput(f"{prefix}{key} is not set; give it a value: {prefix}{key}={example}")
-        if key in parameters and _builds(value):
-            _check_node(f"{prefix}{key}", value)
-        if key in parameters and (wrong := complaint(value, parameters[key].annotation)):
-            raise BadInput(f"{prefix}{key}={value} {wrong}.")
+            yield f"{prefix}{key} is not set; give it a value: {prefix}{key}={example}"
+        elif key in parameters:
+            problems = [*_node_problems(f"{prefix}{key}", value)] if _builds(value) else []
+            yield from problems
+            annotation = parameters[key].annotation
+            if not problems and (wrong := complaint(value, annotation) or unusable(value, annotation)):
+                wrong = wrong.replace("did you mean '", f"did you mean '{prefix}{key}=")
+                yield f"{prefix}{key}={shown(value)} {wrong}."
 
 
-def unknown_key(prefix: str, key: str, known: Sequence[str]) -> str:
-    """A sentence for a key that is not there, with the one that was probably meant."""
+def unknown_key(prefix: str, key: str, known: Sequence[str], meant: Sequence[str] = ()) -> str:
+    """A sentence for a key that is not there, with what was probably meant: of `meant`, what could be typed, or of `known`."""
+    where = f"{prefix.rstrip('.')} has no key '{shown(key)}'" if prefix else f"there is no key or group '{shown(key)}'"
+    if meant:
+        return f"{where}; write {' or '.join(meant)}."
     close = nearest(key, known).replace("'", "'" + prefix, 1)
-    where = f"{prefix.rstrip('.')} has no key '{key}'" if prefix else f"there is no key or group '{key}'"
     listed = f"Known: {', '.join(known)}." if known else "It has none."
     return f"{where}.{close} {listed}"
+
+
+def elsewhere(key: str, content: Any, value: str | None) -> list[str]:
+    """What could be typed for a key without its group: the keys of that name in a configuration, else in other files.
+
+    Args:
+        key: as it was typed.
+        content: of the command; what is none is passed over.
+        value: as it was typed; None: there was more behind the key.
+    """
+    if value is None:
+        return []
+    paths = [path for path in flat(content) if path.endswith(f".{key}") and not path.startswith("hydra.")]
+    paths.sort(key=lambda path: path.startswith("protocol."))
+    typed = [f"{path}={value}" for path in paths]
+    for group in groups():
+        files = {Path(file).stem: OmegaConf.load(file) for file in sorted((CONF / group).glob("*.yaml"))}
+        choices = [f"{group}={name}" for name, file in files.items() if "_target_" in file and key in file]
+        if choices and not any(path.startswith(f"{group}.") for path in paths) and group != "protocol":
+            typed.append(f"{group}.{key}={value} with {' or '.join(choices)}")
+    return typed
 
 
 def groups() -> list[str]:

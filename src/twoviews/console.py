@@ -106,9 +106,13 @@ def _plain(text: str, style: str = "") -> Text:
     return Text(printable(text), style)
 
 
-def megabytes(count: float) -> str:
-    """Bytes for a person."""
-    return f"{count / 1e6:,.0f} MB" if count >= 1e7 else f"{count / 1e6:.1f} MB"
+def in_bytes(count: float) -> str:
+    """Bytes in a unit that suits them, in three digits: 480 bytes, 52.1 kB, 3.12 MB, 12.5 GB."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB", "PB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} EB"
 
 
 def duration(seconds: float) -> str:

@@ -1,5 +1,6 @@
-"""One sentence for a command that Hydra refused."""
+"""A sentence for each mistake in a command that was refused."""
 
+import contextlib
 import re
 import shlex
 from pathlib import Path
@@ -10,52 +11,93 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, QuotedString, Sweep
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from twoviews.config import CONF, groups, options, unknown_key
-from twoviews.errors import nearest
+from twoviews.config import CONF, check, elsewhere, flat, groups, options, unknown_key
+from twoviews.errors import mistakes, nearest, shown
 
 _FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd")  # of Hydra's command line
 OPTIONAL = ("experiment", "special")  # groups of conf/train.yaml that may have no file
 
 
-def diagnose(name: str, arguments: list[str], error: Exception) -> str:
-    """One sentence for a command that Hydra refused, found by going through its overrides one by one."""
+def diagnose(name: str, arguments: list[str], error: Exception | None = None) -> list[str]:
+    """A sentence for each mistake in a command that was refused, found by going through its overrides one by one.
+
+    Args:
+        name: of the command.
+        arguments: its own.
+        error: what Hydra says, for mistakes that are not found.
+    """
     GlobalHydra.instance().clear()
+    overrides, unreadable = _parsed(arguments)
+    choices = [one for one in overrides if (CONF / one.key_or_group).is_dir()]
+    wrong_choices = {one.input_line: _wrong_choice(name, one) for one in choices}
+    problems = [*filter(None, wrong_choices.values())]
+    # Of these groups no key is known.
+    guessed = tuple(f"{one.key_or_group}." for one in choices if wrong_choices[one.input_line])
+    right = [
+        str(one.input_line) for one in choices if not wrong_choices[one.input_line] and not one.is_sweep_override()
+    ]
+    cfg = _compose(name, right)
+    content = None if cfg is None else OmegaConf.to_container(cfg, resolve=False)
+    values = [one for one in overrides if one not in choices and not one.key_or_group.startswith(guessed)]
+    known = []
+    for one in values:
+        if sentence := _unknown_override(one, content):
+            problems.append(sentence)
+        elif not one.is_sweep_override():
+            known.append(str(one.input_line))
+    problems += [_unreadable(name, word, content) for word in unreadable]
+    swept = [str(one.input_line) for one in overrides if one.is_sweep_override()]
+    multirun = {"-m", "--multirun"} & {*arguments} or any("hydra.mode" in one for one in arguments)
+    if swept and not multirun:
+        problems.append(
+            f"{swept[0]} are several values; add -m to run each of them, or write a list in brackets, key=[a,b]."
+        )
+    rest = _compose(name, [*right, *known]) if problems else None
+    if rest is not None:
+        problems += mistakes(lambda: _check(name, rest))
+        ours = [one for one in problems if not one.startswith(guessed)]
+        if any("; write run=" in one for one in problems):
+            ours = [one for one in ours if not one.startswith("run is not set")]
+        problems = [*dict.fromkeys(ours)]
+    return problems or [" ".join(str(error).split())]
+
+
+def _parsed(arguments: list[str]) -> tuple[list[Override], list[str]]:
+    """The overrides of a command, and the words that are none."""
     overrides: list[Override] = []
+    unreadable = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if argument.startswith("-") or (before in _FLAGS_WITH_VALUE and "=" not in argument):
             continue
         try:
             overrides += OverridesParser.create().parse_overrides([argument])
         except HydraException:
-            if meant := " or ".join(f"{group}={argument}" for group in groups() if argument in options(group)):
-                return f"'{argument}' is no key=value; write {meant}."
-            if name != "train" and _is_run(argument):
-                return f"'{argument}' is no key=value; write {_typed('run', argument)}."
-            return f"'{argument}' cannot be read as key=value; quote values with spaces or special characters: 'key=\"value\"'."
-    choices = []
-    for override in overrides:
-        group = override.key_or_group
-        if (CONF / group).is_dir():
-            choices.append(override.input_line)
-            if name != "train" and override.input_line == "data=digits":
-                return (
-                    "data=digits is a whole recipe of train.py; a run's own images need no data=, and others are named with "
-                    "data=folder or data=array data.root=<images>, data=cifar10 and so on."
-                )
-            if sentence := unknown_choice(override):
-                return sentence
-    known_content = composed(name, [choice for choice in choices if "," not in choice])
-    for override in overrides:
-        sentence = "" if override.input_line in choices else _unknown_override(override, known_content)
-        if sentence:
-            return sentence
-    several = [one.input_line for one in overrides if one.is_sweep_override()]
-    if several and not {"-m", "--multirun"} & {*arguments} and not any("hydra.mode" in one for one in arguments):
-        return f"{several[0]} are several values; add -m to run each of them, or write a list in brackets, key=[a,b]."
-    return " ".join(str(error).split())
+            unreadable.append(argument)
+    return overrides, unreadable
+
+
+def _unreadable(name: str, argument: str, content: Any) -> str:
+    """A sentence for a word of the command line that is no override, with the text that was probably meant."""
+    groups_of = [f"{group}={argument}" for group in groups() if argument in options(group)]
+    leaves = flat(content or {})
+    known = [key for key in leaves if key == argument] or [key for key in leaves if key.endswith(f".{argument}")]
+    keys = [f"{key}={'true' if leaves[key] is False else shown(leaves[key])}" for key in known]
+    run = [_typed("run", argument)] if name != "train" and (_is_run(argument) or "=" not in argument) else []
+    if meant := " or ".join((groups_of or keys or run)[:3]):
+        return f"'{shown(argument)}' is no key=value; write {meant}."
+    return f"'{shown(argument)}' cannot be read as key=value; quote values with spaces or special characters: 'key=\"value\"'."
+
+
+def _wrong_choice(name: str, override: Override) -> str:
+    if name != "train" and override.input_line == "data=digits":
+        return (
+            "data=digits is a whole recipe of train.py; a run's own images need no data=, and others are named with "
+            "data=folder or data=array data.root=<images>, data=cifar10 and so on."
+        )
+    return unknown_choice(override)
 
 
 def _is_run(argument: str) -> bool:
@@ -71,17 +113,25 @@ def _typed(key: str, value: str) -> str:
 
 
 def unknown_choices(arguments: list[str]) -> str:
-    """A sentence for a choice that a group does not have, of the groups that Hydra leaves out then; empty if there is none."""
+    """A sentence for a choice that a group does not have, and that Hydra leaves out or falls over; empty if there is none."""
     for argument in arguments:
         key = argument.lstrip("+").partition("=")[0].partition("@")[0]
-        if key in OPTIONAL:
-            try:
-                (override,) = OverridesParser.create().parse_overrides([argument])
-            except HydraException:  # Hydra says it
-                continue
-            if sentence := unknown_choice(override):
-                return sentence
+        if argument.startswith("-") or "=" not in argument or not (CONF / key).is_dir():
+            continue
+        try:
+            (override,) = OverridesParser.create().parse_overrides([argument])
+        except HydraException:  # Hydra says it
+            continue
+        if (key in OPTIONAL or not _names_files(override.value())) and (sentence := unknown_choice(override)):
+            return sentence
     return ""
+
+
+def _names_files(value: Any) -> bool:
+    """Whether Hydra can look for the files that a choice names; whether they are there is another question."""
+    if isinstance(value, list):
+        return all(isinstance(one, (str, QuotedString)) for one in value)
+    return value is None or isinstance(value, (str, QuotedString, Sweep, Glob))
 
 
 def unknown_choice(override: Override) -> str:
@@ -95,9 +145,15 @@ def unknown_choice(override: Override) -> str:
 
 def composed(name: str, choices: list[str]) -> Any:
     """The configuration with these overrides, unresolved; None if Hydra refuses them."""
+    cfg = _compose(name, choices)
+    return None if cfg is None else OmegaConf.to_container(cfg, resolve=False)
+
+
+def _compose(name: str, choices: list[str]) -> DictConfig | None:
+    """With Hydra's own node."""
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            return OmegaConf.to_container(hydra.compose(name, choices), resolve=False)
+            return hydra.compose(name, choices, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException):
         return None
 
@@ -109,6 +165,12 @@ def has(content: Any, key: str) -> bool:
             return isinstance(content, list)
         content = content[part]
     return True
+
+
+def _check(name: str, cfg: DictConfig) -> None:
+    """Compare what can be resolved with the signatures."""
+    with contextlib.suppress(OmegaConfBaseException):
+        check(name, OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]))
 
 
 def _values(override: Override) -> list[str]:
@@ -123,7 +185,7 @@ def _values(override: Override) -> list[str]:
 
 def _unknown_override(override: Override, content: Any) -> str:
     """The first part of a dotted key that the composed configuration does not have."""
-    if content is None or override.key_or_group.startswith("hydra"):
+    if content is None:
         return ""
     prefix = ""
     for part in override.key_or_group.split("."):
@@ -137,7 +199,9 @@ def _unknown_override(override: Override, content: Any) -> str:
                 if part in groups():
                     chosen = ", ".join(options(part))
                     return f"no {part} is chosen here for {override.key_or_group} to change; choose one of: {chosen}."
-                known += [group for group in groups() if group not in (*content, "hydra")]
+                known = [key for key in known if key != "hydra"] + [one for one in groups() if one not in content]
+                typed = override.get_value_string() if override.key_or_group == part else None
+                return unknown_key("", part, known, elsewhere(part, content, typed))
             return unknown_key(prefix, part, known)
         prefix, content = f"{prefix}{part}.", content[part]
     return ""

@@ -2,18 +2,42 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class BadInput(ValueError):
-    """Something the user can put right: the message names value, limit and remedy in one sentence.
+    """Something the user can put right: each message names value, limit and remedy in one sentence.
 
-    The entry points print the message alone and leave with exit code 2; every other exception is a defect of the
-    program and keeps its traceback. Credentials in addresses are left out of the message.
+    The entry points print the messages alone, a line each, and leave with exit code 2; every other exception is a defect of
+    the program and keeps its traceback. Credentials in addresses are left out of the messages.
     """
 
-    def __init__(self, message: str):
-        super().__init__(without_secrets(message))
+    def __init__(self, *messages: str):
+        super().__init__("\n".join(map(without_secrets, messages)))
+
+    @property
+    def messages(self) -> list[str]:
+        """A sentence for each mistake."""
+        return str(self).splitlines()
+
+
+def mistakes(*steps: Callable[[], object]) -> list[str]:
+    """The messages of every BadInput that these calls raise, each message once."""
+    messages: dict[str, None] = {}
+    for step in steps:
+        try:
+            step()
+        except BadInput as error:
+            messages |= dict.fromkeys(error.messages)
+    return [*messages]
+
+
+def shown(value: object) -> str:
+    """A value as it is typed in an override, on one line and not long."""
+    names = {None: "null", True: "true", False: "false"}
+    text = names[value] if value is None or isinstance(value, bool) else "''" if value == "" else str(value)
+    text = "".join(sign if sign.isprintable() else "?" for sign in text[:101])
+    return text if len(text) <= 100 else f"{text[:99]}…"
 
 
 class Stopped(BaseException):

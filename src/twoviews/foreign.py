@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from twoviews.errors import BadInput, system_reason
-from twoviews.ranges import Count, Index, NotNegative
+from twoviews.ranges import Count, NotNegative, Total
 from twoviews.signatures import buildable, complaint
 
 LARGEST = {".yaml": 2**18, ".json": 2**25}  # bytes; YAML takes far longer to read
@@ -33,7 +33,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "result.json": {
         "state!": Literal["finished", "interrupted", "failed"],
-        "step": Index,
+        "step": Total,
         "epoch": NotNegative,
         "seconds": NotNegative,
         "reason": str,

@@ -5,8 +5,9 @@ hyper-parameter has one name, one place and one stated range.
 """
 
 import math
+from collections.abc import Sized
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         return (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))  # of a large whole number it would fail
             and (self.above is None or value > self.above)
             and (self.at_least is None or value >= self.at_least)
             and (self.below is None or value < self.below)
@@ -30,15 +31,61 @@ class Range:
 
     def __str__(self) -> str:
         names = {"above": "above", "at_least": "at least", "below": "below", "at_most": "at most"}
-        limits = [f"{word} {getattr(self, key):g}" for key, word in names.items() if getattr(self, key) is not None]
+        limits = [
+            f"{word} {_number(getattr(self, key))}" for key, word in names.items() if getattr(self, key) is not None
+        ]
         return (" and ".join(limits) or "finite") + (f" (usual: {self.usual})" if self.usual else "")
 
 
-Count = Annotated[int, Range(at_least=1)]
-Index = Annotated[int, Range(at_least=0)]
+def _number(limit: float) -> str:
+    return f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
+
+
+@dataclass(frozen=True)
+class Length:
+    """How many elements a list may have; without it, any number but none."""
+
+    at_least: int = 0
+    at_most: int | None = None
+
+    def __contains__(self, value: Sized) -> bool:
+        return self.at_least <= len(value) and (self.at_most is None or len(value) <= self.at_most)
+
+    def __str__(self) -> str:
+        if self.at_least == self.at_most:
+            return f"exactly {self.at_least}"
+        return f"at least {self.at_least}" + ("" if self.at_most is None else f" and at most {self.at_most}")
+
+
+MANY = 10**9  # of anything that is done again and again
+# What memory is needed for: only the data and the machine can say how many are too many (twoviews.memory).
+Size = Annotated[int, Range(at_least=1)]
+Repeats = Annotated[int, Range(at_least=1, at_most=1000)]  # of what is made one after the other: layers, views, draws
+Count = Annotated[int, Range(at_least=1, at_most=MANY)]
+Index = Annotated[int, Range(at_least=0, at_most=MANY)]
+Trials = Annotated[int, Range(at_least=1, at_most=100_000)]
+Seed = Annotated[int, Range(at_least=0)]
+Total = Annotated[int, Range(at_least=0)]  # of what adds up: bytes, steps
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(at_least=0)]
 Fraction = Annotated[float, Range(at_least=0, at_most=1)]
 Temperature = Annotated[float, Range(above=0, usual="0.05 to 0.5")]
 EmaMomentum = Annotated[float, Range(at_least=0, below=1, usual="0.99 to 0.999")]
 Severity = Annotated[int, Range(at_least=1, at_most=5)]
+Corruption = Literal[
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+]

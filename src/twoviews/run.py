@@ -23,7 +23,7 @@ from twoviews.code import code_state
 from twoviews.config import NOT_IN_DIGEST, build, flat
 from twoviews.data import views
 from twoviews.errors import BadInput, nearest, system_reason
-from twoviews.ranges import Index
+from twoviews.ranges import Total
 from twoviews.signatures import complaint
 from twoviews.tracking.state import durable_bytes, mirroring, replace
 
@@ -211,7 +211,7 @@ class Run:
                 state = load_checkpoint(path)
                 if missing := [key for key in STATE if key not in state]:
                     raise ValueError(f"{missing[0]} is missing")
-                if wrong := complaint(state["metrics_bytes"], Index):
+                if wrong := complaint(state["metrics_bytes"], Total):
                     raise ValueError(f"metrics_bytes {wrong}")
             except (OSError, ValueError) as error:
                 damaged[path] = str(error).splitlines()[0]

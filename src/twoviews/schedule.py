@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from twoviews.errors import BadInput
-from twoviews.ranges import Fraction, NotNegative
+from twoviews.ranges import Fraction, NotNegative, Positive
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Cosine:
         BadInput: the warm-up is longer than the training.
     """
 
-    epochs: NotNegative
+    epochs: Positive
     warmup_epochs: NotNegative = 0.0
     warmup_start: Fraction = 0.0
     final: Fraction = 0.0
@@ -52,7 +52,7 @@ class Cosine:
 class Step:
     """Multiplied by `factor` at each of `milestones` (epochs)."""
 
-    milestones: Sequence[float]
+    milestones: Sequence[NotNegative]
     factor: Fraction
 
     def __call__(self, epoch: float) -> float:

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import math
 import re
 import types
 import typing
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from twoviews import ranges
-from twoviews.errors import BadInput, nearest
+from twoviews.errors import BadInput, nearest, shown
+from twoviews.ranges import Length
 
 _SOURCES = Path(__file__).resolve().parents[1]
 _CONF = _SOURCES.parent / "conf"
 
 # The key of conf/hydra/<kind>/*.yaml that names what is ours, where `_target_` names Hydra's plugin.
 BUILDS = {"launcher": "dispatch", "sweeper": "search"}
+
+SYNONYMS = {"gpu": "cuda"}  # of choices, as people type them
 
 
 @cache
@@ -32,52 +36,136 @@ def buildable(group: str) -> frozenset[str]:
     return frozenset(target for text in texts for target in named.findall(text))
 
 
+WHOLE = 2**63  # whole numbers are smaller, as torch's and YAML's readers need them
+LONGEST = 4096  # characters of a text, which may be a path
+
+
+class Component:
+    """Base class of what stands for a class of this package in an annotation: its values are nodes with a `_target_`."""
+
+    target: str
+
+
 def complaint(value: Any, annotation: Any) -> str:
     """What is wrong with a value, as the end of a sentence that begins with it; empty when nothing is.
 
-    Understands int, float, bool, str, None, Literal, unions, sequences, fixed tuples, dictionaries and Annotated with a
-    Range; any other annotation accepts everything.
+    Understands int, float, bool, str, None, Literal, unions, sequences, fixed tuples, dictionaries, components of this
+    package, Any, and Annotated with a Range or a Length.
+
+    Raises:
+        TypeError: it does not understand the annotation.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return complaint(value, arguments[0]) or _out_of_range(value, arguments[1:])
     if origin in (types.UnionType, typing.Union):
-        complaints = [complaint(value, one) for one in arguments]
-        return "" if "" in complaints else complaints[0]
-    if origin is Literal:
-        if value in arguments:
+        complaints = {one: complaint(value, one) for one in arguments}
+        if "" in complaints.values():
             return ""
-        known = [str(one) for one in arguments]
-        close = nearest(str(value), known).rstrip("?").replace(" Did you mean", "; did you mean")
-        return f"is not one of {', '.join(known)}{close}"
+        alike = [one for one in arguments if _container(one) == _container(value) and one is not types.NoneType]
+        return complaints[(alike or arguments)[0]]
+    if origin is Literal:
+        return _wrong_choice(value, arguments)
+    if annotation is Any:
+        return ""
     if origin in (Sequence, list, tuple):
-        return _wrong_sequence(value, arguments, fixed=origin is tuple and Ellipsis not in arguments)
-    if origin in (Mapping, dict):
+        if isinstance(value, (list, tuple)):
+            return _wrong_elements(value, annotation)
+        alone = value is not None and not _wrong_elements([value], annotation)
+        example = "two numbers, such as [0.1,1]" if origin is tuple else "such as [1,2]"
+        return f"is not a list; write [{shown(value)}]" if alone else f"is not a list, {example}"
+    if origin in (Mapping, dict) or annotation in (Mapping, dict):
         if not isinstance(value, Mapping):
             return "is not a dictionary, such as {a:1}"
-        return next(filter(None, (complaint(one, arguments[1]) for one in value.values())), "")
+        for key, inner in value.items():
+            for part, kind in zip((key, inner), arguments, strict=False):
+                if wrong := complaint(part, kind):
+                    return f"has {shown(key)}={shown(inner)}, where {shown(part)} {wrong}"
+        return ""
+    if isinstance(annotation, type) and issubclass(annotation, Component):
+        if isinstance(value, Mapping) and value.get("_target_") == annotation.target:
+            return ""
+        return f"is not the configuration of a {annotation.__name__}; change single keys of it, or leave it as it is"
+    return _wrong_scalar(value, annotation)
+
+
+def _wrong_scalar(value: Any, annotation: Any) -> str:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits, sentence = {
-        bool: (isinstance(value, bool), "is not true or false"),
-        int: (number and isinstance(value, int), "is not a whole number"),
-        float: (number, "is not a number"),
-        str: (isinstance(value, str), "is a number where a text belongs; quote it twice, as in key='\"2024\"'"),
-        types.NoneType: (value is None, "is not null"),
-    }.get(annotation, (True, ""))
-    return "" if fits else sentence
+    if annotation is bool:
+        return "" if isinstance(value, bool) else "is not true or false"
+    if annotation is types.NoneType:
+        return "" if value is None else "is not null"
+    if annotation is str:
+        return _wrong_text(value)
+    if annotation not in (int, float):
+        raise TypeError(f"the annotation {annotation} cannot be compared with a value of a configuration")
+    if not number or (annotation is int and not isinstance(value, int)):
+        return "is not a whole number" if annotation is int else "is not a number"
+    return ""
+
+
+def _wrong_text(value: Any) -> str:
+    if isinstance(value, (bool, int, float)):
+        kind = "true or false" if isinstance(value, bool) else "a number"
+        return f"is {kind} where a text belongs; quote it twice, as in key='\"{shown(value)}\"'"
+    return "" if isinstance(value, str) else "is not a text"
+
+
+def unusable(value: Any, annotation: Any = None) -> str:
+    """What keeps a value from being typed for any parameter, as the end of a sentence that begins with it.
+
+    That is to be empty, unless the annotation has a Length that says otherwise, or infinite, or no number, or too long.
+    """
+    if value in ("", []):
+        lengths = [limit for limit in get_args(annotation) if isinstance(limit, Length)]
+        empty = "is an empty text" if value == "" else "is an empty list"
+        return "" if any(value in limit for limit in lengths) else empty
+    if isinstance(value, str):
+        if len(value) > LONGEST:
+            return f"is longer than {LONGEST:,} characters"
+        return "has a control character" if any(sign < " " for sign in value) else ""
+    if isinstance(value, int):
+        return f"is too large; whole numbers end at {WHOLE - 1}" if abs(value) >= WHOLE else ""
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else "is not a finite number"
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return next(filter(None, map(unusable, inner)), "")
+
+
+def _wrong_choice(value: Any, choices: Sequence[Any]) -> str:
+    if any(value == one and type(value) is type(one) for one in choices):
+        return ""
+    known = [str(one) for one in choices]
+    meant = nearest(SYNONYMS.get(str(value), str(value)), known)
+    return f"is not one of {', '.join(known)}" + meant.rstrip("?").replace(" Did you mean", "; did you mean")
+
+
+def _container(kind: Any) -> type | None:
+    """Sequence or Mapping where an annotation, or a value, is of that kind."""
+    origin = get_origin(kind)
+    if origin is Annotated:
+        return _container(get_args(kind)[0])
+    for container in (Mapping, Sequence):
+        if isinstance(kind, container) or (isinstance(origin, type) and issubclass(origin, container)):
+            return None if isinstance(kind, str) else container
+    return None
 
 
 def _out_of_range(value: Any, limits: Sequence[Any]) -> str:
-    broken = [limit for limit in limits if isinstance(limit, ranges.Range) and value not in limit]
-    return f"is out of range: it must be {broken[0]}" if broken else ""
+    for limit in limits:
+        if isinstance(limit, ranges.Range) and value not in limit:
+            return f"is out of range: it must be {limit}"
+        if isinstance(limit, Length) and value not in limit:
+            return f"has {len(value)} elements and needs {limit}" if value else "is empty"
+    return ""
 
 
-def _wrong_sequence(value: Any, kinds: Sequence[Any], fixed: bool) -> str:
-    if not isinstance(value, list):
-        return "is not a list, such as [1,2]"
-    if fixed and len(value) != len(kinds):
+def _wrong_elements(values: Sequence[Any], annotation: Any) -> str:
+    kinds = get_args(annotation)
+    fixed = get_origin(annotation) is tuple and Ellipsis not in kinds
+    if fixed and len(values) != len(kinds):
         return f"needs {len(kinds)} numbers"
-    complaints = [complaint(one, kinds[number] if fixed else kinds[0]) for number, one in enumerate(value)]
+    complaints = (complaint(value, kinds[number] if fixed else kinds[0]) for number, value in enumerate(values))
     return next(filter(None, complaints), "")
 
 
@@ -85,7 +173,7 @@ def _wrong_sequence(value: Any, kinds: Sequence[Any], fixed: bool) -> str:
 class Parameter:
     """What a value goes to."""
 
-    annotation: Any  # None where it cannot be checked
+    annotation: Any  # None where it needs more than ranges, standard types and classes of this package
     required: bool
 
 
@@ -103,7 +191,9 @@ def signature(target: str) -> dict[str, Parameter]:
             f"_target_={target} is not part of twoviews, and only its own parts can be built from a configuration."
         )
     tree = ast.parse(path.read_text())
-    names = {**vars(builtins), **vars(typing), **vars(ranges), "Sequence": Sequence, "Mapping": Mapping}
+    names = {**vars(builtins), **vars(typing), "Sequence": Sequence, "Mapping": Mapping}
+    names |= {name: type(name, (Component,), {"target": target}) for name, target in _imported(tree).items()}
+    names |= vars(ranges)
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             names[node.targets[0].id] = _evaluate(node.value, names)
@@ -135,22 +225,27 @@ def signature(target: str) -> dict[str, Parameter]:
 
 def _inherited(found: ast.ClassDef, tree: ast.Module) -> dict[str, Parameter]:
     """Fields of the dataclasses that a dataclass of `tree` derives from, as far as they are imported by name."""
-    imported = {
-        alias.asname or alias.name: f"{node.module}.{alias.name}"
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    bases = [imported.get(base.id, "") for base in found.bases if isinstance(base, ast.Name)]
+    imported = _imported(tree)
+    bases = [imported[base.id] for base in found.bases if isinstance(base, ast.Name) and base.id in imported]
     fields: dict[str, Parameter] = {}
     for base in bases:
-        if base.startswith("twoviews."):
-            fields |= signature(base)
+        fields |= signature(base)
     return fields
 
 
+def _imported(tree: ast.Module) -> dict[str, str]:
+    """What a module imports by name from this package, and where it is defined."""
+    imports = (node for node in tree.body if isinstance(node, ast.ImportFrom))
+    return {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in imports
+        if f"{node.module}.".startswith("twoviews.")
+        for alias in node.names
+    }
+
+
 def _evaluate(node: ast.expr | None, names: dict[str, Any]) -> Any:
-    """An annotation's value, or None (accepts everything) when it needs more than ranges and standard types."""
+    """An annotation's value, or None when it needs more than ranges, standard types and classes of this package."""
     if node is None:
         return None
     try:

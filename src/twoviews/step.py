@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from twoviews import distributed
 from twoviews.cuda_graph import Captured, CaptureDiffers, capture
 from twoviews.data.loader import Batch
-from twoviews.methods.method import Method, Progress
+from twoviews.errors import BadInput
+from twoviews.methods.method import Method, Output, Progress
 from twoviews.runtime import Runtime, autocast
 
 EAGER_STEPS = 3  # before a capture: kernels are compiled and chosen, and the optimizer's state is made
@@ -149,6 +150,7 @@ class Step:
                     stack.enter_context(self._wrapped.no_sync())
                 with autocast(self.device, self.dtype):
                     output = self._wrapped([view.chunk(parts)[part] for view in views], index.chunk(parts)[part])
+                _check(output, self.method)
                 self.scaler.scale(output.loss / parts).backward()
             values.append({"loss": output.loss.detach().float(), **{k: v.float() for k, v in output.metrics.items()}})
             rows.append(output.rows)
@@ -180,3 +182,20 @@ class Step:
             return None
         finally:
             self.optimizer.zero_grad(set_to_none=True)
+
+
+def _check(output: Any, method: Method) -> None:
+    """Whether a forward pass gave what the contract of methods asks for.
+
+    Raises:
+        BadInput: it did not, which whoever writes a method can put right.
+    """
+    name = f"{type(method).__module__}.{type(method).__name__}"
+    if not isinstance(output, Output):
+        raise BadInput(
+            f"{name}.forward returned {type(output).__name__}, and a method returns Output(loss, metrics) of "
+            "twoviews.methods.method."
+        )
+    if not isinstance(output.loss, Tensor) or output.loss.ndim or not output.loss.requires_grad:
+        what = f"of shape {[*output.loss.shape]}" if isinstance(output.loss, Tensor) else type(output.loss).__name__
+        raise BadInput(f"{name}.forward returned a loss ({what}) that is no scalar tensor with a gradient.")

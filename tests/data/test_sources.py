@@ -155,8 +155,6 @@ def test_folders_that_do_not_fit_are_named(tmp_path, cache):
         folder(tmp_path / "sett", cache)
     with pytest.raises(BadInput, match=r"data\.root=/path"):
         folder(None, cache)
-    with pytest.raises(BadInput, match=r"data\.channels=2"):
-        folder(root, cache, channels=2)
     (root / "train").rename(root / "training")
     with pytest.raises(BadInput, match=r"data\.train="):
         folder(root, cache)

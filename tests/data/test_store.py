@@ -111,7 +111,7 @@ def test_a_failing_build_leaves_nothing(tmp_path):
 def test_a_disk_without_room_is_refused_before_writing(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
-    with pytest.raises(BadInput, match=r"0\.0 GB left.*data\.cache"):
+    with pytest.raises(BadInput, match=r"1 MB left and the decoded images need 16\.8 MB.*data\.cache"):
         stored(str(tmp_path), "x", {}, recipe)
     assert left(tmp_path) == []
 

@@ -58,10 +58,8 @@ class Subject:
         """Refuse before the images are embedded what could not be done with them afterwards.
 
         Raises:
-            BadInput: there are no numbers of clusters, or more clusters than images.
+            BadInput: there are more clusters than images.
         """
-        if not clusters:
-            raise BadInput("clusters=[] names no number of clusters; give one or more, for example clusters=[10,50].")
         if max(clusters) > len(self.images):
             raise BadInput(
                 f"clusters={max(clusters)} is more than the {len(self.images)} images of {self.data.name}, split "

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -20,15 +20,17 @@ from twoviews.data.store import Recipe, Store, statistics, stored
 from twoviews.errors import BadInput, printable
 from twoviews.foreign import regular
 from twoviews.randomness import generator
-from twoviews.ranges import Count, Index, Range
+from twoviews.ranges import Fraction, Index, Length, Positive, Range, Size
 
-Side = Annotated[int, Range(at_least=8)]
-Channels = Annotated[int, Range(at_least=1)]
+Side = Annotated[int, Range(at_least=8, at_most=2**14)]
+Workers = Annotated[int, Range(at_least=0, at_most=1000)]
+Means = Annotated[list[Fraction], Length(3, 3)]
+Deviations = Annotated[list[Positive], Length(3, 3)]
 
 NAMED = 5  # broken files
 
 
-def digits(*, train_images: Count | None = None) -> ImageData:
+def digits(*, train_images: Size | None = None) -> ImageData:
     """scikit-learn's 1,797 handwritten digits, twice as large and each somewhere else on a black 32 x 32 canvas.
 
     Unmoved, they are solved by comparing pixels (kNN 98%); moved, there is something to learn (60%). 1,437 are for
@@ -71,10 +73,10 @@ def digits(*, train_images: Count | None = None) -> ImageData:
 def cifar10(
     *,
     root: str,
-    mean: list[float],
-    std: list[float],
-    classes: list[str],
-    train_images: Count | None = None,
+    mean: Means,
+    std: Deviations,
+    classes: Annotated[list[str], Length(10, 10)],
+    train_images: Size | None = None,
     cache: str = "~/.cache/twoviews",
 ) -> ImageData:
     """CIFAR-10: 50,000 training images, which are the memory too, and 10,000 test images, 32 px.
@@ -97,10 +99,10 @@ def cifar10(
 def cifar100(
     *,
     root: str,
-    mean: list[float],
-    std: list[float],
-    classes: list[str],
-    train_images: Count | None = None,
+    mean: Means,
+    std: Deviations,
+    classes: Annotated[list[str], Length(100, 100)],
+    train_images: Size | None = None,
     cache: str = "~/.cache/twoviews",
 ) -> ImageData:
     """CIFAR-100 with its 100 fine classes; everything else as in `cifar10`."""
@@ -111,10 +113,10 @@ def cifar100(
 def stl10(
     *,
     root: str,
-    mean: list[float],
-    std: list[float],
-    classes: list[str],
-    train_images: Count | None = None,
+    mean: Means,
+    std: Deviations,
+    classes: Annotated[list[str], Length(10, 10)],
+    train_images: Size | None = None,
     cache: str = "~/.cache/twoviews",
 ) -> ImageData:
     """STL-10, 96 px: training on 105,000 images without labels, memory the 5,000 labelled of them, 8,000 for testing.
@@ -144,7 +146,7 @@ def array(
     root: str | None,
     labels: str | None = None,
     size: Side | None = None,
-    train_images: Count | None = None,
+    train_images: Size | None = None,
     cache: str = "~/.cache/twoviews",
 ) -> ImageData:
     """Images in numpy files: [N, H, W, C] or [N, H, W], any number of channels, integers or floats.
@@ -190,10 +192,10 @@ def folder(
     test: str | None = None,
     labels: bool = True,
     size: Side | None = None,
-    channels: Channels = 3,
-    train_images: Count | None = None,
+    channels: Literal[1, 3] = 3,
+    train_images: Size | None = None,
     max_broken: Index = 0,
-    workers: Index | None = None,
+    workers: Workers | None = None,
     cache: str = "~/.cache/twoviews",
 ) -> ImageData:
     """Pictures in folders, at any depth; the first folder level below a split is the class.
@@ -216,8 +218,6 @@ def folder(
     """
     if root is None:
         raise BadInput("data=folder needs to know where the images are: data.root=/path/to/them.")
-    if channels not in (1, 3):
-        raise BadInput(f"data.channels={channels} is not possible for picture files: use 3 (colour) or 1 (grey).")
     place = Path(root).expanduser().absolute()
     found = folders.find(place, train, memory, test, labels)
     notes = [*found.notes, *dark(found.train.paths)]

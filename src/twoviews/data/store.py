@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from twoviews.console import in_bytes
 from twoviews.data.progress import progress, say
 from twoviews.errors import BadInput
 
@@ -121,8 +122,8 @@ def _build(folder: Path, name: str, recipe: Recipe) -> None:
     free = shutil.disk_usage(folder.parent).free
     if need > free:
         raise BadInput(
-            f"The disk of {folder.parent} has {free / 1e9:.1f} GB left and the decoded images need {need / 1e9:.1f} "
-            "GB: free some room or choose another data.cache."
+            f"The disk of {folder.parent} has {in_bytes(free)} left and the decoded images need {in_bytes(need)}: free some "
+            "room or choose another data.cache."
         )
     try:
         beside.mkdir()

@@ -14,15 +14,16 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from twoviews.data import kernel, kernel_cuda, pixels
-from twoviews.errors import BadInput, nearest
-from twoviews.ranges import Count, Fraction, NotNegative, Positive, Range
+from twoviews.errors import BadInput, nearest, shown
+from twoviews.ranges import Fraction, Length, NotNegative, Positive, Range, Repeats
+from twoviews.signatures import complaint, unusable
 
 JITTER = (
     pixels.brightness,
@@ -57,7 +58,7 @@ class View:
         solarize: probability of inverting the bright half.
     """
 
-    count: Count = 1
+    count: Repeats = 1
     size: Positive | None = None
     scale: tuple[Share, Share] = (0.08, 1.0)
     ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
@@ -124,7 +125,7 @@ class Views:
 
     def __init__(
         self,
-        views: dict[str, dict],
+        views: Annotated[dict[str, dict], Length(at_least=1)],
         *,
         size: int,
         channels: int,
@@ -448,24 +449,9 @@ def _recipe(name: str, numbers: dict[str, Any]) -> View:
         if key not in annotations:
             close = nearest(key, annotations).replace("'", f"'{where}.", 1)
             raise BadInput(f"{where}.{key} is no number of a view.{close} Known: {', '.join(annotations)}.")
-        _check(f"{where}.{key}={value}", value, annotations[key])
+        if wrong := complaint(value, annotations[key]) or unusable(value):
+            raise BadInput(f"{where}.{key}={shown(value)} {wrong}.")
+        if get_origin(annotations[key]) is tuple and value[0] > value[1]:
+            raise BadInput(f"{where}.{key}={shown(value)} has the larger number first: use [{value[1]},{value[0]}].")
     frozen: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in numbers.items()}
     return View(**frozen)
-
-
-def _check(said: str, value: Any, annotation: Any) -> None:
-    if get_origin(annotation) is tuple:
-        if not isinstance(value, list | tuple) or len(value) != 2:
-            raise BadInput(f"{said} is not a pair, smallest and largest, such as [0.1,1].")
-        for one, kind in zip(value, get_args(annotation), strict=True):
-            _check(said, one, kind)
-        if value[0] > value[1]:
-            raise BadInput(f"{said} has the larger number first: use [{value[1]},{value[0]}].")
-    elif get_origin(annotation) is Annotated:
-        kind, limits = get_args(annotation)
-        if not isinstance(value, int if kind is int else int | float) or isinstance(value, bool):
-            raise BadInput(f"{said} is not a {'whole ' if kind is int else ''}number.")
-        if value not in limits:
-            raise BadInput(f"{said} is out of range: it must be {limits}.")
-    elif value is not None:  # size: a number or null
-        _check(said, value, get_args(annotation)[0])

@@ -15,7 +15,7 @@ from torch.nn import functional as nnf
 from twoviews.backbones import Encoder
 from twoviews.layers import ema_update, frozen_copy, mlp, spread, targets
 from twoviews.methods.method import Method, Output, Progress, Rows
-from twoviews.ranges import Count, EmaMomentum
+from twoviews.ranges import EmaMomentum, Size
 
 
 def regression_loss(p: Float[Tensor, "B D"], z: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
@@ -33,7 +33,7 @@ class BYOL(Method):
         momentum: tau at the start; it rises to 1 with a cosine over the whole training.
     """
 
-    def __init__(self, encoder: Encoder, hidden_dim: Count, embed_dim: Count, momentum: EmaMomentum):
+    def __init__(self, encoder: Encoder, hidden_dim: Size, embed_dim: Size, momentum: EmaMomentum):
         super().__init__()
         self.momentum = momentum
         self.encoder = encoder

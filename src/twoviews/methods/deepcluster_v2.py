@@ -18,7 +18,7 @@ from twoviews.errors import BadInput
 from twoviews.layers import encode_crops, mlp, spread
 from twoviews.methods.method import Embed, Method, Output, Progress, Rows
 from twoviews.randomness import seed_of
-from twoviews.ranges import Count, Temperature
+from twoviews.ranges import Count, Size, Temperature
 
 BANKS = 2  # the first crops, each with a bank of its own
 HEADS, IMAGES_PER_CLUSTER = 3, 100  # of the default
@@ -63,10 +63,10 @@ class DeepClusterV2(Method):
     def __init__(
         self,
         encoder: Encoder,
-        hidden_dim: Count,
-        embed_dim: Count,
+        hidden_dim: Size,
+        embed_dim: Size,
         temperature: Temperature,
-        clusters: list[Count] | None,
+        clusters: list[Size] | None,
         nredo: Count | None = None,
     ):
         super().__init__()

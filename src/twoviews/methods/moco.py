@@ -25,7 +25,7 @@ from twoviews.layers import (
     spread,
 )
 from twoviews.methods.method import Method, Output, Progress, Rows
-from twoviews.ranges import Count, EmaMomentum, Temperature
+from twoviews.ranges import Count, EmaMomentum, Size, Temperature
 
 
 def info_nce(
@@ -58,8 +58,8 @@ class MoCo(Method):
     def __init__(
         self,
         encoder: Encoder,
-        embed_dim: Count,
-        queue_size: Count,
+        embed_dim: Size,
+        queue_size: Size,
         momentum: EmaMomentum,
         temperature: Temperature,
         mlp_head: bool,

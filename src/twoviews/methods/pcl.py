@@ -31,7 +31,7 @@ from twoviews.layers import (
 from twoviews.methods.method import Embed, Method, Output, Progress, Rows
 from twoviews.methods.moco import info_nce
 from twoviews.randomness import seed_of
-from twoviews.ranges import Count, EmaMomentum, Temperature
+from twoviews.ranges import Count, EmaMomentum, Index, Size, Temperature
 
 IMAGES_PER_CLUSTER = (200, 100, 50)  # of the default: k = 250, 500 and 1000 for CIFAR's 50,000 images
 
@@ -106,16 +106,16 @@ class PCL(Method):
     def __init__(
         self,
         encoder: Encoder,
-        embed_dim: Count,
-        queue_size: Count,
+        embed_dim: Size,
+        queue_size: Size,
         momentum: EmaMomentum,
         temperature: Temperature,
         mlp_head: bool,
         bn_splits: Count,
-        clusters: list[Count] | None,
-        negative_prototypes: Count | None,
+        clusters: list[Size] | None,
+        negative_prototypes: Size | None,
         mask_same_cluster: bool,
-        warmup_epochs: int,
+        warmup_epochs: Index,
         nredo: Count | None = None,
     ):
         super().__init__()

@@ -16,7 +16,7 @@ from twoviews.backbones import Encoder
 from twoviews.errors import BadInput
 from twoviews.layers import mlp, spread
 from twoviews.methods.method import Method, Output
-from twoviews.ranges import Count, Temperature
+from twoviews.ranges import Size, Temperature
 
 
 def nt_xent(z1: Float[Tensor, "B D"], z2: Float[Tensor, "B D"], temperature: float) -> Float[Tensor, ""]:
@@ -48,7 +48,7 @@ class SimCLR(Method):
 
     within_batch = "negatives"
 
-    def __init__(self, encoder: Encoder, hidden_dim: Count, embed_dim: Count, temperature: Temperature):
+    def __init__(self, encoder: Encoder, hidden_dim: Size, embed_dim: Size, temperature: Temperature):
         super().__init__()
         self.temperature = temperature
         self.encoder = encoder

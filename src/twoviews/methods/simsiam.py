@@ -13,7 +13,7 @@ from torch.nn import functional as nnf
 from twoviews.backbones import Encoder
 from twoviews.layers import mlp, spread, without_duplicates
 from twoviews.methods.method import Method, Output
-from twoviews.ranges import Count
+from twoviews.ranges import Repeats, Size
 
 
 def negative_cosine(p: Float[Tensor, "B D"], z: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
@@ -33,7 +33,7 @@ class SimSiam(Method):
     """
 
     def __init__(
-        self, encoder: Encoder, embed_dim: Count, hidden_dim: Count, projector_layers: Count, fix_predictor_lr: bool
+        self, encoder: Encoder, embed_dim: Size, hidden_dim: Size, projector_layers: Repeats, fix_predictor_lr: bool
     ):
         super().__init__()
         self.fix_predictor_lr = fix_predictor_lr

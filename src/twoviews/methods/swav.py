@@ -19,7 +19,7 @@ from twoviews.backbones import Encoder
 from twoviews.errors import BadInput
 from twoviews.layers import Queue, encode_crops, mlp, spread
 from twoviews.methods.method import Method, Output, Progress, Rows
-from twoviews.ranges import Count, Index, NotNegative, Range, Temperature
+from twoviews.ranges import NotNegative, Range, Repeats, Size, Temperature
 
 
 @torch.no_grad()
@@ -82,14 +82,14 @@ class SwAV(Method):
     def __init__(
         self,
         encoder: Encoder,
-        hidden_dim: Count,
-        embed_dim: Count,
+        hidden_dim: Size,
+        embed_dim: Size,
         prototypes: Annotated[int, Range(at_least=2, usual="300 to 3000")],
         temperature: Temperature,
         epsilon: Annotated[float, Range(above=0, usual="0.03 to 0.05")],
-        sinkhorn_iterations: Count,
-        assign_crops: Count,
-        queue_size: Index,
+        sinkhorn_iterations: Repeats,
+        assign_crops: Repeats,
+        queue_size: Annotated[int, Range(at_least=0)],
         queue_start_epoch: NotNegative,
         freeze_prototypes_epochs: NotNegative,
     ):

@@ -24,7 +24,7 @@ from twoviews.layers import SplitBatchNorm, SyncBatchNorm
 from twoviews.protocols.linear import Linear, Probe
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.protocols.streams import Classify, Streams, headline
-from twoviews.ranges import Count, Index, Range, Severity
+from twoviews.ranges import Corruption, Count, Index, Range, Seed, Severity
 from twoviews.runtime import autocast
 
 
@@ -141,11 +141,11 @@ class Adaptation(Protocol):
     """
 
     linear: Linear
-    corruptions: Sequence[str] | None
+    corruptions: Sequence[Corruption] | None
     severities: Sequence[Severity]
     images: Count | None
     batch_size: Annotated[int, Range(at_least=2, usual="128 to 200")]
-    seed: Index
+    seed: Seed
     every_epochs: Index
 
     @property

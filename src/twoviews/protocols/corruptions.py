@@ -14,7 +14,7 @@ from twoviews.protocols.adaptation import Model
 from twoviews.protocols.linear import Linear
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.protocols.streams import Streams, headline
-from twoviews.ranges import Count, Index, Severity
+from twoviews.ranges import Corruption, Count, Index, Seed, Severity
 
 
 @dataclass
@@ -31,10 +31,10 @@ class Corruptions(Protocol):
     """
 
     linear: Linear
-    corruptions: Sequence[str] | None
+    corruptions: Sequence[Corruption] | None
     severities: Sequence[Severity]
     images: Count | None
-    seed: Index
+    seed: Seed
     every_epochs: Index
 
     def __call__(self, judged: Judged) -> Verdict:

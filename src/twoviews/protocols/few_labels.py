@@ -21,7 +21,7 @@ from twoviews.protocols.labelled import accuracies, labelled
 from twoviews.protocols.linear import Probe, fit, held_out
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.randomness import generator
-from twoviews.ranges import Count, Index, NotNegative, Range
+from twoviews.ranges import Count, Index, Length, NotNegative, Range, Seed
 
 
 def quota(y: Int[Tensor, " N"], classes: int, share: float) -> tuple[Int[Tensor, " C"], int]:
@@ -62,14 +62,14 @@ class FewLabels(Protocol):
 
     def __init__(
         self,
-        shares: Sequence[Annotated[float, Range(above=0, at_most=1, usual="0.01 and 0.1")]],
-        per_class: Sequence[Count],
-        draws: Annotated[int, Range(at_least=2, usual="3 to 10")],
+        shares: Annotated[Sequence[Annotated[float, Range(above=0, at_most=1, usual="0.01 and 0.1")]], Length()],
+        per_class: Annotated[Sequence[Count], Length()],
+        draws: Annotated[int, Range(at_least=2, at_most=1000, usual="3 to 10")],
         weight_decays: Sequence[NotNegative],
         held_out: Annotated[float, Range(above=0, below=1, usual="0.2")],
         iterations: Count,
         finetune: FineTune | None,
-        seed: Index,
+        seed: Seed,
         every_epochs: Index,
     ):
         if not [*shares, *per_class]:

@@ -22,7 +22,7 @@ from twoviews.optim import LrScaling, sgd
 from twoviews.protocols.labelled import accuracies, classifier, crops, descend, labelled
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.randomness import seed_of
-from twoviews.ranges import Count, Fraction, Index, NotNegative, Positive, Range
+from twoviews.ranges import Count, Fraction, Index, NotNegative, Positive, Range, Seed
 from twoviews.runtime import autocast
 from twoviews.schedule import Cosine
 
@@ -96,7 +96,7 @@ class FineTune(Protocol):
         weight_decay: NotNegative,
         smallest_crop: Annotated[float, Range(above=0, at_most=1, usual="0.08")],
         flip: Fraction,
-        seed: Index,
+        seed: Seed,
         every_epochs: Index,
     ):
         if warmup_epochs > epochs:

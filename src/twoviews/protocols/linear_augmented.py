@@ -18,7 +18,7 @@ from twoviews.features import Judged
 from twoviews.optim import LrScaling, larc, scaled_lr, sgd
 from twoviews.protocols.labelled import accuracies, classifier, crops, descend, labelled
 from twoviews.protocols.protocol import Protocol, Verdict
-from twoviews.ranges import Count, Fraction, Index, NotNegative, Positive, Range
+from twoviews.ranges import Count, Fraction, Index, NotNegative, Positive, Range, Seed
 from twoviews.runtime import autocast
 from twoviews.schedule import Cosine, Step
 
@@ -55,7 +55,7 @@ class LinearAugmented(Protocol):
         milestones: Sequence[NotNegative] | None,
         smallest_crop: Annotated[float, Range(above=0, at_most=1, usual="0.08")],
         flip: Fraction,
-        seed: Index,
+        seed: Seed,
         every_epochs: Index,
     ):
         self.optimizer, self.lr, self.momentum = optimizer, lr, momentum

@@ -23,7 +23,7 @@ from twoviews.protocols.labelled import accuracies
 from twoviews.protocols.linear import Probe, held_out
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.randomness import generator
-from twoviews.ranges import Count, Index, NotNegative, Positive, Range
+from twoviews.ranges import Count, Index, NotNegative, Positive, Range, Seed
 from twoviews.schedule import Cosine
 
 SMALLEST = 1e-30  # probability that moves a classifier
@@ -113,7 +113,7 @@ class LinearSGD(Protocol):
         momentum: Annotated[float, Range(at_least=0, below=1, usual="0.9")],
         batch_size: Count,
         epochs: Count,
-        seed: Index,
+        seed: Seed,
         every_epochs: Index,
     ):
         for name, candidates in (("learning_rates", learning_rates), ("weight_decays", weight_decays)):

@@ -6,7 +6,7 @@ from twoviews.evaluation.given import split
 from twoviews.evaluation.pictures import draw_map
 from twoviews.features import Judged
 from twoviews.protocols.protocol import Protocol, Verdict
-from twoviews.ranges import Index
+from twoviews.ranges import Index, Seed
 
 
 class Map(Protocol):
@@ -20,7 +20,7 @@ class Map(Protocol):
 
     needs_labels = False
 
-    def __init__(self, split: Literal["train", "memory", "test"], seed: Index, every_epochs: Index):
+    def __init__(self, split: Literal["train", "memory", "test"], seed: Seed, every_epochs: Index):
         self.split, self.seed, self.every_epochs = split, seed, every_epochs
 
     def __call__(self, judged: Judged) -> Verdict:

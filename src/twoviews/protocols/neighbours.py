@@ -15,7 +15,7 @@ from twoviews.features import Judged
 from twoviews.protocols.knn import CHUNK_BYTES
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.randomness import generator
-from twoviews.ranges import Count, Index
+from twoviews.ranges import Count, Index, Seed
 
 
 def nearest_rows(
@@ -48,7 +48,7 @@ class Neighbours(Protocol):
 
     needs_labels = False
 
-    def __init__(self, images: str | None, k: Count, sample: Count, seed: Index, every_epochs: Index):
+    def __init__(self, images: str | None, k: Count, sample: Count, seed: Seed, every_epochs: Index):
         self.images, self.k, self.sample, self.seed, self.every_epochs = images, k, sample, seed, every_epochs
 
     def notes(self, data: ImageData) -> list[str]:

@@ -227,13 +227,13 @@ def composed(composer: Composer, combinations: Sequence[Sequence[str]], swept: S
                 if content[flag]:
                     raise BadInput(f"{flag}=true is for one run; leave it out, or leave out -m.")
         except (BadInput, HydraException, OmegaConfBaseException) as error:
-            said = str(error) if isinstance(error, BadInput) else diagnose("train", list(combination), error)
-            if " has no key " in said and len(combinations) > 1:
-                said += (
+            said = error.messages if isinstance(error, BadInput) else diagnose("train", list(combination), error)
+            if len(combinations) > 1 and " has no key " in said[0]:
+                said[0] += (
                     " What not all points have is for a launch of those that do, which may have the same sweep.name=."
                 )
             values = " ".join(f"{key}={value}" for key, value in axes.items())
-            raise BadInput(f"point {values}: {said}" if values else said) from error
+            raise BadInput(*(f"point {values}: {one}" if values else one for one in said)) from error
         more = {"choices": composer.choices(combination)}
         one = New(digest(content), axes, combination, composer.text(frozen(content)), more)
         found.setdefault(one.digest, one)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from twoviews.config import ROOT
-from twoviews.console import Console, duration
+from twoviews.console import Console, duration, in_bytes
 from twoviews.sweeps.dispatch import Dispatch
 from twoviews.sweeps.folder import New, State, Sweep
 from twoviews.sweeps.results import gather
@@ -116,7 +116,7 @@ def _say_cost(folder: Path, todo: Sequence[New], dispatch: Dispatch, console: Co
         console.say(f"          {source}")
     free = shutil.disk_usage(next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())).free
     disk = sum(pace.disk for pace in paces)
-    console.say(f"disk      about {_bytes(disk)}, {_bytes(disk // len(paces))} a point; {_bytes(free)} are free")
+    console.say(f"disk      about {in_bytes(disk)}, {in_bytes(disk // len(paces))} a point; {in_bytes(free)} are free")
     if disk > free:
         console.say("          that is more than there is: free some, or move with hydra.sweep.dir=.")
     if isinstance(dispatch, Slurm):
@@ -130,14 +130,6 @@ def _say_cost(folder: Path, todo: Sequence[New], dispatch: Dispatch, console: Co
             console.say(
                 f"          {slow:,} of them need longer than timeout_min={dispatch.timeout_min}: they are requeued and go on"
             )
-
-
-def _bytes(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 # ------------------------------------------------------------------------------------------------------ what a point costs

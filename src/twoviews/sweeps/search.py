@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 
 from twoviews.config import options
 from twoviews.errors import BadInput
-from twoviews.ranges import Count, Index
+from twoviews.ranges import Index, Trials
 from twoviews.sweeps.axes import SEED
 from twoviews.sweeps.composing import chooses
 from twoviews.sweeps.launching import Launch, launch
@@ -74,8 +74,8 @@ def space(arguments: Sequence[str]) -> Space:
     """The space that these overrides describe.
 
     Raises:
-        BadInput: an interval is empty, or logarithmic and not above 0, or a key is swept that lies inside of another one, or
-            a pattern fits no file of a group.
+        BadInput: a range or an interval is empty, or logarithmic and not above 0, or a key is swept that lies inside of
+            another one, or a pattern fits no file of a group.
     """
     fixed, axes = [], {}
     for one in _lasting(OverridesParser.create().parse_overrides(list(arguments))):
@@ -86,6 +86,8 @@ def space(arguments: Sequence[str]) -> Space:
             axes[key] = _fitting(one, pattern)
         elif one.is_sweep_override():
             axes[key] = list(dict.fromkeys(one.sweep_string_iterator()))
+            if not axes[key]:
+                raise BadInput(f"{one.input_line} has no values; write some, as in {key}=1,2 or {key}=range(1,4).")
         else:
             fixed.append(f"{key}={one.get_value_element_as_str()}")
     seeds = axes.pop(SEED, [])
@@ -226,7 +228,7 @@ class Random(Listed):
         draw: another number draws other settings.
     """
 
-    def __init__(self, trials: Count, draw: Index):
+    def __init__(self, trials: Trials, draw: Index):
         self.trials, self.draw = trials, draw
 
     def settings(self, space: Space) -> Iterator[dict[str, str]]:

@@ -19,10 +19,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Annotated
 
 from twoviews.console import Console
 from twoviews.errors import BadInput
-from twoviews.ranges import Count, Index
+from twoviews.ranges import Count, Index, Length
 from twoviews.sweeps import scheduler
 from twoviews.sweeps.dispatch import Dispatch, alone
 from twoviews.sweeps.folder import Point, State, Sweep
@@ -83,7 +84,7 @@ class Slurm(Dispatch):
         account: str | None,
         nodes: Count,
         tasks_per_node: Count,
-        setup: Sequence[str],
+        setup: Annotated[Sequence[str], Length()],
         options: Mapping[str, str | int | bool],
     ):
         self.timeout_min, self.signal_delay_s, self.array_parallelism = timeout_min, signal_delay_s, array_parallelism

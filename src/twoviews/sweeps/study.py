@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from twoviews.errors import BadInput, nearest
-from twoviews.ranges import Count, Index
+from twoviews.ranges import Count, Index, Trials
 from twoviews.sweeps.folder import Point, State, Sweep
 from twoviews.sweeps.launching import FREE, Launch, launch
 from twoviews.sweeps.search import Interval, Random, Search, Space, space
@@ -71,7 +71,7 @@ class Optuna(Search):
         at_once: trials under way together at most.
     """
 
-    def __init__(self, trials: Count, draw: Index, metric: str, prune: bool, at_once: Count):
+    def __init__(self, trials: Trials, draw: Index, metric: str, prune: bool, at_once: Count):
         self.trials, self.draw, self.metric, self.prune, self.at_once = trials, draw, metric, prune, at_once
 
     def run(self, order: Launch, arguments: Sequence[str]) -> int:

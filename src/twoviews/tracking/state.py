@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from twoviews import foreign
 from twoviews.errors import BadInput
-from twoviews.ranges import Index
+from twoviews.ranges import Total
 from twoviews.signatures import complaint
 
 
@@ -33,7 +33,7 @@ class State:
     run_key: str = ""  # ours, random, known before MLflow answers: finds a run whose id was never written down
     run_id: str | None = None
     experiment_id: str | None = None
-    sent_bytes: Index = 0  # of metrics.jsonl
+    sent_bytes: Total = 0  # of metrics.jsonl
     status: str = ""  # as MLflow was told last
     files: dict[str, list[int]] = field(default_factory=dict)  # name: [mtime in ns, bytes] of the artifact sent
     tags: dict[str, str] = field(default_factory=dict)  # of the run: in a sweep its parent and the values of the axes

@@ -68,6 +68,8 @@ def resolved(uri: str | None) -> str:
         host = None
     if scheme not in ("http", "https", *DATABASES) or not host:
         raise BadInput(f"tracking.uri={shown} is not an address of MLflow; {HINT}.")
+    if "+" in uri.partition(":")[0]:
+        _check_driver(uri.partition(":")[0], shown)
     return uri.rstrip("/")
 
 
@@ -92,6 +94,24 @@ def refuse_unknown(uri: str | None) -> None:
             f"the folder names {_shown(str(uri))}, and nothing was sent there from here before; if you know it, name it once: "
             f"`python -m twoviews.tracking sync <folder> --uri {_shown(str(uri))}`, in train.py tracking.uri=."
         )
+
+
+def _check_driver(scheme: str, shown: str) -> None:
+    """Whether SQLAlchemy, by which MLflow opens databases, knows the driver of a scheme such as mysql+pymysql.
+
+    Raises:
+        BadInput: it does not.
+    """
+    from sqlalchemy.engine.url import URL
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+    try:
+        URL.create(scheme).get_dialect()
+    except (ArgumentError, NoSuchModuleError):
+        raise BadInput(
+            f"tracking.uri={shown} names no driver that SQLAlchemy knows; use for example postgresql+psycopg2 or "
+            "mysql+pymysql."
+        ) from None
 
 
 def installed() -> None:
