@@ -25,6 +25,8 @@ method:
 schedule:
   epochs: {epochs}
 tracking:
+  uri: null
+  experiment: sweeps
   mirror: {mirror}
 """
 SIMCLR = MOCO.replace("moco.MoCo", "simclr.SimCLR").replace("  queue_size: 128\n", "")
