@@ -124,7 +124,7 @@ def test_views_of_the_largest_size_are_the_global_ones_wherever_they_stand(sides
 def test_collapse_shows_in_spread_and_sigreg():
     method = small()
     with torch.no_grad():
-        method.projector[-1].weight.zero_()
+        method.projector.get_parameter("6.weight").zero_()
     metrics = method(crops(16, 16, count=32), torch.arange(32)).metrics
     assert metrics["spread"].item() == pytest.approx(0, abs=1e-6)
     assert metrics["sigreg"].item() > 0.35 * 32
