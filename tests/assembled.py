@@ -32,6 +32,8 @@ METHODS = {path.stem: [] for path in sorted((CONF / "method").glob("*.yaml"))} |
 SMALL = {
     "embed_dim": 16,
     "hidden_dim": 24,
+    "predictor_hidden_dim": 24,
+    "directions": 32,
     "queue_size": 80,
     "bn_splits": 4,
     "prototypes": 12,

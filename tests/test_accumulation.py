@@ -79,6 +79,8 @@ def test_loss_and_metrics_are_means_over_micro_batches(name):
     [
         ("simclr", [], "negatives and batch-norm statistics come from the 4 images of a micro-batch, not from all 16"),
         ("swav", [], "codes and batch-norm statistics come"),
+        ("nnclr", [], "negatives and batch-norm statistics come"),
+        ("lejepa", [], "characteristic functions and batch-norm statistics come"),
         ("pcl", [], "prototypes of other images and batch-norm statistics come"),
         ("byol", [], "batch-norm statistics come"),
         ("moco_plain_norms", [], "batch-norm statistics come"),
@@ -97,6 +99,7 @@ LIMITS = [
     ("moco", ["method.queue_size=12"], "queue_size=12 .* 16 keys"),
     ("moco_symmetric", ["method.queue_size=16"], "queue_size=16 .* 32 keys"),
     ("swav", ["method.queue_size=12"], "queue_size=12 .* 16 images of one step"),
+    ("nnclr", ["method.queue_size=12"], "queue_size=12 .* 16 images of one step"),
     ("deepcluster_v2", ["method.clusters=[1430]"], "clusters=.1430. .* at most 1424"),
     ("moco", ["runtime.accumulate=4"], "bn_splits=4 .* batch_size=16 / runtime.accumulate=4 .* batch_size=32 or"),
     ("pcl", ["runtime.accumulate=4"], "bn_splits=4 .* batch_size=32 or"),

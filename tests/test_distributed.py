@@ -21,7 +21,9 @@ from twoviews.distributed import local_rows
 from twoviews.features import Judged, embed
 from twoviews.layers import SplitBatchNorm, SyncBatchNorm
 from twoviews.methods.byol import regression_loss
+from twoviews.methods.lejepa import invariance, random_directions, sigreg
 from twoviews.methods.moco import info_nce
+from twoviews.methods.nnclr import nearest, neighbour_info_nce
 from twoviews.methods.simclr import nt_xent
 from twoviews.methods.simsiam import negative_cosine
 from twoviews.protocols import knn
@@ -44,9 +46,17 @@ LOSSES = {
     "info_nce": lambda a, b, queue: info_nce(a, b.detach(), queue, 0.2),
     "negative_cosine": lambda a, b, queue: negative_cosine(a, b),
     "regression_loss": lambda a, b, queue: regression_loss(a, b.detach()),
+    "neighbour_info_nce": lambda a, b, queue: neighbour_info_nce(queue[nearest(a, queue)], b, 0.2),
+    "lejepa": lambda a, b, queue: lejepa(torch.stack([a, b])),
 }
-IN_MICRO_BATCHES = ["simclr", "moco_symmetric", "swav", "deepcluster_v2"]
+IN_MICRO_BATCHES = ["simclr", "moco_symmetric", "swav", "deepcluster_v2", "nnclr", "lejepa"]
 NORMS = {"sync": lambda: SyncBatchNorm(3), "split2": lambda: split(2), "split4": lambda: split(4)}
+
+
+def lejepa(z: torch.Tensor) -> torch.Tensor:
+    """With another seed in each process, as in training: the directions are the first one's."""
+    torch.manual_seed(distributed.rank())
+    return sigreg(z, random_directions(D, 6, z.device)) + invariance(z, z)
 
 
 def split(splits: int) -> SplitBatchNorm:
