@@ -20,8 +20,11 @@ from twoviews.ranges import Count, EmaMomentum, Temperature
 
 
 def in_batch_info_nce(q: Float[Tensor, "B D"], k: Float[Tensor, "B D"], temperature: float) -> Float[Tensor, ""]:
-    """Eq. 1, times 2 * temperature as in Algorithm 1: cross-entropy of each query's key among the keys of all N images."""
-    q, k = nnf.normalize(q, dim=1), distributed.gather(nnf.normalize(k, dim=1))
+    """Eq. 1, times 2 * temperature as in Algorithm 1: cross-entropy of each query's key among the keys of all N images.
+
+    No gradient flows into `k`.
+    """
+    q, k = nnf.normalize(q, dim=1), distributed.gather(nnf.normalize(k.detach(), dim=1))
     # Under autocast the product would be rounded to bf16: an error of up to 0.004 / T.
     with torch.autocast(q.device.type, enabled=False):
         logits = q @ k.T / temperature  # [B, N]
