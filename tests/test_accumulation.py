@@ -84,6 +84,8 @@ def test_loss_and_metrics_are_means_over_micro_batches(name):
         ("pcl", [], "prototypes of other images and batch-norm statistics come"),
         ("byol", [], "batch-norm statistics come"),
         ("moco_plain_norms", [], "batch-norm statistics come"),
+        ("moco_v3", [], "negatives and batch-norm statistics come"),
+        ("dino", [], "batch-norm statistics come"),
         ("deepcluster_v2", [], "batch-norm statistics come"),
     ],
 )

@@ -84,7 +84,8 @@ def test_every_method_can_be_put_into_the_laptop_recipe(method: str) -> None:
     ("group", "option"), [(g, o) for g in ("method", "augmentation", "optimizer", "schedule") for o in options(g)]
 )
 def test_every_choice_builds(group: str, option: str) -> None:
-    more = ["method=supervised"] if option in ("multicrop",) else ["method=lejepa"] if option == "lejepa" else []
+    views = {"multicrop": ["method=supervised"], "dino": ["method=supervised"], "lejepa": ["method=lejepa"]}
+    more = views.get(option, []) if group == "augmentation" else []
     more += fitting(option) if group == "method" else []
     cfg = composed("data=cifar10", "backbone=tiny", f"{group}={option}", *more)
     check("train", cfg)

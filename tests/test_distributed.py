@@ -21,8 +21,10 @@ from twoviews.distributed import local_rows
 from twoviews.features import Judged, embed
 from twoviews.layers import SplitBatchNorm, SyncBatchNorm
 from twoviews.methods.byol import regression_loss
+from twoviews.methods.dino import self_distillation
 from twoviews.methods.lejepa import invariance, random_directions, sigreg
 from twoviews.methods.moco import info_nce
+from twoviews.methods.moco_v3 import in_batch_info_nce
 from twoviews.methods.nnclr import nearest, neighbour_info_nce
 from twoviews.methods.simclr import nt_xent
 from twoviews.methods.simsiam import negative_cosine
@@ -44,12 +46,14 @@ def batch() -> list[torch.Tensor]:
 LOSSES = {
     "nt_xent": lambda a, b, queue: nt_xent(a, b, 0.2),
     "info_nce": lambda a, b, queue: info_nce(a, b.detach(), queue, 0.2),
+    "in_batch_info_nce": lambda a, b, queue: in_batch_info_nce(a, b, 0.2),
+    "self_distillation": lambda a, b, queue: self_distillation(torch.stack([a, b]), b.softmax(1)[None].detach(), 0.2),
     "negative_cosine": lambda a, b, queue: negative_cosine(a, b),
     "regression_loss": lambda a, b, queue: regression_loss(a, b.detach()),
     "neighbour_info_nce": lambda a, b, queue: neighbour_info_nce(queue[nearest(a, queue)], b, 0.2),
     "lejepa": lambda a, b, queue: lejepa(torch.stack([a, b])),
 }
-IN_MICRO_BATCHES = ["simclr", "moco_symmetric", "swav", "deepcluster_v2", "nnclr", "lejepa"]
+IN_MICRO_BATCHES = ["simclr", "moco_symmetric", "moco_v3", "dino", "swav", "deepcluster_v2", "nnclr", "lejepa"]
 NORMS = {"sync": lambda: SyncBatchNorm(3), "split2": lambda: split(2), "split4": lambda: split(4)}
 
 

@@ -1,6 +1,7 @@
 """Heads, moving averages, the queue and the batch norms, against slow loops and against torch's own."""
 
 import copy
+import math
 import random
 from collections import deque
 
@@ -17,6 +18,7 @@ from twoviews.layers import (
     ema_update,
     frozen_copy,
     mlp,
+    rising_momentum,
     split_batch_norms,
     spread,
     sync_batch_norms,
@@ -77,6 +79,14 @@ def test_ema_moves_parameters_and_leaves_buffers():
     for parameter, value in zip(target.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter, value)
     assert target[0][1].running_mean.eq(0).all()
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0, 0.996), (0.25, None), (0.5, 0.998), (1, 1.0)])
+def test_momentum_rises_with_a_cosine_to_one(fraction, expected):
+    expected = expected or 1 - 0.004 * (math.cos(math.pi / 4) + 1) / 2
+    assert rising_momentum(0.996, torch.tensor(fraction, dtype=torch.float64)).item() == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_frozen_copy_is_equal_apart_and_without_gradients():

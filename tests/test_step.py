@@ -94,12 +94,13 @@ def test_in_micro_batches(name: str, tmp_path: Path) -> None:
     compare(tmp_path, name, "runtime.accumulate=2")
 
 
-def test_another_phase_is_captured_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["swav", "dino"])
+def test_another_phase_is_captured_anew(name: str, tmp_path: Path) -> None:
     """Prototypes that are frozen for an epoch, after which the optimizer makes state for them."""
     frozen = ("method.freeze_prototypes_epochs=1", "optimizer=sgd", "optimizer.momentum=0.9")
-    steps = len(training(tmp_path, "swav").loader)
+    steps = len(training(tmp_path, name).loader)
     assert steps > EAGER_STEPS
-    compare(tmp_path, "swav", *frozen, phases=2, count=steps + EAGER_STEPS + 2)
+    compare(tmp_path, name, *frozen, phases=2, count=steps + EAGER_STEPS + 2)
 
 
 @pytest.mark.parametrize("name", ["pcl", "deepcluster_v2"])

@@ -1,6 +1,7 @@
 """What two or more methods are made of: heads, queues, moving averages and batch norms."""
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
@@ -63,6 +64,16 @@ def ema_update(target: nn.Module, online: Iterable[nn.Module], momentum: float |
         steps = torch._foreach_sub(sources, targets)
         torch._foreach_mul_(steps, (1 - momentum).to(targets[0].dtype))
         torch._foreach_add_(targets, steps)
+
+
+def rising_momentum(momentum: float, fraction: Float64[Tensor, ""]) -> Float64[Tensor, ""]:
+    """From `momentum` to 1 with a cosine: 1 - (1 - momentum) (cos(pi fraction) + 1) / 2.
+
+    Args:
+        momentum: at the start.
+        fraction: share of the training done, 0 to 1.
+    """
+    return 1 - (1 - momentum) * (torch.cos(math.pi * fraction) + 1) / 2
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:

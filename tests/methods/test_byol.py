@@ -33,16 +33,6 @@ def test_closed_forms():
     assert regression_loss(-z, z).item() == pytest.approx(4)
 
 
-def test_tau_rises_with_a_cosine_to_one():
-    method = small(momentum=0.996)
-    assert method.tau(torch.tensor(0, dtype=torch.float64)).item() == 0.996
-    assert method.tau(torch.tensor(1, dtype=torch.float64)).item() == 1.0
-    assert method.tau(torch.tensor(0.5, dtype=torch.float64)).item() == pytest.approx(0.998)
-    assert method.tau(torch.tensor(0.25, dtype=torch.float64)).item() == pytest.approx(
-        1 - 0.004 * (math.cos(math.pi / 4) + 1) / 2
-    )
-
-
 def test_the_target_follows_by_the_tau_of_the_step():
     method = small()
     online = [*method.encoder.parameters(), *method.projector.parameters()]

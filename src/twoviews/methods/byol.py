@@ -4,16 +4,14 @@ Grill et al., "Bootstrap Your Own Latent", arXiv:2006.07733.
 Shapes: B images, D embedding. Letters as in the paper: z' target projections, q(z) predictions, tau the target's decay.
 """
 
-import math
 from collections.abc import Sequence
 
-import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from twoviews.backbones import Encoder
-from twoviews.layers import ema_update, frozen_copy, mlp, spread, targets
+from twoviews.layers import ema_update, frozen_copy, mlp, rising_momentum, spread, targets
 from twoviews.methods.method import Method, Output, Progress, Rows
 from twoviews.ranges import EmaMomentum, Size
 
@@ -49,10 +47,7 @@ class BYOL(Method):
         t1, t2 = targets(self.target, views)
         return Output(regression_loss(p1, t2) + regression_loss(p2, t1), {"spread": spread(z1)})
 
-    def tau(self, fraction: Float64[Tensor, ""]) -> Float64[Tensor, ""]:
-        """The target's decay when that share of the training is done: 1 - (1 - momentum) (cos(pi fraction) + 1) / 2."""
-        return 1 - (1 - self.momentum) * (torch.cos(math.pi * fraction) + 1) / 2
-
     def after_step(self, progress: Progress, rows: Rows) -> None:
         """The target follows; batch-norm statistics stay its own."""
-        ema_update(self.target, (self.encoder, self.projector), self.tau(progress.fraction))
+        tau = rising_momentum(self.momentum, progress.fraction)
+        ema_update(self.target, (self.encoder, self.projector), tau)

@@ -18,7 +18,7 @@ from twoviews.backbones import Encoder
 from twoviews.errors import BadInput
 from twoviews.layers import Queue, mlp, spread
 from twoviews.methods.method import Method, Output, Progress, Rows
-from twoviews.ranges import Count, Temperature
+from twoviews.ranges import Size, Temperature
 
 
 @torch.no_grad()
@@ -65,10 +65,10 @@ class NNCLR(Method):
     def __init__(
         self,
         encoder: Encoder,
-        hidden_dim: Count,
-        embed_dim: Count,
-        predictor_hidden_dim: Count,
-        queue_size: Count,
+        hidden_dim: Size,
+        embed_dim: Size,
+        predictor_hidden_dim: Size,
+        queue_size: Size,
         temperature: Temperature,
     ):
         super().__init__()
