@@ -20,10 +20,12 @@ from twoviews.data.sources import digits
 from twoviews.distributed import local_rows
 from twoviews.features import Judged, embed
 from twoviews.layers import SplitBatchNorm, SyncBatchNorm
+from twoviews.methods.barlow import cross_correlation, redundancy_reduction
 from twoviews.methods.byol import regression_loss
 from twoviews.methods.moco import info_nce
 from twoviews.methods.simclr import nt_xent
 from twoviews.methods.simsiam import negative_cosine
+from twoviews.methods.vicreg import covariance_matrix, covariance_term, variance_term
 from twoviews.protocols import knn
 from twoviews.protocols.knn import KNN
 from twoviews.protocols.linear import Linear
@@ -44,6 +46,9 @@ LOSSES = {
     "info_nce": lambda a, b, queue: info_nce(a, b.detach(), queue, 0.2),
     "negative_cosine": lambda a, b, queue: negative_cosine(a, b),
     "regression_loss": lambda a, b, queue: regression_loss(a, b.detach()),
+    "redundancy_reduction": lambda a, b, queue: redundancy_reduction(cross_correlation(a, b), 0.5),
+    "variance_term": lambda a, b, queue: variance_term(covariance_matrix(a)),
+    "covariance_term": lambda a, b, queue: covariance_term(covariance_matrix(a)),
 }
 IN_MICRO_BATCHES = ["simclr", "moco_symmetric", "swav", "deepcluster_v2"]
 NORMS = {"sync": lambda: SyncBatchNorm(3), "split2": lambda: split(2), "split4": lambda: split(4)}
