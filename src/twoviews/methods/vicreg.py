@@ -73,12 +73,12 @@ class VICReg(Method):
         z1, z2 = self.projector(self.encoder(x1)).float(), self.projector(self.encoder(x2)).float()
         covariances = [covariance_matrix(z1), covariance_matrix(z2)]
         invariance = nnf.mse_loss(z1, z2)
-        variance = sum(variance_term(each) for each in covariances) / 2
-        covariance = sum(covariance_term(each) for each in covariances)
+        variance = torch.stack([variance_term(each) for each in covariances]).mean()
+        covariance = torch.stack([covariance_term(each) for each in covariances]).sum()
         loss = (
             self.invariance_weight * invariance + self.variance_weight * variance + self.covariance_weight * covariance
         )
-        # In units of the loss's target: 1 when each dimension varies as it should, 0 when embeddings are equal.
+        # About 1 when each dimension varies as it should, 0 when all embeddings are equal.
         deviation = covariances[0].detach().diagonal().clamp(min=0).sqrt().mean()
         terms = {"invariance": invariance.detach(), "covariance": covariance.detach(), "std": deviation}
         return Output(loss, {"spread": spread(z1), **terms})
