@@ -25,6 +25,7 @@ CONF = Path(__file__).parents[1] / "conf"
 METHODS = {path.stem: [] for path in sorted((CONF / "method").glob("*.yaml"))} | {
     "moco_symmetric": ["method.symmetric=true"],
     "moco_plain_norms": ["method.bn_splits=1"],
+    "simclr_decoupled": ["method.decoupled=true"],
     "pcl_masked": ["method.mask_same_cluster=true"],
     "pcl_drawn": ["method.negative_prototypes=3"],
 }

@@ -20,6 +20,7 @@ from twoviews.data.sources import digits
 from twoviews.distributed import local_rows
 from twoviews.features import Judged, embed
 from twoviews.layers import SplitBatchNorm, SyncBatchNorm
+from twoviews.methods.barlow import cross_correlation, redundancy_reduction
 from twoviews.methods.byol import regression_loss
 from twoviews.methods.dino import self_distillation
 from twoviews.methods.lejepa import invariance, random_directions, sigreg
@@ -28,6 +29,7 @@ from twoviews.methods.moco_v3 import in_batch_info_nce
 from twoviews.methods.nnclr import nearest, neighbour_info_nce
 from twoviews.methods.simclr import nt_xent
 from twoviews.methods.simsiam import negative_cosine
+from twoviews.methods.vicreg import covariance_matrix, covariance_term, variance_term
 from twoviews.protocols import knn
 from twoviews.protocols.knn import KNN
 from twoviews.protocols.linear import Linear
@@ -52,6 +54,9 @@ LOSSES = {
     "regression_loss": lambda a, b, queue: regression_loss(a, b.detach()),
     "neighbour_info_nce": lambda a, b, queue: neighbour_info_nce(queue[nearest(a, queue)], b, 0.2),
     "lejepa": lambda a, b, queue: lejepa(torch.stack([a, b])),
+    "redundancy_reduction": lambda a, b, queue: redundancy_reduction(cross_correlation(a, b), 0.5),
+    "variance_term": lambda a, b, queue: variance_term(covariance_matrix(a)),
+    "covariance_term": lambda a, b, queue: covariance_term(covariance_matrix(a)),
 }
 IN_MICRO_BATCHES = ["simclr", "moco_symmetric", "moco_v3", "dino", "swav", "deepcluster_v2", "nnclr", "lejepa"]
 NORMS = {"sync": lambda: SyncBatchNorm(3), "split2": lambda: split(2), "split4": lambda: split(4)}

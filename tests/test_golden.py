@@ -43,7 +43,8 @@ def smooth(module: nn.Module) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_losses_are_the_recorded_ones(name):
     one_start = ["method.nredo=1"] if name.startswith(("pcl", "deepcluster")) else []
-    parts = build(config(name, *SGD, *one_start))
+    slower = ["optimizer.lr=0.002"] if name == "vicreg" else []  # its terms have weights of 25
+    parts = build(config(name, *SGD, *one_start, *slower))
     smooth(parts.method)
     losses = [step(parts, number, batch(number)).item() for number in range(STEPS)]
     file = GOLDEN / f"{name}.json"

@@ -16,7 +16,9 @@ from twoviews import distributed
 from twoviews.errors import BadInput
 
 
-def mlp(dims: list[int], *, norm: bool = True, last_norm: bool = False, last_affine: bool = True) -> nn.Sequential:
+def mlp(
+    dims: list[int], *, norm: bool = True, last_norm: bool = False, last_affine: bool = True, last_bias: bool = True
+) -> nn.Sequential:
     """Linear layers of the widths `dims` with ReLU between them.
 
     Args:
@@ -24,6 +26,7 @@ def mlp(dims: list[int], *, norm: bool = True, last_norm: bool = False, last_aff
         norm: batch norm after each hidden layer (which then has no bias).
         last_norm: batch norm after the last layer as well, without ReLU.
         last_affine: whether that last norm has a scale and an offset.
+        last_bias: whether the last layer has a bias, where no norm follows it.
     """
     layers: list[nn.Module] = []
     for inputs, outputs in zip(dims[:-2], dims[1:-1], strict=True):
@@ -31,7 +34,7 @@ def mlp(dims: list[int], *, norm: bool = True, last_norm: bool = False, last_aff
         if norm:
             layers.append(nn.BatchNorm1d(outputs))
         layers.append(nn.ReLU(inplace=True))
-    layers.append(nn.Linear(dims[-2], dims[-1], bias=not last_norm))
+    layers.append(nn.Linear(dims[-2], dims[-1], bias=last_bias and not last_norm))
     if last_norm:
         layers.append(nn.BatchNorm1d(dims[-1], affine=last_affine))
     return nn.Sequential(*layers)
@@ -51,6 +54,11 @@ def spread(z: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
     """
     unit = nnf.normalize(z.detach().float(), dim=1)
     return unit.std(0, correction=0).mean() * unit.shape[1] ** 0.5
+
+
+def centred(z: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+    """Rows minus the mean row of the batch of all processes, with gradient through that mean."""
+    return z - distributed.sum_with_gradient(z.sum(0)) / (len(z) * distributed.processes())
 
 
 @torch.no_grad()

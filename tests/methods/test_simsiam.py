@@ -8,6 +8,7 @@ from lightly.loss import NegativeCosineSimilarity
 from torch import nn
 
 from twoviews.backbones import ResNet
+from twoviews.errors import BadInput
 from twoviews.methods.simsiam import SimSiam, negative_cosine
 
 
@@ -59,6 +60,22 @@ def test_the_loss_and_its_gradient_take_projections_as_constants():
     torch.testing.assert_close(found, loss)
     for one, other in zip(torch.autograd.grad(found, list(method.parameters())), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_each_of_four_views_predicts_the_mean_of_the_others():
+    method = small()
+    views = [torch.randn(6, 3, 16, 16) for _ in range(4)]
+    z = [method.projector(method.encoder(x)) for x in views]
+    loss = 0.0
+    for v in range(4):
+        p, target = method.predictor(z[v]), sum(z[u] for u in range(4) if u != v) / 3
+        loss -= nn.functional.cosine_similarity(p, target.detach()).mean().item() / 4
+    assert method(views, torch.arange(6)).loss.item() == pytest.approx(loss, rel=1e-5)
+
+
+def test_one_view_is_refused():
+    with pytest.raises(BadInput, match="at least 2 views of an image and the augmentation makes 1"):
+        small()([torch.zeros(2, 3, 16, 16)], torch.arange(2))
 
 
 @pytest.mark.parametrize("layers", [2, 3])

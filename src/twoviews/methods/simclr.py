@@ -1,6 +1,7 @@
 """SimCLR: two views of an image find each other among all views of the batch.
 
-Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", arXiv:2002.05709.
+Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", arXiv:2002.05709;
+Yeh et al., "Decoupled Contrastive Learning", arXiv:2110.06848 (DCL: the positive leaves the denominator).
 Shapes: B images a process, N over all processes, D embedding. Letters as in Algorithm 1: z projections.
 """
 
@@ -19,10 +20,13 @@ from twoviews.methods.method import Method, Output
 from twoviews.ranges import Size, Temperature
 
 
-def nt_xent(z1: Float[Tensor, "B D"], z2: Float[Tensor, "B D"], temperature: float) -> Float[Tensor, ""]:
+def nt_xent(
+    z1: Float[Tensor, "B D"], z2: Float[Tensor, "B D"], temperature: float, decoupled: bool = False
+) -> Float[Tensor, ""]:
     """Eq. 1, averaged over the 2B anchors of this process: 1 positive and 2(N - 1) negatives each.
 
-    Half of what google-research/simclr reports, which adds the two halves of the mean.
+    Half of what google-research/simclr reports, which adds the two halves of the mean. If `decoupled`, the denominator has
+    the negatives alone, as in eq. 6 of DCL with weights of 1; such a loss may be negative.
     """
     z1, z2 = nnf.normalize(z1, dim=1), nnf.normalize(z2, dim=1)
     z = torch.cat([z1, z2])  # [2B, D]
@@ -33,7 +37,11 @@ def nt_xent(z1: Float[Tensor, "B D"], z2: Float[Tensor, "B D"], temperature: flo
     with torch.autocast(z.device.type, enabled=False):
         logits = z @ others.T / temperature  # [2B, 2N]
     logits = logits.scatter(1, torch.cat([me, me + n])[:, None], float("-inf"))
-    return nnf.cross_entropy(logits, torch.cat([me + n, me]))
+    positives = torch.cat([me + n, me])
+    if not decoupled:
+        return nnf.cross_entropy(logits, positives)
+    negatives = logits.scatter(1, positives[:, None], float("-inf")).logsumexp(1)
+    return (negatives - logits.gather(1, positives[:, None])[:, 0]).mean()
 
 
 class SimCLR(Method):
@@ -44,13 +52,16 @@ class SimCLR(Method):
         hidden_dim: width of the projector's hidden layer.
         embed_dim: D.
         temperature: tau.
+        decoupled: leave the positive out of the denominator (DCL), for small batches.
     """
 
     within_batch = "negatives"
 
-    def __init__(self, encoder: Encoder, hidden_dim: Size, embed_dim: Size, temperature: Temperature):
+    def __init__(
+        self, encoder: Encoder, hidden_dim: Size, embed_dim: Size, temperature: Temperature, decoupled: bool = False
+    ):
         super().__init__()
-        self.temperature = temperature
+        self.temperature, self.decoupled = temperature, decoupled
         self.encoder = encoder
         self.projector = mlp([encoder.out_dim, hidden_dim, embed_dim])
 
@@ -66,4 +77,4 @@ class SimCLR(Method):
         """Both views go through the encoder as one batch, as in the authors' code, so they share batch-norm statistics."""
         z = self.projector(self.encoder(torch.cat(list(views)))).float()
         z1, z2 = z.chunk(2)
-        return Output(nt_xent(z1, z2, self.temperature), {"spread": spread(z1)})
+        return Output(nt_xent(z1, z2, self.temperature, self.decoupled), {"spread": spread(z1)})

@@ -1,16 +1,19 @@
-"""SimSiam: two views, one encoder, a predictor and a stop-gradient.
+"""SimSiam: two views, one encoder, a predictor and a stop-gradient; with more views, FastSiam.
 
-Chen and He, "Exploring Simple Siamese Representation Learning", arXiv:2011.10566.
-Shapes: B images, D embedding. Letters as in Algorithm 1: z projections, p predictions.
+Chen and He, "Exploring Simple Siamese Representation Learning", arXiv:2011.10566;
+Pototzky et al., "FastSiam: Resource-Efficient Self-supervised Learning on a Single GPU" (targets are means over views).
+Shapes: V views of B images, D embedding. Letters as in Algorithm 1: z projections, p predictions.
 """
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as nnf
 
 from twoviews.backbones import Encoder
+from twoviews.errors import BadInput
 from twoviews.layers import mlp, spread, without_duplicates
 from twoviews.methods.method import Method, Output
 from twoviews.ranges import Repeats, Size
@@ -22,7 +25,7 @@ def negative_cosine(p: Float[Tensor, "B D"], z: Float[Tensor, "B D"]) -> Float[T
 
 
 class SimSiam(Method):
-    """Algorithm 1 of the paper.
+    """Algorithm 1 of the paper, for any number of views.
 
     Args:
         encoder: the network to pretrain.
@@ -31,6 +34,8 @@ class SimSiam(Method):
         projector_layers: 3 for ImageNet, 2 for CIFAR (appendix D).
         fix_predictor_lr: keep the predictor off the lr schedule (sec. 4.2 (c)).
     """
+
+    views = None
 
     def __init__(
         self, encoder: Encoder, embed_dim: Size, hidden_dim: Size, projector_layers: Repeats, fix_predictor_lr: bool
@@ -52,10 +57,19 @@ class SimSiam(Method):
         ]
 
     def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
-        """Symmetric loss of two views, each with batch-norm statistics of its own."""
-        x1, x2 = views
-        z1, z2 = self.projector(self.encoder(x1)), self.projector(self.encoder(x2))
-        p1, p2 = self.predictor(z1), self.predictor(z2)
-        z1, z2, p1, p2 = z1.float(), z2.float(), p1.float(), p2.float()
-        loss = (negative_cosine(p1, z2) + negative_cosine(p2, z1)) / 2
-        return Output(loss, {"spread": spread(z1)})
+        """Each prediction against the mean of the other views' projections; each view has batch-norm statistics of its own.
+
+        Raises:
+            BadInput: there is only one view.
+        """
+        if len(views) < 2:
+            raise BadInput(
+                f"SimSiam compares at least 2 views of an image and the augmentation makes {len(views)}; choose another with "
+                "augmentation=."
+            )
+        z = [self.projector(self.encoder(x)) for x in views]
+        p = [self.predictor(each).float() for each in z]
+        z = [each.float() for each in z]
+        targets = [torch.stack([*z[:v], *z[v + 1 :]]).mean(0) for v in range(len(z))]
+        losses = [negative_cosine(prediction, target) for prediction, target in zip(p, targets, strict=True)]
+        return Output(torch.stack(losses).mean(), {"spread": spread(z[0])})
