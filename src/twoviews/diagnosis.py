@@ -122,6 +122,8 @@ def unknown_choices(arguments: list[str]) -> str:
             (override,) = OverridesParser.create().parse_overrides([argument])
         except HydraException:  # Hydra says it
             continue
+        if argument.startswith("+") and isinstance(override.value(), dict):  # keys of the chosen file, not a choice
+            continue
         if (key in OPTIONAL or not _names_files(override.value())) and (sentence := unknown_choice(override)):
             return sentence
     return ""
