@@ -16,7 +16,7 @@ from twoviews.backbones import Encoder
 from twoviews.errors import BadInput
 from twoviews.layers import centred, mlp, spread
 from twoviews.methods.method import Method, Output
-from twoviews.ranges import Count, NotNegative, Positive, Range
+from twoviews.ranges import NotNegative, Positive, Range, Size
 
 
 def standardised(z: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
@@ -58,7 +58,7 @@ class BarlowTwins(Method):
     def __init__(
         self,
         encoder: Encoder,
-        hidden_dim: Count,
+        hidden_dim: Size,
         embed_dim: Annotated[int, Range(at_least=2, usual="2048 to 8192")],
         off_diagonal_weight: NotNegative,
         loss_scale: Positive,

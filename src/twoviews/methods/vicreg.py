@@ -16,7 +16,7 @@ from twoviews import distributed
 from twoviews.backbones import Encoder
 from twoviews.layers import centred, mlp, spread
 from twoviews.methods.method import Method, Output
-from twoviews.ranges import Count, NotNegative, Positive, Range
+from twoviews.ranges import NotNegative, Positive, Range, Size
 
 
 def covariance_matrix(z: Float[Tensor, "B D"]) -> Float[Tensor, "D D"]:
@@ -55,7 +55,7 @@ class VICReg(Method):
     def __init__(
         self,
         encoder: Encoder,
-        hidden_dim: Count,
+        hidden_dim: Size,
         embed_dim: Annotated[int, Range(at_least=2, usual="2048 to 8192")],
         invariance_weight: Positive,
         variance_weight: Positive,
