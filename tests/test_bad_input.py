@@ -97,6 +97,7 @@ COMMANDS = [
     (["augmentation.views.both.count=1000000000000"], ["views.both.count", "at most 1,000"]),
     (["augmentation.views.both.size=1000000"], ["PB of memory", "views.<name>.size"]),
     (["epochs=1000000000000"], ["epochs", "at most 1,000,000,000"]),
+    (["seed=1" + 400 * "0"], ["seed=1", "too large"]),
     (["epochs=1" + 400 * "0"], ["epochs=1", "at most 1,000,000,000"]),
     (["batch_size=1000000000000"], ["batch_size=1000000000000", "1437"]),
     # Empty, or null where something has to be.

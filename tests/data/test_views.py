@@ -353,7 +353,7 @@ def test_colour_operations_refuse_images_that_are_not_rgb():
         ({"flip": "often"}, "flip=often is not a number."),
         ({"flip": True}, "flip=true is not a number."),
         ({"flip": None}, "flip=null is not a number."),
-        ({"jitter": float("nan")}, "jitter=nan is out of range: it must be at least 0 and at most 1."),
+        ({"jitter": float("nan")}, "jitter=nan is out of range: it must be at least 0 and at most 1 and finite."),
         ({"scale": 0.2}, "scale=0.2 is not a list, two numbers, such as [0.1,1]."),
         ({"scale": [0, 1]}, "scale=[0, 1] is out of range: it must be above 0 and at most 1."),
         ({"sigma": [2, 1]}, "sigma=[2, 1] has the larger number first: use [1,2]."),
