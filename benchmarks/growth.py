@@ -41,7 +41,17 @@ from twoviews.runtime import Runtime
 
 SHARED = ["experiment=laptop", "data=digits", "protocol=[]", "tracking=files", "epochs=1000"]
 STEPS = 3  # a round
-CPU = Runtime("cpu", "fp32", channels_last=True, compile=False, accumulate=1, log_every=1, checkpoint_minutes=0)
+CPU = Runtime(
+    "cpu",
+    "fp32",
+    channels_last=True,
+    cuda_graph=False,
+    deterministic=False,
+    accumulate=1,
+    log_every=1,
+    checkpoint_seconds=0,
+    checkpoint_minutes=0,
+)
 PROCESSES = (1, 2, 4)
 
 
