@@ -1,5 +1,6 @@
 """What benchmarks/speedrun.py reads from run folders: the clock, the judge, and the rules that it can check."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -78,3 +79,8 @@ def test_the_ladder_names_every_rung_and_its_command(tmp_path: Path, monkeypatch
     for part in ("99.0 ± 0.0", "81.00 ± 1.00: 80.00, 81.00, 82.00", "got 50 %", "0123456", "`speedrun.py 80`"):
         assert part in line
     assert table.ladder().count("open") == 3
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")))
+def test_a_benchmark_uses_what_is_there(name):
+    importlib.import_module(name)
