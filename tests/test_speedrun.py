@@ -22,9 +22,15 @@ LINES = [
     {"step": 20, "epoch": 1, "time": 190.0, "knn/top1": 51.0},
 ]
 CONFIG = """
+backbone: {}
+data: {}
+tracking: {uri: null, experiment: speedrun, mirror: false}
 method: {_target_: twoviews.methods.moco.MoCo}
 protocol: {knn: {k: 200, temperature: 0.1}}
 """
+
+
+DATA = {"name": "cifar10", "digest": ""}
 
 
 def run(
@@ -34,7 +40,9 @@ def run(
     (folder / "config.yaml").write_text(config)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
     one.write("result.json", {"state": state})
-    one.write("data.json", {"images": {"train": train, "memory": 50_000, "test": 10_000}, "classes": [""] * classes})
+    one.write(
+        "data.json", {**DATA, "images": {"train": train, "memory": 50_000, "test": 10_000}, "classes": [""] * classes}
+    )
     return one
 
 
