@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 
 from twoviews.checkpoints import copied
 from twoviews.errors import BadInput
-from twoviews.run import Run
+from twoviews.run import STATE, Run
 from twoviews.runtime import StopSignal
 from twoviews.tracking import read
 from twoviews.tracking.state import evaluation_lock, is_written, writer_lock
@@ -141,21 +141,25 @@ def test_damaged_checkpoint_falls_back(tmp_path: Path, undisturbed: Path) -> Non
     assert_same_weights(undisturbed / "run", tmp_path / "run")
 
 
+def checkpoint(step: int) -> dict[str, object]:
+    return {**dict.fromkeys(STATE, {}), "metrics_bytes": 0, "step": step}
+
+
 def test_save_that_was_killed_between_its_renames_is_finished(tmp_path: Path) -> None:
     run = Run(tmp_path)
     for step in (1, 2):
-        run.save({"step": step, "method": {}})
+        run.save(checkpoint(step))
     (tmp_path / "last.pt").replace(tmp_path / "new.pt")
-    assert run.load(print) == {"step": 2, "method": {}}
-    assert run.load(print) == {"step": 2, "method": {}}
+    assert run.load(print) == checkpoint(2)
+    assert run.load(print) == checkpoint(2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
 
 
 def test_part_of_a_checkpoint_is_removed(tmp_path: Path, capsys) -> None:
     run = Run(tmp_path)
-    run.save({"step": 1, "method": {}})
+    run.save(checkpoint(1))
     (tmp_path / "new.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-100])
-    assert run.load(print) == {"step": 1, "method": {}}
+    assert run.load(print) == checkpoint(1)
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"] and not capsys.readouterr().out
 
 
@@ -184,10 +188,10 @@ def test_checkpoints_that_are_gone_are_refused(tmp_path: Path) -> None:
 def test_damaged_checkpoints_are_kept_one_beside_the_other(tmp_path: Path, capsys) -> None:
     run = Run(tmp_path)
     for step in (1, 2):
-        run.save({"step": step, "method": {}})
-        run.save({"step": step, "method": {}})
+        run.save(checkpoint(step))
+        run.save(checkpoint(step))
         (tmp_path / "last.pt").write_bytes(f"damaged {step}".encode())
-        assert run.load(print) == {"step": step, "method": {}}
+        assert run.load(print) == checkpoint(step)
         assert "is damaged" in capsys.readouterr().out
     assert (tmp_path / "damaged.pt").read_bytes() == b"damaged 1"
     assert (tmp_path / "damaged.2.pt").read_bytes() == b"damaged 2"
