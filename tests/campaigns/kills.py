@@ -43,7 +43,11 @@ LIMIT_S = 600.0  # of one command
 
 def overrides(method: str) -> list[str]:
     """A training of some seconds."""
-    fitting = ["method.queue_size=128", "method.bn_splits=4"] if method.startswith(("moco", "pcl")) else []
+    fitting = (
+        ["method.queue_size=128", "method.bn_splits=4"]
+        if method.startswith(("moco", "pcl")) and method != "moco_v3"
+        else []
+    )
     if method.startswith("pcl"):
         fitting += ["method.clusters=[8,20]", "method.negative_prototypes=null", "method.warmup_epochs=1"]
     return [
