@@ -1,5 +1,6 @@
 """One sentence for a command that Hydra refused."""
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -61,7 +62,7 @@ def diagnose(name: str, arguments: list[str], error: Exception) -> str:
 def _is_run(argument: str) -> bool:
     """Whether it is what `run=` takes."""
     places = (Path(argument), *(Path(folder, argument) for folder in ("outputs", "multirun")))
-    return argument == "latest" or any(place.exists() for place in places)
+    return argument == "latest" or any(os.path.exists(place) for place in places)  # noqa: PTH110 (of any length)
 
 
 def _typed(key: str, value: str) -> str:
