@@ -334,3 +334,34 @@ def test_a_store_that_a_foreign_folder_names(entry: Call, sweep: Path, monkeypat
     assert not (sweep.parent / "made.db").exists()
     assert entry("tracking", "sync", str(run), "--uri", uri).code == 0
     assert entry("tracking", "sync", str(run)).code == 0, "it is known now"
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "[red]x[/red]", "m\udcfcll"], ids=("long", "brackets", "latin"))
+def test_names_of_all_kinds(entry: Call, trained: Path, tmp_path: Path, name: str) -> None:  # noqa: F811
+    """Too long for a file system, markup of the console, and no UTF-8."""
+    quoted = f"'{name}'"
+    missing = [
+        ["evaluate", f"run={quoted}"],
+        ["evaluate", name],
+        ["cluster", f"run={quoted}", "clusters=[5]"],
+        ["tracking", "sync", name],
+        ["sweep", "status", name],
+        ["train", "data=folder", f"data.root={quoted}"],
+        ["train", "-m", *TRAIN, f"sweep.name={quoted}", "seed=0"],
+    ]
+    for one in missing:
+        refused(entry(*one))
+    if len(name) > 255:
+        refused(entry("train", *TRAIN, f"hydra.run.dir={quoted}"), "too long")
+        return
+    run = Path(shutil.copytree(trained / "aa", tmp_path / name))
+    done = entry("train", *TRAIN, f"hydra.run.dir={quoted}")
+    assert done.code == 0 and "this run is finished" in done.out, done.err
+    for one in (
+        ["evaluate", f"run={quoted}", "protocol=knn"],
+        ["cluster", f"run={quoted}", "clusters=[5]"],
+        ["tracking", "sync", name, *STORE],
+    ):
+        done = entry(*one)
+        assert done.code == 0 and (name.isascii() is False or name in done.out), done.out + done.err
+    assert (run / "evaluation.json").exists() and (run / "clusters.json").exists()

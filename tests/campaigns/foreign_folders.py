@@ -303,11 +303,12 @@ def main(words: list[str]) -> int:
         for payload, change in payloads(server.server_port):
             if words and not any(word in payload for word in words):
                 continue
-            number += 1
+            number, started = number + 1, time.monotonic()
             for verdict, command, said in judge(payload, change, clean, place):
                 counts[verdict] += 1
                 if verdict.isupper():
                     print(f"{verdict}: {payload}: {command}\n{said[-2000:]}", flush=True)
+            print(f"{payload}: {time.monotonic() - started:.0f} s", flush=True)
         os.chdir("/")
     print(f"{number} payloads, {counts.total()} commands, {time.monotonic() - begin:.0f} s")
     for verdict in ("did it", "refused", "failed", "EXECUTED", "OVERWRITTEN", "LEAKED", "TRACEBACK", "HUNG"):
