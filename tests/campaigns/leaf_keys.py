@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src")]
 
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402, F401  which is imported in the middle of a case otherwise, and takes as long as many
 from hydra import compose, initialize_config_dir  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
