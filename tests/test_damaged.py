@@ -342,7 +342,6 @@ def test_names_of_all_kinds(entry: Call, trained: Path, tmp_path: Path, name: st
     quoted = f"'{name}'"
     missing = [
         ["evaluate", f"run={quoted}"],
-        ["evaluate", name],
         ["cluster", f"run={quoted}", "clusters=[5]"],
         ["tracking", "sync", name],
         ["sweep", "status", name],
@@ -351,6 +350,8 @@ def test_names_of_all_kinds(entry: Call, trained: Path, tmp_path: Path, name: st
     ]
     for one in missing:
         refused(entry(*one))
+    done = entry("evaluate", name)  # which also lacks run=
+    assert done.code == 2 and "Traceback" not in done.err and "is no key=value" in done.err
     if len(name) > 255:
         refused(entry("train", *TRAIN, f"hydra.run.dir={quoted}"), "too long")
         return
