@@ -105,10 +105,10 @@ def test_a_dictionary_around_a_swept_key_is_refused(typed: list[str]) -> None:
 
 def test_a_pattern_chooses_the_files_of_a_group_that_fit() -> None:
     moco = space(["method=glob(moco*)"]).axes["method"]
-    assert moco == ["moco", "moco_v1", "moco_v2"]
+    assert moco == ["moco", "moco_v1", "moco_v2", "moco_v3"]
     most = space(["method=glob(*,exclude=[moco*,pcl*])", "data=digits"]).axes["method"]
     assert {"simclr", "byol", "swav"} <= {*most} and not {*most} & {*moco, "pcl"}
-    with pytest.raises(BadInput, match=r"method=glob\(zz\*\) fits none of the files of method: byol"):
+    with pytest.raises(BadInput, match=r"method=glob\(zz\*\) fits none of the files of method: .*byol"):
         space(["method=glob(zz*)"])
     with pytest.raises(BadInput, match=r"seed is none; list the values"):
         space(["seed=glob(*)"])
