@@ -138,7 +138,7 @@ def logs(sweep: Sweep, points: Sequence[Point]) -> int:
             print(f"=== the end of {path}")
             with path.open(errors="replace") as file:
                 print("".join(deque(file, LINES)), end="")
-        elif point.job:
+        elif point.slurm_id:
             print(f"=== it printed nothing; what SLURM printed is in {sweep.folder / 'slurm'}")
         else:
             print("=== it never began, so it printed nothing")
@@ -183,9 +183,9 @@ def cancel(sweep: Sweep, points: Sequence[Point]) -> int:
 
     states = look(points)
     active = [point for point in points if states[point.digest].active]
-    waiting = [point for point in active if point.job is None and states[point.digest].state == "QUEUED"]
+    waiting = [point for point in active if point.slurm_id is None and states[point.digest].state == "QUEUED"]
     active = [point for point in active if point not in waiting]
-    stop([point for point in active if point.job is None])
+    stop([point for point in active if point.slurm_id is None])
     cancel_jobs(active)
     print(f"cancelled {counted(len(active), 'point')} of {sweep.name}")
     if waiting:

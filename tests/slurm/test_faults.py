@@ -47,17 +47,17 @@ def test_how_points_end_is_told_truly(tmp_path: Path, capsys) -> None:
     dispatch().submit(points)
     assert time.monotonic() - begun < 15
     points = latest(points)
-    assert len({point.job for point in points}) == 5 and len(slurm("squeue", "-hr").splitlines()) == 5
+    assert len({point.slurm_id for point in points}) == 5 and len(slurm("squeue", "-hr").splitlines()) == 5
     wait_for(lambda: states(points)[:4] == ["FINISHED", "FAILED", "FAILED", "FAILED"])
     assert status(Sweep(tmp_path / "s"), points) == 3
     now = [*look(points).values()]
-    assert now[0].node in ("n1", "n2", "n3", "n4") and now[0].job == points[0].job
+    assert now[0].node in ("n1", "n2", "n3", "n4") and now[0].slurm_id == points[0].slurm_id
     assert now[1].reason == "RuntimeError: no such kernel" and "killed by SIGKILL" in now[2].reason
     assert "SLURM says FAILED" in now[3].reason
     wait_for(lambda: states(points)[4] == "FAILED")
     assert "3 starts in a row" in points[4].state.reason and len(starts(points[4])) == 3
     wait_for(lambda: not slurm("squeue", "-h"))
-    said = slurm("sacct", "-X", "-n", "-P", "--format=State", "-j", str(points[0].job).partition("_")[0])
+    said = slurm("sacct", "-X", "-n", "-P", "--format=State", "-j", str(points[0].slurm_id).partition("_")[0])
     assert said.split("\n") == ["COMPLETED", "FAILED", "FAILED", "FAILED", "FAILED"], "SLURM must not say otherwise"
     capsys.readouterr()
     assert logs(Sweep(tmp_path / "s"), points) == 1
@@ -69,7 +69,7 @@ def test_cancelled_points_are_told_apart_and_the_rest_goes_on(tmp_path: Path) ->
     dispatch(array_parallelism=1).submit(points)
     wait_for(lambda: starts(points[0]))
     points = latest(points)
-    slurm("scancel", str(points[1].job))  # still inside the array: SLURM may keep no record of it at all
+    slurm("scancel", str(points[1].slurm_id))  # still inside the array: SLURM may keep no record of it at all
     time.sleep(1)
     dispatch().cancel(points[:1])
     wait_for(lambda: states(points) == ["CANCELLED", "CANCELLED", "FINISHED"])
@@ -115,15 +115,15 @@ def test_no_run_in_mlflow_outlives_a_point_that_was_cancelled(tmp_path: Path) ->
     wait_for(lambda: told() == {"s": "RUNNING", one: "RUNNING", by_hand: "RUNNING", last: "RUNNING"}, 120)
     assert sweep_command(["cancel", str(folder), "seed=0"]) == 0
     assert told() == {"s": "RUNNING", one: "KILLED", by_hand: "RUNNING", last: "RUNNING"}
-    slurm("scancel", str(latest(points)[1].job))
+    slurm("scancel", str(latest(points)[1].slurm_id))
     wait_for(lambda: states(points)[1] == "CANCELLED")
     assert sweep_command(["collect", str(folder)]) == 0
     assert told() == {"s": "RUNNING", one: "KILLED", by_hand: "KILLED", last: "RUNNING"}
-    slurm("scancel", str(latest(points)[2].job))
+    slurm("scancel", str(latest(points)[2].slurm_id))
     wait_for(lambda: states(points)[2] == "CANCELLED")
     (tmp_path / "go").touch()  # the last point that ends looks after the others, even if its own time is nearly over
     wait_for(lambda: (folder / "slurm" / "mlflow.log").exists())
-    slurm("scancel", "--signal=USR2", str(latest(points)[3].job))
+    slurm("scancel", "--signal=USR2", str(latest(points)[3].slurm_id))
     wait_for(lambda: told()["s"] == "FAILED", 120)
     assert told()[last] == "KILLED"
 
@@ -150,7 +150,7 @@ def test_a_job_that_is_requeued_or_told_to_stop_goes_on(tmp_path: Path, command:
     dispatch().submit(points)
     wait_for(lambda: starts(points[0]))
     time.sleep(1)
-    slurm(*command, str(latest(points)[0].job))
+    slurm(*command, str(latest(points)[0].slurm_id))
     wait_for(lambda: states(points) == ["FINISHED"])
     assert len(starts(points[0])) == 2 and points[0].checkpoint()
 
@@ -226,7 +226,7 @@ def test_submitting_from_inside_a_job_hands_on_none_of_its_variables(tmp_path: P
     for name in ("SLURM_JOB_ID", "SLURM_CPUS_PER_TASK", "RANK", "SLURM_NTASKS"):
         monkeypatch.delenv(name)
     wait_for(lambda: states(points) == ["FINISHED"])
-    assert (points[0].folder / "seen").read_text() == f"{latest(points)[0].job} 1"
+    assert (points[0].folder / "seen").read_text() == f"{latest(points)[0].slurm_id} 1"
 
 
 def test_what_slurm_refuses_is_one_sentence(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_several_processes_stop_and_go_on_together(tmp_path: Path) -> None:
     dispatch(nodes=2).submit(points)
     wait_for(lambda: len(starts(points[0])) == 2)
     time.sleep(1)
-    slurm("scancel", "--signal=USR2", str(latest(points)[0].job))
+    slurm("scancel", "--signal=USR2", str(latest(points)[0].slurm_id))
     wait_for(lambda: states(points) == ["FINISHED"])
     # The first process may have ended before the other one had written down its start.
     assert len(starts(points[0])) in (3, 4) and points[0].state.starts == 2

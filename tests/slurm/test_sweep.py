@@ -105,8 +105,8 @@ def test_all_that_can_happen_leaves_no_trace(tmp_path: Path, monkeypatch: pytest
     cluster("kill-node", nodes[dead.digest])
     wrap = ["--wrap", "sleep 1", "-o", "/dev/null", "--exclusive"]
     urgent = slurm("sbatch", "--parsable", "-p", "high", "-w", nodes[preempted.digest], *wrap)
-    slurm("scancel", str(cancelled.job))
-    slurm("scontrol", "requeue", str(requeued.job))
+    slurm("scancel", str(cancelled.slurm_id))
+    slurm("scontrol", "requeue", str(requeued.slurm_id))
     wait_for(lambda: states([cancelled]) == ["CANCELLED"])
     cluster("revive-node", nodes[dead.digest])
     monkeypatch.chdir(place)

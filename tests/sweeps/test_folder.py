@@ -44,7 +44,8 @@ def test_values_are_added_and_what_is_there_stays(tmp_path: Path) -> None:
     sweep.add([new("aa", seed=0), new("bb", seed=1)])
     assert sweep.axes == {"seed": [0, 1]}
     assert (sweep.folder / "aa" / "last.pt").read_text() == "checkpoint"
-    assert [(point.digest, point.job) for point in sweep.points] == [("aa", "12_0"), ("bb", None)]
+    assert json.loads((sweep.folder / "sweep.json").read_text())["points"]["aa"]["job"] == "12_0", "as it always was"
+    assert [(point.digest, point.slurm_id) for point in sweep.points] == [("aa", "12_0"), ("bb", None)]
 
 
 def test_what_goes_on_with_newer_code_has_its_options(tmp_path: Path) -> None:
@@ -143,3 +144,11 @@ def test_state_json_may_know_more_than_this_version(tmp_path: Path) -> None:
     (point,) = sweep.add([new("aa", seed=0)])
     (point.folder / "state.json").write_text(json.dumps({"state": "FAILED", "mood": "bad"}))
     assert point.state == State("FAILED")
+
+
+def test_the_id_of_a_slurm_job_has_the_key_that_it_always_had(tmp_path: Path) -> None:
+    (point,) = Sweep(tmp_path / "s").add([new("aa", seed=0)])
+    point.write(State("RUNNING", slurm_id="12_0"))
+    written = json.loads((point.folder / "state.json").read_text())
+    assert written["job"] == "12_0" and "slurm_id" not in written
+    assert point.state == State("RUNNING", slurm_id="12_0")

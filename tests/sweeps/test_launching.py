@@ -140,7 +140,7 @@ def test_arrays_are_as_long_as_the_cluster_takes(command, monkeypatch, tmp_path:
     arrays = jobs.read_text().split()
     assert arrays == (["array=0-3%4", "array=0-3%4", "one"] if scontrol else ["array=0-8%9"])
     (folder,) = (path.parent for path in Path("multirun").glob("*/sweep.json"))
-    assert len({point.job for point in Sweep(folder).points}) == 9
+    assert len({point.slurm_id for point in Sweep(folder).points}) == 9
 
 
 def test_what_a_full_queue_does_not_take_follows_when_there_is_room(command, monkeypatch, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ echo x >> {jobs}; echo "Submitted batch job $n"
     assert done.out.count("1 point wait here until there is room") == 1 and done.out.count("submitted 1 point") == 2
     (folder,) = (path.parent for path in Path("multirun").glob("*/sweep.json"))
     made = Sweep(folder).points
-    assert all(point.job and not point.refused for point in made)
+    assert all(point.slurm_id and not point.refused for point in made)
     assert len([*folder.glob("slurm/*/*_submitted.pkl")]) == 2, "what was taken keeps its files"
 
 

@@ -42,7 +42,7 @@ def test_status_asks_slurm_once_and_reads_what_it_shows(tmp_path: Path, new: lis
     sweep.submitted({point.digest: f"{7 + n // 1000}_{n % 1000}" for n, point in enumerate(made)}, 100.0)
     for point in made[:50]:
         point.write(State("FINISHED", submitted=100.0))
-    made[50].write(State("RUNNING", job="7_50", node="n1", submitted=100.0, started=101.0))
+    made[50].write(State("RUNNING", slurm_id="7_50", node="n1", submitted=100.0, started=101.0))
     asked, read = [], []
 
     def squeue(*command: str) -> subprocess.CompletedProcess[str]:

@@ -34,6 +34,8 @@ from twoviews.tracking.state import replace
 
 MULTIRUN = Path("multirun")
 WRITERS = 32  # points whose files are written at once: each waits for the disk some milliseconds
+_KEYS = {"slurm_id": "job"}  # of state.json and sweep.json, by attribute, where the names differ
+_FIELDS = {key: name for name, key in _KEYS.items()}
 LOCK_S = 60.0  # longest wait for another process that changes sweep.json, which takes milliseconds
 
 Name = Literal[
@@ -57,7 +59,7 @@ class State:
     """What became of a point. Times are unix seconds."""
 
     state: Name = "QUEUED"
-    job: str | None = None  # SLURM's job, as 12_3 for a task of an array
+    slurm_id: str | None = None  # id of the SLURM job, as 12_3 for a task of an array; "job" in state.json
     node: str | None = None
     submitted: float = 0.0  # the submission that this state belongs to, as in sweep.json
     started: float | None = None  # of the last start
@@ -86,7 +88,7 @@ class Point:
     Args:
         folder: the run folder; its name is the digest of the configuration.
         axes: value by dotted key, or choice by group.
-        job: SLURM's job that was submitted for it last, None where it was not SLURM.
+        slurm_id: id of the SLURM job that was submitted for it last ("job" in sweep.json); None where it was not SLURM.
         submitted: when that was, unix seconds; 0 if never.
         cancelled: when somebody wanted it cancelled, unix seconds; 0 if never.
         given_up: why a search does not want it any more; empty where it does.
@@ -95,7 +97,7 @@ class Point:
 
     folder: Path
     axes: Mapping[str, Any]
-    job: str | None = None
+    slurm_id: str | None = None
     submitted: float = 0.0
     cancelled: float = 0.0
     given_up: str = ""
@@ -120,14 +122,16 @@ class Point:
     def state(self) -> State:
         """What the supervisor wrote last, QUEUED before that; `Dispatch.look` compares it with the scheduler."""
         known, path = {field.name for field in fields(State)}, self.folder / "state.json"
-        content = {key: value for key, value in foreign.load(path).items() if key in known}
+        content = {_FIELDS.get(key, key): value for key, value in foreign.load(path).items()}
+        content = {key: value for key, value in content.items() if key in known}
         if content and (wrong := complaint(content["state"], Name)):
             raise foreign.damaged(path, f"state={content['state']} {wrong}")
         return State(**content)
 
     def write(self, state: State) -> None:
         """Replace state.json; only for the supervisor that holds `lock`."""
-        replace(self.folder / "state.json", json.dumps(asdict(state), indent=1) + "\n")
+        content = {_KEYS.get(name, name): value for name, value in asdict(state).items()}
+        replace(self.folder / "state.json", json.dumps(content, indent=1) + "\n")
 
     @property
     def lock(self) -> FileLock:
@@ -256,12 +260,20 @@ class Sweep:
         """In the order in which they were added."""
         keys = ("job", "submitted", "cancelled", "given_up", "refused")
         for digest, known in self.record["points"].items():
-            job = known.get("job")
+            slurm_id = known.get("job")
             # Names of folders and words of SLURM's commands are made of them.
-            if not re.fullmatch(r"\w[\w.-]*", digest) or not (job is None or re.fullmatch(r"\d+(_\d+)?", job)):
-                raise BadInput(f"{self.folder / 'sweep.json'} is refused: it has a point {digest!r} with job {job!r}.")
+            if not re.fullmatch(r"\w[\w.-]*", digest) or not (
+                slurm_id is None or re.fullmatch(r"\d+(_\d+)?", slurm_id)
+            ):
+                raise BadInput(
+                    f"{self.folder / 'sweep.json'} is refused: it has a point {digest!r} with job {slurm_id!r}."
+                )
         return [
-            Point(self.folder / digest, known["axes"], **{key: known[key] for key in keys if key in known})
+            Point(
+                self.folder / digest,
+                known["axes"],
+                **{_FIELDS.get(key, key): known[key] for key in keys if key in known},
+            )
             for digest, known in self.record["points"].items()
         ]
 
@@ -303,11 +315,11 @@ class Sweep:
         wanted = {new.digest for new in points}
         return [point for point in self.points if point.digest in wanted]
 
-    def submitted(self, jobs: Mapping[str, str | None], when: float) -> None:
-        """Record that these points were submitted at that time: digest to SLURM's job, None where it is not SLURM."""
+    def submitted(self, slurm_ids: Mapping[str, str | None], when: float) -> None:
+        """Record that these points were submitted at that time: SLURM's id by digest, None where it is not SLURM."""
         with self.update() as record:
-            for digest, job in jobs.items():
-                record["points"][digest].update(job=job, submitted=when, refused="")
+            for digest, slurm_id in slurm_ids.items():
+                record["points"][digest].update(job=slurm_id, submitted=when, refused="")
 
     def refused(self, digests: Sequence[str], reason: str) -> None:
         """Record that the scheduler does not take these points, and why; until they are submitted."""

@@ -226,7 +226,7 @@ def _submitted(sweep: Sweep, points: Sequence[Point]) -> list[Point]:
     """These points, recorded as submitted just now."""
     when = time.time()
     sweep.submitted({point.digest: None for point in points}, when)
-    return [replace(point, job=None, submitted=when) for point in points]
+    return [replace(point, slurm_id=None, submitted=when) for point in points]
 
 
 class _Signals:

@@ -12,7 +12,7 @@ from twoviews.errors import BadInput
 
 ANSWER_S = 60.0  # longest wait for one of its commands
 USUAL_ARRAY = 1001  # MaxArraySize unless a cluster says otherwise
-JOBS_A_CALL = 500  # of arrays and single jobs, far below the longest command line
+IDS_A_CALL = 500  # of arrays and single jobs, far below the longest command line
 
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 WORKING = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "SUSPENDED", "STOPPED", "RESIZING")
@@ -59,45 +59,45 @@ def largest_array() -> int:
     return max(1, int(found[1]) if found else USUAL_ARRAY)
 
 
-def queue(jobs: Sequence[str]) -> Mapping[str, Said] | None:
+def queue(slurm_ids: Sequence[str]) -> Mapping[str, Said] | None:
     """What squeue knows of these jobs, ended ones too as long as it remembers; None while nobody answers."""
     found: dict[str, Said] = {}
-    for some in _calls(jobs):
+    for some in _calls(slurm_ids):
         done = _run("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%N|%r", f"--jobs={some}")
         if done.returncode and "Invalid job id" not in done.stderr:
             return None
         for line in done.stdout.splitlines():
-            job, state, node, reason = line.strip().split("|", 3)
-            found[job] = Said(state, node, "" if reason == "None" else reason)
+            slurm_id, state, node, reason = line.strip().split("|", 3)
+            found[slurm_id] = Said(state, node, "" if reason == "None" else reason)
     return found
 
 
-def accounts(jobs: Sequence[str]) -> Mapping[str, Said]:
+def accounts(slurm_ids: Sequence[str]) -> Mapping[str, Said]:
     """What sacct knows of these jobs; nothing on a cluster without accounting."""
     found: dict[str, Said] = {}
-    for some in _calls(jobs) if shutil.which("sacct") else ():
+    for some in _calls(slurm_ids) if shutil.which("sacct") else ():
         done = _run("sacct", "-X", "-n", "-P", "--format=JobID,State,NodeList,ExitCode", "-j", some)
         for line in done.stdout.splitlines():
-            job, state, node, code = line.strip().split("|", 3)
+            slurm_id, state, node, code = line.strip().split("|", 3)
             # "CANCELLED by 1000" and the like.
-            found[job] = Said(state.split()[0], "" if node.startswith("None") else node, f"exit code {code}")
+            found[slurm_id] = Said(state.split()[0], "" if node.startswith("None") else node, f"exit code {code}")
     return found
 
 
-def requeue(job: str) -> str:
+def requeue(slurm_id: str) -> str:
     """Put a running job back into the queue; an empty string, or why it could not be done."""
-    done = _run("scontrol", "requeue", job)
+    done = _run("scontrol", "requeue", slurm_id)
     return "" if done.returncode == 0 else done.stderr.strip() or f"scontrol ended with {done.returncode}"
 
 
-def cancel(jobs: Sequence[str]) -> None:
+def cancel(slurm_ids: Sequence[str]) -> None:
     """Cancel jobs, those that ended included.
 
     Raises:
         BadInput: SLURM does not answer.
     """
-    for start in range(0, len(jobs), JOBS_A_CALL):
-        done = _run("scancel", "--quiet", *jobs[start : start + JOBS_A_CALL])
+    for start in range(0, len(slurm_ids), IDS_A_CALL):
+        done = _run("scancel", "--quiet", *slurm_ids[start : start + IDS_A_CALL])
         if done.returncode and "Invalid job id" not in done.stderr:
             raise BadInput(f"scancel refused: {done.stderr.strip()}")
 
@@ -108,11 +108,11 @@ def this_job() -> str | None:
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
 
 
-def _calls(jobs: Sequence[str]) -> Iterator[str]:
+def _calls(slurm_ids: Sequence[str]) -> Iterator[str]:
     """Ids for one command each; of an array only its own, once."""
-    names = sorted({job.partition("_")[0] for job in jobs})
-    for start in range(0, len(names), JOBS_A_CALL):
-        yield ",".join(names[start : start + JOBS_A_CALL])
+    names = sorted({slurm_id.partition("_")[0] for slurm_id in slurm_ids})
+    for start in range(0, len(names), IDS_A_CALL):
+        yield ",".join(names[start : start + IDS_A_CALL])
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:

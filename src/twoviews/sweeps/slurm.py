@@ -129,7 +129,7 @@ class Slurm(Dispatch):
         while left:
             some, when = left[:size], time.time()
             try:
-                jobs = self._submit(sweep, some, when)
+                slurm_ids = self._submit(sweep, some, when)
             except BadInput as error:
                 full = FULL.search(str(error))
                 if full and len(some) > 1:
@@ -146,9 +146,9 @@ class Slurm(Dispatch):
                     sweep.refused([point.digest for point in left], str(error))
                     raise
                 continue
-            sweep.submitted(dict(zip((point.digest for point in some), jobs, strict=True)), when)
-            array = jobs[0].partition("_")[0]
-            self._console.say(f"submitted {counted(len(jobs), 'point')} as job {array}: {self.describe()}")
+            sweep.submitted(dict(zip((point.digest for point in some), slurm_ids, strict=True)), when)
+            array = slurm_ids[0].partition("_")[0]
+            self._console.say(f"submitted {counted(len(slurm_ids), 'point')} as job {array}: {self.describe()}")
             left, size, waits = left[len(some) :], min(most, 2 * size), False
 
     def describe(self) -> str:
@@ -185,7 +185,7 @@ class Slurm(Dispatch):
                 f"sbatch refused: {'; '.join(dict.fromkeys(said)) or error}; with other values of hydra.launcher, or later, "
                 "the same command goes on."
             ) from error
-        return [job.job_id for job in jobs]
+        return [submitted.job_id for submitted in jobs]
 
     def _parameters(self, sweep: Sweep, points: Sequence[Point]) -> dict[str, object]:
         code = Path(points[0].description["code"])
@@ -241,11 +241,11 @@ def cancel_jobs(points: Sequence[Point]) -> None:
     Raises:
         BadInput: SLURM does not answer.
     """
-    jobs = {point.digest: point.job for point in points if point.job}
-    if jobs:
+    slurm_ids = {point.digest: point.slurm_id for point in points if point.slurm_id}
+    if slurm_ids:
         scheduler.available()
-        Sweep(points[0].folder.parent).cancelled([*jobs])
-        scheduler.cancel([*jobs.values()])
+        Sweep(points[0].folder.parent).cancelled([*slurm_ids])
+        scheduler.cancel([*slurm_ids.values()])
 
 
 @contextlib.contextmanager
@@ -261,7 +261,7 @@ def _outside_of_jobs() -> Iterator[None]:
 
 def _taken(state: State) -> bool:
     """Whether a point needs no job, or has one."""
-    return state.done or state.state == "RUNNING" or (state.state == "QUEUED" and state.job is not None)
+    return state.done or state.state == "RUNNING" or (state.state == "QUEUED" and state.slurm_id is not None)
 
 
 # ------------------------------------------------------------------------------------------------------- in the job
@@ -297,10 +297,10 @@ def run_point(folder: str, submitted: float) -> str:
     environment = _rendezvous(tasks) if tasks > 1 else {}
     if rank > 0:
         return _follow(point, partners, environment, told)
-    job = scheduler.this_job()
-    state = supervise(point, submitted, environment, job, partners.failing)
-    if state.state == "INTERRUPTED" and job:
-        _requeue(point, state, job, told)
+    slurm_id = scheduler.this_job()
+    state = supervise(point, submitted, environment, slurm_id, partners.failing)
+    if state.state == "INTERRUPTED" and slurm_id:
+        _requeue(point, state, slurm_id, told)
     _tell_mlflow(point)
     if state.state in ("FAILED", "OUT_OF_MEMORY"):
         raise PointFailed(state.reason)
@@ -309,7 +309,7 @@ def run_point(folder: str, submitted: float) -> str:
     return state.state
 
 
-def _requeue(point: Point, state: State, job: str, told: _Told) -> None:
+def _requeue(point: Point, state: State, slurm_id: str, told: _Told) -> None:
     """Back into the queue, unless SLURM was faster or is ending the job for good. Does not return."""
     missing = [command for command in ("scontrol", "squeue") if not shutil.which(command)]
     if missing:
@@ -318,16 +318,16 @@ def _requeue(point: Point, state: State, job: str, told: _Told) -> None:
         os._exit(1)
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
-        known = scheduler.queue([job])
+        known = scheduler.queue([slurm_id])
         if known is None:  # the controller does not answer
             told.wait(5)
             continue
-        said = known.get(job)
+        said = known.get(slurm_id)
         if said is None or said.state != "RUNNING":  # requeued or cancelled by others
             os._exit(0)
         # Before it is asked: SLURM kills this process at any moment after that.
         point.write(replace(state, state="QUEUED", reason=f"requeued, {state.reason}"))
-        if not scheduler.requeue(job):
+        if not scheduler.requeue(slurm_id):
             # Leaving now would end the job before SLURM has put it back.
             told.wait(120)
             os._exit(0)
@@ -404,11 +404,11 @@ def _rendezvous(tasks: int) -> dict[str, str]:
     import submitit
 
     job_environment = submitit.JobEnvironment()
-    job, start = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    slurm_id, start = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     return {
         "MASTER_ADDR": job_environment.hostnames[0],
         # Below the ports that systems give out by themselves; another one after a requeue, whose predecessor may linger.
-        "MASTER_PORT": str(20000 + (job * 7 + start) % 12000),
+        "MASTER_PORT": str(20000 + (slurm_id * 7 + start) % 12000),
         "RANK": os.environ["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],

@@ -36,7 +36,7 @@ def supervise(
     point: Point,
     submitted: float,
     environment: Mapping[str, str] | None = None,
-    job: str | None = None,
+    slurm_id: str | None = None,
     failing: Callable[[], str] = lambda: "",
 ) -> State:
     """Run a point until its training ends, and return the state that was written.
@@ -48,7 +48,7 @@ def supervise(
         point: its folder has config.yaml and point.json.
         submitted: when this point was submitted, unix seconds, as in sweep.json; a new number counts stalls anew.
         environment: variables of the training beside those of this process.
-        job: SLURM's.
+        slurm_id: id of the SLURM job that this process belongs to, if it does.
         failing: asked all the time: why the training has to be ended, or an empty string.
     """
     lock = point.lock
@@ -60,7 +60,7 @@ def supervise(
         before = point.state
         if before.state == "FINISHED":
             return before
-        state = _begun(point, before, submitted, job)
+        state = _begun(point, before, submitted, slurm_id)
         point.write(state)
         if state.state == "FAILED":
             return state
@@ -79,13 +79,13 @@ def supervise(
     return state
 
 
-def _begun(point: Point, before: State, submitted: float, job: str | None) -> State:
+def _begun(point: Point, before: State, submitted: float, slurm_id: str | None) -> State:
     """The state at a start: running, or failed if the starts before this one led nowhere."""
     checkpoint, again = point.checkpoint(), before.submitted == submitted and before.starts > 0
     stalled = before.stalled + 1 if again and checkpoint == before.checkpoint else 0
     state = State(
         state="RUNNING",
-        job=job,
+        slurm_id=slurm_id,
         node=os.environ.get("SLURMD_NODENAME", platform.node()),
         submitted=submitted,
         started=time.time(),

@@ -25,24 +25,31 @@ _WHY = {
 
 def look(points: Sequence[Point]) -> Mapping[str, State]:
     """The state of each point by its digest."""
-    asked = {job for point in points if not settled(point, state := point.state) for job in _jobs(point, state)}
+    asked = {
+        slurm_id
+        for point in points
+        if not settled(point, state := point.state)
+        for slurm_id in _slurm_ids(point, state)
+    }
     # First the scheduler, then the files: a point that ends in between has written its state by then.
     queue = scheduler.queue([*asked]) if asked else {}
-    gone = [job for job in asked if queue is not None and job not in queue]
+    gone = [slurm_id for slurm_id in asked if queue is not None and slurm_id not in queue]
     accounts = scheduler.accounts(gone) if gone else {}
     known = {**accounts, **(queue or {})}
-    arrays = {job.partition("_")[0] for job in known}
+    arrays = {slurm_id.partition("_")[0] for slurm_id in known}
     found = {}
     for point in points:
         state = point.state
         if settled(point, state):
             found[point.digest] = state
-        elif not (jobs := _jobs(point, state)):
+        elif not (slurm_ids := _slurm_ids(point, state)):
             found[point.digest] = _here(point)
         elif queue is None:
-            found[point.digest] = replace(_own(point, state), job=jobs[0], reason="SLURM's controller does not answer")
+            found[point.digest] = replace(
+                _own(point, state), slurm_id=slurm_ids[0], reason="SLURM's controller does not answer"
+            )
         else:
-            found[point.digest] = _there(point, state, jobs, known, arrays)
+            found[point.digest] = _there(point, state, slurm_ids, known, arrays)
     return {point.digest: judged(point, found[point.digest]) for point in points}
 
 
@@ -58,7 +65,7 @@ def ended(points: Sequence[Point], patience_s: float) -> bool:
 
 def judged(point: Point, state: State) -> State:
     """The state; of a point that nobody runs PRUNED if a search gave it up, FAILED if the scheduler refused it."""
-    runs = state.state == "RUNNING" or (state.state == "QUEUED" and point.job and not point.refused)
+    runs = state.state == "RUNNING" or (state.state == "QUEUED" and point.slurm_id and not point.refused)
     if runs or state.state == "FINISHED" or not (point.given_up or point.refused):
         return state
     if point.given_up:
@@ -66,16 +73,16 @@ def judged(point: Point, state: State) -> State:
     return replace(state, state="FAILED", reason=point.refused)
 
 
-def _jobs(point: Point, state: State) -> list[str]:
-    """SLURM's jobs that may be running it, the last submission first; none where it was not SLURM.
+def _slurm_ids(point: Point, state: State) -> list[str]:
+    """Ids of the SLURM jobs that may be running it, the last submission first; none where it was not SLURM.
 
     There are two if a launcher was killed before it wrote down what it had submitted.
     """
-    if point.job is None and point.submitted > state.submitted:
+    if point.slurm_id is None and point.submitted > state.submitted:
         return []
-    written = state.job if state.active else None
-    both = (state.job, point.job) if state.submitted > point.submitted else (point.job, written)
-    return [*dict.fromkeys(job for job in both if job)]
+    written = state.slurm_id if state.active else None
+    both = (state.slurm_id, point.slurm_id) if state.submitted > point.submitted else (point.slurm_id, written)
+    return [*dict.fromkeys(slurm_id for slurm_id in both if slurm_id)]
 
 
 def settled(point: Point, state: State) -> bool:
@@ -107,18 +114,23 @@ def _here(point: Point) -> State:
 
 
 def _there(
-    point: Point, state: State, jobs: Sequence[str], known: Mapping[str, Said], arrays: Collection[str]
+    point: Point, state: State, slurm_ids: Sequence[str], known: Mapping[str, Said], arrays: Collection[str]
 ) -> State:
     """Of a point that SLURM runs, and whose supervisor has not said the last word; `arrays` are those of `known`."""
-    if state.state == "RUNNING" and state.job and state.job in known and known[state.job].state in scheduler.WORKING:
+    if (
+        state.state == "RUNNING"
+        and state.slurm_id
+        and state.slurm_id in known
+        and known[state.slurm_id].state in scheduler.WORKING
+    ):
         return state
-    job, own = jobs[0], replace(_own(point, state), job=jobs[0])
-    said = known.get(job)
+    slurm_id, own = slurm_ids[0], replace(_own(point, state), slurm_id=slurm_ids[0])
+    said = known.get(slurm_id)
     # Of a task that is cancelled while it waits within its array SLURM keeps no record, of the others it does.
-    if said is None and (point.cancelled >= own.submitted or job.partition("_")[0] in arrays):
+    if said is None and (point.cancelled >= own.submitted or slurm_id.partition("_")[0] in arrays):
         return replace(own, state="CANCELLED", reason=f"cancelled before it began; {AGAIN}")
     if said is None:
-        return replace(own, state="LOST", reason=f"SLURM knows nothing of job {job} any more; {AGAIN}")
+        return replace(own, state="LOST", reason=f"SLURM knows nothing of job {slurm_id} any more; {AGAIN}")
     if said.state in scheduler.WAITING:
         reason = own.reason if said.reason in _USUAL else f"waits: {said.reason}"
         return replace(own, state="QUEUED", reason=reason)
