@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 
 class Dispatching(Launcher):
-    """Hands the combinations of a sweep to the dispatch that conf/hydra/launcher/<name>.yaml names.
+    """Hands the combinations of a sweep to the launcher that conf/hydra/launcher/<name>.yaml names.
 
     Args:
         options: the keys of that file.
@@ -30,7 +30,7 @@ class Dispatching(Launcher):
 
         Raises:
             BadInput: something is not right; nothing was started.
-            SystemExit: points failed, or a signal stopped them.
+            SystemExit: jobs failed, or a signal stopped them.
         """
         from twoviews.sweeps.launching import Launch, launch
 

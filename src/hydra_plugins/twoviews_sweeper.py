@@ -27,7 +27,7 @@ class Searching(Sweeper):
 
         Raises:
             BadInput: something is not right; nothing was started.
-            SystemExit: points failed, or a signal stopped them.
+            SystemExit: jobs failed, or a signal stopped them.
         """
         from twoviews.config import build, check_plugin
         from twoviews.sweeps.launching import Launch

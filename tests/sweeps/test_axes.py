@@ -1,4 +1,4 @@
-"""What differs between points is an axis, also when a sweep was launched twice on purpose with something else."""
+"""What differs between jobs is an axis, also when a sweep was launched twice on purpose with something else."""
 
 import csv
 import json
@@ -12,8 +12,8 @@ from test_report import fill, page
 
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps import axes
-from twoviews.sweeps.axes import told_apart
-from twoviews.sweeps.folder import New, Sweep
+from twoviews.sweeps.axes import varying_parameters
+from twoviews.sweeps.folder import JobSpec, Sweep
 from twoviews.sweeps.results import gather
 
 MOCO = """seed: {seed}
@@ -36,7 +36,7 @@ BEFORE: dict[str, Any] = {"seed": 0, "epochs": 2, "temperature": 0.1, "mirror": 
 def launched(
     folder: Path, fixed: Mapping[str, Any], *swept: Mapping[str, Any], config: str = MOCO, **values: Any
 ) -> Sweep:
-    """A sweep of `swept` with `fixed` before, whose points are all finished; `values` were not typed."""
+    """A sweep of `swept` with `fixed` before, whose jobs are all finished; `values` were not typed."""
     sweep = Sweep(folder)
     for one in swept:
         typed = {**fixed, **one}
@@ -44,13 +44,13 @@ def launched(
         method = "moco" if config is MOCO else "simclr"
         more = {"choices": {"method": method, "tracking": "files"}, "code": "code"}
         overrides = [f"{key}={value}" for key, value in typed.items()]
-        (point,) = sweep.add([New(f"{len(sweep.points):08x}", one, overrides, content, more)], command=str(fixed))
-        fill(point, {"knn": 40.0 + len(sweep.points)})
+        (job,) = sweep.add([JobSpec(f"{len(sweep.jobs):08x}", one, overrides, content, more)], command=str(fixed))
+        fill(job, {"knn": 40.0 + len(sweep.jobs)})
     return sweep
 
 
 def found(sweep: Sweep) -> list[dict[str, Any]]:
-    return [dict(point.axes) for point in told_apart(sweep.points)]
+    return [dict(job.axes) for job in varying_parameters(sweep.jobs)]
 
 
 def test_what_was_swept_once_and_fixed_once_is_an_axis_of_all(tmp_path: Path, capsys, monkeypatch) -> None:
@@ -77,9 +77,7 @@ def test_what_was_swept_once_and_fixed_once_is_an_axis_of_all(tmp_path: Path, ca
         ["0.1", "1", "3"],
         ["0.2", "0", "2"],
     ]
-    assert sweep_command(["logs", str(sweep.folder), "epochs=3", "seed=1"]) == 0, (
-        "points are named as status shows them"
-    )
+    assert sweep_command(["logs", str(sweep.folder), "epochs=3", "seed=1"]) == 0, "jobs are named as status shows them"
     capsys.readouterr()
     assert sweep_command(["logs", str(sweep.folder), "seed=0"]) == 0
     assert capsys.readouterr().out.count("FINISHED") == 3, "what is named is shown, finished or not"
@@ -128,7 +126,7 @@ def test_where_results_are_sent_is_no_axis(tmp_path: Path) -> None:
     assert found(sweep) == [{"seed": 0}, {"seed": 1}]
 
 
-def test_of_points_launched_alike_no_configuration_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_jobs_launched_alike_no_configuration_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = launched(tmp_path / "s", {"epochs": 2}, *({"seed": seed} for seed in range(5)))
     monkeypatch.setattr(axes, "_values", lambda *_: 1 / 0)
     assert found(sweep) == [{"seed": seed} for seed in range(5)]
@@ -137,11 +135,11 @@ def test_of_points_launched_alike_no_configuration_is_read(tmp_path: Path, monke
         found(sweep)
 
 
-def test_points_from_before_choices_were_recorded_are_settings_with_the_new_ones(tmp_path: Path) -> None:
+def test_jobs_from_before_choices_were_recorded_are_settings_with_the_new_ones(tmp_path: Path) -> None:
     sweep = launched(tmp_path / "s", {}, {"seed": 0}, {"seed": 1})
-    for point in sweep.points:
-        old = {key: value for key, value in point.description.items() if key != "choices"} | {"code": "old"}
-        (point.folder / "point.json").write_text(json.dumps(old))
+    for job in sweep.jobs:
+        old = {key: value for key, value in job.description.items() if key != "choices"} | {"code": "old"}
+        (job.folder / "point.json").write_text(json.dumps(old))
     sweep = launched(tmp_path / "s", {}, {"seed": 2}, {"seed": 3})
     assert [len(setting.rows) for setting in gather(sweep).settings] == [4]
 

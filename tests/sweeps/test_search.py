@@ -1,4 +1,4 @@
-"""Which points follow from what is typed: combinations, pairs, draws; seeds are a matter of their own."""
+"""Which jobs follow from what is typed: combinations, pairs, draws; seeds are a matter of their own."""
 
 import math
 
@@ -82,16 +82,16 @@ def test_quotes_lists_and_groups_pass_unchanged() -> None:
     assert found[1] == ["tracking.experiment='a,b'", "backbone.depths=[1,1]", "method=byol"]
 
 
-def points(*typed: str) -> list[list[str]]:
+def jobs(*typed: str) -> list[list[str]]:
     return Grid().combinations(space(typed))
 
 
 def test_of_a_swept_key_the_last_override_counts() -> None:
-    assert points("x=1,2", "y=0", "x=3,4") == [["y=0", "x=3"], ["y=0", "x=4"]]
-    assert points("x=1,2", "x=3") == [["x=3"]]
-    assert points("x=3", "x=1,2") == [["x=1"], ["x=2"]]
-    assert points("seed=0,1", "seed=5") == [["seed=5"]]
-    assert points("x=1", "x=2", "seed=0,1") == [["x=1", "x=2", "seed=0"], ["x=1", "x=2", "seed=1"]]
+    assert jobs("x=1,2", "y=0", "x=3,4") == [["y=0", "x=3"], ["y=0", "x=4"]]
+    assert jobs("x=1,2", "x=3") == [["x=3"]]
+    assert jobs("x=3", "x=1,2") == [["x=1"], ["x=2"]]
+    assert jobs("seed=0,1", "seed=5") == [["seed=5"]]
+    assert jobs("x=1", "x=2", "seed=0,1") == [["x=1", "x=2", "seed=0"], ["x=1", "x=2", "seed=1"]]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_of_a_swept_key_the_last_override_counts() -> None:
 def test_a_dictionary_around_a_swept_key_is_refused(typed: list[str]) -> None:
     with pytest.raises(BadInput, match="set the same values"):
         space(typed)
-    assert len(points("optimizer=sgd,lars", "optimizer.lr=1,2")) == 4
+    assert len(jobs("optimizer=sgd,lars", "optimizer.lr=1,2")) == 4
 
 
 def test_a_pattern_chooses_the_files_of_a_group_that_fit() -> None:

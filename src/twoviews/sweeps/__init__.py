@@ -1,1 +1,1 @@
-"""Sweeps: a folder of points, each a run folder, that a dispatch runs in sequence, several at once, or on SLURM."""
+"""Sweeps: a folder of jobs, each a run folder, that a launcher runs in sequence, several at once, or on SLURM."""

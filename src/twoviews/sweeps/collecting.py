@@ -1,4 +1,4 @@
-"""A sweep into MLflow: its parent run at submission, and later whatever its points could not send themselves."""
+"""A sweep into MLflow: its parent run at submission, and later whatever its jobs could not send themselves."""
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,8 +10,8 @@ from filelock import FileLock
 
 from twoviews import foreign
 from twoviews.errors import BadInput
-from twoviews.sweeps.folder import WRITERS, Point, State, Sweep
-from twoviews.sweeps.truth import look
+from twoviews.sweeps.folder import WRITERS, Job, JobState, Sweep
+from twoviews.sweeps.job_status import status
 from twoviews.tracking import NAME, parents, send
 from twoviews.tracking.mirror import reason
 from twoviews.tracking.sending import known, unsent
@@ -19,13 +19,13 @@ from twoviews.tracking.sending import known, unsent
 PARENT_S = 120.0  # longest wait for another launch that makes the parent run
 
 
-def prepare(sweep: Sweep, points: Sequence[Point], tracking: Mapping[str, Any]) -> None:
-    """Make database, experiment and parent run, alone and before any point begins; tell the points.
+def prepare(sweep: Sweep, jobs: Sequence[Job], tracking: Mapping[str, Any]) -> None:
+    """Make database, experiment and parent run, alone and before any job begins; tell the jobs.
 
     Args:
         sweep: its sweep.json gets the id of the parent run.
-        points: those that are to be children of it.
-        tracking: the node of the configuration that all points share.
+        jobs: those that are to be children of it.
+        tracking: the node of the configuration that all jobs share.
 
     Raises:
         BadInput: the store does not answer.
@@ -42,46 +42,46 @@ def prepare(sweep: Sweep, points: Sequence[Point], tracking: Mapping[str, Any]) 
             parent = parents.open_parent(uri, experiment, sweep.name, key, tags)
         with sweep.update() as record:
             record.update(parent=parent, parent_status="RUNNING")
-    swept = {point.digest: point.axes for point in sweep.points}  # those given may have more, to be told apart
+    swept = {job.digest: job.axes for job in sweep.jobs}  # those given may have more, to be told apart
     with ThreadPoolExecutor(WRITERS) as pool:
-        list(pool.map(lambda one: parents.adopt(one.folder, uri, experiment, parent, swept[one.digest]), points))
+        list(pool.map(lambda one: parents.adopt(one.folder, uri, experiment, parent, swept[one.digest]), jobs))
 
 
-def collect(sweep: Sweep, points: Sequence[Point]) -> int:
-    """Send what MLflow does not have of these points, nothing twice; the number of points left.
+def collect(sweep: Sweep, jobs: Sequence[Job]) -> int:
+    """Send what MLflow does not have of these jobs, nothing twice; the number of jobs left.
 
-    Points that nobody runs any more end there as result.json says, or as killed; the sweep ends when all have.
+    Jobs that nobody runs any more end there as result.json says, or as killed; the sweep ends when all have.
 
     Raises:
         BadInput: the store does not answer.
     """
-    states = look(sweep.points)
-    tracking = _tracking(sweep, points)
-    prepare(sweep, points, tracking)
+    states = status(sweep.jobs)
+    tracking = _tracking(sweep, jobs)
+    prepare(sweep, jobs, tracking)
     left = 0
-    for point in points:
-        if not (point.folder / NAME).exists():
+    for job in jobs:
+        if not (job.folder / NAME).exists():
             continue
         try:
-            send(point.folder, closed=not states[point.digest].active)
+            send(job.folder, closed=not states[job.digest].active)
         except Exception as error:  # one folder at fault must not keep the others
-            print(f"{point.digest} {point.label}: {unsent(point.folder)} numbers left ({reason(error)})")
+            print(f"{job.digest} {job.label}: {unsent(job.folder)} numbers left ({reason(error)})")
             left += 1
-    if status := _status([*states.values()]):
+    if ended := _parent_status([*states.values()]):
         with _answering():
-            parents.end_parent(tracking["uri"], tracking["experiment"], sweep.record["parent"], status)
+            parents.end_parent(tracking["uri"], tracking["experiment"], sweep.record["parent"], ended)
         with sweep.update() as record:
-            record["parent_status"] = status
+            record["parent_status"] = ended
     return left
 
 
 def deliver(sweep: Sweep, say: Callable[[str], None]) -> None:
-    """After the last point: MLflow gets what it does not have; what it does not take is said."""
-    states = look(sweep.points).values()
+    """After the last job: MLflow gets what it does not have; what it does not take is said."""
+    states = status(sweep.jobs).values()
     if not states or any(state.active for state in states) or not owed(sweep):
         return
     try:
-        left = collect(sweep, sweep.points)
+        left = collect(sweep, sweep.jobs)
     except BadInput as error:
         left = 1
         say(f"error: {error}")
@@ -91,9 +91,9 @@ def deliver(sweep: Sweep, say: Callable[[str], None]) -> None:
 
 def owed(sweep: Sweep) -> bool:
     """Whether MLflow lacks something of a sweep that nobody works on any more; without asking it."""
-    points, record = sweep.points, sweep.record
-    told = record["parent"] and record.get("parent_status") == _status([*look(points).values()])
-    return not told or not all(known(point.folder) for point in points if (point.folder / NAME).exists())
+    jobs, record = sweep.jobs, sweep.record
+    told = record["parent"] and record.get("parent_status") == _parent_status([*status(jobs).values()])
+    return not told or not all(known(job.folder) for job in jobs if (job.folder / NAME).exists())
 
 
 @contextmanager
@@ -110,14 +110,14 @@ def _answering() -> Iterator[None]:
         ) from error
 
 
-def _status(states: Sequence[State]) -> str:
-    """Of the parent, as MLflow calls it; empty while points are under way."""
+def _parent_status(states: Sequence[JobState]) -> str:
+    """Of the parent, as MLflow calls it; empty while jobs are under way."""
     if any(state.active for state in states):
         return ""
     return "FINISHED" if all(state.done for state in states) else "FAILED"
 
 
-def _tracking(sweep: Sweep, points: Sequence[Point]) -> dict[str, Any]:
+def _tracking(sweep: Sweep, jobs: Sequence[Job]) -> dict[str, Any]:
     if known := sweep.record.get("tracking"):
         return known
-    return foreign.load(points[0].folder / "config.yaml")["tracking"]
+    return foreign.load(jobs[0].folder / "config.yaml")["tracking"]

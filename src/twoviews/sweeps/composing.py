@@ -1,6 +1,6 @@
-"""The configurations of many points, at some milliseconds each.
+"""The configurations of many jobs, at some milliseconds each.
 
-Hydra composes a configuration in some tenths of a second, nearly all of them for choosing and merging files. Points of a
+Hydra composes a configuration in some tenths of a second, nearly all of them for choosing and merging files. Jobs of a
 sweep that choose the same files share that; what is left is what Hydra does last, setting the values one by one.
 """
 
@@ -19,15 +19,15 @@ from twoviews.config import CONF
 
 @dataclass
 class _Chosen:
-    """What points share that choose the same files and set the same keys; each sets them all, so nothing of one is left.
+    """What jobs share that choose the same files and set the same keys; each sets them all, so nothing of one is left.
 
     Args:
-        cfg: with the values of the last point.
+        cfg: with the values of the last job.
         content: the same, resolved.
         groups: the file that each group has, without Hydra's own groups and those that have several; empty if `compose`
             leaves out Hydra's node.
         linked: nodes with interpolations, whose values may change with any other.
-        values: the overrides of the last point, by key.
+        values: the overrides of the last job, by key.
     """
 
     cfg: DictConfig
@@ -49,7 +49,7 @@ class Composer:
     """Resolved configurations, without Hydra's own node, by their overrides.
 
     Args:
-        compose: Hydra's way from the overrides of a point to its configuration.
+        compose: Hydra's way from the overrides of a job to its configuration.
     """
 
     def __init__(self, compose: Callable[[list[str]], DictConfig]):
@@ -59,7 +59,7 @@ class Composer:
         self._chosen: dict[tuple[tuple[str, ...], frozenset[str]], _Chosen] = {}
 
     def __call__(self, overrides: Sequence[str]) -> dict[str, Any]:
-        """The resolved configuration of a point, to be read only: points share what they have in common.
+        """The resolved configuration of a job, to be read only: jobs share what they have in common.
 
         Raises:
             HydraException, OmegaConfBaseException: Hydra refuses an override.
@@ -81,7 +81,7 @@ class Composer:
         return chosen.content
 
     def choices(self, overrides: Sequence[str]) -> dict[str, Any]:
-        """The file that each group has in the configuration of a point that was composed before."""
+        """The file that each group has in the configuration of a job that was composed before."""
         choices, values = self._parted(overrides)
         return self._chosen[choices, frozenset(one.key_or_group for one in values)].groups
 
@@ -103,7 +103,7 @@ class Composer:
         return _Chosen(cfg, content, groups, linked)
 
     def text(self, content: Mapping[str, Any]) -> str:
-        """A configuration as YAML that OmegaConf reads back; the text of a node that several points have is made once."""
+        """A configuration as YAML that OmegaConf reads back; the text of a node that several jobs have is made once."""
         nodes = [{key: value} for key, value in content.items()]
         for node in nodes:
             if repr(node) not in self._texts:

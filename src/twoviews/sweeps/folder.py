@@ -1,7 +1,7 @@
-"""A sweep is a folder, and a point is a run folder in it that is named by the digest of its configuration.
+"""A sweep is a folder, and a job is a run folder in it that is named by the digest of its configuration.
 
-    multirun/<name>/sweep.json         what was launched: axes, points, launcher, MLflow's parent run
-    multirun/<name>/code/<digest>/     the code that points run, as it was when they were submitted
+    multirun/<name>/sweep.json         what was launched: axes, jobs, launcher, MLflow's parent run
+    multirun/<name>/code/<digest>/     the code that jobs run, as it was when they were submitted
     multirun/<name>/<digest>/          a run folder, made whole with its config.yaml and
         point.json                     values of the axes, overrides, choices of groups, where it runs, which code
         state.json                     what became of it; written by its supervisor alone
@@ -28,12 +28,12 @@ from filelock import FileLock, Timeout
 from twoviews import foreign
 from twoviews.errors import BadInput, nearest
 from twoviews.signatures import complaint
-from twoviews.sweeps.words import text
+from twoviews.sweeps.formatting import text
 from twoviews.tracking.metrics import read
 from twoviews.tracking.state import replace
 
 MULTIRUN = Path("multirun")
-WRITERS = 32  # points whose files are written at once: each waits for the disk some milliseconds
+WRITERS = 32  # jobs whose files are written at once: each waits for the disk some milliseconds
 _KEYS = {"slurm_id": "job"}  # of state.json and sweep.json, by attribute, where the names differ
 _FIELDS = {key: name for name, key in _KEYS.items()}
 LOCK_S = 60.0  # longest wait for another process that changes sweep.json, which takes milliseconds
@@ -55,8 +55,8 @@ Name = Literal[
 
 
 @dataclass(frozen=True)
-class State:
-    """What became of a point. Times are unix seconds."""
+class JobState:
+    """What became of a job. Times are unix seconds."""
 
     state: Name = "QUEUED"
     slurm_id: str | None = None  # id of the SLURM job, as 12_3 for a task of an array; "job" in state.json
@@ -82,7 +82,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Point:
+class Job:
     """One run of a sweep.
 
     Args:
@@ -119,16 +119,16 @@ class Point:
         return foreign.load(self.folder / "point.json", needed=True)
 
     @property
-    def state(self) -> State:
-        """What the supervisor wrote last, QUEUED before that; `Dispatch.look` compares it with the scheduler."""
-        known, path = {field.name for field in fields(State)}, self.folder / "state.json"
+    def state(self) -> JobState:
+        """What the supervisor wrote last, QUEUED before that; `job_status.status` compares it with the scheduler."""
+        known, path = {field.name for field in fields(JobState)}, self.folder / "state.json"
         content = {_FIELDS.get(key, key): value for key, value in foreign.load(path).items()}
         content = {key: value for key, value in content.items() if key in known}
         if content and (wrong := complaint(content["state"], Name)):
             raise foreign.damaged(path, f"state={content['state']} {wrong}")
-        return State(**content)
+        return JobState(**content)
 
-    def write(self, state: State) -> None:
+    def write(self, state: JobState) -> None:
         """Replace state.json; only for the supervisor that holds `lock`."""
         content = {_KEYS.get(name, name): value for name, value in asdict(state).items()}
         replace(self.folder / "state.json", json.dumps(content, indent=1) + "\n")
@@ -156,8 +156,8 @@ class Point:
 
 
 @dataclass(frozen=True)
-class New:
-    """A point to be.
+class JobSpec:
+    """A job to be.
 
     Args:
         digest: of the configuration.
@@ -226,7 +226,7 @@ class Sweep:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The content of sweep.json: name, created, commands, launcher, axes, parent, commit, points."""
+        """The content of sweep.json: name, created, commands, launcher, axes, parent, commit, jobs."""
         return foreign.load(self.folder / "sweep.json")
 
     @contextmanager
@@ -256,7 +256,7 @@ class Sweep:
             ) from error
 
     @property
-    def points(self) -> list[Point]:
+    def jobs(self) -> list[Job]:
         """In the order in which they were added."""
         keys = ("job", "submitted", "cancelled", "given_up", "refused")
         for digest, known in self.record["points"].items():
@@ -266,10 +266,10 @@ class Sweep:
                 slurm_id is None or re.fullmatch(r"\d+(_\d+)?", slurm_id)
             ):
                 raise BadInput(
-                    f"{self.folder / 'sweep.json'} is refused: it has a point {digest!r} with job {slurm_id!r}."
+                    f"{self.folder / 'sweep.json'} is refused: it has a job {digest!r} with the SLURM id {slurm_id!r}."
                 )
         return [
-            Point(
+            Job(
                 self.folder / digest,
                 known["axes"],
                 **{_FIELDS.get(key, key): known[key] for key in keys if key in known},
@@ -289,58 +289,58 @@ class Sweep:
 
     @property
     def launching(self) -> FileLock:
-        """Held by the process that works through this sweep's points on this machine."""
+        """Held by the process that works through this sweep's jobs on this machine."""
         return FileLock(self.folder / ".launcher.lock")
 
-    def add(self, points: Sequence[New], command: str = "", **facts: Any) -> list[Point]:
-        """Make the folders of the points that are not there yet, and record all; `facts` go into sweep.json.
+    def add(self, jobs: Sequence[JobSpec], command: str = "", **facts: Any) -> list[Job]:
+        """Make the folders of the jobs that are not there yet, and record all; `facts` go into sweep.json.
 
         The command that adds them is kept beside those before it, unless it is one of them.
 
         The point.json of a folder that is there is renewed, because the code that it is to run may be another one, and so
-        is its config.yaml, which says the same in the options of that code, unless the point is finished.
+        is its config.yaml, which says the same in the options of that code, unless the job is finished.
         """
         with self.update() as record:
             record.update(facts)
             if command not in ("", *(commands := _commands(record))):
                 record["commands"] = [*commands, command]
             with ThreadPoolExecutor(WRITERS) as pool:
-                list(pool.map(self._make, points))
-            for new in points:
+                list(pool.map(self._make, jobs))
+            for new in jobs:
                 record["points"].setdefault(new.digest, {"axes": dict(new.axes)})
                 for key, value in new.axes.items():
                     values = record["axes"].setdefault(key, [])
                     if value not in values:
                         values.append(value)
-        wanted = {new.digest for new in points}
-        return [point for point in self.points if point.digest in wanted]
+        wanted = {new.digest for new in jobs}
+        return [job for job in self.jobs if job.digest in wanted]
 
     def submitted(self, slurm_ids: Mapping[str, str | None], when: float) -> None:
-        """Record that these points were submitted at that time: SLURM's id by digest, None where it is not SLURM."""
+        """Record that these jobs were submitted at that time: SLURM's id by digest, None where it is not SLURM."""
         with self.update() as record:
             for digest, slurm_id in slurm_ids.items():
                 record["points"][digest].update(job=slurm_id, submitted=when, refused="")
 
     def refused(self, digests: Sequence[str], reason: str) -> None:
-        """Record that the scheduler does not take these points, and why; until they are submitted."""
+        """Record that the scheduler does not take these jobs, and why; until they are submitted."""
         with self.update() as record:
             for digest in digests:
                 record["points"][digest]["refused"] = reason
 
     def cancelled(self, digests: Sequence[str]) -> None:
-        """Record that these points are cancelled now: SLURM forgets tasks that never began."""
+        """Record that these jobs are cancelled now: SLURM forgets tasks that never began."""
         with self.update() as record:
             for digest in digests:
                 record["points"][digest]["cancelled"] = time.time()
 
     def given_up(self, digests: Sequence[str], reason: str) -> None:
-        """Record that nobody wants these points any more, and why."""
+        """Record that nobody wants these jobs any more, and why."""
         with self.update() as record:
             for digest in digests:
                 record["points"][digest]["given_up"] = reason
 
-    def _make(self, new: New) -> None:
-        """The folder of a point: whole or not at all."""
+    def _make(self, new: JobSpec) -> None:
+        """The folder of a job: whole or not at all."""
         folder = self.folder / new.digest
         description = {"digest": new.digest, "axes": dict(new.axes), "overrides": list(new.overrides), **new.more}
         text = json.dumps(description, indent=1) + "\n"

@@ -1,4 +1,4 @@
-"""From the combinations that a sweeper made to points of a sweep, checked before anything starts."""
+"""From the combinations that a sweeper made to jobs of a sweep, checked before anything starts."""
 
 import hashlib
 import json
@@ -24,11 +24,11 @@ from twoviews.diagnosis import diagnose
 from twoviews.errors import BadInput
 from twoviews.sweeps import collecting
 from twoviews.sweeps.composing import Composer
-from twoviews.sweeps.dispatch import POLL_S, Dispatch
-from twoviews.sweeps.folder import New, Point, State, Sweep
+from twoviews.sweeps.folder import Job, JobSpec, JobState, Sweep
+from twoviews.sweeps.formatting import counted
+from twoviews.sweeps.job_status import status
+from twoviews.sweeps.launcher import POLL_S, Launcher
 from twoviews.sweeps.plan import plan
-from twoviews.sweeps.truth import look
-from twoviews.sweeps.words import counted
 from twoviews.tracking import stores
 
 LEFT_OUT = 5  # files that are named
@@ -41,7 +41,7 @@ class Options:
 
     Args:
         name: of the folder below multirun/; None: <method>-<data>-<digest of what is fixed and which keys are swept>.
-        wait: stay until the last point ended, where a cluster runs them.
+        wait: stay until the last job ended, where a cluster runs them.
         plan: say what would be started, and start nothing.
     """
 
@@ -71,9 +71,9 @@ class Launch:
         typed = _parsed(list(config.hydra.overrides.task))
         for one in config.hydra.overrides.hydra:
             if not one.lstrip("+~").startswith(_HYDRAS):
-                raise BadInput(f"{one} would not reach the points of a sweep; leave it out, or leave out -m.")
+                raise BadInput(f"{one} would not reach the jobs of a sweep; leave it out, or leave out -m.")
         self.swept = [one.get_key_element() for one in typed if one.is_sweep_override()]
-        self.launcher = check_plugin(config, "launcher")
+        self.launcher_config = check_plugin(config, "launcher")
         called = self.options.name or name(config, self.swept)
         if not re.fullmatch(r"[\w+-][\w.+-]*", called):
             raise BadInput(f"sweep.name={called} is not the name of a folder; use letters, digits and any of . _ + -")
@@ -83,21 +83,21 @@ class Launch:
         if self.tracking["mirror"]:
             stores.check(self.tracking["uri"])
         stores.remember(self.tracking["uri"])
-        self.dispatch: Dispatch = build(DictConfig(self.launcher))
+        self.launcher: Launcher = build(DictConfig(self.launcher_config))
         self.protocols = [*(config.get("protocol") or {})]  # whose values result.json will have
         self._composer = Composer(compose)
         self._here: dict[str, str] = {}
 
-    def points(self, combinations: Sequence[Sequence[str]]) -> list[New]:
-        """The points of these combinations, each checked; those with the same configuration are one.
+    def jobs(self, combinations: Sequence[Sequence[str]]) -> list[JobSpec]:
+        """The jobs of these combinations, each checked; those with the same configuration are one.
 
         Raises:
-            BadInput: a value is wrong, with the point it is in.
+            BadInput: a value is wrong, with the job it is in.
         """
         return composed(self._composer, combinations, self.swept)
 
-    def add(self, new: Sequence[New]) -> tuple[Sweep, list[Point]]:
-        """Make the folders of these points, with the code as it was at the first call."""
+    def add(self, new: Sequence[JobSpec]) -> tuple[Sweep, list[Job]]:
+        """Make the folders of these jobs, with the code as it was at the first call."""
         sweep = Sweep(self.folder)
         if not self._here:
             self._say_left_out(new)
@@ -106,117 +106,117 @@ class Launch:
             copy = freeze(sweep.folder / "code")
             self._here = {"cwd": str(Path.cwd()), "code": str(copy)}
             launched.remember(content(copy))
-            launched.remember(json.dumps(self.launcher, sort_keys=True))
+            launched.remember(json.dumps(self.launcher_config, sort_keys=True))
         new = [replace(one, more={**one.more, **self._here}) for one in new]
-        points = sweep.add(
-            new, command=shlex.join(["python", *sys.argv]), launcher=self.launcher, commit=code_state()[0]
+        jobs = sweep.add(
+            new, command=shlex.join(["python", *sys.argv]), launcher=self.launcher_config, commit=code_state()[0]
         )
-        return sweep, points
+        return sweep, jobs
 
-    def _say_left_out(self, new: Sequence[New]) -> None:
+    def _say_left_out(self, new: Sequence[JobSpec]) -> None:
         files = left_out()
         modules = {file: file.removeprefix("src/").removesuffix(".py").replace("/", ".") for file in files}
         for file, module in modules.items():
             if any(f"_target_: {module}." in one.config for one in new):
                 raise BadInput(
-                    f"{file} is not tracked by git, so points would not have it; `git add {file}` changes that."
+                    f"{file} is not tracked by git, so jobs would not have it; `git add {file}` changes that."
                 )
         if files:
             named = ", ".join(files[:LEFT_OUT]) + (" …" if len(files) > LEFT_OUT else "")
             self.console.say(f"code      without {counted(len(files), 'file')} that git does not track: {named}")
 
-    def prepare(self, sweep: Sweep, points: Sequence[Point]) -> None:
-        """Before points run: MLflow's run for the sweep, if the points are mirrored there.
+    def prepare(self, sweep: Sweep, jobs: Sequence[Job]) -> None:
+        """Before jobs run: MLflow's run for the sweep, if the jobs are mirrored there.
 
         Raises:
             BadInput: MLflow does not answer.
         """
-        if points and self.tracking["mirror"]:
-            collecting.prepare(sweep, points, self.tracking)
+        if jobs and self.tracking["mirror"]:
+            collecting.prepare(sweep, jobs, self.tracking)
 
     def deliver(self, sweep: Sweep) -> None:
-        """After the last point: MLflow gets what it does not have, if the points are mirrored there."""
+        """After the last job: MLflow gets what it does not have, if the jobs are mirrored there."""
         if self.tracking["mirror"]:
             collecting.deliver(sweep, self.console.say)
 
-    def end(self, sweep: Sweep, points: Sequence[Point]) -> int:
-        """Say what became of these points; the exit code: 0, or 1 when points failed."""
-        points = [known for known in sweep.points if known.digest in {point.digest for point in points}]
-        return report(sweep, points, self.dispatch.look(points), self.console)
+    def end(self, sweep: Sweep, jobs: Sequence[Job]) -> int:
+        """Say what became of these jobs; the exit code: 0, or 1 when jobs failed."""
+        jobs = [known for known in sweep.jobs if known.digest in {job.digest for job in jobs}]
+        return report(sweep, jobs, status(jobs), self.console)
 
 
 def launch(order: Launch, combinations: Sequence[Sequence[str]]) -> int:
-    """Start what is missing of a sweep; the exit code: 0, or 1 when points failed.
+    """Start what is missing of a sweep; the exit code: 0, or 1 when jobs failed.
 
     Args:
         order: what was typed.
-        combinations: overrides of each point.
+        combinations: overrides of each job.
 
     Raises:
-        BadInput: a point is not right; nothing was started.
+        BadInput: a job is not right; nothing was started.
         SystemExit: a signal stopped it.
     """
-    new = order.points(combinations)
+    new = order.jobs(combinations)
     if order.options.plan:
-        there = Sweep(order.folder).points if (order.folder / "sweep.json").exists() else []
-        plan(order.folder, new, look(there), order.dispatch, order.console)
+        there = Sweep(order.folder).jobs if (order.folder / "sweep.json").exists() else []
+        plan(order.folder, new, status(there), order.launcher, order.console)
         return 0
-    sweep, points = order.add(new)
-    now = look(points)
-    todo = [point for point in points if not (now[point.digest].active or now[point.digest].done)]
-    say(sweep, points, now, todo, order.console)
+    sweep, jobs = order.add(new)
+    now = status(jobs)
+    todo = [job for job in jobs if not (now[job.digest].active or now[job.digest].done)]
+    say(sweep, jobs, now, todo, order.console)
     if todo:
-        order.prepare(sweep, points)
+        order.prepare(sweep, jobs)
     try:
-        order.dispatch.submit(todo)
+        order.launcher.submit(todo)
         if order.options.wait:
-            wait(order.dispatch, [known for known in sweep.points if known.digest in now], order.console)
+            wait([known for known in sweep.jobs if known.digest in now], order.console)
     finally:
         order.deliver(sweep)
-    return order.end(sweep, points)
+    return order.end(sweep, jobs)
 
 
-def again(sweep: Sweep, points: Sequence[Point]) -> None:
-    """Run points as they were launched, from their checkpoints and with the code they had.
+def again(sweep: Sweep, jobs: Sequence[Job]) -> None:
+    """Run jobs as they were launched, from their checkpoints and with the code they had.
 
     Raises:
         BadInput: this user launched no such code or no such launcher: what came from elsewhere is not run.
     """
-    code = {point.description["code"] for point in points}
+    code = {job.description["code"] for job in jobs}
     known = all(launched.remembered(content(Path(one))) for one in code)
     launcher = sweep.record["launcher"]
-    if points and not (known and launched.remembered(json.dumps(launcher, sort_keys=True))):
+    if jobs and not (known and launched.remembered(json.dumps(launcher, sort_keys=True))):
         raise BadInput(
             f"{sweep.folder} has code or a launcher that was not launched from here, so nothing of it is run; launch the "
             "sweep with `train.py -m` and sweep.name= again, which goes on from its checkpoints with the code of this checkout."
         )
-    for point in points:
-        stores.refuse_unknown(foreign.load(point.folder / "config.yaml").get("tracking", {}).get("uri"))
-    build(launcher).submit(points)
+    for job in jobs:
+        stores.refuse_unknown(foreign.load(job.folder / "config.yaml").get("tracking", {}).get("uri"))
+    build(launcher).submit(jobs)
 
 
-def wait(dispatch: Dispatch, points: Sequence[Point], console: Console) -> None:
-    """Return when nobody runs any of these points any more; say what happens meanwhile."""
+def wait(jobs: Sequence[Job], console: Console) -> None:
+    """Return when nobody runs any of these jobs any more; say what happens meanwhile."""
     before: dict[str, str] = {}
     while True:
-        now = dispatch.look(points)
-        for point in points:
-            state = now[point.digest]
-            if before.get(point.digest, state.state) != state.state:
-                console.say(f"{point.label}: {state.state}{': ' if state.reason else ''}{state.reason}")
-            before[point.digest] = state.state
+        now = status(jobs)
+        for job in jobs:
+            state = now[job.digest]
+            if before.get(job.digest, state.state) != state.state:
+                console.say(f"{job.label}: {state.state}{': ' if state.reason else ''}{state.reason}")
+            before[job.digest] = state.state
         if not any(state.active for state in now.values()):
             return
         time.sleep(POLL_S)
 
 
-def composed(composer: Composer, combinations: Sequence[Sequence[str]], swept: Sequence[str]) -> list[New]:
-    """The points of these combinations, each checked; those with the same configuration are one.
+def composed(composer: Composer, combinations: Sequence[Sequence[str]], swept: Sequence[str]) -> list[JobSpec]:
+    """The jobs of these combinations, each checked; those with the same configuration are one.
 
     Raises:
-        BadInput: a value is wrong, with the point it is in.
+        BadInput: a value is wrong, with the job it is in.
     """
-    found: dict[str, New] = {}
+    found: dict[str, JobSpec] = {}
     for combination in combinations:
         parsed = [composer.parse(override) for override in combination]
         axes = {one.key_or_group: _plain(one.value()) for one in parsed if one.get_key_element() in swept}
@@ -230,18 +230,18 @@ def composed(composer: Composer, combinations: Sequence[Sequence[str]], swept: S
             said = error.messages if isinstance(error, BadInput) else diagnose("train", list(combination), error)
             if len(combinations) > 1 and " has no key " in said[0]:
                 said[0] += (
-                    " What not all points have is for a launch of those that do, which may have the same sweep.name=."
+                    " What not all jobs have is for a launch of those that do, which may have the same sweep.name=."
                 )
             values = " ".join(f"{key}={value}" for key, value in axes.items())
-            raise BadInput(*(f"point {values}: {one}" if values else one for one in said)) from error
+            raise BadInput(*(f"job {values}: {one}" if values else one for one in said)) from error
         more = {"choices": composer.choices(combination)}
-        one = New(digest(content), axes, combination, composer.text(frozen(content)), more)
+        one = JobSpec(digest(content), axes, combination, composer.text(frozen(content)), more)
         found.setdefault(one.digest, one)
     return list(found.values())
 
 
 def frozen(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A point's configuration with nothing left that depends on where and when it runs."""
+    """A job's configuration with nothing left that depends on where and when it runs."""
     tracking = {**content["tracking"], "uri": stores.resolved(content["tracking"]["uri"])}
     return {key: value for key, value in content.items() if key != "sweep"} | {"tracking": tracking}
 
@@ -268,38 +268,36 @@ FREE = (
 )  # may change between launches of one sweep
 
 
-def say(
-    sweep: Sweep, points: Sequence[Point], now: Mapping[str, State], todo: Sequence[Point], console: Console
-) -> None:
+def say(sweep: Sweep, jobs: Sequence[Job], now: Mapping[str, JobState], todo: Sequence[Job], console: Console) -> None:
     """What was found and what begins."""
     counts = {
-        "finished": sum(now[point.digest].state == "FINISHED" for point in points),
-        "given up by a search": sum(now[point.digest].state == "PRUNED" for point in points),
-        "running or queued already": sum(now[point.digest].active for point in points),
+        "finished": sum(now[job.digest].state == "FINISHED" for job in jobs),
+        "given up by a search": sum(now[job.digest].state == "PRUNED" for job in jobs),
+        "running or queued already": sum(now[job.digest].active for job in jobs),
         "to run": len(todo),
     }
     found = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    console.say(f"sweep {sweep.name}: {counted(len(points), 'point')}, {found}; {sweep.folder}")
+    console.say(f"sweep {sweep.name}: {counted(len(jobs), 'job')}, {found}; {sweep.folder}")
 
 
-def report(sweep: Sweep, points: Sequence[Point], now: Mapping[str, State], console: Console) -> int:
-    """One line for each point that failed, and the exit code."""
-    failed = [point for point in points if not (now[point.digest].active or now[point.digest].done)]
-    active = sum(now[point.digest].active for point in points)
-    pruned = sum(now[point.digest].state == "PRUNED" for point in points)
-    finished = len(points) - active - pruned - len(failed)
+def report(sweep: Sweep, jobs: Sequence[Job], now: Mapping[str, JobState], console: Console) -> int:
+    """One line for each job that failed, and the exit code."""
+    failed = [job for job in jobs if not (now[job.digest].active or now[job.digest].done)]
+    active = sum(now[job.digest].active for job in jobs)
+    pruned = sum(now[job.digest].state == "PRUNED" for job in jobs)
+    finished = len(jobs) - active - pruned - len(failed)
     others = (f", {pruned} given up by a search" if pruned else "") + (
         f", {active} queued or running" if active else ""
     )
-    console.say(f"sweep {sweep.name}: {finished:,} of {counted(len(points), 'point')} finished{others}")
-    for point in failed:
-        state = now[point.digest]
-        console.say(f"  {state.state} {point.label}: {state.reason}")
+    console.say(f"sweep {sweep.name}: {finished:,} of {counted(len(jobs), 'job')} finished{others}")
+    for job in failed:
+        state = now[job.digest]
+        console.say(f"  {state.state} {job.label}: {state.reason}")
     if active:
         console.say(f"`python -m twoviews.sweep status {shlex.quote(sweep.name)}` shows how they are.")
     if failed:
         console.say(
-            f"{counted(len(failed), 'point')} did not finish; `python -m twoviews.sweep logs {shlex.quote(sweep.name)} <point>` "
+            f"{counted(len(failed), 'job')} did not finish; `python -m twoviews.sweep logs {shlex.quote(sweep.name)} <job>` "
             "shows what one printed, and the same command runs them again."
         )
     return 1 if failed else 0

@@ -1,6 +1,6 @@
-"""The points of a sweep on this machine: one after the other, or several at once with leases on GPUs or cores.
+"""The jobs of a sweep on this machine: one after the other, or several at once with leases on GPUs or cores.
 
-The dispatch of this machine stays in the foreground. Ctrl-C and SIGTERM stop the points with checkpoints; if it is
+The launcher of this machine stays in the foreground. Ctrl-C and SIGTERM stop the jobs with checkpoints; if it is
 killed otherwise, the supervisors notice and do the same.
 """
 
@@ -22,17 +22,17 @@ from filelock import FileLock, Timeout
 from twoviews.console import Console, duration
 from twoviews.errors import BadInput
 from twoviews.ranges import Count
-from twoviews.sweeps.dispatch import Dispatch, Feed, alone
-from twoviews.sweeps.folder import Point, Sweep
+from twoviews.sweeps.folder import Job, Sweep
+from twoviews.sweeps.job_status import status
+from twoviews.sweeps.launcher import JobSource, Launcher, alone
 from twoviews.sweeps.supervise import LOG
-from twoviews.sweeps.truth import look
 
 DRIVER = Path("/dev/nvidiactl")  # as in fallbacks.py, which imports torch
 
 
 @dataclass
 class Slot:
-    """Room for one point on this machine.
+    """Room for one job on this machine.
 
     Args:
         name: of the lease, the same for all sweeps of this user; empty for none.
@@ -62,80 +62,80 @@ class Slot:
             self.lease.release()
 
 
-class Local(Dispatch):
-    """One point after the other, each with the whole machine."""
+class Local(Launcher):
+    """One job after the other, each with the whole machine."""
 
-    def room(self) -> int:
+    def free_slots(self) -> int:
         """One."""
         return 1
 
-    def submit(self, points: Sequence[Point]) -> None:
-        """Run the points; return when the last one ended.
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Run the jobs; return when the last one ended.
 
         Raises:
             SystemExit: a signal stopped them; its code is 128 + the signal's number.
         """
-        work(points, [Slot()])
+        work(jobs, [Slot()])
 
-    def serve(self, sweep: Sweep, feed: Feed) -> None:
-        """Run points as they are given.
+    def serve(self, sweep: Sweep, feed: JobSource) -> None:
+        """Run jobs as they are given.
 
         Raises:
             SystemExit: a signal stopped them; its code is 128 + the signal's number.
         """
-        serve(sweep, feed, [Slot()], self.room())
+        serve(sweep, feed, [Slot()], self.free_slots())
 
-    def cancel(self, points: Sequence[Point]) -> None:
+    def cancel(self, jobs: Sequence[Job]) -> None:
         """Stop those that run; the launcher goes on with the next."""
-        stop(points)
+        stop(jobs)
 
 
-class Pool(Dispatch):
-    """Several points at once, each with a GPU or a share of one, or with cores of its own.
+class Pool(Launcher):
+    """Several jobs at once, each with a GPU or a share of one, or with cores of its own.
 
     Args:
-        at_once: points that run together at most; None is as many as there is room for.
+        at_once: jobs that run together at most; None is as many as there is room for.
         points_per_gpu: how many share a GPU, where there are GPUs.
-        cores_per_point: CPU cores of a point; without GPUs they say how many there is room for.
+        cores_per_point: CPU cores of a job; without GPUs they say how many there is room for.
     """
 
     def __init__(self, at_once: Count | None, points_per_gpu: Count, cores_per_point: Count):
         self.at_once, self.points_per_gpu, self.cores_per_point = at_once, points_per_gpu, cores_per_point
 
-    def submit(self, points: Sequence[Point]) -> None:
-        """Run the points; return when the last one ended.
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Run the jobs; return when the last one ended.
 
         Raises:
-            BadInput: a point wants more cores than there are.
+            BadInput: a job wants more cores than there are.
             SystemExit: a signal stopped them; its code is 128 + the signal's number.
         """
         self._say_missed()
-        work(points, self.slots(), self.at_once)
+        work(jobs, self.slots(), self.at_once)
 
-    def room(self) -> int:
+    def free_slots(self) -> int:
         """The limit that was given, or what there is room for."""
         return min(self.at_once or sys.maxsize, len(self.slots()))
 
-    def serve(self, sweep: Sweep, feed: Feed) -> None:
-        """Run points as they are given.
+    def serve(self, sweep: Sweep, feed: JobSource) -> None:
+        """Run jobs as they are given.
 
         Raises:
-            BadInput: a point wants more cores than there are.
+            BadInput: a job wants more cores than there are.
             SystemExit: a signal stopped them; its code is 128 + the signal's number.
         """
         self._say_missed()
-        serve(sweep, feed, self.slots(), self.room())
+        serve(sweep, feed, self.slots(), self.free_slots())
 
     def _say_missed(self) -> None:
-        """A line where points are dealt out to cores, though there is a GPU whose driver nobody can ask."""
+        """A line where jobs are dealt out to cores, though there is a GPU whose driver nobody can ask."""
         if "CUDA_VISIBLE_DEVICES" not in os.environ and not gpus() and DRIVER.exists():
             Console().say(
-                "slower    points share the cores: this machine has a GPU, and nvidia-smi, which is missing or fails, does not "
+                "slower    jobs share the cores: this machine has a GPU, and nvidia-smi, which is missing or fails, does not "
                 "name it; CUDA_VISIBLE_DEVICES=0 before the command does."
             )
 
     def slots(self) -> list[Slot]:
-        """Room for points on this machine, taken or not.
+        """Room for jobs on this machine, taken or not.
 
         Raises:
             BadInput: there is none.
@@ -154,9 +154,9 @@ class Pool(Dispatch):
             for first in range(0, cores - self.cores_per_point + 1, self.cores_per_point)
         ]
 
-    def cancel(self, points: Sequence[Point]) -> None:
+    def cancel(self, jobs: Sequence[Job]) -> None:
         """Stop those that run; the launcher goes on with the next."""
-        stop(points)
+        stop(jobs)
 
 
 def gpus() -> list[str]:
@@ -171,50 +171,48 @@ def gpus() -> list[str]:
     return asked.stdout.split() if asked.returncode == 0 else []
 
 
-def stop(points: Sequence[Point]) -> None:
-    """Ask the supervisors of these points, as far as they run here, to stop with a checkpoint."""
-    for point in points:
+def stop(jobs: Sequence[Job]) -> None:
+    """Ask the supervisors of these jobs, as far as they run here, to stop with a checkpoint."""
+    for job in jobs:
         for process in Path("/proc").glob("[0-9]*/cmdline"):
             try:
                 words = process.read_bytes().split(b"\0")
             except OSError:
                 continue
-            if b"twoviews.sweeps.supervise" in words and os.fsencode(point.folder) in words:
+            if b"twoviews.sweeps.supervise" in words and os.fsencode(job.folder) in words:
                 os.kill(int(process.parent.name), signal.SIGTERM)
 
 
-def work(points: Sequence[Point], slots: Sequence[Slot], at_once: int | None = None) -> None:
-    """Run points of one sweep in slots of this machine, in their order.
+def work(jobs: Sequence[Job], slots: Sequence[Slot], at_once: int | None = None) -> None:
+    """Run jobs of one sweep in slots of this machine, in their order.
 
     Raises:
         SystemExit: a signal stopped them; its code is 128 + the signal's number.
     """
-    if not points:
+    if not jobs:
         return
-    sweep, console = Sweep(points[0].folder.parent), Console()
+    sweep, console = Sweep(jobs[0].folder.parent), Console()
     with alone(sweep, console):
-        now = look(points)
-        queue = deque(
-            _submitted(sweep, [one for one in points if now[one.digest].state not in ("FINISHED", "RUNNING")])
-        )
+        now = status(jobs)
+        queue = deque(_submitted(sweep, [one for one in jobs if now[one.digest].state not in ("FINISHED", "RUNNING")]))
         count = len(queue)
 
-        def feed(room: int) -> list[Point] | None:
+        def feed(room: int) -> list[Job] | None:
             given = [queue.popleft() for _ in range(min(room, len(queue)))]
             return given if given or queue else None
 
         _work(feed, slots, at_once or len(slots), console, f"/{count}")
 
 
-def serve(sweep: Sweep, feed: Feed, slots: Sequence[Slot], at_once: int) -> None:
-    """Run points of a sweep in slots of this machine as they are given.
+def serve(sweep: Sweep, feed: JobSource, slots: Sequence[Slot], at_once: int) -> None:
+    """Run jobs of a sweep in slots of this machine as they are given.
 
     Raises:
         SystemExit: a signal stopped them; its code is 128 + the signal's number.
     """
     console = Console()
 
-    def submitting(room: int) -> Sequence[Point] | None:
+    def submitting(room: int) -> Sequence[Job] | None:
         given = feed(room)
         return _submitted(sweep, given) if given else given
 
@@ -222,11 +220,11 @@ def serve(sweep: Sweep, feed: Feed, slots: Sequence[Slot], at_once: int) -> None
         _work(submitting, slots, at_once, console, "")
 
 
-def _submitted(sweep: Sweep, points: Sequence[Point]) -> list[Point]:
-    """These points, recorded as submitted just now."""
+def _submitted(sweep: Sweep, jobs: Sequence[Job]) -> list[Job]:
+    """These jobs, recorded as submitted just now."""
     when = time.time()
-    sweep.submitted({point.digest: None for point in points}, when)
-    return [replace(point, slurm_id=None, submitted=when) for point in points]
+    sweep.submitted({job.digest: None for job in jobs}, when)
+    return [replace(job, slurm_id=None, submitted=when) for job in jobs]
 
 
 class _Signals:
@@ -246,10 +244,10 @@ class _Signals:
         self.number = self.number or number
 
 
-def _work(feed: Feed, slots: Sequence[Slot], at_once: int, console: Console, of: str) -> None:
+def _work(feed: JobSource, slots: Sequence[Slot], at_once: int, console: Console, of: str) -> None:
     """Until there is nothing more to run, or a signal came."""
-    queue: deque[tuple[int, Point]] = deque()
-    running: list[tuple[int, Point, Slot, subprocess.Popen]] = []
+    queue: deque[tuple[int, Job]] = deque()
+    running: list[tuple[int, Job, Slot, subprocess.Popen]] = []
     count, more, waiting_said = 0, True, False
     with _Signals() as signals:
         while more or queue or running:
@@ -270,9 +268,9 @@ def _work(feed: Feed, slots: Sequence[Slot], at_once: int, console: Console, of:
             busy = [slot for _, _, slot, _ in running]
             for slot in slots:
                 if queue and len(running) < at_once and slot not in busy and slot.take():
-                    number, point = queue.popleft()
-                    running.append((number, point, slot, _start(point, slot)))
-                    console.say(f"[{number}{of}] {point.label}: begins; {point.folder / LOG}")
+                    number, job = queue.popleft()
+                    running.append((number, job, slot, _start(job, slot)))
+                    console.say(f"[{number}{of}] {job.label}: begins; {job.folder / LOG}")
             if queue and not running and not waiting_said:
                 waiting_said = True
                 console.say("everything this pool could use is leased to another one; waiting …")
@@ -285,19 +283,19 @@ def _work(feed: Feed, slots: Sequence[Slot], at_once: int, console: Console, of:
         sys.exit(128 + signals.number)
 
 
-def _start(point: Point, slot: Slot) -> subprocess.Popen:
-    code = point.description["code"]
+def _start(job: Job, slot: Slot) -> subprocess.Popen:
+    code = job.description["code"]
     paths = os.pathsep.join(filter(None, [str(Path(code) / "src"), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
-        [sys.executable, "-m", "twoviews.sweeps.supervise", str(point.folder), repr(point.submitted)],
+        [sys.executable, "-m", "twoviews.sweeps.supervise", str(job.folder), repr(job.submitted)],
         stdin=subprocess.DEVNULL,
         env={**os.environ, **slot.environment, "PYTHONPATH": paths},
         start_new_session=True,  # Ctrl-C in the terminal comes to this process alone, which passes it on once
     )
 
 
-def _outcome(point: Point) -> str:
-    state, result = point.state, point.result
+def _outcome(job: Job) -> str:
+    state, result = job.state, job.result
     if state.state != "FINISHED":
         return f"{state.state}: {state.reason}"
     knn = f", kNN {result['knn/top1']:.2f} %" if "knn/top1" in result else ""

@@ -1,7 +1,7 @@
-"""What a sweep will take, before anything is spent: points, time, device hours and disk.
+"""What a sweep will take, before anything is spent: jobs, time, device hours and disk.
 
-Finished points of the same sweep say how long one takes; without any, the first steps of a point are trained and measured,
-in a folder that is thrown away. Points that differ in what a step costs are measured each, a few of them at most.
+Finished jobs of the same sweep say how long one takes; without any, the first steps of a job are trained and measured,
+in a folder that is thrown away. Jobs that differ in what a step costs are measured each, a few of them at most.
 """
 
 import json
@@ -21,15 +21,15 @@ from typing import Any
 
 from twoviews.config import ROOT
 from twoviews.console import Console, duration, in_bytes
-from twoviews.sweeps.dispatch import Dispatch
-from twoviews.sweeps.folder import New, State, Sweep
+from twoviews.sweeps.folder import JobSpec, JobState, Sweep
+from twoviews.sweeps.formatting import counted, text
+from twoviews.sweeps.launcher import Launcher
 from twoviews.sweeps.results import gather
 from twoviews.sweeps.slurm import Slurm
 from twoviews.sweeps.supervise import arguments
-from twoviews.sweeps.words import counted, text
 from twoviews.tracking import read
 
-MEASURED = 3  # kinds of points that are measured; the others are taken to cost as much as the dearest of these
+MEASURED = 3  # kinds of jobs that are measured; the others are taken to cost as much as the dearest of these
 ENOUGH_S, ENOUGH_LINES = 20.0, 4  # of training that is measured: the longer of the two, but not more than
 LONGEST_S = 120.0  # from the first step on
 PATIENCE_S = 900.0  # until the first step: images may have to be decoded first
@@ -39,10 +39,10 @@ FREE_OF_CHARGE = ("seed", "epochs", "optimizer.", "schedule.")
 
 @dataclass(frozen=True)
 class Pace:
-    """What points of one kind take.
+    """What jobs of one kind take.
 
     Args:
-        fixed_s: seconds of a point besides its epochs.
+        fixed_s: seconds of a job besides its epochs.
         epoch_s: seconds of an epoch.
         disk: bytes of its folder at the end.
         device: GPU's name, or CPU.
@@ -57,39 +57,41 @@ class Pace:
     width: int
     source: str
 
-    def seconds(self, point: New) -> float:
+    def seconds(self, job: JobSpec) -> float:
         """Of the whole training."""
-        return self.fixed_s + self.epoch_s * _epochs(point)
+        return self.fixed_s + self.epoch_s * _epochs(job)
 
 
 class NotMeasured(Exception):
     """The measured training did not get so far; the message is its own last word."""
 
 
-def plan(folder: Path, new: Sequence[New], now: Mapping[str, State], dispatch: Dispatch, console: Console) -> None:
-    """Print what launching these points would start and what that takes; nothing is submitted.
+def plan(
+    folder: Path, new: Sequence[JobSpec], now: Mapping[str, JobState], launcher: Launcher, console: Console
+) -> None:
+    """Print what launching these jobs would start and what that takes; nothing is submitted.
 
     Args:
         folder: of the sweep; it need not be there.
-        new: its points.
+        new: its jobs.
         now: states of those that are there already, by digest.
-        dispatch: who would run them.
+        launcher: who would run them.
         console: where it is printed.
     """
     rows = [
-        {"point": one.digest, **one.axes, "now": now[one.digest].state if one.digest in now else "new"} for one in new
+        {"job": one.digest, **one.axes, "now": now[one.digest].state if one.digest in now else "new"} for one in new
     ]
     console.rows(
-        f"{folder.name}: {counted(len(new), 'point')}",
+        f"{folder.name}: {counted(len(new), 'job')}",
         [{key: _cell(value) for key, value in row.items()} for row in rows],
     )
     states = [now[one.digest].state if one.digest in now else "new" for one in new]
     done = ("FINISHED", "PRUNED", "RUNNING", "QUEUED")
     todo = [one for one, state in zip(new, states, strict=True) if state not in done]
     counts = {state: states.count(state) for state in dict.fromkeys(states)}
-    console.say(f"points    {', '.join(f'{count:,} {state}' for state, count in counts.items())}; {len(todo):,} to run")
+    console.say(f"jobs    {', '.join(f'{count:,} {state}' for state, count in counts.items())}; {len(todo):,} to run")
     if todo:
-        _say_cost(folder, todo, dispatch, console)
+        _say_cost(folder, todo, launcher, console)
     console.say("nothing was submitted: the same command without sweep.plan=true does that.")
 
 
@@ -97,18 +99,18 @@ def _cell(value: Any) -> str:
     return value if isinstance(value, str) else text(value)
 
 
-def _say_cost(folder: Path, todo: Sequence[New], dispatch: Dispatch, console: Console) -> None:
+def _say_cost(folder: Path, todo: Sequence[JobSpec], launcher: Launcher, console: Console) -> None:
     try:
-        paces = _paces(folder, todo, dispatch.processes(), console)
+        paces = _paces(folder, todo, launcher.processes(), console)
     except NotMeasured as error:
         console.say(f"time      not known: {error}")
         return
-    each = [pace.seconds(point) for pace, point in zip(paces, todo, strict=True)]
+    each = [pace.seconds(job) for pace, job in zip(paces, todo, strict=True)]
     hours = sum(seconds * pace.width for seconds, pace in zip(each, paces, strict=True)) / 3600
     unit = "core-hours" if paces[0].device == "CPU" else "GPU-hours"
-    point = " to ".join(dict.fromkeys([duration(min(each)), duration(max(each))]))
-    console.say(f"time      about {point} a point, {duration(sum(each))} one after the other; {hours:.3g} {unit}")
-    room = min(dispatch.room(), len(todo))
+    job = " to ".join(dict.fromkeys([duration(min(each)), duration(max(each))]))
+    console.say(f"time      about {job} a job, {duration(sum(each))} one after the other; {hours:.3g} {unit}")
+    room = min(launcher.free_slots(), len(todo))
     if room > 1:
         together = max(sum(each) / room, max(each))
         console.say(f"          about {duration(together)} with {room} at once, if that does not slow them down")
@@ -116,49 +118,49 @@ def _say_cost(folder: Path, todo: Sequence[New], dispatch: Dispatch, console: Co
         console.say(f"          {source}")
     free = shutil.disk_usage(next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())).free
     disk = sum(pace.disk for pace in paces)
-    console.say(f"disk      about {in_bytes(disk)}, {in_bytes(disk // len(paces))} a point; {in_bytes(free)} are free")
+    console.say(f"disk      about {in_bytes(disk)}, {in_bytes(disk // len(paces))} a job; {in_bytes(free)} are free")
     if disk > free:
         console.say("          that is more than there is: free some, or move with hydra.sweep.dir=.")
-    if isinstance(dispatch, Slurm):
-        console.say(f"SLURM     would be asked for {counted(len(todo), 'task')}, each: {dispatch.describe()}")
-        if any(pace.device == "CPU" for pace in paces) and dispatch.gpus_per_node:
+    if isinstance(launcher, Slurm):
+        console.say(f"SLURM     would be asked for {counted(len(todo), 'task')}, each: {launcher.describe()}")
+        if any(pace.device == "CPU" for pace in paces) and launcher.gpus_per_node:
             console.say(
                 "          the time above is that of a CPU, and these tasks get GPUs: it says little about them"
             )
-        slow = sum(seconds > 60 * dispatch.timeout_min for seconds in each)
+        slow = sum(seconds > 60 * launcher.timeout_min for seconds in each)
         if slow:
             console.say(
-                f"          {slow:,} of them need longer than timeout_min={dispatch.timeout_min}: they are requeued and go on"
+                f"          {slow:,} of them need longer than timeout_min={launcher.timeout_min}: they are requeued and go on"
             )
 
 
-# ------------------------------------------------------------------------------------------------------ what a point costs
+# ------------------------------------------------------------------------------------------------------ what a job costs
 
 
-def _paces(folder: Path, todo: Sequence[New], processes: int, console: Console) -> list[Pace]:
-    """The pace of each point.
+def _paces(folder: Path, todo: Sequence[JobSpec], processes: int, console: Console) -> list[Pace]:
+    """The pace of each job.
 
     Raises:
-        NotMeasured: no point is finished, and the measured ones did not train.
+        NotMeasured: no job is finished, and the measured ones did not train.
     """
-    known, kinds = _finished(folder), {_kind(point.axes): point for point in reversed(todo)}
+    known, kinds = _finished(folder), {_kind(job.axes): job for job in reversed(todo)}
     paces = {kind: known[kind] for kind in kinds if kind in known}
-    for kind, point in kinds.items():
+    for kind, job in kinds.items():
         if kind not in paces and len(paces) - len(paces.keys() & known.keys()) < MEASURED:
-            paces[kind] = _of_several(_measured(point, console), processes)
+            paces[kind] = _of_several(_measured(job, console), processes)
     left = len(kinds) - len(paces)
     dearest = max(paces.values(), key=lambda pace: pace.epoch_s)
     other = replace(
-        dearest, source=f"{counted(left, 'more kind')} of points taken to cost as much as the dearest of these"
+        dearest, source=f"{counted(left, 'more kind')} of jobs taken to cost as much as the dearest of these"
     )
-    return [paces.get(_kind(point.axes), other) for point in todo]
+    return [paces.get(_kind(job.axes), other) for job in todo]
 
 
 def _of_several(pace: Pace, processes: int) -> Pace:
-    """The pace of a point with so many processes, from that of one."""
+    """The pace of a job with so many processes, from that of one."""
     if processes == 1:
         return pace
-    source = f"{pace.source}; counted as if {processes} processes a point were no faster than that one"
+    source = f"{pace.source}; counted as if {processes} processes a job were no faster than that one"
     return replace(pace, width=pace.width * processes, source=source)
 
 
@@ -172,19 +174,19 @@ def _kind(axes: Mapping[str, Any]) -> str:
     return text(dict(sorted(costly.items())))
 
 
-def _epochs(point: New) -> float:
+def _epochs(job: JobSpec) -> float:
     """How long the training is to be."""
-    return next(float(line.split()[1]) for line in point.config.splitlines() if line.startswith("epochs:"))
+    return next(float(line.split()[1]) for line in job.config.splitlines() if line.startswith("epochs:"))
 
 
 def _finished(folder: Path) -> dict[str, Pace]:
-    """What finished points of this sweep took, by kind."""
+    """What finished jobs of this sweep took, by kind."""
     found: dict[str, list[Pace]] = {}
     if not (folder / "sweep.json").exists():
         return {}
     for row in gather(Sweep(folder)).rows:
         if row.finished and row.epoch:
-            source = "as finished points of this sweep took"
+            source = "as finished jobs of this sweep took"
             pace = Pace(0.0, row.seconds / row.epoch, _bytes_in(row.folder), row.device, row.width, source)
             found.setdefault(_kind(row.axes), []).append(pace)
     return {kind: sorted(some, key=lambda pace: pace.epoch_s)[len(some) // 2] for kind, some in found.items()}
@@ -197,17 +199,17 @@ def _bytes_in(folder: Path) -> int:
 # ------------------------------------------------------------------------------------------------------- a few real steps
 
 
-def _measured(point: New, console: Console) -> Pace:
-    """Train the first steps of a point in a folder that is thrown away.
+def _measured(job: JobSpec, console: Console) -> Pace:
+    """Train the first steps of a job in a folder that is thrown away.
 
     Raises:
         NotMeasured: it did not come so far.
     """
-    values = " ".join(f"{key}={text(value)}" for key, value in point.axes.items())
-    console.say(f"measuring the first steps of {values or point.digest} …")
+    values = " ".join(f"{key}={text(value)}" for key, value in job.axes.items())
+    console.say(f"measuring the first steps of {values or job.digest} …")
     with tempfile.TemporaryDirectory(prefix="twoviews-plan-") as name:
         folder = Path(name)
-        (folder / "config.yaml").write_text(point.config)
+        (folder / "config.yaml").write_text(job.config)
         command = [sys.executable, str(ROOT / "train.py"), *arguments(folder), "tracking.mirror=false"]
         log = folder / "log.txt"
         started = time.time()
@@ -223,7 +225,7 @@ def _measured(point: New, console: Console) -> Pace:
                 except subprocess.TimeoutExpired:
                     child.kill()
                     child.wait()
-        return _pace(point, folder, log, started)
+        return _pace(job, folder, log, started)
 
 
 def _wait_for_steps(child: subprocess.Popen, folder: Path) -> None:
@@ -237,7 +239,7 @@ def _wait_for_steps(child: subprocess.Popen, folder: Path) -> None:
             return
 
 
-def _pace(point: New, folder: Path, log: Path, started: float) -> Pace:
+def _pace(job: JobSpec, folder: Path, log: Path, started: float) -> Pace:
     """From what the measured training wrote."""
     lines = list(read(folder))
     steps = [line for line in lines if "train/loss" in line]
@@ -256,7 +258,7 @@ def _pace(point: New, folder: Path, log: Path, started: float) -> Pace:
     # does once every so many epochs, and at the end linear accuracy too, which takes about as long again.
     ended = max(line["time"] for line in lines)
     before = max(0.0, result.get("seconds", 0.0) - (ended - lines[0]["time"])) if lines[0]["step"] == 0 else 0.0
-    found = re.findall(r"^\s+every_epochs: (\d+)", point.config, re.MULTILINE)
+    found = re.findall(r"^\s+every_epochs: (\d+)", job.config, re.MULTILINE)
     every = [int(one) for one in found if one != "0"]
     fixed_s, epoch_s = (
         before + lines[0]["time"] - started,

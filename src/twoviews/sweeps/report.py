@@ -10,8 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from twoviews.console import duration
-from twoviews.sweeps.folder import State, Sweep
-from twoviews.sweeps.pictures import draw
+from twoviews.sweeps.folder import JobState, Sweep
+from twoviews.sweeps.formatting import counted, short_names, text, typed
+from twoviews.sweeps.plots import draw
 from twoviews.sweeps.results import (
     ACCURACIES,
     CONFIDENCE,
@@ -24,24 +25,23 @@ from twoviews.sweeps.results import (
     gather,
     label,
 )
-from twoviews.sweeps.words import counted, short_names, text, typed
 from twoviews.tracking import stores
 from twoviews.tracking.mirror import reason
 from twoviews.tracking.state import replace
 
-PENDING = ("QUEUED", "RUNNING", "INTERRUPTED", "PRUNED")  # of points that are not finished and have not failed either
+PENDING = ("QUEUED", "RUNNING", "INTERRUPTED", "PRUNED")  # of jobs that are not finished and have not failed either
 SHOWN_SETTINGS = 40  # rows of a table on the page; the CSV has all
 SHOWN_PICTURES = 12
 
 
 def report(
-    sweep: Sweep, states: Mapping[str, State] | None = None, say: Callable[[str], None] = lambda _: None
+    sweep: Sweep, states: Mapping[str, JobState] | None = None, say: Callable[[str], None] = lambda _: None
 ) -> Results:
     """Write report.md, report.csv and the pictures into the sweep folder, and to the sweep's MLflow run if it has one.
 
     Args:
-        sweep: whose points may still be running.
-        states: by digest, as `Dispatch.look` has them; without, what the supervisors wrote last.
+        sweep: whose jobs may still be running.
+        states: by digest, as `job_status.status` has them; without, what the supervisors wrote last.
         say: where a sentence for the user goes.
 
     Raises:
@@ -77,7 +77,7 @@ def _deliver(sweep: Sweep, found: Results, files: Sequence[Path], say: Callable[
         best = {
             f"best/{metric}": one.mean for metric in ACCURACIES if found.best and (one := found.best.estimate(metric))
         }
-        for name, value in {**best, "points/finished": float(finished)}.items():
+        for name, value in {**best, "jobs/finished": float(finished)}.items():
             client.log_metric(run, name, value, step=finished)
         if found.best:
             for key, value in found.best.axes.items():
@@ -90,12 +90,12 @@ def _deliver(sweep: Sweep, found: Results, files: Sequence[Path], say: Callable[
 
 
 def _table(found: Results) -> str:
-    """The CSV: a row for each point; a number that a point did not measure is an empty cell."""
+    """The CSV: a row for each job; a number that a job did not measure is an empty cell."""
     axes = list(dict.fromkeys(key for row in found.rows for key in row.axes))
     metrics = sorted({name for row in found.rows for name in row.values})
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["point", *axes, "state", "step", "epoch", *metrics, "seconds", "device", "device_hours", "reason"])
+    writer.writerow(["job", *axes, "state", "step", "epoch", *metrics, "seconds", "device", "device_hours", "reason"])
     for row in found.rows:
         writer.writerow(
             [
@@ -130,10 +130,10 @@ def _heading(sweep: Sweep, found: Results) -> str:
     missing = count - states[FINISHED]
     words = [
         f"# {found.name}",
-        f"{states[FINISHED]:,} of {counted(count, 'point')} finished" + (f"; {others}." if others else "."),
+        f"{states[FINISHED]:,} of {counted(count, 'job')} finished" + (f"; {others}." if others else "."),
     ]
     if missing:
-        words[1] += f" **{missing} missing**: means, tests and curves over an axis are of finished points only."
+        words[1] += f" **{missing} missing**: means, tests and curves over an axis are of finished jobs only."
     newest = max((row.curve[-1]["time"] for row in found.rows if row.curve), default=None)
     if newest:
         words[1] += f" Newest number: {datetime.fromtimestamp(newest, UTC):%Y-%m-%d %H:%M} UTC."
@@ -148,7 +148,7 @@ def _heading(sweep: Sweep, found: Results) -> str:
 def _best(found: Results) -> str:
     best, metric = found.best, found.metric
     if not best or not metric:
-        return "No accuracy of a finished point is there yet."
+        return "No accuracy of a finished job is there yet."
     names = short_names(found.axes)
     most = len(best.seeds(metric))
     lines = ["## Best"]
@@ -201,32 +201,30 @@ def _comparison(found: Results, pair: Comparison) -> str:
 
 
 def command(row: Row) -> str:
-    """What trains this point again by itself."""
+    """What trains this job again by itself."""
     return shlex.join(["python", "train.py", *(one for one in row.overrides if not one.startswith("sweep."))])
 
 
 def _settings(found: Results) -> str:
     axes, names = found.axes, short_names(found.axes)
     metrics = [name for name in ACCURACIES if any(name in row.values for row in found.rows)]
-    lines = [
-        [*(names[key] for key in axes), "points", *(f"{ACCURACIES[name]}" for name in metrics), "training a point"]
-    ]
+    lines = [[*(names[key] for key in axes), "jobs", *(f"{ACCURACIES[name]}" for name in metrics), "training a job"]]
     for setting in found.settings[:SHOWN_SETTINGS]:
         done = [row for row in setting.rows if row.finished]
-        points = f"{len(done)} of {len(setting.rows)}"
+        jobs = f"{len(done)} of {len(setting.rows)}"
         seeds = [text(row.axes[SEED]) for row in setting.rows if not row.finished and SEED in row.axes]
-        points += f" (seed {', '.join(seeds)} missing)" if seeds else ""
+        jobs += f" (seed {', '.join(seeds)} missing)" if seeds else ""
         time = duration(sum(row.seconds for row in done) / len(done)) if done else "-"
         lines.append(
-            [*(typed(setting.axes, key) for key in axes), points]
+            [*(typed(setting.axes, key) for key in axes), jobs]
             + [str(setting.estimate(name) or "-") for name in metrics]
             + [time]
         )
     more = len(found.settings) - SHOWN_SETTINGS
     note = (
-        f"\n\n{counted(more, 'more setting')}: report.csv has every point."
+        f"\n\n{counted(more, 'more setting')}: report.csv has every job."
         if more > 0
-        else "\n\nreport.csv has every point."
+        else "\n\nreport.csv has every job."
     )
     return "## Settings\n\n" + _grid(lines) + note
 
@@ -238,7 +236,7 @@ def _cost(found: Results) -> str:
             spent.setdefault((row.device, row.finished), []).append(row)
     if not spent:
         return ""
-    lines = [["device", "points", "hours", "unit"]]
+    lines = [["device", "jobs", "hours", "unit"]]
     for (device, finished), rows in sorted(spent.items(), key=lambda one: (one[0][0], not one[0][1])):
         unit = "core-hours (threads x hours)" if device == "CPU" else "GPU-hours"
         what = "finished" if finished else "not finished, so far"
@@ -254,7 +252,7 @@ def _failures(sweep: Sweep, found: Results) -> str:
     failed = [row for row in found.rows if not row.finished and row.state not in PENDING]
     if not failed:
         return ""
-    lines = [["point", "axes", "state", "at epoch", "reason", "log"]]
+    lines = [["job", "axes", "state", "at epoch", "reason", "log"]]
     for row in failed[:SHOWN_SETTINGS]:
         names = short_names(list(row.axes))
         axes = ", ".join(f"{names[key]}={text(value)}" for key, value in row.axes.items())

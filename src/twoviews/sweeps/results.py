@@ -1,7 +1,7 @@
-"""What the points of a sweep found, setting by setting, and how sure it is which one is the best.
+"""What the jobs of a sweep found, setting by setting, and how sure it is which one is the best.
 
-All of it comes from the files in the sweep folder, so it can be asked at any time, also while points are running. A setting
-is one value for each axis but the seed; its points differ in the seed alone, which axes.py sees to. Only finished points
+All of it comes from the files in the sweep folder, so it can be asked at any time, also while jobs are running. A setting
+is one value for each axis but the seed; its jobs differ in the seed alone, which axes.py sees to. Only finished jobs
 count in means and tests.
 """
 
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from twoviews import foreign
-from twoviews.sweeps.axes import SEED, told_apart
-from twoviews.sweeps.folder import Point, State, Sweep
-from twoviews.sweeps.truth import judged
-from twoviews.sweeps.words import text, typed
+from twoviews.sweeps.axes import SEED, varying_parameters
+from twoviews.sweeps.folder import Job, JobState, Sweep
+from twoviews.sweeps.formatting import text, typed
+from twoviews.sweeps.job_status import judged
 
 ACCURACIES = {"knn/top1": "kNN", "linear/top1": "linear"}  # what is compared; the first that was measured decides
 CONFIDENCE = 95  # %
@@ -26,21 +26,21 @@ _NOT_MEASURED = ("state", "step", "epoch", "seconds", "precision", "mlflow_run_i
 
 @dataclass(frozen=True)
 class Row:
-    """One point, as its folder says it stands."""
+    """One job, as its folder says it stands."""
 
     digest: str
     folder: Path
-    axes: Mapping[str, Any]  # as `told_apart` has them
+    axes: Mapping[str, Any]  # as `varying_parameters` has them
     overrides: Sequence[str]  # of the command that trains it
     state: str
     reason: str
     step: int
     epoch: float
-    values: Mapping[str, float]  # the last of each number measured; final where the point is finished
+    values: Mapping[str, float]  # the last of each number measured; final where the job is finished
     curve: Sequence[Mapping[str, float]]  # the lines of metrics.jsonl
     seconds: float  # spent in training, all starts together
     device: str  # the GPU's name, or "CPU"
-    width: int  # GPUs that the point took, or threads
+    width: int  # GPUs that the job took, or threads
 
     @property
     def finished(self) -> bool:
@@ -65,23 +65,23 @@ class Estimate:
         return f"{self.mean:.2f}" + (f" ± {self.half:.2f}" if math.isfinite(self.half) else "")
 
 
-NONE = Estimate(-math.inf, math.nan, 0)  # of a setting without a finished point: behind every other
+NONE = Estimate(-math.inf, math.nan, 0)  # of a setting without a finished job: behind every other
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The points that differ in their seed alone."""
+    """The jobs that differ in their seed alone."""
 
     axes: Mapping[str, Any]  # without the seed
     rows: Sequence[Row]
 
     def seeds(self, name: str) -> dict[Any, float]:
-        """A final number by seed; finite ones of finished points."""
+        """A final number by seed; finite ones of finished jobs."""
         finished = [row for row in self.rows if row.finished and math.isfinite(row.values.get(name, math.nan))]
         return {row.axes.get(SEED): row.values[name] for row in finished}
 
     def estimate(self, name: str) -> Estimate | None:
-        """The mean over seeds of a final number; None while no point has it."""
+        """The mean over seeds of a final number; None while no job has it."""
         return estimate(list(self.seeds(name).values()))
 
 
@@ -102,9 +102,9 @@ class Results:
 
     Attributes:
         name: of the sweep.
-        rows: one for each point.
-        settings: the best first, by mean accuracy; those without a finished point last.
-        metric: the accuracy that decides, such as knn/top1; None where no point has measured one yet.
+        rows: one for each job.
+        settings: the best first, by mean accuracy; those without a finished job last.
+        metric: the accuracy that decides, such as knn/top1; None where no job has measured one yet.
         comparison: of the two best settings; None where there are not two.
     """
 
@@ -128,9 +128,11 @@ class Results:
         return self.settings[0] if metric and self.settings[0].seeds(metric) else None
 
 
-def gather(sweep: Sweep, states: Mapping[str, State] | None = None) -> Results:
-    """Read what the points of a sweep have written so far; `states` by digest may know better than their files."""
-    rows = [_row(one, (states or {}).get(one.digest) or judged(one, one.state)) for one in told_apart(sweep.points)]
+def gather(sweep: Sweep, states: Mapping[str, JobState] | None = None) -> Results:
+    """Read what the jobs of a sweep have written so far; `states` by digest may know better than their files."""
+    rows = [
+        _row(one, (states or {}).get(one.digest) or judged(one, one.state)) for one in varying_parameters(sweep.jobs)
+    ]
     metric = next((name for name in ACCURACIES if any(row.finished and name in row.values for row in rows)), None)
     groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
     for row in rows:  # by values as they are typed: a 1 of the command line is a 1.0 of a file
@@ -146,26 +148,26 @@ def gather(sweep: Sweep, states: Mapping[str, State] | None = None) -> Results:
     return Results(sweep.name, rows, settings, metric, _compare(settings, metric) if metric else None)
 
 
-# ------------------------------------------------------------------------------------------------------ what a point says
+# ------------------------------------------------------------------------------------------------------ what a job says
 
 
-def _row(point: Point, state: State) -> Row:
-    result, lines = point.result, point.metrics()
+def _row(job: Job, state: JobState) -> Row:
+    result, lines = job.result, job.metrics()
     latest: dict[str, float] = {}
     for line in lines:
         latest.update({key: value for key, value in line.items() if key not in ("step", "epoch", "time")})
     latest.update({key: float(value) for key, value in result.items() if key not in _NOT_MEASURED})
-    machine = foreign.load(point.folder / "environment.json")
+    machine = foreign.load(job.folder / "environment.json")
     processes = int(machine.get("processes", 1))
     gpu = machine.get("gpu")
     # result.json is the run's own word; the supervisor may not have come to write the same yet.
     finished = result.get("state") == "finished"
     reason = state.reason or result.get("reason")
     return Row(
-        digest=point.digest,
-        folder=point.folder,
-        axes=point.axes,
-        overrides=point.description["overrides"],
+        digest=job.digest,
+        folder=job.folder,
+        axes=job.axes,
+        overrides=job.description["overrides"],
         state=FINISHED if finished else state.state,
         reason="" if finished else " ".join(str(reason or "").split()),
         step=int(lines[-1]["step"]) if lines else 0,
@@ -179,7 +181,7 @@ def _row(point: Point, state: State) -> Row:
 
 
 def _seconds(lines: Sequence[Mapping[str, float]]) -> float:
-    """Between the lines of a point that has not said itself how long it took."""
+    """Between the lines of a job that has not said itself how long it took."""
     times = [line["time"] for line in lines]
     gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
     return sum(gap for gap in gaps if 0 < gap < PAUSE_S)

@@ -1,4 +1,4 @@
-"""Which points a sweep has: every combination, pairs, or settings drawn at random; each with all seeds.
+"""Which jobs a sweep has: every combination, pairs, or settings drawn at random; each with all seeds.
 
 These are choices of `hydra/sweeper=` because the values that a key may take are typed in the grammar of Hydra's sweepers,
 `0.1,0.2`, `range(1,5)`, `interval(0.1,1)`, `tag(log,interval(…))`, and which of them are meant is what a sweeper decides.
@@ -55,7 +55,7 @@ class Space:
     """What was typed.
 
     Args:
-        fixed: overrides that all points share.
+        fixed: overrides that all jobs share.
         axes: values, or the interval they lie in, by key; without the seed.
         seeds: of each setting; empty where only the configuration's own is meant.
     """
@@ -64,7 +64,7 @@ class Space:
     axes: Mapping[str, Sequence[str] | Interval]
     seeds: Sequence[str]
 
-    def points(self, setting: Mapping[str, str]) -> list[list[str]]:
+    def jobs(self, setting: Mapping[str, str]) -> list[list[str]]:
         """The overrides of a setting with each seed."""
         one = [*self.fixed, *(f"{key}={value}" for key, value in setting.items())]
         return [[*one, f"{SEED}={seed}"] for seed in self.seeds] if self.seeds else [one]
@@ -142,11 +142,11 @@ def _interval(override: Override) -> Interval:
 
 
 class Search(ABC):
-    """Decides which points a sweep has. What the constructor takes are the keys of conf/hydra/sweeper/<name>.yaml."""
+    """Decides which jobs a sweep has. What the constructor takes are the keys of conf/hydra/sweeper/<name>.yaml."""
 
     @abstractmethod
     def run(self, order: Launch, arguments: Sequence[str]) -> int:
-        """Start what is missing of the points that follow from what was typed; the exit code.
+        """Start what is missing of the jobs that follow from what was typed; the exit code.
 
         Raises:
             BadInput: something is not right; nothing was started.
@@ -155,20 +155,20 @@ class Search(ABC):
 
 
 class Listed(Search):
-    """A search whose points are all known beforehand."""
+    """A search whose jobs are all known beforehand."""
 
     def run(self, order: Launch, arguments: Sequence[str]) -> int:
         """All of them are launched together."""
         return launch(order, self.combinations(space(arguments)))
 
     def combinations(self, space: Space) -> list[list[str]]:
-        """The overrides of each point.
+        """The overrides of each job.
 
         Raises:
             BadInput: the space does not fit this search.
         """
-        points = [space.points(setting) for setting in self.settings(space)]
-        return list(itertools.chain.from_iterable(points))
+        jobs = [space.jobs(setting) for setting in self.settings(space)]
+        return list(itertools.chain.from_iterable(jobs))
 
     @abstractmethod
     def settings(self, space: Space) -> Iterator[dict[str, str]]:

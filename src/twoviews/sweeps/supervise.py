@@ -1,7 +1,7 @@
-"""The supervisor of a point: starts the training as a process of its own and writes down what became of it.
+"""The supervisor of a job: starts the training as a process of its own and writes down what became of it.
 
 Signals of schedulers end here: they are passed on to the training, which stops with a checkpoint, and the exit code
-of the training becomes the state of the point. No torch is imported, so that this takes no time and little memory.
+of the training becomes the state of the job. No torch is imported, so that this takes no time and little memory.
 """
 
 import contextlib
@@ -22,68 +22,68 @@ from filelock import Timeout
 
 from twoviews import foreign
 from twoviews.errors import BadInput
-from twoviews.sweeps.folder import Name, Point, State
+from twoviews.sweeps.folder import Job, JobState, Name
 from twoviews.tracking import stores
 
 PREDECESSOR_S = 60.0  # a supervisor before this one may still be dying
-STALLED = 3  # starts in a row without a checkpoint after which a point is given up
+STALLED = 3  # starts in a row without a checkpoint after which a job is given up
 STOPS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)  # what train.py takes as "save and leave"
 LOG = "log.txt"
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def supervise(
-    point: Point,
+    job: Job,
     submitted: float,
     environment: Mapping[str, str] | None = None,
     slurm_id: str | None = None,
     failing: Callable[[], str] = lambda: "",
-) -> State:
-    """Run a point until its training ends, and return the state that was written.
+) -> JobState:
+    """Run a job until its training ends, and return the state that was written.
 
     A stop signal to this process is passed on; the state is then INTERRUPTED, and whoever called decides whether the
-    point goes on. A point that is finished, or that another supervisor runs, is left alone.
+    job goes on. A job that is finished, or that another supervisor runs, is left alone.
 
     Args:
-        point: its folder has config.yaml and point.json.
-        submitted: when this point was submitted, unix seconds, as in sweep.json; a new number counts stalls anew.
+        job: its folder has config.yaml and point.json.
+        submitted: when this job was submitted, unix seconds, as in sweep.json; a new number counts stalls anew.
         environment: variables of the training beside those of this process.
         slurm_id: id of the SLURM job that this process belongs to, if it does.
         failing: asked all the time: why the training has to be ended, or an empty string.
     """
-    lock = point.lock
+    lock = job.lock
     try:
         lock.acquire(timeout=PREDECESSOR_S)
     except Timeout:
-        return point.state
+        return job.state
     try:
-        before = point.state
+        before = job.state
         if before.state == "FINISHED":
             return before
-        state = _begun(point, before, submitted, slurm_id)
-        point.write(state)
+        state = _begun(job, before, submitted, slurm_id)
+        job.write(state)
         if state.state == "FAILED":
             return state
         # What is supervised was launched by somebody, perhaps on a machine with another cache folder.
         with contextlib.suppress(BadInput):  # which the training says
-            stores.remember(foreign.load(point.folder / "config.yaml").get("tracking", {}).get("uri"))
-        with Training(point, LOG, environment or {}) as training:
+            stores.remember(foreign.load(job.folder / "config.yaml").get("tracking", {}).get("uri"))
+        with Training(job, LOG, environment or {}) as training:
             training.wait(failing)
         verdict, reason = training.verdict(failing())
-        metrics = point.metrics()
+        metrics = job.metrics()
         step = int(metrics[-1]["step"]) if metrics else 0
         state = replace(state, state=verdict, reason=reason, ended=time.time(), step=step)
-        point.write(state)
+        job.write(state)
     finally:
         lock.release()
     return state
 
 
-def _begun(point: Point, before: State, submitted: float, slurm_id: str | None) -> State:
+def _begun(job: Job, before: JobState, submitted: float, slurm_id: str | None) -> JobState:
     """The state at a start: running, or failed if the starts before this one led nowhere."""
-    checkpoint, again = point.checkpoint(), before.submitted == submitted and before.starts > 0
+    checkpoint, again = job.checkpoint(), before.submitted == submitted and before.starts > 0
     stalled = before.stalled + 1 if again and checkpoint == before.checkpoint else 0
-    state = State(
+    state = JobState(
         state="RUNNING",
         slurm_id=slurm_id,
         node=os.environ.get("SLURMD_NODENAME", platform.node()),
@@ -104,21 +104,21 @@ def _begun(point: Point, before: State, submitted: float, slurm_id: str | None) 
 
 
 class Training:
-    """The training of a point as a child process; a context in which stop signals are passed on to it.
+    """The training of a job as a child process; a context in which stop signals are passed on to it.
 
     Args:
-        point: what is trained, from the configuration and the code that were frozen for it.
+        job: what is trained, from the configuration and the code that were frozen for it.
         log: the file in its folder that gets what the training prints.
         environment: variables beside those of this process.
     """
 
-    def __init__(self, point: Point, log: str, environment: Mapping[str, str]):
-        self._point, self._environment, self._log = point, environment, point.folder / log
+    def __init__(self, job: Job, log: str, environment: Mapping[str, str]):
+        self._job, self._environment, self._log = job, environment, job.folder / log
         self._started = time.time()
         self._stopped, self._before, self._kills = 0, {}, _oom_kills()
 
     def __enter__(self) -> "Training":
-        description = self._point.description
+        description = self._job.description
         code = Path(description["code"])
         alone = {name: value for name, value in os.environ.items() if name not in _OF_TORCHRUN}
         paths = [str(code / "src"), *filter(None, [alone.get("PYTHONPATH")])]
@@ -132,7 +132,7 @@ class Training:
                 self._before[number] = signal.signal(number, self._pass_on)
             self._child: subprocess.Popen | None = None
             self._child = subprocess.Popen(
-                [sys.executable, str(code / "train.py"), *arguments(self._point.folder)],
+                [sys.executable, str(code / "train.py"), *arguments(self._job.folder)],
                 cwd=description["cwd"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -173,8 +173,8 @@ class Training:
                     self._child.kill()
 
     def verdict(self, failing: str) -> tuple[Name, str]:
-        """State and reason of the point, from what process 0 wrote and how it ended."""
-        result = self._point.result
+        """State and reason of the job, from what process 0 wrote and how it ended."""
+        result = self._job.result
         if result.get("state") == "finished":
             return "FINISHED", ""
         if failing:
@@ -182,7 +182,7 @@ class Training:
         state, reason = self.ended()
         if state == "FINISHED":
             return "FAILED", "train.py ended without a result"
-        written = (self._point.folder / "result.json").stat().st_mtime if result else 0.0
+        written = (self._job.folder / "result.json").stat().st_mtime if result else 0.0
         if state == "FAILED" and written >= self._started and result.get("reason"):
             return state, str(result["reason"])
         return state, reason
@@ -245,11 +245,11 @@ def _oom_kills() -> int:
 
 
 def main() -> int:
-    """`python -m twoviews.sweeps.supervise <folder> <submitted>`: for a dispatch of this machine."""
+    """`python -m twoviews.sweeps.supervise <folder> <submitted>`: for a launcher of this machine."""
     assert threading.current_thread() is threading.main_thread()
     _die_with_parent()
     folder, submitted = Path(sys.argv[1]), float(sys.argv[2])
-    state = supervise(Point(folder, {}), submitted)
+    state = supervise(Job(folder, {}), submitted)
     return 0 if state.state == "FINISHED" else 1
 
 

@@ -1,4 +1,4 @@
-"""A search that learns: optuna proposes settings, any dispatch runs their points, and weak ones are stopped early.
+"""A search that learns: optuna proposes settings, any launcher runs their jobs, and weak ones are stopped early.
 
 There are no batches: whenever there is room, the next setting is asked for, with all that is known by then. The study is a
 file in the sweep folder, and everything about a trial but its number follows from the parameters in it; so whatever moment
@@ -19,16 +19,16 @@ from filelock import FileLock, Timeout
 
 from twoviews.errors import BadInput, nearest
 from twoviews.ranges import Count, Index, Trials
-from twoviews.sweeps.folder import Point, State, Sweep
+from twoviews.sweeps.folder import Job, JobState, Sweep
+from twoviews.sweeps.formatting import counted
+from twoviews.sweeps.job_status import CANCEL_S, ended, status
 from twoviews.sweeps.launching import FREE, Launch, launch
 from twoviews.sweeps.search import Interval, Random, Search, Space, space
-from twoviews.sweeps.truth import CANCEL_S, ended, look
-from twoviews.sweeps.words import counted
 
 if TYPE_CHECKING:
     import optuna
 
-LOOK_S = 2.0  # between two looks at the points that are under way
+LOOK_S = 2.0  # between two looks at the jobs that are under way
 KNN = "knn/top1"
 SPREAD = "train/spread"
 PROBES = ("knn", "linear")  # protocols whose values are known beforehand
@@ -44,14 +44,14 @@ class Running:
 
     Args:
         trial: of the study.
-        points: one for each seed.
-        given: digests of those that the dispatch has.
+        jobs: one for each seed.
+        given: digests of those that the launcher has.
         adopted: digests of those that an earlier process may have left behind running.
         compared: epochs at which its kNN was reported.
     """
 
     trial: "optuna.Trial"
-    points: list[Point]
+    jobs: list[Job]
     given: set[str] = field(default_factory=set)
     adopted: set[str] = field(default_factory=set)
     compared: set[int] = field(default_factory=set)
@@ -103,8 +103,8 @@ class Optuna(Search):
                 driver = Driver(self, study, order, wanted, sweep)
                 try:
                     driver.adopt()
-                    order.dispatch.serve(sweep, driver.feed)
-                    ended([point for point in sweep.points if point.given_up], CANCEL_S)
+                    order.launcher.serve(sweep, driver.feed)
+                    ended([job for job in sweep.jobs if job.given_up], CANCEL_S)
                 finally:
                     order.deliver(sweep)
                 return driver.end()
@@ -125,20 +125,20 @@ class Optuna(Search):
 
 
 class Driver:
-    """Between a study and a dispatch: asks, gives points, looks at them, tells.
+    """Between a study and a launcher: asks, gives jobs, looks at them, tells.
 
     Args:
         search: with its settings.
         study: in the sweep folder.
         order: what was typed.
         space: likewise, taken apart.
-        sweep: where points are added.
+        sweep: where jobs are added.
     """
 
     def __init__(self, search: Optuna, study: "optuna.Study", order: Launch, space: Space, sweep: Sweep):
         self.search, self.study, self.order, self.space, self.sweep = search, study, order, space, sweep
         self.running: list[Running] = []
-        self.queue: deque[tuple[Running, Point]] = deque()
+        self.queue: deque[tuple[Running, Job]] = deque()
         self._looked = -math.inf
 
     # ------------------------------------------------------------------------------------------------------------ trials
@@ -164,7 +164,7 @@ class Driver:
             )
 
     def _begin(self, trial: "optuna.Trial") -> None:
-        """Make the points of a trial, and queue those that have to run."""
+        """Make the jobs of a trial, and queue those that have to run."""
         import optuna
 
         setting = self._setting(trial)
@@ -175,25 +175,25 @@ class Driver:
                 self.study.tell(trial, state=before.state)
                 return
         same = next((one for one in self.running if self._setting(one.trial) == setting), None)
-        if same:  # under way already: its points are those of this trial too
-            self.running.append(Running(trial, same.points, same.given, same.adopted))
+        if same:  # under way already: its jobs are those of this trial too
+            self.running.append(Running(trial, same.jobs, same.given, same.adopted))
             return
         try:
-            new = self.order.points(self.space.points(setting))
+            new = self.order.jobs(self.space.jobs(setting))
         except BadInput:
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
             raise
-        _, points = self.order.add(new)
-        self.order.prepare(self.sweep, points)
-        states = self.order.dispatch.look(points)
-        one = Running(trial, points)
+        _, jobs = self.order.add(new)
+        self.order.prepare(self.sweep, jobs)
+        states = status(jobs)
+        one = Running(trial, jobs)
         self.running.append(one)
-        for point in points:
-            if states[point.digest].state in ("FINISHED", "RUNNING"):
-                one.given.add(point.digest)
-                one.adopted.add(point.digest)
+        for job in jobs:
+            if states[job.digest].state in ("FINISHED", "RUNNING"):
+                one.given.add(job.digest)
+                one.adopted.add(job.digest)
             else:
-                self.queue.append((one, point))
+                self.queue.append((one, job))
 
     def _setting(self, trial: "optuna.Trial | optuna.trial.FrozenTrial") -> dict[str, str]:
         return {key: self._typed(key, value) for key, value in trial.params.items()}
@@ -213,57 +213,57 @@ class Driver:
 
     # ---------------------------------------------------------------------------------------------------------- the loop
 
-    def feed(self, room: int) -> Sequence[Point] | None:
-        """For `Dispatch.serve`."""
+    def feed(self, room: int) -> Sequence[Job] | None:
+        """For `Launcher.serve`."""
         if monotonic() - self._looked >= LOOK_S:
             self._look()
             self._looked = monotonic()
         given = []
         while len(given) < room and (self.queue or self._ask()):
-            if self.queue:  # a trial whose points are all finished already leaves it empty
-                one, point = self.queue.popleft()
-                one.given.add(point.digest)
-                given.append(point)
+            if self.queue:  # a trial whose jobs are all finished already leaves it empty
+                one, job = self.queue.popleft()
+                one.given.add(job.digest)
+                given.append(job)
         if given or self.queue or self.running or self._ask():
             return given
         return None
 
     def _look(self) -> None:
-        fresh = {point.digest: point for point in self.sweep.points}  # which know their jobs
+        fresh = {job.digest: job for job in self.sweep.jobs}  # which know their jobs
         for one in [*self.running]:
             if one not in self.running:  # given up with another trial of the same setting
                 continue
-            one.points = [fresh[point.digest] for point in one.points]
-            states = self.order.dispatch.look([point for point in one.points if point.digest in one.given])
+            one.jobs = [fresh[job.digest] for job in one.jobs]
+            states = status([job for job in one.jobs if job.digest in one.given])
             if not self._judge(one, states) and self.search.prune:
                 self._prune(one, states)
 
-    def _judge(self, one: Running, states: Mapping[str, State]) -> bool:
+    def _judge(self, one: Running, states: Mapping[str, JobState]) -> bool:
         """Tell the study how a trial ended, if it has."""
         import optuna
 
-        for point in one.points:
-            state = states.get(point.digest, State())
+        for job in one.jobs:
+            state = states.get(job.digest, JobState())
             if state.active or state.state == "FINISHED":
                 continue
-            if point.digest in one.adopted:  # it was still being stopped when this process began
-                one.adopted.remove(point.digest)
-                one.given.remove(point.digest)
-                self.queue.append((one, point))
+            if job.digest in one.adopted:  # it was still being stopped when this process began
+                one.adopted.remove(job.digest)
+                one.given.remove(job.digest)
+                self.queue.append((one, job))
                 return False
             if any(words in state.reason for words in DIVERGED):
-                self._stop(one, f"{point.label} diverged: {state.reason}", optuna.trial.TrialState.PRUNED)
+                self._stop(one, f"{job.label} diverged: {state.reason}", optuna.trial.TrialState.PRUNED)
             else:
-                reason = f"{point.label}: {state.state} {state.reason}"
-                known = {twin.digest: states.get(twin.digest, State()) for twin in one.points}
+                reason = f"{job.label}: {state.state} {state.reason}"
+                known = {twin.digest: states.get(twin.digest, JobState()) for twin in one.jobs}
                 failed = [digest for digest, found in known.items() if not (found.active or found.state == "FINISHED")]
                 self._stop(one, reason, optuna.trial.TrialState.FAIL, failed)
             return True
-        if not all(states.get(point.digest, State()).state == "FINISHED" for point in one.points):
+        if not all(states.get(job.digest, JobState()).state == "FINISHED" for job in one.jobs):
             return False
-        values = [float(point.result.get(self.search.metric, math.nan)) for point in one.points]
+        values = [float(job.result.get(self.search.metric, math.nan)) for job in one.jobs]
         if not all(map(math.isfinite, values)):
-            reason = f"{self.search.metric} is not a number in result.json of some point; choose another: hydra.sweeper.metric="
+            reason = f"{self.search.metric} is not a number in result.json of some job; choose another: hydra.sweeper.metric="
             self._stop(one, reason, optuna.trial.TrialState.FAIL)
             return True
         mean = sum(values) / len(values)
@@ -273,13 +273,13 @@ class Driver:
         self._say(f"trial {one.trial.number}: {self._values(one)}: {self.search.metric} {mean:.2f}")
         return True
 
-    def _prune(self, one: Running, states: Mapping[str, State]) -> None:
+    def _prune(self, one: Running, states: Mapping[str, JobState]) -> None:
         """Stop a trial that leads nowhere."""
         import optuna
 
-        for point in one.points:
-            if states.get(point.digest, State()).state == "RUNNING" and collapsed(point.metrics()):
-                reason = f"{point.label} collapsed: its spread stays below {COLLAPSED}"
+        for job in one.jobs:
+            if states.get(job.digest, JobState()).state == "RUNNING" and collapsed(job.metrics()):
+                reason = f"{job.label} collapsed: its spread stays below {COLLAPSED}"
                 self._stop(one, reason, optuna.trial.TrialState.PRUNED)
                 return
         for epoch in self._report(one):
@@ -291,8 +291,8 @@ class Driver:
     def _report(self, one: Running) -> Iterator[int]:
         """Tell the study the kNN of each epoch that all seeds have come to since; the epochs, each after it was told."""
         curves = []
-        for point in one.points:
-            lines = [line for line in point.metrics() if KNN in line and line["epoch"] >= 1]
+        for job in one.jobs:
+            lines = [line for line in job.metrics() if KNN in line and line["epoch"] >= 1]
             curves.append({int(line["epoch"]): line[KNN] for line in lines})
         for epoch in sorted(set.intersection(*map(set, curves)) - one.compared):
             one.compared.add(epoch)
@@ -307,23 +307,23 @@ class Driver:
             self.study.tell(twin.trial, state=state)
             self.running.remove(twin)
         self.queue = deque(entry for entry in self.queue if entry[0].given is not one.given)
-        self._give_up(one.points, reason, failed)
+        self._give_up(one.jobs, reason, failed)
         self._say(f"trial {one.trial.number}: {self._values(one)}: {state.name}, {reason}")
 
     def _stop_rest(self, trial: "optuna.trial.FrozenTrial") -> None:
         """Stop what an earlier process had no time to stop, after it had told the study of it."""
         if "failed" in trial.user_attrs:
-            digests = {new.digest for new in self.order.points(self.space.points(self._setting(trial)))}
-            points = [point for point in self.sweep.points if point.digest in digests]
-            self._give_up(points, trial.user_attrs["reason"], trial.user_attrs["failed"])
+            digests = {new.digest for new in self.order.jobs(self.space.jobs(self._setting(trial)))}
+            jobs = [job for job in self.sweep.jobs if job.digest in digests]
+            self._give_up(jobs, trial.user_attrs["reason"], trial.user_attrs["failed"])
 
-    def _give_up(self, points: Sequence[Point], reason: str, failed: Sequence[str]) -> None:
-        """Want no result of these points any more; those that failed keep their own word."""
-        unwanted = [one for one in points if one.digest not in failed and one.result.get("state") != "finished"]
+    def _give_up(self, jobs: Sequence[Job], reason: str, failed: Sequence[str]) -> None:
+        """Want no result of these jobs any more; those that failed keep their own word."""
+        unwanted = [one for one in jobs if one.digest not in failed and one.result.get("state") != "finished"]
         if new := [one.digest for one in unwanted if not one.given_up]:
             self.sweep.given_up(new, reason)
-        states = look(unwanted)
-        self.order.dispatch.cancel([one for one in unwanted if one.submitted and states[one.digest].active])
+        states = status(unwanted)
+        self.order.launcher.cancel([one for one in unwanted if one.submitted and states[one.digest].active])
 
     # ------------------------------------------------------------------------------------------------------------- words
 

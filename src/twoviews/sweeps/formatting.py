@@ -1,4 +1,4 @@
-"""How the points of a sweep are written for a person: counts, values and names of axes."""
+"""How the jobs of a sweep are written for a person: counts, values and names of axes."""
 
 import json
 from collections import Counter
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def counted(count: int, noun: str) -> str:
-    """A number with its noun: 1 point, 2,000 points."""
+    """A number with its noun: 1 job, 2,000 jobs."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 

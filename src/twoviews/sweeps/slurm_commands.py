@@ -76,7 +76,7 @@ def accounts(slurm_ids: Sequence[str]) -> Mapping[str, Said]:
     """What sacct knows of these jobs; nothing on a cluster without accounting."""
     found: dict[str, Said] = {}
     for some in _calls(slurm_ids) if shutil.which("sacct") else ():
-        done = _run("sacct", "-X", "-n", "-P", "--format=JobID,State,NodeList,ExitCode", "-j", some)
+        done = _run("sacct", "-X", "-n", "-P", "--format=JobID,JobState,NodeList,ExitCode", "-j", some)
         for line in done.stdout.splitlines():
             slurm_id, state, node, code = line.strip().split("|", 3)
             # "CANCELLED by 1000" and the like.

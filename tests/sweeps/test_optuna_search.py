@@ -16,12 +16,13 @@ from test_supervise import wait_for
 from twoviews.console import Console
 from twoviews.errors import BadInput
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps.dispatch import Dispatch
-from twoviews.sweeps.folder import New, Sweep
+from twoviews.sweeps.folder import JobSpec, Sweep
+from twoviews.sweeps.job_status import status
+from twoviews.sweeps.launcher import Launcher
 from twoviews.sweeps.launching import Launch
 from twoviews.sweeps.machine import Local, Pool
+from twoviews.sweeps.optuna_search import Optuna, collapsed
 from twoviews.sweeps.report import report
-from twoviews.sweeps.study import Optuna, collapsed
 
 # A stand-in for a training: its kNN depends on x and, a little, on the seed.
 PLAN = """
@@ -44,8 +45,8 @@ checkpoint(); result("finished", **{{"knn/top1": knn}})
 class Order(Launch):
     """What the search needs of `Launch`, with stand-ins for trainings."""
 
-    def __init__(self, folder: Path, dispatch: Dispatch, **plan: object):
-        self.folder, self.dispatch = folder, dispatch
+    def __init__(self, folder: Path, launcher: Launcher, **plan: object):
+        self.folder, self.launcher = folder, launcher
         self.plan = {"epochs": 3, "collapse": False, "behind": False, "fail": "", "pause": 0.0, **plan}
         self.options, self.console = SimpleNamespace(plan=False), Console()
         self.tracking, self.protocols = {"mirror": False}, ["knn", "linear", "few_labels"]
@@ -54,20 +55,20 @@ class Order(Launch):
         (code / "train.py").write_text(TRAIN)
         self.here = {"cwd": str(folder), "code": str(code)}
 
-    def points(self, combinations) -> list[New]:
+    def jobs(self, combinations) -> list[JobSpec]:
         made = []
         for one in combinations:
             axes = {key: float(value) for key, value in (override.split("=") for override in one)}
             digest = f"{abs(hash(tuple(sorted(axes.items())))) % 2**32:08x}"
             plan = PLAN.format(**{"seed": 0, **axes}, **self.plan)
-            made.append(New(digest, axes, list(one), config(axes.get("seed", 0), plan)))
+            made.append(JobSpec(digest, axes, list(one), config(axes.get("seed", 0), plan)))
         return made
 
     def add(self, new):
         sweep = Sweep(self.folder)
         return sweep, sweep.add([replace(one, more=self.here) for one in new], command="python train.py -m")
 
-    def prepare(self, sweep, points) -> None:
+    def prepare(self, sweep, jobs) -> None:
         pass
 
 
@@ -100,19 +101,19 @@ def trials(folder: Path) -> list:
 
 
 def started(folder: Path) -> dict[str, int]:
-    return {point.digest: len(starts(point)) for point in Sweep(folder).points}
+    return {job.digest: len(starts(job)) for job in Sweep(folder).jobs}
 
 
-def test_a_value_is_the_mean_over_seeds_and_each_point_runs_once(tmp_path: Path, capsys) -> None:
+def test_a_value_is_the_mean_over_seeds_and_each_job_runs_once(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "s"
     assert search().run(Order(folder, pool()), TYPED) == 0
     found = trials(folder)
     assert [one.state.name for one in found] == ["COMPLETE"] * 6
     for one in found:
         assert one.value == pytest.approx(80 - 40 * abs(one.params["x"] - 0.7) + 0.5, abs=0.01)
-    points = Sweep(folder).points
-    assert len(points) == 12 and set(started(folder).values()) == {1}
-    assert {point.axes["seed"] for point in points} == {0, 1} and len({point.axes["x"] for point in points}) == 6
+    jobs = Sweep(folder).jobs
+    assert len(jobs) == 12 and set(started(folder).values()) == {1}
+    assert {job.axes["seed"] for job in jobs} == {0, 1} and len({job.axes["x"] for job in jobs}) == 6
     assert "best: x=" in capsys.readouterr().out
 
 
@@ -165,13 +166,13 @@ def test_a_metric_that_nothing_measures_is_refused_before_training(tmp_path: Pat
 
 
 def test_no_batch_waits_for_its_slowest(tmp_path: Path) -> None:
-    """One point is held back until four others are through: with batches of two that would be for ever."""
+    """One job is held back until four others are through: with batches of two that would be for ever."""
     folder = tmp_path / "s"
 
     class Held(Order):
-        def points(self, combinations) -> list[New]:
+        def jobs(self, combinations) -> list[JobSpec]:
             first = not list(folder.glob("*/point.json"))
-            made = super().points(combinations)
+            made = super().jobs(combinations)
             if first:
                 until = "while len(list(folder.parent.glob('*/result.json'))) < 4: time.sleep(0.05)\n"
                 made = [replace(one, config=f"# {until}{one.config}") for one in made]
@@ -192,7 +193,7 @@ sys.exit(search(trials=20, at_once=4).run(Order(Path({folder!r}), pool(4), pause
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", [1, 17])  # points that have begun
+@pytest.mark.parametrize("moment", [1, 17])  # jobs that have begun
 def test_killed_and_started_again_no_trial_is_lost_or_doubled(tmp_path: Path, moment: int) -> None:
     folder = tmp_path / "s"
     script = DRIVER.format(paths=[str(Path(__file__).parent), str(Path(__file__).parents[1])], folder=str(folder))
@@ -208,9 +209,9 @@ def test_killed_and_started_again_no_trial_is_lost_or_doubled(tmp_path: Path, mo
     assert [one.params for one in found[: len(before)]] == [one.params for one in before]
     for one in found:
         assert one.value == pytest.approx(80 - 40 * abs(one.params["x"] - 0.7) + 0.5, abs=0.01)
-    points = Sweep(folder).points
-    assert len(points) == 40 == len({(point.axes["x"], point.axes["seed"]) for point in points})
-    assert all(point.state.state == "FINISHED" for point in points)
+    jobs = Sweep(folder).jobs
+    assert len(jobs) == 40 == len({(job.axes["x"], job.axes["seed"]) for job in jobs})
+    assert all(job.state.state == "FINISHED" for job in jobs)
     # What had finished was not run again; what was under way was started once more.
     assert max(started(folder).values()) <= 2 and sum(started(folder).values()) <= 44
 
@@ -221,10 +222,10 @@ def test_a_collapsed_trial_is_stopped_and_the_report_says_why(tmp_path: Path) ->
     assert search(trials=6, prune=True).run(order, ["x=0.1,0.6", "seed=0,1"]) == 0
     states = {(one.params["x"], one.state.name) for one in trials(folder)}
     assert states == {("0.1", "PRUNED"), ("0.6", "COMPLETE")}
-    weak = [point for point in Sweep(folder).points if point.axes["x"] == 0.1]
-    assert all(len(point.metrics()) < 100 and point.state.state != "FINISHED" for point in weak)
+    weak = [job for job in Sweep(folder).jobs if job.axes["x"] == 0.1]
+    assert all(len(job.metrics()) < 100 and job.state.state != "FINISHED" for job in weak)
     found = {row.digest: row for row in report(Sweep(folder)).rows}
-    assert all(found[point.digest].state == "PRUNED" for point in weak)
+    assert all(found[job.digest].state == "PRUNED" for job in weak)
     assert "collapsed: its spread stays below 0.05" in found[weak[0].digest].reason
 
 
@@ -232,15 +233,15 @@ def test_what_was_given_up_is_done_with_and_says_why(tmp_path: Path, capsys) -> 
     folder = tmp_path / "s"
     order = Order(folder, pool(), collapse=True, pause=0.1)
     search(trials=6, prune=True).run(order, ["x=0.1,0.6", "seed=0,1"])
-    before, weak = started(folder), [point for point in Sweep(folder).points if point.axes["x"] == 0.1]
+    before, weak = started(folder), [job for job in Sweep(folder).jobs if job.axes["x"] == 0.1]
     with Sweep(folder).update() as record:
         record["launcher"] = {"_target_": "twoviews.sweeps.machine.Local"}
     for command in ("status", "retry", "logs"):
         assert sweep_command([command, str(folder)]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "s: 2 FINISHED, 2 PRUNED" in out and "2 of 4 points finished, 2 given up by a search" in out
-    look = {digest: state.state for digest, state in order.dispatch.look(Sweep(folder).points).items()}
-    assert [look[point.digest] for point in weak] == ["PRUNED"] * 2
+    assert "s: 2 FINISHED, 2 PRUNED" in out and "2 of 4 jobs finished, 2 given up by a search" in out
+    look = {digest: state.state for digest, state in status(Sweep(folder).jobs).items()}
+    assert [look[job.digest] for job in weak] == ["PRUNED"] * 2
     search(trials=6, prune=True).run(order, ["x=0.1,0.6", "seed=0,1"])
     assert started(folder) == before, "nothing runs again, by retry or by the same command"
 
@@ -253,11 +254,11 @@ def test_a_search_that_is_killed_while_it_gives_up_a_trial_gives_it_up_later(tmp
         with pytest.raises(KeyboardInterrupt):
             search(trials=1, prune=True).run(order, ["x=interval(0.0,0.2)", "seed=0,1"])
     assert [one.state.name for one in trials(folder)] == ["PRUNED"]
-    order.dispatch.cancel(Sweep(folder).points)  # as the end of the process would
-    for point in Sweep(folder).points:
-        wait_for(lambda point=point: order.dispatch.look([point])[point.digest].state in ("INTERRUPTED", "LOST"))
+    order.launcher.cancel(Sweep(folder).jobs)  # as the end of the process would
+    for job in Sweep(folder).jobs:
+        wait_for(lambda job=job: status([job])[job.digest].state in ("INTERRUPTED", "LOST"))
     search(trials=1, prune=True).run(order, ["x=interval(0.0,0.2)", "seed=0,1"])
-    states = order.dispatch.look(Sweep(folder).points).values()
+    states = status(Sweep(folder).jobs).values()
     assert [state.state for state in states] == ["PRUNED"] * 2
     assert all("collapsed" in state.reason for state in states)
 
@@ -272,13 +273,11 @@ def test_a_trial_below_the_median_is_stopped(tmp_path: Path) -> None:
     study = optuna.load_study(study_name="s", storage=f"sqlite:///{folder / 'study.db'}")
     study.enqueue_trial({"x": 0.4})
     weak = Order(folder, pool(), pause=0.1, epochs=100)
-    weak.points = lambda combinations: Order.points(
-        weak, [[one[0].replace("0.4", "0.1"), one[1]] for one in combinations]
-    )
+    weak.jobs = lambda combinations: Order.jobs(weak, [[one[0].replace("0.4", "0.1"), one[1]] for one in combinations])
     search(trials=5, prune=True).run(weak, ["x=interval(0.4,0.9)", "seed=0,1"])
     last = trials(folder)[4]
     assert last.state.name == "PRUNED" and "below the median" in last.user_attrs["reason"]
-    assert all(len(point.metrics()) < 100 for point in Sweep(folder).points if point.axes["x"] == 0.1)
+    assert all(len(job.metrics()) < 100 for job in Sweep(folder).jobs if job.axes["x"] == 0.1)
 
 
 def test_a_diverged_trial_is_a_bad_one_and_another_failure_is_no_value(tmp_path: Path) -> None:
@@ -286,7 +285,7 @@ def test_a_diverged_trial_is_a_bad_one_and_another_failure_is_no_value(tmp_path:
     search(trials=12, at_once=3).run(Order(diverged, pool(), fail="the loss is nan at step 3"), ["x=0.1,0.6"])
     states = {one.params["x"]: one.state.name for one in trials(diverged)}
     assert states == {"0.1": "PRUNED", "0.6": "COMPLETE"}
-    now = {point.axes["x"]: Local().look([point])[point.digest] for point in Sweep(diverged).points}
+    now = {job.axes["x"]: status([job])[job.digest] for job in Sweep(diverged).jobs}
     assert now[0.1].state == "PRUNED" and "diverged: the loss is nan at step 3" in now[0.1].reason
     failed = tmp_path / "failed"
     search(trials=12, at_once=3).run(Order(failed, pool(), fail="out of luck"), ["x=0.1,0.6"])
@@ -294,7 +293,7 @@ def test_a_diverged_trial_is_a_bad_one_and_another_failure_is_no_value(tmp_path:
     assert states == {"0.1": "FAIL", "0.6": "COMPLETE"}
     reasons = [one.user_attrs["reason"] for one in trials(failed) if one.state.name == "FAIL"]
     assert "out of luck" in reasons[0]
-    now = {point.axes["x"]: Local().look([point])[point.digest].state for point in Sweep(failed).points}
+    now = {job.axes["x"]: status([job])[job.digest].state for job in Sweep(failed).jobs}
     assert now == {0.1: "FAILED", 0.6: "FINISHED"}, "what went wrong keeps its own word"
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a sweep: accuracy over each axis with its band over seeds, two axes as a map, and how the points learn."""
+"""Pictures of a sweep: accuracy over each axis with its band over seeds, two axes as a map, and how the jobs learn."""
 
 import math
 import os.path
@@ -8,8 +8,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
+from twoviews.sweeps.formatting import short_names, text, typed
 from twoviews.sweeps.results import ACCURACIES, CONFIDENCE, Estimate, Results, Setting
-from twoviews.sweeps.words import short_names, text, typed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,12 +72,12 @@ def _draw_axis(path: Path, found: Results, key: str, metrics: Sequence[str]) -> 
     colours = _colours(len(shown))
     for axis, metric in zip(panels, metrics, strict=True):
         for number, (name, line) in enumerate(shown.items()):
-            points = [(setting.axes[key], setting) for setting in line if setting.seeds(metric)]
+            jobs = [(setting.axes[key], setting) for setting in line if setting.seeds(metric)]
             if numeric:
-                _numeric_line(axis, points, metric, colours[number], name, joined=not alone)
+                _numeric_line(axis, jobs, metric, colours[number], name, joined=not alone)
             else:
                 shift = 0.5 * ((number + 0.5) / len(shown) - 0.5)
-                _categorical_line(axis, points, ordered, metric, colours[number], name, shift, scattered=alone)
+                _categorical_line(axis, jobs, ordered, metric, colours[number], name, shift, scattered=alone)
         title = f"{ACCURACIES[metric]} accuracy, %"
         if numeric:
             _numeric_ticks(axis, [float(value) for value in values if _is_number(value)])
@@ -99,11 +99,11 @@ def _draw_axis(path: Path, found: Results, key: str, metrics: Sequence[str]) -> 
 
 
 def _numeric_line(
-    axis: "Axes", points: list[tuple[Any, Setting]], metric: str, colour: Any, name: str, joined: bool
+    axis: "Axes", jobs: list[tuple[Any, Setting]], metric: str, colour: Any, name: str, joined: bool
 ) -> None:
-    points = sorted(points, key=lambda point: float(point[0]))
-    x = [float(value) for value, _ in points]
-    estimates = [_estimate(setting, metric) for _, setting in points]
+    jobs = sorted(jobs, key=lambda job: float(job[0]))
+    x = [float(value) for value, _ in jobs]
+    estimates = [_estimate(setting, metric) for _, setting in jobs]
     means = [one.mean for one in estimates]
     if joined:
         axis.plot(x, means, marker="o", markersize=5, color=colour, label=name or None)
@@ -117,7 +117,7 @@ def _numeric_line(
     else:
         bars = [one.half if math.isfinite(one.half) else 0.0 for one in estimates]
         axis.errorbar(x, means, bars, fmt="o", markersize=5, color=colour, elinewidth=1, capsize=2)
-    for at, (_, setting) in zip(x, points, strict=True):
+    for at, (_, setting) in zip(x, jobs, strict=True):
         seeds = list(setting.seeds(metric).values())
         if len(seeds) > 1:
             axis.scatter([at] * len(seeds), seeds, s=7, color=colour, alpha=0.6, linewidths=0)
@@ -125,7 +125,7 @@ def _numeric_line(
 
 def _categorical_line(
     axis: "Axes",
-    points: list[tuple[Any, Setting]],
+    jobs: list[tuple[Any, Setting]],
     ordered: list[str],
     metric: str,
     colour: Any,
@@ -135,7 +135,7 @@ def _categorical_line(
 ) -> None:
     places = {value: place for place, value in enumerate(ordered)}
     first = True
-    for value, setting in points:
+    for value, setting in jobs:
         one, at = _estimate(setting, metric), places[text(value)] + shift
         bar = one.half if math.isfinite(one.half) else 0.0
         axis.errorbar(
@@ -194,7 +194,7 @@ def _fills_a_map(settings: Sequence[Setting], first: str, second: str) -> bool:
 
 
 def _draw_map(path: Path, found: Results, first: str, second: str, metrics: Sequence[str]) -> None:
-    """Means over seeds by two axes; of several settings in a cell the best. An empty cell has no finished point."""
+    """Means over seeds by two axes; of several settings in a cell the best. An empty cell has no finished job."""
     import numpy as np
 
     settings = _having(found, first, second)
@@ -228,7 +228,7 @@ def _draw_map(path: Path, found: Results, first: str, second: str, metrics: Sequ
                     colour = "black" if value > middle else "white"
                     axis.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=8)
     panels[0].set_ylabel(_shortened(first, NAME_ROOM))
-    note = "mean over seeds; grey: no finished point"
+    note = "mean over seeds; grey: no finished job"
     if len(found.axes) > 2:
         note += "; of the settings that share a cell the best"
     _heading(figure, f"{found.name}: {names[first]} and {names[second]}", note)
@@ -241,7 +241,7 @@ PANELS = {"knn/top1": "kNN accuracy, %", "train/spread": "spread (1 even, 0 coll
 
 
 def _draw_learning(path: Path, found: Results) -> None:
-    """KNN accuracy and spread over epochs: a colour for each of the best settings, a thin line for each point."""
+    """KNN accuracy and spread over epochs: a colour for each of the best settings, a thin line for each job."""
     panels_of = [name for name in PANELS if any(name in line for row in found.rows for line in row.curve)]
     begun = [setting for setting in found.settings if any(row.curve for row in setting.rows)]
     shown = begun[:LINES]
@@ -282,7 +282,7 @@ def _draw_learning(path: Path, found: Results) -> None:
             axis.set_ylim(0, max(1.02, axis.get_ylim()[1]))
     several = any(len(setting.rows) > 1 for setting in shown)
     note = (
-        "thick: mean, as far as all seeds that have begun have come; thin: each seed" if several else "one point a line"
+        "thick: mean, as far as all seeds that have begun have come; thin: each seed" if several else "one job a line"
     )
     if len(begun) > len(shown):
         note += f"; the {len(shown)} best of {len(begun)} settings"
