@@ -18,7 +18,8 @@ from conftest import ROOT, SMALL_MOCO, refused
 from safetensors.torch import load_file, save_file
 from test_foreign import Call, entry  # noqa: F401
 
-from twoviews.sweeps.folder import JobSpec, JobState, Sweep
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import JobSpec, JobState
 
 TRAIN = (*SMALL_MOCO, "epochs=1", "protocol=knn")
 STORE = ("--uri", "sqlite:///mlflow.db")

@@ -24,7 +24,8 @@ from twoviews.foreign import load
 from twoviews.run import Run
 from twoviews.signatures import buildable
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps.folder import JobSpec, JobState, Sweep
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import JobSpec, JobState
 from twoviews.tracking import read
 from twoviews.tracking.__main__ import main as tracking_command
 

@@ -10,10 +10,10 @@ from twoviews import foreign
 from twoviews.console import ROWS, Console, duration
 from twoviews.errors import BadInput, nearest, system_reason
 from twoviews.sweeps.axes import varying_parameters
-from twoviews.sweeps.folder import Job, JobState, Sweep
+from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.formatting import counted, short_names, typed
-from twoviews.sweeps.job_status import CANCEL_S, ended, status
-from twoviews.sweeps.supervise import LOG
+from twoviews.sweeps.job import LOG, Job, JobState
+from twoviews.sweeps.job_status import CANCEL_SECONDS, status, wait_until_ended
 
 FINISHED, UNFINISHED, ACTIVE = 0, 1, 3  # exit codes; 2 is bad input
 LINES = 40  # of a log that are shown
@@ -197,7 +197,7 @@ def cancel_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
         print("waiting for their ends, to tell MLflow …", flush=True)
         wanted = {job.digest for job in active}
         jobs = [job for job in sweep.jobs if job.digest in wanted]
-        if not ended(jobs, CANCEL_S) or collecting.collect(sweep, jobs):
+        if not wait_until_ended(jobs, CANCEL_SECONDS) or collecting.collect(sweep, jobs):
             print(
                 f"MLflow was not told of all; `python -m twoviews.sweep collect {shlex.quote(sweep.name)}` does it later."
             )

@@ -40,7 +40,7 @@ def test_how_jobs_end_is_told_truly(tmp_path: Path, capsys) -> None:
         FINISH,
         "raise RuntimeError('no such kernel')",
         "os.kill(os.getpid(), signal.SIGKILL)",
-        "checkpoint(); os.kill(os.getppid(), signal.SIGKILL); time.sleep(1)",  # its supervisor
+        "checkpoint(); os.kill(os.getppid(), signal.SIGKILL); time.sleep(1)",  # its runner
         "sys.exit(128 + signal.SIGUSR2)",  # wants to be requeued each time, without getting anywhere
     )
     begun = time.monotonic()
@@ -53,7 +53,7 @@ def test_how_jobs_end_is_told_truly(tmp_path: Path, capsys) -> None:
     now = [*status(jobs).values()]
     assert now[0].node in ("n1", "n2", "n3", "n4") and now[0].slurm_id == jobs[0].slurm_id
     assert now[1].reason == "RuntimeError: no such kernel" and "killed by SIGKILL" in now[2].reason
-    assert "SLURM says FAILED" in now[3].reason
+    assert "SLURM reports FAILED" in now[3].reason
     wait_for(lambda: states(jobs)[4] == "FAILED")
     assert "3 starts in a row" in jobs[4].state.reason and len(starts(jobs[4])) == 3
     wait_for(lambda: not slurm("squeue", "-h"))
@@ -175,7 +175,7 @@ def test_a_controller_that_dies_changes_nothing(tmp_path: Path, monkeypatch: pyt
     wait_for(lambda: all(starts(job) for job in jobs))
     time.sleep(6)  # or it has not yet written down that they run, and starts them again
     cluster("kill-controller")
-    monkeypatch.setattr(slurm_commands, "ANSWER_S", 5.0)  # squeue tries for longer than a test should
+    monkeypatch.setattr(slurm_commands, "ANSWER_SECONDS", 5.0)  # squeue tries for longer than a test should
     now = status(latest(jobs))
     assert {state.state for state in now.values()} == {"RUNNING"}
     assert {state.reason for state in now.values()} == {"SLURM's controller does not answer"}
@@ -204,12 +204,12 @@ sys.path[:0] = {[str(Path(__file__).parent)]!r}
 from on_slurm import dispatch
 from twoviews.sweeps import slurm_commands
 from twoviews.sweeps.folder import Sweep
-Sweep.submitted = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # after sbatch, before it is written down
+Sweep.mark_submitted = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # after sbatch, before it is written down
 launcher().submit(Sweep({str(tmp_path / "s")!r}).jobs)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     wait_for(lambda: all(starts(job) for job in jobs))
-    assert states(jobs) == ["RUNNING", "RUNNING"], "they are known by what their supervisors wrote"
+    assert states(jobs) == ["RUNNING", "RUNNING"], "they are known by what their runners wrote"
     launcher().submit(latest(jobs))  # what a launch would do that came before they began
     (tmp_path / "go").touch()
     wait_for(lambda: states(jobs) == ["FINISHED", "FINISHED"])

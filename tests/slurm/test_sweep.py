@@ -11,7 +11,8 @@ import pytest
 from on_slurm import cluster, quiet_cluster, slurm, states, wait_for  # noqa: F401
 
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps.folder import Job, Sweep
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import Job
 from twoviews.sweeps.job_status import status
 from twoviews.sweeps.results import gather
 from twoviews.tracking import read

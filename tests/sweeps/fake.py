@@ -5,7 +5,8 @@
 
 from pathlib import Path
 
-from twoviews.sweeps.folder import Job, JobSpec, Sweep
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import Job, JobSpec
 
 TRAIN = """
 import json, os, signal, sys, time

@@ -13,7 +13,8 @@ from test_report import fill, page
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps import axes
 from twoviews.sweeps.axes import varying_parameters
-from twoviews.sweeps.folder import JobSpec, Sweep
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import JobSpec
 from twoviews.sweeps.results import gather
 
 MOCO = """seed: {seed}

@@ -12,7 +12,8 @@ from twoviews.errors import BadInput
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps import collecting
 from twoviews.sweeps.collecting import deliver, owed, prepare
-from twoviews.sweeps.folder import Job, JobSpec, JobState, Sweep
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import Job, JobSpec, JobState
 from twoviews.tracking import stores
 from twoviews.tracking.metrics import Metrics
 

@@ -11,7 +11,8 @@ from conftest import ROOT
 
 from twoviews.errors import BadInput
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps.folder import JobSpec, JobState, Sweep
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import JobSpec, JobState
 from twoviews.sweeps.job_status import status
 
 
@@ -40,7 +41,7 @@ def test_values_are_added_and_what_is_there_stays(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "s")
     sweep.add([new("aa", seed=0)])
     (sweep.folder / "aa" / "last.pt").write_text("checkpoint")
-    sweep.submitted({"aa": "12_0"}, 5.0)
+    sweep.mark_submitted({"aa": "12_0"}, 5.0)
     sweep.add([new("aa", seed=0), new("bb", seed=1)])
     assert sweep.axes == {"seed": [0, 1]}
     assert (sweep.folder / "aa" / "last.pt").read_text() == "checkpoint"
@@ -63,7 +64,8 @@ def test_what_goes_on_with_newer_code_has_its_options(tmp_path: Path) -> None:
 def test_launches_at_once_lose_no_job(tmp_path: Path) -> None:
     code = """
 import sys
-from twoviews.sweeps.folder import JobSpec, Sweep
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import JobSpec
 sweep, number = Sweep(sys.argv[1]), int(sys.argv[2])
 for index in range(10):
     digest = f"{number}{index}"
@@ -114,7 +116,7 @@ def test_the_latest_sweep_is_shown_with_the_names_of_the_others(tmp_path: Path, 
 def test_whose_process_is_gone_is_lost(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "s")
     jobs = sweep.add([new(digest, seed=int(digest)) for digest in "0123"])
-    sweep.submitted(dict.fromkeys("0123"), 5.0)
+    sweep.mark_submitted(dict.fromkeys("0123"), 5.0)
     jobs = sweep.jobs
     jobs[0].write(JobState("FINISHED", submitted=jobs[0].submitted))
     jobs[1].write(JobState("RUNNING", submitted=jobs[1].submitted))
@@ -123,7 +125,7 @@ def test_whose_process_is_gone_is_lost(tmp_path: Path) -> None:
 from pathlib import Path
 from twoviews.sweeps.folder import Sweep
 sweep = Sweep({str(sweep.folder)!r})
-locks = [sweep.launching, sweep.jobs[1].lock]
+locks = [sweep.launcher_lock, sweep.jobs[1].lock]
 for lock in locks:
     lock.acquire()
 print("held", flush=True); input()
@@ -136,7 +138,7 @@ print("held", flush=True); input()
     holder.kill()
     holder.wait()
     assert [state.state for state in status(jobs).values()] == ["FINISHED", "LOST", "LOST", "LOST"]
-    assert "supervisor was killed" in status(jobs)["1"].reason
+    assert "runner was killed" in status(jobs)["1"].reason
 
 
 def test_state_json_may_know_more_than_this_version(tmp_path: Path) -> None:

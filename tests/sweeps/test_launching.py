@@ -8,17 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cloudpickle
 import pytest
 from conftest import ROOT, SMALL_MOCO, assert_same_weights, refused, start
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from test_supervise import wait_for
+from test_runner import wait_for
 
 from twoviews.config import digest
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.composing import Composer
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.launching import composed, name
+from twoviews.sweeps.slurm import NamedFunction
 
 SLURM = ["seed=0,1", "tracking=files", "hydra/launcher=slurm"]
 
@@ -82,8 +84,8 @@ def test_a_frozen_configuration_is_the_run_that_was_composed(overrides: list[str
         (["seed=0,1", "hydra/launcher=pool", "hydra.launcher.at_once=0"], ["hydra.launcher.at_once=0", "at least 1"]),
         (["seed=0,1", "hydra/launcher=pool", "+hydra.launcher.gpus=1"], ["hydra.launcher has no key 'gpus'"]),
         (["seed=0,1", "hydra.launcher.options.qos=x"], ["hydra.launcher has no key 'options'"]),
-        (SLURM + ["hydra.launcher.options.time=9"], ["hydra.launcher.options.time", "hydra.launcher.timeout_min"]),
-        (SLURM + ["hydra.launcher.options={array:9}"], ["hydra.launcher.options.array", "leave it out"]),
+        (SLURM + ["hydra.launcher.options.time=9"], ["options.time", "timeout_min"]),
+        (SLURM + ["hydra.launcher.options={array:9}"], ["options.array", "leave it out"]),
         (
             ["method=simsiam,moco", "method.hidden_dim=64"],
             ["job method=moco", "method has no key 'hidden_dim'", "launch"],
@@ -153,14 +155,26 @@ if grep -q array= "$1" || [ $n = 3 ] || [ $n = 4 ]; then {refuses}; fi
 echo x >> {jobs}; echo "Submitted batch job $n"
 """
     slurm(tmp_path, monkeypatch, sbatch=sbatch)
-    monkeypatch.setattr("twoviews.sweeps.slurm.ROOM_S", 0.0)
+    monkeypatch.setattr("twoviews.sweeps.slurm.RETRY_SECONDS", 0.0)
     done = command("train", "-m", *SLURM)
     assert done.code == 0, done.err
-    assert done.out.count("1 job wait here until there is room") == 1 and done.out.count("submitted 1 job") == 2
+    assert done.out.count("waiting with 1 job until the queue has room") == 1 and done.out.count("submitted 1 job") == 2
     (folder,) = (path.parent for path in Path("multirun").glob("*/sweep.json"))
     made = Sweep(folder).jobs
     assert all(job.slurm_id and not job.refused for job in made)
     assert len([*folder.glob("slurm/*/*_submitted.pkl")]) == 2, "what was taken keeps its files"
+
+
+def test_a_slurm_job_runs_the_function_of_its_frozen_code(tmp_path: Path) -> None:
+    """Which may have another name there than in the code that submits it, as in sweeps of version 0.1.0."""
+    (tmp_path / "frozen.py").write_text("def run_point(folder, submitted):\n    return f'{folder} at {submitted}'\n")
+    pickled = cloudpickle.dumps(NamedFunction("frozen:run_point"))
+    code = f"""
+import sys, cloudpickle
+assert cloudpickle.loads({pickled!r})("here", 5.0) == "here at 5.0" and "twoviews" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0
 
 
 def slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str, scontrol: str | None = "") -> None:
@@ -203,7 +217,7 @@ def test_what_sbatch_refuses_is_said_once_and_kept(command, monkeypatch, tmp_pat
     assert out.count("FAILED sbatch refused: invalid partition: x;") == out.count("it never began") == 2
     (folder,) = (path.parent for path in Path("multirun").glob("*/sweep.json"))
     sweep = Sweep(folder)
-    sweep.submitted({job.digest: "7_0" for job in sweep.jobs}, 9.0)
+    sweep.mark_submitted({job.digest: "7_0" for job in sweep.jobs}, 9.0)
     assert not any(job.refused for job in sweep.jobs), "until they are submitted"
 
 

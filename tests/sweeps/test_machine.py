@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from fake import FINISH, starts, sweep
-from test_supervise import wait_for
+from test_runner import wait_for
 
 from twoviews.errors import BadInput
 from twoviews.sweeps import machine
@@ -105,10 +105,10 @@ def test_a_gpu_that_cannot_be_named_is_said(tmp_path: Path, monkeypatch: pytest.
 def test_two_pools_do_not_lease_the_same(tmp_path: Path) -> None:
     pool = Pool(at_once=None, points_per_gpu=1, cores_per_point=4)
     (slot,), (same,) = pool.slots(), pool.slots()
-    assert slot.take() and not same.take()
-    slot.give_back()
-    assert same.take()
-    same.give_back()
+    assert slot.acquire() and not same.acquire()
+    slot.release()
+    assert same.acquire()
+    same.release()
 
 
 def test_more_cores_than_there_are(tmp_path: Path) -> None:

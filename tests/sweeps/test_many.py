@@ -9,7 +9,8 @@ from twoviews.console import ROWS, Console
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps import plan as planning
 from twoviews.sweeps import slurm_commands
-from twoviews.sweeps.folder import Job, JobSpec, JobState, Sweep
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import Job, JobSpec, JobState
 from twoviews.sweeps.machine import Local
 from twoviews.sweeps.plan import Pace, plan
 
@@ -41,7 +42,7 @@ def test_status_asks_slurm_once_and_reads_what_it_shows(
 ) -> None:
     sweep = Sweep(tmp_path / "s")
     made = sweep.add(new)
-    sweep.submitted({job.digest: f"{7 + n // 1000}_{n % 1000}" for n, job in enumerate(made)}, 100.0)
+    sweep.mark_submitted({job.digest: f"{7 + n // 1000}_{n % 1000}" for n, job in enumerate(made)}, 100.0)
     for job in made[:50]:
         job.write(JobState("FINISHED", submitted=100.0))
     made[50].write(JobState("RUNNING", slurm_id="7_50", node="n1", submitted=100.0, started=101.0))

@@ -11,12 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 from fake import TRAIN, config, starts
-from test_supervise import wait_for
+from test_runner import wait_for
 
 from twoviews.console import Console
 from twoviews.errors import BadInput
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps.folder import JobSpec, Sweep
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import JobSpec
 from twoviews.sweeps.job_status import status
 from twoviews.sweeps.launcher import Launcher
 from twoviews.sweeps.launching import Launch
@@ -250,7 +251,7 @@ def test_a_search_that_is_killed_while_it_gives_up_a_trial_gives_it_up_later(tmp
     folder = tmp_path / "s"
     order = Order(folder, pool(), collapse=True, pause=0.1)
     with monkeypatch.context() as killed:
-        killed.setattr(Sweep, "given_up", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        killed.setattr(Sweep, "mark", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             search(trials=1, prune=True).run(order, ["x=interval(0.0,0.2)", "seed=0,1"])
     assert [one.state.name for one in trials(folder)] == ["PRUNED"]

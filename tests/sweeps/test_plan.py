@@ -9,7 +9,8 @@ from conftest import SMALL_MOCO
 
 from twoviews.console import Console
 from twoviews.sweeps import plan as planning
-from twoviews.sweeps.folder import JobSpec, JobState, Sweep
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import JobSpec, JobState
 from twoviews.sweeps.machine import Local, Pool
 from twoviews.sweeps.plan import NotMeasured, Pace, plan
 from twoviews.sweeps.slurm import Slurm

@@ -15,8 +15,9 @@ from PIL import Image
 from scipy import stats
 
 from twoviews.sweeps import plots
-from twoviews.sweeps.folder import Job, JobSpec, JobState, Sweep
+from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.formatting import counted, short_names, text
+from twoviews.sweeps.job import Job, JobSpec, JobState
 from twoviews.sweeps.report import report
 from twoviews.sweeps.results import estimate, gather
 
@@ -141,12 +142,12 @@ def test_jobs_that_run_wait_or_failed_are_counted_and_explained(tmp_path: Path) 
         {"method.temperature": 0.2, "seed": 6, "state": "RUNNING"},
     ]
     sweep = sweep_of(tmp_path / "s", [*GRID, *more])
-    lost = JobState("LOST", reason="its supervisor was killed")
+    lost = JobState("LOST", reason="its runner was killed")
     found = report(sweep, {sweep.jobs[9].digest: lost})
     text_ = (sweep.folder / "report.md").read_text()
     assert "6 of 10 jobs finished; 1 FAILED, 1 LOST, 1 QUEUED, 1 RUNNING. **4 missing**" in text_
     assert "| 00000008 | temperature=0.2, seed=5 | FAILED | 0 | loss is nan \\| lower optimizer.lr | " in text_
-    assert "`python -m twoviews.sweep logs s 00000008`" in text_ and "its supervisor was killed" in text_
+    assert "`python -m twoviews.sweep logs s 00000008`" in text_ and "its runner was killed" in text_
     assert [setting.axes["method.temperature"] for setting in found.settings] == [0.2, 0.1]
     assert len(found.settings[0].seeds("knn/top1")) == 3  # the running one's last kNN is not final
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from twoviews import foreign
 from twoviews.errors import BadInput
-from twoviews.sweeps.folder import Job
 from twoviews.sweeps.formatting import typed
+from twoviews.sweeps.job import Job
 
 SEED = "seed"
 

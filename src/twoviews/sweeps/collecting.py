@@ -10,7 +10,8 @@ from filelock import FileLock
 
 from twoviews import foreign
 from twoviews.errors import BadInput
-from twoviews.sweeps.folder import WRITERS, Job, JobState, Sweep
+from twoviews.sweeps.folder import WRITER_THREADS, Sweep
+from twoviews.sweeps.job import Job, JobState
 from twoviews.sweeps.job_status import status
 from twoviews.tracking import NAME, parents, send
 from twoviews.tracking.mirror import reason
@@ -43,7 +44,7 @@ def prepare(sweep: Sweep, jobs: Sequence[Job], tracking: Mapping[str, Any]) -> N
         with sweep.update() as record:
             record.update(parent=parent, parent_status="RUNNING")
     swept = {job.digest: job.axes for job in sweep.jobs}  # those given may have more, to be told apart
-    with ThreadPoolExecutor(WRITERS) as pool:
+    with ThreadPoolExecutor(WRITER_THREADS) as pool:
         list(pool.map(lambda one: parents.adopt(one.folder, uri, experiment, parent, swept[one.digest]), jobs))
 
 

@@ -1,56 +1,55 @@
-"""What is true of jobs: their supervisors' word, as long as the supervisors live, and after that SLURM's."""
+"""The present state of jobs: as their runners wrote it while these live, otherwise as SLURM reports it."""
 
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from twoviews.sweeps import slurm_commands
-from twoviews.sweeps.folder import Job, JobState, Sweep
-from twoviews.sweeps.slurm_commands import Said
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import Job, JobState
+from twoviews.sweeps.slurm_commands import SlurmState
 from twoviews.tracking.state import held
 
-CANCEL_S = 60.0  # for what was cancelled to end; SLURM gives it 30 s (KillWait) unless a cluster says otherwise
-AGAIN = "the same command goes on"
+CANCEL_SECONDS = 60.0  # for a cancelled job to end; SLURM grants 30 s (KillWait) unless a cluster sets another time
+RESUME_HINT = "the same command goes on"
 _SAME_NAME = ("FAILED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY", "CANCELLED")
-_MEANS = {"BOOT_FAIL": "NODE_FAIL", "DEADLINE": "TIMEOUT", "REVOKED": "CANCELLED"}
-_USUAL = ("", "BeginTime", "JobArrayTaskLimit", "Priority", "Resources")  # of waiting; anything else is worth telling
-_WHY = {
+_OTHER_NAME = {"BOOT_FAIL": "NODE_FAIL", "DEADLINE": "TIMEOUT", "REVOKED": "CANCELLED"}
+_USUAL_REASONS = ("", "BeginTime", "JobArrayTaskLimit", "Priority", "Resources")  # to wait; others are shown
+_REASONS = {
     "TIMEOUT": "the time limit came before a checkpoint could be written",
     "PREEMPTED": "preempted, and the cluster does not requeue",
     "NODE_FAIL": "its node failed, and the cluster does not requeue",
-    "OUT_OF_MEMORY": "the memory of the job was used up; ask for more (mem_gb)",
+    "OUT_OF_MEMORY": "the memory of the SLURM job was used up; ask for more (mem_gb)",
     "CANCELLED": "cancelled",
 }
 
 
 def status(jobs: Sequence[Job]) -> Mapping[str, JobState]:
-    """The state of each job by its digest."""
-    asked = {slurm_id for job in jobs if not settled(job, state := job.state) for slurm_id in _slurm_ids(job, state)}
-    # First the scheduler, then the files: a job that ends in between has written its state by then.
-    queue = slurm_commands.queue([*asked]) if asked else {}
-    gone = [slurm_id for slurm_id in asked if queue is not None and slurm_id not in queue]
-    accounts = slurm_commands.accounts(gone) if gone else {}
-    known = {**accounts, **(queue or {})}
+    """The state of each job by its digest, from state.json, locks and the scheduler."""
+    slurm_ids = {id_ for job in jobs if not is_final(job, state := job.state) for id_ in _slurm_ids(job, state)}
+    # The scheduler is asked before the files are read: a job that ends in between has written its state by then.
+    queue = slurm_commands.queue([*slurm_ids]) if slurm_ids else {}
+    ended = [slurm_id for slurm_id in slurm_ids if queue is not None and slurm_id not in queue]
+    known = {**(slurm_commands.accounting(ended) if ended else {}), **(queue or {})}
     arrays = {slurm_id.partition("_")[0] for slurm_id in known}
-    found = {}
+    states = {}
     for job in jobs:
         state = job.state
-        if settled(job, state):
-            found[job.digest] = state
-        elif not (slurm_ids := _slurm_ids(job, state)):
-            found[job.digest] = _here(job)
+        if is_final(job, state):
+            states[job.digest] = state
+        elif not (own_ids := _slurm_ids(job, state)):
+            states[job.digest] = _local_state(job)
         elif queue is None:
-            found[job.digest] = replace(
-                _own(job, state), slurm_id=slurm_ids[0], reason="SLURM's controller does not answer"
-            )
+            last = _of_last_submission(job, state)
+            states[job.digest] = replace(last, slurm_id=own_ids[0], reason="SLURM's controller does not answer")
         else:
-            found[job.digest] = _there(job, state, slurm_ids, known, arrays)
-    return {job.digest: judged(job, found[job.digest]) for job in jobs}
+            states[job.digest] = _slurm_state(job, state, own_ids[0], known, arrays)
+    return {job.digest: with_marks(job, states[job.digest]) for job in jobs}
 
 
-def ended(jobs: Sequence[Job], patience_s: float) -> bool:
-    """Whether nobody runs these jobs any more; waits so long at most until it is so."""
-    end = time.monotonic() + patience_s
+def wait_until_ended(jobs: Sequence[Job], timeout_s: float) -> bool:
+    """Wait until none of these jobs is queued or running; whether that was so within the time."""
+    end = time.monotonic() + timeout_s
     while any(state.active for state in status(jobs).values()):
         if time.monotonic() > end:
             return False
@@ -58,8 +57,8 @@ def ended(jobs: Sequence[Job], patience_s: float) -> bool:
     return True
 
 
-def judged(job: Job, state: JobState) -> JobState:
-    """The state; of a job that nobody runs PRUNED if a search gave it up, FAILED if the scheduler refused it."""
+def with_marks(job: Job, state: JobState) -> JobState:
+    """The state, or of a job that does not run: PRUNED if a search gave it up, FAILED if the scheduler refused it."""
     runs = state.state == "RUNNING" or (state.state == "QUEUED" and job.slurm_id and not job.refused)
     if runs or state.state == "FINISHED" or not (job.given_up or job.refused):
         return state
@@ -68,10 +67,16 @@ def judged(job: Job, state: JobState) -> JobState:
     return replace(state, state="FAILED", reason=job.refused)
 
 
-def _slurm_ids(job: Job, state: JobState) -> list[str]:
-    """Ids of the SLURM jobs that may be running it, the last submission first; none where it was not SLURM.
+def is_final(job: Job, state: JobState) -> bool:
+    """Whether the last submission ended and its runner wrote how."""
+    ended = state.state in ("FAILED", "OUT_OF_MEMORY") and state.submitted >= job.submitted
+    return ended or state.state == "FINISHED"
 
-    There are two if a launcher was killed before it wrote down what it had submitted.
+
+def _slurm_ids(job: Job, state: JobState) -> list[str]:
+    """Ids of the SLURM jobs that may be running a job, the last submission first; empty if it was not SLURM.
+
+    There are two if a launcher was killed before it recorded what it had submitted.
     """
     if job.slurm_id is None and job.submitted > state.submitted:
         return []
@@ -80,64 +85,61 @@ def _slurm_ids(job: Job, state: JobState) -> list[str]:
     return [*dict.fromkeys(slurm_id for slurm_id in both if slurm_id)]
 
 
-def settled(job: Job, state: JobState) -> bool:
-    """The last submission ended, and its supervisor said how."""
-    ended = state.state in ("FAILED", "OUT_OF_MEMORY") and state.submitted >= job.submitted
-    return ended or state.state == "FINISHED"
-
-
-def _own(job: Job, state: JobState) -> JobState:
-    """What is known of the last submission."""
+def _of_last_submission(job: Job, state: JobState) -> JobState:
+    """The state, or QUEUED if it belongs to an earlier submission."""
     if state.submitted >= job.submitted:
         return state
     return replace(state, state="QUEUED", submitted=job.submitted, started=None, ended=None, node=None, reason="")
 
 
-def _here(job: Job) -> JobState:
-    """Of a job that this machine runs: a lock is held as long as its process lives, whatever it dies of."""
+def _local_state(job: Job) -> JobState:
+    """The state of a job on this machine: a lock is held exactly as long as its process lives."""
     state = job.state
     if held(job.lock):
         return state if state.state == "RUNNING" else replace(state, state="RUNNING", reason="")
-    state = job.state  # written since, perhaps
+    state = job.state  # the runner may have written it since
     if not state.active and state.submitted >= job.submitted:
         return state
-    if held(Sweep(job.folder.parent).launching):
+    if held(Sweep(job.folder.parent).launcher_lock):
         return replace(state, state="QUEUED", reason="")
     if state.submitted >= job.submitted and state.state == "RUNNING":
-        return replace(state, state="LOST", reason=f"its supervisor was killed; {AGAIN}")
-    return replace(state, state="LOST", reason=f"its launcher ended before it began; {AGAIN}")
+        return replace(state, state="LOST", reason=f"its runner was killed; {RESUME_HINT}")
+    return replace(state, state="LOST", reason=f"its launcher ended before it began; {RESUME_HINT}")
 
 
-def _there(
-    job: Job, state: JobState, slurm_ids: Sequence[str], known: Mapping[str, Said], arrays: Collection[str]
+def _slurm_state(
+    job: Job, state: JobState, slurm_id: str, known: Mapping[str, SlurmState], arrays: Collection[str]
 ) -> JobState:
-    """Of a job that SLURM runs, and whose supervisor has not said the last word; `arrays` are those of `known`."""
-    if (
-        state.state == "RUNNING"
-        and state.slurm_id
-        and state.slurm_id in known
-        and known[state.slurm_id].state in slurm_commands.WORKING
-    ):
+    """The state of a job on SLURM whose runner wrote no final one.
+
+    Args:
+        job: whose state is wanted.
+        state: in state.json.
+        slurm_id: of its last submission.
+        known: SLURM's states by id.
+        arrays: ids of the arrays in `known`.
+    """
+    writer = known.get(state.slurm_id or "")  # the SLURM job whose runner wrote the state
+    if state.state == "RUNNING" and writer and writer.state in slurm_commands.WORKING:
         return state
-    slurm_id, own = slurm_ids[0], replace(_own(job, state), slurm_id=slurm_ids[0])
-    said = known.get(slurm_id)
-    # Of a task that is cancelled while it waits within its array SLURM keeps no record, of the others it does.
-    if said is None and (job.cancelled >= own.submitted or slurm_id.partition("_")[0] in arrays):
-        return replace(own, state="CANCELLED", reason=f"cancelled before it began; {AGAIN}")
-    if said is None:
-        return replace(own, state="LOST", reason=f"SLURM knows nothing of job {slurm_id} any more; {AGAIN}")
-    if said.state in slurm_commands.WAITING:
-        reason = own.reason if said.reason in _USUAL else f"waits: {said.reason}"
-        return replace(own, state="QUEUED", reason=reason)
-    if said.state in slurm_commands.WORKING:
-        return replace(own, state="RUNNING", node=own.node or said.node, reason="")
-    word = _MEANS.get(said.state, said.state)
-    if word == "FAILED" and state.state == "INTERRUPTED" and state.submitted >= job.submitted:
-        return state  # it could not be requeued, and its supervisor said why
-    if word in _SAME_NAME:
-        reason = _WHY.get(
-            word, f"SLURM says {said.state}, {said.reason}; its files are in {job.folder.parent / 'slurm'}"
-        )
-        return replace(own, state=word, node=own.node or said.node, reason=f"{reason}; {AGAIN}")  # type: ignore[arg-type]
-    reason = f"SLURM says {said.state}, but its supervisor did not say how it ended; {AGAIN}"
-    return replace(own, state="LOST", node=own.node or said.node, reason=reason)
+    last, reported = replace(_of_last_submission(job, state), slurm_id=slurm_id), known.get(slurm_id)
+    if reported is None:
+        # SLURM keeps no record of a task that is cancelled while it waits within its array; of other jobs it does.
+        if job.cancelled >= last.submitted or slurm_id.partition("_")[0] in arrays:
+            return replace(last, state="CANCELLED", reason=f"cancelled before it began; {RESUME_HINT}")
+        return replace(last, state="LOST", reason=f"SLURM does not know its job {slurm_id} any more; {RESUME_HINT}")
+    if reported.state in slurm_commands.WAITING:
+        reason = last.reason if reported.reason in _USUAL_REASONS else f"waits: {reported.reason}"
+        return replace(last, state="QUEUED", reason=reason)
+    node = last.node or reported.node
+    if reported.state in slurm_commands.WORKING:
+        return replace(last, state="RUNNING", node=node, reason="")
+    name = _OTHER_NAME.get(reported.state, reported.state)
+    if name == "FAILED" and state.state == "INTERRUPTED" and state.submitted >= job.submitted:
+        return state  # it could not be requeued, and its runner wrote why
+    if name not in _SAME_NAME:
+        reason = f"SLURM reports {reported.state}, but its runner did not write how it ended; {RESUME_HINT}"
+        return replace(last, state="LOST", node=node, reason=reason)
+    details = f"SLURM reports {reported.state}, {reported.reason}; its files are in {job.folder.parent / 'slurm'}"
+    reason = f"{_REASONS.get(name, details)}; {RESUME_HINT}"
+    return replace(last, state=name, node=node, reason=reason)  # type: ignore[arg-type]

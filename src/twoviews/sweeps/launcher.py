@@ -1,4 +1,4 @@
-"""Who runs the jobs of a sweep: the contract."""
+"""The contract of launchers, which run the jobs of a sweep."""
 
 import time
 from abc import ABC, abstractmethod
@@ -8,69 +8,71 @@ from contextlib import contextmanager
 from filelock import Timeout
 
 from twoviews.console import Console
-from twoviews.sweeps.folder import Job, Sweep
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import Job
 
-POLL_S = 5.0  # between two looks at a cluster, each one call of squeue
+POLL_SECONDS = 5.0  # between two queries of a cluster, each one call of squeue
 
-# From the number of jobs that there is room for at the moment, 0 included: as many or fewer to run now, or None when
-# there will be no more.
+# Called with the number of free slots, which may be 0; returns so many jobs or fewer, or None when there are no more.
 JobSource = Callable[[int], Sequence[Job] | None]
 
 
 class Launcher(ABC):
-    """Runs jobs of one sweep, each under a supervisor of its own that writes the job's state.json.
+    """Runs the jobs of one sweep, each below a runner of its own that writes its state.json.
 
-    What the constructor takes are the keys of conf/hydra/launcher/<name>.yaml.
+    The parameters of the constructor are the keys of conf/hydra/launcher/<name>.yaml.
     """
 
     @abstractmethod
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Have these jobs run, from their last checkpoints if they have any; those that run already are left alone.
+        """Run these jobs, from their last checkpoints if they have any; those that run already are left alone.
 
-        A launcher of this machine returns when they have ended, one of a cluster when they are in its queue.
+        Launchers of this machine return when the jobs have ended, those of a cluster when they are in its queue.
 
         Raises:
             BadInput: the scheduler refuses.
+            SystemExit: a signal stopped them; its code is 128 + the signal's number.
         """
 
     @abstractmethod
-    def free_slots(self) -> int:
-        """How many jobs it runs at once, if nobody else is there."""
+    def capacity(self) -> int:
+        """Number of jobs that run at once if nothing else runs."""
 
     def processes(self) -> int:
-        """Of each job."""
+        """Number of processes per job."""
         return 1
 
-    def serve(self, sweep: Sweep, feed: JobSource) -> None:
-        """Run jobs as they are given; returns when there will be no more.
+    def serve(self, sweep: Sweep, source: JobSource) -> None:
+        """Run jobs as `source` returns them, until there are no more.
 
         Args:
-            sweep: that they belong to.
-            feed: called again and again, to the end.
+            sweep: to which the jobs belong.
+            source: called again and again.
 
         Raises:
             BadInput: the scheduler refuses.
+            SystemExit: a signal stopped them; its code is 128 + the signal's number.
         """
-        while (jobs := feed(self.free_slots())) is not None:
+        while (jobs := source(self.capacity())) is not None:
             if jobs:
                 self.submit(jobs)
-            time.sleep(POLL_S)
+            time.sleep(POLL_SECONDS)
 
     @abstractmethod
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """Stop these jobs, with a checkpoint where they run; returns when that was asked for."""
+        """Ask these jobs to stop, with a checkpoint if they run; does not wait for their end."""
 
 
 @contextmanager
-def alone(sweep: Sweep, console: Console) -> Iterator[None]:
-    """As the only process that starts or submits jobs of this sweep on this machine."""
-    launching = sweep.launching
+def exclusive(sweep: Sweep, console: Console) -> Iterator[None]:
+    """A block in which no other process starts or submits jobs of this sweep on this machine."""
+    lock = sweep.launcher_lock
     try:
-        launching.acquire(timeout=0)
+        lock.acquire(timeout=0)
     except Timeout:
         console.say(f"another process works on {sweep.name}; waiting for its end …")
-        launching.acquire()
+        lock.acquire()
     try:
         yield
     finally:
-        launching.release()
+        lock.release()

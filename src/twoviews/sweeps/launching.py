@@ -24,10 +24,11 @@ from twoviews.diagnosis import diagnose
 from twoviews.errors import BadInput
 from twoviews.sweeps import collecting
 from twoviews.sweeps.composing import Composer
-from twoviews.sweeps.folder import Job, JobSpec, JobState, Sweep
+from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.formatting import counted
+from twoviews.sweeps.job import Job, JobSpec, JobState
 from twoviews.sweeps.job_status import status
-from twoviews.sweeps.launcher import POLL_S, Launcher
+from twoviews.sweeps.launcher import POLL_SECONDS, Launcher
 from twoviews.sweeps.plan import plan
 from twoviews.tracking import stores
 
@@ -207,7 +208,7 @@ def wait(jobs: Sequence[Job], console: Console) -> None:
             before[job.digest] = state.state
         if not any(state.active for state in now.values()):
             return
-        time.sleep(POLL_S)
+        time.sleep(POLL_SECONDS)
 
 
 def composed(composer: Composer, combinations: Sequence[Sequence[str]], swept: Sequence[str]) -> list[JobSpec]:

@@ -19,9 +19,10 @@ from filelock import FileLock, Timeout
 
 from twoviews.errors import BadInput, nearest
 from twoviews.ranges import Count, Index, Trials
-from twoviews.sweeps.folder import Job, JobState, Sweep
+from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.formatting import counted
-from twoviews.sweeps.job_status import CANCEL_S, ended, status
+from twoviews.sweeps.job import Job, JobState
+from twoviews.sweeps.job_status import CANCEL_SECONDS, status, wait_until_ended
 from twoviews.sweeps.launching import FREE, Launch, launch
 from twoviews.sweeps.search import Interval, Random, Search, Space, space
 
@@ -104,7 +105,7 @@ class Optuna(Search):
                 try:
                     driver.adopt()
                     order.launcher.serve(sweep, driver.feed)
-                    ended([job for job in sweep.jobs if job.given_up], CANCEL_S)
+                    wait_until_ended([job for job in sweep.jobs if job.given_up], CANCEL_SECONDS)
                 finally:
                     order.deliver(sweep)
                 return driver.end()
@@ -321,7 +322,7 @@ class Driver:
         """Want no result of these jobs any more; those that failed keep their own word."""
         unwanted = [one for one in jobs if one.digest not in failed and one.result.get("state") != "finished"]
         if new := [one.digest for one in unwanted if not one.given_up]:
-            self.sweep.given_up(new, reason)
+            self.sweep.mark(new, given_up=reason)
         states = status(unwanted)
         self.order.launcher.cancel([one for one in unwanted if one.submitted and states[one.digest].active])
 

@@ -21,12 +21,13 @@ from typing import Any
 
 from twoviews.config import ROOT
 from twoviews.console import Console, duration, in_bytes
-from twoviews.sweeps.folder import JobSpec, JobState, Sweep
+from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.formatting import counted, text
+from twoviews.sweeps.job import JobSpec, JobState
 from twoviews.sweeps.launcher import Launcher
 from twoviews.sweeps.results import gather
+from twoviews.sweeps.runner import train_arguments
 from twoviews.sweeps.slurm import Slurm
-from twoviews.sweeps.supervise import arguments
 from twoviews.tracking import read
 
 MEASURED = 3  # kinds of jobs that are measured; the others are taken to cost as much as the dearest of these
@@ -110,7 +111,7 @@ def _say_cost(folder: Path, todo: Sequence[JobSpec], launcher: Launcher, console
     unit = "core-hours" if paces[0].device == "CPU" else "GPU-hours"
     job = " to ".join(dict.fromkeys([duration(min(each)), duration(max(each))]))
     console.say(f"time      about {job} a job, {duration(sum(each))} one after the other; {hours:.3g} {unit}")
-    room = min(launcher.free_slots(), len(todo))
+    room = min(launcher.capacity(), len(todo))
     if room > 1:
         together = max(sum(each) / room, max(each))
         console.say(f"          about {duration(together)} with {room} at once, if that does not slow them down")
@@ -210,7 +211,7 @@ def _measured(job: JobSpec, console: Console) -> Pace:
     with tempfile.TemporaryDirectory(prefix="twoviews-plan-") as name:
         folder = Path(name)
         (folder / "config.yaml").write_text(job.config)
-        command = [sys.executable, str(ROOT / "train.py"), *arguments(folder), "tracking.mirror=false"]
+        command = [sys.executable, str(ROOT / "train.py"), *train_arguments(folder), "tracking.mirror=false"]
         log = folder / "log.txt"
         started = time.time()
         with log.open("w") as out:

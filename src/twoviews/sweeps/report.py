@@ -10,8 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from twoviews.console import duration
-from twoviews.sweeps.folder import JobState, Sweep
+from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.formatting import counted, short_names, text, typed
+from twoviews.sweeps.job import JobState
 from twoviews.sweeps.plots import draw
 from twoviews.sweeps.results import (
     ACCURACIES,

@@ -13,9 +13,10 @@ from typing import Any
 
 from twoviews import foreign
 from twoviews.sweeps.axes import SEED, varying_parameters
-from twoviews.sweeps.folder import Job, JobState, Sweep
+from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.formatting import text, typed
-from twoviews.sweeps.job_status import judged
+from twoviews.sweeps.job import Job, JobState
+from twoviews.sweeps.job_status import with_marks
 
 ACCURACIES = {"knn/top1": "kNN", "linear/top1": "linear"}  # what is compared; the first that was measured decides
 CONFIDENCE = 95  # %
@@ -131,7 +132,8 @@ class Results:
 def gather(sweep: Sweep, states: Mapping[str, JobState] | None = None) -> Results:
     """Read what the jobs of a sweep have written so far; `states` by digest may know better than their files."""
     rows = [
-        _row(one, (states or {}).get(one.digest) or judged(one, one.state)) for one in varying_parameters(sweep.jobs)
+        _row(one, (states or {}).get(one.digest) or with_marks(one, one.state))
+        for one in varying_parameters(sweep.jobs)
     ]
     metric = next((name for name in ACCURACIES if any(row.finished and name in row.values for row in rows)), None)
     groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}

@@ -1,4 +1,4 @@
-"""SLURM's commands: what it says about jobs, and what it is asked to do with them."""
+"""SLURM's commands: the states of its jobs, and requeueing and cancelling them."""
 
 import os
 import re
@@ -10,22 +10,23 @@ from pathlib import Path
 
 from twoviews.errors import BadInput
 
-ANSWER_S = 60.0  # longest wait for one of its commands
-USUAL_ARRAY = 1001  # MaxArraySize unless a cluster says otherwise
-IDS_A_CALL = 500  # of arrays and single jobs, far below the longest command line
+ANSWER_SECONDS = 60.0  # longest wait for one of the commands
+USUAL_ARRAY_SIZE = 1001  # MaxArraySize unless a cluster sets another
+IDS_PER_CALL = 500  # of arrays and single jobs, far below the longest command line
 
+# States of SLURM jobs, by what the job of the sweep does meanwhile.
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 WORKING = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "SUSPENDED", "STOPPED", "RESIZING")
 
 
 @dataclass(frozen=True)
-class Said:
-    """What SLURM says about a job.
+class SlurmState:
+    """The state of a SLURM job.
 
     Args:
         state: as squeue and sacct write it in full, such as NODE_FAIL.
-        node: or several; empty before it ran.
-        reason: why it waits, or the exit code.
+        node: one or several; empty before the job ran.
+        reason: why the job waits, or its exit code.
     """
 
     state: str
@@ -33,11 +34,11 @@ class Said:
     reason: str = ""
 
 
-def available() -> None:
-    """Raise BadInput where there is no SLURM.
+def require_slurm() -> None:
+    """Make sure that SLURM's commands are installed.
 
     Raises:
-        BadInput: its commands are not there.
+        BadInput: some are missing.
     """
     missing = [command for command in ("sbatch", "srun", "squeue", "scancel") if not shutil.which(command)]
     if missing:
@@ -47,76 +48,77 @@ def available() -> None:
         )
 
 
-def folders() -> list[str]:
-    """Where this machine has SLURM's commands, for jobs in whose PATH they are not."""
-    found = (shutil.which(command) for command in ("srun", "squeue", "scontrol"))
-    return [*dict.fromkeys(str(Path(one).parent) for one in found if one)]
+def command_folders() -> list[str]:
+    """Folders with SLURM's commands on this machine, for jobs whose PATH lacks them."""
+    paths = (shutil.which(command) for command in ("srun", "squeue", "scontrol"))
+    return [*dict.fromkeys(str(Path(path).parent) for path in paths if path)]
 
 
-def largest_array() -> int:
-    """How many tasks this cluster takes in an array (MaxArraySize)."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _run("scontrol", "show", "config").stdout, re.MULTILINE)
-    return max(1, int(found[1]) if found else USUAL_ARRAY)
+def max_array_size() -> int:
+    """The largest number of tasks in an array on this cluster (MaxArraySize)."""
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", _run("scontrol", "show", "config").stdout, re.MULTILINE)
+    return max(1, int(match[1]) if match else USUAL_ARRAY_SIZE)
 
 
-def queue(slurm_ids: Sequence[str]) -> Mapping[str, Said] | None:
-    """What squeue knows of these jobs, ended ones too as long as it remembers; None while nobody answers."""
-    found: dict[str, Said] = {}
-    for some in _calls(slurm_ids):
-        done = _run("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%N|%r", f"--jobs={some}")
+def queue(slurm_ids: Sequence[str]) -> Mapping[str, SlurmState] | None:
+    """States by id from squeue, also of jobs that ended a short time ago; None if the controller does not answer."""
+    states: dict[str, SlurmState] = {}
+    for ids in _batches(slurm_ids):
+        done = _run("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%N|%r", f"--jobs={ids}")
         if done.returncode and "Invalid job id" not in done.stderr:
             return None
         for line in done.stdout.splitlines():
             slurm_id, state, node, reason = line.strip().split("|", 3)
-            found[slurm_id] = Said(state, node, "" if reason == "None" else reason)
-    return found
+            states[slurm_id] = SlurmState(state, node, "" if reason == "None" else reason)
+    return states
 
 
-def accounts(slurm_ids: Sequence[str]) -> Mapping[str, Said]:
-    """What sacct knows of these jobs; nothing on a cluster without accounting."""
-    found: dict[str, Said] = {}
-    for some in _calls(slurm_ids) if shutil.which("sacct") else ():
-        done = _run("sacct", "-X", "-n", "-P", "--format=JobID,JobState,NodeList,ExitCode", "-j", some)
+def accounting(slurm_ids: Sequence[str]) -> Mapping[str, SlurmState]:
+    """States by id from sacct; empty on a cluster without accounting."""
+    states: dict[str, SlurmState] = {}
+    for ids in _batches(slurm_ids) if shutil.which("sacct") else ():
+        done = _run("sacct", "-X", "-n", "-P", "--format=JobID,State,NodeList,ExitCode", "-j", ids)
         for line in done.stdout.splitlines():
             slurm_id, state, node, code = line.strip().split("|", 3)
-            # "CANCELLED by 1000" and the like.
-            found[slurm_id] = Said(state.split()[0], "" if node.startswith("None") else node, f"exit code {code}")
-    return found
+            # The state may be followed by other words, as in "CANCELLED by 1000".
+            node = "" if node.startswith("None") else node
+            states[slurm_id] = SlurmState(state.split()[0], node, f"exit code {code}")
+    return states
 
 
 def requeue(slurm_id: str) -> str:
-    """Put a running job back into the queue; an empty string, or why it could not be done."""
+    """Put a running SLURM job back into the queue; returns an empty string, or the error."""
     done = _run("scontrol", "requeue", slurm_id)
     return "" if done.returncode == 0 else done.stderr.strip() or f"scontrol ended with {done.returncode}"
 
 
 def cancel(slurm_ids: Sequence[str]) -> None:
-    """Cancel jobs, those that ended included.
+    """Cancel SLURM jobs; those that ended are left as they are.
 
     Raises:
         BadInput: SLURM does not answer.
     """
-    for start in range(0, len(slurm_ids), IDS_A_CALL):
-        done = _run("scancel", "--quiet", *slurm_ids[start : start + IDS_A_CALL])
+    for start in range(0, len(slurm_ids), IDS_PER_CALL):
+        done = _run("scancel", "--quiet", *slurm_ids[start : start + IDS_PER_CALL])
         if done.returncode and "Invalid job id" not in done.stderr:
             raise BadInput(f"scancel refused: {done.stderr.strip()}")
 
 
-def this_job() -> str | None:
-    """The id of the job that this process belongs to, as 12_3 for a task of an array."""
+def own_id() -> str | None:
+    """The id of the SLURM job that this process belongs to, as 12_3 for a task of an array."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
 
 
-def _calls(slurm_ids: Sequence[str]) -> Iterator[str]:
-    """Ids for one command each; of an array only its own, once."""
+def _batches(slurm_ids: Sequence[str]) -> Iterator[str]:
+    """Comma-separated ids for one call each; an array is named once, not by its tasks."""
     names = sorted({slurm_id.partition("_")[0] for slurm_id in slurm_ids})
-    for start in range(0, len(names), IDS_A_CALL):
-        yield ",".join(names[start : start + IDS_A_CALL])
+    for start in range(0, len(names), IDS_PER_CALL):
+        yield ",".join(names[start : start + IDS_PER_CALL])
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, stdin=subprocess.DEVNULL)
+        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, stdin=subprocess.DEVNULL)
     except (subprocess.TimeoutExpired, FileNotFoundError) as error:
         return subprocess.CompletedProcess(command, 1, "", str(error))
