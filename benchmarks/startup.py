@@ -27,8 +27,7 @@ from omegaconf import OmegaConf
 from recording import medians, record
 
 from twoviews import config
-from twoviews.sweeps.composing import Composer
-from twoviews.sweeps.launching import composed
+from twoviews.sweeps.composing import Composer, job_specs
 
 TRAIN = str(config.ROOT / "train.py")
 HALF_A_SECOND = 0.26  # of `import torch`
@@ -123,9 +122,9 @@ def jobs(count: int) -> dict[str, Any]:
         composer = Composer(compose)
         for combination in combinations[:: count // 5]:
             whole = OmegaConf.to_container(compose(combination), resolve=True)
-            assert composer(combination) == whole, "not what Hydra composes"
+            assert composer(combination).content == whole, "not what Hydra composes"
         start = time.process_time()
-        new = composed(Composer(compose), combinations, axes)
+        new = job_specs(Composer(compose), combinations, axes)
         taken = time.process_time() - start
     assert len(new) == len(combinations)
     verdict = "reaches" if taken <= SECONDS else "misses"

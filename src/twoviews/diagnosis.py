@@ -20,6 +20,10 @@ from twoviews.errors import mistakes, nearest, shown
 
 _FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd")  # of Hydra's command line
 OPTIONAL = ("experiment", "special")  # groups of conf/train.yaml that may have no file
+PLUGINS = (
+    "hydra/launcher",
+    "hydra/sweeper",
+)  # of which Hydra has files of its own, which do not run the jobs of a sweep
 
 
 def diagnose(name: str, arguments: list[str], error: Exception | None = None) -> list[str]:
@@ -125,7 +129,9 @@ def unknown_choices(arguments: list[str]) -> str:
             continue
         if argument.startswith("+") and isinstance(override.value(), dict):  # keys of the chosen file, not a choice
             continue
-        if (key in OPTIONAL or not _names_files(override.value())) and (sentence := unknown_choice(override)):
+        if (key in (*OPTIONAL, *PLUGINS) or not _names_files(override.value())) and (
+            sentence := unknown_choice(override)
+        ):
             return sentence
     return ""
 

@@ -19,8 +19,8 @@ from twoviews.ranges import Length
 _SOURCES = Path(__file__).resolve().parents[1]
 _CONF = _SOURCES.parent / "conf"
 
-# The key of conf/hydra/<kind>/*.yaml that names what is ours, where `_target_` names Hydra's plugin.
-BUILDS = {"launcher": "dispatch", "sweeper": "search"}
+# The key of conf/hydra/<kind>/*.yaml that names the class of this package; of a sweeper, `_target_` is the plugin of Hydra.
+BUILDS = {"launcher": "_target_", "sweeper": "search"}
 
 SYNONYMS = {"gpu": "cuda"}  # of choices, as people type them
 

@@ -17,9 +17,9 @@ from twoviews.errors import BadInput
 from twoviews.sweep import chosen, retry_jobs, show_logs, show_status
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps import slurm_commands
-from twoviews.sweeps.collecting import prepare
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job_status import status
+from twoviews.sweeps.mlflow_sync import open_parent_run
 from twoviews.tracking import stores
 
 # The first start waits to be stopped with a checkpoint, or killed; the next one finishes.
@@ -103,7 +103,7 @@ def test_no_run_in_mlflow_outlives_a_job_that_was_cancelled(tmp_path: Path) -> N
     with Sweep(folder).update() as record:
         record["commands"] = ["train.py"]
     stores.remember(uri)
-    prepare(Sweep(folder), jobs, {"uri": uri, "experiment": "x"})
+    open_parent_run(Sweep(folder), jobs, {"uri": uri, "experiment": "x"})
 
     def told() -> dict[str, str]:
         client = MlflowClient(uri)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from on_slurm import quiet_cluster, states, wait_for  # noqa: F401
-from test_collecting import start_at_once
+from test_mlflow_sync import start_at_once
 from test_sweep import SLURM, SMALL, jobs, recorded, train, under_way
 from tracking_server import Server, server  # noqa: F401
 

@@ -146,7 +146,7 @@ def test_the_shell_is_back_soon_and_two_nodes_train_like_one_process(tmp_path: P
     wait_for(lambda: states(jobs(tmp_path / "two")) == ["FINISHED"], 120)
     (one,), (two,) = jobs(tmp_path / "one"), jobs(tmp_path / "two")
     assert "processes: 2" in (two.folder / "log.txt").read_text()
-    widths = [row.width for job in (one, two) for row in gather(Sweep(job.folder.parent)).rows]
+    widths = [gather(Sweep(job.folder.parent)).jobs["width"][job.digest] for job in (one, two)]
     assert widths == [1, 2], "each process costs a core"
     assert (two.folder / "log.1.txt").exists()
     losses = [[loss for _, loss in curve(job)] for job in (one, two)]

@@ -13,8 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from twoviews.config import check, digest
 from twoviews.errors import BadInput
-from twoviews.sweeps.composing import Composer
-from twoviews.sweeps.launching import composed, frozen
+from twoviews.sweeps.composing import Composer, frozen, job_specs
 
 BASE = ["method=moco", "data=digits"]
 JOBS = [
@@ -76,7 +75,7 @@ def test_every_job_is_what_hydra_composes(hydra_compose) -> None:
     composer = Composer(hydra_compose)
     for number, job in enumerate([*JOBS, *reversed(JOBS)]):
         expected = hydra_compose([*BASE, *job])
-        found = composer([*BASE, *job])
+        found = composer([*BASE, *job]).content
         assert found == OmegaConf.to_container(expected, resolve=True), (number, job)
         assert repr(found) == repr(OmegaConf.to_container(expected, resolve=True))  # 1 is not 1.0, nor true
         assert digest(found) == digest(expected)
@@ -116,13 +115,13 @@ def test_random_command_lines_are_what_hydra_composes(hydra_compose) -> None:
             with pytest.raises(HydraException):
                 composer(line)
             continue
-        assert repr(composer(line)) == repr(expected), line
+        assert repr(composer(line).content) == repr(expected), line
     assert refused_ < count / 2
 
 
 def test_a_job_is_not_changed_by_the_next(hydra_compose) -> None:
     composer = Composer(hydra_compose)
-    jobs = [composer([*BASE, *job]) for job in JOBS]
+    jobs = [composer([*BASE, *job]).content for job in JOBS]
     for job, found in zip(JOBS, jobs, strict=True):
         assert found == OmegaConf.to_container(hydra_compose([*BASE, *job]), resolve=True)
 
@@ -136,13 +135,13 @@ def test_what_hydra_refuses_is_refused_in_its_words(hydra_compose, wrong: str) -
     with pytest.raises(HydraException) as found:
         composer([*BASE, "seed=1", wrong])
     assert str(found.value) == str(expected.value)
-    assert composer([*BASE, "seed=2"])["seed"] == 2
+    assert composer([*BASE, "seed=2"]).content["seed"] == 2
 
 
 def test_the_frozen_text_reads_back_as_the_configuration(hydra_compose) -> None:
     jobs = [[*BASE, *job] for job in JOBS if "~" not in job[0] and "{" not in str(job)]
     jobs = [job for job in jobs if "seed=5" not in job]
-    for one in composed(Composer(hydra_compose), jobs, ["seed"]):
+    for one in job_specs(Composer(hydra_compose), jobs, ["seed"]):
         expected = frozen(OmegaConf.to_container(hydra_compose(list(one.overrides)), resolve=True))  # type: ignore[arg-type]
         assert repr(OmegaConf.to_container(OmegaConf.create(one.config))) == repr(expected)
 
@@ -150,7 +149,7 @@ def test_the_frozen_text_reads_back_as_the_configuration(hydra_compose) -> None:
 def test_a_bad_value_names_its_job(hydra_compose) -> None:
     jobs = [[*BASE, "seed=0", f"method.temperature={t}"] for t in (0.1, 0)]
     with pytest.raises(BadInput, match=r"job method.temperature=0: method.temperature=0 is out of range"):
-        composed(Composer(hydra_compose), jobs, ["method.temperature"])
+        job_specs(Composer(hydra_compose), jobs, ["method.temperature"])
 
 
 def test_two_thousand_jobs_take_seconds(hydra_compose) -> None:
@@ -165,7 +164,7 @@ def test_two_thousand_jobs_take_seconds(hydra_compose) -> None:
     hydra_compose([*jobs[0], "epochs=1"])
     one = time.process_time() - start
     start = time.process_time()
-    new = composed(Composer(hydra_compose), jobs, ["method.temperature", "optimizer.lr", "seed"])
+    new = job_specs(Composer(hydra_compose), jobs, ["method.temperature", "optimizer.lr", "seed"])
     spent = time.process_time() - start
     assert len(new) == len({job.digest for job in new}) == 2000
     assert spent < 200 * one  # a tenth of what Hydra would take for them

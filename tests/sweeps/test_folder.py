@@ -43,7 +43,7 @@ def test_values_are_added_and_what_is_there_stays(tmp_path: Path) -> None:
     (sweep.folder / "aa" / "last.pt").write_text("checkpoint")
     sweep.mark_submitted({"aa": "12_0"}, 5.0)
     sweep.add([new("aa", seed=0), new("bb", seed=1)])
-    assert sweep.axes == {"seed": [0, 1]}
+    assert sweep.record["axes"] == {"seed": [0, 1]}
     assert (sweep.folder / "aa" / "last.pt").read_text() == "checkpoint"
     assert json.loads((sweep.folder / "sweep.json").read_text())["points"]["aa"]["job"] == "12_0", "as it always was"
     assert [(job.digest, job.slurm_id) for job in sweep.jobs] == [("aa", "12_0"), ("bb", None)]
@@ -75,7 +75,7 @@ for index in range(10):
     assert [process.wait(60) for process in processes] == [0, 0, 0]
     sweep = Sweep.existing(tmp_path / "s")
     assert sorted(int(job.digest) for job in sweep.jobs) == [*range(10, 40)]
-    assert sorted(sweep.axes["seed"]) == [*range(10, 40)]
+    assert sorted(sweep.record["axes"]["seed"]) == [*range(10, 40)]
 
 
 def test_a_folder_torn_by_a_crash_is_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,9 @@ from test_runner import wait_for
 
 from twoviews.config import digest
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps.composing import Composer
+from twoviews.sweeps.composing import Composer, job_specs
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.launching import composed, name
+from twoviews.sweeps.launching import default_name
 from twoviews.sweeps.slurm import NamedFunction
 
 SLURM = ["seed=0,1", "tracking=files", "hydra/launcher=slurm"]
@@ -31,17 +31,19 @@ def master(*overrides: str):
 
 
 def jobs(*combinations: str, swept: tuple[str, ...]):
-    return composed(Composer(lambda one: master(*one)), [combination.split() for combination in combinations], swept)
+    return job_specs(Composer(lambda one: master(*one)), [combination.split() for combination in combinations], swept)
 
 
 def test_the_same_sweep_has_the_same_name_and_another_one_another() -> None:
-    one = name(master("epochs=3"), ["seed"])
-    assert one.startswith("moco-digits-") and one == name(master("epochs=3", "method=moco"), ["seed"])
+    one = default_name(master("epochs=3"), ["seed"])
+    assert one.startswith("moco-digits-") and one == default_name(master("epochs=3", "method=moco"), ["seed"])
     same = ("tracking=files", "sweep.wait=true", "runtime.log_every=3", "seed=7")
-    assert one == name(master("epochs=3", *same), ["seed"]), "where it runs and what is swept make no other sweep"
-    others = {name(master("epochs=4"), ["seed"]), name(master("epochs=3"), ["seed", "epochs"]), one}
+    assert one == default_name(master("epochs=3", *same), ["seed"]), (
+        "where it runs and what is swept make no other sweep"
+    )
+    others = {default_name(master("epochs=4"), ["seed"]), default_name(master("epochs=3"), ["seed", "epochs"]), one}
     assert len(others) == 3
-    assert name(master(), ["method", "seed"]).startswith("method-digits-")
+    assert default_name(master(), ["method", "seed"]).startswith("method-digits-")
 
 
 def test_jobs_know_the_values_of_their_axes_and_equal_ones_are_one() -> None:
@@ -60,7 +62,7 @@ def test_jobs_know_the_values_of_their_axes_and_equal_ones_are_one() -> None:
     "overrides", [["seed=3"], ["method=byol", "data=cifar10"], ["data=folder", "data.root='a b=c,d'", "data.size=32"]]
 )
 def test_a_frozen_configuration_is_the_run_that_was_composed(overrides: list[str]) -> None:
-    (one,) = composed(Composer(lambda typed: master(*typed)), [overrides], swept=())
+    (one,) = job_specs(Composer(lambda typed: master(*typed)), [overrides], swept=())
     frozen = OmegaConf.create(one.config)
     assert one.digest == digest(frozen) == digest(master(*overrides))
     assert "hydra" not in frozen and "sweep" not in frozen and Path(frozen.tracking.uri[10:]).is_absolute()
@@ -81,6 +83,8 @@ def test_a_frozen_configuration_is_the_run_that_was_composed(overrides: list[str
         (["seed=0,1", "sweep.name=2026"], ["sweep.name=2026", "quote it"]),
         (["seed=0,1", "sweep.name=a/b"], ["sweep.name=a/b is not the name of a folder"]),
         (["seed=0,1", "hydra/launcher=slrm"], ["there is no such hydra/launcher", "slurm"]),
+        (["seed=0,1", "hydra/launcher=basic"], ["there is no such hydra/launcher", "local, pool, slurm"]),
+        (["seed=0,1", "hydra/sweeper=basic"], ["there is no such hydra/sweeper", "grid, optuna, random, zip"]),
         (["seed=0,1", "hydra/launcher=pool", "hydra.launcher.at_once=0"], ["hydra.launcher.at_once=0", "at least 1"]),
         (["seed=0,1", "hydra/launcher=pool", "+hydra.launcher.gpus=1"], ["hydra.launcher has no key 'gpus'"]),
         (["seed=0,1", "hydra.launcher.options.qos=x"], ["hydra.launcher has no key 'options'"]),

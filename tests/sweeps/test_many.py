@@ -12,7 +12,7 @@ from twoviews.sweeps import slurm_commands
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobSpec, JobState
 from twoviews.sweeps.machine import Local
-from twoviews.sweeps.plan import Pace, plan
+from twoviews.sweeps.plan import Cost, plan
 
 COUNT = 2000
 
@@ -26,9 +26,9 @@ def new() -> list[JobSpec]:
 def test_a_plan_measures_one_of_them(tmp_path: Path, new: list[JobSpec], monkeypatch, capsys) -> None:
     measured: list[str] = []
 
-    def measure(job: JobSpec, console: Console) -> Pace:
+    def measure(job: JobSpec, console: Console) -> Cost:
         measured.append(job.digest)
-        return Pace(10.0, 9.0, 1_000_000, "CPU", 2, "as measured")
+        return Cost(10.0, 9.0, 1_000_000, "CPU", 2, "as measured")
 
     monkeypatch.setattr(planning, "_measured", measure)
     plan(tmp_path / "s", new, {}, Local(), Console())

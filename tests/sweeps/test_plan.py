@@ -12,7 +12,7 @@ from twoviews.sweeps import plan as planning
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import JobSpec, JobState
 from twoviews.sweeps.machine import Local, Pool
-from twoviews.sweeps.plan import NotMeasured, Pace, plan
+from twoviews.sweeps.plan import Cost, NotMeasured, plan
 from twoviews.sweeps.slurm import Slurm
 
 SLURM = {
@@ -36,9 +36,9 @@ def jobs(*axes: dict) -> list[JobSpec]:
 
 
 def measured(seconds: float, calls: list[str]):
-    def measure(job: JobSpec, console: Console) -> Pace:
+    def measure(job: JobSpec, console: Console) -> Cost:
         calls.append(job.digest)
-        return Pace(10.0, seconds, 1_000_000, "CPU", 2, "as measured")
+        return Cost(10.0, seconds, 1_000_000, "CPU", 2, "as measured")
 
     return measure
 
@@ -50,8 +50,8 @@ def test_jobs_that_cost_alike_are_measured_once(tmp_path: Path, monkeypatch, cap
     plan(tmp_path / "s", new, {}, Local(), Console())
     out = capsys.readouterr().out
     assert calls == ["00000000"] and not (tmp_path / "s").exists()
-    assert "6 new; 6 to run" in out and "about 1 min 40 s a job, 10 min 0 s one after the other" in out
-    assert "0.333 core-hours" in out and "about 6 MB, 1 MB a job" in out and "nothing was submitted" in out
+    assert "6 new; 6 to run" in out and "about 1 min 40 s per job, 10 min 0 s one after the other" in out
+    assert "0.333 core-hours" in out and "about 6 MB, 1 MB per job" in out and "nothing was submitted" in out
 
 
 def test_longer_jobs_take_longer_and_other_networks_are_measured(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -61,8 +61,8 @@ def test_longer_jobs_take_longer_and_other_networks_are_measured(tmp_path: Path,
     plan(tmp_path / "s", new, {}, Pool(at_once=2, points_per_gpu=1, cores_per_point=1), Console())
     out = capsys.readouterr().out
     assert len(calls) == 3  # of four widths
-    assert "about 1 min 40 s to 3 min 10 s a job" in out
-    assert "1 more kind of jobs taken to cost as much as the dearest of these" in out
+    assert "about 1 min 40 s to 3 min 10 s per job" in out
+    assert "1 more kind of jobs taken to cost as much as the most expensive of these" in out
 
 
 def test_finished_jobs_are_better_than_a_measurement(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -75,7 +75,7 @@ def test_finished_jobs_are_better_than_a_measurement(tmp_path: Path, monkeypatch
     now = {"00000000": JobState("FINISHED"), "00000001": JobState("FAILED")}
     plan(sweep.folder, new, now, Local(), Console())
     out = capsys.readouterr().out
-    assert "1 FINISHED, 1 FAILED, 1 new; 2 to run" in out and "about 2 min 0 s a job, 4 min 0 s" in out
+    assert "1 FINISHED, 1 FAILED, 1 new; 2 to run" in out and "about 2 min 0 s per job, 4 min 0 s" in out
     assert "as finished jobs of this sweep took" in out
 
 
@@ -83,7 +83,7 @@ def test_what_slurm_would_be_asked_and_what_does_not_fit(tmp_path: Path, monkeyp
     monkeypatch.setattr(planning, "_measured", measured(9.0, []))
     plan(tmp_path / "s", jobs({"seed": 0}), {}, Slurm(**SLURM), Console())
     out = capsys.readouterr().out
-    assert "would be asked for 1 task, each: 2 cores a process, 1 GPU a node, 1 min at a time" in out
+    assert "would be asked for 1 job, each: 2 cores per process, 1 GPU per node, time limit 1 min" in out
     assert "1 of them need longer than timeout_min=1" in out and "says little" in out
 
 
@@ -91,12 +91,12 @@ def test_every_process_of_a_job_costs(tmp_path: Path, monkeypatch, capsys) -> No
     monkeypatch.setattr(planning, "_measured", measured(9.0, []))
     plan(tmp_path / "s", jobs({"seed": 0}), {}, Slurm(**{**SLURM, "nodes": 2, "tasks_per_node": 3}), Console())
     out = capsys.readouterr().out
-    assert "about 1 min 40 s a job" in out and "0.333 core-hours" in out  # 100 s x 2 threads x 6 processes
-    assert "counted as if 6 processes a job were no faster than that one" in out
+    assert "about 1 min 40 s per job" in out and "0.333 core-hours" in out  # 100 s x 2 threads x 6 processes
+    assert "counted as if 6 processes per job were no faster than that one" in out
 
 
 def test_a_job_that_does_not_train_is_said(tmp_path: Path, monkeypatch, capsys) -> None:
-    def measure(*_) -> Pace:
+    def measure(*_) -> Cost:
         raise NotMeasured("there are no images in nowhere")
 
     monkeypatch.setattr(planning, "_measured", measure)
@@ -120,5 +120,5 @@ def test_a_real_job_is_measured_and_nothing_is_left(command, tmp_path: Path) -> 
         "4 new; 4 to run" in finished.out
         and "measuring the first steps of method.temperature=0.1 seed=0" in finished.out
     )
-    assert re.search(r"time +about .* a job", finished.out) and "core-hours" in finished.out
+    assert re.search(r"time +about .* per job", finished.out) and "core-hours" in finished.out
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("sweep.json"))

@@ -84,7 +84,7 @@ def test_best_is_the_mean_over_seeds_with_the_command_to_run_it(tmp_path: Path) 
     assert "By linear accuracy the best is temperature=0.1: 56.67 ± 5.17." in text_
     assert f"    {TYPED}" in text_
     assert "| CPU | 6 finished | 0.6 | core-hours (threads x hours) |" in text_  # 6 x 180 s x 2 threads
-    assert "| training a job |" in text_ and "Of training, without the starts of programs." in text_
+    assert "| training per job |" in text_ and "Of training, without the starts of programs." in text_
 
 
 def test_every_command_that_was_typed_is_on_the_page_once(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_paired_test_is_scipys_over_common_seeds(tmp_path: Path) -> None:
     jobs = [{"a": 1, "seed": s, "knn": v} for s, v in enumerate(first)]
     jobs += [{"a": 2, "seed": s, "knn": v} for s, v in enumerate(second)]
     pair = gather(sweep_of(tmp_path / "s", jobs)).comparison
-    assert pair and pair.best.axes == {"a": 1} and pair.seeds == [0, 1, 2] and pair.difference
+    assert pair and pair.best.axes == {"a": 1} and pair.seeds == ["0", "1", "2"] and pair.difference
     differences = [1.0, 2.0, 4.0]
     t = statistics.mean(differences) / (statistics.stdev(differences) / math.sqrt(3))
     assert pair.p == pytest.approx(2 * stats.t.sf(t, 2)) and pair.difference.mean == pytest.approx(7 / 3)
@@ -130,7 +130,7 @@ def test_a_lucky_seed_does_not_win(tmp_path: Path) -> None:
     others = [{"method.temperature": 0.5, "seed": s, "state": "QUEUED"} for s in (1, 2)]
     text_ = page(sweep_of(tmp_path / "s", [lucky, *others, *GRID]))
     assert "**temperature=0.2**: kNN" in text_
-    assert "temperature=0.5 is at 90.00 with 1 seed and is ranked when it has as many." in text_
+    assert "temperature=0.5 is at 90.00 with 1 seed; it is ranked when it has as many." in text_
     assert "| 0.5 | 1 of 3 (seed 1, 2 missing) | 90.00 |" in text_
 
 
@@ -148,8 +148,8 @@ def test_jobs_that_run_wait_or_failed_are_counted_and_explained(tmp_path: Path) 
     assert "6 of 10 jobs finished; 1 FAILED, 1 LOST, 1 QUEUED, 1 RUNNING. **4 missing**" in text_
     assert "| 00000008 | temperature=0.2, seed=5 | FAILED | 0 | loss is nan \\| lower optimizer.lr | " in text_
     assert "`python -m twoviews.sweep logs s 00000008`" in text_ and "its runner was killed" in text_
-    assert [setting.axes["method.temperature"] for setting in found.settings] == [0.2, 0.1]
-    assert len(found.settings[0].seeds("knn/top1")) == 3  # the running one's last kNN is not final
+    assert [config.axes["method.temperature"] for config in found.configs] == [0.2, 0.1]
+    assert len(found.configs[0].values("knn/top1")) == 3  # the running one's last kNN is not final
 
 
 def test_csv_has_a_row_for_each_job(tmp_path: Path) -> None:
@@ -199,13 +199,13 @@ def test_every_picture_is_on_the_page_and_the_seed_is_no_axis(tmp_path: Path) ->
 def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
     """The figures that are drawn, by file name."""
     kept: dict[str, Figure] = {}
-    save = plots._save
+    save = plots.save
 
     def keep(figure: Figure, path: Path) -> None:
         kept[path.name] = figure
         save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save", keep)
     return kept
 
 

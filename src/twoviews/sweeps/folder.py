@@ -123,11 +123,6 @@ class Sweep:
         return jobs
 
     @property
-    def axes(self) -> dict[str, list[Any]]:
-        """The values of each key that was swept, in the order in which they were added."""
-        return self.record["axes"]
-
-    @property
     def commands(self) -> list[str]:
         """The different commands that launched the sweep, in order."""
         return _commands(self.record)

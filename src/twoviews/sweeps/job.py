@@ -19,6 +19,7 @@ from twoviews.signatures import complaint
 from twoviews.sweeps.formatting import text
 from twoviews.tracking.metrics import read
 
+SEED = "seed"  # the key of the parameter that is not searched for
 LOG = "log.txt"  # in the folder of a job: what its training printed
 # Keys of state.json and sweep.json by attribute, where the names differ.
 KEYS = {"slurm_id": "job"}

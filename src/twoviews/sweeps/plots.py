@@ -1,414 +1,281 @@
-"""Pictures of a sweep: accuracy over each axis with its band over seeds, two axes as a map, and how the jobs learn."""
+"""Plots of a sweep: accuracy over each parameter, over two parameters as a map, and the learning curves."""
 
 import math
-import os.path
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
+from twoviews.sweeps.figures import (
+    add_heading,
+    add_legend,
+    colours,
+    file_name,
+    new_figure,
+    save,
+    set_numeric_ticks,
+    shortened,
+    shortened_apart,
+)
 from twoviews.sweeps.formatting import short_names, text, typed
-from twoviews.sweeps.results import ACCURACIES, CONFIDENCE, Estimate, Results, Setting
+from twoviews.sweeps.results import ACCURACIES, CONFIDENCE, ConfigResults, Estimate, Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-DPI = 110
-_OF_NUMBERS = "0123456789.+-"
-LINES = 8  # settings of the other axes that have a line of their own: the best
-MAPPED = 12  # a map with more rows or columns has no numbers in its cells
-NAME_ROOM = 34  # characters of a category beside an axis
-LABEL_ROOM = 100  # characters of a legend entry
-SPAN = 10.0  # positive values whose largest is so many times the smallest get a logarithmic axis
-TICKS_APART = 0.055  # share of an axis between two tick labels that do not touch
+MAX_LINES = 8  # configs of the other parameters that have a line of their own: the best
+MAX_NUMBERED_CELLS = 12  # maps with more rows or columns have no numbers in their cells
+CURVES = {"knn/top1": "kNN accuracy, %", "train/spread": "spread (1 even, 0 collapsed)"}
+PIXELS_KNN = "baseline/pixels_knn_top1"
 
 
-def draw(folder: Path, found: Results) -> dict[str, Path]:
-    """Every picture that the numbers allow, written into `folder`; the files by title."""
-    names = short_names(found.axes)
-    pictures: dict[str, Path] = {}
-    for key in found.axes:
-        settings = _having(found, key)
-        if (metrics := _measured(settings)) and len(_ordered(settings, key)) > 1:
-            path = folder / f"axis_{_plain(names[key])}.png"
-            _draw_axis(path, found, key, metrics)
-            pictures[f"Accuracy over {names[key]}"] = path
-    for first, second in combinations(found.axes, 2):
-        settings = _having(found, first, second)
-        if (metrics := _measured(settings)) and _fills_a_map(settings, first, second):
-            path = folder / f"map_{_plain(names[first])}_{_plain(names[second])}.png"
-            _draw_map(path, found, first, second, metrics)
-            pictures[f"Accuracy over {names[first]} and {names[second]}"] = path
-    if any(any(name in line for name in PANELS) for row in found.rows for line in row.curve):
+def plot_all(folder: Path, results: Results) -> dict[str, Path]:
+    """Write every plot that the results allow into a folder; returns the files by title."""
+    names, paths = short_names(results.axes), {}
+    for key in results.axes:
+        configs = _with_keys(results, key)
+        if (metrics := _measured(configs)) and len(_ordered_values(configs, key)) > 1:
+            path = folder / f"axis_{file_name(names[key])}.png"
+            _plot_parameter(path, results, key, metrics)
+            paths[f"Accuracy over {names[key]}"] = path
+    for first, second in combinations(results.axes, 2):
+        configs = _with_keys(results, first, second)
+        if (metrics := _measured(configs)) and _fills_map(configs, first, second):
+            path = folder / f"map_{file_name(names[first])}_{file_name(names[second])}.png"
+            _plot_map(path, results, first, second, metrics)
+            paths[f"Accuracy over {names[first]} and {names[second]}"] = path
+    if any(name in curve for curve in results.curves.values() for name in CURVES):
         path = folder / "learning.png"
-        _draw_learning(path, found)
-        pictures["Learning curves"] = path
-    return pictures
+        _plot_curves(path, results)
+        paths["Learning curves"] = path
+    return paths
 
 
-# ---------------------------------------------------------------------------------------------------------------- an axis
-
-
-def _draw_axis(path: Path, found: Results, key: str, metrics: Sequence[str]) -> None:
-    """A panel for each accuracy: means over seeds with their bands, a line for each setting of the other axes."""
-    others = [other for other in found.axes if other != key]
-    names = short_names(found.axes)
-    measured = [one for one in _having(found, key) if any(one.seeds(name) for name in metrics)]
-    lines: dict[str, list[Setting]] = {}
-    for setting in measured:
-        lines.setdefault(_label(found, setting, others), []).append(setting)
-    shown = dict(list(lines.items())[:LINES])
-    alone = len(lines) > 1 and all(len(line) == 1 for line in lines.values())
-    if alone:  # random search: no two settings agree in the others, so there is nothing to join
-        shown = {"": measured}
-    left_out = len(lines) - len(shown) if not alone else 0
-    values = [setting.axes[key] for line in shown.values() for setting in line]
-    numeric = all(_is_number(value) for value in values)
-    ordered = _ordered(_having(found, key), key) if not numeric else []
-    height = 4.2 if numeric else 1.6 + max(1.2, len(ordered) * (0.32 + 0.16 * len(shown)))
-    figure, panels = _figure(5.6 * len(metrics) + (0 if numeric else 1.6), height, len(metrics), sharey=not numeric)
-    colours = _colours(len(shown))
-    for axis, metric in zip(panels, metrics, strict=True):
-        for number, (name, line) in enumerate(shown.items()):
-            jobs = [(setting.axes[key], setting) for setting in line if setting.seeds(metric)]
+def _plot_parameter(path: Path, results: Results, key: str, metrics: Sequence[str]) -> None:
+    """A panel for each accuracy: means over seeds with their bands, a line for each config of the other parameters."""
+    others, names = [other for other in results.axes if other != key], short_names(results.axes)
+    measured = [config for config in _with_keys(results, key) if _measured([config])]
+    lines: dict[str, list[ConfigResults]] = {}
+    for config in measured:
+        lines.setdefault(_label(results, config, others), []).append(config)
+    count = len(lines)
+    # In a random search no two configs agree in the other parameters, so there is nothing to join.
+    joined = count == 1 or any(len(line) > 1 for line in lines.values())
+    lines = dict(list(lines.items())[:MAX_LINES]) if joined else {"": measured}
+    shown = [config for line in lines.values() for config in line]
+    numeric = all(_is_number(config.axes[key]) for config in shown)
+    order = [] if numeric else _ordered_values(_with_keys(results, key), key)
+    height = 4.2 if numeric else 1.6 + max(1.2, len(order) * (0.32 + 0.16 * len(lines)))
+    figure, panels = new_figure(5.6 * len(metrics) + (0 if numeric else 1.6), height, len(metrics), sharey=not numeric)
+    for panel, metric in zip(panels, metrics, strict=True):
+        for number, ((label, line), colour) in enumerate(zip(lines.items(), colours(len(lines)), strict=True)):
+            points = [(config.axes[key], config) for config in line if len(config.values(metric))]
             if numeric:
-                _numeric_line(axis, jobs, metric, colours[number], name, joined=not alone)
+                _draw_numeric(panel, points, metric, colour, label, joined)
             else:
-                shift = 0.5 * ((number + 0.5) / len(shown) - 0.5)
-                _categorical_line(axis, jobs, ordered, metric, colours[number], name, shift, scattered=alone)
+                shift = 0.5 * ((number + 0.5) / len(lines) - 0.5)
+                places = [(order.index(text(value)) + shift, config) for value, config in points]
+                _draw_categorical(panel, places, metric, colour, label, with_seeds=joined)
         title = f"{ACCURACIES[metric]} accuracy, %"
         if numeric:
-            _numeric_ticks(axis, [float(value) for value in values if _is_number(value)])
-            axis.set(xlabel=key, ylabel=title)
+            set_numeric_ticks(panel, sorted({float(config.axes[key]) for config in shown}))
+            panel.set(xlabel=key, ylabel=title)
         else:
-            axis.set_yticks(range(len(ordered)), list(_told_apart(ordered).values()))
-            axis.set_ylim(len(ordered) - 0.5, -0.5)
-            axis.set(xlabel=title)
-        _limits(axis, [setting for line in shown.values() for setting in line], metric, along="y" if numeric else "x")
-        axis.grid(alpha=0.3)
+            panel.set_yticks(range(len(order)), list(shortened_apart(order).values()))
+            panel.set_ylim(len(order) - 0.5, -0.5)
+            panel.set(xlabel=title)
+        _set_limits(panel, shown, metric, "y" if numeric else "x")
+        panel.grid(alpha=0.3)
     if not numeric:
-        panels[0].set_ylabel(_shortened(key, NAME_ROOM))
-    note = f"mean over seeds, {'band' if numeric and not alone else 'bar'}: {CONFIDENCE}% t-interval; small dots: seeds"
-    if left_out:
-        note += f"; the {len(shown)} best of {len(lines)} settings of the other axes"
-    _heading(figure, f"{found.name}: accuracy over {names[key]}", note)
-    _legend(figure, panels[0])
-    _save(figure, path)
+        panels[0].set_ylabel(shortened(key))
+    note = f"mean over seeds, {'band' if numeric and joined else 'bar'}: {CONFIDENCE}% t-interval; small dots: seeds"
+    if joined and count > MAX_LINES:
+        note += f"; the {MAX_LINES} best of {count} configs of the other parameters"
+    add_heading(figure, f"{results.name}: accuracy over {names[key]}", note)
+    add_legend(figure, panels[0])
+    save(figure, path)
 
 
-def _numeric_line(
-    axis: "Axes", jobs: list[tuple[Any, Setting]], metric: str, colour: Any, name: str, joined: bool
+def _draw_numeric(
+    panel: "Axes", points: list[tuple[Any, ConfigResults]], metric: str, colour: Any, label: str, joined: bool
 ) -> None:
-    jobs = sorted(jobs, key=lambda job: float(job[0]))
-    x = [float(value) for value, _ in jobs]
-    estimates = [_estimate(setting, metric) for _, setting in jobs]
-    means = [one.mean for one in estimates]
+    """A line with a band, or markers with bars if they are not joined."""
+    points = sorted(points, key=lambda point: float(point[0]))
+    x, estimates = [float(value) for value, _ in points], [_estimate(config, metric) for _, config in points]
+    means, halves = [value.mean for value in estimates], [value.half for value in estimates]
     if joined:
-        axis.plot(x, means, marker="o", markersize=5, color=colour, label=name or None)
-        # A single seed has no interval: the band is open there, and a value between two such has a bar instead.
-        low, high = [one.mean - one.half for one in estimates], [one.mean + one.half for one in estimates]
-        axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        for place, one in enumerate(estimates):
-            beside = estimates[max(0, place - 1) : place] + estimates[place + 1 : place + 2]
-            if math.isfinite(one.half) and not any(math.isfinite(other.half) for other in beside):
-                axis.errorbar(x[place], one.mean, one.half, color=colour, alpha=0.5, capsize=3)
+        panel.plot(x, means, marker="o", markersize=5, color=colour, label=label or None)
+        low, high = ([mean + sign * half for mean, half in zip(means, halves, strict=True)] for sign in (-1, 1))
+        panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        # One seed has no interval: the band is open there, and a value between two such ones gets a bar instead.
+        finite = [False, *map(math.isfinite, halves), False]
+        for place, half in enumerate(halves):
+            if finite[place + 1] and not (finite[place] or finite[place + 2]):
+                panel.errorbar(x[place], means[place], half, color=colour, alpha=0.5, capsize=3)
     else:
-        bars = [one.half if math.isfinite(one.half) else 0.0 for one in estimates]
-        axis.errorbar(x, means, bars, fmt="o", markersize=5, color=colour, elinewidth=1, capsize=2)
-    for at, (_, setting) in zip(x, jobs, strict=True):
-        seeds = list(setting.seeds(metric).values())
+        bars = [half if math.isfinite(half) else 0.0 for half in halves]
+        panel.errorbar(x, means, bars, fmt="o", markersize=5, color=colour, elinewidth=1, capsize=2)
+    for place, (_, config) in zip(x, points, strict=True):
+        seeds = config.values(metric)
         if len(seeds) > 1:
-            axis.scatter([at] * len(seeds), seeds, s=7, color=colour, alpha=0.6, linewidths=0)
+            panel.scatter([place] * len(seeds), seeds, s=7, color=colour, alpha=0.6, linewidths=0)
 
 
-def _categorical_line(
-    axis: "Axes",
-    jobs: list[tuple[Any, Setting]],
-    ordered: list[str],
+def _draw_categorical(
+    panel: "Axes",
+    places: list[tuple[float, ConfigResults]],
     metric: str,
     colour: Any,
-    name: str,
-    shift: float,
-    scattered: bool,
+    label: str,
+    with_seeds: bool,
 ) -> None:
-    places = {value: place for place, value in enumerate(ordered)}
-    first = True
-    for value, setting in jobs:
-        one, at = _estimate(setting, metric), places[text(value)] + shift
-        bar = one.half if math.isfinite(one.half) else 0.0
-        axis.errorbar(
-            one.mean,
-            at,
-            xerr=bar,
-            fmt="o",
-            markersize=5,
-            color=colour,
-            capsize=3,
-            label=name if first and name else None,
-        )
-        first = False
-        seeds = list(setting.seeds(metric).values())
-        if len(seeds) > 1 and not scattered:
-            axis.scatter(seeds, [at + 0.08] * len(seeds), s=7, color=colour, alpha=0.6, linewidths=0)
+    """Horizontal bars around markers, one at each place of the vertical axis."""
+    for number, (place, config) in enumerate(places):
+        value, seeds = _estimate(config, metric), config.values(metric)
+        bar = value.half if math.isfinite(value.half) else 0.0
+        style = {"fmt": "o", "markersize": 5, "color": colour, "capsize": 3}
+        panel.errorbar(value.mean, place, xerr=bar, label=(label or None) if number == 0 else None, **style)
+        if len(seeds) > 1 and with_seeds:
+            panel.scatter(seeds, [place + 0.08] * len(seeds), s=7, color=colour, alpha=0.6, linewidths=0)
 
 
-def _numeric_ticks(axis: "Axes", values: Sequence[float]) -> None:
-    """A tick at each value that has room for its label; logarithmic where the values span it."""
-    different = sorted(set(values))
-    logarithmic = different[0] > 0 and different[-1] / different[0] >= SPAN
-    if logarithmic:
-        axis.set_xscale("log")
-    if len(different) > 12:
-        return
-    place = math.log if logarithmic else float
-    low, high = place(different[0]), place(different[-1])
-    ticks: list[float] = []
-    for value in different:
-        room = TICKS_APART * max(1.0, len(f"{value:g}") / 4)
-        if not ticks or (place(value) - place(ticks[-1])) / (high - low) > room:
-            ticks.append(value)
-    axis.set_xticks(ticks, [f"{value:g}" for value in ticks])
-    axis.set_xticks([], minor=True)
+def _set_limits(panel: "Axes", configs: Sequence[ConfigResults], metric: str, along: Literal["x", "y"]) -> None:
+    """Limits around all seeds and the intervals of at least three; that of two may be wider than all the rest."""
+    estimates = [value for config in configs if (value := config.estimate(metric))]
+    values = [value for config in configs for value in config.values(metric)]
+    values += [value.mean + sign * value.half for value in estimates if value.count > 2 for sign in (-1, 1)]
+    margin = max(0.05 * (max(values) - min(values)), 0.5)
+    limits = (max(0.0, min(values) - margin), min(100.0, max(values) + margin))
+    (panel.set_ylim if along == "y" else panel.set_xlim)(*limits)
 
 
-def _limits(axis: "Axes", settings: Sequence[Setting], metric: str, along: Literal["x", "y"]) -> None:
-    """Room for all seeds and for the intervals of three and more: that of two may be wider than all the rest."""
-    estimates = [one for setting in settings if (one := setting.estimate(metric))]
-    values = [value for setting in settings for value in setting.seeds(metric).values()]
-    values += [one.mean + sign * one.half for one in estimates if one.count > 2 for sign in (-1, 1)]
-    room = max(0.05 * (max(values) - min(values)), 0.5)
-    limits = (max(0.0, min(values) - room), min(100.0, max(values) + room))
-    (axis.set_ylim if along == "y" else axis.set_xlim)(*limits)
-
-
-# ------------------------------------------------------------------------------------------------------------ two axes
-
-
-def _fills_a_map(settings: Sequence[Setting], first: str, second: str) -> bool:
-    """Whether at least half of the cells of a map of these axes belong to some setting."""
-    cells = {(text(setting.axes[first]), text(setting.axes[second])) for setting in settings}
-    rows, columns = {a for a, _ in cells}, {b for _, b in cells}
+def _fills_map(configs: Sequence[ConfigResults], first: str, second: str) -> bool:
+    """Whether at least half of the cells of a map of these parameters belong to a config."""
+    cells = {(text(config.axes[first]), text(config.axes[second])) for config in configs}
+    rows, columns = {row for row, _ in cells}, {column for _, column in cells}
     return min(len(rows), len(columns)) > 1 and len(cells) >= 0.5 * len(rows) * len(columns)
 
 
-def _draw_map(path: Path, found: Results, first: str, second: str, metrics: Sequence[str]) -> None:
-    """Means over seeds by two axes; of several settings in a cell the best. An empty cell has no finished job."""
+def _plot_map(path: Path, results: Results, first: str, second: str, metrics: Sequence[str]) -> None:
+    """Means over seeds by two parameters; the best of the configs that share a cell."""
     import numpy as np
 
-    settings = _having(found, first, second)
-    rows, columns = _ordered(settings, first), _ordered(settings, second)
-    names = short_names(found.axes)
+    configs, names = _with_keys(results, first, second), short_names(results.axes)
+    rows, columns = _ordered_values(configs, first), _ordered_values(configs, second)
+    longest = max(map(len, shortened_apart(columns).values()))
     width = len(metrics) * (2.4 + max(2.4, 0.62 * len(columns)))
-    longest = max(map(len, _told_apart(columns).values()))
-    turned = longest > 6
-    height = 2.0 + max(1.6, 0.45 * len(rows)) + (0.075 * longest if turned else 0)
-    figure, panels = _figure(min(width, 22.0), min(height, 18.0), len(metrics), sharey=True)
-    for axis, metric in zip(panels, metrics, strict=True):
+    height = 2.0 + max(1.6, 0.45 * len(rows)) + (0.075 * longest if longest > 6 else 0)
+    figure, panels = new_figure(min(width, 22.0), min(height, 18.0), len(metrics), sharey=True)
+    for panel, metric in zip(panels, metrics, strict=True):
         cells = np.full((len(rows), len(columns)), np.nan)
-        for setting in settings:
-            one = setting.estimate(metric)
-            if one:
-                at = rows.index(text(setting.axes[first])), columns.index(text(setting.axes[second]))
-                cells[at] = np.nanmax([cells[at], one.mean])
-        axis.set_facecolor("#dddddd")
-        picture = axis.imshow(cells, cmap="viridis", aspect="auto")
-        figure.colorbar(picture, ax=axis, shrink=0.9)
-        axis.set_title(f"{ACCURACIES[metric]} accuracy, %", fontsize=10)
-        axis.set_xticks(range(len(columns)), list(_told_apart(columns).values()))
-        if turned:
-            axis.tick_params(axis="x", labelrotation=90)
-        axis.set_yticks(range(len(rows)), list(_told_apart(rows).values()))
-        axis.set_xlabel(_shortened(second, NAME_ROOM))
-        if max(len(rows), len(columns)) <= MAPPED:
+        for config in configs:
+            if value := config.estimate(metric):
+                cell = rows.index(text(config.axes[first])), columns.index(text(config.axes[second]))
+                cells[cell] = np.nanmax([cells[cell], value.mean])
+        panel.set_facecolor("#dddddd")
+        figure.colorbar(panel.imshow(cells, cmap="viridis", aspect="auto"), ax=panel, shrink=0.9)
+        panel.set_title(f"{ACCURACIES[metric]} accuracy, %", fontsize=10)
+        panel.set_xticks(range(len(columns)), list(shortened_apart(columns).values()))
+        if longest > 6:
+            panel.tick_params(axis="x", labelrotation=90)
+        panel.set_yticks(range(len(rows)), list(shortened_apart(rows).values()))
+        panel.set_xlabel(shortened(second))
+        if max(len(rows), len(columns)) <= MAX_NUMBERED_CELLS:
             middle = (np.nanmin(cells) + np.nanmax(cells)) / 2
-            for (row, column), value in np.ndenumerate(cells):
-                if not math.isnan(value):
-                    colour = "black" if value > middle else "white"
-                    axis.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=8)
-    panels[0].set_ylabel(_shortened(first, NAME_ROOM))
+            for (row, column), mean in np.ndenumerate(cells):
+                if not math.isnan(mean):
+                    style: Any = {"ha": "center", "va": "center", "fontsize": 8}
+                    panel.text(column, row, f"{mean:.1f}", color="black" if mean > middle else "white", **style)
+    panels[0].set_ylabel(shortened(first))
     note = "mean over seeds; grey: no finished job"
-    if len(found.axes) > 2:
-        note += "; of the settings that share a cell the best"
-    _heading(figure, f"{found.name}: {names[first]} and {names[second]}", note)
-    _save(figure, path)
+    if len(results.axes) > 2:
+        note += "; the best of the configs that share a cell"
+    add_heading(figure, f"{results.name}: {names[first]} and {names[second]}", note)
+    save(figure, path)
 
 
-# ------------------------------------------------------------------------------------------------------------- learning
+def _plot_curves(path: Path, results: Results) -> None:
+    """KNN accuracy and spread over epochs: a colour for each of the best configs, a thin line for each job."""
+    import pandas as pd
 
-PANELS = {"knn/top1": "kNN accuracy, %", "train/spread": "spread (1 even, 0 collapsed)"}
-
-
-def _draw_learning(path: Path, found: Results) -> None:
-    """KNN accuracy and spread over epochs: a colour for each of the best settings, a thin line for each job."""
-    panels_of = [name for name in PANELS if any(name in line for row in found.rows for line in row.curve)]
-    begun = [setting for setting in found.settings if any(row.curve for row in setting.rows)]
-    shown = begun[:LINES]
-    figure, panels = _figure(5.6 * len(panels_of), 4.2, len(panels_of))
-    colours = _colours(len(shown))
-    last = max((line["epoch"] for row in found.rows for line in row.curve), default=0)
-    for axis, metric in zip(panels, panels_of, strict=True):
-        for setting, colour in zip(shown, colours, strict=True):
-            curves = [_curve(row.curve, metric) for row in setting.rows]
-            curves = [curve for curve in curves if curve]
-            mean = _mean_curve(curves)
-            if len(curves) > 1:
-                for curve in curves:
-                    alone = "." if len(curve) == 1 else None  # or it would not be seen
-                    axis.plot(*zip(*curve, strict=True), color=colour, alpha=0.4, linewidth=0.8, marker=alone)
-            name = _label(found, setting, found.axes)
-            marker = "o" if len(mean) == 1 or metric == "knn/top1" and len(mean) < 30 else None
-            axis.plot(
-                [x for x, _ in mean],
-                [y for _, y in mean],
-                color=colour,
-                marker=marker,
-                markersize=3.5,
-                label=name or None,
-            )
-        axis.set(xlabel="epoch", ylabel=PANELS[metric])
-        axis.set_xlim(0, 1.03 * last if last else None)
-        axis.grid(alpha=0.3)
+    curves = {digest: curve for digest, curve in results.curves.items() if len(curve)}
+    metrics = [name for name in CURVES if any(name in curve for curve in curves.values())]
+    started = [config for config in results.configs if any(digest in curves for digest in config.jobs.index)]
+    shown = started[:MAX_LINES]
+    figure, panels = new_figure(5.6 * len(metrics), 4.2, len(metrics))
+    for panel, metric in zip(panels, metrics, strict=True):
+        for config, colour in zip(shown, colours(len(shown)), strict=True):
+            own = [curves[digest] for digest in config.jobs.index if digest in curves and metric in curves[digest]]
+            own = [curve[curve[metric].abs() < math.inf].groupby("epoch")[metric].last() for curve in own]
+            for line in own if len(own) > 1 else ():
+                marker = "." if len(line) == 1 else None  # or it would be invisible
+                panel.plot(line.index, line, color=colour, alpha=0.4, linewidth=0.8, marker=marker)
+            # As far as all seeds go: a mean over fewer seeds would jump without anything having happened.
+            seeds: Any = pd.concat(own, axis=1) if own else pd.DataFrame()
+            means = seeds.mean(axis=1)[(count := seeds.count(axis=1)) == count.max()]
+            marker = "o" if len(means) == 1 or metric == "knn/top1" and len(means) < 30 else None
+            label = _label(results, config, results.axes) or None
+            panel.plot(means.index, means, color=colour, marker=marker, markersize=3.5, label=label)
+        panel.set(xlabel="epoch", ylabel=CURVES[metric])
+        last = max(curve["epoch"].max() for curve in curves.values())
+        panel.set_xlim(0, 1.03 * last if last else None)
+        panel.grid(alpha=0.3)
         if metric == "knn/top1":
-            floors = [line[PIXELS] for row in found.rows for line in row.curve if PIXELS in line]
-            if floors and max(floors) - min(floors) < 0.01:
-                axis.axhline(floors[0], color="grey", linestyle="--", linewidth=1)
-                axis.annotate(
-                    "raw pixels", (0.99, floors[0]), xycoords=("axes fraction", "data"), xytext=(0, -3),
-                    textcoords="offset points", ha="right", va="top", fontsize=8, color="grey",
-                )  # fmt: skip
+            _draw_pixels_line(panel, [curve[PIXELS_KNN] for curve in curves.values() if PIXELS_KNN in curve])
         else:
-            axis.set_ylim(0, max(1.02, axis.get_ylim()[1]))
-    several = any(len(setting.rows) > 1 for setting in shown)
-    note = (
-        "thick: mean, as far as all seeds that have begun have come; thin: each seed" if several else "one job a line"
-    )
-    if len(begun) > len(shown):
-        note += f"; the {len(shown)} best of {len(begun)} settings"
-    _heading(figure, f"{found.name}: learning curves", note)
-    _legend(figure, panels[0])
-    _save(figure, path)
+            panel.set_ylim(0, max(1.02, panel.get_ylim()[1]))
+    several = any(len(config.jobs) > 1 for config in shown)
+    note = "thick: mean, as far as all started seeds go; thin: each seed" if several else "a line for each job"
+    if len(started) > len(shown):
+        note += f"; the {len(shown)} best of {len(started)} configs"
+    add_heading(figure, f"{results.name}: learning curves", note)
+    add_legend(figure, panels[0])
+    save(figure, path)
 
 
-PIXELS = "baseline/pixels_knn_top1"
+def _draw_pixels_line(panel: "Axes", columns: Sequence[Any]) -> None:
+    """The kNN accuracy on raw pixels as a dashed line, if all jobs have the same."""
+    values = [value for column in columns for value in column.dropna()]
+    if not values or max(values) - min(values) >= 0.01:
+        return
+    panel.axhline(values[0], color="grey", linestyle="--", linewidth=1)
+    style: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right", "va": "top"}
+    panel.annotate("raw pixels", (0.99, values[0]), xytext=(0, -3), fontsize=8, color="grey", **style)
 
 
-def _curve(lines: Sequence[Mapping[str, float]], metric: str) -> list[tuple[float, float]]:
-    return [(line["epoch"], line[metric]) for line in lines if math.isfinite(line.get(metric, math.nan))]
+def _with_keys(results: Results, *keys: str) -> list[ConfigResults]:
+    """Configs that have all of these parameters, the best first."""
+    return [config for config in results.configs if config.axes.keys() >= {*keys}]
 
 
-def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """The mean at each epoch over the curves that have one there, as far as all of them go and the longest goes on."""
-    at: dict[float, list[float]] = {}
-    for curve in curves:
-        for x, y in curve:
-            at.setdefault(x, []).append(y)
-    # A mean over fewer seeds than a moment before would jump without anything having happened.
-    most = max((len(values) for values in at.values()), default=0)
-    return [(x, sum(values) / len(values)) for x, values in sorted(at.items()) if len(values) == most]
+def _measured(configs: Sequence[ConfigResults]) -> list[str]:
+    """The accuracies that any of these configs has."""
+    return [name for name in ACCURACIES if any(len(config.values(name)) for config in configs)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- shared
-
-
-def _having(found: Results, *keys: str) -> list[Setting]:
-    """Settings that have all of these axes, the best first."""
-    return [setting for setting in found.settings if setting.axes.keys() >= {*keys}]
-
-
-def _measured(settings: Sequence[Setting]) -> list[str]:
-    """The accuracies that some of these settings have."""
-    return [name for name in ACCURACIES if any(setting.seeds(name) for setting in settings)]
-
-
-def _estimate(setting: Setting, metric: str) -> Estimate:
-    found = setting.estimate(metric)
-    assert found
-    return found
+def _estimate(config: ConfigResults, metric: str) -> Estimate:
+    value = config.estimate(metric)
+    assert value
+    return value
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _ordered(settings: Sequence[Setting], key: str) -> list[str]:
-    """Each value of an axis once, as text: numbers by size, then the rest by name."""
-    different = {text(setting.axes[key]): setting.axes[key] for setting in settings}
-    numbers = sorted((name for name, value in different.items() if _is_number(value)), key=lambda name: different[name])
-    return numbers + sorted(name for name in different if name not in numbers)
+def _ordered_values(configs: Sequence[ConfigResults], key: str) -> list[str]:
+    """Each value of a parameter once, as text: numbers by size, then the others by name."""
+    values = {text(config.axes[key]): config.axes[key] for config in configs}
+    numbers = sorted((name for name, value in values.items() if _is_number(value)), key=lambda name: values[name])
+    return numbers + sorted(name for name in values if name not in numbers)
 
 
-def _shortened(name: str, room: int) -> str:
-    """`name`, or its two ends: what differs often stands at the end."""
-    if len(name) <= room:
-        return name
-    end = (room - 1) // 2
-    return f"{name[: room - 1 - end]}…{name[-end:]}"
-
-
-def _told_apart(names: Sequence[str], room: int = NAME_ROOM) -> dict[str, str]:
-    """Each name in at most `room` characters; where the ends do not tell them apart, without what all begin and end with."""
-    short = {name: _shortened(name, room) for name in names}
-    if len(set(short.values())) == len(short):
-        return short
-    start = len(os.path.commonprefix(list(short)))
-    end = len(os.path.commonprefix([name[start:][::-1] for name in short]))
-    first = next(iter(short))
-    while start and first[start - 1] in _OF_NUMBERS:  # 0.05 and 0.03 differ in one digit, and are numbers
-        start -= 1
-    while end and first[len(first) - end] in _OF_NUMBERS:
-        end -= 1
-    return {name: _shortened(f"…{name[start : len(name) - end]}…", room) for name in short}
-
-
-def _label(found: Results, setting: Setting, keys: Sequence[str]) -> str:
-    """The values of these axes for a legend, such as "temperature=0.1, lr=0.03"."""
-    names, parts = short_names(found.axes), []
+def _label(results: Results, config: ConfigResults, keys: Sequence[str]) -> str:
+    """The values of these parameters for a legend, such as "temperature=0.1, lr=0.03"."""
+    names, parts = short_names(results.axes), []
     for key in keys:
-        values = _told_apart(_ordered(_having(found, key), key))
-        value = typed(setting.axes, key)
-        parts.append(f"{names[key]}={values.get(value, value)}")
+        value = typed(config.axes, key)
+        parts.append(
+            f"{names[key]}={shortened_apart(_ordered_values(_with_keys(results, key), key)).get(value, value)}"
+        )
     return ", ".join(parts)
-
-
-def _plain(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
-
-
-def _colours(count: int) -> list[Any]:
-    from matplotlib import colormaps
-
-    return [colormaps["tab10"](number % 10) for number in range(count)]
-
-
-def _figure(width: float, height: float, panels: int, sharey: bool = False) -> "tuple[Figure, list[Axes]]":
-    """In inches; by itself, so that pyplot's settings and windows have no part in it."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(width, 6.5), height), layout="constrained")
-    return figure, list(figure.subplots(1, panels, squeeze=False, sharey=sharey)[0])
-
-
-def _heading(figure: "Figure", title: str, note: str) -> None:
-    """The title and, smaller, what the marks mean; broken into lines that fit the width."""
-    room = int(figure.get_figwidth() * 11)
-    lines = textwrap.wrap(title, room) + textwrap.wrap(note, int(room * 1.15))
-    figure.suptitle("\n".join(lines), fontsize=10)
-
-
-def _legend(figure: "Figure", axis: "Axes") -> None:
-    """Below the panels, in as many columns as the longest entry leaves room for."""
-    handles, labels = axis.get_legend_handles_labels()
-    if not handles:
-        return
-    labels = [_shortened(name, LABEL_ROOM) for name in labels]
-    room = figure.get_figwidth() * 11.5
-    columns = max(1, min(len(labels), int(room / (max(map(len, labels)) + 7))))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
-
-
-def _save(figure: "Figure", path: Path) -> None:
-    new = path.with_name(path.name + ".new")
-    figure.savefig(new, format="png", dpi=DPI)
-    new.replace(path)

@@ -158,7 +158,7 @@ class Slurm(Launcher):
         folder = sweep.folder / "slurm" / f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(when))}-{jobs[0].digest}"
         executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=0)
         executor.update_parameters(**self._parameters(sweep, code))
-        function = NamedFunction(OLD_JOB_FUNCTION if runner.is_old(code) else JOB_FUNCTION)
+        function: Any = NamedFunction(OLD_JOB_FUNCTION if runner.is_old(code) else JOB_FUNCTION)
         try:
             # submitit prints the error of sbatch, which is in its exception too.
             with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):

@@ -10,10 +10,10 @@ import pytest
 
 from twoviews.errors import BadInput
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps import collecting
-from twoviews.sweeps.collecting import deliver, owed, prepare
+from twoviews.sweeps import mlflow_sync
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobSpec, JobState
+from twoviews.sweeps.mlflow_sync import flush, open_parent_run, pending
 from twoviews.tracking import stores
 from twoviews.tracking.metrics import Metrics
 
@@ -91,11 +91,11 @@ def test_collect_brings_jobs_below_one_parent_and_nothing_twice(
 def test_a_parent_whose_id_was_not_written_down_is_found_again(tmp_path: Path, uri: str) -> None:
     sweep = Sweep(tmp_path / "s")
     made, tracking = jobs(sweep, uri, 1), {"uri": uri, "experiment": "sweeps"}
-    prepare(sweep, made, tracking)
+    open_parent_run(sweep, made, tracking)
     parent = sweep.record["parent"]
     with sweep.update() as record:
         record["parent"] = None  # killed in between
-    prepare(sweep, made, tracking)
+    open_parent_run(sweep, made, tracking)
     assert sweep.record["parent"] == parent and len(runs(uri)) == 1
 
 
@@ -117,37 +117,37 @@ def test_a_run_that_was_there_before_becomes_a_child(tmp_path: Path, uri: str) -
 def test_a_store_that_does_not_answer_refuses_the_sweep(tmp_path: Path) -> None:
     sweep, uri = Sweep(tmp_path / "s"), "http://127.0.0.1:9"
     stores.remember(uri)
-    with pytest.raises(BadInput, match="MLflow takes no sweep .* tracking=files"):
-        prepare(sweep, jobs(sweep, uri, 1), {"uri": uri, "experiment": "sweeps"})
+    with pytest.raises(BadInput, match="MLflow does not accept the sweep .* tracking=files"):
+        open_parent_run(sweep, jobs(sweep, uri, 1), {"uri": uri, "experiment": "sweeps"})
 
 
 def test_what_mlflow_has_is_not_sent_again(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, said = Sweep(tmp_path / "s"), []
     made = jobs(sweep, uri, 2)
-    prepare(sweep, made, {"uri": uri, "experiment": "sweeps"})
-    deliver(sweep, said.append)
+    open_parent_run(sweep, made, {"uri": uri, "experiment": "sweeps"})
+    flush(sweep, said.append)
     assert len(runs(uri)) == 1, "no job has begun"
     for job in made:
         trained(job)
-    deliver(sweep, said.append)
-    assert said == [] and not owed(sweep) and {run.info.status for run in runs(uri)} == {"FINISHED"}
+    flush(sweep, said.append)
+    assert said == [] and not pending(sweep) and {run.info.status for run in runs(uri)} == {"FINISHED"}
     with monkeypatch.context() as nothing_new:
-        nothing_new.setattr(collecting, "collect", lambda *_: pytest.fail("MLflow is asked"))
-        deliver(sweep, said.append)
+        nothing_new.setattr(mlflow_sync, "collect", lambda *_: pytest.fail("MLflow is asked"))
+        flush(sweep, said.append)
     (made[0].folder / "views.png").write_bytes(b"picture")
-    assert owed(sweep)
+    assert pending(sweep)
     with sweep.update() as record:
         record["tracking"]["uri"] = "http://127.0.0.1:9"
     stores.remember("http://127.0.0.1:9")
-    deliver(sweep, said.append)
-    assert "MLflow takes no sweep" in said[0] and "python -m twoviews.sweep collect s" in said[1]
+    flush(sweep, said.append)
+    assert "MLflow does not accept the sweep" in said[0] and "python -m twoviews.sweep collect s" in said[1]
 
 
 MANY = """
 import os, sys, time
 import mlflow
 from pathlib import Path
-from test_collecting import trained
+from test_mlflow_sync import trained
 from twoviews.sweeps.folder import Sweep
 from twoviews.tracking import send
 
@@ -169,7 +169,7 @@ assert codes == [0] * len(jobs), codes
 def start_at_once(folder: Path, uri: str, count: int) -> None:
     """Jobs that are trained and sent by a process each, all at the same moment: none is lost, none is there twice."""
     sweep = Sweep(folder)
-    prepare(sweep, jobs(sweep, uri, count), {"uri": uri, "experiment": "sweeps"})
+    open_parent_run(sweep, jobs(sweep, uri, count), {"uri": uri, "experiment": "sweeps"})
     done = subprocess.run(
         [sys.executable, "-c", MANY, str(sweep.folder)],
         cwd=Path(__file__).parent,
