@@ -18,7 +18,7 @@ from twoviews.backbones import Encoder, ResNet, left_over
 from twoviews.clusters.kmeans import Clustered
 from twoviews.clusters.scores import scores
 from twoviews.code import code_state
-from twoviews.config import build
+from twoviews.config.building import build
 from twoviews.console import Console, duration, in_bytes
 from twoviews.data.images import ImageData
 from twoviews.data.loader import Loader

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from twoviews import distributed
 from twoviews.assembly import load_data, make_parts, make_views
-from twoviews.config import build
+from twoviews.config.building import build
 from twoviews.console import Console, in_bytes
 from twoviews.data.loader import Batch, Loader
 from twoviews.errors import BadInput, Stopped
