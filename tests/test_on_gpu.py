@@ -25,7 +25,7 @@ from twoviews import batch_size
 from twoviews.assembly import Parts, load_data, make_parts, make_views
 from twoviews.backbones import ResNet
 from twoviews.clusters import kmeans
-from twoviews.config import build
+from twoviews.config.building import build
 from twoviews.console import Console
 from twoviews.data import kernel_cuda, views
 from twoviews.data.sources import digits

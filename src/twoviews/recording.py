@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from twoviews import distributed, foreign
 from twoviews.assembly import Parts, describe_data, describe_encoder, show_result
-from twoviews.config import build, digest
+from twoviews.config.building import build
+from twoviews.config.digest import digest
 from twoviews.console import Console
 from twoviews.errors import BadInput, Stopped
 from twoviews.loop import Training

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from twoviews import distributed, foreign
 from twoviews.backbones import Encoder
 from twoviews.code import code_state
-from twoviews.config import NOT_IN_DIGEST, build, flat
+from twoviews.config.building import build
+from twoviews.config.digest import NOT_IN_DIGEST, flat
 from twoviews.data import views
 from twoviews.errors import BadInput, nearest, system_reason
 from twoviews.ranges import Total
