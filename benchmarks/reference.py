@@ -51,7 +51,7 @@ from twoviews.protocols.knn import knn_scores, top1
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.run import Run
 from twoviews.runtime import Runtime, StopSignal, autocast
-from twoviews.tracking import Metrics, read
+from twoviews.tracking.metrics import Metrics, read
 
 METHODS = ("moco", "simclr", "byol")
 SIDES = ("reference", "ours")

@@ -37,7 +37,9 @@ from twoviews.run import parameter_count
 from twoviews.runtime import Runtime, format_name
 from twoviews.signatures import signature
 from twoviews.step import eager_reason
-from twoviews.tracking import page, read, stores
+from twoviews.tracking import uris
+from twoviews.tracking.metrics import read
+from twoviews.tracking.state import run_page
 
 
 @dataclass
@@ -91,7 +93,7 @@ def check_parts(cfg: DictConfig, runtime: Runtime, device: torch.device) -> None
         lambda: build(cfg.optimizer, batch_size=cfg.batch_size, _partial_=True)(groups),
         lambda: build(cfg.schedule),
         lambda: build(cfg.augmentation, **colours),
-        lambda: stores.resolved(build(cfg.tracking).uri),
+        lambda: uris.resolve(build(cfg.tracking).uri),
         *(partial(build, node) for node in (cfg.get("protocol") or {}).values()),
         *([lambda: build(cfg.data)] if "root" in cfg.data and cfg.data.root is None else []),
     )
@@ -349,7 +351,7 @@ def show_result(folder: Path, result: dict[str, Any], console: Console) -> None:
         or "-",
     }
     console.table(f"{folder.name}: {result['state']} after {result['epoch']:.4g} epochs", rows)
-    console.say(f"MLflow: {page(folder)}")  # not in the table, which would break a command that is to be copied
+    console.say(f"MLflow: {run_page(folder)}")  # not in the table, which would break a command that is to be copied
     floor = max(result.get(f"baseline/{name}_knn_top1", 0) for name in ("untrained", "pixels"))
     if result.get("knn/top1", 100) <= floor:
         console.say(

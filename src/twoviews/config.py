@@ -274,9 +274,9 @@ def _plain_configuration(arguments: list[str]) -> None:
         foreign.refuse_links(path.parent)
         store = foreign.load(path).get("tracking", {}).get("uri")
         if not any(word.lstrip("+").startswith("tracking") for word in arguments):
-            from twoviews.tracking import stores
+            from twoviews.tracking import uris
 
-            stores.refuse_unknown(store)
+            uris.refuse_untrusted(store)
         if "@package" in path.read_text():  # a comment that Hydra follows
             raise BadInput(f"{path} is refused, because it has an @package line, which no run writes.")
 

@@ -20,13 +20,15 @@ from twoviews.evaluation.scores import scores
 from twoviews.evaluation.source import Source
 from twoviews.fallbacks import slower
 from twoviews.features import Judged
+from twoviews.files import write_atomic
 from twoviews.foreign import blamed
 from twoviews.protocols.health import advice
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.run import Run
 from twoviews.runtime import format_name
-from twoviews.tracking import afterwards, read
-from twoviews.tracking.state import State, replace
+from twoviews.tracking.metrics import log_metrics, read
+from twoviews.tracking.mirror import flush
+from twoviews.tracking.state import UploadState
 
 FEW = 12  # values of a protocol that are shown as they are; those with more have a table of them
 FOLDER = "evaluation"  # of tables and pictures, in the run's
@@ -116,15 +118,15 @@ def evaluate(
     settings = {key: value for key, value in settings.items() if not key.endswith(("_target_", "every_epochs"))}
     write = {**values, "intervals": intervals, **how}
     for file in (folder / "evaluation.json", *([] if prefix else [source.folder / "evaluation.json"])):
-        replace(file, json.dumps(write, indent=2) + "\n")
+        write_atomic(file, json.dumps(write, indent=2) + "\n")
     if own:
-        afterwards.add(source.folder, {f"evaluation/{prefix}{name}": value for name, value in values.items()})
-        afterwards.deliver(source.folder, recorded.tracking.mirror, console.say)
+        log_metrics(source.folder, {f"evaluation/{prefix}{name}": value for name, value in values.items()})
+        flush(source.folder, recorded.tracking.mirror, console.say)
     console.table(f"{source.name}: kNN bank {about['memory']:,}, test {about['test']:,} images of {data.name}", rows)
     if len(settings) <= FEW:
         console.say(", ".join(f"{key.removeprefix('protocol.')} {value}" for key, value in settings.items()))
     console.say(f"written, with all settings, to {folder}")
-    state = State.load(source.folder)
+    state = UploadState.load(source.folder)
     mirrored = own and recorded.tracking.mirror
     return Evaluation(
         values,
@@ -202,7 +204,7 @@ def _written(
         draw_per_class(judged.folder / f"{name}_classes.png", found.per_class, about)
     for table, lines in tables.items():
         file = table if table[:7] == name[:7] else f"{name}_{table}"  # predictions.csv, of predict
-        replace(judged.folder / f"{file}.csv", as_csv(lines))
+        write_atomic(judged.folder / f"{file}.csv", as_csv(lines))
     order = sorted(values, key=lambda key: (not key.startswith("top"), key))
     return {f"{name}/{key}": values[key] for key in order}, {f"{name}/{key}": v for key, v in intervals.items()}
 

@@ -15,11 +15,11 @@ from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
 from twoviews.evaluation.given import embed_given, made_grey, pictures
 from twoviews.features import Features, Judged
+from twoviews.files import write_atomic
 from twoviews.protocols.knn import neighbours
 from twoviews.protocols.linear import Linear
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.ranges import Count, Index, NotNegative, Range
-from twoviews.tracking.state import replace
 
 NEAREST = 10  # bank images that a distance is the mean of
 FAR = 99.0  # percentile of the test images' distances from which on a picture is unlike them
@@ -120,7 +120,7 @@ class Predict(Protocol):
                 "test_images": len(test),
                 "predictions": full,
             }
-            replace(judged.folder / "predictions.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            write_atomic(judged.folder / "predictions.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         count = int((unlike >= FAR).sum())
         values = {"images": len(paths), "broken": len(given.broken), "far": count, "temperature": temperature}
         return Verdict(
