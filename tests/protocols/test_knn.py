@@ -63,6 +63,17 @@ def test_chunks_change_nothing(monkeypatch):
         torch.testing.assert_close(knn_scores(queries.x, bank, 10, 20, 0.1), whole, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("count", "k"), [(500, 200), (500, 1), (97, 97), (1, 1)])
+def test_neighbours_are_the_most_similar_rows_also_among_copies(count, k):
+    bank, queries = pixels()
+    x = bank.x[torch.arange(count) % max(1, count // 3)]  # each row three times
+    ((_, cosines, rows),) = knn.neighbours(queries.x, Features(x, torch.arange(count)), k)
+    similarity = nnf.normalize(queries.x, dim=1) @ nnf.normalize(x, dim=1).T
+    assert torch.equal(cosines, similarity.sort(dim=1, descending=True).values[:, :k])
+    assert torch.equal(similarity.gather(1, rows), cosines)  # of equal rows any, in any order,
+    assert all(len(row.unique()) == k for row in rows)  # but none twice
+
+
 def test_k_is_clamped_to_the_bank():
     bank, queries = pixels()
     few = Features(bank.x[:30], bank.y[:30])
