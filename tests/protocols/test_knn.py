@@ -11,9 +11,10 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as nnf
 
 from twoviews.data.sources import digits
-from twoviews.features import Features, Judged, Pixels
+from twoviews.features import Features, Pixels
 from twoviews.protocols import knn
 from twoviews.protocols.knn import KNN, accuracies, knn_scores, top1
+from twoviews.protocols.protocol import EvaluationContext
 
 
 @cache
@@ -103,8 +104,8 @@ def test_top1_is_a_percentage():
 def test_protocol_measures_test_against_memory():
     data = digits()
     data = replace(data, memory=data.memory.subset(torch.arange(300)), test=data.test.subset(torch.arange(50)))
-    judged = Judged(Pixels(1, 32), data, torch.device("cpu"), torch.float32)
-    found = KNN(k=20, temperature=0.1, every_epochs=1)(judged).values
+    context = EvaluationContext(Pixels(1, 32), data, torch.device("cpu"), torch.float32)
+    found = KNN(k=20, temperature=0.1, every_epochs=1)(context).values
     bank, test = data.memory.pixels.flatten(1).float(), data.test.pixels.flatten(1).float()
     # Normalised pixels are (pixel / 255 - mean) / std.
     rows, queries = [(x / 255 - data.mean[0]) / data.std[0] for x in (bank, test)]

@@ -14,8 +14,8 @@ from torch.nn import functional as nnf
 from twoviews import distributed
 from twoviews.data.images import ImageData
 from twoviews.evaluation.scores import ranks
-from twoviews.features import Features, Judged
-from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.features import Features
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.ranges import Count, Index, Temperature
 
 CHUNK_BYTES = 64 * 2**20  # of similarities held at once
@@ -97,8 +97,8 @@ class KNN(Protocol):
         """That k is clamped, if it is."""
         return all_vote(self.k, data, "protocol.knn.k")
 
-    def __call__(self, judged: Judged) -> Verdict:
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1, and top5 of more than five classes, of the encoder's features (before any projector), in percent."""
-        queries, bank, classes = judged.test.x, judged.memory, len(judged.data.classes)
-        scores = knn_scores(queries, bank, classes, self.k, self.temperature, judged.shared)
-        return Verdict(accuracies(scores, judged.test.y), scores / scores.sum(1, keepdim=True))
+        queries, bank, classes = context.test.x, context.memory, len(context.data.classes)
+        scores = knn_scores(queries, bank, classes, self.k, self.temperature, context.shared)
+        return EvaluationResult(accuracies(scores, context.test.y), scores / scores.sum(1, keepdim=True))
