@@ -9,7 +9,7 @@ from pathlib import Path
 
 from twoviews.config import ROOT
 from twoviews.errors import BadInput
-from twoviews.tracking.state import replace
+from twoviews.files import write_atomic
 
 PARTS = ("src", "conf", "*.py")  # what runs need, below the root of the checkout
 KINDS = (".py", ".yaml", ".c", ".cu")  # of these, outside a git checkout
@@ -61,9 +61,9 @@ def freeze(folder: Path) -> Path:
         (part / path).parent.mkdir(parents=True, exist_ok=True)
         (part / path).write_bytes(data)
     commit, difference = code_state()
-    replace(part / "commit.txt", commit + "\n")
+    write_atomic(part / "commit.txt", commit + "\n")
     if difference:
-        replace(part / "diff.patch", difference)
+        write_atomic(part / "diff.patch", difference)
     try:
         part.rename(copy)
     except OSError:  # another process was first

@@ -3,7 +3,6 @@
 The signature of what a group builds is the schema of its YAML: names, types and ranges stand there once.
 """
 
-import errno
 import hashlib
 import os
 import re
@@ -26,17 +25,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from twoviews import foreign, processes
 from twoviews.command_line import understood
-from twoviews.errors import BadInput, Stopped, nearest, shown, system_reason, without_secrets
+from twoviews.errors import BadInput, Stopped, nearest, shown, without_secrets
+from twoviews.files import file_error
 from twoviews.ranges import Count, Fraction, Range, Seed, Size, Temperature
 from twoviews.signatures import BUILDS, Parameter, buildable, complaint, signature, unusable
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 BAD_INPUT = 2  # exit code for what the user can put right
-UNUSABLE = (  # what the operating system says of files and folders that a user can replace
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY),
-    *(errno.ELOOP, errno.EIO, errno.ESTALE, errno.EILSEQ, errno.EBUSY),
-)
 STOPPED = 128  # plus the signal's number: exit code of a run that was stopped and can go on
 
 # What a run computes does not depend on these, so they are not part of its name.
@@ -324,18 +320,13 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _operating_system(error: OSError) -> str:
-    """A sentence for what the file system refuses; anything else is a defect and is raised again."""
-    where = error.filename or "the run folder or the cache"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"no space is left on the device of {where}; free some, or move with hydra.run.dir= or data.cache=; "
-            "checkpoints are intact."
-        )
-    if error.errno == errno.ENAMETOOLONG:
-        return f"{str(where)[:80]}… cannot be used (a name in it is too long: most file systems allow 255 bytes); shorten it."
-    if error.errno in UNUSABLE:
-        return f"{where} cannot be used ({system_reason(error)}); choose another folder with hydra.run.dir= or data.cache=."
-    raise error
+    """A sentence for an error of the file system that a user can put right; any other is a defect and is raised again."""
+    sentence = file_error(
+        error, "the run folder or the cache", "choose another folder with hydra.run.dir= or data.cache="
+    )
+    if sentence is None:
+        raise error
+    return sentence
 
 
 # ---------------------------------------------------------------------------------------------------- the run's name

@@ -11,6 +11,7 @@ from torch import Tensor
 from twoviews.data.images import Images
 from twoviews.data.views import Views, eval_view
 from twoviews.errors import printable
+from twoviews.files import open_atomic
 from twoviews.randomness import generator
 
 if TYPE_CHECKING:
@@ -46,9 +47,8 @@ def draw_views(path: Path, images: Images, views: Views, seed: int) -> None:
             # A wider gap sets the original apart from its views.
             top, left = gap + y * (side + gap), gap + x * (side + gap) + (2 * gap if x else 0)
             sheet[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
-    new = path.with_name(path.name + ".new")
-    Image.fromarray(sheet.numpy()).save(new, format="PNG")
-    new.replace(path)
+    with open_atomic(path) as file:
+        Image.fromarray(sheet.numpy()).save(file, format="PNG")
 
 
 def enlarged(image: Float[Tensor, "C H W"]) -> UInt8[Tensor, "h w 3"]:
@@ -128,7 +128,6 @@ def draw_curves(path: Path, lines: Iterable[Mapping[str, float]]) -> None:
     if axes[1].get_legend_handles_labels()[0]:
         axes[1].legend()
     axes[2].set_ylim(0, max(1.02, axes[2].get_ylim()[1]))
-    new = path.with_name(path.name + ".new")
-    figure.savefig(new, format="png", dpi=110)
+    with open_atomic(path) as file:
+        figure.savefig(file, format="png", dpi=110)
     pyplot.close(figure)
-    new.replace(path)

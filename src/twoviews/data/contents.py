@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from twoviews.data.progress import progress
-from twoviews.tracking.state import replace
+from twoviews.files import write_atomic
 
 # A file that was written so short a time ago may be written again without a change of its times, which are multiples of
 # two seconds on some file systems, and come from another clock on those of a network.
@@ -42,7 +42,7 @@ def contents(paths: Sequence[str], cache: str) -> str:
     if max(max(stamp) for _, *stamp in stamps) < (started - SETTLED_S) * 1e9:
         with contextlib.suppress(OSError):  # of a cache that cannot be written: whoever writes the store says so
             known.parent.mkdir(parents=True, exist_ok=True)
-            replace(known, digest.hexdigest())
+            write_atomic(known, digest.hexdigest())
     return digest.hexdigest()
 
 

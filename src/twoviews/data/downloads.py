@@ -1,11 +1,9 @@
 """Known data sets through torchvision: its checksums, and a sentence where there is no network."""
 
-import errno
 import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,10 @@ import torch
 from twoviews.data.progress import say
 from twoviews.data.store import Part, Recipe
 from twoviews.errors import BadInput
+from twoviews.files import file_errors
 
 SILENCE_S = 30.0  # a server that says nothing for so long counts as away
+ANOTHER_FOLDER = "choose another folder with data.root="
 PART = 1000  # images copied into the store at a time
 
 
@@ -79,7 +79,7 @@ def _loaded(known, root: Path, load: Callable[[], Any]) -> Any:
         raise BadInput(
             f"{archive} is damaged (its md5 is not {known.tgz_md5}): delete it to have it downloaded, or replace it."
         )
-    with _room(root):
+    with file_errors(root, ANOTHER_FOLDER):
         extract_archive(str(archive), str(root))
     return load()
 
@@ -90,12 +90,12 @@ def _download(known, archive: Path) -> None:
 
     say(f"Downloading {known.filename} to {archive.parent} ...")
     before = socket.getdefaulttimeout()
-    with _room(archive.parent):
+    with file_errors(archive.parent, ANOTHER_FOLDER):
         archive.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=".download-", dir=archive.parent))
     try:
         socket.setdefaulttimeout(SILENCE_S)
-        with _room(archive.parent):
+        with file_errors(archive.parent, ANOTHER_FOLDER):
             download_url(known.url, beside, known.filename, known.tgz_md5)
             (beside / known.filename).replace(archive)
     except (OSError, RuntimeError, HTTPException) as error:
@@ -106,24 +106,3 @@ def _download(known, archive: Path) -> None:
     finally:
         socket.setdefaulttimeout(before)
         shutil.rmtree(beside, ignore_errors=True)
-
-
-@contextmanager
-def _room(root: Path) -> Iterator[None]:
-    """Says in a sentence that the folder for downloads is full or cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EACCES,
-            errno.EPERM,
-            errno.EROFS,
-            errno.ENOTDIR,
-            errno.EEXIST,
-        ):
-            raise BadInput(
-                f"{root} cannot take the data ({error.strerror}): choose another folder with data.root=."
-            ) from None
-        raise

@@ -8,13 +8,10 @@ The key is a digest of everything that the content depends on. A store is writte
 so that it is whole or not there; a lock lets one process build it while the others wait.
 """
 
-import errno
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from torch import Tensor
 from twoviews.console import in_bytes
 from twoviews.data.progress import progress, say
 from twoviews.errors import BadInput
+from twoviews.files import file_errors, sync
 
 FORMAT = 1  # in every key: raise it when the meaning of a store's files changes
 SPARE = 2**24  # bytes wanted beside the pixels, for labels, sizes and the file system's own use
@@ -82,7 +80,7 @@ def stored(cache: str, name: str, key: dict[str, Any], recipe: Callable[[], Reci
     digest = hashlib.blake2b(json.dumps([FORMAT, key], sort_keys=True).encode(), digest_size=8).hexdigest()
     folder = Path(cache).expanduser() / f"{name}-{digest}"
     if not folder.is_dir():
-        with _sayable(folder):
+        with file_errors(folder.parent, "choose another folder with data.cache="):
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(f"{folder}.lock")
             try:
@@ -94,23 +92,6 @@ def stored(cache: str, name: str, key: dict[str, Any], recipe: Callable[[], Reci
                 if not folder.is_dir():
                     _build(folder, name, recipe())
     return _load(folder)
-
-
-@contextmanager
-def _sayable(folder: Path) -> Iterator[None]:
-    """Says what the file system objects to in a sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise BadInput(
-                f"The disk of {folder.parent} is full: free some room or choose another data.cache."
-            ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise BadInput(
-                f"{folder.parent} cannot be written ({error.strerror}): choose another folder with data.cache."
-            ) from None
-        raise
 
 
 def _build(folder: Path, name: str, recipe: Recipe) -> None:
@@ -129,9 +110,9 @@ def _build(folder: Path, name: str, recipe: Recipe) -> None:
         beside.mkdir()
         _write(beside, name, recipe)
         for path in (*beside.iterdir(), beside):
-            _sync(path)
+            sync(path)
         beside.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -184,14 +165,6 @@ def _write(folder: Path, name: str, recipe: Recipe) -> None:
 
 def _header(file, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _load(folder: Path) -> Store:
