@@ -25,12 +25,13 @@ from twoviews.data.loader import Loader
 from twoviews.data.views import Views, compiled
 from twoviews.errors import BadInput, mistakes
 from twoviews.fallbacks import slower, unrecorded
-from twoviews.features import Judged, embed
+from twoviews.features import embed
 from twoviews.foreign import blamed
 from twoviews.fused_norm import reason_for_plain
 from twoviews.layers import SyncBatchNorm, sync_batch_norms
 from twoviews.memory import check_networks, check_views
 from twoviews.methods.method import Method
+from twoviews.protocols.protocol import EvaluationContext
 from twoviews.randomness import seed_of
 from twoviews.ranges import Repeats, Size
 from twoviews.run import parameter_count
@@ -57,10 +58,10 @@ class Parts:
     protocols: dict[str, Any]
     notes: list[str]  # what the method and the protocols say about their fit to the data
 
-    def judge(self, encoder: Encoder) -> Judged:
+    def evaluation_context(self, encoder: Encoder) -> EvaluationContext:
         """An encoder with the labelled images of the data, whose features all processes compute together."""
         dtype = self.runtime.dtype(self.device)
-        return Judged(encoder, self.data, self.device, dtype, self.runtime.channels_last, shared=True)
+        return EvaluationContext(encoder, self.data, self.device, dtype, self.runtime.channels_last, shared=True)
 
     def embed(self, module: nn.Module) -> Float[Tensor, "N D"]:
         """What a module makes of all training images, at the size of the views, as PCL's code does with its 224 px."""
