@@ -26,19 +26,22 @@ from twoviews.data.loader import Loader
 from twoviews.data.views import Views, compiled
 from twoviews.errors import BadInput, mistakes
 from twoviews.fallbacks import slower, unrecorded
-from twoviews.features import Judged, embed
+from twoviews.features import embed
 from twoviews.foreign import blamed
 from twoviews.fused_norm import reason_for_plain
 from twoviews.layers import SyncBatchNorm, sync_batch_norms
 from twoviews.memory import check_networks, check_views
 from twoviews.methods.method import Method
+from twoviews.protocols.protocol import EvaluationContext
 from twoviews.randomness import seed_of
 from twoviews.ranges import Repeats, Size
 from twoviews.run import parameter_count
 from twoviews.runtime import Runtime, format_name
 from twoviews.signatures import signature
 from twoviews.step import eager_reason
-from twoviews.tracking import page, read, stores
+from twoviews.tracking import uris
+from twoviews.tracking.metrics import read
+from twoviews.tracking.state import run_page
 
 
 @dataclass
@@ -56,10 +59,10 @@ class Parts:
     protocols: dict[str, Any]
     notes: list[str]  # what the method and the protocols say about their fit to the data
 
-    def judge(self, encoder: Encoder) -> Judged:
+    def evaluation_context(self, encoder: Encoder) -> EvaluationContext:
         """An encoder with the labelled images of the data, whose features all processes compute together."""
         dtype = self.runtime.dtype(self.device)
-        return Judged(encoder, self.data, self.device, dtype, self.runtime.channels_last, shared=True)
+        return EvaluationContext(encoder, self.data, self.device, dtype, self.runtime.channels_last, shared=True)
 
     def embed(self, module: nn.Module) -> Float[Tensor, "N D"]:
         """What a module makes of all training images, at the size of the views, as PCL's code does with its 224 px."""
@@ -92,7 +95,7 @@ def check_parts(cfg: DictConfig, runtime: Runtime, device: torch.device) -> None
         lambda: build(cfg.optimizer, batch_size=cfg.batch_size, _partial_=True)(groups),
         lambda: build(cfg.schedule),
         lambda: build(cfg.augmentation, **colours),
-        lambda: stores.resolved(build(cfg.tracking).uri),
+        lambda: uris.resolve(build(cfg.tracking).uri),
         *(partial(build, node) for node in (cfg.get("protocol") or {}).values()),
         *([lambda: build(cfg.data)] if "root" in cfg.data and cfg.data.root is None else []),
     )
@@ -357,7 +360,7 @@ def show_result(folder: Path, result: dict[str, Any], console: Console) -> None:
         or "-",
     }
     console.table(f"{folder.name}: {result['state']} after {result['epoch']:.4g} epochs", rows)
-    console.say(f"MLflow: {page(folder)}")  # not in the table, which would break a command that is to be copied
+    console.say(f"MLflow: {run_page(folder)}")  # not in the table, which would break a command that is to be copied
     floor = max(result.get(f"baseline/{name}_knn_top1", 0) for name in ("untrained", "pixels"))
     if result.get("knn/top1", 100) <= floor:
         console.say(
