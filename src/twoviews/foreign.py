@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 import yaml
 
+from twoviews.config.groups import targets
 from twoviews.errors import BadInput, system_reason
 from twoviews.ranges import Count, NotNegative, Total
-from twoviews.signatures import buildable, complaint
+from twoviews.signatures import complaint
 
 LARGEST = {".yaml": 2**18, ".json": 2**25}  # bytes; YAML takes far longer to read
 DEPTH = 20  # of dictionaries and lists in each other; those of conf/ have five
@@ -85,9 +86,9 @@ REMEDIES = {
     "environment.json": "put the file back that the run wrote, or start over with fresh=true",
     "data.json": "put the file back that the run wrote, or start over with fresh=true",
     "clusters.json": "delete it, and cluster.py writes it again",
-    "sweep.json": "put the file back, or delete it and launch the sweep again, which goes on with its points",
+    "sweep.json": "put the file back, or delete it and launch the sweep again, which goes on with its jobs",
     "point.json": "put the file back, or launch the sweep again, which writes it again",
-    "state.json": "delete it, and the point counts as one that has not begun",
+    "state.json": "delete it, and the job counts as one that has not begun",
     "tracking.json": "delete it, and the run is sent to MLflow as a new one",
     "metrics.durable": "delete it, and the next checkpoint writes it again",
 }
@@ -176,7 +177,7 @@ def parse(content: str, path: Path) -> dict[str, Any]:
         raise damaged(path, "it holds no keys" if content.strip() else "it is empty")
     for key, value in tree.items():
         wrong = _impure(str(key), value, str(key), path.suffix == ".yaml", DEPTH)
-        # Hydra reads config.yaml when a point of a sweep is trained, and would follow these two.
+        # Hydra reads config.yaml when a job of a sweep is trained, and would follow these two.
         if key in ("defaults", "hydra") or str(key).startswith("_"):
             wrong = f"it has the key {short(key)}"
         if wrong:
@@ -268,7 +269,7 @@ def _impure(path: str, value: Any, group: str, literal: bool, depth: int) -> str
         literal: whether no text may be an interpolation; in any case none of a group may.
         depth: of what may still be inside it.
     """
-    literal = literal or bool(buildable(group))
+    literal = literal or bool(targets(group))
     if not depth:
         return f"{path[:60]!r} is nested deeper than {DEPTH} levels"
     if isinstance(value, dict):
@@ -276,7 +277,7 @@ def _impure(path: str, value: Any, group: str, literal: bool, depth: int) -> str
             if not isinstance(key, (str, int)):
                 return f"{path[:60]!r} has the key {short(key)}"
             if str(key) == "_target_":
-                if not isinstance(inner, str) or inner not in buildable(group):
+                if not isinstance(inner, str) or inner not in targets(group):
                     return f"_target_={short(inner)} is none that {group} can build"
             elif str(key).startswith("_") and str(key).endswith("_"):
                 return f"{path[:60]!r} has the key {short(key)}"

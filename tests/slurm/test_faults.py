@@ -20,7 +20,7 @@ from twoviews.sweeps import slurm_commands
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job_status import status
 from twoviews.sweeps.mlflow_sync import open_parent_run
-from twoviews.tracking import stores
+from twoviews.tracking import uris
 
 # The first start waits to be stopped with a checkpoint, or killed; the next one finishes.
 TWICE = (
@@ -85,11 +85,12 @@ def test_cancelled_jobs_are_told_apart_and_the_rest_goes_on(tmp_path: Path) -> N
 
 # Its run in MLflow is begun, and then it must be killed: nothing else ends it.
 MIRRORED = """
-from twoviews.tracking import Metrics, send
+from twoviews.tracking.metrics import Metrics
+from twoviews.tracking.upload import upload
 metrics = Metrics(folder)
 metrics.log(1, 1.0, {"train/loss": 0.5})
-metrics.commit(metrics.mark())
-send(folder, closed=False)
+metrics.commit(metrics.flush())
+upload(folder, closed=False)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 until("never")
 """
@@ -102,7 +103,7 @@ def test_no_run_in_mlflow_outlives_a_job_that_was_cancelled(tmp_path: Path) -> N
     jobs = sweep(folder, MIRRORED, MIRRORED, MIRRORED, f"until('{tmp_path}/go'); {FINISH}")
     with Sweep(folder).update() as record:
         record["commands"] = ["train.py"]
-    stores.remember(uri)
+    uris.trust(uri)
     open_parent_run(Sweep(folder), jobs, {"uri": uri, "experiment": "x"})
 
     def told() -> dict[str, str]:

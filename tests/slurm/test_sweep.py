@@ -15,7 +15,7 @@ from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job
 from twoviews.sweeps.job_status import status
 from twoviews.sweeps.results import gather
-from twoviews.tracking import read
+from twoviews.tracking.metrics import read
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_runner import wait_for
 
-from twoviews.config import digest
+from twoviews.config.digest import digest
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.composing import Composer, job_specs
 from twoviews.sweeps.folder import Sweep
@@ -88,8 +88,8 @@ def test_a_frozen_configuration_is_the_run_that_was_composed(overrides: list[str
         (["seed=0,1", "hydra/launcher=pool", "hydra.launcher.at_once=0"], ["hydra.launcher.at_once=0", "at least 1"]),
         (["seed=0,1", "hydra/launcher=pool", "+hydra.launcher.gpus=1"], ["hydra.launcher has no key 'gpus'"]),
         (["seed=0,1", "hydra.launcher.options.qos=x"], ["hydra.launcher has no key 'options'"]),
-        (SLURM + ["hydra.launcher.options.time=9"], ["options.time", "timeout_min"]),
-        (SLURM + ["hydra.launcher.options={array:9}"], ["options.array", "leave it out"]),
+        (SLURM + ["hydra.launcher.options.time=9"], ["hydra.launcher.options.time=", "hydra.launcher.timeout_min="]),
+        (SLURM + ["hydra.launcher.options={array:9}"], ["hydra.launcher.options.array=", "leave it out"]),
         (
             ["method=simsiam,moco", "method.hidden_dim=64"],
             ["job method=moco", "method has no key 'hidden_dim'", "launch"],

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from fake import FINISH, starts, sweep
 
+from twoviews.locks import is_locked
 from twoviews.sweeps import runner
 from twoviews.sweeps.job import Job
-from twoviews.tracking.state import held
 
 
 def runner_process(job: Job, submitted: float = 1.0, **environment: str) -> subprocess.Popen:
@@ -92,7 +92,7 @@ def test_a_training_does_not_outlive_its_runner(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     wait_for(lambda: job.result.get("state") == "interrupted")
-    assert job.checkpoint() and not held(job.lock)
+    assert job.checkpoint() and not is_locked(job.lock)
 
 
 def test_a_second_runner_waits_and_finds_it_finished(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from twoviews.backbones import Encoder, Timm
-from twoviews.config import build, digest
+from twoviews.config.building import build
+from twoviews.config.digest import digest
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput, nearest, printable
 from twoviews.evaluation.names import by_name
@@ -212,7 +213,7 @@ def _torchvision(name: str, pretrained: bool, data: Callable[[], ImageData] | No
     if name not in RESNETS:
         other = f" It is no ResNet; timm has more networks, run=timm:{name}." if name in list_models() else ""
         raise BadInput(
-            f"run={run}: of torchvision the ResNets can be judged: {', '.join(RESNETS)}.{other or nearest(name, RESNETS)}"
+            f"run={run}: of torchvision the ResNets can be evaluated: {', '.join(RESNETS)}.{other or nearest(name, RESNETS)}"
         )
     block, depths = RESNETS[name]
     recipe = {

@@ -11,11 +11,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from twoviews.config import CONF, check, digest
-from twoviews.diagnosis import diagnose
+from twoviews.config.checks import check
+from twoviews.config.command_line_errors import diagnose
+from twoviews.config.digest import digest
+from twoviews.config.groups import CONF
 from twoviews.errors import BadInput
 from twoviews.sweeps.job import JobSpec
-from twoviews.tracking import stores
+from twoviews.tracking import uris
 
 SINGLE_RUN_FLAGS = ("fresh", "preview", "find_batch")  # root keys of conf/train.yaml that sweeps refuse
 
@@ -160,7 +162,7 @@ def job_specs(composer: Composer, combinations: Sequence[Sequence[str]], swept: 
 
 def frozen(content: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of a job without what depends on where and when it runs."""
-    tracking = {**content["tracking"], "uri": stores.resolved(content["tracking"]["uri"])}
+    tracking = {**content["tracking"], "uri": uris.resolve(content["tracking"]["uri"])}
     return {key: value for key, value in content.items() if key != "sweep"} | {"tracking": tracking}
 
 

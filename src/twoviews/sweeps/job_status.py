@@ -4,11 +4,11 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
+from twoviews.locks import is_locked
 from twoviews.sweeps import slurm_commands
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobState
 from twoviews.sweeps.slurm_commands import SlurmState
-from twoviews.tracking.state import held
 
 CANCEL_SECONDS = 60.0  # for a cancelled job to end; SLURM grants 30 s (KillWait) unless a cluster sets another time
 RESUME_HINT = "the same command goes on"
@@ -95,12 +95,12 @@ def _of_last_submission(job: Job, state: JobState) -> JobState:
 def _local_state(job: Job) -> JobState:
     """The state of a job on this machine: a lock is held exactly as long as its process lives."""
     state = job.state
-    if held(job.lock):
+    if is_locked(job.lock):
         return state if state.state == "RUNNING" else replace(state, state="RUNNING", reason="")
     state = job.state  # the runner may have written it since
     if not state.active and state.submitted >= job.submitted:
         return state
-    if held(Sweep(job.folder.parent).launcher_lock):
+    if is_locked(Sweep(job.folder.parent).launcher_lock):
         return replace(state, state="QUEUED", reason="")
     if state.submitted >= job.submitted and state.state == "RUNNING":
         return replace(state, state="LOST", reason=f"its runner was killed; {RESUME_HINT}")

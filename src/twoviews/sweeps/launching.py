@@ -16,7 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from twoviews import foreign, launched
 from twoviews.code import code_state, content, freeze, left_out, no_commit
-from twoviews.config import build, check_plugin, flat, number
+from twoviews.config.building import build
+from twoviews.config.checks import check_plugin
+from twoviews.config.digest import as_float, flat
 from twoviews.console import Console
 from twoviews.errors import BadInput
 from twoviews.sweeps import mlflow_sync
@@ -27,7 +29,7 @@ from twoviews.sweeps.job import Job, JobSpec, JobState
 from twoviews.sweeps.job_status import status
 from twoviews.sweeps.launcher import POLL_SECONDS, Launcher
 from twoviews.sweeps.plan import plan
-from twoviews.tracking import stores
+from twoviews.tracking import uris
 
 MAX_SHOWN_FILES = 5  # of those that git does not track
 # Overrides of Hydra's own node that matter to a sweep.
@@ -85,10 +87,10 @@ class Launch:
             raise BadInput(f"sweep.name={name} is not the name of a folder; use letters, digits and any of . _ + -")
         self.folder = Path(config.hydra.sweep.dir) / name
         tracking = OmegaConf.to_container(config.tracking, resolve=True)
-        self.tracking: dict[str, Any] = {**tracking, "uri": stores.resolved(tracking["uri"])}  # type: ignore[dict-item, index]
+        self.tracking: dict[str, Any] = {**tracking, "uri": uris.resolve(tracking["uri"])}  # type: ignore[dict-item, index]
         if self.tracking["mirror"]:
-            stores.check(self.tracking["uri"])
-        stores.remember(self.tracking["uri"])
+            uris.check_reachable(self.tracking["uri"])
+        uris.trust(self.tracking["uri"])
         self.launcher: Launcher = build(self.launcher_config)
         self.protocols = [*(config.get("protocol") or {})]  # their values will be in result.json
         self._composer = Composer(compose)
@@ -190,7 +192,7 @@ def retry(sweep: Sweep, jobs: Sequence[Job]) -> None:
             "sweep with `train.py -m` and sweep.name= again, which goes on from its checkpoints with the code of this checkout."
         )
     for job in jobs:
-        stores.refuse_unknown(foreign.load(job.folder / "config.yaml").get("tracking", {}).get("uri"))
+        uris.refuse_untrusted(foreign.load(job.folder / "config.yaml").get("tracking", {}).get("uri"))
     build(launcher).submit(jobs)
 
 
@@ -214,7 +216,7 @@ def default_name(config: DictConfig, swept: Sequence[str]) -> str:
     nodes = OmegaConf.masked_copy(config, [str(key) for key in config if key not in FREE_KEYS])
     values = flat(OmegaConf.to_container(nodes, resolve=True))
     fixed = {key: value for key, value in values.items() if not any(f"{key}.".startswith(f"{node}.") for node in swept)}
-    text = repr((sorted((key, number(value)) for key, value in fixed.items()), sorted(swept)))
+    text = repr((sorted((key, as_float(value)) for key, value in fixed.items()), sorted(swept)))
     choices = config.hydra.runtime.choices
     front = [group if group in swept else choices[group] for group in ("method", "data")]
     return "-".join([*front, hashlib.blake2b(text.encode(), digest_size=4).hexdigest()])

@@ -13,9 +13,12 @@ from twoviews.errors import BadInput
 from twoviews.sweeps.folder import WRITER_THREADS, Sweep
 from twoviews.sweeps.job import Job, JobState
 from twoviews.sweeps.job_status import status
-from twoviews.tracking import NAME, parents, send
-from twoviews.tracking.mirror import reason
-from twoviews.tracking.sending import known, unsent
+from twoviews.tracking.client import short_error
+from twoviews.tracking.metrics import METRICS_FILE
+from twoviews.tracking.parent_run import attach_parent, end_parent_run, value_tags
+from twoviews.tracking.parent_run import open_parent_run as open_in_mlflow
+from twoviews.tracking.state import new_run_key
+from twoviews.tracking.upload import is_uploaded, pending_values, upload
 
 LOCK_SECONDS = 120.0  # longest wait for another process that opens the parent run
 
@@ -36,16 +39,16 @@ def open_parent_run(sweep: Sweep, jobs: Sequence[Job], tracking: Mapping[str, An
     with FileLock(sweep.folder / ".parent.lock", timeout=LOCK_SECONDS):
         with sweep.update() as record:
             if record.get("tracking") != target:  # at another tracking URI the parent is another run
-                record.update(tracking=target, parent=None, parent_key=parents.new_key())
+                record.update(tracking=target, parent=None, parent_key=new_run_key())
         key, tags = record["parent_key"], {"twoviews.sweep": sweep.name, "folder": str(sweep.folder)}
-        tags.update(command="\n".join(sweep.commands), **parents.axis_tags(record["axes"]))
+        tags.update(command="\n".join(sweep.commands), **value_tags(record["axes"]))
         with _mlflow_errors():
-            parent = parents.open_parent(uri, experiment, sweep.name, key, tags)
+            parent = open_in_mlflow(uri, experiment, sweep.name, key, tags)
         with sweep.update() as record:
             record.update(parent=parent, parent_status="RUNNING")
     axes = {job.digest: job.axes for job in sweep.jobs}  # the jobs passed may have more: see `varying_parameters`
     with ThreadPoolExecutor(WRITER_THREADS) as pool:
-        list(pool.map(lambda job: parents.adopt(job.folder, uri, experiment, parent, axes[job.digest]), jobs))
+        list(pool.map(lambda job: attach_parent(job.folder, uri, experiment, parent, axes[job.digest]), jobs))
 
 
 def collect(sweep: Sweep, jobs: Sequence[Job]) -> int:
@@ -61,16 +64,16 @@ def collect(sweep: Sweep, jobs: Sequence[Job]) -> int:
     open_parent_run(sweep, jobs, tracking)
     left = 0
     for job in jobs:
-        if not (job.folder / NAME).exists():
+        if not (job.folder / METRICS_FILE).exists():
             continue
         try:
-            send(job.folder, closed=not states[job.digest].active)
+            upload(job.folder, closed=not states[job.digest].active)
         except Exception as error:  # an error in one folder must not stop the others
-            print(f"{job.digest} {job.label}: {unsent(job.folder)} numbers left ({reason(error)})")
+            print(f"{job.digest} {job.label}: {pending_values(job.folder)} numbers left ({short_error(error)})")
             left += 1
     if end := _parent_status([*states.values()]):
         with _mlflow_errors():
-            parents.end_parent(tracking["uri"], tracking["experiment"], sweep.record["parent"], end)
+            end_parent_run(tracking["uri"], tracking["experiment"], sweep.record["parent"], end)
         with sweep.update() as record:
             record["parent_status"] = end
     return left
@@ -96,7 +99,7 @@ def pending(sweep: Sweep) -> bool:
     """Whether MLflow lacks something of a sweep without active jobs, as far as its folder says; MLflow is not asked."""
     jobs, record = sweep.jobs, sweep.record
     ended = record["parent"] and record.get("parent_status") == _parent_status([*status(jobs).values()])
-    return not ended or not all(known(job.folder) for job in jobs if (job.folder / NAME).exists())
+    return not ended or not all(is_uploaded(job.folder) for job in jobs if (job.folder / METRICS_FILE).exists())
 
 
 @contextmanager
@@ -108,7 +111,7 @@ def _mlflow_errors() -> Iterator[None]:
         raise
     except Exception as error:
         raise BadInput(
-            f"MLflow does not accept the sweep ({reason(error)}); correct the tracking URI, or use tracking=files and "
+            f"MLflow does not accept the sweep ({short_error(error)}); correct the tracking URI, or use tracking=files and "
             "`python -m twoviews.sweep collect` later."
         ) from error
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from twoviews.config import ROOT
+from twoviews.config.groups import ROOT
 from twoviews.console import Console, duration, in_bytes
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.formatting import counted, text
@@ -29,7 +29,7 @@ from twoviews.sweeps.results import FINISHED, gather
 from twoviews.sweeps.runner import train_arguments
 from twoviews.sweeps.slurm import Slurm
 from twoviews.sweeps.varying_parameters import varying_parameters
-from twoviews.tracking import read
+from twoviews.tracking.metrics import read
 
 MAX_MEASURED = 3  # kinds of jobs that are measured; the others are taken to cost as much as the most expensive of these
 MEASURED_SECONDS, MEASURED_LINES = 20.0, 4  # of training: until both are reached, but not longer than

@@ -22,8 +22,8 @@ from twoviews.sweeps.results import (
     Results,
     gather,
 )
-from twoviews.tracking import stores
-from twoviews.tracking.mirror import reason
+from twoviews.tracking import uris
+from twoviews.tracking.client import connect, short_error
 
 NOT_FAILED = ("QUEUED", "RUNNING", "INTERRUPTED", "PRUNED", FINISHED)
 MAX_ROWS = 40  # of a table on the page; the CSV has all
@@ -66,7 +66,7 @@ def _send(sweep: Sweep, results: Results, files: Sequence[Path], say: Callable[[
         metrics |= {f"best/{metric}": value.mean for metric, value in estimates.items() if value}
     try:
         tracking = sweep.record["tracking"]
-        client, _ = stores.connect(stores.resolved(tracking["uri"]), tracking["experiment"])
+        client, _ = connect(uris.resolve(tracking["uri"]), tracking["experiment"])
         for file in files:
             client.log_artifact(run, str(file), "report")
         for name, value in metrics.items():
@@ -74,7 +74,7 @@ def _send(sweep: Sweep, results: Results, files: Sequence[Path], say: Callable[[
         for key, value in results.best.axes.items() if results.best else ():
             client.set_tag(run, f"best.{key}", text(value))
     except Exception as error:  # whatever fails in MLflow, the report is in the folder
-        say(f"MLflow does not have the report ({reason(error)}); the same command sends it again.")
+        say(f"MLflow does not have the report ({short_error(error)}); the same command sends it again.")
 
 
 def _csv(results: Results) -> str:

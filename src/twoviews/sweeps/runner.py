@@ -23,7 +23,7 @@ from filelock import Timeout
 from twoviews import foreign
 from twoviews.errors import BadInput
 from twoviews.sweeps.job import LOG, Job, JobState, StateName
-from twoviews.tracking import stores
+from twoviews.tracking import uris
 
 MODULE = "twoviews.sweeps.runner"
 OLD_MODULE = "twoviews.sweeps.supervise"  # its name in the code of sweeps that version 0.1.0 launched
@@ -74,7 +74,7 @@ def run(
             return state
         # This machine may have another cache folder than that where the job was launched.
         with contextlib.suppress(BadInput):  # the training reports it
-            stores.remember(foreign.load(job.folder / "config.yaml").get("tracking", {}).get("uri"))
+            uris.trust(foreign.load(job.folder / "config.yaml").get("tracking", {}).get("uri"))
         with TrainingProcess(job, LOG, environment or {}) as training:
             training.wait(failure)
         name, reason = training.job_state(failure())

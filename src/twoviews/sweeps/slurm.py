@@ -80,9 +80,9 @@ class Slurm(Launcher):
         self.options = {name.replace("-", "_"): value for name, value in options.items()}
         for name in self.options:
             if name in PARAMETERS:
-                raise BadInput(f"options.{name} is set by the launcher; use {PARAMETERS[name]}.")
+                raise BadInput(f"options.{name}= is set by the launcher; use {PARAMETERS[name]}=.")
             if name in RESERVED:
-                raise BadInput(f"options.{name} is set by the launcher; leave it out.")
+                raise BadInput(f"options.{name}= is set by the launcher; leave it out.")
 
     def capacity(self) -> int:
         """Number of jobs of each array that run at once."""

@@ -72,7 +72,7 @@ def _choices(description: Mapping[str, Any]) -> dict[str, Any]:
 @cache
 def _leaves(node: str) -> dict[str, Any]:
     """The values of a part of a config.yaml by dotted key."""
-    from twoviews.config import flat
+    from twoviews.config.digest import flat
 
     values = flat(foreign.parse(node, Path("config.yaml")))
     return {key: value for key, value in values.items() if _changes_results(key)}
@@ -92,7 +92,7 @@ def _distinguishes(key: str, jobs: Sequence[Mapping[str, Any]], others: Sequence
 @cache
 def _changes_results(key: str) -> bool:
     """Whether the result of a run can depend on this key."""
-    from twoviews.config import digest
+    from twoviews.config.digest import digest
 
     return digest({key: 0}) != digest({})
 
