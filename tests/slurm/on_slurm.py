@@ -63,7 +63,7 @@ def launcher(**more: object):
 
 
 def states(jobs: Sequence) -> list[str]:
-    """The truth about these jobs, as sweep.json knows them now."""
+    """The states of these jobs, with what sweep.json has of them now."""
     from twoviews.sweeps.folder import Sweep
     from twoviews.sweeps.job_status import status
 

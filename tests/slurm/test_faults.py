@@ -19,7 +19,7 @@ from twoviews.sweep import main as sweep_command
 from twoviews.sweeps import slurm_commands
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job_status import status
-from twoviews.sweeps.mlflow_sync import open_parent_run
+from twoviews.sweeps.mlflow_sync import attach_jobs
 from twoviews.tracking import uris
 
 # The first start waits to be stopped with a checkpoint, or killed; the next one finishes.
@@ -104,7 +104,7 @@ def test_no_run_in_mlflow_outlives_a_job_that_was_cancelled(tmp_path: Path) -> N
     with Sweep(folder).update() as record:
         record["commands"] = ["train.py"]
     uris.trust(uri)
-    open_parent_run(Sweep(folder), jobs, {"uri": uri, "experiment": "x"})
+    attach_jobs(Sweep(folder), jobs, {"uri": uri, "experiment": "x"})
 
     def told() -> dict[str, str]:
         client = MlflowClient(uri)
@@ -202,7 +202,7 @@ def test_a_killed_launcher_leaves_jobs_that_are_not_started_twice(tmp_path: Path
     code = f"""
 import os, signal, sys
 sys.path[:0] = {[str(Path(__file__).parent)]!r}
-from on_slurm import dispatch
+from on_slurm import launcher
 from twoviews.sweeps import slurm_commands
 from twoviews.sweeps.folder import Sweep
 Sweep.mark_submitted = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # after sbatch, before it is written down

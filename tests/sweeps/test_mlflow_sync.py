@@ -13,7 +13,7 @@ from twoviews.sweep import main as sweep_command
 from twoviews.sweeps import mlflow_sync
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobSpec, JobState
-from twoviews.sweeps.mlflow_sync import flush, open_parent_run, pending
+from twoviews.sweeps.mlflow_sync import attach_jobs, flush, pending
 from twoviews.tracking import uris
 from twoviews.tracking.metrics import Metrics
 from twoviews.tracking.state import set_target
@@ -93,11 +93,11 @@ def test_collect_brings_jobs_below_one_parent_and_nothing_twice(
 def test_a_parent_whose_id_was_not_written_down_is_found_again(tmp_path: Path, uri: str) -> None:
     sweep = Sweep(tmp_path / "s")
     made, tracking = jobs(sweep, uri, 1), {"uri": uri, "experiment": "sweeps"}
-    open_parent_run(sweep, made, tracking)
+    attach_jobs(sweep, made, tracking)
     parent = sweep.record["parent"]
     with sweep.update() as record:
         record["parent"] = None  # killed in between
-    open_parent_run(sweep, made, tracking)
+    attach_jobs(sweep, made, tracking)
     assert sweep.record["parent"] == parent and len(runs(uri)) == 1
 
 
@@ -118,13 +118,13 @@ def test_a_store_that_does_not_answer_refuses_the_sweep(tmp_path: Path) -> None:
     sweep, uri = Sweep(tmp_path / "s"), "http://127.0.0.1:9"
     uris.trust(uri)
     with pytest.raises(BadInput, match="MLflow does not accept the sweep .* tracking=files"):
-        open_parent_run(sweep, jobs(sweep, uri, 1), {"uri": uri, "experiment": "sweeps"})
+        attach_jobs(sweep, jobs(sweep, uri, 1), {"uri": uri, "experiment": "sweeps"})
 
 
 def test_what_mlflow_has_is_not_sent_again(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, said = Sweep(tmp_path / "s"), []
     made = jobs(sweep, uri, 2)
-    open_parent_run(sweep, made, {"uri": uri, "experiment": "sweeps"})
+    attach_jobs(sweep, made, {"uri": uri, "experiment": "sweeps"})
     flush(sweep, said.append)
     assert len(runs(uri)) == 1, "no job has begun"
     for job in made:
@@ -169,7 +169,7 @@ assert codes == [0] * len(jobs), codes
 def start_at_once(folder: Path, uri: str, count: int) -> None:
     """Jobs that are trained and sent by a process each, all at the same moment: none is lost, none is there twice."""
     sweep = Sweep(folder)
-    open_parent_run(sweep, jobs(sweep, uri, count), {"uri": uri, "experiment": "sweeps"})
+    attach_jobs(sweep, jobs(sweep, uri, count), {"uri": uri, "experiment": "sweeps"})
     done = subprocess.run(
         [sys.executable, "-c", MANY, str(sweep.folder)],
         cwd=Path(__file__).parent,

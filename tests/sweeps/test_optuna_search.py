@@ -71,7 +71,7 @@ class StandInLaunch(Launch):
         sweep = Sweep(self.folder)
         return sweep, sweep.add([replace(one, more=self.here) for one in new], command="python train.py -m")
 
-    def open_parent_run(self, sweep, jobs) -> None:
+    def attach_jobs(self, sweep, jobs) -> None:
         pass
 
 

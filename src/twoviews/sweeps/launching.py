@@ -132,14 +132,14 @@ class Launch:
             shown = ", ".join(files[:MAX_SHOWN_FILES]) + (" …" if len(files) > MAX_SHOWN_FILES else "")
             self.console.say(f"code      without {counted(len(files), 'file')} that git does not track: {shown}")
 
-    def open_parent_run(self, sweep: Sweep, jobs: Sequence[Job]) -> None:
+    def attach_jobs(self, sweep: Sweep, jobs: Sequence[Job]) -> None:
         """Before jobs run: open the parent run in MLflow, if they are logged there.
 
         Raises:
             BadInput: MLflow does not answer.
         """
         if jobs and self.tracking["mirror"]:
-            mlflow_sync.open_parent_run(sweep, jobs, self.tracking)
+            mlflow_sync.attach_jobs(sweep, jobs, self.tracking)
 
     def flush(self, sweep: Sweep) -> None:
         """After the last job: send what MLflow lacks, if the jobs are logged there."""
@@ -167,7 +167,7 @@ def launch_all(launch: Launch, combinations: Sequence[Sequence[str]]) -> int:
     states = status(jobs)
     todo = [job for job in jobs if not (states[job.digest].active or states[job.digest].done)]
     print_start(sweep, jobs, states, len(todo), launch.console)
-    launch.open_parent_run(sweep, todo)
+    launch.attach_jobs(sweep, todo)
     digests = {job.digest for job in jobs}
     try:
         launch.launcher.submit(todo)

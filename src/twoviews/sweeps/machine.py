@@ -65,7 +65,7 @@ class Slot:
             self.lease.release()
 
 
-class _OnThisMachine(Launcher):
+class _MachineLauncher(Launcher):
     """What the launchers of this machine share."""
 
     at_once: int | None = None
@@ -78,12 +78,17 @@ class _OnThisMachine(Launcher):
             BadInput: there is none.
         """
 
+    def print_warnings(self) -> None:
+        """Print what makes the jobs slower than they could be."""
+        return
+
     def capacity(self) -> int:
         """Number of slots, or `at_once` if that is smaller."""
         return min(self.at_once or sys.maxsize, len(self.slots()))
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Run the jobs in their order; return when the last one has ended."""
+        self.print_warnings()
         if not jobs:
             return
         sweep, console, work = Sweep(jobs[0].folder.parent), Console(), _Work(self)
@@ -105,6 +110,7 @@ class _OnThisMachine(Launcher):
             jobs = source(free_slots)
             return _mark_submitted(sweep, jobs) if jobs else jobs
 
+        self.print_warnings()
         work = _Work(self)
         with exclusive(sweep, Console()):
             work.run(submitted)
@@ -114,7 +120,7 @@ class _OnThisMachine(Launcher):
         stop(jobs)
 
 
-class Local(_OnThisMachine):
+class Local(_MachineLauncher):
     """One job after the other, each with the whole machine."""
 
     def slots(self) -> list[Slot]:
@@ -122,7 +128,7 @@ class Local(_OnThisMachine):
         return [Slot()]
 
 
-class Pool(_OnThisMachine):
+class Pool(_MachineLauncher):
     """Several jobs at once, each with a GPU, a share of a GPU, or cores of its own.
 
     Args:
@@ -134,18 +140,8 @@ class Pool(_OnThisMachine):
     def __init__(self, at_once: Count | None, points_per_gpu: Count, cores_per_point: Count):
         self.at_once, self.jobs_per_gpu, self.cores_per_job = at_once, points_per_gpu, cores_per_point
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Run the jobs; return when the last one has ended."""
-        self._warn_of_unseen_gpu()
-        super().submit(jobs)
-
-    def serve(self, sweep: Sweep, source: JobSource) -> None:
-        """Run jobs as `source` returns them."""
-        self._warn_of_unseen_gpu()
-        super().serve(sweep, source)
-
-    def _warn_of_unseen_gpu(self) -> None:
-        """A line if jobs get cores although there is a GPU, because nvidia-smi cannot list it."""
+    def print_warnings(self) -> None:
+        """Print a line if jobs get cores although there is a GPU, because nvidia-smi cannot list it."""
         if "CUDA_VISIBLE_DEVICES" not in os.environ and not gpus() and DRIVER.exists():
             Console().say(
                 "slower    jobs share the cores: this machine has a GPU, and nvidia-smi, which is missing or fails, does not "
@@ -206,7 +202,7 @@ class _Work:
         BadInput: there is no slot.
     """
 
-    def __init__(self, launcher: _OnThisMachine):
+    def __init__(self, launcher: _MachineLauncher):
         self._slots, self._console, self._total = launcher.slots(), Console(), ""
         self._limit = min(launcher.at_once or sys.maxsize, len(self._slots))
         self._queue: deque[tuple[int, Job]] = deque()

@@ -15,15 +15,14 @@ from twoviews.sweeps.job import Job, JobState
 from twoviews.sweeps.job_status import status
 from twoviews.tracking.client import short_error
 from twoviews.tracking.metrics import METRICS_FILE
-from twoviews.tracking.parent_run import attach_parent, end_parent_run, value_tags
-from twoviews.tracking.parent_run import open_parent_run as open_in_mlflow
+from twoviews.tracking.parent_run import attach_parent, end_parent_run, open_parent_run, value_tags
 from twoviews.tracking.state import new_run_key
 from twoviews.tracking.upload import is_uploaded, pending_values, upload
 
 LOCK_SECONDS = 120.0  # longest wait for another process that opens the parent run
 
 
-def open_parent_run(sweep: Sweep, jobs: Sequence[Job], tracking: Mapping[str, Any]) -> None:
+def attach_jobs(sweep: Sweep, jobs: Sequence[Job], tracking: Mapping[str, Any]) -> None:
     """Create the database, the experiment and the parent run before any job begins, and attach the jobs to it.
 
     Args:
@@ -43,7 +42,7 @@ def open_parent_run(sweep: Sweep, jobs: Sequence[Job], tracking: Mapping[str, An
         key, tags = record["parent_key"], {"twoviews.sweep": sweep.name, "folder": str(sweep.folder)}
         tags.update(command="\n".join(sweep.commands), **value_tags(record["axes"]))
         with _mlflow_errors():
-            parent = open_in_mlflow(uri, experiment, sweep.name, key, tags)
+            parent = open_parent_run(uri, experiment, sweep.name, key, tags)
         with sweep.update() as record:
             record.update(parent=parent, parent_status="RUNNING")
     axes = {job.digest: job.axes for job in sweep.jobs}  # the jobs passed may have more: see `varying_parameters`
@@ -61,7 +60,7 @@ def collect(sweep: Sweep, jobs: Sequence[Job]) -> int:
     """
     states = status(sweep.jobs)
     tracking = sweep.record.get("tracking") or foreign.load(jobs[0].folder / "config.yaml")["tracking"]
-    open_parent_run(sweep, jobs, tracking)
+    attach_jobs(sweep, jobs, tracking)
     left = 0
     for job in jobs:
         if not (job.folder / METRICS_FILE).exists():

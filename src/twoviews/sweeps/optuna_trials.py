@@ -113,7 +113,7 @@ class TrialRunner:
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
             raise
         _, jobs = self.launch.add(specs)
-        self.launch.open_parent_run(self.sweep, jobs)
+        self.launch.attach_jobs(self.sweep, jobs)
         states, running = status(jobs), RunningTrial(trial, jobs)
         self._running.append(running)
         for job in jobs:
