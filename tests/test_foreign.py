@@ -1,5 +1,6 @@
 """A run folder or a sweep folder that means harm: whatever command it is given to, nothing of it is run."""
 
+import itertools
 import json
 import os
 import shutil
@@ -199,18 +200,25 @@ def with_config(run: Path) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize(
-    "payload", [*BUILD, *TEXTS], ids=lambda one: str(one.get("_target_", one) if isinstance(one, dict) else one)[:40]
+PAYLOADS = [*BUILD, *TEXTS]
+# Every payload at several nodes and with several commands, every command with many payloads; each with each is tried by
+# tests/campaigns/foreign_folders.py.
+each_payload = pytest.mark.parametrize(
+    "number",
+    range(len(PAYLOADS)),
+    ids=[str(one.get("_target_", one) if isinstance(one, dict) else one)[:40] for one in PAYLOADS],
 )
-def test_encoder_json(entry: Call, place: Path, payload: object) -> None:
+
+
+@each_payload
+def test_encoder_json(entry: Call, place: Path, number: int) -> None:
     path = place / "aa" / "encoder.json"
     clean = path.read_text()
-    for number, key in enumerate(("backbone", "backbone.width", "backbone.depths")):
-        for put in nodes(key):
-            put(content := json.loads(clean), filled(payload))
-            path.write_text(json.dumps(content))
-            commands = with_encoder(place / "aa")
-            harmless(entry, *(commands if number == 1 else commands[:1]))
+    commands = itertools.cycle(with_encoder(place / "aa"))
+    for put in [put for key in ("backbone", "backbone.width", "backbone.depths") for put in nodes(key)]:
+        put(content := json.loads(clean), filled(PAYLOADS[number]))
+        path.write_text(json.dumps(content))
+        harmless(entry, next(commands))
 
 
 KEYS = (
@@ -223,18 +231,16 @@ KEYS = (
 )
 
 
-@pytest.mark.parametrize(
-    "payload", [*BUILD, *TEXTS], ids=lambda one: str(one.get("_target_", one) if isinstance(one, dict) else one)[:40]
-)
-def test_config_yaml(entry: Call, place: Path, payload: object) -> None:
+@each_payload
+def test_config_yaml(entry: Call, place: Path, number: int) -> None:
     path = place / "aa" / "config.yaml"
     clean = path.read_text()
-    for number, key in enumerate(KEYS):
+    commands = with_config(place / "aa")
+    for nth, key in enumerate(KEYS[number % 2 :: 2]):
         put = next(nodes(key))
-        put(content := yaml.safe_load(clean), filled(payload))
+        put(content := yaml.safe_load(clean), filled(PAYLOADS[number]))
         path.write_text(yaml.safe_dump(content))
-        commands = with_config(place / "aa")
-        harmless(entry, *(commands if number == 0 else commands[:1]))
+        harmless(entry, commands[(3 * number + nth) % len(commands)])
 
 
 @pytest.mark.parametrize("kind", YAML)
