@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from twoviews import config
 from twoviews.assembly import Parts, load_data, make_parts, make_views
-from twoviews.run import parameter_count
+from twoviews.optim import parameter_count
 
 METHODS = {  # the overrides that its CIFAR-10 recipe needs, beside the shared ones
     "simclr": ["augmentation=simclr"],

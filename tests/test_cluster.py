@@ -215,7 +215,7 @@ def test_a_server_that_is_away_costs_nothing(run: Path, store: str, command) -> 
     from mlflow.tracking import MlflowClient
 
     done = command("cluster", f"run={run}", "clusters=[5]")
-    assert done.code == 0 and "MLflow was not told, because the run has tracking=files" in done.out
+    assert done.code == 0 and "MLflow does not have this, because the run has tracking=files" in done.out
     mirror(run, "http://127.0.0.1:9", "away")
     done = command("cluster", f"run={run}", "clusters=[7]")
     assert done.code == 0, done.err
