@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from twoviews.config import entry, recorded_runtime
+from twoviews.config.entry import entry
+from twoviews.config.recorded import recorded_runtime
 
 
 @entry("cluster")

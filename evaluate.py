@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from twoviews.config import entry
+from twoviews.config.entry import entry
 
 
 @entry("evaluate")
@@ -13,7 +13,7 @@ def main(cfg, folder: Path) -> int:
     from hydra.core.hydra_config import HydraConfig
 
     from twoviews.assembly import load_data
-    from twoviews.config import build
+    from twoviews.config.building import build
     from twoviews.console import Console
     from twoviews.errors import BadInput, mistakes
     from twoviews.evaluation.comparison import compare

@@ -26,9 +26,10 @@ import hydra
 import torch
 from recording import medians, record
 
-from twoviews import config
 from twoviews.assembly import load_data, make_parts, make_views
 from twoviews.checkpoints import load_checkpoint
+from twoviews.config.building import build
+from twoviews.config.groups import CONF
 from twoviews.console import Console
 from twoviews.data.images import Images
 from twoviews.loop import Training
@@ -136,9 +137,9 @@ def checkpoints(folder: Path, rounds: int) -> list[dict[str, Any]]:
 
 def moco(folder: Path) -> Training:
     """A training whose optimizer has its momentum."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.CONF)):
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = hydra.compose("train", OVERRIDES)
-    data, runtime = load_data(cfg), config.build(cfg.runtime)
+    data, runtime = load_data(cfg), build(cfg.runtime)
     many = 70_000  # images, more than the queue has keys; nothing looks at them
     blank = Images(torch.zeros(1, dtype=torch.uint8).expand(many, 1, 32, 32), torch.full((many, 2), 32), None)
     data = replace(data, train=blank)

@@ -17,7 +17,7 @@ from torch.nn import functional as nnf
 
 from twoviews.clusters import sheet
 from twoviews.clusters.kmeans import Clusters
-from twoviews.config import check
+from twoviews.config.checks import check
 from twoviews.data.images import Images
 from twoviews.data.sources import digits
 from twoviews.features import embed

@@ -26,7 +26,7 @@ from twoviews.assembly import Parts, load_data, make_parts, make_views
 from twoviews.backbones import ResNet
 from twoviews.checkpoints import load_checkpoint
 from twoviews.clusters import kmeans
-from twoviews.config import build
+from twoviews.config.building import build
 from twoviews.console import Console
 from twoviews.data import kernel_cuda, views
 from twoviews.data.sources import digits

@@ -18,7 +18,8 @@ from twoviews.backbones import Encoder, ResNet, left_over
 from twoviews.clusters.kmeans import Clustered
 from twoviews.clusters.scores import scores
 from twoviews.code import code_state
-from twoviews.config import build
+from twoviews.config.building import build
+from twoviews.config.parameter_names import qualified_errors, qualify
 from twoviews.console import Console, duration, in_bytes
 from twoviews.data.images import ImageData
 from twoviews.data.loader import Loader
@@ -107,6 +108,7 @@ def load_data(cfg: DictConfig) -> ImageData:
     if distributed.rank() > 0:
         distributed.wait_for_first()
     data = build(cfg.data)
+    data = replace(data, notes=tuple(qualify(note, "data") for note in data.notes))
     if distributed.rank() == 0:
         distributed.wait_for_first()
     return data
@@ -177,7 +179,11 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
         optimizer=optimizer,
         schedule=build(cfg.schedule),
         protocols=protocols,
-        notes=[*unseen, *notes, *(note for one in protocols.values() for note in one.notes(data))],
+        notes=[
+            *(qualify(note, "backbone") for note in unseen),
+            *notes,
+            *(note for one in protocols.values() for note in one.notes(data)),
+        ],
     )
 
 
@@ -227,7 +233,9 @@ def _method(
             "choose another with augmentation=."
         )
     micro_batch = cfg.batch_size // cfg.runtime.accumulate
-    return method, method.prepare(cfg.batch_size, micro_batch, len(data.train), distributed.processes())
+    with qualified_errors("method"):
+        notes = method.prepare(cfg.batch_size, micro_batch, len(data.train), distributed.processes())
+    return method, [qualify(note, "method") for note in notes]
 
 
 def _sizes(cfg: DictConfig) -> str:
@@ -284,7 +292,7 @@ def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
     )
     console.say(f"device    {device}, {dtype}, processes: {distributed.processes()}")
     reason, chosen = eager_reason(parts.runtime, parts.device), _chosen_norms(parts)
-    console.say("step      " + ("CUDA graph" if reason is None else f"eager ({reason})"))
+    console.say("step      " + ("CUDA graph" if reason is None else f"eager ({qualify(reason)})"))
     fused = chosen is None and reason_for_plain(parts.device) is None  # a reason of the device's is told below
     console.say("norms     " + ("fused" if fused else f"plain ({chosen})" if chosen else "plain"))
     for sentence in (*slower(parts.runtime.device, parts.device, norms=chosen is None), *unrecorded()):

@@ -36,7 +36,7 @@ def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
     """
     from safetensors import SafetensorError
 
-    from twoviews.config import build  # instantiates by Hydra, which nothing else here needs
+    from twoviews.config.building import build  # instantiates by Hydra, which nothing else here needs
 
     description_path = path.with_name(DESCRIPTION_FILE)
     foreign.regular(path)

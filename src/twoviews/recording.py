@@ -11,7 +11,8 @@ from twoviews import distributed, foreign
 from twoviews.assembly import Parts, describe_data, describe_encoder, show_result
 from twoviews.checkpoints import has_checkpoint, load_last_checkpoint
 from twoviews.code import code_state
-from twoviews.config import NOT_IN_DIGEST, build, digest, flat
+from twoviews.config.building import build
+from twoviews.config.digest import NOT_IN_DIGEST, digest, flat
 from twoviews.console import Console
 from twoviews.encoder_file import WEIGHTS_FILE, save_encoder
 from twoviews.environment import environment

@@ -18,7 +18,8 @@ from test_configs import composed
 from twoviews.assembly import describe_data, describe_encoder, load_data, make_parts, make_views
 from twoviews.backbones import ResNet, Timm
 from twoviews.checkpoints import save_checkpoint
-from twoviews.config import build, digest
+from twoviews.config.building import build
+from twoviews.config.digest import digest
 from twoviews.data.sources import digits
 from twoviews.errors import BadInput
 from twoviews.evaluation.source import open_source

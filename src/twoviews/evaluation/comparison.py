@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from twoviews.config import digest
+from twoviews.config.digest import digest
 from twoviews.console import Console
 from twoviews.evaluation.pictures import draw_comparison
 from twoviews.files import write_atomic

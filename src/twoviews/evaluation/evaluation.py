@@ -9,7 +9,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from twoviews.assembly import recorded_data
 from twoviews.backbones import Encoder, left_over
-from twoviews.config import build, digest, flat, recorded_runtime, said
+from twoviews.config.building import build
+from twoviews.config.digest import digest, flat
+from twoviews.config.recorded import overridden, recorded_runtime
 from twoviews.console import Console
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
@@ -50,7 +52,7 @@ def protocols(cfg: DictConfig, asked: Sequence[str], recorded: Mapping[str, Any]
         if "predict" in cfg.protocol:
             shared = {key: value for key, value in probe.items() if key in cfg.protocol.predict and key[0] != "_"}
             used["predict"] = {**shared, **used.get("predict", {})}
-    return OmegaConf.merge(cfg, {"protocol": used}, {"protocol": said(cfg, asked, "protocol")}).protocol
+    return OmegaConf.merge(cfg, {"protocol": used}, {"protocol": overridden(cfg, asked, "protocol")}).protocol
 
 
 def evaluate(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from twoviews.backbones import Encoder
 from twoviews.checkpoints import load_checkpoint
-from twoviews.config import build
+from twoviews.config.building import build
 from twoviews.encoder_file import check_finite
 from twoviews.errors import BadInput
 from twoviews.foreign import short

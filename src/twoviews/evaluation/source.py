@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from twoviews.backbones import Encoder, Timm
-from twoviews.config import build, digest
+from twoviews.config.building import build
+from twoviews.config.digest import digest
 from twoviews.data.images import ImageData
 from twoviews.encoder_file import check_finite, load_encoder
 from twoviews.errors import BadInput, nearest, printable

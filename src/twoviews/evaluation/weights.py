@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from twoviews.checkpoints import refuse_compressed
-from twoviews.config import flat
+from twoviews.config.digest import flat
 from twoviews.encoder_file import read_weights
 from twoviews.errors import BadInput
 

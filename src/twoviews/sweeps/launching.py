@@ -18,9 +18,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from twoviews import foreign, launched
 from twoviews.code import code_state, content, freeze, left_out, no_commit
-from twoviews.config import build, check, check_plugin, digest, flat, number
+from twoviews.config.building import build
+from twoviews.config.checks import check, check_plugin
+from twoviews.config.command_line_errors import diagnose
+from twoviews.config.digest import as_float, digest, flat
 from twoviews.console import Console
-from twoviews.diagnosis import diagnose
 from twoviews.errors import BadInput
 from twoviews.sweeps import collecting
 from twoviews.sweeps.composing import Composer
@@ -251,7 +253,7 @@ def name(config: DictConfig, swept: Sequence[str]) -> str:
     nodes = _without(config, *FREE)
     fixed = flat(OmegaConf.to_container(nodes, resolve=True))
     kept = {key: value for key, value in fixed.items() if not any(f"{key}.".startswith(f"{one}.") for one in swept)}
-    text = repr((sorted((key, number(value)) for key, value in kept.items()), sorted(swept)))
+    text = repr((sorted((key, as_float(value)) for key, value in kept.items()), sorted(swept)))
     choices = config.hydra.runtime.choices
     front = [group if group in swept else choices[group] for group in ("method", "data")]
     return "-".join([*front, hashlib.blake2b(text.encode(), digest_size=4).hexdigest()])

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from twoviews.config import ROOT
+from twoviews.config.groups import ROOT
 from twoviews.console import Console, duration, in_bytes
 from twoviews.sweeps.dispatch import Dispatch
 from twoviews.sweeps.folder import New, State, Sweep
