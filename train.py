@@ -10,15 +10,16 @@ from twoviews.config.entry import entry
 def main(cfg, folder: Path) -> int:
     """Configuration to parts, parts to the loop, results to the folder; returns the exit code."""
     from twoviews import distributed
-    from twoviews.recording import Recording, finished_already
+    from twoviews.recording import Recording, show_if_finished
 
-    if finished_already(cfg, folder):
+    if show_if_finished(cfg, folder):
         return 0
 
     from twoviews.assembly import check_parts, load_data, make_parts, make_views, plan
     from twoviews.batch_size import find_batch
     from twoviews.console import Console
-    from twoviews.loop import NotFinite, Training
+    from twoviews.loop import Training
+    from twoviews.monitoring import NotFinite
     from twoviews.pictures import draw_views
     from twoviews.runtime import StopSignal
 
@@ -37,7 +38,7 @@ def main(cfg, folder: Path) -> int:
         plan(cfg, parts, folder, console)
         with Recording(cfg, folder, parts, console) as recording, stop.deferred():
             training = Training(
-                parts, run=recording.run, metrics=recording.metrics, console=console, epochs=cfg.epochs, seed=cfg.seed
+                parts, folder=folder, metrics=recording.metrics, console=console, epochs=cfg.epochs, seed=cfg.seed
             )
             recording.resume(training)
             try:

@@ -38,7 +38,6 @@ from twoviews.data.images import ImageData, Images
 from twoviews.features import Features
 from twoviews.loop import Training
 from twoviews.protocols.knn import knn_scores
-from twoviews.run import Run
 from twoviews.runtime import Runtime
 
 SHARED = ["experiment=laptop", "data=digits", "protocol=[]", "tracking=files", "epochs=1000"]
@@ -83,13 +82,15 @@ def training(overrides: list[str]) -> Callable[[], object]:
         cfg = hydra.compose("train", [*SHARED, *overrides])
     data, runtime = made(70_000), build(cfg.runtime)
     parts = make_parts(cfg, data, make_views(cfg, data), runtime, torch.device("cpu"))
-    one = Training(parts, run=Run("run"), metrics=None, console=Console(quiet=True), epochs=cfg.epochs, seed=cfg.seed)
+    one = Training(
+        parts, folder=Path("run"), metrics=None, console=Console(quiet=True), epochs=cfg.epochs, seed=cfg.seed
+    )
     batches = iter(parts.loader)
     one.method.train()
 
     def steps() -> None:
         for _ in range(STEPS):
-            assert one._step(next(batches))["loss"].isfinite()
+            assert one.train_step(next(batches))["loss"].isfinite()
 
     return steps
 

@@ -41,7 +41,6 @@ from twoviews.console import Console
 from twoviews.data.images import ImageData
 from twoviews.data.loader import Batch
 from twoviews.loop import Training
-from twoviews.run import Run
 
 BATCH, QUEUE, TEMPERATURE, MOMENTUM, LR = 128, 4096, 0.1, 0.99, 0.06
 LAST = 10  # losses that are compared
@@ -150,12 +149,12 @@ METHODS = {
 def ours(parts: Parts, cfg: DictConfig, folder: Path, ready: bool = False, read: bool = True) -> Steps:
     """The steps of loop.py; all of the same batch, if its views shall be ready; NaN for losses that are not to be read."""
     training = Training(
-        parts, run=Run(folder), metrics=None, console=Console(quiet=True), epochs=cfg.epochs, seed=cfg.seed
+        parts, folder=folder, metrics=None, console=Console(quiet=True), epochs=cfg.epochs, seed=cfg.seed
     )
     training.method.train()
     batches = _batches(parts, cfg.epochs)
     for batch in repeat(next(batches)) if ready else batches:
-        loss = training._step(batch)["loss"]
+        loss = training.train_step(batch)["loss"]
         yield loss.item() if read else math.nan
 
 

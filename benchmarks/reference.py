@@ -51,7 +51,6 @@ from twoviews.features import Features, embed
 from twoviews.loop import Training
 from twoviews.protocols.knn import knn_scores, top1
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
-from twoviews.run import Run
 from twoviews.runtime import Runtime, StopSignal, autocast
 from twoviews.tracking.metrics import Metrics, read
 
@@ -517,7 +516,7 @@ def ours(task: Task) -> dict[str, Any]:
         folder = Path(name)
         metrics, console = Metrics(folder), Console(quiet=True)
         training = Training(
-            parts, run=Run(folder), metrics=metrics, console=console, epochs=task.cfg.epochs, seed=task.cfg.seed
+            parts, folder=folder, metrics=metrics, console=console, epochs=task.cfg.epochs, seed=task.cfg.seed
         )
         start = _now(task.device)
         if not training.fit(stop):

@@ -27,12 +27,12 @@ import torch
 from recording import medians, record
 
 from twoviews.assembly import load_data, make_parts, make_views
+from twoviews.checkpoints import load_checkpoint
 from twoviews.config.building import build
 from twoviews.config.groups import CONF
 from twoviews.console import Console
 from twoviews.data.images import Images
 from twoviews.loop import Training
-from twoviews.run import Run, load_checkpoint
 from twoviews.tracking.metrics import Metrics, read
 
 STEPS = 200  # a round of logging
@@ -103,7 +103,7 @@ def checkpoints(folder: Path, rounds: int) -> list[dict[str, Any]]:
     def ours() -> Seconds:
         stalls = [timed(training.save)]
         training.step.before_update = lambda: stalls.append(timed(wait_for_copy))
-        training._step(batch)
+        training.train_step(batch)
         assert len(stalls) == 2
         return stalls[0][0] + stalls[1][0], stalls[0][1] + stalls[1][1]
 
@@ -149,7 +149,7 @@ def moco(folder: Path) -> Training:
     parts.optimizer.step()
     parts.optimizer.zero_grad()
     return Training(
-        parts, run=Run(folder), metrics=Metrics(folder), console=Console(quiet=True), epochs=cfg.epochs, seed=cfg.seed
+        parts, folder=folder, metrics=Metrics(folder), console=Console(quiet=True), epochs=cfg.epochs, seed=cfg.seed
     )
 
 

@@ -39,11 +39,11 @@ SECONDS = 5.0  # for 1,000 jobs
 ONE_STEP = """
 import os, runpy, sys
 from twoviews.loop import Training
-step = Training._step
+step = Training.train_step
 def one_step(self, wrapped, batch):
     step(self, wrapped, batch)
     os._exit(77)
-Training._step = one_step
+Training.train_step = one_step
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -31,7 +31,7 @@ from twoviews.assembly import Parts, load_data, make_parts, make_views
 from twoviews.config.building import build
 from twoviews.config.checks import check
 from twoviews.config.groups import CONF
-from twoviews.run import parameter_count
+from twoviews.optim import parameter_count
 
 METHODS = {  # the overrides that its CIFAR-10 recipe needs, beside the shared ones
     "simclr": ["augmentation=simclr"],

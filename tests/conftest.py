@@ -128,7 +128,7 @@ def start(arguments: Sequence[str], folder: Path, **environment: str) -> subproc
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Every number of a run's last checkpoint that training depends on, by name."""
-    from twoviews.run import load_checkpoint
+    from twoviews.checkpoints import load_checkpoint
 
     state = load_checkpoint(folder / "last.pt")
     flat: dict[str, torch.Tensor] = dict(state["method"])

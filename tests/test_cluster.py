@@ -219,7 +219,9 @@ def test_a_server_that_is_away_costs_nothing(run: Path, store: str, command) -> 
     mirror(run, "http://127.0.0.1:9", "away")
     done = command("cluster", f"run={run}", "clusters=[7]")
     assert done.code == 0, done.err
-    assert "MLflow does not have this yet" in done.out and f"`python -m twoviews.tracking sync {run}`" in done.out
+    assert (
+        "MLflow does not have all of this run" in done.out and f"`python -m twoviews.tracking sync {run}`" in done.out
+    )
     assert (run / "clusters_7.png").exists() and "clusters/k7/nmi" in list(read(run))[-1]
     assert tracking(["sync", str(run), "--uri", store, "--experiment", "later"]) == 0
     stored = MlflowClient(store).get_run(run_id(run))

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits, load_sample_images
 
-from twoviews.run import load_checkpoint
+from twoviews.checkpoints import load_checkpoint
 from twoviews.tracking.metrics import read
 
 

@@ -18,6 +18,7 @@ from test_configs import composed
 
 from twoviews import launched
 from twoviews.assembly import describe_data, describe_encoder, load_data, make_parts, make_views
+from twoviews.checkpoints import save_checkpoint
 from twoviews.code import content
 from twoviews.config.building import build
 from twoviews.config.digest import digest
@@ -97,7 +98,7 @@ def clean(tmp_path_factory) -> Path:
     parts = make_parts(cfg, data, make_views(cfg, data), build(cfg.runtime), device)
     run = Run(tmp_path_factory.mktemp("clean") / "run")
     run.begin(OmegaConf.to_container(cfg, resolve=True), digest(cfg), describe_data(data), device)  # type: ignore[arg-type]
-    run.save({"method": parts.method.state_dict(), "position": {"step": 0}})
+    save_checkpoint(run.folder, {"method": parts.method.state_dict(), "position": {"step": 0}})
     method = {f"method.encoder.{name}": one for name, one in parts.method.encoder.state_dict().items()}
     torch.save(method, run.folder / "weights.pt")
     run.save_encoder(parts.method.encoder, describe_encoder(cfg, data))

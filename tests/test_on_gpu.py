@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from twoviews import batch_size
 from twoviews.assembly import Parts, load_data, make_parts, make_views
 from twoviews.backbones import ResNet
+from twoviews.checkpoints import load_checkpoint
 from twoviews.clusters import kmeans
 from twoviews.config.building import build
 from twoviews.console import Console
@@ -33,7 +34,6 @@ from twoviews.fused_norm import reason_for_plain
 from twoviews.layers import Queue
 from twoviews.loop import Training
 from twoviews.protocols.protocol import EvaluationContext
-from twoviews.run import Run, load_checkpoint
 from twoviews.step import EAGER_STEPS, eager_reason
 
 STEPS = EAGER_STEPS + 3
@@ -65,7 +65,7 @@ def training(folder: Path, cfg: DictConfig, restored: dict[str, Any] | None = No
     device = runtime.torch_device()
     data = load_data(cfg).to(device)
     parts: Parts = make_parts(cfg, data, make_views(cfg, data), runtime, device)
-    one = Training(parts, run=Run(folder), metrics=None, console=Console(), epochs=4, seed=0)
+    one = Training(parts, folder=folder, metrics=None, console=Console(), epochs=4, seed=0)
     if restored:
         one.restore(restored)
     else:
@@ -82,7 +82,7 @@ def stepped(one: Training, count: int = STEPS) -> list[torch.Tensor]:
     waits.clear()
     for _ in range(count):
         created.clear()
-        found += [value.clone() for value in one._step(batch).values()]
+        found += [value.clone() for value in one.train_step(batch).values()]
         assert not created, created
         batch = next(batches)
     # GradScaler asks whether the gradients were finite before it lets the optimizer step, and a capture compares.
@@ -168,10 +168,10 @@ def test_an_eager_step_has_few_operators(tmp_path: Path) -> None:
         assert reason_for_plain(one.device) is None
         one.loader.set_epoch(0)
         batch = next(iter(one.loader))
-        one._step(batch)
+        one.train_step(batch)
         launched.clear()
         with Counter() as counter:
-            one._step(batch)
+            one.train_step(batch)
     assert counter.count <= 621  # half of what it was with a batch norm for each part of the batch by reshaping
     assert len(launched) == 180
 

@@ -13,10 +13,11 @@ import torch
 from conftest import ROOT, SMALL, SMALL_MOCO, assert_same_weights, refused, start
 from hydra.utils import instantiate
 
-from twoviews.checkpoints import copied
+from twoviews.checkpoints import CHECKPOINT_KEYS, copied, load_last_checkpoint, save_checkpoint
 from twoviews.errors import BadInput
 from twoviews.locks import evaluation_lock, is_training, training_lock
-from twoviews.run import STATE, Run
+from twoviews.recording import record_start
+from twoviews.run import Run
 from twoviews.runtime import StopSignal
 from twoviews.tracking.metrics import read
 
@@ -142,24 +143,22 @@ def test_damaged_checkpoint_falls_back(tmp_path: Path, undisturbed: Path) -> Non
 
 
 def checkpoint(step: int) -> dict[str, object]:
-    return {**dict.fromkeys(STATE, {}), "metrics_bytes": 0, "step": step}
+    return {**dict.fromkeys(CHECKPOINT_KEYS, {}), "metrics_bytes": 0, "step": step}
 
 
 def test_save_that_was_killed_between_its_renames_is_finished(tmp_path: Path) -> None:
-    run = Run(tmp_path)
     for step in (1, 2):
-        run.save(checkpoint(step))
+        save_checkpoint(tmp_path, checkpoint(step))
     (tmp_path / "last.pt").replace(tmp_path / "new.pt")
-    assert run.load(print) == checkpoint(2)
-    assert run.load(print) == checkpoint(2)
+    assert load_last_checkpoint(tmp_path, print) == checkpoint(2)
+    assert load_last_checkpoint(tmp_path, print) == checkpoint(2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
 
 
 def test_part_of_a_checkpoint_is_removed(tmp_path: Path, capsys) -> None:
-    run = Run(tmp_path)
-    run.save(checkpoint(1))
+    save_checkpoint(tmp_path, checkpoint(1))
     (tmp_path / "new.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-100])
-    assert run.load(print) == checkpoint(1)
+    assert load_last_checkpoint(tmp_path, print) == checkpoint(1)
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"] and not capsys.readouterr().out
 
 
@@ -171,9 +170,9 @@ def test_no_whole_checkpoint_is_refused_until_fresh(tmp_path: Path, names: tuple
         (run.folder / name).write_bytes(f"damaged {name}".encode())
     for _ in range(3):
         with pytest.raises(BadInput, match="fresh=true"):
-            run.load(print)
+            load_last_checkpoint(run.folder, print)
     aside = run.set_aside()
-    assert aside is not None and run.load(print) is None
+    assert aside is not None and load_last_checkpoint(run.folder, print) is None
     kept = {path.read_bytes() for path in aside.glob("*.pt")}
     assert kept == {f"damaged {name}".encode() for name in names}
 
@@ -182,16 +181,15 @@ def test_checkpoints_that_are_gone_are_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.durable").write_text("80")
     for _ in range(2):
         with pytest.raises(BadInput, match="are gone"):
-            Run(tmp_path).load(print)
+            load_last_checkpoint(tmp_path, print)
 
 
 def test_damaged_checkpoints_are_kept_one_beside_the_other(tmp_path: Path, capsys) -> None:
-    run = Run(tmp_path)
     for step in (1, 2):
-        run.save(checkpoint(step))
-        run.save(checkpoint(step))
+        save_checkpoint(tmp_path, checkpoint(step))
+        save_checkpoint(tmp_path, checkpoint(step))
         (tmp_path / "last.pt").write_bytes(f"damaged {step}".encode())
-        assert run.load(print) == checkpoint(step)
+        assert load_last_checkpoint(tmp_path, print) == checkpoint(step)
         assert "is damaged" in capsys.readouterr().out
     assert (tmp_path / "damaged.pt").read_bytes() == b"damaged 1"
     assert (tmp_path / "damaged.2.pt").read_bytes() == b"damaged 2"
@@ -210,7 +208,7 @@ def interrupted(function):
     return wrapper
 
 from twoviews import loop, recording
-of = {"step": (loop.Training, "_step"), "close": (recording.Recording, "_close")}[where]
+of = {"step": (loop.Training, "train_step"), "close": (recording.Recording, "_close")}[where]
 setattr(*of, interrupted(getattr(*of)))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -235,13 +233,13 @@ def test_a_second_ctrl_c_is_no_failure(tmp_path: Path, undisturbed: Path, where:
 def test_a_folder_is_locked_before_anything_in_it_is_touched(command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("twoviews.locks.TRAINING_LOCK_TIMEOUT_S", 0.1)
     done = command("train", *SMALL_MOCO, "protocol=[]")
-    begin, locked = Run.begin, []
+    locked = []
 
-    def noted(self: Run, *given) -> None:
-        locked.append(is_training(self.folder))
-        begin(self, *given)
+    def noted(run: Run, *arguments) -> None:
+        locked.append(is_training(run.folder))
+        record_start(run, *arguments)
 
-    monkeypatch.setattr(Run, "begin", noted)
+    monkeypatch.setattr("twoviews.recording.record_start", noted)
     assert command("train", *SMALL_MOCO, "protocol=[]", "fresh=true").code == 0
     assert locked == [True] and not is_training(done.folder)
     before = sorted(done.folder.parent.iterdir())
@@ -257,7 +255,7 @@ def test_finished_by_another_command_meanwhile(command, monkeypatch: pytest.Monk
     """The one that waited neither trains nor touches what is there."""
     done = command("train", *SMALL_MOCO, "protocol=[]")
     result = (done.folder / "result.json").read_bytes()
-    monkeypatch.setattr("twoviews.recording.finished_already", lambda cfg, folder: False)
+    monkeypatch.setattr("twoviews.recording.show_if_finished", lambda cfg, folder: False)
     refused(command("train", *SMALL_MOCO, "protocol=[]"), "another command has just finished the run")
     assert (done.folder / "result.json").read_bytes() == result
 
@@ -323,7 +321,7 @@ def test_every_method_resumes(tmp_path: Path, method: str, optimizer: str) -> No
     assert whole.fit(Never())
     assert not broken.fit(After(7))
     resumed = build(overrides, tmp_path / "broken")
-    state = Run(tmp_path / "broken").load(print)
+    state = load_last_checkpoint(tmp_path / "broken", print)
     assert state is not None
     resumed.restore(state)
     assert resumed.position.step == 6
@@ -363,30 +361,31 @@ def build(overrides: list[str], folder: Path):
     runtime = instantiate(cfg.runtime)
     data = load_data(cfg)
     parts = make_parts(cfg, data, make_views(cfg, data), runtime, torch.device("cpu"))
-    return Training(parts, run=Run(folder), metrics=None, console=Console(quiet=True), epochs=cfg.epochs, seed=cfg.seed)
+    return Training(parts, folder=folder, metrics=None, console=Console(quiet=True), epochs=cfg.epochs, seed=cfg.seed)
 
 
-def test_a_step_waits_until_the_checkpoint_before_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_waits_until_the_checkpoint_before_it_is_copied(tmp_path: Path) -> None:
     overrides = [*SMALL_MOCO, "protocol=[]"]
     training = build(overrides, tmp_path)
     training.method.train()
     batches = iter(training.loader)
-    training._step(next(batches))  # from here on the optimizer has momentum
-    copy_later, waited = training.checkpoints._copy_later, []
+    training.train_step(next(batches))  # from here on the optimizer has momentum
+    waited = []
 
-    def slowly(state: dict) -> None:
-        time.sleep(1)
-        copy_later(state)
+    def slowly(state: dict, old: dict) -> dict:
+        if "optimizer" in state:
+            time.sleep(1)
+        return copied(state, old)
 
-    monkeypatch.setattr(training.checkpoints, "_copy_later", slowly)
+    training.checkpoints.copy = slowly
     for _ in range(2):  # the second takes the memory of the first
         expected = copied({key: training.state()[key] for key in ("method", "optimizer")})
         training.save()
         before = time.monotonic()
-        training._step(next(batches))
+        training.train_step(next(batches))
         waited.append(time.monotonic() - before)
         training.checkpoints.wait()
-        state = Run(tmp_path).load(print)
+        state = load_last_checkpoint(tmp_path, print)
         assert state is not None and state["method"].keys() == expected["method"].keys()
         for name, value in expected["method"].items():
             assert torch.equal(state["method"][name], value), name
@@ -396,19 +395,21 @@ def test_a_step_waits_until_the_checkpoint_before_it_is_copied(tmp_path: Path, m
     assert min(waited) > 0.5
 
 
-def test_what_cannot_be_copied_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_copied_is_not_written(tmp_path: Path) -> None:
     """The checkpoint before it stays, and the training does not pass for a finished one."""
     training = build([*SMALL_MOCO, "protocol=[]"], tmp_path)
     training.method.train()
-    training._step(next(iter(training.loader)))
+    training.train_step(next(iter(training.loader)))
     training.save()
     training.checkpoints.wait()
     before = (tmp_path / "last.pt").read_bytes()
 
-    def broken(state: dict) -> None:
-        raise MemoryError("no room for a copy")
+    def broken(state: dict, old: dict) -> dict:
+        if "optimizer" in state:
+            raise MemoryError("no room for a copy")
+        return copied(state, old)
 
-    monkeypatch.setattr(training.checkpoints, "_copy_later", broken)
+    training.checkpoints.copy = broken
     with pytest.raises(MemoryError, match="no room for a copy"):
         training.fit(Never())
     training.save()

@@ -20,7 +20,6 @@ from twoviews.checkpoints import copied
 from twoviews.console import Console
 from twoviews.loop import Training
 from twoviews.methods.method import Method, Output
-from twoviews.run import Run
 from twoviews.step import EAGER_STEPS, Step, eager_reason
 
 STEPS = 8
@@ -32,7 +31,7 @@ def training(folder: Path, name: str, *overrides: str, device: str = "cpu") -> T
     runtime = hydra.utils.instantiate(cfg.runtime)
     data = load_data(cfg).to(there := runtime.torch_device())
     parts = make_parts(cfg, data, make_views(cfg, data), runtime, there)
-    one = Training(parts, run=Run(folder), metrics=None, console=Console(), epochs=4, seed=0)
+    one = Training(parts, folder=folder, metrics=None, console=Console(), epochs=4, seed=0)
     one.method.before_epoch(0, parts.embed, seed=0)
     one.method.train()
     return one
@@ -44,10 +43,10 @@ def stepped(one: Training, count: int = STEPS) -> list[dict[str, float]]:
     while len(found) < count:
         epoch, start = divmod(one.position.step, len(one.loader))
         if one.position.step and start == 0:
-            one._before_epoch(epoch)
+            one.e_step(epoch)
         one.loader.set_epoch(epoch, start=start)
         for batch, _ in zip(one.loader, range(count - len(found)), strict=False):
-            found.append({name: value.item() for name, value in one._step(batch).items()})
+            found.append({name: value.item() for name, value in one.train_step(batch).items()})
     return found
 
 

@@ -208,14 +208,13 @@ def describe(folder):
 
 def test_a_finished_run_is_whole(run):
     describe(run)
-    metrics, mirror = Metrics(run), Mirror(run, interval_s=0.1)
+    said = []
+    metrics, mirror = Metrics(run), Mirror(run, said.append, interval_s=0.1)
     steps(metrics, 0, 700)
     metrics.log(700, 70.0, {"bad": math.nan, "worse": -math.inf, "knn/top1": 91.5})
     metrics.commit(metrics.flush())
     wait_for(lambda: pending_values(run) == 0)
     (run / "result.json").write_text('{"state": "finished", "knn/top1": 91.5}')
-    said = []
-    mirror._say = said.append
     assert mirror.close() == 0
     metrics.close()
     assert said == []
@@ -360,8 +359,8 @@ EIGHT = """
 import os, pathlib, sys, threading
 from twoviews.tracking.client import prepare_environment
 from twoviews.tracking.metrics import Metrics
-from twoviews.tracking.mirror import Mirror
 from twoviews.tracking.state import set_target
+from twoviews.tracking.upload import upload
 
 prepare_environment()
 import mlflow.store.tracking.sqlalchemy_store  # once for all: it takes seconds of a core
@@ -371,20 +370,20 @@ def job(name):
     folder = pathlib.Path(name)
     folder.mkdir()
     set_target(folder, sys.argv[1], "sweep")
-    metrics, mirror = Metrics(folder), Mirror(folder)
+    metrics = Metrics(folder)
     for step in range(50):
         metrics.log(step, 0.1, {"a": step})
     metrics.commit(metrics.flush())
     (folder / "result.json").write_text('{"state": "finished"}')
-    left = mirror.close(300)
+    upload(folder, closed=True)
     assert is_telemetry_disabled() and not any("elemetry" in thread.name for thread in threading.enumerate())
-    return left
 
 children = []
 for name in sys.argv[2:]:
     children.append(os.fork())
     if children[-1] == 0:
-        os._exit(job(name))
+        job(name)
+        os._exit(0)
 sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
 """
 
@@ -615,7 +614,7 @@ def test_a_server_that_dies_and_comes_back_has_every_point_once(tmp_path, server
     short.flush()
     assert mirror_of_short.close(30) == 14
     short.close()
-    assert re.search(rf"14 values left.*python -m twoviews.tracking sync {other}", said[-1])
+    assert re.search(rf"\(it does not answer; 14 values left\); `python -m twoviews.tracking sync {other}", said[-1])
     assert main(["sync", str(other)]) == 1
     with pytest.raises(BadInput, match=r"no MLflow answers at .*start it.*tracking=files"):
         Tracking(server.uri, "x", mirror=True).check(optional=False)
@@ -634,9 +633,55 @@ def test_a_server_that_dies_and_comes_back_has_every_point_once(tmp_path, server
         assert history(folder, "images_per_s") == in_file(folder, "images_per_s")
     assert client_of(run).get_run(run_id(run)).info.status == "KILLED"
     assert [file.path for file in client_of(run).list_artifacts(run_id(run))] == ["result.json", "views.png"]
-    assert sum("takes nothing now (it does not answer)" in line for line in said) == 2  # once a run
+    assert sum("takes nothing now (it does not answer)" in line for line in said) == 1
     assert sum("takes values again" in line for line in said) == 1
     assert run_page(run) == f"{server.uri}/#/experiments/{UploadState.load(run).experiment_id}/runs/{run_id(run)}"
+
+
+ENDING = """
+import pathlib, sys, time
+from twoviews.tracking.metrics import Metrics
+from twoviews.tracking.mirror import Mirror
+
+folder = pathlib.Path(sys.argv[1])
+metrics, mirror = Metrics(folder), Mirror(folder, interval_s=0.1)
+metrics.log(1, 0.1, {"a": 1.0})
+metrics.commit(metrics.flush())
+print(mirror.pid, flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_mirror_ignores_the_signals_of_a_job_and_ends_with_its_training(run):
+    """As SLURM signals all processes of a job, and as the kernel kills a training that takes too much memory."""
+    training = subprocess.Popen([sys.executable, "-c", ENDING, run], stdout=-1)
+    mirror = int(training.stdout.readline())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        os.kill(mirror, number)
+    wait_for(lambda: pending_values(run) == 0)
+    training.kill()
+    training.wait()
+    command = Path(f"/proc/{mirror}/cmdline")
+    wait_for(lambda: not command.exists() or not command.read_bytes(), 30)  # a process that nobody waits for has none
+    assert main(["sync", str(run)]) == 0
+    assert client_of(run).get_run(run_id(run)).info.status == "KILLED"
+
+
+def test_a_mirror_that_was_killed_is_said_and_sync_sends_the_rest(run):
+    said = []
+    metrics, mirror = Metrics(run), Mirror(run, said.append)
+    steps(metrics, 0, 2)
+    metrics.flush()
+    os.kill(mirror.pid, signal.SIGKILL)
+    assert mirror.close() == 4 and "(the mirror has ended; 4 values left)" in said[-1]
+    metrics.close()
+    assert main(["sync", str(run)]) == 0
+
+
+def test_a_training_imports_no_mlflow(run):
+    code = ENDING.replace("time.sleep(300)", "mirror.close(); metrics.close(); print('mlflow' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True)
+    assert done.stdout.splitlines()[1:] == ["False"] and pending_values(run) == 0
 
 
 class Silent(socketserver.ThreadingTCPServer):
@@ -670,8 +715,6 @@ class Silent(socketserver.ThreadingTCPServer):
 @pytest.mark.parametrize("healthy", [False, True])
 def test_a_server_that_never_answers_is_given_up_within_seconds(tmp_path, healthy, monkeypatch):
     """At the end of a run, after an evaluation, by sync: none waits for what MLflow's own patience would be."""
-    import mlflow  # noqa: F401
-
     monkeypatch.setattr(uris, "ANSWER_TIMEOUT_S", 1.0)
     said, server = [], Silent(healthy)
     folder = targeted(tmp_path / "moco-digits", server.uri, "x")
@@ -688,7 +731,7 @@ def test_a_server_that_never_answers_is_given_up_within_seconds(tmp_path, health
         begun = time.monotonic()
         flush(folder, mirror=True, say=said.append)
         assert time.monotonic() - begun < 30
-        assert "does not have this yet (" in said[-1] and later in said[-1]
+        assert "does not have all of this run (" in said[-1] and later in said[-1]
         if not healthy:
             assert main(["sync", str(folder)]) == 1
             with pytest.raises(BadInput, match="no MLflow answers at"):

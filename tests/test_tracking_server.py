@@ -17,7 +17,7 @@ import pytest
 
 from twoviews.errors import BadInput
 from twoviews.tracking import uris
-from twoviews.tracking.server import _programs
+from twoviews.tracking.server import postgres_programs
 
 
 def free_port() -> int:
@@ -54,7 +54,7 @@ def served() -> Iterator[Path]:
     """The folder of a server that runs, below /tmp, where PostgreSQL's own user may go."""
     pytest.importorskip("psycopg")
     try:
-        _programs()
+        postgres_programs()
     except BadInput as error:
         pytest.skip(f"LEFT OUT: MLflow on PostgreSQL. {error}")
     place = Path("/tmp") / f"twoviews-served-{os.getpid()}"
@@ -78,7 +78,7 @@ def psql(folder: Path, role: str, database: str, sql: str, user: str | None = No
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
     other = {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []} if user else {}
     return subprocess.run(
-        [_programs() / "psql", "-w", "-X", "-A", "-t", *where, "-c", sql],
+        [postgres_programs() / "psql", "-w", "-X", "-A", "-t", *where, "-c", sql],
         capture_output=True,
         text=True,
         env={**clean, **environment},

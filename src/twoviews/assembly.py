@@ -32,10 +32,10 @@ from twoviews.fused_norm import reason_for_plain
 from twoviews.layers import SyncBatchNorm, sync_batch_norms
 from twoviews.memory import check_networks, check_views
 from twoviews.methods.method import Method
+from twoviews.optim import parameter_count
 from twoviews.protocols.protocol import EvaluationContext
 from twoviews.randomness import seed_of
 from twoviews.ranges import Repeats, Size
-from twoviews.run import parameter_count
 from twoviews.runtime import Runtime, format_name
 from twoviews.signatures import signature
 from twoviews.step import eager_reason

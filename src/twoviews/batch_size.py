@@ -31,7 +31,6 @@ from twoviews.data.loader import Batch, Loader
 from twoviews.errors import BadInput, Stopped
 from twoviews.loop import Training
 from twoviews.memory import TooLarge, free_memory, kib, ran_out
-from twoviews.run import Run
 from twoviews.runtime import Runtime, StopSignal
 from twoviews.step import EAGER_STEPS, eager_reason
 
@@ -218,7 +217,7 @@ def _two_steps(cfg: DictConfig, runtime: Runtime, device: torch.device, scratch:
         group["lr"] = 0.0  # scaled to so large a batch it might end in numbers that are none
     steps = EAGER if eager_reason(runtime, device) else EAGER_STEPS + 2  # a graph has memory of its own
     parts.loader, parts.protocols = cast(Loader, _FewSteps(parts.loader, steps)), {}
-    training = Training(parts, run=Run(scratch), metrics=None, console=Console(quiet=True), epochs=1, seed=cfg.seed)
+    training = Training(parts, folder=scratch, metrics=None, console=Console(quiet=True), epochs=1, seed=cfg.seed)
     training.fit(StopSignal())
     peak = training.latest["memory/gpu_mb" if device.type == "cuda" else "memory/process_mb"]
     return Trial(cfg.batch_size, 1e6 * peak, training.latest["images_per_s"], images=len(data.train))

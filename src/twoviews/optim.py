@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from twoviews.errors import BadInput
 from twoviews.ranges import Count, Fraction, NotNegative, Positive, Range
@@ -245,3 +245,8 @@ def larc(
     """LARC; SwAV excludes nothing and does not clip, solo-learn's CIFAR recipes do both."""
     groups = _excluding(param_groups, exclude_norm_and_bias, weight_decay=0.0, adapt=False)
     return LARC(groups, scaled_lr(lr, lr_scaling, batch_size), momentum, weight_decay, trust_coefficient, clip)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of weights that are trained."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

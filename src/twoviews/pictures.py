@@ -1,4 +1,4 @@
-"""Pictures of a run: what the method sees, and how it learns."""
+"""Pictures of a run: views.png with what the method sees, curves.png with how it learns."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,7 +27,7 @@ GREY, RED = (110, 110, 110), (220, 40, 40)
 
 
 def draw_views(path: Path, images: Images, views: Views, seed: int) -> None:
-    """A row for each of some training images: the stored image first, then its views as the method gets them."""
+    """Draw some training images, a row each: the stored image first, then its views as the method gets them."""
     from PIL import Image
 
     chosen = torch.randperm(len(images), generator=generator(seed, "picture"))[:IMAGES]
@@ -52,7 +52,7 @@ def draw_views(path: Path, images: Images, views: Views, seed: int) -> None:
 
 
 def enlarged(image: Float[Tensor, "C H W"]) -> UInt8[Tensor, "h w 3"]:
-    """Three channels as they are, others as the grey of their mean; enlarged by a whole factor."""
+    """An image with values in [0, 1] as RGB, enlarged by a whole factor; other than three channels become their grey mean."""
     colour = image if len(image) == 3 else image.mean(0, keepdim=True).expand(3, -1, -1)
     factor = max(1, -(-SHOWN_SIDE // image.shape[1]))
     large = colour.clamp(0, 1).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
@@ -60,7 +60,7 @@ def enlarged(image: Float[Tensor, "C H W"]) -> UInt8[Tensor, "h w 3"]:
 
 
 def squares(images: Images, index: list[int]) -> "dict[int, Image]":
-    """The central squares that the encoder sees, in a size to look at, by image."""
+    """The central square of each image, which is what the encoder sees, at most LARGEST_SIDE px large, by index."""
     from PIL import Image
 
     found, chosen = {}, torch.tensor(index)
@@ -75,25 +75,25 @@ def squares(images: Images, index: list[int]) -> "dict[int, Image]":
 
 
 def font(name: str) -> "FreeTypeFont":
-    """Matplotlib's own copy, which has Greek and Cyrillic letters too."""
+    """A font of those that matplotlib brings, which have Greek and Cyrillic letters too."""
     import matplotlib
     from PIL import ImageFont
 
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", TEXT)
 
 
-def fitted(text: str, face: "FreeTypeFont", room: float) -> str:
-    """`text`, printable, or as much of it as `room` px hold."""
+def fitted(text: str, face: "FreeTypeFont", width: float) -> str:
+    """`text` with all characters printable, cut to `width` px."""
     text = printable(text)
-    if face.getlength(text) <= room:
+    if face.getlength(text) <= width:
         return text
-    while text and face.getlength(text + "…") > room:
+    while text and face.getlength(text + "…") > width:
         text = text[:-1]
     return text + "…"
 
 
 def draw_curves(path: Path, lines: Iterable[Mapping[str, float]]) -> None:
-    """Loss, kNN accuracy with its baselines, spread and learning rate over epochs."""
+    """Draw loss, kNN accuracy with its baselines, spread and learning rate over epochs, from lines of metrics.jsonl."""
     import matplotlib
 
     matplotlib.use("Agg")

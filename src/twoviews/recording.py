@@ -1,4 +1,4 @@
-"""The life of a run folder around a training: begun or resumed, mirrored in MLflow, finished, interrupted or failed."""
+"""A training in its run folder: begun or resumed, mirrored to MLflow, and recorded as finished, interrupted or failed."""
 
 import contextlib
 import sys
@@ -9,14 +9,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from twoviews import distributed, foreign
 from twoviews.assembly import Parts, describe_data, describe_encoder, show_result
+from twoviews.checkpoints import has_checkpoint, load_last_checkpoint
+from twoviews.code import code_state
 from twoviews.config.building import build
-from twoviews.config.digest import digest
+from twoviews.config.digest import NOT_IN_DIGEST, digest, flat
 from twoviews.console import Console
+from twoviews.encoder_file import WEIGHTS_FILE, save_encoder
+from twoviews.environment import environment
 from twoviews.errors import BadInput, Stopped
+from twoviews.files import write_atomic
 from twoviews.locks import FolderLock, lock_for_training
 from twoviews.loop import Training
 from twoviews.pictures import draw_curves, draw_views
-from twoviews.run import CHECKPOINTS, Run
+from twoviews.run import Run
 from twoviews.runtime import StopSignal, format_name, peak_memory
 from twoviews.tracking.metrics import Metrics, read
 from twoviews.tracking.mirror import Mirror, flush
@@ -24,77 +29,95 @@ from twoviews.tracking.state import is_child, run_id, set_target
 from twoviews.tracking.upload import is_uploaded
 
 FAILED = 1  # exit code of a training that went wrong
-IMPATIENT_S = 5.0  # that MLflow gets for the end of a run which is to stop
+MIRROR_TIMEOUT_S = 60.0  # for MLflow to take the end of a run
+STOPPED_MIRROR_TIMEOUT_S = 5.0  # the same after a signal, when little time may be left
+DIVERGED_REMEDY = "lower optimizer.lr, lengthen schedule.warmup_epochs, or use runtime.precision=fp32"
+MAX_CHANGED_KEYS = 3  # in a message
 
 
-def last_line(folder: Path) -> None:
-    """What every run ends its output with."""
+def show_if_finished(cfg: DictConfig, folder: Path) -> bool:
+    """Whether the folder holds this very run, finished; its results are shown again, and MLflow gets what it lacks."""
+    result = None if cfg.preview or cfg.find_batch else _finished_result(cfg, folder)
+    if result and distributed.rank() == 0:
+        console, tracking = Console(), build(cfg.tracking)
+        console.say("this run is finished; fresh=true would start it over.")
+        if tracking.mirror:
+            tracking.check(optional=True, say=console.say)
+            set_target(folder, tracking.uri, tracking.experiment)
+            if not is_uploaded(folder):  # it was killed, or MLflow did not answer, before the end was sent
+                flush(folder, mirror=True, say=console.say)
+        show_result(folder, result, console)
+        print_last_line(folder)
+    return bool(result)
+
+
+def print_last_line(folder: Path) -> None:
+    """Print the line that names the run folder, with which the output of every run ends."""
     print(f"run: {folder}", flush=True)
 
 
 class Recording:
-    """A run folder open for one training; a context, so that whatever happens the end is recorded.
+    """A run folder that is open for one training; a context manager, so that the end is recorded whatever happens.
 
     Args:
         cfg: the checked configuration.
         folder: the run folder.
         parts: what is trained.
-        console: where a person looks.
+        console: shows messages and results.
 
     Raises:
-        BadInput: the folder holds another run or is being trained into, or MLflow does not answer a new run.
+        BadInput: the folder holds another run or another process uses it, or MLflow does not answer a new run.
     """
 
     def __init__(self, cfg: DictConfig, folder: Path, parts: Parts, console: Console):
-
         self.cfg, self.parts, self.console = cfg, parts, console
-        self.run, self.metrics, self.mirror = Run(folder), None, None
+        self.run, self.metrics = Run(folder), None
+        self._mirror: Mirror | None = None
         self._training: Training | None = None
-        self._ended = False  # result.json says how
+        self._result_written = False
         self._first = distributed.rank() == 0
         if self._first:
             tracking = build(cfg.tracking)
-            resumed = any((folder / name).exists() for name in CHECKPOINTS) and not cfg.fresh
+            resumed = has_checkpoint(folder) and not cfg.fresh
             tracking.check(resumed or is_child(folder), console.say)
-            lock = lock_for_training(folder)
-            try:
-                lock = self._begin(lock)
-            except BaseException:
-                lock.release()
-                raise
-        distributed.wait_for_first()  # process 0 has put a damaged checkpoint out of the way
+            lock = self._begin()
+        distributed.wait_for_first()  # process 0 has renamed a damaged checkpoint
         if not self._first:
-            self._state = self.run.load(console.say)
+            self._state = load_last_checkpoint(folder, console.say)
         else:
             self.metrics = Metrics(folder, self._state["metrics_bytes"] if self._state else 0, console.say, lock)
             try:
                 draw_views(folder / "views.png", parts.data.train, parts.views, cfg.seed)
-                self.mirror: Mirror | None = tracking.start(folder, console.say)
+                self._mirror = tracking.start(folder, console.say)
             except BaseException:
                 self.metrics.close()
                 raise
 
-    def _begin(self, lock: FolderLock) -> FolderLock:
-        """Make the folder that of this run, and load its last checkpoint; the lock of the folder that is there then."""
+    def _begin(self) -> FolderLock:
+        """Lock the folder, record the run in it, and load its last checkpoint; returns the lock."""
         cfg, folder = self.cfg, self.run.folder
-        if _finished(cfg, folder):
-            raise BadInput(
-                f"another command has just finished the run in {folder}; the same command shows its results."
-            )
-        if cfg.fresh and (aside := self.run.set_aside()):
-            self.console.say(f"fresh=true: the old results are in {aside}.")
+        lock = lock_for_training(folder)
+        try:
+            if _finished_result(cfg, folder):
+                raise BadInput(
+                    f"another command has just finished the run in {folder}; the same command shows its results."
+                )
+            if cfg.fresh and (renamed := self.run.set_aside()):
+                self.console.say(f"fresh=true: the old results are in {renamed}.")
+                lock.release()  # it is that of the renamed folder
+                lock = lock_for_training(folder)
+            record_start(self.run, cfg, self.parts)
+            self._state = load_last_checkpoint(folder, self.console.say)
+        except BaseException:
             lock.release()
-            lock = lock_for_training(folder)
-        content = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-        self.run.begin(content, digest(cfg), describe_data(self.parts.data), self.parts.device)
-        self._state = self.run.load(self.console.say)
+            raise
         return lock
 
     def __enter__(self) -> "Recording":
         return self
 
     def resume(self, training: Training) -> None:
-        """Put the training where the last checkpoint left it, if there is one."""
+        """Restore the training from the last checkpoint, if there is one."""
         self._training = training
         if self._state:
             try:
@@ -111,41 +134,43 @@ class Recording:
                     f"warning: the run was begun in {before} and goes on in {now}, which runtime.precision=auto means on this "
                     f"device; for {before} throughout, interrupt it and continue on a device of the first kind."
                 )
-            if self._first:  # of the step where it was interrupted: after a kill -9 it would pass for the last one's
-                self.run.folder.joinpath("encoder.safetensors").unlink(missing_ok=True)
+            if self._first:  # it is that of an interruption; after a kill -9 it would pass for the last step's
+                self.run.folder.joinpath(WEIGHTS_FILE).unlink(missing_ok=True)
         self._state = None
 
     def finish(self, training: Training, finished: bool, stop: StopSignal) -> int:
-        """Write encoder and result, show the table; 0, or 128 + n after signal n."""
+        """Write encoder and result and show the table; returns exit code 0, or 128 + n after signal n."""
+        folder = self.run.folder
         if self._first:
-            if training.position.step:  # before that it would be an untrained one
-                self.run.save_encoder(training.method.encoder, describe_encoder(self.cfg, self.parts.data))
+            if training.position.step:  # before, it would be an untrained one
+                save_encoder(folder, training.method.encoder, describe_encoder(self.cfg, self.parts.data))
             assert self.metrics
             if self.metrics.flush():
-                draw_curves(self.run.folder / "curves.png", read(self.run.folder))
-            # Last of all files: with it the run is finished, and nothing would make up for what is missing.
-            result = self._end(training, "finished" if finished else "interrupted")
+                draw_curves(folder / "curves.png", read(folder))
+            # The last of all files: with it the run counts as finished, and nothing would add a file that is missing.
+            result = self._write_result(training, "finished" if finished else "interrupted")
             with contextlib.suppress(Stopped), contextlib.nullcontext() if stop.number else stop.at_once():
-                self._close(IMPATIENT_S if stop.number else 60)
-            show_result(self.run.folder, result, self.console)
+                self._close(STOPPED_MIRROR_TIMEOUT_S if stop.number else MIRROR_TIMEOUT_S)
+            show_result(folder, result, self.console)
             if not finished:
                 where = "there" if training.whole else "the checkpoint before it"
                 self.console.say(
                     f"interrupted by {stop.name} at step {training.position.step}; the same command goes on from {where}."
                 )
-            last_line(self.run.folder)
+            print_last_line(folder)
         return 0 if finished else 128 + stop.number
 
     def fail(self, training: Training, reason: str) -> int:
-        """Write down that the training went wrong, and say why; 1."""
+        """Record that the training diverged, and print why and what to do; returns the exit code."""
+        reason = f"{reason}: {DIVERGED_REMEDY}."
         if self._first:
-            self._end(training, "failed", reason=reason)
+            self._write_result(training, "failed", reason=reason)
             self._close()
             print(f"error: {reason}", file=sys.stderr)
-            last_line(self.run.folder)
+            print_last_line(self.run.folder)
         return FAILED
 
-    def _end(self, training: Training, state: str, **more: Any) -> dict[str, Any]:
+    def _write_result(self, training: Training, state: str, **more: Any) -> dict[str, Any]:
         assert self.metrics
         self.metrics.flush()
         result = {
@@ -160,11 +185,11 @@ class Recording:
             **more,
         }
         self.run.write("result.json", result)
-        self._ended = True
+        self._result_written = True
         return result
 
-    def _close(self, timeout_s: float = 60) -> None:
-        mirror, self.mirror = self.mirror, None
+    def _close(self, timeout_s: float = MIRROR_TIMEOUT_S) -> None:
+        mirror, self._mirror = self._mirror, None
         if mirror:
             mirror.close(timeout_s)
         if self.metrics:
@@ -172,47 +197,79 @@ class Recording:
             self.metrics = None
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        """What ended in an exception is recorded as failed, or after a second Ctrl-C as interrupted, if the disk allows."""
+        """Record an exception as a failure, or a second Ctrl-C as an interruption, if the disk takes it."""
         error = distributed.explained(error) if error else None
-        if self._first and error is not None and self.metrics and not isinstance(error, Stopped):
-            stopped = isinstance(error, KeyboardInterrupt)
-            result: dict[str, Any] = {"state": "interrupted" if stopped else "failed"}
-            result["reason"] = "a second Ctrl-C" if stopped else str(error)
-            if self._training:
-                result |= {"step": self._training.position.step, "epoch": self._training.epoch}
-            # On a full disk each of these may fail in turn, and the checkpoint is what matters.
+        if not self._first or error is None or not self.metrics or isinstance(error, Stopped):
+            return
+        interrupted = isinstance(error, KeyboardInterrupt)
+        result: dict[str, Any] = {"state": "interrupted" if interrupted else "failed"}
+        result["reason"] = "a second Ctrl-C" if interrupted else str(error)
+        if self._training:
+            result |= {"step": self._training.position.step, "epoch": self._training.epoch}
+        # On a full disk each of these may fail in turn; what matters is the checkpoint.
+        with contextlib.suppress(OSError):
+            self.metrics.flush()
+        with contextlib.suppress(OSError):
+            if not self._result_written:
+                self.run.write("result.json", result)
+        try:
             with contextlib.suppress(OSError):
-                self.metrics.flush()
-            with contextlib.suppress(OSError):
-                if not self._ended:
-                    self.run.write("result.json", result)
-            try:
-                with contextlib.suppress(OSError):
-                    self._close(IMPATIENT_S if stopped else 60)
-            finally:  # whoever is in a hurry presses Ctrl-C again
-                last_line(self.run.folder)
+                self._close(STOPPED_MIRROR_TIMEOUT_S if interrupted else MIRROR_TIMEOUT_S)
+        finally:  # also after another Ctrl-C
+            print_last_line(self.run.folder)
 
 
-def _finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
-    """result.json if the folder holds this very run, finished, and it is not to be started over."""
+def record_start(run: Run, cfg: DictConfig, parts: Parts) -> None:
+    """Record configuration, code state, environment and data; where a run was begun, check that it is this one.
+
+    Raises:
+        BadInput: the folder holds a run with another configuration or other images.
+    """
+    config, data = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), describe_data(parts.data)
+    if recorded := run.read("environment.json"):
+        if recorded["digest"] != digest(cfg):
+            raise BadInput(
+                f"{run.folder} holds a run with other settings ({_changed_keys(run.config(), config)}); start over with "
+                "fresh=true, which keeps the old results beside it, or choose another folder with hydra.run.dir=."
+            )
+        if run.read("data.json", needed=True)["digest"] != data["digest"]:
+            raise BadInput(
+                f"the images of {data['name']} are not those that {run.folder} was trained on; put them back, or start over "
+                "with fresh=true, which keeps the old results beside it."
+            )
+        return
+    write_atomic(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+    commit, diff = code_state()
+    write_atomic(run.folder / "commit.txt", commit + "\n")
+    if diff:
+        write_atomic(run.folder / "diff.patch", diff)
+    run.write("data.json", data)
+    run.write(
+        "environment.json", {**environment(parts.device), "digest": digest(cfg)}
+    )  # last: it says that all is there
+
+
+def _changed_keys(recorded: dict[str, Any], config: dict[str, Any]) -> str:
+    """The first keys whose values differ, as part of a sentence."""
+    before, now = flat(recorded), flat(config)
+    keys = [
+        key
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+        and not key.startswith(NOT_IN_DIGEST)
+        and (key, before.get(key)) != ("runtime.compile", False)  # an option that no longer exists
+    ]
+    shown = [
+        f"{key} is {before.get(key, 'absent')} there and {now.get(key, 'absent')} here"
+        for key in keys[:MAX_CHANGED_KEYS]
+    ]
+    return "; ".join(shown) + ("; …" if len(keys) > MAX_CHANGED_KEYS else "")
+
+
+def _finished_result(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
+    """The content of result.json if the folder holds this very run, finished, and it is not to be started over."""
     if cfg.fresh:
         return None
     result = foreign.load(folder / "result.json")
     same = result.get("state") == "finished" and foreign.load(folder / "environment.json").get("digest") == digest(cfg)
     return result if same else None
-
-
-def finished_already(cfg: DictConfig, folder: Path) -> bool:
-    """Whether the folder holds this very run, finished; then MLflow gets what it lacks, and the results are shown again."""
-    result = None if cfg.preview or cfg.find_batch else _finished(cfg, folder)
-    if result and distributed.rank() == 0:
-        console, tracking = Console(), build(cfg.tracking)
-        console.say("this run is finished; fresh=true would start it over.")
-        if tracking.mirror:
-            tracking.check(optional=True, say=console.say)
-            set_target(folder, tracking.uri, tracking.experiment)
-            if not is_uploaded(folder):  # killed, or without an answer, before the end was told
-                flush(folder, mirror=True, say=console.say)
-        show_result(folder, result, console)
-        last_line(folder)
-    return bool(result)

@@ -185,7 +185,7 @@ def commands(sweep: Path) -> list[list[str]]:
 
 def made(place: Path) -> Path:
     """A sweep whose only point is a finished run."""
-    from twoviews.run import load_checkpoint
+    from twoviews.checkpoints import load_checkpoint
     from twoviews.sweeps.folder import Sweep
     from twoviews.sweeps.job import JobSpec, JobState
 

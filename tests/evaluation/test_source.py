@@ -17,6 +17,7 @@ from test_configs import composed
 
 from twoviews.assembly import describe_data, describe_encoder, load_data, make_parts, make_views
 from twoviews.backbones import ResNet, Timm
+from twoviews.checkpoints import save_checkpoint
 from twoviews.config.building import build
 from twoviews.config.digest import digest
 from twoviews.data.sources import digits
@@ -37,7 +38,7 @@ def trained(tmp_path_factory) -> Path:
     parts = make_parts(cfg, data, make_views(cfg, data), build(cfg.runtime), device)
     run = Run(tmp_path_factory.mktemp("trained") / "outputs" / "run")
     run.begin(OmegaConf.to_container(cfg, resolve=True), digest(cfg), describe_data(data), torch.device("cpu"))
-    run.save({"method": parts.method.state_dict(), "position": {"step": 0}})
+    save_checkpoint(run.folder, {"method": parts.method.state_dict(), "position": {"step": 0}})
     run.save_encoder(parts.method.encoder, describe_encoder(cfg, data))
     run.write("result.json", {"state": "interrupted", "step": 0})
     return run.folder

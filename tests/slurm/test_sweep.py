@@ -60,7 +60,7 @@ def same(one: Path, other: Path) -> None:
     """Every number of the last checkpoints, bit for bit."""
     import torch
 
-    from twoviews.run import load_checkpoint
+    from twoviews.checkpoints import load_checkpoint
 
     first, second = load_checkpoint(one / "last.pt")["method"], load_checkpoint(other / "last.pt")["method"]
     assert first.keys() == second.keys() and not [key for key in first if not torch.equal(first[key], second[key])]

@@ -15,7 +15,7 @@ from on_slurm import wait_for
 
 from twoviews.errors import BadInput
 from twoviews.tracking import uris
-from twoviews.tracking.server import _programs
+from twoviews.tracking.server import postgres_programs
 
 
 class Server:
@@ -76,7 +76,7 @@ def below(process: int) -> Iterator[int]:
 def server() -> Iterator[Server]:
     """Running."""
     try:
-        _programs()
+        postgres_programs()
     except BadInput as error:
         pytest.skip(f"LEFT OUT: MLflow on PostgreSQL. {error}")
     place = Path("/tmp") / f"twoviews-server-{os.getpid()}"

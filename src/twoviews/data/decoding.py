@@ -17,8 +17,8 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from twoviews.console import say_on_stderr
 from twoviews.data.files import decode
-from twoviews.data.progress import say
 from twoviews.errors import BadInput
 
 PREFETCH = 4  # chunks that each worker has ready
@@ -122,7 +122,7 @@ def _room(files: Decoded) -> bool:
     need = 2 * files.workers * PREFETCH * CHUNK * files.channels * files.size**2  # some is on its way
     free = shutil.disk_usage(shared).free
     if need > free:
-        say(
+        say_on_stderr(
             f"{shared} has {free / 1e6:,.0f} MB left and {files.workers} workers want {need / 1e6:,.0f} MB: images come from "
             "them by pipes, which is slower (a container gets more by --shm-size)."
         )

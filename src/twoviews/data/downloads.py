@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from twoviews.data.progress import say
+from twoviews.console import say_on_stderr
 from twoviews.data.store import Part, Recipe
 from twoviews.errors import BadInput
 from twoviews.files import file_errors
@@ -88,7 +88,7 @@ def _download(known, archive: Path) -> None:
     """Download the archive beside its place and move it there when its checksum is right."""
     from torchvision.datasets.utils import download_url
 
-    say(f"Downloading {known.filename} to {archive.parent} ...")
+    say_on_stderr(f"Downloading {known.filename} to {archive.parent} ...")
     before = socket.getdefaulttimeout()
     with file_errors(archive.parent, ANOTHER_FOLDER):
         archive.parent.mkdir(parents=True, exist_ok=True)

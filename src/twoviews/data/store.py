@@ -21,8 +21,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from twoviews.console import in_bytes
-from twoviews.data.progress import progress, say
+from twoviews.console import image_progress, in_bytes, say_on_stderr
 from twoviews.errors import BadInput
 from twoviews.files import file_errors, sync
 
@@ -86,7 +85,7 @@ def stored(cache: str, name: str, key: dict[str, Any], recipe: Callable[[], Reci
             try:
                 held = lock.acquire(timeout=0)
             except Timeout:
-                say(f"Waiting for another process to finish {folder} ...")
+                say_on_stderr(f"Waiting for another process to finish {folder} ...")
                 held = lock.acquire()
             with held:
                 if not folder.is_dir():
@@ -125,7 +124,7 @@ def _write(folder: Path, name: str, recipe: Recipe) -> None:
     rows, sizes, broken = [], [], []
     title = f"{'Decoding' if recipe.keep_pixels else 'Checking'} {name}"
     # Plain writes: a mapped file on a full disk ends in SIGBUS, a written one in an error that can be said.
-    with (folder / "pixels.npy").open("wb") as file, progress(title, count) as advance:
+    with (folder / "pixels.npy").open("wb") as file, image_progress(title, count) as advance:
         _header(file, (count, *shape))
         for part in recipe.parts:
             values = np.ascontiguousarray(part.pixels.numpy()).data

@@ -7,10 +7,12 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from twoviews.backbones import Encoder
+from twoviews.checkpoints import load_checkpoint
 from twoviews.config.building import build
+from twoviews.encoder_file import check_finite
 from twoviews.errors import BadInput
 from twoviews.foreign import short
-from twoviews.run import Run, check_finite, load_checkpoint
+from twoviews.run import Run
 
 PREFIX = "projector."
 

@@ -14,12 +14,13 @@ from twoviews.backbones import Encoder, Timm
 from twoviews.config.building import build
 from twoviews.config.digest import digest
 from twoviews.data.images import ImageData
+from twoviews.encoder_file import check_finite, load_encoder
 from twoviews.errors import BadInput, nearest, printable
 from twoviews.evaluation.names import by_name
 from twoviews.evaluation.weights import SUFFIXES, of_run, resnet, split, tensors
 from twoviews.foreign import blamed, regular
 from twoviews.randomness import seed_of
-from twoviews.run import Run, check_finite, load_encoder
+from twoviews.run import Run
 
 RESNETS = {
     "resnet18": ("basic", [2, 2, 2, 2]),

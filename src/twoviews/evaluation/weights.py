@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twoviews.checkpoints import refuse_compressed
 from twoviews.config.digest import flat
+from twoviews.encoder_file import read_weights
 from twoviews.errors import BadInput
-from twoviews.run import read_weights, refuse_compressed
 
 SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors", ".tar")  # what files of weights are called
 FIRST_BLOCK = "layer1.0.conv1.weight"  # the parameter that a ResNet is found by, whatever stands before its name

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from twoviews.backbones import Encoder, ResNet, Timm
 from twoviews.data.views import eval_view
+from twoviews.encoder_file import load_encoder, weight_file
 from twoviews.errors import BadInput
 from twoviews.evaluation.source import RESNETS
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.ranges import Index
-from twoviews.run import load_encoder, weight_file
 
 COMPARED = 32  # images that the file and the encoder are compared on
 TOLERANCE = 1e-4  # of a feature, or of the largest feature where that is above 1
@@ -200,7 +200,7 @@ def _safetensors(
     (place / "encoder.json").write_text(json.dumps(description, indent=2) + "\n")
     load = [
         "from pathlib import Path",
-        "from twoviews.run import load_encoder",
+        "from twoviews.encoder_file import load_encoder",
         f'model, _ = load_encoder(Path("{file}"))',
         "model.eval()",
     ]

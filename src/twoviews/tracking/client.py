@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import sqlite3
-import threading
 import time
 import traceback
 from collections.abc import Mapping
@@ -37,8 +36,6 @@ SQLITE_TIMEOUT_S = 60.0
 DATABASE_LOCK_TIMEOUT_S = 300.0  # MLflow takes seconds to make its tables
 INCOMPLETE_S = 10.0  # a database without all tables that changed within this time may be in the making
 
-mlflow_imported = threading.Event()  # the import takes seconds
-
 
 @functools.cache
 def connect(uri: str, experiment: str) -> tuple["MlflowClient", str]:
@@ -57,7 +54,6 @@ def connect(uri: str, experiment: str) -> tuple["MlflowClient", str]:
     prepare_environment()
     from mlflow import MlflowClient
 
-    mlflow_imported.set()
     if uri.startswith("sqlite:"):
         return _connect_sqlite(uri, experiment)
     if uri.startswith("http") and (reason := uris.health_error(uri)):  # MLflow's client would wait for minutes

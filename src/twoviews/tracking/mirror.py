@@ -1,6 +1,16 @@
-"""The mirror of a run in MLflow: a thread beside the training that sends the run folder."""
+"""The mirror of a run in MLflow: a process beside the training that sends the run folder.
 
+The process imports MLflow and talks to the server, so that the training never shares its interpreter lock with them.
+mirror_process.py is what it runs.
+"""
+
+import contextlib
+import json
+import os
 import shlex
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -8,12 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twoviews.errors import BadInput
-from twoviews.tracking import client, uris
+from twoviews.tracking import uris
+from twoviews.tracking.client import NO_ANSWER, short_error
 from twoviews.tracking.state import UploadState, saved_at, set_target
-from twoviews.tracking.upload import pending_values, upload
+from twoviews.tracking.upload import is_uploaded, pending_values
 
 FLUSH_TIMEOUT_S = 120.0
-MAX_BACKOFF = 12  # times the interval, between two tries while MLflow does not answer
+POLL_SECONDS = 0.1
+LISTENER_TIMEOUT_S = 5.0  # for the last messages of a process that has ended
+SOURCES = Path(__file__).resolve().parents[2]  # of this package; in a sweep it is the code that was launched
+# The mirror must outlive these signals, which SLURM sends to all processes of a job, to send the end of the run.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -57,24 +72,53 @@ class Tracking:
     def start(self, folder: Path, say: Callable[[str], None] = print) -> "Mirror | None":
         """Start the mirror of `folder`; None where the configuration wants none. Only one process of a run calls this."""
         set_target(folder, self.uri, self.experiment)
-        return Mirror(folder, say) if self.mirror else None
+        try:
+            return Mirror(folder, say) if self.mirror else None
+        except OSError as error:  # no process can be started; the training goes on
+            say(f"MLflow gets nothing during this run ({short_error(error)}); {_later(folder)}")
+            return None
 
 
 class Mirror:
-    """A daemon thread that sends `folder` to MLflow every few seconds, whenever something in it is new.
+    """Sends `folder` to MLflow every few seconds, whenever something in it is new, until `close`.
+
+    The process ends when it is closed, and within seconds when this process ends without that.
 
     Args:
-        folder: the run folder.
-        say: prints a sentence for the user; called from the thread.
+        folder: the run folder, with a target (`set_target`) that the user trusts.
+        say: prints a sentence for the user; called from a thread.
         interval_s: seconds between two tries; doubled while MLflow does not answer, up to twelve times as long.
+
+    Raises:
+        BadInput: the tracking URI is not trusted.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None] = print, interval_s: float = 5.0):
-        self._folder, self._say, self._interval_s = folder, say, interval_s
-        self._closing = threading.Event()
-        self._complete = False  # MLflow has everything, the final status included
-        self._thread = threading.Thread(target=self._run, name="mlflow-mirror", daemon=True)
-        self._thread.start()
+        self._folder, self._say = folder, say
+        self._imported = self._complete = False  # MLflow; what there is to send
+        self._failure = ""
+        uri = UploadState.load(folder).uri
+        uris.refuse_untrusted(uri)
+        arguments = [str(folder), str(os.getpid()), str(interval_s), uris.resolve(uri)]
+        paths = [str(SOURCES), *filter(None, [os.environ.get("PYTHONPATH")])]
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the new process inherits this
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "twoviews.tracking.mirror_process", *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                start_new_session=True,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._listener = threading.Thread(target=self._listen, name="mlflow-mirror", daemon=True)
+        self._listener.start()
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
 
     def close(self, timeout_s: float | int = 60) -> int:
         """Send the rest and the final status from result.json; returns the number of values that MLflow does not have.
@@ -82,72 +126,62 @@ class Mirror:
         Waits `timeout_s` seconds at most, and no more than `ANSWER_TIMEOUT_S` for a silent server; then says how to send
         the rest later.
         """
-        self._closing.set()
+        assert self._process.stdin
         try:
-            wait_for_upload(self._thread, self._folder, timeout_s)
+            with contextlib.suppress(OSError):  # the process may have died
+                self._process.stdin.write(b"close\n")
+                self._process.stdin.close()
+            self._wait(timeout_s)
         finally:  # also after a second Ctrl-C
+            ended = self._process.poll() is not None
+            self._process.kill()
+            self._process.wait()
+            self._listener.join(LISTENER_TIMEOUT_S)
             pending = pending_values(self._folder)
             if not self._complete:
+                reason = self._failure or ("the mirror has ended" if ended else NO_ANSWER)
                 self._say(
-                    f"MLflow does not have the end of this run yet ({pending} values left); send it with "
-                    f"`python -m twoviews.tracking sync {shlex.quote(str(self._folder))}`."
+                    f"MLflow does not have all of this run ({reason}; {pending} values left); {_later(self._folder)}"
                 )
         return pending
 
-    def _run(self) -> None:
-        # Not at once: importing MLflow takes as long as importing torch, and would delay the first step.
-        pause_s, failing = self._interval_s, False
-        while True:
-            closing = self._closing.wait(pause_s)
-            try:
-                upload(self._folder, closed=closing)
-            except Exception as error:  # whatever is wrong with MLflow, the training goes on
-                if not failing:
-                    reason = client.logged_error(error, self._folder)
-                    self._say(f"MLflow takes nothing now ({reason}); the values are kept and sent when it does.")
-                failing, pause_s = True, min(MAX_BACKOFF * self._interval_s, max(self._interval_s, 2 * pause_s))
-            else:
-                if failing:
-                    self._say("MLflow takes values again; everything kept so far is sent.")
-                failing, pause_s, self._complete = False, self._interval_s, closing
-            if closing:
-                return
+    def _wait(self, timeout_s: float) -> None:
+        is_file, saved = UploadState.load(self._folder).tracking_uri.startswith("sqlite:"), 0
+        start = answered_at = time.monotonic()
+        while self._process.poll() is None and time.monotonic() < start + timeout_s:
+            now = saved_at(self._folder)  # changes with each answer
+            if is_file or now != saved or not self._imported:
+                saved, answered_at = now, time.monotonic()
+            if time.monotonic() > answered_at + uris.ANSWER_TIMEOUT_S:
+                break
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(POLL_SECONDS)
+
+    def _listen(self) -> None:
+        """Take the messages of the process: lines of JSON, [kind, text]."""
+        assert self._process.stdout
+        with self._process.stdout as messages:
+            for line in messages:
+                kind, text = json.loads(line)
+                if kind == "say":
+                    self._say(text)
+                elif kind == "failed":
+                    self._failure = text
+                self._imported |= kind == "imported"
+                self._complete |= kind == "complete"
 
 
 def flush(folder: Path, mirror: bool, say: Callable[[str], None] = print) -> None:
     """Send what is new in a run that nobody trains; if it is not mirrored, or that fails, say how to send it later."""
-    later = f"`python -m twoviews.tracking sync {shlex.quote(str(folder))}` sends it."
     if not mirror:
-        say(f"MLflow does not have this, because the run has tracking=files; {later}")
+        say(f"MLflow does not have this, because the run has tracking=files; {_later(folder)}")
         return
-    errors: list[str] = []
-
-    def try_upload() -> None:
-        try:
-            upload(folder, closed=True)
-        except Exception as error:  # whatever is wrong with MLflow, the results are in the folder
-            errors.append(client.logged_error(error, folder))
-
-    thread = threading.Thread(target=try_upload, name="mlflow-flush", daemon=True)
-    thread.start()
-    if not wait_for_upload(thread, folder, FLUSH_TIMEOUT_S):
-        errors.append(client.NO_ANSWER)
-    if errors:
-        say(f"MLflow does not have this yet ({errors[0]}); {later}")
+    try:
+        if not is_uploaded(folder):
+            Mirror(folder, say).close(FLUSH_TIMEOUT_S)
+    except (BadInput, OSError) as error:  # the results are in the folder
+        say(f"MLflow does not have all of this run ({short_error(error)}); {_later(folder)}")
 
 
-def wait_for_upload(thread: threading.Thread, folder: Path, timeout_s: float) -> bool:
-    """Wait for a thread that sends `folder`, at most `timeout_s` seconds; whether it ended.
-
-    A server that does not answer is waited for no longer than `uris.ANSWER_TIMEOUT_S`.
-    """
-    is_file, saved = uris.resolve(UploadState.load(folder).uri).startswith("sqlite:"), 0
-    start = answered_at = time.monotonic()
-    while thread.is_alive() and time.monotonic() < start + timeout_s:
-        now = saved_at(folder)  # changes with each answer
-        if is_file or now != saved or not client.mlflow_imported.is_set():
-            saved, answered_at = now, time.monotonic()
-        if time.monotonic() > answered_at + uris.ANSWER_TIMEOUT_S:
-            break
-        thread.join(0.1)
-    return not thread.is_alive()
+def _later(folder: Path) -> str:
+    return f"`python -m twoviews.tracking sync {shlex.quote(str(folder))}` sends the rest."

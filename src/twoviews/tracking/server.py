@@ -1,7 +1,7 @@
-"""An MLflow server on PostgreSQL, for sweeps whose jobs run on many nodes: SQLite is for one machine.
+"""An MLflow server on PostgreSQL, for runs on many machines: an SQLite file is for one machine.
 
-Both are started in the foreground and end together. The database listens on a socket in its folder only, which nobody else
-may enter; MLflow logs in with a password that changes at each start, as a role without rights elsewhere.
+Server and database run in the foreground and end together. The database listens only on a socket in its folder, which only
+its owner may enter; MLflow logs in with a password that changes at each start, as a role that owns nothing but its database.
 """
 
 import os
@@ -19,28 +19,27 @@ from twoviews.errors import BadInput
 from twoviews.tracking.client import prepare_environment
 from twoviews.tracking.uris import require_mlflow
 
-DATABASE_S = 60.0  # for PostgreSQL to answer
-# To the database, of each worker of the server: more than it answers requests at once. With the 15 it has otherwise,
-# 64 runs that start together get errors.
-CONNECTIONS = 80
-PLACES = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/opt/homebrew/opt/postgresql*/bin")
+DATABASE_TIMEOUT_S = 60.0  # for PostgreSQL to answer
+# Connections of each server process to the database. With MLflow's default of 15, 64 runs that start together get errors.
+CONNECTIONS_PER_WORKER = 80
+PROGRAM_FOLDERS = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/opt/homebrew/opt/postgresql*/bin")
 
 
 def serve(folder: Path, host: str, port: int, workers: int) -> int:
-    """Run until a signal comes; the exit code of the server.
+    """Run until a signal comes; returns the exit code of the server.
 
     Args:
-        folder: of database and artifacts, made at the first start; nobody else may look into it.
+        folder: for database and artifacts, made at the first start; only its owner may enter it.
         host: address that the server listens on; 0.0.0.0 for other machines, in a network that is trusted.
-        port: of the server.
-        workers: processes of the server.
+        port: that the server listens on.
+        workers: number of server processes.
 
     Raises:
         BadInput: there is no MLflow, no PostgreSQL or no driver for it, or the database does not start.
     """
     require_mlflow()
     prepare_environment()
-    programs, folder = _programs(), folder.absolute()
+    programs, folder = postgres_programs(), folder.absolute()
     try:
         import psycopg  # noqa: F401
     except ImportError as error:
@@ -52,18 +51,9 @@ def serve(folder: Path, host: str, port: int, workers: int) -> int:
         place.chmod(0o700)
     user = _user(folder, sockets)
     owner = user or pwd.getpwuid(os.getuid()).pw_name
-    access = data / "pg_hba.conf"
-    if not (data / "PG_VERSION").exists():
-        options = ("--auth-local=peer", "--auth-host=reject", "--encoding=UTF8", "--locale=C")
-        _run(user, "", programs / "initdb", "-D", data, "-U", owner, *options)
-    elif re.search(r"^[^#]*\btrust\b", access.read_text(), re.MULTILINE):
-        raise BadInput(
-            f"the database in {folder} is of an earlier version, which let every user of this machine in; name another "
-            "--folder, and send the runs again with `python -m twoviews.tracking sync --uri`."
-        )
-    access.write_text(f'local all "{owner}" peer\nlocal mlflow mlflow scram-sha-256\n')
+    _make_database(user, programs, data, owner)
     # -k: the database listens on a socket in this folder, and nowhere else.
-    limits = ("-c", "listen_addresses=", "-c", f"max_connections={workers * CONNECTIONS + 20}")
+    limits = ("-c", "listen_addresses=", "-c", f"max_connections={workers * CONNECTIONS_PER_WORKER + 20}")
     database = subprocess.Popen(
         _as(user, programs / "postgres", "-D", data, "-k", sockets, *limits),
         stdout=(folder / "database.log").open("a"),
@@ -80,15 +70,13 @@ def serve(folder: Path, host: str, port: int, workers: int) -> int:
             **os.environ,
             "PGPASSFILE": str(_login(user, programs, sockets, owner, folder)),
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # saves a gigabyte
-            "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": str(CONNECTIONS // 4),
-            "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": str(CONNECTIONS - CONNECTIONS // 4),
+            "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": str(CONNECTIONS_PER_WORKER // 4),
+            "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": str(CONNECTIONS_PER_WORKER - CONNECTIONS_PER_WORKER // 4),
         }
         server = subprocess.Popen(command, env=environment, start_new_session=True)
         if not (host == "localhost" or host.startswith("127.") or host == "::1"):
-            print(
-                f"warning: MLflow asks for no password: whoever reaches {host}:{port} can read, change and delete all runs.",
-                flush=True,
-            )
+            risk = f"whoever reaches {host}:{port} can read, change and delete all runs."
+            print(f"warning: MLflow asks for no password: {risk}", flush=True)
         print(f"train with tracking.uri=http://{host}:{port}; Ctrl-C ends server and database.", flush=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: os.killpg(server.pid, signal.SIGTERM))
@@ -98,8 +86,26 @@ def serve(folder: Path, host: str, port: int, workers: int) -> int:
         database.wait()
 
 
+def _make_database(user: str | None, programs: Path, data: Path, owner: str) -> None:
+    """Make the database, if there is none, and let in its owner and MLflow's role only.
+
+    Raises:
+        BadInput: the database is of an earlier version, which let everybody in.
+    """
+    access = data / "pg_hba.conf"
+    if not (data / "PG_VERSION").exists():
+        options = ("--auth-local=peer", "--auth-host=reject", "--encoding=UTF8", "--locale=C")
+        _run(user, "", programs / "initdb", "-D", data, "-U", owner, *options)
+    elif re.search(r"^[^#]*\btrust\b", access.read_text(), re.MULTILINE):
+        raise BadInput(
+            f"the database in {data.parent} is of an earlier version, which let every user of this machine in; name another "
+            "--folder, and send the runs again with `python -m twoviews.tracking sync --uri`."
+        )
+    access.write_text(f'local all "{owner}" peer\nlocal mlflow mlflow scram-sha-256\n')
+
+
 def _login(user: str | None, programs: Path, sockets: Path, owner: str, folder: Path) -> Path:
-    """A file with a new password of the role that MLflow has: it owns its database, and may do nothing else."""
+    """Give MLflow's role a new password; returns the file with it, in the format that libpq reads."""
     password, file = secrets.token_hex(24), folder / "password"
     file.unlink(missing_ok=True)
     with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
@@ -116,25 +122,30 @@ def _login(user: str | None, programs: Path, sockets: Path, owner: str, folder: 
     return file
 
 
-def _programs() -> Path:
-    """Where PostgreSQL is.
+def postgres_programs() -> Path:
+    """The folder of PostgreSQL's programs, the newest version.
 
     Raises:
-        BadInput: nowhere.
+        BadInput: PostgreSQL is not installed.
     """
-    found = [path for place in PLACES for path in sorted(Path("/").glob(place[1:])) if (path / "initdb").exists()]
-    if not found and (initdb := shutil.which("initdb")):
-        found = [Path(initdb).resolve().parent]
-    if not found:
+    folders = [
+        path for place in PROGRAM_FOLDERS for path in sorted(Path("/").glob(place[1:])) if (path / "initdb").exists()
+    ]
+    if not folders and (initdb := shutil.which("initdb")):
+        folders = [Path(initdb).resolve().parent]
+    if not folders:
         raise BadInput("there is no PostgreSQL on this machine; install it, for example apt-get install postgresql.")
-    return found[-1]
+    return folders[-1]
 
 
 def _user(*owned: Path) -> str | None:
-    """Who PostgreSQL runs as: it refuses root; None is whoever this is.
+    """The user that PostgreSQL runs as, which must not be root; None is the present user.
+
+    Args:
+        owned: folders that are given to that user.
 
     Raises:
-        BadInput: this is root, and there is nobody else.
+        BadInput: the present user is root, and there is no user postgres.
     """
     if os.getuid() != 0:
         return None
@@ -161,7 +172,7 @@ def _run(user: str | None, text: str, *command: object) -> None:
 
 
 def _wait(database: subprocess.Popen, programs: Path, sockets: Path, owner: str, folder: Path) -> None:
-    end = time.monotonic() + DATABASE_S
+    end = time.monotonic() + DATABASE_TIMEOUT_S
     ready = [str(programs / "pg_isready"), "-q", "-h", str(sockets), "-U", owner, "-d", "postgres"]
     while subprocess.run(ready).returncode:
         if database.poll() is not None or time.monotonic() > end:

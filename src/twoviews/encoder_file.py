@@ -1,0 +1,96 @@
+"""encoder.safetensors and encoder.json: an encoder's weights, and beside them what is needed to build and use the network."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from twoviews import foreign
+from twoviews.backbones import Encoder
+from twoviews.errors import BadInput, system_reason
+from twoviews.files import write_atomic
+
+WEIGHTS_FILE, DESCRIPTION_FILE = "encoder.safetensors", "encoder.json"
+
+
+def save_encoder(folder: Path, encoder: Encoder, description: Mapping[str, Any]) -> None:
+    """Write both files into a run folder.
+
+    Args:
+        folder: of the run.
+        encoder: its weights are written.
+        description: content of encoder.json: the backbone's configuration, image_size, channels, mean, std and more.
+    """
+    write_atomic(folder / WEIGHTS_FILE, weight_file(encoder.state_dict()))
+    content = {**description, "features": encoder.out_dim}
+    write_atomic(folder / DESCRIPTION_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
+    """The encoder of a weight file with encoder.json beside it, and the content of encoder.json.
+
+    Raises:
+        BadInput: the two files do not make an encoder.
+    """
+    from safetensors import SafetensorError
+
+    from twoviews.config.building import build  # instantiates by Hydra, which nothing else here needs
+
+    description_path = path.with_name(DESCRIPTION_FILE)
+    foreign.regular(path)
+    description = foreign.load(description_path, needed=True)
+    try:
+        sizes = {"channels": description["channels"], "image_size": description["image_size"]}
+        encoder = build(description["backbone"], **sizes)
+        if not isinstance(encoder, Encoder):
+            raise TypeError("the backbone is not an encoder")
+        encoder.load_state_dict(weights := read_weights(path))
+        if not len(description["mean"]) == len(description["std"]) == description["channels"]:
+            raise TypeError("mean and std do not have a number for each channel")
+        check_finite(weights)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({system_reason(error)}); make it readable.") from error
+    except (BadInput, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(
+            f"{path} and {DESCRIPTION_FILE} beside it do not make an encoder: {reason[:200]}; put the files back that the run "
+            "wrote, or delete both and result.json, and the same train.py command writes them again from its last checkpoint."
+        ) from error
+    return encoder, description
+
+
+def weight_file(weights: Mapping[str, Tensor]) -> bytes:
+    """The content of a .safetensors file; safetensors' own `save_file` makes files that only their owner may read."""
+    from safetensors.torch import save
+
+    return save({name: value.detach().cpu().contiguous() for name, value in weights.items()})
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file.
+
+    Raises:
+        SafetensorError, OSError: the file is damaged or cannot be read.
+    """
+    from safetensors.torch import load, load_file
+
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # safetensors does not open names that are not UTF-8
+        return load(path.read_bytes())
+    return load_file(path)
+
+
+def check_finite(weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights that cannot make features.
+
+    Raises:
+        ValueError: a number is NaN or infinite, or a variance is negative.
+    """
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinite numbers")
+        if name.endswith("running_var") and (value < 0).any():
+            raise ValueError(f"{name} holds negative variances")

@@ -1,0 +1,178 @@
+"""What a training says about itself: logged values, baselines, evaluations, throughput, forecast and advice."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from twoviews import distributed
+from twoviews.backbones import Encoder
+from twoviews.console import Console, duration
+from twoviews.features import Pixels
+from twoviews.protocols.protocol import EvaluationContext, Protocol, run_protocols
+from twoviews.runtime import peak_memory
+from twoviews.step import Values
+
+if TYPE_CHECKING:
+    from twoviews.tracking.metrics import Metrics
+
+FORECAST_STEPS = 50  # of a process, after which it forecasts the rest of the run
+PROGRESS_VALUES = {  # name in the progress line: name in metrics.jsonl
+    "loss": "train/loss",
+    "spread": "train/spread",
+    "lr": "lr",
+    "img/s": "images_per_s",
+    "kNN": "knn/top1",
+}
+COLLAPSED_SPREAD = 0.1  # of the embeddings, where 1 is even; below it the user gets advice
+
+
+class NotFinite(ArithmeticError):
+    """The loss or the weights are infinite or not a number; the message says where, not what to do."""
+
+
+class Throughput:
+    """Images per second between log lines, and on average.
+
+    Args:
+        batch_size: images per step, of all processes.
+        step: optimizer steps done before.
+    """
+
+    def __init__(self, batch_size: int, step: int):
+        self._batch_size, self._first_step = batch_size, step
+        self._steps, self._seconds = 0, 0.0  # without those before the first measurement, which load and compile
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Begin to measure after `step` steps."""
+        self._step, self._time = step, time.monotonic()
+
+    def measure(self, step: int) -> float:
+        """Images per second since the last measurement."""
+        steps, seconds = step - self._step, time.monotonic() - self._time
+        if self._step > self._first_step:
+            self._steps += steps
+            self._seconds += seconds
+        self.restart(step)
+        return steps * self._batch_size / seconds
+
+    @property
+    def average(self) -> float | None:
+        """Images per second over all measurements but the first; None before the second."""
+        return self._steps * self._batch_size / self._seconds if self._steps else None
+
+
+class Monitor:
+    """Logs values to metrics.jsonl and the console, and evaluates the encoder while it is trained.
+
+    Args:
+        context: makes the evaluation context of an encoder.
+        protocols: what is evaluated, by name.
+        metrics: the record; only process 0 has one.
+        console: shows progress and messages.
+        epochs: length of the training.
+        device: whose peak memory is logged at the end.
+    """
+
+    def __init__(
+        self,
+        context: Callable[[Encoder], EvaluationContext],
+        protocols: Mapping[str, Protocol],
+        metrics: "Metrics | None",
+        console: Console,
+        epochs: int,
+        device: torch.device,
+    ):
+        self._context, self._protocols, self._metrics, self._console = context, protocols, metrics, console
+        self._epochs, self._device = epochs, device
+        self.latest: dict[str, float] = {}
+        self._advised = self._forecasted = False
+        self._knn_seconds = 0.0
+
+    def log(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
+        """Record values measured together after `step` optimizer steps, and show the important ones."""
+        self.latest.update(values)
+        if self._metrics:
+            self._metrics.log(step, epoch, values)
+        shown = {name: self.latest[key] for name, key in PROGRESS_VALUES.items() if key in self.latest}
+        self._console.progress(step, epoch, shown)
+
+    def advise(self, spread: float, epoch: float) -> None:
+        """Warn, once, when the embeddings collapse."""
+        if spread < COLLAPSED_SPREAD and epoch >= 1 and not self._advised:
+            self._advised = True
+            self._console.say(
+                f"advice: the embeddings' spread is {spread:.3f} (1 is even, 0 is one point): they are collapsing. Lower "
+                "the learning rate, check in views.png that the views are not too alike, and give the batch norms larger "
+                "batches."
+            )
+
+    def forecast(self, images_per_s: float, images: int, epoch: float) -> None:
+        """Say, once, how long the rest of the run will take.
+
+        Args:
+            images_per_s: of the training steps.
+            images: of an epoch.
+            epoch: epochs done, fractional.
+        """
+        if self._forecasted:
+            return
+        self._forecasted = True
+        epoch_seconds = images / images_per_s
+        intervals = [protocol.every_epochs for protocol in self._protocols.values() if protocol.every_epochs]
+        evaluation_seconds = len(intervals) * self._knn_seconds
+        left = self._epochs - epoch
+        seconds = left * (epoch_seconds + self.latest.get("time/e_step", 0))
+        seconds += left / min(intervals, default=self._epochs) * evaluation_seconds
+        self._console.say(
+            f"{images_per_s:.0f} images/s: an epoch takes {duration(epoch_seconds)}, the rest of the run about "
+            f"{duration(seconds)}."
+        )
+
+    def baselines(self, encoder: Encoder) -> dict[str, float]:
+        """KNN accuracy of the untrained encoder and of raw pixels; a method that does not beat both has learnt nothing.
+
+        Empty where kNN is not evaluated, and on all processes but the first.
+        """
+        if "knn" not in self._protocols:
+            return {}
+        self._console.say("measuring kNN of raw pixels and of the untrained encoder …")
+        knn, start = {"knn": self._protocols["knn"]}, time.monotonic()
+        untrained = self._context(encoder)
+        results = {"untrained": run_protocols(knn, untrained)}
+        self._knn_seconds = time.monotonic() - start
+        results["pixels"] = run_protocols(knn, self._context(Pixels(untrained.data.channels, untrained.data.size)))
+        if distributed.rank() > 0:
+            return {}
+        return {f"baseline/{name}_knn_top1": result["knn"].values["top1"] for name, result in results.items()}
+
+    def evaluate(self, encoder: Encoder, epoch: int) -> dict[str, float]:
+        """The values of all protocols that are due after `epoch` epochs; at the end all are, and peak memory is added."""
+        end = epoch == self._epochs
+        due = {
+            name: protocol
+            for name, protocol in self._protocols.items()
+            if end or (protocol.every_epochs and epoch % protocol.every_epochs == 0)
+        }
+        results = run_protocols(due, self._context(encoder)) if due else {}
+        for note in dict.fromkeys(note for result in results.values() for note in result.notes):
+            self._console.say(note)
+        values = {f"{name}/{key}": value for name, result in results.items() for key, value in result.values.items()}
+        return values | (peak_memory(self._device) if end else {})
+
+
+def mean_over_processes(values: Values) -> dict[str, float]:
+    """Loss and metrics of a step as numbers, means over processes; waits for the device.
+
+    Raises:
+        NotFinite: the loss is infinite or not a number.
+    """
+    distributed.barrier()  # names a process that does not come
+    means = distributed.mean(torch.stack(list(values.values()))).tolist()
+    numbers = {f"train/{name}": mean for name, mean in zip(values, means, strict=True)}
+    if not math.isfinite(numbers["train/loss"]):
+        raise NotFinite(f"loss is {numbers['train/loss']}")
+    return numbers
