@@ -159,7 +159,13 @@ class Counter(TorchDispatchMode):
 @pytest.mark.slow
 def test_an_eager_step_has_few_operators(tmp_path: Path) -> None:
     """Those of torch, and for each of 20 batch norms three launches for queries, three for keys and three backward."""
-    network = ["backbone=resnet18_cifar", "backbone.width=4", "data.train_images=64", "batch_size=16", "augmentation=digits"]
+    network = [
+        "backbone=resnet18_cifar",
+        "backbone.width=4",
+        "data.train_images=64",
+        "batch_size=16",
+        "augmentation=digits",
+    ]
     shared = ["data=digits", "protocol=[]", "runtime.device=cuda", "runtime.precision=bf16", "tracking=files"]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = hydra.compose("train", ["method=moco", "method.queue_size=32", *network, *shared])
