@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, SMALL_MOCO, refused, start
 from PIL import Image
 from sklearn.metrics import normalized_mutual_info_score
@@ -187,6 +188,49 @@ def test_folders_that_cannot_be_clustered(run: Path, command, tmp_path: Path) ->
         refused(command("cluster", f"run={run}", "clusters=[5]"), "is being trained", "Ctrl-C")
     (run / "encoder.safetensors").unlink()
     refused(command("cluster", f"run={run}", "clusters=[5]"), "holds no encoder")
+
+
+# (run=, what it needs to know; images of the run itself)
+ENCODERS = {
+    "run/last.pt": True,  # a checkpoint in a run folder
+    "run/encoder.safetensors": False,
+    "alone.pt": False,  # weights alone
+    "torchvision:resnet18": False,
+    "torchvision:resnet18:pretrained": False,
+    "timm:vit_tiny_patch16_224": False,
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_any_encoder(trained: Path, command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    own_images, name = ENCODERS[name], name.replace("run/", f"{trained}/")
+    torch.manual_seed(0)
+    weights = torchvision.models.resnet18(weights=None).state_dict()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    (cache := tmp_path / "hub" / "hub" / "checkpoints").mkdir(parents=True)
+    for path in (Path("alone.pt"), cache / "resnet18-f37072fd.pth"):
+        torch.save(weights, path)
+    channels = 1 if str(trained) in name else 3
+    for number in range(12):
+        values = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        (folder := tmp_path / "pictures").mkdir(exist_ok=True)
+        Image.fromarray(values).save(folder / f"{number:02}.png")
+    other = ("data=folder", "data.root=pictures", "data.workers=0", "data.cache=cache", f"data.channels={channels}")
+    before = sorted(path.name for path in trained.iterdir())
+    done = command("cluster", f"run={name}", "clusters=[3]", *([] if own_images else other), "runtime.device=cpu")
+    assert done.code == 0, done.err
+    assert sorted(path.name for path in trained.iterdir()) == before  # results of a file are not those of the run
+    (folder,) = Path("outputs").glob("evaluation-*")
+    stem = "clusters" if own_images else "clusters_pictures"
+    assert {path.name for path in folder.iterdir()} >= {f"{stem}.json", f"{stem}_3.npz", f"{stem}_3.png"}
+    settings = json.loads((folder / f"{stem}.json").read_text())["settings"]
+    assert settings["images"] == len(np.load(folder / f"{stem}_3.npz")["assignment"]) == (256 if own_images else 12)
+    assert "images are normalised with mean=[" in done.out and len(settings["mean"]) == channels
+    if not own_images:
+        refused(command("cluster", f"run={name}", "clusters=[3]"), "its images are not known", "data=folder")
+        refused(command("cluster", f"run={name}", "clusters=[13]", *other), "clusters=13", "at most 12")
+        mean = f"mean=[{','.join(['0.5'] * channels)}]"
+        refused(command("cluster", f"run={name}", "clusters=[3]", *other, mean), "mean= and std= belong together")
 
 
 def test_everything_in_the_same_mlflow_run(run: Path, store: str, command) -> None:

@@ -16,8 +16,9 @@ from twoviews.config import build, check
 from twoviews.data.sources import digits
 from twoviews.data.views import eval_view
 from twoviews.errors import BadInput
+from twoviews.protocols.classification import accuracies
 from twoviews.protocols.finetune import FineTune
-from twoviews.protocols.labelled import accuracies, classifier, crops, descend, labelled
+from twoviews.protocols.labelled import classifier, crops, descend, labelled
 from twoviews.protocols.linear_augmented import LinearAugmented
 from twoviews.protocols.protocol import EvaluationContext
 from twoviews.schedule import Constant

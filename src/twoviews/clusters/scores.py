@@ -15,7 +15,7 @@ CHUNK_BYTES = 64 * 2**20  # of distances held at once
 DENSE = 6  # pairs of clusters for each point up to which a table of all of them is quicker than sorting the points
 
 
-def scores(
+def clustering_scores(
     x: Float[Tensor, "N D"],
     clusters: Clusters,
     *,

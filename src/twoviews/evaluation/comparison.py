@@ -10,9 +10,9 @@ from pathlib import Path
 from twoviews.config import digest
 from twoviews.console import Console
 from twoviews.evaluation.pictures import draw_comparison
+from twoviews.files import write_atomic
 from twoviews.tracking.mirror import reason
 from twoviews.tracking.parents import publish
-from twoviews.tracking.state import replace
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ def compare(evaluations: Mapping[str, Evaluation], folder: Path, console: Consol
     folder = folder / f"comparison-{digest(how)}"
     folder.mkdir(parents=True, exist_ok=True)
     name, order = headline(evaluations), ordered(evaluations)
-    replace(folder / "comparison.csv", as_csv(table(evaluations)))
-    replace(folder / "comparison.md", as_markdown(evaluations))
+    write_atomic(folder / "comparison.csv", as_csv(table(evaluations)))
+    write_atomic(folder / "comparison.md", as_markdown(evaluations))
     having = [run for run in order if name in evaluations[run].values]
     if name is not None:
         values = {run: evaluations[run].values[name] for run in having}

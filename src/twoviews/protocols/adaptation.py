@@ -7,10 +7,10 @@ Shapes: B images of a batch, F features, K classes, N supports.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from twoviews.errors import BadInput
 from twoviews.layers import SplitBatchNorm, SyncBatchNorm
+from twoviews.protocols.classification import bootstrap_interval
 from twoviews.protocols.linear import Linear, Probe
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.protocols.streams import Classify, Streams, headline
@@ -152,6 +153,11 @@ class Adaptation(Protocol):
         """What it is called in tables."""
         return type(self).__name__.lower()
 
+    @classmethod
+    def settings_from_others(cls, protocols: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The settings of the run's linear probe."""
+        return {"linear": protocols["linear"]} if "linear" in protocols else {}
+
     def start(self, model: Model) -> Classify:
         """A classifier for one stream; `model` is its own to change."""
         raise NotImplementedError
@@ -172,7 +178,7 @@ class Adaptation(Protocol):
         tables = {"none": streams.table(before), name: streams.table(after)}
         values = {**headline(tables[name], "top1"), **headline(tables["none"], "unadapted")}
         difference = after.shares[-1:] - before.shares[-1:]
-        low, high = streams.intervals(difference)[0].tolist()
+        low, high = bootstrap_interval(100 * difference[0], self.seed)
         values |= {"gain": 100 * difference.mean().item(), "gain_low": low, "gain_high": high}
         rows = [
             {"method": method, **row}

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from twoviews.backbones import Encoder, ResNet, Timm
 from twoviews.data.views import eval_view
+from twoviews.encoders.networks import RESNETS
 from twoviews.errors import BadInput
-from twoviews.evaluation.source import RESNETS
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.ranges import Index
 from twoviews.run import load_encoder, weight_file

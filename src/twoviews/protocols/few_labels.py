@@ -15,9 +15,9 @@ from torch import Tensor
 
 from twoviews.errors import BadInput
 from twoviews.features import Features
+from twoviews.protocols.classification import accuracies, top1
 from twoviews.protocols.finetune import FineTune
-from twoviews.protocols.knn import top1
-from twoviews.protocols.labelled import accuracies, labelled
+from twoviews.protocols.labelled import labelled
 from twoviews.protocols.linear import Probe, fit, held_out
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import generator

@@ -19,7 +19,8 @@ from twoviews.errors import BadInput, nearest
 from twoviews.features import embed
 from twoviews.layers import whole_batch_norms
 from twoviews.optim import LrScaling, sgd
-from twoviews.protocols.labelled import accuracies, classifier, crops, descend, labelled
+from twoviews.protocols.classification import accuracies
+from twoviews.protocols.labelled import classifier, crops, descend, labelled
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import seed_of
 from twoviews.ranges import Count, Fraction, Index, NotNegative, Positive, Range, Seed

@@ -69,8 +69,8 @@ def _unit(x: Float[Tensor, "N F"]) -> Float[Tensor, "N F"]:
     return nnf.normalize(x.double(), dim=1)
 
 
-def advice(values: dict[str, float]) -> str | None:
-    """A sentence on what the numbers of `Health` say is wrong, and what to do; None where nothing is."""
+def advice(values: dict[str, float]) -> str:
+    """A sentence on what is wrong with an encoder that has these values of `Health`, and what to do; "" if nothing is."""
     if values["negative_similarity"] > COLLAPSED or values["rankme"] < 2:
         return (
             f"the features of different images are all but equal (mean cosine {values['negative_similarity']:.4f}, "
@@ -87,7 +87,7 @@ def advice(values: dict[str, float]) -> str | None:
             f"the features' spread is {values['spread']:.2f}, as of an untrained network: the encoder has learnt little yet, so "
             "train longer; if it was larger before, the encoder is collapsing, so lower optimizer.lr."
         )
-    return None
+    return ""
 
 
 class Health(Protocol):
@@ -126,16 +126,15 @@ class Health(Protocol):
         x = context.embed(shown)
         one, other = self._views(context, shown)
         positive, negative = similarities(one, other)
-        return EvaluationResult(
-            {
-                "spread": spread(x).item(),
-                "rankme": rankme(x),
-                "alignment": alignment(one, other),
-                "uniformity": uniformity(x),
-                "positive_similarity": positive,
-                "negative_similarity": negative,
-            }
-        )
+        values = {
+            "spread": spread(x).item(),
+            "rankme": rankme(x),
+            "alignment": alignment(one, other),
+            "uniformity": uniformity(x),
+            "positive_similarity": positive,
+            "negative_similarity": negative,
+        }
+        return EvaluationResult(values, advice=advice(values))
 
     def _views(self, context: EvaluationContext, images: Images) -> tuple[Float[Tensor, "N F"], Float[Tensor, "N F"]]:
         """Features of two random views of each image, in eval mode."""

@@ -13,8 +13,8 @@ from torch.nn import functional as nnf
 
 from twoviews import distributed
 from twoviews.data.images import ImageData
-from twoviews.evaluation.scores import ranks
 from twoviews.features import Features
+from twoviews.protocols.classification import accuracies, mask_zeros
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.ranges import Count, Index, Temperature
 
@@ -62,17 +62,6 @@ def knn_scores(
     return distributed.total(scores) if shared else scores
 
 
-def top1(scores: Float[Tensor, "M classes"], labels: Int[Tensor, " M"]) -> float:
-    """Share of rows whose largest score is the label's, in percent."""
-    return 100 * (scores.argmax(1) == labels).sum().item() / len(labels)
-
-
-def accuracies(scores: Float[Tensor, "M classes"], labels: Int[Tensor, " M"]) -> dict[str, float]:
-    """top1 of votes, and top5 where there are more than five classes, in percent."""
-    five = {"top5": 100 * (ranks(scores, labels) < 5).sum().item() / len(labels)} if scores.shape[1] > 5 else {}
-    return {"top1": top1(scores, labels), **five}
-
-
 def all_vote(k: int, data: ImageData, key: str) -> list[str]:
     """A sentence where fewer images than k are there to vote."""
     bank = len(data.memory or ())
@@ -101,4 +90,4 @@ class KNN(Protocol):
         """top1, and top5 of more than five classes, of the encoder's features (before any projector), in percent."""
         queries, bank, classes = context.test.x, context.memory, len(context.data.classes)
         scores = knn_scores(queries, bank, classes, self.k, self.temperature, context.shared)
-        return EvaluationResult(accuracies(scores, context.test.y), scores / scores.sum(1, keepdim=True))
+        return EvaluationResult(accuracies(mask_zeros(scores), context.test.y), scores / scores.sum(1, keepdim=True))

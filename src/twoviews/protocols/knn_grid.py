@@ -12,8 +12,8 @@ from torch import Tensor
 
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
-from twoviews.evaluation.scores import ranks
 from twoviews.features import Features
+from twoviews.protocols.classification import mask_zeros, ranks
 from twoviews.protocols.knn import all_vote, neighbours, votes
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.ranges import Count, Index, Temperature
@@ -54,7 +54,7 @@ class KNNGrid(Protocol):
         classes, test = len(context.data.classes), context.test
         right = torch.zeros(len(self.ks), len(self.temperatures), 2, dtype=torch.long, device=test.x.device)
         for place, scores, labels in self._scores(test, context.memory, classes):
-            rank = ranks(scores, labels)
+            rank = ranks(mask_zeros(scores), labels)
             right[place] += torch.stack(((rank < 1).sum(), (rank < 5).sum()))
         counts, values, grid = right.tolist(), {}, []
         for row, k in enumerate(self.ks):

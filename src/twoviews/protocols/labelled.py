@@ -6,7 +6,7 @@ Shapes: B images of a batch, M test images, C classes.
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
@@ -14,7 +14,6 @@ from twoviews.data.images import Images
 from twoviews.data.loader import Loader
 from twoviews.data.views import Views
 from twoviews.errors import BadInput
-from twoviews.protocols.knn import top1
 from twoviews.protocols.protocol import EvaluationContext
 from twoviews.randomness import generator
 from twoviews.schedule import Schedule
@@ -32,15 +31,6 @@ def labelled(context: EvaluationContext) -> tuple[Images, Images]:
             f"{context.data.name} has no labelled images to train a classifier on and to test it; choose other data."
         )
     return memory, test
-
-
-def accuracies(scores: Float[Tensor, "M C"], labels: Int[Tensor, " M"]) -> dict[str, float]:
-    """top1, and top5 where there are more than five classes, in percent."""
-    values = {"top1": top1(scores, labels)}
-    if scores.shape[1] > 5:
-        hit = (scores.topk(5, dim=1).indices == labels[:, None]).any(1)
-        values["top5"] = 100 * hit.sum().item() / len(labels)
-    return values
 
 
 def classifier(features: int, classes: int, device: torch.device, *key: int | str) -> nn.Linear:

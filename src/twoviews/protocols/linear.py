@@ -17,7 +17,7 @@ from torch.nn import functional as nnf
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
 from twoviews.optim import LBFGS
-from twoviews.protocols.knn import top1
+from twoviews.protocols.classification import top1
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import generator
 from twoviews.ranges import Count, Index, NotNegative, Range

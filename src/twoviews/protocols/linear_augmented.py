@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from twoviews.optim import LrScaling, larc, scaled_lr, sgd
-from twoviews.protocols.labelled import accuracies, classifier, crops, descend, labelled
+from twoviews.protocols.classification import accuracies
+from twoviews.protocols.labelled import classifier, crops, descend, labelled
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.ranges import Count, Fraction, Index, NotNegative, Positive, Range, Seed
 from twoviews.runtime import autocast

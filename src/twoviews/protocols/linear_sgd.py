@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from twoviews.errors import BadInput
-from twoviews.protocols.knn import top1
-from twoviews.protocols.labelled import accuracies
+from twoviews.protocols.classification import accuracies, top1
 from twoviews.protocols.linear import Probe, held_out
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import generator

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from twoviews.data.images import ImageData, Images
-from twoviews.evaluation.sheet import Row, draw_neighbours
 from twoviews.protocols.knn import CHUNK_BYTES
+from twoviews.protocols.neighbours_sheet import NeighbourRow, draw_neighbours
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.protocols.user_images import embed_user_images, grey_notes, image_paths
 from twoviews.randomness import generator
@@ -71,7 +71,7 @@ class Neighbours(Protocol):
             shown, x, names, own = self._sampled(context)
         cosines, rows = nearest_rows(x, bank, self.k, own) if len(x) else (torch.empty(0, 1), torch.empty(0, 1).long())
         made = [
-            Row(
+            NeighbourRow(
                 name=names[number],
                 image=number,
                 label=-1 if shown.labels is None else int(shown.labels[number]),

@@ -4,8 +4,8 @@ Shapes: n pictures, M test images, N bank, F features.
 """
 
 import json
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
@@ -14,12 +14,12 @@ from torch import Tensor
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
 from twoviews.features import Features
+from twoviews.files import write_atomic
 from twoviews.protocols.knn import neighbours
 from twoviews.protocols.linear import Linear
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.protocols.user_images import embed_user_images, grey_notes, image_paths
 from twoviews.ranges import Count, Index, NotNegative, Range
-from twoviews.tracking.state import replace
 
 NEAREST = 10  # bank images that a distance is the mean of
 FAR = 99.0  # percentile of the test images' distances from which on a picture is unlike them
@@ -69,6 +69,12 @@ class Predict(Protocol):
     def notes(self, data: ImageData) -> list[str]:
         """That colours are lost, or that nothing can be held out, if so."""
         return [*grey_notes(self.images, data), *self.linear.notes(data)]
+
+    @classmethod
+    def settings_from_others(cls, protocols: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The settings of the run's linear probe, which predicts."""
+        probe = protocols.get("linear", {})
+        return {key: probe[key] for key in ("weight_decays", "held_out", "iterations", "every_epochs") if key in probe}
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """A row for each picture; a file that is no sound picture has what is wrong with it in place of a class.
@@ -120,7 +126,7 @@ class Predict(Protocol):
                 "test_images": len(test),
                 "predictions": full,
             }
-            replace(context.folder / "predictions.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            write_atomic(context.folder / "predictions.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         count = int((unlike >= FAR).sum())
         values = {"images": len(paths), "broken": len(decoded.broken), "far": count, "temperature": temperature}
         return EvaluationResult(

@@ -17,10 +17,10 @@ from twoviews.data.images import stratified
 from twoviews.data.pixels import normalise
 from twoviews.data.views import eval_view
 from twoviews.errors import BadInput
+from twoviews.protocols.classification import bootstrap_intervals
 from twoviews.protocols.protocol import EvaluationContext
 from twoviews.randomness import generator
 
-RESAMPLES = 1000  # of the bootstrap
 Classify = Callable[[Float[Tensor, "B C H W"]], Float[Tensor, "B K"]]  # normalised images to logits
 
 
@@ -109,23 +109,10 @@ class Streams:
                 seconds[number] += time.perf_counter() - begun
         return Answers(right, seconds / len(self.index))
 
-    def intervals(self, shares: Float[Tensor, "R M"]) -> Float[Tensor, "R 2"]:
-        """95 % percentile bootstrap of the mean of each row, in percent; images are drawn with replacement.
-
-        All rows are resampled alike. What an adapting classifier learnt from the images is not drawn again.
-        """
-        draws, count = generator(self.seed, "bootstrap"), len(self.index)
-        means = []
-        for _ in range(RESAMPLES):
-            times = torch.bincount(torch.randint(count, (count,), generator=draws), minlength=count)
-            means.append(shares @ times.double() / count)
-        limits = torch.tensor([0.025, 0.975], dtype=torch.double)
-        return 100 * torch.stack(means).quantile(limits, dim=0).T
-
     def table(self, answers: Answers) -> list[dict[str, float | int | str]]:
         """A row for each stream, accuracies in percent, and at last their mean without the images as they are."""
         shares = answers.shares
-        accuracy, limits = 100 * shares.mean(1), self.intervals(shares)
+        accuracy, limits = 100 * shares.mean(1), 100 * bootstrap_intervals(shares, self.seed)
         seconds = [*answers.seconds.tolist(), answers.seconds[1:].mean().item()]
         rows: list[dict[str, float | int | str]] = []
         for number, (name, severity) in enumerate([*self.names, ("mean", "all")]):
