@@ -119,7 +119,7 @@ def test_silhouette_of_a_sample_sees_all_points(monkeypatch):
     whole = silhouette(x, found, seed=0)
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * len(x) * 70)  # seventy points at once
     assert silhouette(x, found, seed=0) == pytest.approx(whole, abs=1e-5)
-    monkeypatch.setattr(module, "SAMPLE", 400)
+    monkeypatch.setattr(module, "SILHOUETTE_SAMPLE", 400)
     assert silhouette(x, found, seed=0) == silhouette(x, found, seed=0) != silhouette(x, found, seed=1)
     for seed in range(3):
         assert silhouette(x, found, seed=seed) == pytest.approx(whole, abs=0.03)

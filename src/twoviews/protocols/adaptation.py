@@ -44,7 +44,7 @@ class Model(nn.Module):
         self.requires_grad_(False).eval()
 
     def features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
-        """What the classifier's weights are about: standardised features, float32."""
+        """Standardised features in float32, which the linear classifier takes."""
         with autocast(self.device, self.dtype):
             x = self.encoder(images)
         return self.probe.standardised(x.float())
@@ -54,7 +54,7 @@ class Model(nn.Module):
         return self.probe.linear(self.features(images))
 
     def batch_norms(self) -> list[_BatchNorm]:
-        """Its batch norms, which from now on normalise by the statistics of the batch; dropout stays off."""
+        """Its batch norms, switched to normalise by the statistics of the batch; dropout stays off."""
         norms = [module for module in self.encoder.modules() if isinstance(module, _BatchNorm)]
         for norm in norms:
             norm.train()
@@ -85,16 +85,16 @@ def affine(norms: Sequence[_BatchNorm], protocol: str) -> list[nn.Parameter]:
 
 
 def entropy(logits: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
-    """Of each softmax, in nats."""
+    """Entropy of each softmax, in nats."""
     return -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
 
 
 class Memory:
-    """Features with pseudo-labels, of which each class keeps those of smallest entropy; at first the classifier's rows.
+    """Features with pseudo-labels; each class keeps those of smallest entropy. It begins with the classifier's weights.
 
     Args:
         linear: the classifier.
-        per_class: how many a class keeps; None is all.
+        per_class: features that a class keeps; None is all.
     """
 
     z: Float[Tensor, "N F"]
@@ -111,7 +111,7 @@ class Memory:
         return self.logits.argmax(1)
 
     def add(self, z: Float[Tensor, "B F"], logits: Float[Tensor, "B K"]) -> None:
-        """Append a batch, then filter."""
+        """Append a batch, then keep `per_class` features of each class."""
         self.z, self.logits = torch.cat([self.z, z.detach()]), torch.cat([self.logits, logits.detach()])
         if self.per_class is not None:
             order = entropy(self.logits).argsort(stable=True)
@@ -122,7 +122,7 @@ class Memory:
             self.z, self.logits = self.z[kept], self.logits[kept]
 
     def prototypes(self) -> Float[Tensor, "K F"]:
-        """Sums of the unit features of each class; 0 for a class without any."""
+        """Sum of the unit features of each class; 0 for a class that has none."""
         return nnf.one_hot(self.labels, self.logits.shape[1]).T.to(self.z.dtype) @ nnf.normalize(self.z, dim=1)
 
 
@@ -150,7 +150,7 @@ class Adaptation(Protocol):
 
     @property
     def label(self) -> str:
-        """What it is called in tables."""
+        """Its name in tables."""
         return type(self).__name__.lower()
 
     @classmethod
@@ -159,7 +159,7 @@ class Adaptation(Protocol):
         return {"linear": protocols["linear"]} if "linear" in protocols else {}
 
     def start(self, model: Model) -> Classify:
-        """A classifier for one stream; `model` is its own to change."""
+        """A classifier for one stream, which may change `model`."""
         raise NotImplementedError
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:

@@ -1,4 +1,4 @@
-"""What the protocols that train on labelled images share: crops of the images, a first classifier, the descent, the score.
+"""Training on labelled images, as several protocols do it: random crops, the initial classifier, the loop.
 
 Shapes: B images of a batch, M test images, C classes.
 """
@@ -20,7 +20,7 @@ from twoviews.schedule import Schedule
 
 
 def labelled(context: EvaluationContext) -> tuple[Images, Images]:
-    """The memory images, to train on, and the test images.
+    """The memory images, which classifiers are trained on, and the test images.
 
     Raises:
         BadInput: there are none.
@@ -45,9 +45,9 @@ def classifier(features: int, classes: int, device: torch.device, *key: int | st
 def crops(
     context: EvaluationContext, images: Images, batch_size: int, smallest_crop: float, flip: float, seed: int
 ) -> tuple[Loader, list[str]]:
-    """Batches of one random crop of each image, and what has to be said about their size.
+    """Batches of one random crop of each image, and notes for the user about the batch size.
 
-    The images that do not fill a last batch sit out an epoch, other ones each time.
+    Images that do not fill a last batch are left out of an epoch, different ones each time.
     """
     data, notes = context.data, []
     if batch_size > len(images):
@@ -57,7 +57,7 @@ def crops(
     return Loader(images, views, batch_size=min(batch_size, len(images)), seed=seed, device=context.device), notes
 
 
-def descend(
+def train_classifier(
     logits: Callable[[Float[Tensor, "B _ _h _w"]], Float[Tensor, "B C"]],
     loader: Loader,
     optimizer: torch.optim.Optimizer,
@@ -65,7 +65,7 @@ def descend(
     epochs: int,
     context: EvaluationContext,
 ) -> None:
-    """So many epochs of cross-entropy; each group's learning rate is its own times the schedule's factor.
+    """Train for some epochs with cross-entropy; the learning rate of each group is multiplied by the schedule's factor.
 
     Raises:
         BadInput: the loss became infinite or not a number.
