@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from twoviews.config import entry
+from twoviews.config.entry import entry
 
 
 @entry("cluster")
@@ -16,12 +16,12 @@ def main(cfg, folder: Path) -> int:
     from twoviews.clusters.clustering import cluster_images
     from twoviews.console import Console
     from twoviews.encoders.opening import open_encoder
-    from twoviews.tracking import afterwards
+    from twoviews.locks import locked_for_evaluation
 
     console, overrides = Console(), HydraConfig.get().overrides.task
     data = partial(load_data, cfg) if "data" in cfg else None
     loaded = open_encoder(cfg.run, data, cfg.mean, cfg.std)
-    with afterwards.using(loaded.folder, console.say):
+    with locked_for_evaluation(loaded.folder, console.say):
         cluster_images(loaded, data, cfg, overrides, console)
     return 0
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from twoviews.config import entry
+from twoviews.config.entry import entry
 
 
 @entry("evaluate")
@@ -13,14 +13,14 @@ def main(cfg, folder: Path) -> int:
     from hydra.core.hydra_config import HydraConfig
 
     from twoviews.assembly import load_data
-    from twoviews.config import build
+    from twoviews.config.building import build
     from twoviews.console import Console
     from twoviews.encoders.opening import open_encoder
     from twoviews.encoders.run_names import expand_runs
     from twoviews.errors import BadInput, mistakes
     from twoviews.evaluation.comparison import compare
     from twoviews.evaluation.evaluation import evaluate
-    from twoviews.tracking import afterwards
+    from twoviews.locks import locked_for_evaluation
 
     if "protocol" not in cfg:
         raise BadInput("protocol=[] leaves nothing to measure; choose one or more, such as protocol=[knn,linear].")
@@ -31,7 +31,7 @@ def main(cfg, folder: Path) -> int:
     for run in expand_runs(cfg.run):
         loaded = open_encoder(run, data, cfg.mean, cfg.std)
         name = run if loaded.name in evaluations else loaded.name
-        with afterwards.using(loaded.folder, console.say):
+        with locked_for_evaluation(loaded.folder, console.say):
             evaluations[name] = evaluate(loaded, data, cfg, overrides, console)
     if len(evaluations) > 1:
         compare(evaluations, Path("outputs"), console)

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from twoviews.config import build, entry
+from twoviews.config.building import build
+from twoviews.config.entry import entry
 
 
 @entry("train")

@@ -16,8 +16,10 @@ import hydra
 from loops import ours
 from recording import arguments, record, run, seconds
 
-from twoviews import config
 from twoviews.assembly import load_data, make_parts, make_views
+from twoviews.config.building import build
+from twoviews.config.checks import check
+from twoviews.config.groups import CONF
 
 GOALS = {"e_step": 0.15, "monitor": 0.05}
 
@@ -26,10 +28,10 @@ def main() -> None:
     """Command line."""
     options = arguments(__doc__, rounds=9, steps=40)
     shared = ["experiment=laptop", "method=pcl", "data=folder", "tracking=files"]
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.CONF)):
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = hydra.compose("train", [*shared, *options.overrides])
-    config.check("train", cfg)
-    data, runtime = load_data(cfg), config.build(cfg.runtime)
+    check("train", cfg)
+    data, runtime = load_data(cfg), build(cfg.runtime)
     parts = make_parts(cfg, data, make_views(cfg, data), runtime, runtime.torch_device())
     knn, epoch = parts.protocols["knn"], cfg.method.warmup_epochs
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in GOALS}

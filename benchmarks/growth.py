@@ -28,9 +28,11 @@ from recording import record
 from torch import distributed as dist
 from torch import multiprocessing
 
-from twoviews import config, distributed
+from twoviews import distributed
 from twoviews.assembly import load_data, make_parts, make_views
 from twoviews.clusters.kmeans import kmeans
+from twoviews.config.building import build
+from twoviews.config.groups import CONF
 from twoviews.console import Console
 from twoviews.data.images import ImageData, Images
 from twoviews.features import Features
@@ -67,7 +69,7 @@ class Axis:
 
 def made(count: int) -> ImageData:
     """So many colour images of 32 px, all the same one, which takes no memory."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.CONF)):
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         digits = load_data(hydra.compose("train", SHARED))
     one = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = Images(one.expand(count, 3, 32, 32), torch.full((count, 2), 32), None)
@@ -77,9 +79,9 @@ def made(count: int) -> ImageData:
 
 def training(overrides: list[str]) -> Callable[[], object]:
     """Some steps of a training."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.CONF)):
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = hydra.compose("train", [*SHARED, *overrides])
-    data, runtime = made(70_000), config.build(cfg.runtime)
+    data, runtime = made(70_000), build(cfg.runtime)
     parts = make_parts(cfg, data, make_views(cfg, data), runtime, torch.device("cpu"))
     one = Training(parts, run=Run("run"), metrics=None, console=Console(quiet=True), epochs=cfg.epochs, seed=cfg.seed)
     batches = iter(parts.loader)

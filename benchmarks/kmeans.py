@@ -243,7 +243,7 @@ def train(folder: Path, overrides: list[str]) -> None:
     """Keep what each E-step of train.py clusters, as <folder>/epoch_00.npy and so on."""
     import runpy
 
-    from twoviews.config import ROOT
+    from twoviews.config.groups import ROOT
     from twoviews.methods import pcl
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,8 @@ from recording import record
 from torch.nn import functional as nnf
 
 from twoviews.assembly import load_data
-from twoviews.config import CONF, build
+from twoviews.config.building import build
+from twoviews.config.groups import CONF
 from twoviews.data.images import Images
 from twoviews.data.views import eval_view
 from twoviews.protocols.protocol import EvaluationContext

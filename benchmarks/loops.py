@@ -33,8 +33,10 @@ from torch import nn
 from torch.nn import functional as nnf
 from torch.utils.data import DataLoader, Dataset
 
-from twoviews import config
 from twoviews.assembly import Parts, load_data, make_parts, make_views
+from twoviews.config.building import build
+from twoviews.config.checks import check
+from twoviews.config.groups import CONF
 from twoviews.console import Console
 from twoviews.data.images import ImageData
 from twoviews.data.loader import Batch
@@ -173,9 +175,9 @@ def composed(method: str, overrides: list[str]) -> DictConfig:
     ]
     numbers = [f"batch_size={BATCH}", "optimizer.lr_scaling=none", f"optimizer.lr={LR}", "schedule.warmup_epochs=0"]
     numbers += ["optimizer.weight_decay=0.0005", "protocol=[]", "tracking=files", "epochs=50"]
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.CONF)):
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = hydra.compose("train", [*shared, *numbers, *METHODS[method], *overrides])
-    config.check("train", cfg)
+    check("train", cfg)
     return cfg
 
 
@@ -189,7 +191,7 @@ def seconds(steps: Steps, count: int) -> tuple[float, list[float]]:
 def compare(method: str, overrides: list[str], rounds: int, count: int) -> dict[str, Any]:
     """Images a second of both sides and the ratio."""
     cfg = composed(method, overrides)
-    data, runtime = load_data(cfg), config.build(cfg.runtime)
+    data, runtime = load_data(cfg), build(cfg.runtime)
     parts, again = (make_parts(cfg, data, make_views(cfg, data), runtime, runtime.torch_device()) for _ in range(2))
     encoder, sides = deepcopy(parts.method.encoder), ("ours", "ready", "peer")
     times: dict[str, list[float]] = {side: [] for side in sides}

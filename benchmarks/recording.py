@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from hydra.errors import HydraException
 
-from twoviews.config import BAD_INPUT
+from twoviews.config.entry import BAD_INPUT
 from twoviews.errors import BadInput
 
 

@@ -39,8 +39,10 @@ from recording import record, run
 from speedrun import processor, without_paths
 from torch import Tensor, nn
 
-from twoviews import config
 from twoviews.assembly import load_data, make_parts, make_views
+from twoviews.config import checks
+from twoviews.config.building import build
+from twoviews.config.groups import CONF
 from twoviews.console import Console
 from twoviews.data.images import ImageData
 from twoviews.data.loader import Loader
@@ -52,7 +54,7 @@ from twoviews.protocols.knn import knn_scores
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.run import Run
 from twoviews.runtime import Runtime, StopSignal, autocast
-from twoviews.tracking import Metrics, read
+from twoviews.tracking.metrics import Metrics, read
 
 METHODS = ("moco", "simclr", "byol")
 SIDES = ("reference", "ours")
@@ -562,9 +564,9 @@ def composed(method: str, epochs: int, seed: int, overrides: Sequence[str]) -> D
     """The recipe of a method."""
     images = [] if any(one.startswith("data=") for one in overrides) else ["data=folder"]
     fixed = ["tracking=files", "protocol=[knn]", f"epochs={epochs}", f"seed={seed}"]
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.CONF)):
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = hydra.compose("train", [f"experiment={method}_cifar10", *images, *overrides, *fixed])
-    config.check("train", cfg)
+    checks.check("train", cfg)
     check(method, cfg)
     return cfg
 
@@ -596,7 +598,7 @@ def main() -> None:
     options, begin, rows = arguments(), time.monotonic(), []
     recipes = {method: composed(method, options.epochs, 0, options.overrides) for method in options.methods}
     some = recipes[options.methods[0]]
-    runtime: Runtime = config.build(some.runtime)
+    runtime: Runtime = build(some.runtime)
     device = runtime.torch_device()
     data = load_data(some).to(device)
     if data.memory is None or data.test is None:

@@ -25,7 +25,8 @@ import yaml
 from omegaconf import OmegaConf
 from PIL import Image
 
-from twoviews import config
+from twoviews.config.digest import flat
+from twoviews.config.groups import CONF
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {  # of a method's file, which are other code
@@ -62,9 +63,9 @@ PATH = re.compile(r"^(views|norms|step)\s.*?(compiled|tensors|fused|plain|CUDA g
 def methods() -> dict[str, list[str]]:
     """The overrides of train.py for each."""
     found = {}
-    files = {path.stem: path.stem for path in sorted((config.CONF / "method").glob("*.yaml"))}
+    files = {path.stem: path.stem for path in sorted((CONF / "method").glob("*.yaml"))}
     for name, method in (files | {name: name.partition("_")[0] for name in VARIANTS}).items():
-        known = yaml.safe_load((config.CONF / "method" / f"{method}.yaml").read_text())
+        known = yaml.safe_load((CONF / "method" / f"{method}.yaml").read_text())
         small = [f"method.{key}={value}" for key, value in METHOD.items() if key in known]
         found[name] = [f"method={method}", *TRAINING, *small, *VARIANTS.get(name, [])]
     return found
@@ -73,10 +74,10 @@ def methods() -> dict[str, list[str]]:
 def protocols(picture: Path) -> dict[str, list[str]]:
     """The overrides of evaluate.py for each."""
     found = {}
-    for name in sorted(path.stem for path in (config.CONF / "protocol").glob("*.yaml")):
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.CONF)):
+    for name in sorted(path.stem for path in (CONF / "protocol").glob("*.yaml")):
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             node = OmegaConf.to_container(hydra.compose("evaluate", [f"protocol=[{name}]"]).protocol)
-        keys = [key for key in config.flat(node) if key.rpartition(".")[2] in PROTOCOL]
+        keys = [key for key in flat(node) if key.rpartition(".")[2] in PROTOCOL]
         small = [f"protocol.{key}={json.dumps(PROTOCOL[key.rpartition('.')[2]])}".replace('"', "") for key in keys]
         found[name] = [f"protocol=[{name}]", *small, *([f"images={picture}"] if name == "predict" else [])]
     return found

@@ -26,13 +26,14 @@ import hydra
 import torch
 from recording import medians, record
 
-from twoviews import config
 from twoviews.assembly import load_data, make_parts, make_views
+from twoviews.config.building import build
+from twoviews.config.groups import CONF
 from twoviews.console import Console
 from twoviews.data.images import Images
 from twoviews.loop import Training
 from twoviews.run import Run, load_checkpoint
-from twoviews.tracking import Metrics, read
+from twoviews.tracking.metrics import Metrics, read
 
 STEPS = 200  # a round of logging
 LOG_GOAL = 20e-6  # seconds a step
@@ -76,7 +77,7 @@ def logging(folder: Path, rounds: int) -> list[dict[str, Any]]:
             client.log_batch(number, [Metric(name, value, 0, at) for name, value in VALUES.items()])
 
     ours()
-    metrics.mark()
+    metrics.flush()
     lines = list(read(folder))
     assert len(lines) == STEPS and all(line[name] == value for line in lines for name, value in VALUES.items())
     ways: dict[str, tuple[Callable[[], None], int]] = {
@@ -136,9 +137,9 @@ def checkpoints(folder: Path, rounds: int) -> list[dict[str, Any]]:
 
 def moco(folder: Path) -> Training:
     """A training whose optimizer has its momentum."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.CONF)):
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = hydra.compose("train", OVERRIDES)
-    data, runtime = load_data(cfg), config.build(cfg.runtime)
+    data, runtime = load_data(cfg), build(cfg.runtime)
     many = 70_000  # images, more than the queue has keys; nothing looks at them
     blank = Images(torch.zeros(1, dtype=torch.uint8).expand(many, 1, 32, 32), torch.full((many, 2), 32), None)
     data = replace(data, train=blank)

@@ -26,11 +26,12 @@ import hydra
 from omegaconf import OmegaConf
 from recording import medians, record
 
-from twoviews import config
+from twoviews.config.composition import register_resolvers
+from twoviews.config.groups import CONF, ROOT
 from twoviews.sweeps.composing import Composer
 from twoviews.sweeps.launching import composed
 
-TRAIN = str(config.ROOT / "train.py")
+TRAIN = str(ROOT / "train.py")
 HALF_A_SECOND = 0.26  # of `import torch`
 FIRST_STEP = 1.5
 SECONDS = 5.0  # for 1,000 points
@@ -114,8 +115,8 @@ def points(count: int) -> dict[str, Any]:
     combinations = [
         [f"{key}={value:g}" for key, value in zip(axes, one, strict=True)] for one in itertools.product(*values)
     ]
-    config._register_resolvers()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.CONF)):
+    register_resolvers()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
 
         def compose(overrides: list[str]) -> Any:
             return hydra.compose("train", overrides)

@@ -27,8 +27,10 @@ from recording import record, run
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from twoviews import config
 from twoviews.assembly import Parts, load_data, make_parts, make_views
+from twoviews.config.building import build
+from twoviews.config.checks import check
+from twoviews.config.groups import CONF
 from twoviews.run import parameter_count
 
 METHODS = {  # the overrides that its CIFAR-10 recipe needs, beside the shared ones
@@ -88,10 +90,10 @@ def counted(parts: Parts, dtype: torch.dtype, one_step: Callable[[], Any]) -> tu
 def prepared(method: str, overrides: list[str]) -> tuple[Parts, Any]:
     """A training of that method."""
     shared = ["backbone=resnet18_cifar", "batch_size=512", *METHODS[method]]
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.CONF)):
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = hydra.compose("train", [f"method={method}", *shared, "tracking=files", "protocol=[]", *overrides])
-    config.check("train", cfg)
-    runtime = config.build(cfg.runtime)
+    check("train", cfg)
+    runtime = build(cfg.runtime)
     device = runtime.torch_device()
     data = load_data(cfg).to(device)
     return make_parts(cfg, data, make_views(cfg, data), runtime, device), cfg

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from twoviews import distributed
 from twoviews.assembly import Parts, load_data, make_parts, make_views
-from twoviews.config import check
+from twoviews.config.checks import check
 from twoviews.data.loader import Batch
 from twoviews.methods.method import Progress
 

@@ -116,7 +116,7 @@ def test_timm_gives_pooled_features_at_any_size():
     [
         ("resnet10", 32, 0.0, "is not a model of timm .* Did you mean 'resnet1"),
         ("vit_tiny_patch16_224", 8, 0.0, "cannot take 8x8 images"),
-        ("vgg11", 32, 0.1, "backbone.drop_path_rate=0.1 is not for vgg11"),
+        ("vgg11", 32, 0.1, "drop_path_rate=0.1 is not for vgg11"),
         ("xcit_nano_12_p16_224", 35, 0.0, "cannot take 35x35 images .*divide"),
         ("vit_tiny_r_s16_p8_224", 35, 0.0, r"cannot take 35x35 images \(AssertionError\)"),
     ],

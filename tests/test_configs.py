@@ -10,7 +10,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from twoviews.assembly import make_parts, make_views
-from twoviews.config import build, check, digest
+from twoviews.config.building import build
+from twoviews.config.checks import check
+from twoviews.config.digest import digest
 from twoviews.data.images import ImageData, Images
 from twoviews.errors import BadInput
 

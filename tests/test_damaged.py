@@ -352,7 +352,7 @@ def test_names_of_all_kinds(entry: Call, trained: Path, tmp_path: Path, name: st
     for one in missing:
         refused(entry(*one))
     done = entry("evaluate", name)  # which also lacks run=
-    assert done.code == 2 and "Traceback" not in done.err and "is no key=value" in done.err
+    assert done.code == 2 and "Traceback" not in done.err and "is not of the form key=value" in done.err
     if len(name) > 255:
         refused(entry("train", *TRAIN, f"hydra.run.dir={quoted}"), "too long")
         return

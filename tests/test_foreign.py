@@ -18,15 +18,16 @@ from test_configs import composed
 from twoviews import launched
 from twoviews.assembly import describe_data, describe_encoder, load_data, make_parts, make_views
 from twoviews.code import content
-from twoviews.config import build, digest
+from twoviews.config.building import build
+from twoviews.config.digest import digest
+from twoviews.config.groups import targets
 from twoviews.errors import BadInput
 from twoviews.foreign import load
 from twoviews.run import Run
-from twoviews.signatures import buildable
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.folder import New, State, Sweep
-from twoviews.tracking import read
 from twoviews.tracking.__main__ import main as tracking_command
+from twoviews.tracking.metrics import read
 
 MADE = "MADE"  # the file that a payload would make, in the working directory; its absolute path is filled in
 EVIL = "EVIL"  # a Python module that makes it, likewise
@@ -392,9 +393,9 @@ def test_a_pipe_in_a_sweep_folder_is_not_waited_for(entry: Call, place: Path) ->
 
 
 def test_what_can_be_built_is_what_conf_names() -> None:
-    assert buildable("backbone") == {"twoviews.backbones.ResNet", "twoviews.backbones.Timm"}
-    assert buildable("launcher") >= {"twoviews.sweeps.machine.Local", "twoviews.sweeps.slurm.Slurm"}
-    assert not any(buildable(group) for group in ("", "hydra", "../conf/method", "special", "seed"))
+    assert targets("backbone") == {"twoviews.backbones.ResNet", "twoviews.backbones.Timm"}
+    assert targets("launcher") >= {"twoviews.sweeps.machine.Local", "twoviews.sweeps.slurm.Slurm"}
+    assert not any(targets(group) for group in ("", "hydra", "../conf/method", "special", "seed"))
 
 
 def test_an_older_run_is_judged_without_what_is_gone(entry: Call, place: Path) -> None:

@@ -25,7 +25,7 @@ from twoviews import batch_size
 from twoviews.assembly import Parts, load_data, make_parts, make_views
 from twoviews.backbones import ResNet
 from twoviews.clusters import kmeans
-from twoviews.config import build
+from twoviews.config.building import build
 from twoviews.console import Console
 from twoviews.data import kernel_cuda, views
 from twoviews.data.sources import digits
@@ -103,6 +103,8 @@ def tensors(tree: Any) -> Iterator[torch.Tensor]:
 
 CLUSTERED = ("pcl_masked", "deepcluster_v2")  # an image between two clusters is in either, as bf16 happens to round
 IN_BF16 = ("moco", "simclr", "swav", *CLUSTERED)
+# Gradients of a loss with weights of 25 are so large that rounding errors grow a thousandfold in each step of the usual rate.
+SMALL_STEPS = {"vicreg": ["optimizer.lr=0.002"]}
 
 
 @pytest.mark.parametrize(
@@ -110,6 +112,7 @@ IN_BF16 = ("moco", "simclr", "swav", *CLUSTERED)
 )
 def test_a_step_waits_for_nothing_and_computes_what_it_does_on_a_cpu(name: str, precision: str, tmp_path: Path) -> None:
     overrides = [f"runtime.precision={precision}", "runtime.channels_last=true", "runtime.accumulate=1"]
+    overrides += SMALL_STEPS.get(name, [])
     with pretended():
         there = training(tmp_path, config(name, *overrides, "runtime.device=cuda"))
         found = stepped(there)

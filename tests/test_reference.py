@@ -19,7 +19,7 @@ import recording  # noqa: E402
 import reference  # noqa: E402
 
 from twoviews.assembly import Parts, load_data, make_parts, make_views  # noqa: E402
-from twoviews.config import build  # noqa: E402
+from twoviews.config.building import build  # noqa: E402
 from twoviews.errors import BadInput  # noqa: E402
 from twoviews.randomness import seed_of  # noqa: E402
 

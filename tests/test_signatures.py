@@ -5,14 +5,15 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 
-from twoviews.config import _FILLED_IN, _NODES, groups
+from twoviews.config.checks import NODES
+from twoviews.config.groups import PASSED_BY_PROGRAM, PLUGIN_KEYS, groups, targets
 from twoviews.data.corruptions import CORRUPTIONS
 from twoviews.ranges import Corruption, Count, Length, Positive, Size
-from twoviews.signatures import BUILDS, Component, buildable, complaint, signature, unusable
+from twoviews.signatures import Component, complaint, signature, unusable
 
 TARGETS = [
-    *((group, target) for group in (*groups(), *BUILDS) for target in sorted(buildable(group))),
-    *(("", target) for target in (*_NODES.values(), "twoviews.data.views.View")),
+    *((group, target) for group in (*groups(), *PLUGIN_KEYS) for target in sorted(targets(group))),
+    *(("", target) for target in (*NODES.values(), "twoviews.data.views.View")),
 ]
 
 
@@ -29,7 +30,7 @@ def compare(annotation: Any) -> None:
 @pytest.mark.parametrize(("group", "target"), TARGETS)
 def test_every_parameter_can_be_compared(group: str, target: str) -> None:
     for name, parameter in signature(target).items():
-        if name not in _FILLED_IN.get(group, ()):
+        if name not in PASSED_BY_PROGRAM.get(group, ()):
             compare(parameter.annotation)
 
 

@@ -172,7 +172,7 @@ def test_a_training_goes_on_from_its_checkpoint_captured_or_not(tmp_path: Path) 
     ("changes", "processes", "reason"),
     [
         ({}, 1, None),
-        ({"cuda_graph": False}, 1, "runtime.cuda_graph=false"),
+        ({"cuda_graph": False}, 1, "cuda_graph=false"),
         ({"precision": "fp16"}, 1, "fp16"),
         ({}, 2, "2 processes"),
     ],

@@ -29,7 +29,8 @@ class Searching(Sweeper):
             BadInput: something is not right; nothing was started.
             SystemExit: points failed, or a signal stopped them.
         """
-        from twoviews.config import build, check_plugin
+        from twoviews.config.building import build
+        from twoviews.config.checks import check_plugin
         from twoviews.sweeps.launching import Launch
 
         search = build(DictConfig(check_plugin(self._config, "sweeper")))

@@ -18,7 +18,8 @@ from twoviews.backbones import Encoder, ResNet, left_over
 from twoviews.clusters.kmeans import Clustered
 from twoviews.clusters.scores import clustering_scores
 from twoviews.code import code_state
-from twoviews.config import build
+from twoviews.config.building import build
+from twoviews.config.parameter_names import qualified_errors, qualify
 from twoviews.console import Console, duration, in_bytes
 from twoviews.data.images import ImageData
 from twoviews.data.loader import Loader
@@ -38,7 +39,9 @@ from twoviews.run import parameter_count
 from twoviews.runtime import Runtime, format_name
 from twoviews.signatures import signature
 from twoviews.step import eager_reason
-from twoviews.tracking import page, read, stores
+from twoviews.tracking import uris
+from twoviews.tracking.metrics import read
+from twoviews.tracking.state import run_page
 
 
 @dataclass
@@ -92,7 +95,7 @@ def check_parts(cfg: DictConfig, runtime: Runtime, device: torch.device) -> None
         lambda: build(cfg.optimizer, batch_size=cfg.batch_size, _partial_=True)(groups),
         lambda: build(cfg.schedule),
         lambda: build(cfg.augmentation, **colours),
-        lambda: stores.resolved(build(cfg.tracking).uri),
+        lambda: uris.resolve(build(cfg.tracking).uri),
         *(partial(build, node) for node in (cfg.get("protocol") or {}).values()),
         *([lambda: build(cfg.data)] if "root" in cfg.data and cfg.data.root is None else []),
     )
@@ -105,6 +108,7 @@ def load_data(cfg: DictConfig) -> ImageData:
     if distributed.rank() > 0:
         distributed.wait_for_first()
     data = build(cfg.data)
+    data = replace(data, notes=tuple(qualify(note, "data") for note in data.notes))
     if distributed.rank() == 0:
         distributed.wait_for_first()
     return data
@@ -175,7 +179,11 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
         optimizer=optimizer,
         schedule=build(cfg.schedule),
         protocols=protocols,
-        notes=[*unseen, *notes, *(note for one in protocols.values() for note in one.notes(data))],
+        notes=[
+            *(qualify(note, "backbone") for note in unseen),
+            *notes,
+            *(note for one in protocols.values() for note in one.notes(data)),
+        ],
     )
 
 
@@ -225,7 +233,9 @@ def _method(
             "choose another with augmentation=."
         )
     micro_batch = cfg.batch_size // cfg.runtime.accumulate
-    return method, method.prepare(cfg.batch_size, micro_batch, len(data.train), distributed.processes())
+    with qualified_errors("method"):
+        notes = method.prepare(cfg.batch_size, micro_batch, len(data.train), distributed.processes())
+    return method, [qualify(note, "method") for note in notes]
 
 
 def _sizes(cfg: DictConfig) -> str:
@@ -282,7 +292,7 @@ def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
     )
     console.say(f"device    {device}, {dtype}, processes: {distributed.processes()}")
     reason, chosen = eager_reason(parts.runtime, parts.device), _chosen_norms(parts)
-    console.say("step      " + ("CUDA graph" if reason is None else f"eager ({reason})"))
+    console.say("step      " + ("CUDA graph" if reason is None else f"eager ({qualify(reason)})"))
     fused = chosen is None and reason_for_plain(parts.device) is None  # a reason of the device's is told below
     console.say("norms     " + ("fused" if fused else f"plain ({chosen})" if chosen else "plain"))
     for sentence in (*slower(parts.runtime.device, parts.device, norms=chosen is None), *unrecorded()):
@@ -350,7 +360,7 @@ def show_result(folder: Path, result: dict[str, Any], console: Console) -> None:
         or "-",
     }
     console.table(f"{folder.name}: {result['state']} after {result['epoch']:.4g} epochs", rows)
-    console.say(f"MLflow: {page(folder)}")  # not in the table, which would break a command that is to be copied
+    console.say(f"MLflow: {run_page(folder)}")  # not in the table, which would break a command that is to be copied
     floor = max(result.get(f"baseline/{name}_knn_top1", 0) for name in ("untrained", "pixels"))
     if result.get("knn/top1", 100) <= floor:
         console.say(

@@ -126,10 +126,10 @@ class ResNet(Encoder):
             remedy = (
                 "a backbone with the CIFAR stem, such as backbone=resnet18_cifar"
                 if stem == "imagenet"
-                else f"images of at least {2 * stride} px (data.size)"
+                else f"images of at least {2 * stride} px (size=)"
             )
             raise BadInput(
-                f"backbone.stem={stem} shrinks {image_size}x{image_size} images {stride}-fold, to a single pixel; use {remedy}."
+                f"stem={stem} shrinks {image_size}x{image_size} images {stride}-fold, to a single pixel; use {remedy}."
             )
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(channels, width, 7, 2, 3, bias=False)
@@ -193,9 +193,7 @@ class Timm(Encoder):
 
         self.recipe = {"_target_": "twoviews.backbones.Timm", "name": name, "drop_path_rate": drop_path_rate}
         if name not in timm.list_models():
-            raise BadInput(
-                f"backbone.name={name} is not a model of timm {timm.__version__}.{nearest(name, timm.list_models())}"
-            )
+            raise BadInput(f"name={name} is not a model of timm {timm.__version__}.{nearest(name, timm.list_models())}")
         options: dict[str, Any] = {"num_classes": 0, "in_chans": channels, "pretrained": False}
         if drop_path_rate:
             options["drop_path_rate"] = drop_path_rate
@@ -213,18 +211,16 @@ class Timm(Encoder):
                 features = self.model.eval()(torch.zeros(1, channels, image_size, image_size))
         except TypeError as error:
             raise BadInput(
-                f"backbone.drop_path_rate={drop_path_rate} is not for {name}, which has no stochastic depth; use 0."
+                f"drop_path_rate={drop_path_rate} is not for {name}, which has no stochastic depth; use 0."
             ) from error
         except (RuntimeError, AssertionError, ValueError) as error:
             raise BadInput(
-                f"backbone.name={name} cannot take {image_size}x{image_size} images ({_first_line(error)}); choose another "
-                "model or data.size."
+                f"name={name} cannot take {image_size}x{image_size} images ({_first_line(error)}); choose another "
+                "model or size=."
             ) from error
         self.model.train()
         if features.ndim != 2:
-            raise BadInput(
-                f"backbone.name={name} gives features of shape {tuple(features.shape)}, not one vector an image."
-            )
+            raise BadInput(f"name={name} gives features of shape {tuple(features.shape)}, not one vector an image.")
         self.out_dim = features.shape[1]
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
@@ -238,8 +234,8 @@ class Timm(Encoder):
         except AssertionError as error:
             height, width = images.shape[2:]
             raise BadInput(
-                f"backbone.name={self.recipe['name']} cannot take views of {height}x{width} px ({error}); give them the images' "
-                "size with augmentation.views.<name>.size=null, or choose a model for any size."
+                f"name={self.recipe['name']} cannot take views of {height}x{width} px ({error}); give them the images' "
+                "size with views.<name>.size=null, or choose a model for any size."
             ) from error
 
 

@@ -24,7 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from twoviews import distributed
 from twoviews.assembly import load_data, make_parts, make_views
-from twoviews.config import build
+from twoviews.config.building import build
+from twoviews.config.parameter_names import qualify
 from twoviews.console import Console, in_bytes
 from twoviews.data.loader import Batch, Loader
 from twoviews.errors import BadInput, Stopped
@@ -196,7 +197,7 @@ def _try(content: dict[str, Any], free: int, scratch: Path, answer: Connection) 
     except TooLarge as error:
         found = Trial(cfg.batch_size, failed=str(error))
     except BadInput as error:
-        found = Trial(cfg.batch_size, refused=str(error))
+        found = Trial(cfg.batch_size, refused=qualify(str(error)))
     except no_memory as error:
         found = Trial(cfg.batch_size, failed=shorten(str(error) or type(error).__name__, 100))
     except RuntimeError as error:  # of the libraries beside torch's allocator

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from twoviews.config import ROOT
+from twoviews.config.groups import ROOT
 from twoviews.errors import BadInput
 from twoviews.files import write_atomic
 

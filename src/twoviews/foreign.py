@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 import yaml
 
+from twoviews.config.groups import targets
 from twoviews.errors import BadInput, system_reason
 from twoviews.ranges import Count, NotNegative, Total
-from twoviews.signatures import buildable, complaint
+from twoviews.signatures import complaint
 
 LARGEST = {".yaml": 2**18, ".json": 2**25}  # bytes; YAML takes far longer to read
 DEPTH = 20  # of dictionaries and lists in each other; those of conf/ have five
@@ -268,7 +269,7 @@ def _impure(path: str, value: Any, group: str, literal: bool, depth: int) -> str
         literal: whether no text may be an interpolation; in any case none of a group may.
         depth: of what may still be inside it.
     """
-    literal = literal or bool(buildable(group))
+    literal = literal or bool(targets(group))
     if not depth:
         return f"{path[:60]!r} is nested deeper than {DEPTH} levels"
     if isinstance(value, dict):
@@ -276,7 +277,7 @@ def _impure(path: str, value: Any, group: str, literal: bool, depth: int) -> str
             if not isinstance(key, (str, int)):
                 return f"{path[:60]!r} has the key {short(key)}"
             if str(key) == "_target_":
-                if not isinstance(inner, str) or inner not in buildable(group):
+                if not isinstance(inner, str) or inner not in targets(group):
                     return f"_target_={short(inner)} is none that {group} can build"
             elif str(key).startswith("_") and str(key).endswith("_"):
                 return f"{path[:60]!r} has the key {short(key)}"

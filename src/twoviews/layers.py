@@ -125,14 +125,14 @@ class Queue(nn.Module):
         keys = batch_size * per_image
         if self.size > train_images:
             raise BadInput(
-                f"method.queue_size={self.size} is larger than the {train_images} training images, so an image would be "
+                f"queue_size={self.size} is larger than the {train_images} training images, so an image would be "
                 f"contrasted with its own older keys; use at most {train_images}, for example "
-                f"method.queue_size={max(keys, train_images // 2 // keys * keys)}."
+                f"queue_size={max(keys, train_images // 2 // keys * keys)}."
             )
         if self.size < keys:
             raise BadInput(
-                f"method.queue_size={self.size} is smaller than the {keys} keys of one step; use "
-                f"method.queue_size={4 * keys} or batch_size={max(1, self.size // per_image)}."
+                f"queue_size={self.size} is smaller than the {keys} keys of one step; use "
+                f"queue_size={4 * keys} or batch_size={max(1, self.size // per_image)}."
             )
 
     @torch.no_grad()
@@ -252,12 +252,12 @@ def check_splits(splits: int, batch_size: int, micro_batch: int, processes: int)
         parts = batch_size // micro_batch
         fitting = max(2, round(micro_batch / splits)) * splits * parts
         batch = f"batch_size={fitting} or " if splits % processes == 0 else ""
-        divided = f" / runtime.accumulate={parts}" if parts > 1 else ""
+        divided = f" / accumulate={parts}" if parts > 1 else ""
         raise BadInput(
-            f"method.bn_splits={splits} needs a batch_size{' / runtime.accumulate' if divided else ''} that is a multiple of "
+            f"bn_splits={splits} needs a batch_size{' / accumulate' if divided else ''} that is a multiple of "
             f"it (at least {2 * splits}) and a number of processes that divides it; this is "
             f"batch_size={batch_size}{divided} and {processes} process(es): use "
-            f"{batch}method.bn_splits=1."
+            f"{batch}bn_splits=1."
         )
 
 
@@ -334,7 +334,7 @@ def split_batch_norms(module: nn.Module, splits: int) -> None:
     strangers = _other_norms(module)
     if strangers:
         raise BadInput(
-            f"method.bn_splits={splits} splits nn.BatchNorm2d, and this backbone has {strangers}; use method.bn_splits=1 or "
+            f"bn_splits={splits} splits nn.BatchNorm2d, and this backbone has {strangers}; use bn_splits=1 or "
             "another backbone."
         )
 

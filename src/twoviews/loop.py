@@ -18,7 +18,7 @@ from twoviews.randomness import seed_of
 from twoviews.run import Run
 from twoviews.runtime import StopSignal, format_name, peak_memory
 from twoviews.step import Step, Values
-from twoviews.tracking import Metrics
+from twoviews.tracking.metrics import Metrics
 
 if TYPE_CHECKING:
     from twoviews.assembly import Parts  # which reads configurations; nothing here does
@@ -94,7 +94,7 @@ class Training:
             "scaler": self.step.scaler.state_dict(),
             "position": {**vars(self.position), "seconds": self.seconds()},
             "precision": format_name(self.dtype),
-            "metrics_bytes": self.metrics.mark() if self.metrics else 0,
+            "metrics_bytes": self.metrics.flush() if self.metrics else 0,
             "latest": self.latest,
         }
 

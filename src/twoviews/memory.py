@@ -58,7 +58,7 @@ def check_views(views: Views, batch_size: int, channels: int, device: torch.devi
     """
     needed = batch_size * channels * sum(side**2 for side in views.sizes) * 4
     sides = ", ".join(f"{side} px" for side in dict.fromkeys(views.sizes))
-    sizes = f"augmentation.views.<name>.size and count ({len(views)} views, side: {sides}) or batch_size={batch_size}"
+    sizes = f"views.<name>.size= and views.<name>.count= ({len(views)} views, side: {sides}) or batch_size={batch_size}"
     _compare(min(needed, LARGEST), device, "the views of a batch", sizes)
 
 

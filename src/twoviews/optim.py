@@ -93,7 +93,7 @@ def sgd(
         BadInput: Nesterov's form without momentum.
     """
     if nesterov and momentum == 0:
-        raise BadInput("optimizer.nesterov=true needs optimizer.momentum above 0, for example 0.9.")
+        raise BadInput("nesterov=true needs a momentum above 0; use for example momentum=0.9.")
     groups = _excluding(param_groups, exclude_norm_and_bias, weight_decay=0.0)
     return SGD(
         groups,

@@ -54,9 +54,7 @@ class Runtime:
             BadInput: a GPU was asked for and there is none, or there are more processes than GPUs on this machine.
         """
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise BadInput(
-                "runtime.device=cuda, but torch finds no GPU; use runtime.device=cpu or check the driver with nvidia-smi."
-            )
+            raise BadInput("device=cuda, but torch finds no GPU; use device=cpu or check the driver with nvidia-smi.")
         if self.device == "cpu" or not torch.cuda.is_available():
             return torch.device("cpu")
         number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -64,7 +62,7 @@ class Runtime:
         if processes > count:  # found by all of them, because only the first one prints
             raise BadInput(
                 f"{processes} processes on this machine would need a GPU each, and torch finds {count}; start at most {count} "
-                f"(torchrun --nproc-per-node {count}), or use runtime.device=cpu."
+                f"(torchrun --nproc-per-node {count}), or use device=cpu."
             )
         return torch.device("cuda", number)
 
@@ -75,7 +73,7 @@ class Runtime:
             BadInput: fp16 on a CPU.
         """
         if self.precision == "fp16" and device.type == "cpu":
-            raise BadInput("runtime.precision=fp16 needs a GPU; use bf16 or fp32 on a CPU.")
+            raise BadInput("precision=fp16 needs a GPU; use bf16 or fp32 on a CPU.")
         if self.precision == "auto":
             return torch.bfloat16 if native_bf16(device) else torch.float32
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]

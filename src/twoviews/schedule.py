@@ -34,7 +34,7 @@ class Cosine:
     def __post_init__(self) -> None:
         if self.warmup_epochs > self.epochs:
             raise BadInput(
-                f"schedule.warmup_epochs={self.warmup_epochs:g} is longer than the training of {self.epochs:g} epochs, so the "
+                f"warmup_epochs={self.warmup_epochs:g} is longer than the training of {self.epochs:g} epochs, so the "
                 f"learning rate would never be reached; use at most {self.epochs:g}, for example {self.epochs / 10:g}."
             )
 

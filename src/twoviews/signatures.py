@@ -3,7 +3,6 @@
 import ast
 import builtins
 import math
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,23 +16,8 @@ from twoviews.errors import BadInput, nearest, shown
 from twoviews.ranges import Length
 
 _SOURCES = Path(__file__).resolve().parents[1]
-_CONF = _SOURCES.parent / "conf"
-
-# The key of conf/hydra/<kind>/*.yaml that names what is ours, where `_target_` names Hydra's plugin.
-BUILDS = {"launcher": "dispatch", "sweeper": "search"}
 
 SYNONYMS = {"gpu": "cuda"}  # of choices, as people type them
-
-
-@cache
-def buildable(group: str) -> frozenset[str]:
-    """What may be built for a group: the targets that its files in conf/ of this checkout name; nothing for other words."""
-    if not re.fullmatch(r"[a-z_]+", group):
-        return frozenset()
-    folder = _CONF / "hydra" / group if group in BUILDS else _CONF / group
-    texts = [path.read_text() for path in folder.glob("*.yaml")]
-    named = re.compile(rf"^[^#\n]*\b{BUILDS.get(group, '_target_')}: *([\w.]+)", re.MULTILINE)
-    return frozenset(target for text in texts for target in named.findall(text))
 
 
 WHOLE = 2**63  # whole numbers are smaller, as torch's and YAML's readers need them

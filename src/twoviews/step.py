@@ -31,7 +31,7 @@ def eager_reason(runtime: Runtime, device: torch.device) -> str | None:
     if device.type != "cuda":
         return "on a CPU"
     if not runtime.cuda_graph:
-        return "runtime.cuda_graph=false"
+        return "cuda_graph=false"
     if distributed.processes() > 1:
         return f"{distributed.processes()} processes"
     if runtime.dtype(device) == torch.float16:

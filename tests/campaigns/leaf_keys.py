@@ -47,11 +47,18 @@ from hydra.errors import HydraException  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from twoviews import config  # noqa: E402
 from twoviews.assembly import check_parts, make_parts, make_views  # noqa: E402
-from twoviews.config import CONF, check, check_plugin, flat, groups, options  # noqa: E402
+from twoviews.config.building import build  # noqa: E402
+from twoviews.config.checks import (  # noqa: E402
+    ROOTS,  # noqa: E402
+    check,
+    check_plugin,
+)
+from twoviews.config.command_line_errors import wrong_choices  # noqa: E402
+from twoviews.config.composition import register_resolvers  # noqa: E402
+from twoviews.config.digest import flat  # noqa: E402
+from twoviews.config.groups import CONF, PASSED_BY_PROGRAM, PLUGIN_KEYS, groups, options  # noqa: E402  # noqa: E402
 from twoviews.data.images import ImageData, Images  # noqa: E402
-from twoviews.diagnosis import unknown_choices  # noqa: E402
 from twoviews.errors import BadInput  # noqa: E402
 from twoviews.ranges import Length, Range  # noqa: E402
 from twoviews.runtime import Runtime  # noqa: E402
@@ -119,7 +126,7 @@ class Key:
 
 def keys() -> Iterator[Key]:
     """All of them: of the roots, of each file of each group, and of the launchers and sweepers."""
-    for command, root in config._ROOTS.items():
+    for command, root in ROOTS.items():
         for field in fields(root):
             yield Key(command, (), field.name, field.type)
     yield from _of("train", (), "sweep", "twoviews.sweeps.launching.Options")
@@ -132,10 +139,10 @@ def keys() -> Iterator[Key]:
                 yield Key(command, (choice,), group, None, node=True)
                 cfg = OmegaConf.to_container(composed(command, (choice,)), resolve=True)
                 for path, node in _nodes(group, cfg.get(group)):
-                    yield from _of(command, (choice,), path, node["_target_"], config._FILLED_IN.get(group, ()))
+                    yield from _of(command, (choice,), path, node["_target_"], PASSED_BY_PROGRAM.get(group, ()))
                 for view in cfg["augmentation"]["views"] if group == "augmentation" else {}:
                     yield from _of(command, (choice,), f"augmentation.views.{view}", "twoviews.data.views.View")
-    for kind, builds in config.BUILDS.items():
+    for kind, builds in PLUGIN_KEYS.items():
         for option in options(f"hydra/{kind}"):
             node = OmegaConf.load(CONF / "hydra" / kind / f"{option}.yaml")
             if builds in node:
@@ -283,7 +290,7 @@ class Campaign:
         print(failure, file=sys.stderr, flush=True)
 
     def _outcome(self, key: Key, text: str) -> tuple[str, str]:
-        if unknown_choices([f"{key.path}={text}"]):  # which the command asks first
+        if wrong_choices([f"{key.path}={text}"]):  # which the command asks first
             self.by_hydra.append((key, text))
             return "said", ""
         try:
@@ -315,7 +322,7 @@ class Campaign:
             kind: Any = key.path.split(".")[1]
             cfg = composed("train", [*key.files, override], hydra=True)
             value = _select(OmegaConf.to_container(cfg.hydra[kind]), key.path.split(".")[2:])
-            return value, lambda: check_plugin(cfg, kind), lambda: config.build(DictConfig(check_plugin(cfg, kind)))
+            return value, lambda: check_plugin(cfg, kind), lambda: build(DictConfig(check_plugin(cfg, kind)))
         place = key.command, key.files
         if place not in self.composers:
             self.composers[place] = Composer(lambda overrides: composed(key.command, overrides))
@@ -325,7 +332,7 @@ class Campaign:
             if key.command == "train":
                 self._train(key, OmegaConf.create(dict(content)))
             for node in content.get("protocol", {}).values():
-                config.build(node)
+                build(node)
 
         return _select(content, key.path.split(".")), lambda: check(key.command, content), build
 
@@ -350,13 +357,13 @@ class Campaign:
 
     def _train(self, key: Key, cfg: DictConfig) -> None:
         """What train.py makes of it, and one step."""
-        device, runtime = torch.device("cpu"), config.build(cfg.runtime)
+        device, runtime = torch.device("cpu"), build(cfg.runtime)
         assert isinstance(runtime, Runtime)
         check_parts(cfg, runtime, runtime.torch_device())
         if key.path.startswith("data."):
             if key.files[0].partition("=")[2] in NOT_BUILT:
                 return
-            data = config.build(cfg.data)
+            data = build(cfg.data)
         else:
             data = self.data[64 if key.files and key.files[0].startswith("backbone=") else 32]
         if not key.path.startswith(
@@ -452,7 +459,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of these")
     parser.add_argument("--table", type=Path, help="where the table of accepted values goes; not given: it is printed")
     given = parser.parse_args()
-    config._register_resolvers()
+    register_resolvers()
     torch.set_num_threads(1)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch, initialize_config_dir(version_base="1.3", config_dir=str(CONF)):

@@ -147,16 +147,16 @@ def test_folders_that_do_not_fit_are_named(tmp_path, cache):
     with pytest.raises(BadInput, match=r"1 classes of .*train are not in .*test: dog"):
         folder(root, cache)
     picture(root / "train" / "loose.png")
-    with pytest.raises(BadInput, match=r"1 pictures lie directly in .*data\.labels=false"):
+    with pytest.raises(BadInput, match=r"1 pictures lie directly in .*labels=false"):
         folder(root, cache)
-    with pytest.raises(BadInput, match=r"data\.train=trian is no folder below .* Did you mean 'train'"):
+    with pytest.raises(BadInput, match=r"train=trian is no folder below .* Did you mean 'train'"):
         folder(root, cache, train="trian")
-    with pytest.raises(BadInput, match=r"data\.root=.*sett is no folder\. Did you mean 'set'"):
+    with pytest.raises(BadInput, match=r"root=.*sett is no folder\. Did you mean 'set'"):
         folder(tmp_path / "sett", cache)
-    with pytest.raises(BadInput, match=r"data\.root=/path"):
+    with pytest.raises(BadInput, match=r"root=/path"):
         folder(None, cache)
     (root / "train").rename(root / "training")
-    with pytest.raises(BadInput, match=r"data\.train="):
+    with pytest.raises(BadInput, match=r"train="):
         folder(root, cache)
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="holds no picture"):
@@ -413,9 +413,9 @@ def test_array_files_that_are_not_there_or_not_sound(tmp_path, cache):
     ]:
         with pytest.raises(BadInput, match=sentence):
             array(tmp_path / path, cache)
-    with pytest.raises(BadInput, match=r"data\.root=/path"):
+    with pytest.raises(BadInput, match=r"root=/path"):
         array(None, cache)
-    with pytest.raises(BadInput, match=r"data\.labels=nowhere\.npy"):
+    with pytest.raises(BadInput, match=r"labels=nowhere\.npy"):
         np.save(tmp_path / "x.npy", np.zeros((4, 8, 8), np.uint8))
         array(tmp_path / "x.npy", cache, labels="nowhere.npy")
 
@@ -638,7 +638,7 @@ def test_test_and_training_images_that_look_swapped_are_named(tmp_path, cache):
     pictures(root / "test", ["cat", "dog"], count=5)
     (warning,) = warnings(folder(root, cache))
     assert f"{root / 'test'} has 10 test pictures and {root / 'train'} 4 to train on (classes: cat, dog)" in warning
-    assert f"data.train={root / 'test'} data.test={root / 'train'}" in warning
+    assert f"train={root / 'test'} test={root / 'train'}" in warning
     mended = folder(root, cache, train=str(root / "test"), test=str(root / "train"))
     assert warnings(mended) == [] and (len(mended.train), len(mended.test)) == (10, 4)
     assert (
@@ -668,9 +668,9 @@ def test_a_root_that_is_too_high_is_said_with_the_right_one(tmp_path, cache, par
         return
     (warning,) = warnings(folder(root, cache))
     if level == 0:
-        assert "Testing, Training of" in warning and "data.train=Training data.test=Testing" in warning
+        assert "Testing, Training of" in warning and "train=Training test=Testing" in warning
     else:
-        assert f"{home} has the folders {', '.join(sorted(parts))}" in warning and f"data.root={home} " in warning
+        assert f"{home} has the folders {', '.join(sorted(parts))}" in warning and f"root={home} " in warning
         assert warning.endswith("Folders taken as classes now: x.")
 
 
@@ -694,7 +694,7 @@ def test_a_root_that_is_too_low_is_said_with_the_right_one(tmp_path, cache, root
         assert found == []
         return
     (warning,) = found
-    assert f"{home} has the folders test, train" in warning and f"data.root={home} " in warning
+    assert f"{home} has the folders test, train" in warning and f"root={home} " in warning
     classes = {"train": "cat, dog", "test": "cat, dog", "train/cat": "tame, wild"}[root]
     assert warning.endswith(f"Folders taken as classes now: {classes}.")
 

@@ -344,7 +344,7 @@ def test_colour_operations_refuse_images_that_are_not_rgb():
     [
         (
             {"blurr": 0.5},
-            "blurr is no number of a view. Did you mean 'augmentation.views.only.blur'? Known: count, size",
+            "blurr is no number of a view. Did you mean 'views.only.blur'? Known: count, size",
         ),
         ({"blur": 1.5}, "blur=1.5 is out of range: it must be at least 0 and at most 1."),
         ({"hue": 0.6}, "hue=0.6 is out of range: it must be at least 0 and at most 0.5."),
@@ -363,7 +363,7 @@ def test_colour_operations_refuse_images_that_are_not_rgb():
 def test_bad_numbers_end_in_a_sentence(recipe, message):
     with pytest.raises(BadInput) as error:
         make(recipe)
-    assert str(error.value).startswith(f"augmentation.views.only.{message}")
+    assert str(error.value).startswith(f"views.only.{message}")
 
 
 def test_sizes_of_views():

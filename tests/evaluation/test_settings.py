@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 from test_configs import composed
 
-from twoviews.config import recorded_runtime
+from twoviews.config.recorded import recorded_runtime
 from twoviews.evaluation.evaluation import protocol_nodes
 
 

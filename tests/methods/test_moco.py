@@ -224,15 +224,15 @@ def test_split_norms_are_in_both_encoders_and_only_there_when_asked_for():
             16,
             100,
             1,
-            r"queue_size=15 is smaller than the 16 keys of .* method\.queue_size=64 or batch_size=15\.",
+            r"queue_size=15 is smaller than the 16 keys of .* queue_size=64 or batch_size=15\.",
         ),
         ({"queue_size": 31, "symmetric": True}, 16, 100, 1, "smaller than the 32 keys of .* batch_size=15"),
         ({"queue_size": 32, "symmetric": True}, 16, 100, 1, None),
         ({"bn_splits": 8}, 16, 100, 1, None),
         ({"bn_splits": 8}, 16, 100, 4, None),
-        ({"bn_splits": 8}, 20, 100, 1, "bn_splits=8 needs .* use batch_size=16 or method.bn_splits=1"),
+        ({"bn_splits": 8}, 20, 100, 1, "bn_splits=8 needs .* use batch_size=16 or bn_splits=1"),
         ({"bn_splits": 8}, 8, 100, 1, "at least 16"),
-        ({"bn_splits": 8}, 16, 100, 3, r"processes that divides it.* 3 process\(es\): use method.bn_splits=1\."),
+        ({"bn_splits": 8}, 16, 100, 3, r"processes that divides it.* 3 process\(es\): use bn_splits=1\."),
     ],
 )
 def test_check(options, batch_size, images, processes, message):

@@ -147,12 +147,12 @@ def test_collapse_shows_in_spread_and_neighbours():
             15,
             16,
             16,
-            r"queue_size=15 is smaller than the 16 images of one step; use method.queue_size=64 or batch_size=15\.",
+            r"queue_size=15 is smaller than the 16 images of one step; use queue_size=64 or batch_size=15\.",
         ),
         (16, 16, 8, None),
         (12, 16, 8, "smaller than the 16 images"),
         (16, 1, 1, "batch_size=1 leaves NNCLR without negatives; use at least 2, "),
-        (16, 4, 1, "batch_size=4 / runtime.accumulate=4 leaves NNCLR without negatives; use at least 8, "),
+        (16, 4, 1, "batch_size=4 / accumulate=4 leaves NNCLR without negatives; use at least 8, "),
     ],
 )
 def test_what_is_refused(queue_size, batch_size, micro_batch, message):
@@ -166,4 +166,4 @@ def test_what_is_refused(queue_size, batch_size, micro_batch, message):
 
 def test_a_queue_longer_than_the_data_is_permitted_and_said():
     (note,) = small(queue_size=101).prepare(16, 16, 100, 1)
-    assert note.startswith("method.queue_size=101 is more than the 100 training images")
+    assert note.startswith("queue_size=101 is more than the 100 training images")

@@ -400,8 +400,8 @@ def test_a_queue_in_any_state_goes_on_bit_for_bit(stop):
         ({"queue_size": 100}, 10, 100, None),
         ({"queue_size": 101}, 10, 100, r"queue_size=101 is larger than the 100 training images.*queue_size=50\."),
         ({"queue_size": 16}, 16, 100, None),
-        ({"queue_size": 15}, 16, 100, r"queue_size=15 is smaller than the 16 images .* method\.queue_size=64, or 0"),
-        ({"queue_size": 30}, 40, 100, r"use method\.queue_size=100, or 0"),
+        ({"queue_size": 15}, 16, 100, r"queue_size=15 is smaller than the 16 images .* queue_size=64, or 0"),
+        ({"queue_size": 30}, 40, 100, r"use queue_size=100, or 0"),
     ],
 )
 def test_queues_that_cannot_work_are_refused(options, batch_size, images, message):
@@ -423,10 +423,10 @@ def test_queues_that_cannot_work_are_refused(options, batch_size, images, messag
             {"prototypes": 512},
             32,
             2000,
-            "prototypes=512 are more than the 32 .* method.prototypes=32 or method.queue_size=480 method.queue_start",
+            "prototypes=512 are more than the 32 .* prototypes=32 or queue_size=480 queue_start",
         ),
-        ({"prototypes": 512, "queue_size": 64}, 32, 2000, "more than the 96 .* method.prototypes=96 or .*size=480 "),
-        ({"prototypes": 3000}, 32, 2000, r"better use method.prototypes=32\.$"),
+        ({"prototypes": 512, "queue_size": 64}, 32, 2000, "more than the 96 .* prototypes=96 or .*size=480 "),
+        ({"prototypes": 3000}, 32, 2000, r"better use prototypes=32\.$"),
     ],
 )
 def test_more_prototypes_than_images_to_share_them_is_said(options, batch_size, images, advice):

@@ -12,7 +12,8 @@ from sklearn.metrics import top_k_accuracy_score
 from torch import nn
 
 from twoviews.backbones import ResNet
-from twoviews.config import build, check
+from twoviews.config.building import build
+from twoviews.config.checks import check
 from twoviews.data.sources import digits
 from twoviews.data.views import eval_view
 from twoviews.errors import BadInput

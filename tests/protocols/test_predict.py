@@ -14,7 +14,8 @@ from sklearn.datasets import load_sample_images
 from test_configs import composed
 
 from twoviews.backbones import ResNet
-from twoviews.config import build, check
+from twoviews.config.building import build
+from twoviews.config.checks import check
 from twoviews.data.images import Images
 from twoviews.data.sources import digits, folder
 from twoviews.errors import BadInput

@@ -11,7 +11,8 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from twoviews.config import check, digest
+from twoviews.config.checks import check
+from twoviews.config.digest import digest
 from twoviews.errors import BadInput
 from twoviews.sweeps.composing import Composer
 from twoviews.sweeps.launching import composed, frozen

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_supervise import wait_for
 
-from twoviews.config import digest
+from twoviews.config.digest import digest
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.composing import Composer
 from twoviews.sweeps.folder import Sweep

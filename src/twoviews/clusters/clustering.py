@@ -24,7 +24,9 @@ from twoviews.evaluation.preparation import prepare_evaluation
 from twoviews.files import open_atomic, write_atomic
 from twoviews.randomness import seed_of
 from twoviews.runtime import format_name
-from twoviews.tracking import afterwards, page
+from twoviews.tracking.metrics import log_metrics
+from twoviews.tracking.mirror import flush
+from twoviews.tracking.state import run_page
 
 SHOWN_LAST = ("largest", "smallest", "empty")  # of the scores, in the table on the console
 
@@ -81,12 +83,12 @@ def cluster_images(
     record_scores(folder / f"{stem}.json", settings, scores)
     if loaded.in_run_folder:
         flat = {f"{stem}/k{k}/{name}": value for k, values in scores.items() for name, value in values.items()}
-        afterwards.add(folder, flat)
-        afterwards.deliver(folder, loaded.config["tracking"]["mirror"], console.say)
+        log_metrics(folder, flat)
+        flush(folder, loaded.config["tracking"]["mirror"], console.say)
     title = f"{folder.name}: {len(x):,} images of {data.name} (nmi, ari, accuracy and purity in percent)"
     console.table(title, shown)
     if loaded.in_run_folder:
-        console.say(f"MLflow: {page(folder)}")
+        console.say(f"MLflow: {run_page(folder)}")
     console.say(f"written to {folder}: {stem}.json, and _<k>.npz and _<k>.png for each k")
 
 

@@ -69,13 +69,13 @@ def files_of(root: Path) -> list[Path]:
     regular(*(root / name for name in ("train.npz", "test.npz")), *([] if root.is_dir() else [root]))
     if root.is_dir():
         if not (root / "train.npz").is_file():
-            raise BadInput(f"{root} holds no train.npz: give it one, or name an .npz or .npy file by data.root=.")
+            raise BadInput(f"{root} holds no train.npz: give it one, or name an .npz or .npy file by root=.")
         return [path for path in (root / "train.npz", root / "test.npz") if path.is_file()]
     if not root.is_file():
         near = nearest(root.name, [each.name for each in root.parent.iterdir()]) if root.parent.is_dir() else ""
-        raise BadInput(f"data.root={root} is not there.{near}")
+        raise BadInput(f"root={root} is not there.{near}")
     if root.suffix not in (".npz", ".npy"):
-        raise BadInput(f"data.root={root} is no .npz or .npy file, nor a folder with train.npz.")
+        raise BadInput(f"root={root} is no .npz or .npy file, nor a folder with train.npz.")
     return [root]
 
 
@@ -91,7 +91,7 @@ def recipe(files: list[Path], labels: Path | None, size: int | None) -> Recipe:
     height, width, channels = train.images.shape[1:]
     side = size or min(height, width, 224)
     if not height == width == side:
-        notes.append(f"Images of {height} x {width} px are resized to {side} x {side} px (data.size= sets another).")
+        notes.append(f"Images of {height} x {width} px are resized to {side} x {side} px (size= sets another).")
     splits = {"train": (0, len(train.rows))}
     if test is None:
         notes.append("No labelled test images: kNN and linear accuracy are left out.")

@@ -137,7 +137,7 @@ def worker_trouble(error: RuntimeError) -> str:
     found = re.search(r"DataLoader worker \(pid[^)]*\) (?:is|exited)[^.]*|[^.:]*(?:shared memory|ancdata)[^.]*", text)
     why = found[0] if found else text[:200]
     return (
-        f"a process that decodes images is gone ({why}); if memory is used up, use fewer (data.workers=1, or 0 for none); the "
+        f"a process that decodes images is gone ({why}); if memory is used up, use fewer (workers=1, or 0 for none); the "
         "same command goes on from the last checkpoint."
     )
 

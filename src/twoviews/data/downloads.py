@@ -17,7 +17,7 @@ from twoviews.errors import BadInput
 from twoviews.files import file_errors
 
 SILENCE_S = 30.0  # a server that says nothing for so long counts as away
-ANOTHER_FOLDER = "choose another folder with data.root="
+ANOTHER_FOLDER = "choose another folder with root="
 PART = 1000  # images copied into the store at a time
 
 
@@ -61,7 +61,7 @@ def _parts(arrays: list[np.ndarray]) -> Iterator[Part]:
 
 def _same_names(kind: str, given: tuple[str, ...], found: list[str]) -> None:
     if list(given) != list(found):
-        raise BadInput(f"data.classes does not name the {len(found)} classes of {kind} in their order: {found}.")
+        raise BadInput(f"classes= does not name the {len(found)} classes of {kind} in their order: {found}.")
 
 
 def _loaded(known, root: Path, load: Callable[[], Any]) -> Any:

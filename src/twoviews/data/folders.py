@@ -63,7 +63,7 @@ def find(root: Path, train: str | None, memory: str | None, test: str | None, la
         BadInput: a folder is missing, or its classes do not fit those of the others.
     """
     if not root.is_dir():
-        raise BadInput(f"data.root={root} is no folder." + (_beside(root) if not root.exists() else ""))
+        raise BadInput(f"root={root} is no folder." + (_beside(root) if not root.exists() else ""))
     places = {
         "train": _place(root, "train", train, ("train",)),
         "memory": _place(root, "memory", memory, ("memory",)),
@@ -71,7 +71,7 @@ def find(root: Path, train: str | None, memory: str | None, test: str | None, la
     }
     if places["train"] is None and (places["memory"] or places["test"]):
         there = listed(one.name for one in root.iterdir() if one.is_dir())
-        raise BadInput(f"{root} has the folders {there}, but no 'train': name the training images by data.train=.")
+        raise BadInput(f"{root} has the folders {there}, but no 'train': name the training images by train=.")
     start = places["train"] or root
     trees: dict[Path | None, Tree] = {path: tree(path) for path in {start, *places.values()} if path}
     found = _agree(trees[start], trees.get(places["memory"]), trees.get(places["test"]), labels)
@@ -87,7 +87,7 @@ def _place(root: Path, part: str, given: str | None, usual: tuple[str, ...]) -> 
         return next((root / name for name in usual if (root / name).is_dir()), None)
     path = root / Path(given).expanduser()
     if not path.is_dir():
-        raise BadInput(f"data.{part}={given} is no folder below {root}.{_beside(path)}")
+        raise BadInput(f"{part}={given} is no folder below {root}.{_beside(path)}")
     return path
 
 
@@ -103,7 +103,7 @@ def _agree(train: Tree, memory: Tree | None, test: Tree | None, labels: bool) ->
         for one in (train, memory, test)
         if one and one.ignored
     ]
-    train_labelled = labels and _labelled(train, "data.labels=false makes all of it one unlabelled set")
+    train_labelled = labels and _labelled(train, "labels=false makes all of it one unlabelled set")
     if labels and not train_labelled:
         has = one_class(train) if train.classes and not train.loose else "no class folders"
         notes.append(f"{train.root} has {has}: its {len(train)} pictures count as unlabelled.")
@@ -112,7 +112,7 @@ def _agree(train: Tree, memory: Tree | None, test: Tree | None, labels: bool) ->
     for part, one in (("memory", memory), ("test", test)):
         if one and not _labelled(one, "move them into one"):
             raise BadInput(
-                f"data.{part}={one.root} needs at least two class folders; it has {one_class(one) if one.classes else 'none'}: "
+                f"{part}={one.root} needs at least two class folders; it has {one_class(one) if one.classes else 'none'}: "
                 "name the folder that holds them, or move it away, and training goes without labelled images."
             )
     if memory and test:
@@ -124,7 +124,7 @@ def _agree(train: Tree, memory: Tree | None, test: Tree | None, labels: bool) ->
     else:
         missing = "test" if memory else "memory"
         if memory or test:
-            notes.append(f"No labelled {missing} folder (data.{missing}=): kNN and linear accuracy are left out.")
+            notes.append(f"No labelled {missing} folder ({missing}=): kNN and linear accuracy are left out.")
         memory = test = None
         classes = train.classes if train_labelled else ()
     return Folders(train, memory, test, classes, train_labelled, tuple(notes))
@@ -161,7 +161,7 @@ def usual_side(train: Tree) -> tuple[int, str]:
         raise BadInput(f"None of {len(paths)} files below {train.root} is a sound picture, {paths[0]} for one.")
     median = sides[len(sides) // 2]
     size = min(median, LARGEST_CANVAS)
-    return size, f"Canvas of {size} x {size} px: the median shorter side is {median} px (data.size= sets another)."
+    return size, f"Canvas of {size} x {size} px: the median shorter side is {median} px (size= sets another)."
 
 
 def recipe(folders: Folders, size: int, channels: int, workers: int) -> Recipe:

@@ -61,8 +61,8 @@ def _above(root: Path, train: Tree) -> list[str]:
             continue
         if parts := _parts(one.name for one in place.parent.iterdir() if one.is_dir()):
             return [
-                f"warning: data.root={root} looks like a part of a data set: {place.parent} has the folders {listed(parts)}, "
-                f"and data.root={place.parent} takes all of them. Folders taken as classes now: "
+                f"warning: root={root} looks like a part of a data set: {place.parent} has the folders {listed(parts)}, "
+                f"and root={place.parent} takes all of them. Folders taken as classes now: "
                 f"{listed(train.classes) or 'none'}."
             ]
     return []
@@ -82,7 +82,7 @@ def _below(train: Tree) -> list[str]:
     return [
         f"warning: {train.root} looks as if it lay above a data set: {train.root / first} has the folders "
         f"{listed(sets[first])}" + (f", and so has {listed(set(sets) - {first})}" if len(sets) > 1 else "") + f". "
-        f"data.root={train.root / first} takes them as what they are. Folders taken as classes now: {listed(train.classes)}."
+        f"root={train.root / first} takes them as what they are. Folders taken as classes now: {listed(train.classes)}."
     ]
 
 
@@ -94,7 +94,7 @@ def _parts_as_classes(train: Tree) -> list[str]:
     learn, judge = (min(part for part in parts if (part.lower() in TRAIN) == kind) for kind in (True, False))
     return [
         f"warning: {listed(parts)} of {train.root} look like parts of a data set and count as classes: "
-        f"data.train={learn} data.test={judge} takes them as what they are."
+        f"train={learn} test={judge} takes them as what they are."
     ]
 
 
@@ -105,7 +105,7 @@ def _beside(root: Path, places: Mapping[str, Path | None]) -> list[str]:
     if not others:
         return []
     return [
-        f"Not used of {root}: {listed(others)}, because {listed(used)} are taken for the parts of the data set; data.train=. "
+        f"Not used of {root}: {listed(others)}, because {listed(used)} are taken for the parts of the data set; train=. "
         "takes all of them as classes."
     ]
 
@@ -115,5 +115,5 @@ def _swapped(train: Tree, test: Tree | None) -> list[str]:
         return []
     return [
         f"warning: {test.root} has {len(test):,} test pictures and {train.root} {len(train):,} to train on (classes: "
-        f"{listed(test.classes)}); if they are swapped, use data.train={test.root} data.test={train.root}."
+        f"{listed(test.classes)}); if they are swapped, use train={test.root} test={train.root}."
     ]

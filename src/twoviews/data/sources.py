@@ -167,13 +167,13 @@ def array(
         BadInput: the files are missing or broken, or hold something else.
     """
     if root is None:
-        raise BadInput("data=array needs to know where the arrays are: data.root=/path/to/images.npz.")
+        raise BadInput("no file of arrays is named; name one by root=/path/to/images.npz.")
     place = Path(root).expanduser().absolute()
     files = arrays.files_of(place)
     beside = None if labels is None else Path(labels).expanduser().absolute()
     regular(*([beside] if beside else []))
     if beside is not None and not beside.is_file():
-        raise BadInput(f"data.labels={labels} is not there.")
+        raise BadInput(f"labels={labels} is not there.")
     read = [path for path in (*files, beside) if path]
     key = {
         "files": [path.name for path in read],
@@ -217,7 +217,7 @@ def folder(
         BadInput: a folder is missing or empty, classes do not agree, or more files are broken than allowed.
     """
     if root is None:
-        raise BadInput("data=folder needs to know where the images are: data.root=/path/to/them.")
+        raise BadInput("no folder of images is named; name one by root=/path/to/images.")
     place = Path(root).expanduser().absolute()
     found = folders.find(place, train, memory, test, labels)
     notes = [*found.notes, *dark(found.train.paths)]
@@ -251,8 +251,8 @@ def _broken(store: Store, max_broken: int) -> list[str]:
     files = f"{len(broken)} broken file{'s' if len(broken) > 1 else ''}"
     if len(broken) > max_broken:
         raise BadInput(
-            f"{files}, and data.max_broken={max_broken} allows no more: {named}. "
-            f"Repair or remove, or skip with data.max_broken={len(broken)}."
+            f"{files}, and max_broken={max_broken} allows no more: {named}. "
+            f"Repair or remove, or skip with max_broken={len(broken)}."
         )
     return [f"{files} skipped: {named}."]
 
@@ -297,7 +297,7 @@ def _fewer(data: ImageData, train_images: int | None) -> ImageData:
         return data
     total = len(data.train)
     if train_images > total:
-        raise BadInput(f"data.train_images={train_images} is more than there are: at most {total}, or null for all.")
+        raise BadInput(f"train_images={train_images} is more than there are: at most {total}, or null for all.")
     index = stratified(data.train.labels, total, train_images)
     note = f"Training on {train_images} of {total} images; memory and test stay whole."
     digest = hashlib.blake2b(f"{data.digest} {train_images}".encode(), digest_size=16).hexdigest()

@@ -80,7 +80,7 @@ def stored(cache: str, name: str, key: dict[str, Any], recipe: Callable[[], Reci
     digest = hashlib.blake2b(json.dumps([FORMAT, key], sort_keys=True).encode(), digest_size=8).hexdigest()
     folder = Path(cache).expanduser() / f"{name}-{digest}"
     if not folder.is_dir():
-        with file_errors(folder.parent, "choose another folder with data.cache="):
+        with file_errors(folder.parent, "choose another folder with cache="):
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(f"{folder}.lock")
             try:
@@ -104,7 +104,7 @@ def _build(folder: Path, name: str, recipe: Recipe) -> None:
     if need > free:
         raise BadInput(
             f"The disk of {folder.parent} has {in_bytes(free)} left and the decoded images need {in_bytes(need)}: free some "
-            "room or choose another data.cache."
+            "room or choose another folder with cache=."
         )
     try:
         beside.mkdir()

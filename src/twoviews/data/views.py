@@ -444,7 +444,7 @@ def _refuse_colour(recipes: Sequence[View], channels: int) -> None:
 def _recipe(name: str, numbers: dict[str, Any]) -> View:
     """`numbers` as a View, after the checks that the entry point makes for parameters outside such a table."""
     annotations = get_type_hints(View, include_extras=True)
-    where = f"augmentation.views.{name}"
+    where = f"views.{name}"
     for key, value in numbers.items():
         if key not in annotations:
             close = nearest(key, annotations).replace("'", f"'{where}.", 1)

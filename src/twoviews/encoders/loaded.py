@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from twoviews.backbones import Encoder
-from twoviews.config import build
+from twoviews.config.building import build
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
 from twoviews.foreign import blamed

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from twoviews.backbones import Encoder
-from twoviews.config import build
+from twoviews.config.building import build
 from twoviews.encoders.loaded import Preprocessing
 from twoviews.errors import BadInput
 from twoviews.randomness import seed_of

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from twoviews.config import build, digest
+from twoviews.config.building import build
+from twoviews.config.digest import digest
 from twoviews.data.images import ImageData
 from twoviews.encoders.libraries import open_timm, open_torchvision
 from twoviews.encoders.loaded import LoadedEncoder, Preprocessing, unknown_images

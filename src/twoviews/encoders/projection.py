@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from twoviews.backbones import Encoder
-from twoviews.config import build
+from twoviews.config.building import build
 from twoviews.errors import BadInput
 from twoviews.foreign import short
 from twoviews.run import Run, check_finite, load_checkpoint

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from twoviews.errors import BadInput
 from twoviews.run import Run
-from twoviews.tracking import stores
-from twoviews.tracking.state import State
+from twoviews.tracking.client import prepare_environment
+from twoviews.tracking.state import UploadState
+from twoviews.tracking.uris import is_trusted, resolve
 
 ROOTS = ("outputs", "multirun")  # of all run folders
 FOLDER_NAME = re.compile(r"[^/~:]+")
@@ -60,13 +61,13 @@ def _run_folders() -> list[Path]:
 
 def _find_run_id(run_id: str) -> Path:
     """The folder of a run by its id in MLflow, which is looked up in the run folders first and then in MLflow."""
-    uris = {stores.resolved(None)}
+    uris = {resolve(None)}
     for folder in _run_folders():
         with contextlib.suppress(BadInput, ValueError):  # a folder that cannot be read must not hide the others
-            state = State.load(folder)
+            state = UploadState.load(folder)
             if run_id in (state.run_id, Run(folder).read("result.json").get("mlflow_run_id")):
                 return folder
-            uris.add(stores.resolved(state.uri))
+            uris.add(state.tracking_uri)
     recorded = next((folder for uri in sorted(uris) if (folder := _mlflow_folder(uri, run_id))), None)
     if recorded is None:
         raise BadInput(
@@ -81,9 +82,9 @@ def _find_run_id(run_id: str) -> Path:
 
 def _mlflow_folder(uri: str, run_id: str) -> Path | None:
     """The folder that a tracking server or database has recorded for a run; None if it has none or does not answer."""
-    if not stores.known(uri) or uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():
+    if not is_trusted(uri) or uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():
         return None  # a folder from elsewhere names it; or opening it would make it
-    stores.prepare_environment()
+    prepare_environment()
     try:
         from mlflow import MlflowClient
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twoviews.config import flat
+from twoviews.config.digest import flat
 from twoviews.errors import BadInput
 from twoviews.run import read_weights, refuse_compressed
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from twoviews.config import digest
+from twoviews.config.digest import digest
 from twoviews.console import Console
 from twoviews.evaluation.pictures import draw_comparison
 from twoviews.files import write_atomic
-from twoviews.tracking.mirror import reason
-from twoviews.tracking.parents import publish
+from twoviews.tracking.client import short_error
+from twoviews.tracking.parent_run import log_files
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ def compare(evaluations: Mapping[str, Evaluation], folder: Path, console: Consol
             folder / f"comparison.{kind}" for kind in ("csv", "md", "png") if (folder / f"comparison.{kind}").exists()
         ]
         try:
-            publish(*where, f"comparison of {len(order)} runs", key, {"runs": ", ".join(order)}, files)
+            log_files(*where, f"comparison of {len(order)} runs", key, {"runs": ", ".join(order)}, files)
         except Exception as error:  # whatever is wrong with MLflow, the results are in the folder
-            console.say(f"MLflow does not have the comparison ({reason(error)}); the same command sends it.")
+            console.say(f"MLflow does not have the comparison ({short_error(error)}); the same command sends it.")
 
 
 def headline(evaluations: Mapping[str, Evaluation]) -> str | None:

@@ -9,7 +9,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from twoviews.backbones import Encoder
-from twoviews.config import build, digest, flat, said
+from twoviews.config.building import build
+from twoviews.config.digest import digest, flat
+from twoviews.config.recorded import overridden
 from twoviews.console import Console
 from twoviews.data.images import ImageData
 from twoviews.encoders.loaded import LoadedEncoder
@@ -22,8 +24,9 @@ from twoviews.files import write_atomic
 from twoviews.protocols.classification import classification_scores
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.runtime import format_name
-from twoviews.tracking import afterwards, read
-from twoviews.tracking.state import State
+from twoviews.tracking.metrics import log_metrics, read
+from twoviews.tracking.mirror import flush
+from twoviews.tracking.state import UploadState
 
 MAX_SHOWN = 12  # a protocol with more values, and settings if there are more, are in the files only
 FOLDER = "evaluation"  # below the run's: for tables and pictures
@@ -114,10 +117,10 @@ def protocol_nodes(cfg: DictConfig, overrides: Sequence[str], recorded: Mapping[
     of_training = recorded.get("protocol") or {}
     taken = {}
     for name, node in cfg.protocol.items():
-        protocol: type[Protocol] = build(node, _partial_=True).func
+        protocol: Protocol = build(node)
         own = of_training.get(name, {}) if name in names else {}
         taken[name] = {**protocol.settings_from_others(of_training), **own}
-    return OmegaConf.merge(cfg, {"protocol": taken}, {"protocol": said(cfg, overrides, "protocol")}).protocol
+    return OmegaConf.merge(cfg, {"protocol": taken}, {"protocol": overridden(cfg, overrides, "protocol")}).protocol
 
 
 def _encoder(loaded: LoadedEncoder, feature: str) -> tuple[Encoder, str]:
@@ -201,15 +204,15 @@ def _record_in_run(loaded: LoadedEncoder, values: Mapping[str, float], console: 
     """Add values to the run's metrics and to its MLflow run, and draw the kNN curve of its training."""
     curve = loaded.folder / FOLDER / "knn_curve.png"
     draw_knn_curve(curve, read(loaded.folder), published_curve(loaded.config), loaded.name)
-    afterwards.add(loaded.folder, values)
-    afterwards.deliver(loaded.folder, loaded.config["tracking"]["mirror"], console.say)
+    log_metrics(loaded.folder, values)
+    flush(loaded.folder, loaded.config["tracking"]["mirror"], console.say)
 
 
 def _mlflow_experiment(loaded: LoadedEncoder) -> tuple[str | None, str] | None:
     """Tracking URI and experiment of the run in MLflow; None if it is not there."""
     if not loaded.in_run_folder or not loaded.config["tracking"]["mirror"]:
         return None
-    state = State.load(loaded.folder)
+    state = UploadState.load(loaded.folder)
     return state.uri, state.experiment
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from omegaconf import DictConfig
 
 from twoviews.backbones import left_over
-from twoviews.config import recorded_runtime
+from twoviews.config.recorded import recorded_runtime
 from twoviews.console import Console
 from twoviews.data.images import ImageData
 from twoviews.encoders.loaded import LoadedEncoder

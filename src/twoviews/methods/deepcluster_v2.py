@@ -80,7 +80,7 @@ class DeepClusterV2(Method):
         # An epoch's batches leave less than one batch of images out of the bank.
         room = train_images // batch_size * batch_size
         if max(ks) > room:
-            raise BadInput(f"method.clusters={ks} asks for more clusters than an epoch has images; use at most {room}.")
+            raise BadInput(f"clusters={ks} asks for more clusters than an epoch has images; use at most {room}.")
         self.ks = ks
         self.register_buffer("bank", torch.zeros(BANKS, train_images, self.embed_dim))
         self.register_buffer("seen", torch.zeros(train_images, dtype=torch.bool))

@@ -137,13 +137,13 @@ class DINO(Method):
         a, sides = self.teacher_crops, {tuple(view.shape[-2:]) for view in views[: self.teacher_crops]}
         if len(views) < max(2, a):
             raise BadInput(
-                f"method.teacher_crops={a} needs at least {max(2, a)} views of an image and the augmentation makes "
-                f"{len(views)}; choose another with augmentation=."
+                f"teacher_crops={a} needs at least {max(2, a)} views of an image and the augmentation makes "
+                f"{len(views)}; choose another augmentation."
             )
         if len(sides) > 1:
             raise BadInput(
-                f"method.teacher_crops={a} takes the first {a} views, which are of one size, and the augmentation makes them "
-                f"of {len(sides)} sizes; use a smaller number or another augmentation=."
+                f"teacher_crops={a} takes the first {a} views, which are of one size, and the augmentation makes them "
+                f"of {len(sides)} sizes; use a smaller number or another augmentation."
             )
 
     def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:

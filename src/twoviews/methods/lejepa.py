@@ -83,7 +83,7 @@ class LeJEPA(Method):
     def prepare(self, batch_size: int, micro_batch: int, train_images: int, processes: int) -> list[str]:
         """A distribution takes several images."""
         if micro_batch < 2:
-            accumulate = f" / runtime.accumulate={batch_size // micro_batch}" if micro_batch < batch_size else ""
+            accumulate = f" / accumulate={batch_size // micro_batch}" if micro_batch < batch_size else ""
             raise BadInput(
                 f"batch_size={batch_size}{accumulate} leaves LeJEPA without a distribution to compare with a Gaussian; use at "
                 f"least {2 * (batch_size // micro_batch)}, usually 128 or more."
@@ -98,7 +98,7 @@ class LeJEPA(Method):
         """
         if len(views) < 2:
             raise BadInput(
-                "LeJEPA compares views of an image and the augmentation makes one; choose another with augmentation=."
+                "LeJEPA compares views of an image and the augmentation makes one; choose another augmentation."
             )
         z = self.projector(encode_crops(self.encoder, views)).float().unflatten(0, (len(views), -1))
         largest = max(view.shape[-1] for view in views)

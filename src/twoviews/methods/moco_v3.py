@@ -93,6 +93,6 @@ def _freeze_patch_embed(encoder: Encoder) -> None:
             module.requires_grad_(False)
             return
     raise BadInput(
-        "method.freeze_patch_embed=true is for vision transformers, and this backbone has no patch projection; use "
-        "method.freeze_patch_embed=false, or backbone=timm with a transformer."
+        "freeze_patch_embed=true is for vision transformers, and this backbone has no patch projection; use "
+        "freeze_patch_embed=false, or a vision transformer as backbone."
     )

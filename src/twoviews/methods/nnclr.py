@@ -82,20 +82,20 @@ class NNCLR(Method):
         """Support set against step and data; negatives come from the micro-batch."""
         size = self.queue.size
         if micro_batch < 2:
-            accumulate = f" / runtime.accumulate={batch_size // micro_batch}" if micro_batch < batch_size else ""
+            accumulate = f" / accumulate={batch_size // micro_batch}" if micro_batch < batch_size else ""
             raise BadInput(
                 f"batch_size={batch_size}{accumulate} leaves NNCLR without negatives; use at least "
                 f"{2 * (batch_size // micro_batch)}, usually 256 or more."
             )
         if size < batch_size:
             raise BadInput(
-                f"method.queue_size={size} is smaller than the {batch_size} images of one step; use "
-                f"method.queue_size={4 * batch_size} or batch_size={size}."
+                f"queue_size={size} is smaller than the {batch_size} images of one step; use "
+                f"queue_size={4 * batch_size} or batch_size={size}."
             )
         if size <= train_images:
             return []
         return [
-            f"method.queue_size={size} is more than the {train_images} training images, so that an image's nearest neighbour "
+            f"queue_size={size} is more than the {train_images} training images, so that an image's nearest neighbour "
             "may always be its own earlier embedding; a shorter queue gives other images as neighbours."
         ]
 

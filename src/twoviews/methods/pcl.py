@@ -147,15 +147,15 @@ class PCL(Method):
         ks = self.clusters or [max(2, train_images // images) for images in IMAGES_PER_CLUSTER]
         if max(ks) > train_images:
             raise BadInput(
-                f"method.clusters={ks} asks for more clusters than there are training images; use at most {train_images}."
+                f"clusters={ks} asks for more clusters than there are training images; use at most {train_images}."
             )
         if len(set(ks)) < len(ks):
-            raise BadInput(f"method.clusters={ks} has a number twice; give each k once.")
+            raise BadInput(f"clusters={ks} has a number twice; give each k once.")
         if self.negative_prototypes and self.negative_prototypes > min(ks) - micro_batch:
             room = min(ks) - micro_batch
             fitting = f"at most {room} or " if room > 0 else ""
             raise BadInput(
-                f"method.negative_prototypes={self.negative_prototypes} with {min(ks)} clusters, of which a batch of "
+                f"negative_prototypes={self.negative_prototypes} with {min(ks)} clusters, of which a batch of "
                 f"{micro_batch} images can fill {min(micro_batch, min(ks))}; use {fitting}null, which takes all there are."
             )
         modules: Any = nn.ModuleList(Prototypes(k, train_images, self.embed_dim) for k in ks)

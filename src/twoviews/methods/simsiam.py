@@ -64,8 +64,8 @@ class SimSiam(Method):
         """
         if len(views) < 2:
             raise BadInput(
-                f"SimSiam compares at least 2 views of an image and the augmentation makes {len(views)}; choose another with "
-                "augmentation=."
+                f"SimSiam compares at least 2 views of an image and the augmentation makes {len(views)}; choose another "
+                "augmentation."
             )
         z = [self.projector(self.encoder(x)) for x in views]
         p = [self.predictor(each).float() for each in z]

@@ -114,22 +114,22 @@ class SwAV(Method):
         size, k = self.queue_size, self.prototypes.out_features
         if size > train_images:
             raise BadInput(
-                f"method.queue_size={size} is larger than the {train_images} training images, so it would hold an image "
+                f"queue_size={size} is larger than the {train_images} training images, so it would hold an image "
                 f"several times; use at most {train_images}, for example "
-                f"method.queue_size={max(batch_size, train_images // 2 // batch_size * batch_size)}."
+                f"queue_size={max(batch_size, train_images // 2 // batch_size * batch_size)}."
             )
         if 0 < size < batch_size:
             raise BadInput(
-                f"method.queue_size={size} is smaller than the {batch_size} images of one step; use "
-                f"method.queue_size={min(train_images, 4 * batch_size)}, or 0 for none."
+                f"queue_size={size} is smaller than the {batch_size} images of one step; use "
+                f"queue_size={min(train_images, 4 * batch_size)}, or 0 for none."
             )
         if k <= micro_batch + size:
             return []
         needed = math.ceil((k - micro_batch) / batch_size) * batch_size
-        queue = f" or method.queue_size={needed} method.queue_start_epoch=0" if needed <= train_images else ""
+        queue = f" or queue_size={needed} queue_start_epoch=0" if needed <= train_images else ""
         return [
-            f"method.prototypes={k} are more than the {micro_batch + size} images of batch and queue that are shared out "
-            f"over them, so that some are nobody's; better use method.prototypes={micro_batch + size}{queue}."
+            f"prototypes={k} are more than the {micro_batch + size} images of batch and queue that are shared out "
+            f"over them, so that some are nobody's; better use prototypes={micro_batch + size}{queue}."
         ]
 
     def _embed(self, views: Sequence[Tensor]) -> Float[Tensor, "V B D"]:
@@ -158,8 +158,8 @@ class SwAV(Method):
         a = self.assign_crops
         if len(views) < max(2, a):
             raise BadInput(
-                f"method.assign_crops={a} needs at least {max(2, a)} views of an image and the augmentation makes "
-                f"{len(views)}; choose another with augmentation=."
+                f"assign_crops={a} needs at least {max(2, a)} views of an image and the augmentation makes "
+                f"{len(views)}; choose another augmentation."
             )
         z = self._embed(views)
         # Under autocast the scores would be rounded to bf16: an error of up to 0.004 / epsilon.

@@ -74,7 +74,7 @@ def _choices(description: Mapping[str, Any]) -> dict[str, Any]:
 @cache
 def _leaves(node: str) -> dict[str, Any]:
     """The values of a part of a config.yaml by dotted key."""
-    from twoviews.config import flat
+    from twoviews.config.digest import flat
 
     return {key: value for key, value in flat(foreign.parse(node, Path("config.yaml"))).items() if _matters(key)}
 
@@ -93,7 +93,7 @@ def _tells_apart(key: str, points: Sequence[Mapping[str, Any]], axes: Sequence[s
 @cache
 def _matters(key: str) -> bool:
     """Whether the result of a run can depend on it."""
-    from twoviews.config import digest
+    from twoviews.config.digest import digest
 
     return digest({key: 0}) != digest({})
 

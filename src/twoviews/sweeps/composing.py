@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from twoviews.config import CONF
+from twoviews.config.groups import CONF
 
 
 @dataclass

@@ -18,9 +18,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from twoviews import foreign, launched
 from twoviews.code import code_state, content, freeze, left_out, no_commit
-from twoviews.config import build, check, check_plugin, digest, flat, number
+from twoviews.config.building import build
+from twoviews.config.checks import check, check_plugin
+from twoviews.config.command_line_errors import diagnose
+from twoviews.config.digest import as_float, digest, flat
 from twoviews.console import Console
-from twoviews.diagnosis import diagnose
 from twoviews.errors import BadInput
 from twoviews.sweeps import collecting
 from twoviews.sweeps.composing import Composer
@@ -29,7 +31,7 @@ from twoviews.sweeps.folder import New, Point, State, Sweep
 from twoviews.sweeps.plan import plan
 from twoviews.sweeps.truth import look
 from twoviews.sweeps.words import counted
-from twoviews.tracking import stores
+from twoviews.tracking import uris
 
 LEFT_OUT = 5  # files that are named
 _HYDRAS = ("hydra.mode=", "hydra.launcher", "hydra/launcher=", "hydra.sweeper", "hydra/sweeper=", "hydra.sweep.dir=")
@@ -79,10 +81,10 @@ class Launch:
             raise BadInput(f"sweep.name={called} is not the name of a folder; use letters, digits and any of . _ + -")
         self.folder = Path(config.hydra.sweep.dir) / called
         tracking = OmegaConf.to_container(config.tracking, resolve=True)
-        self.tracking: dict[str, Any] = {**tracking, "uri": stores.resolved(tracking["uri"])}  # type: ignore[dict-item, index]
+        self.tracking: dict[str, Any] = {**tracking, "uri": uris.resolve(tracking["uri"])}  # type: ignore[dict-item, index]
         if self.tracking["mirror"]:
-            stores.check(self.tracking["uri"])
-        stores.remember(self.tracking["uri"])
+            uris.check_reachable(self.tracking["uri"])
+        uris.trust(self.tracking["uri"])
         self.dispatch: Dispatch = build(DictConfig(self.launcher))
         self.protocols = [*(config.get("protocol") or {})]  # whose values result.json will have
         self._composer = Composer(compose)
@@ -191,7 +193,7 @@ def again(sweep: Sweep, points: Sequence[Point]) -> None:
             "sweep with `train.py -m` and sweep.name= again, which goes on from its checkpoints with the code of this checkout."
         )
     for point in points:
-        stores.refuse_unknown(foreign.load(point.folder / "config.yaml").get("tracking", {}).get("uri"))
+        uris.refuse_untrusted(foreign.load(point.folder / "config.yaml").get("tracking", {}).get("uri"))
     build(launcher).submit(points)
 
 
@@ -242,7 +244,7 @@ def composed(composer: Composer, combinations: Sequence[Sequence[str]], swept: S
 
 def frozen(content: Mapping[str, Any]) -> dict[str, Any]:
     """A point's configuration with nothing left that depends on where and when it runs."""
-    tracking = {**content["tracking"], "uri": stores.resolved(content["tracking"]["uri"])}
+    tracking = {**content["tracking"], "uri": uris.resolve(content["tracking"]["uri"])}
     return {key: value for key, value in content.items() if key != "sweep"} | {"tracking": tracking}
 
 
@@ -251,7 +253,7 @@ def name(config: DictConfig, swept: Sequence[str]) -> str:
     nodes = _without(config, *FREE)
     fixed = flat(OmegaConf.to_container(nodes, resolve=True))
     kept = {key: value for key, value in fixed.items() if not any(f"{key}.".startswith(f"{one}.") for one in swept)}
-    text = repr((sorted((key, number(value)) for key, value in kept.items()), sorted(swept)))
+    text = repr((sorted((key, as_float(value)) for key, value in kept.items()), sorted(swept)))
     choices = config.hydra.runtime.choices
     front = [group if group in swept else choices[group] for group in ("method", "data")]
     return "-".join([*front, hashlib.blake2b(text.encode(), digest_size=4).hexdigest()])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 
-from twoviews.config import options
+from twoviews.config.groups import options
 from twoviews.errors import BadInput
 from twoviews.ranges import Index, Trials
 from twoviews.sweeps.axes import SEED

@@ -1,0 +1,59 @@
+"""From checked values to objects."""
+
+import typing
+from collections.abc import Mapping
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from twoviews.config.checks import is_node, node_problems, unknown_target
+from twoviews.config.groups import PASSED_BY_PROGRAM, group_of
+from twoviews.config.parameter_names import qualified_errors
+from twoviews.errors import BadInput
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def build(node: "DictConfig | dict[str, Any]", *, _partial_: bool = False, **arguments: Any) -> Any:
+    """The object that a node of a configuration describes.
+
+    Args:
+        node: values of a group, with the dotted path of a class or function as `_target_`.
+        _partial_: return a function that makes the object of further arguments.
+        arguments: passed beside the values of the node.
+
+    Raises:
+        BadInput: no file of conf/ names this `_target_`, a value does not fit its signature, or the object refuses it; the
+            message has the keys as they are typed, such as method.queue_size=16.
+    """
+    values = _plain(node)
+    target = str(values.get("_target_")) if isinstance(values, dict) else "None"
+    if (group := group_of(target)) is None:
+        raise unknown_target(target)
+    if problems := [*node_problems(group, values, (*arguments, *PASSED_BY_PROGRAM.get(group, ())))]:
+        raise BadInput(*problems)
+
+    def make(*more: Any) -> Any:
+        with qualified_errors(group):
+            return _call(values, arguments)(*more)
+
+    return make if _partial_ else make()
+
+
+def _plain(node: "DictConfig | dict[str, Any]") -> Any:
+    if isinstance(node, dict):
+        return node
+    from omegaconf import DictConfig, OmegaConf
+
+    return OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
+
+
+def _call(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> partial:
+    """The call that a checked node describes.
+
+    Not Hydra's instantiate, which also builds what was not checked.
+    """
+    values = {key: _call(value, {})() if is_node(value) else value for key, value in node.items() if key != "_target_"}
+    module, _, name = typing.cast(str, node["_target_"]).rpartition(".")
+    return partial(getattr(import_module(module), name), **values, **arguments)

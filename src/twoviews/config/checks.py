@@ -1,0 +1,265 @@
+"""Values of a configuration against the signatures that they go to."""
+
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from twoviews.config.digest import flat
+from twoviews.config.groups import CONF, PASSED_BY_PROGRAM, PLUGIN_KEYS, groups, options, targets
+from twoviews.errors import BadInput, nearest, shown
+from twoviews.ranges import Count, Fraction, Range, Seed, Size, Temperature
+from twoviews.signatures import Parameter, complaint, signature, unusable
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+# Nodes that are neither a group nor a single value, and the class of each. The config of a job in a sweep has none of them.
+NODES = {"sweep": "twoviews.sweeps.launching.Options"}
+VIEW = "twoviews.data.views.View"  # the class of each node below augmentation.views
+
+
+@dataclass(frozen=True)
+class Train:
+    """Root scalars of conf/train.yaml."""
+
+    seed: Seed
+    epochs: Count
+    batch_size: Size
+    fresh: bool
+    preview: bool
+    find_batch: bool
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Root scalars of conf/evaluate.yaml."""
+
+    run: str | Sequence[str]
+    feature: Literal["backbone", "projection"]
+    images: str | None
+    format: Literal["torchvision", "timm", "safetensors", "onnx"]
+    mean: Sequence[Fraction] | None
+    std: Sequence[Annotated[float, Range(above=0, at_most=1)]] | None
+
+
+ClusterCount = Annotated[int, Range(at_least=2)]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Root scalars of conf/cluster.yaml."""
+
+    run: str
+    clusters: ClusterCount | Sequence[ClusterCount]
+    split: Literal["train", "memory", "test"]
+    seed: Seed
+    nredo: Count | None
+    temperature: Temperature
+    mean: Sequence[Fraction] | None
+    std: Sequence[Annotated[float, Range(above=0, at_most=1)]] | None
+
+
+ROOTS: dict[str, type] = {"train": Train, "evaluate": Evaluate, "cluster": Cluster}
+
+# Groups that a command cannot do without.
+_NEEDED = {
+    "train": ("method", "backbone", "data", "augmentation", "optimizer", "schedule", "runtime", "tracking"),
+    "evaluate": ("runtime",),
+    "cluster": ("runtime",),
+}
+
+
+def check(name: str, cfg: "DictConfig | dict[str, Any]") -> None:
+    """Compare every key and value of a configuration, resolved or not, with the signature that it goes to.
+
+    Args:
+        name: of the command: train, evaluate or cluster.
+        cfg: its configuration, without Hydra's own node.
+
+    Raises:
+        BadInput: keys are unknown or missing, values have the wrong type or are out of range; with all of them.
+    """
+    content = _resolved(cfg)
+    root = {field.name: field.type for field in fields(ROOTS[name])}
+    known = groups()
+    chosen = [key for key in content if key not in root and key in known]
+    nodes = [key for key in content if key in NODES]
+    annotations = {key: Parameter(annotation, required=True) for key, annotation in root.items()}
+    problems = [*_key_problems("", content, annotations, [*root, *chosen, *nodes])]
+    for group in _NEEDED[name]:
+        if content.get(group) is None:
+            problems.append(f"{group}=null leaves nothing to work with; choose one of: {', '.join(options(group))}.")
+    for key in nodes:
+        problems += _value_problems(key, content[key], NODES[key])
+    for group in chosen:
+        if content[group] is not None:
+            problems += node_problems(group, content[group], PASSED_BY_PROGRAM.get(group, ()))
+    views = _mapping(_mapping(content.get("augmentation")).get("views"))
+    for view, recipe in views.items():
+        if isinstance(recipe, Mapping):
+            problems += _value_problems(f"augmentation.views.{view}", recipe, VIEW)
+    if not isinstance(cfg, dict):
+        problems = _without_repetitions(problems, cfg)
+    if problems:
+        raise BadInput(*problems)
+
+
+def _resolved(cfg: "DictConfig | dict[str, Any]") -> dict[str, Any]:
+    if isinstance(cfg, dict):
+        return cfg
+    from omegaconf import OmegaConf
+
+    return typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+
+
+def _without_repetitions(problems: Sequence[str], cfg: "DictConfig") -> list[str]:
+    """The problems without those of keys that only repeat a root key with a problem, as schedule.epochs repeats epochs."""
+    from omegaconf import OmegaConf
+
+    keys = {problem.partition("=")[0] for problem in problems}
+    raw = flat(OmegaConf.to_container(cfg, resolve=False))
+    repeating = {key for key in keys if str(raw.get(key)).strip("${}") in keys - {key}}
+    return [problem for problem in problems if problem.partition("=")[0] not in repeating]
+
+
+def check_plugin(cfg: "DictConfig", kind: Literal["launcher", "sweeper"]) -> dict[str, Any]:
+    """The node from which `build` makes the launcher or the search of a sweep, with its values checked.
+
+    Args:
+        cfg: a configuration with Hydra's own node.
+        kind: which of the two.
+
+    Raises:
+        BadInput: keys are unknown or missing, values have the wrong type or are out of range, or a plugin of Hydra's own
+            was chosen.
+    """
+    from omegaconf import OmegaConf
+
+    node, key = _mapping(OmegaConf.to_container(cfg.hydra[kind], resolve=True)), PLUGIN_KEYS[kind]
+    if node.get(key) not in targets(kind):
+        chosen = cfg.hydra.runtime.choices[f"hydra/{kind}"]
+        raise BadInput(
+            f"hydra/{kind}={chosen} is not a {kind} of this project; choose {', '.join(options(f'hydra/{kind}'))}."
+        )
+    values = {name: value for name, value in node.items() if name not in ("_target_", key)}
+    if problems := [*_value_problems(f"hydra.{kind}", values, node[key])]:
+        raise BadInput(*problems)
+    return {"_target_": node[key], **values}
+
+
+def _mapping(node: Any) -> Mapping[str, Any]:
+    """The node, or an empty mapping for anything else."""
+    return node if isinstance(node, Mapping) else {}
+
+
+def is_node(value: Any) -> bool:
+    """Whether a value describes an object to build."""
+    return isinstance(value, Mapping) and "_target_" in value
+
+
+def _value_problems(path: str, node: Any, target: str) -> Iterator[str]:
+    """A sentence for each value that does not fit the signature of `target`; the node itself names no class."""
+    parameters = signature(target)
+    if isinstance(node, Mapping):
+        yield from _key_problems(f"{path}.", node, parameters, [*parameters])
+    else:
+        keys = ", ".join(f"{path}.{key}" for key in parameters)
+        yield f"{path}={shown(node)} is not possible, because {path} has keys; set them: {keys}."
+
+
+def node_problems(path: str, node: Any, passed: Sequence[str] = ()) -> Iterator[str]:
+    """A sentence for each value of a group's node that does not fit the signature of its `_target_`.
+
+    Args:
+        path: dotted key of the node; `protocol` has a node for each chosen file.
+        node: its values.
+        passed: parameters that the program passes, which the node must not have.
+    """
+    group = path.partition(".")[0]
+    if not isinstance(node, Mapping):
+        choice = "protocol=[…]" if group == "protocol" else f"{group}=…"
+        yield (
+            f"{path}={shown(node)} is not possible, because {path} is a whole group; choose by {choice} among its files: "
+            f"{', '.join(options(group))}."
+        )
+    elif path == "protocol" and "_target_" not in node:
+        for key, value in node.items():
+            yield from node_problems(f"{path}.{key}", value)
+    elif node.get("_target_") not in targets(group):
+        yield str(unknown_target(shown(node.get("_target_")), group))
+    else:
+        parameters = {key: value for key, value in signature(node["_target_"]).items() if key not in passed}
+        values = {key: value for key, value in node.items() if key != "_target_"}
+        yield from _key_problems(f"{path}.", values, parameters, [*parameters])
+
+
+def unknown_target(target: str, group: str = "") -> BadInput:
+    """The error for a `_target_` that no file of a group, or of any group, names."""
+    where = f"conf/{group}" if group else "conf/"
+    known = f" (there: {', '.join(sorted(targets(group)))})" if group else ""
+    return BadInput(
+        f"_target_={target} is not part of twoviews: only what a file of {where} names can be built{known}."
+    )
+
+
+def _key_problems(
+    prefix: str, values: Mapping, parameters: Mapping[str, Parameter], known: Sequence[str]
+) -> Iterator[str]:
+    """A sentence for each key that is missing, unknown or not set, and for each value that does not fit its parameter."""
+    for key, parameter in parameters.items():
+        if parameter.required and key not in values:
+            yield f"{prefix}{key} is missing; give it a value: {prefix}{key}=..."
+    for key, value in values.items():
+        if key not in known:
+            yield unknown_key(prefix, str(key), known, [] if prefix else with_group(str(key), values, shown(value)))
+        elif value == "???":
+            example = {"run": "latest, or run=<the folder of a run>", "clusters": "[10,50]"}.get(str(key), "...")
+            yield f"{prefix}{key} is not set; give it a value: {prefix}{key}={example}"
+        elif key in parameters:
+            problems = [*node_problems(f"{prefix}{key}", value)] if is_node(value) else []
+            yield from problems
+            annotation = parameters[key].annotation
+            if not problems and (wrong := complaint(value, annotation) or unusable(value, annotation)):
+                wrong = wrong.replace("did you mean '", f"did you mean '{prefix}{key}=")
+                yield f"{prefix}{key}={shown(value)} {wrong}."
+
+
+def unknown_key(prefix: str, key: str, known: Sequence[str], suggestions: Sequence[str] = ()) -> str:
+    """A sentence for a key that does not exist.
+
+    Args:
+        prefix: keys above it with a dot behind each; empty at the root.
+        key: as it was typed.
+        known: keys that exist there, of which the closest is suggested.
+        suggestions: overrides to suggest in place of the closest key.
+    """
+    where = f"{prefix.rstrip('.')} has no key '{shown(key)}'" if prefix else f"there is no key or group '{shown(key)}'"
+    if suggestions:
+        return f"{where}; write {' or '.join(suggestions)}."
+    close = nearest(key, known).replace("'", "'" + prefix, 1)
+    listed = f"Known: {', '.join(known)}." if known else "It has none."
+    return f"{where}.{close} {listed}"
+
+
+def with_group(key: str, content: Any, value: str | None) -> list[str]:
+    """Overrides that were probably meant by a key typed without its group.
+
+    Args:
+        key: as it was typed.
+        content: the configuration of the command, whose keys of that name come first; other choices of groups follow.
+        value: as it was typed; None: the key had more behind it, and nothing is suggested.
+    """
+    import yaml
+
+    if value is None:
+        return []
+    paths = [path for path in flat(content) if path.endswith(f".{key}") and not path.startswith("hydra.")]
+    paths.sort(key=lambda path: path.startswith("protocol."))
+    overrides = [f"{path}={value}" for path in paths]
+    for group in groups():
+        files = {path.stem: yaml.safe_load(path.read_text()) or {} for path in sorted((CONF / group).glob("*.yaml"))}
+        choices = [f"{group}={name}" for name, file in files.items() if "_target_" in file and key in file]
+        if choices and not any(path.startswith(f"{group}.") for path in paths) and group != "protocol":
+            overrides.append(f"{group}.{key}={value} with {' or '.join(choices)}")
+    return overrides

@@ -1,0 +1,54 @@
+"""Configurations as Hydra composes them from the files of conf/ and overrides."""
+
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from twoviews.config.digest import digest
+from twoviews.config.groups import CONF, options
+
+# Arguments of hydra.main and hydra.initialize_config_dir: Hydra 1.4 knows one version of itself and takes no version_base.
+VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
+
+
+def register_resolvers() -> None:
+    """Make `run_name` (the name of a run's folder) and `options` (the options of a group) known to OmegaConf."""
+
+    def run_name(*, _root_: DictConfig) -> str:
+        choices = _root_.hydra.runtime.choices
+        return f"{choices.method}-{choices.data}-{digest(_root_)}"
+
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    OmegaConf.register_new_resolver("options", lambda group: ", ".join(options(group)), replace=True)
+
+
+def compose(name: str, overrides: list[str]) -> DictConfig | None:
+    """The configuration of a command with Hydra's own node; None if Hydra refuses an override.
+
+    Args:
+        name: of the command: train, evaluate or cluster.
+        overrides: as typed.
+    """
+    try:
+        with hydra.initialize_config_dir(**VERSION_BASE, config_dir=str(CONF)):
+            return hydra.compose(name, overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException):
+        return None
+
+
+def compose_unresolved(name: str, overrides: list[str]) -> Any:
+    """The same as nested dictionaries, with interpolations as text."""
+    cfg = compose(name, overrides)
+    return None if cfg is None else OmegaConf.to_container(cfg, resolve=False)
+
+
+def has(content: Any, key: str) -> bool:
+    """Whether nested dictionaries have a dotted key; keys inside a list count as present."""
+    for part in key.split("."):
+        if not isinstance(content, dict) or part not in content:
+            return isinstance(content, list)
+        content = content[part]
+    return True

@@ -1,0 +1,57 @@
+"""The digest of a configuration, which names a run: eight hex digits of all values that its result depends on."""
+
+import hashlib
+import typing
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+# Keys, and beginnings of keys, that no result of a run depends on.
+NOT_IN_DIGEST = (
+    "fresh",
+    "preview",
+    "find_batch",
+    "sweep",
+    "tracking",
+    "runtime.log_every",
+    "runtime.checkpoint_seconds",
+    "runtime.checkpoint_minutes",
+    "runtime.cuda_graph",
+    "runtime.deterministic",
+    "data.workers",
+    "data.cache",
+)
+
+
+def digest(cfg: "DictConfig | dict[str, Any]") -> str:
+    """Eight hex digits that change with every value of a configuration that can change the result of a run."""
+    values = {key: value for key, value in flat(_plain(cfg)).items() if not key.startswith(NOT_IN_DIGEST)}
+    if any(key.startswith("runtime.") for key in values):  # the configuration of a run
+        values.setdefault("runtime.compile", False)  # a former option: runs that did not use it keep their names
+    numbers = {key: as_float(value) for key, value in values.items()}
+    return hashlib.blake2b(repr(sorted(numbers.items())).encode(), digest_size=4).hexdigest()
+
+
+def as_float(value: Any) -> Any:
+    """An int as the float of the same value, where there is one, so that 1 and 1.0 are equal; anything else unchanged."""
+    return float(value) if isinstance(value, int) and abs(value) <= 2**53 else value
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dictionaries by dotted key."""
+    if not isinstance(tree, dict):
+        return {prefix.rstrip("."): tree}
+    return {key: value for name, node in tree.items() for key, value in flat(node, f"{prefix}{name}.").items()}
+
+
+def _plain(cfg: "DictConfig | Mapping[str, Any]") -> dict[str, Any]:
+    """The resolved values of a configuration without Hydra's own node."""
+    if isinstance(cfg, dict):
+        return cfg
+    from omegaconf import DictConfig, OmegaConf
+
+    assert isinstance(cfg, DictConfig)
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    return typing.cast(dict[str, Any], OmegaConf.to_container(own, resolve=True))

@@ -1,0 +1,180 @@
+"""Entry points: a command with its configuration, messages and exit codes."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Literal
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from twoviews import foreign, processes
+from twoviews.config.checks import ROOTS, check
+from twoviews.config.command_line import MULTIRUN, check_arguments, hydra_arguments
+from twoviews.config.command_line_errors import diagnose
+from twoviews.config.composition import VERSION_BASE, register_resolvers
+from twoviews.config.groups import CONF
+from twoviews.config.hydra_internals import start_faster
+from twoviews.config.parameter_names import qualify
+from twoviews.config.recorded import add_missing_runtime
+from twoviews.errors import BadInput, Stopped, shown, without_secrets
+from twoviews.files import file_error
+
+BAD_INPUT = 2  # exit code for mistakes that the user can correct
+STOPPED = 128  # plus the signal's number: exit code of a run that was stopped and can be continued
+
+Name = Literal["train", "evaluate", "cluster"]
+Main = Callable[[DictConfig, Path], int | None]
+
+_LESS_MEMORY = {
+    "train": "find_batch=true finds the largest batch_size that fits",
+    "evaluate": "close other programs, or choose other protocols",
+    "cluster": "close other programs, or cluster fewer images",
+}
+
+
+def entry(name: Name) -> Callable[[Main], Callable[[], None]]:
+    """A command whose configuration is conf/<name>.yaml: main(cfg, folder) is called with it, checked, and the run folder.
+
+    BadInput and errors of Hydra are printed in one sentence for each mistake, with exit code 2; other exceptions are defects
+    and keep their traceback. A number returned by main becomes the exit code.
+    """
+
+    def decorate(main: Main) -> Callable[[], None]:
+        return _Command(name, main).run
+
+    return decorate
+
+
+class _Command:
+    """Runs one entry point.
+
+    Args:
+        name: of the command.
+        main: called with the configuration.
+    """
+
+    def __init__(self, name: Name, main: Main):
+        self.name, self.main = name, main
+        self.exit_codes: list[int] = []
+        self.composed = False  # whether Hydra has called `job`
+
+    def run(self) -> None:
+        """Read sys.argv, run, and leave with the exit code."""
+        # Hydra would print its own message and exit with 1; this makes it raise instead.
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+        # Threads that spin while they wait for one that lost its core to another program make a step several times
+        # slower on a busy machine; waiting asleep costs some per cent on an idle one. Read when torch is imported.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # argparse takes overrides from one place only: none behind a -m that has some before it.
+        sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in MULTIRUN)
+        self.exit_codes, self.composed = [], False
+        register_resolvers()
+        start_faster(sys.argv[1:])
+        try:
+            processes.settle(self.name, sweep=not MULTIRUN.isdisjoint(sys.argv[1:]))
+            check_arguments(self.name, sys.argv[1:])
+            sys.argv[1:] = hydra_arguments(self.name, sys.argv[1:])
+            hydra.main(**VERSION_BASE, config_path=str(CONF), config_name=self.name)(self.job)()
+        except BadInput as error:
+            self._refuse(*error.messages)
+        except (HydraException, OmegaConfBaseException) as error:
+            self._refuse(*self._sentences(error))
+        except ValueError as error:
+            if self.composed:
+                raise
+            self._refuse(*self._sentences(error))
+        except BrokenPipeError:  # the reader of `train.py --help | head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.exit_codes.append(STOPPED + signal.SIGPIPE)
+        except OSError as error:
+            self._refuse(_file_error(error))
+        except KeyboardInterrupt:
+            more = "goes on from the last checkpoint" if self.name == "train" else "begins again"
+            print(f"interrupted; the same command {more}.", file=sys.stderr)
+            self.exit_codes.append(STOPPED + signal.SIGINT)
+        sys.exit(max(self.exit_codes, default=0))
+
+    def job(self, cfg: DictConfig) -> None:
+        """Called by Hydra with each configuration that it has composed.
+
+        Errors that the user can correct are not raised through Hydra, which would print the command around them, and which
+        would skip the other jobs of a sweep.
+        """
+        self.composed = True
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        try:
+            self._checked(cfg, folder)
+        except Stopped as stopped:
+            if os.environ.get("RANK", "0") == "0":
+                print("stopped before the training began; the same command begins again.", file=sys.stderr)
+            sys.exit(STOPPED + stopped.number)
+        except BadInput as error:
+            root = [field.name for field in fields(ROOTS[self.name])]
+            self._refuse(*(qualify(message, root=root) for message in error.messages))
+        except OSError as error:
+            self._refuse(_file_error(error))
+        except (MemoryError, RuntimeError) as error:
+            from twoviews.data.decoding import worker_trouble
+            from twoviews.memory import ran_out
+
+            if ran_out(error):
+                self._refuse(f"the memory does not suffice ({shown(error)}); {_LESS_MEMORY[self.name]}.")
+            elif isinstance(error, RuntimeError) and (sentence := worker_trouble(error)):
+                self._refuse(qualify(sentence))
+            else:
+                raise
+        finally:
+            _remove_if_empty(folder)
+
+    def _checked(self, cfg: DictConfig, folder: Path) -> None:
+        """Check the configuration and call `main`."""
+        if self.name == "train" and "method" not in HydraConfig.get().runtime.choices:  # read from a run's config.yaml
+            add_missing_runtime(cfg)
+        check(self.name, cfg)
+        if self.name == "train":  # the other commands read no folder of this name
+            foreign.refuse_links(folder)
+        if sys.stdout.isatty():
+            print("loading torch …", flush=True)  # some seconds, in which a person would see nothing
+        self.exit_codes.append(self.main(cfg, folder) or 0)
+        if self.exit_codes[-1] >= STOPPED:
+            sys.exit(self.exit_codes[-1])  # Hydra must not begin the next jobs of a sweep
+
+    def _sentences(self, error: Exception) -> list[str]:
+        """What is wrong with sys.argv, without values that may hold a password, however they are quoted."""
+        sentences = diagnose(self.name, sys.argv[1:], error)
+        for argument in sys.argv[1:]:
+            if "://" in argument or "tracking.uri" in argument:
+                hidden = f"{argument.partition('=')[0]}=…"
+                sentences = [sentence.replace(argument, hidden) for sentence in sentences]
+        return sentences
+
+    def _refuse(self, *messages: str) -> None:
+        """Print the messages and record the exit code for bad input."""
+        if os.environ.get("RANK", "0") == "0":  # all processes of torchrun find the same mistakes
+            for message in messages:
+                print(f"error: {without_secrets(message)}", file=sys.stderr)
+        self.exit_codes.append(BAD_INPUT)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove the folder that Hydra made before the configuration was checked, unless a run has written to it."""
+    for empty in (folder, Path("outputs").resolve()):
+        if empty != Path.cwd() and empty.is_dir() and not any(empty.iterdir()):
+            empty.rmdir()
+
+
+def _file_error(error: OSError) -> str:
+    """A sentence for an error of the file system that a user can correct; any other is a defect and is raised again."""
+    sentence = file_error(
+        error, "the run folder or the cache", "choose another folder with hydra.run.dir= or data.cache="
+    )
+    if sentence is None:
+        raise error
+    return sentence

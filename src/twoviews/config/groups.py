@@ -1,0 +1,49 @@
+"""The files of conf/: the groups, the options of each, and the classes and functions that they name."""
+
+import re
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]  # of the checkout
+CONF = ROOT / "conf"
+
+# The key of conf/hydra/<kind>/*.yaml that names a class of this package, where `_target_` names Hydra's plugin.
+PLUGIN_KEYS = {"launcher": "dispatch", "sweeper": "search"}
+
+# Parameters that the program passes: a configuration must not set them, or its value would be replaced without a word.
+PASSED_BY_PROGRAM = {
+    "backbone": ("channels", "image_size"),
+    "augmentation": ("size", "channels", "mean", "std"),
+    "method": ("encoder", "labels", "classes"),
+    "optimizer": ("param_groups", "batch_size"),
+}
+
+
+def groups() -> list[str]:
+    """Names of the config groups, sorted."""
+    return sorted(path.name for path in CONF.iterdir() if path.is_dir())
+
+
+def options(group: str) -> list[str]:
+    """What can be chosen in a group, sorted."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@cache
+def targets(group: str) -> frozenset[str]:
+    """The classes and functions that the files of a group name, by dotted path; empty for anything that is no group.
+
+    Args:
+        group: a directory of conf/, or "launcher" or "sweeper" for those of conf/hydra.
+    """
+    if not re.fullmatch(r"[a-z_]+", group):
+        return frozenset()
+    folder = CONF / "hydra" / group if group in PLUGIN_KEYS else CONF / group
+    texts = [path.read_text() for path in folder.glob("*.yaml")]
+    named = re.compile(rf"^[^#\n]*\b{PLUGIN_KEYS.get(group, '_target_')}: *([\w.]+)", re.MULTILINE)
+    return frozenset(target for text in texts for target in named.findall(text))
+
+
+def group_of(target: str) -> str | None:
+    """The group, or "launcher" or "sweeper", one of whose files names this class or function; None if no file does."""
+    return next((group for group in (*groups(), *PLUGIN_KEYS) if target in targets(group)), None)

@@ -1,0 +1,32 @@
+"""Private parts of Hydra, all that this project uses; tests/config/test_hydra_internals.py fails when a release moves them.
+
+Why each: Hydra has no public way to parse its own options without running a job, and none to start faster.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import get_args_parser
+
+
+def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Hydra's options of a command line, and the words that look like options and are not Hydra's.
+
+    Raises:
+        SystemExit: argparse refuses the words, which it has explained on standard error.
+    """
+    options, rest = get_args_parser().parse_known_args(list(arguments))
+    return options, [word for word in (*rest, *options.overrides) if word.startswith("-")]
+
+
+def start_faster(arguments: Sequence[str]) -> None:
+    """Leave out two steps of Hydra's start whose results this project does not use; they take as long as all others.
+
+    Hydra composes the configuration a first time only to read `hydra.mode`, which no file of conf/ sets and -m sets without
+    that. For --help it lists the files of all groups, its own included, where the templates in conf/hydra/help list ours.
+    """
+    if not any("hydra.mode" in argument for argument in arguments):
+        Hydra.get_mode = lambda *_, **__: None
+    if "--hydra-help" not in arguments:
+        Hydra.format_config_groups = lambda *_, **__: ""

@@ -1,0 +1,60 @@
+"""Parameters in messages as they are typed on the command line: queue_size=16 of a method is method.queue_size=16.
+
+Classes and functions know their parameters and not the configuration, so their messages name a parameter with "=" behind
+it. Who builds and runs them puts the group in front.
+"""
+
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+from twoviews.config.groups import PASSED_BY_PROGRAM, PLUGIN_KEYS, groups, targets
+from twoviews.errors import BadInput
+from twoviews.signatures import signature
+
+# A name that nothing dotted precedes, perhaps with keys inside it, and "=": queue_size=, views.global.size=.
+_PARAMETER = re.compile(r"(?<![\w.$/:-])([a-z_]\w*)((?:\.[\w<>]+)*=)")
+_WITHOUT_PREFIX = ("protocol", "hydra", "experiment", "special")  # groups with several nodes, or with none of their own
+_ROOT_KEYS = ("seed", "epochs", "batch_size", "fresh", "preview", "find_batch")
+
+
+def qualify(sentence: str, group: str = "", root: Collection[str] = _ROOT_KEYS) -> str:
+    """A sentence with the group in front of each parameter.
+
+    Args:
+        sentence: of a message.
+        group: of the object whose message it is: a parameter of this group is not looked for in others. Other parameters
+            are left as they are if several groups have them.
+        root: keys of the configuration itself, which are in no group.
+    """
+
+    def full(match: re.Match[str]) -> str:
+        name, rest = match.groups()
+        if group and name in parameters(group):
+            return f"{_prefix(group)}{name}{rest}"
+        if name in root:
+            return match.group()
+        others = [other for other in groups() if other not in _WITHOUT_PREFIX and name in parameters(other)]
+        return f"{others[0]}.{name}{rest}" if len(others) == 1 else match.group()
+
+    return _PARAMETER.sub(full, sentence)
+
+
+@contextmanager
+def qualified_errors(group: str = "", root: Collection[str] = _ROOT_KEYS) -> Iterator[None]:
+    """Pass on BadInput with its messages qualified, and every other exception as it is."""
+    try:
+        yield
+    except BadInput as error:
+        error.args = ("\n".join(qualify(message, group, root) for message in error.messages),)
+        raise
+
+
+def parameters(group: str) -> frozenset[str]:
+    """Names that a configuration can set in a group, whichever of its files is chosen."""
+    names = (name for target in targets(group) for name in signature(target))
+    return frozenset(names) - {*PASSED_BY_PROGRAM.get(group, ())}
+
+
+def _prefix(group: str) -> str:
+    return f"hydra.{group}." if group in PLUGIN_KEYS else f"{group}."

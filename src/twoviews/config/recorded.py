@@ -1,0 +1,91 @@
+"""Configurations that runs have recorded, perhaps with an earlier version of this project."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from twoviews import foreign
+from twoviews.config.building import build
+from twoviews.config.digest import NOT_IN_DIGEST, flat
+from twoviews.config.groups import CONF
+from twoviews.errors import BadInput
+
+
+def refuse_unsafe(folder: str | None, name: str | None, arguments: Sequence[str]) -> None:
+    """Refuse a configuration outside of conf/, such as that of a job in a sweep, that is more than plain values.
+
+    Args:
+        folder: value of --config-path.
+        name: value of --config-name.
+        arguments: words of the command.
+
+    Raises:
+        BadInput: it is, or it is not there.
+    """
+    path = (CONF / (folder or "") / (name or "config")).resolve()
+    if path.is_relative_to(CONF):
+        return
+    path = path if path.suffix == ".yaml" else path.with_name(path.name + ".yaml")
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist; --config-path= takes the folder of a run, and --config-name=config.")
+    foreign.refuse_links(path.parent)
+    uri = foreign.load(path).get("tracking", {}).get("uri")
+    if not any(word.lstrip("+").startswith("tracking") for word in arguments):
+        from twoviews.tracking import uris
+
+        uris.refuse_untrusted(uri)
+    if "@package" in path.read_text():  # a comment that Hydra follows
+        raise BadInput(f"{path} is refused, because it has an @package line, which no run writes.")
+
+
+def add_missing_runtime(cfg: DictConfig) -> None:
+    """Give a configuration of an earlier version the keys of runtime that it lacks, where no result depends on them."""
+    if "runtime" not in cfg:
+        return
+    defaults = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(CONF / "runtime" / "default.yaml")))
+    missing = [key for key in defaults if key not in cfg.runtime and f"runtime.{key}" in NOT_IN_DIGEST]
+    for key in missing:
+        OmegaConf.update(cfg, f"runtime.{key}", defaults[key], force_add=True)
+    if missing:
+        listed = ", ".join(f"runtime.{key}={defaults[key]}" for key in missing)
+        print(f"the configuration is of an earlier version; missing keys are taken from conf/runtime: {listed}")
+
+
+def recorded_runtime(cfg: DictConfig, recorded: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Any, list[str]]:
+    """The Runtime to evaluate a run with, and a note on recorded keys that this version does not know.
+
+    It is the one of the training except for the precision, unless the command sets a value.
+
+    Args:
+        cfg: configuration of the command, whose keys fill in for those that the run does not have.
+        recorded: the run's configuration; empty for weights that no run recorded.
+        overrides: of the command.
+
+    Raises:
+        BadInput: a value does not fit.
+    """
+    runtime = recorded.get("runtime", {})
+    known = {key: value for key, value in runtime.items() if key in cfg.runtime and key != "precision"}
+    unknown = ", ".join(f"runtime.{key}" for key, value in runtime.items() if key not in cfg.runtime and value)
+    notes = [f"{unknown} of the run is not known to this version and left out."] if unknown else []
+    return build(DictConfig({**cfg.runtime, **known, **overridden(cfg, overrides, "runtime")})), notes
+
+
+def overridden(cfg: DictConfig, overrides: Sequence[str], node: str) -> dict[str, Any]:
+    """The values of a node that a command sets, where the last of several overrides of a key counts.
+
+    Args:
+        cfg: configuration of the command.
+        overrides: of the command.
+        node: a root key; an override that chooses a file for it sets no value.
+    """
+    values = OmegaConf.create({node: {}})
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key, value = override.key_or_group, override.value()
+        keys = [f"{key}.{inner}" for inner in flat(value)] if isinstance(value, dict) and value else [key]
+        for each in keys:
+            if each.startswith(f"{node}."):
+                OmegaConf.update(values, each, OmegaConf.select(cfg, each), force_add=True)
+    return cast(dict[str, Any], OmegaConf.to_container(values, resolve=True))[node]
