@@ -9,7 +9,7 @@ and torch must not be in it. The first step is that of `train.py data=digits bac
 MLflow; the process leaves right after it. By default a run measures kNN of raw pixels and of the untrained encoder before
 its first step: the row without protocols is start-up alone.
 
-Then the 1,000 points of a sweep are composed and checked, some of them compared with what Hydra composes.
+Then the 1,000 jobs of a sweep are composed and checked, some of them compared with what Hydra composes.
 """
 
 import argparse
@@ -28,13 +28,12 @@ from recording import medians, record
 
 from twoviews.config.composition import register_resolvers
 from twoviews.config.groups import CONF, ROOT
-from twoviews.sweeps.composing import Composer
-from twoviews.sweeps.launching import composed
+from twoviews.sweeps.composing import Composer, job_specs
 
 TRAIN = str(ROOT / "train.py")
 HALF_A_SECOND = 0.26  # of `import torch`
 FIRST_STEP = 1.5
-SECONDS = 5.0  # for 1,000 points
+SECONDS = 5.0  # for 1,000 jobs
 
 # Everything as in `python train.py ...`, but the process ends after one step.
 ONE_STEP = """
@@ -107,8 +106,8 @@ def processes(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def points(count: int) -> dict[str, Any]:
-    """Seconds to compose and check the points of a sweep."""
+def jobs(count: int) -> dict[str, Any]:
+    """Seconds to compose and check the jobs of a sweep."""
     axes = ("method.temperature", "optimizer.lr", "seed")
     side = round(count ** (1 / 3))
     values = ([0.05 + 0.01 * i for i in range(side)], [0.03 * (i + 1) for i in range(side)], range(side))
@@ -124,14 +123,14 @@ def points(count: int) -> dict[str, Any]:
         composer = Composer(compose)
         for combination in combinations[:: count // 5]:
             whole = OmegaConf.to_container(compose(combination), resolve=True)
-            assert composer(combination) == whole, "not what Hydra composes"
+            assert composer(combination).content == whole, "not what Hydra composes"
         start = time.process_time()
-        new = composed(Composer(compose), combinations, axes)
+        new = job_specs(Composer(compose), combinations, axes)
         taken = time.process_time() - start
     assert len(new) == len(combinations)
     verdict = "reaches" if taken <= SECONDS else "misses"
-    print(f"{len(new):,} points of a sweep composed and checked in {taken:.2f} s of CPU, {verdict} {SECONDS:g}")
-    return {"what": f"{len(new):,} points composed", "cpu_seconds": taken, "goal": SECONDS}
+    print(f"{len(new):,} jobs of a sweep composed and checked in {taken:.2f} s of CPU, {verdict} {SECONDS:g}")
+    return {"what": f"{len(new):,} jobs composed", "cpu_seconds": taken, "goal": SECONDS}
 
 
 def main() -> None:
@@ -140,7 +139,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write all numbers here, for example below benchmarks/results/")
     options = parser.parse_args()
-    rows = [*processes(options.rounds), points(1000)]
+    rows = [*processes(options.rounds), jobs(1000)]
     record(options.json, f"startup.py --rounds {options.rounds}", rows)
 
 

@@ -18,7 +18,8 @@ from conftest import ROOT, SMALL_MOCO, refused
 from safetensors.torch import load_file, save_file
 from test_foreign import Call, entry  # noqa: F401
 
-from twoviews.sweeps.folder import New, State, Sweep
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import JobSpec, JobState
 
 TRAIN = (*SMALL_MOCO, "epochs=1", "protocol=knn")
 STORE = ("--uri", "sqlite:///mlflow.db")
@@ -30,11 +31,11 @@ def trained(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("trained")
     sweep = Sweep(place / "multirun" / "s")
     more = {"cwd": str(place), "code": str(sweep.folder / "code"), "choices": {}}
-    sweep.add([New("aa", {"seed": 0}, ["seed=0"], "seed: 0", more)])
+    sweep.add([JobSpec("aa", {"seed": 0}, ["seed=0"], "seed: 0", more)])
     run = sweep.folder / "aa"
     for name, *arguments in (("train", *TRAIN, f"hydra.run.dir={run}"), ("cluster", f"run={run}", "clusters=[5]")):
         subprocess.run([sys.executable, str(ROOT / f"{name}.py"), *arguments], check=True, cwd=place, umask=0o027)
-    sweep.points[0].write(State("FINISHED", starts=1))
+    sweep.jobs[0].write(JobState("FINISHED", starts=1))
     return sweep.folder
 
 

@@ -25,7 +25,8 @@ from twoviews.errors import BadInput
 from twoviews.foreign import load
 from twoviews.run import Run
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps.folder import New, State, Sweep
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import JobSpec, JobState
 from twoviews.tracking.__main__ import main as tracking_command
 from twoviews.tracking.metrics import read
 
@@ -34,7 +35,7 @@ EVIL = "EVIL"  # a Python module that makes it, likewise
 BUILD = [  # _target_ and the rest of a node that Hydra's instantiate would run
     {"_target_": "os.system", "_args_": [f"touch {MADE}"]},
     {"_target_": "subprocess.run", "args": ["touch", MADE]},
-    {"_target_": "twoviews.sweeps.scheduler._run", "_args_": ["touch", MADE]},
+    {"_target_": "twoviews.sweeps.slurm_commands._run", "_args_": ["touch", MADE]},
     {"_target_": "twoviews.tracking.server._run", "_args_": [None, "touch", MADE]},
     {"_target_": "twoviews.tracking.state.replace", "path": {"_target_": "pathlib.Path", "_args_": [MADE]}, "text": ""},
     {"_target_": "twoviews.encoders.opening.Path.touch", "self": MADE},
@@ -117,9 +118,9 @@ def place(clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     code = sweep.folder / "code" / "aa"
     (code / "src").mkdir(parents=True)
     (code / "train.py").write_text(evil)
-    sweep.add([New("aa", {"seed": 0}, ["seed=0"], "", {"cwd": str(tmp_path), "code": str(code), "choices": {}})])
+    sweep.add([JobSpec("aa", {"seed": 0}, ["seed=0"], "", {"cwd": str(tmp_path), "code": str(code), "choices": {}})])
     shutil.copytree(clean, sweep.folder / "aa", dirs_exist_ok=True)
-    sweep.points[0].write(State("INTERRUPTED", starts=1))
+    sweep.jobs[0].write(JobState("INTERRUPTED", starts=1))
     with sweep.update() as record:
         record["launcher"] = {"_target_": "twoviews.sweeps.machine.Local"}
         record["tracking"] = {"uri": None, "experiment": "twoviews"}

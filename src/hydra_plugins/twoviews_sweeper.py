@@ -1,4 +1,4 @@
-"""The sweepers of `train.py -m`, where Hydra looks for plugins; what they do is in twoviews.sweeps."""
+"""The sweeper plugin of `train.py -m`, where Hydra looks for it; sweeps are implemented in twoviews.sweeps."""
 
 import sys
 from typing import Any
@@ -9,32 +9,31 @@ from omegaconf import DictConfig
 
 
 class Searching(Sweeper):
-    """Hands what was typed to the search that conf/hydra/sweeper/<name>.yaml names.
+    """Runs the search that conf/hydra/sweeper/<name>.yaml names. Hydra's launchers are not used: see twoviews.sweeps.launcher.
 
     Args:
-        options: the keys of that file.
+        options: the keys of that file, which are read from the configuration instead.
     """
 
     def __init__(self, **options: Any):
-        self._options = options
+        pass
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what `sweep` needs."""
         self._config, self._loader = config, hydra_context.config_loader
 
     def sweep(self, arguments: list[str]) -> None:
-        """Start what is missing.
+        """Run the jobs that follow from the overrides.
 
         Raises:
-            BadInput: something is not right; nothing was started.
-            SystemExit: points failed, or a signal stopped them.
+            BadInput: something is wrong; nothing was started.
+            SystemExit: jobs failed, or a signal stopped them.
         """
         from twoviews.config.building import build
         from twoviews.config.checks import check_plugin
         from twoviews.sweeps.launching import Launch
 
-        search = build(DictConfig(check_plugin(self._config, "sweeper")))
-        order = Launch(self._config, lambda one: self._loader.load_sweep_config(self._config, one))
-        code = search.run(order, arguments)
-        if code:
+        search = build(check_plugin(self._config, "sweeper"))
+        launch = Launch(self._config, lambda overrides: self._loader.load_sweep_config(self._config, overrides))
+        if code := search.run(launch, arguments):
             sys.exit(code)

@@ -86,9 +86,9 @@ REMEDIES = {
     "environment.json": "put the file back that the run wrote, or start over with fresh=true",
     "data.json": "put the file back that the run wrote, or start over with fresh=true",
     "clusters.json": "delete it, and cluster.py writes it again",
-    "sweep.json": "put the file back, or delete it and launch the sweep again, which goes on with its points",
+    "sweep.json": "put the file back, or delete it and launch the sweep again, which goes on with its jobs",
     "point.json": "put the file back, or launch the sweep again, which writes it again",
-    "state.json": "delete it, and the point counts as one that has not begun",
+    "state.json": "delete it, and the job counts as one that has not begun",
     "tracking.json": "delete it, and the run is sent to MLflow as a new one",
     "metrics.durable": "delete it, and the next checkpoint writes it again",
 }
@@ -177,7 +177,7 @@ def parse(content: str, path: Path) -> dict[str, Any]:
         raise damaged(path, "it holds no keys" if content.strip() else "it is empty")
     for key, value in tree.items():
         wrong = _impure(str(key), value, str(key), path.suffix == ".yaml", DEPTH)
-        # Hydra reads config.yaml when a point of a sweep is trained, and would follow these two.
+        # Hydra reads config.yaml when a job of a sweep is trained, and would follow these two.
         if key in ("defaults", "hydra") or str(key).startswith("_"):
             wrong = f"it has the key {short(key)}"
         if wrong:

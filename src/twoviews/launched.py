@@ -1,27 +1,31 @@
-"""What this user has launched and where results were sent: folders may come from anywhere, and name code and stores, too."""
+"""What this user has launched: code, launchers and tracking URIs that may be used again.
+
+Run folders and sweep folders may come from anywhere and name code, launchers and URIs of others, which are refused. What was
+launched is recorded by hash in the user's cache folder.
+"""
 
 import contextlib
 import hashlib
 import os
 from pathlib import Path
 
-_here: set[str] = set()  # in this process, for where nothing can be written
+_of_this_process: set[str] = set()  # in case the cache folder cannot be written
 
 
-def remember(what: str) -> None:
-    """Of code its digest, of a launcher its values, of a store its address; where nothing can be written, this process does."""
-    _here.add(what)
+def remember(text: str) -> None:
+    """Record a launch: the digest of the code, the values of the launcher as JSON, or the tracking URI."""
+    _of_this_process.add(text)
     with contextlib.suppress(OSError):
-        path = _path(what)
+        path = _path(text)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
 
 
-def remembered(what: str) -> bool:
-    """Whether it was launched, or named, with this user's cache folder or by this process."""
-    return what in _here or _path(what).is_file()
+def remembered(text: str) -> bool:
+    """Whether this was recorded by this process, or with this cache folder."""
+    return text in _of_this_process or _path(text).is_file()
 
 
-def _path(what: str) -> Path:
+def _path(text: str) -> Path:
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser()
-    return caches / "twoviews" / "launched" / hashlib.blake2b(what.encode(), digest_size=32).hexdigest()
+    return caches / "twoviews" / "launched" / hashlib.blake2b(text.encode(), digest_size=32).hexdigest()

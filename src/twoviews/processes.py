@@ -41,7 +41,7 @@ def settle(command: str, sweep: bool) -> None:
     if processes > 1 and sweep:
         raise BadInput(
             f"a sweep is launched by one process, and WORLD_SIZE={processes}; leave out torchrun or unset WORLD_SIZE, and give "
-            "each point several processes by hydra/launcher=slurm_ddp."
+            "each job several processes by hydra/launcher=slurm_ddp."
         )
     if processes > 1 and command != "train":
         raise BadInput(

@@ -1,4 +1,4 @@
-"""`python -m twoviews.sweep`: how the points of a sweep are, what they printed, and what to do about them."""
+"""`python -m twoviews.sweep`: states, outputs and results of a sweep's jobs, and commands to run or stop them."""
 
 import argparse
 import shlex
@@ -9,42 +9,43 @@ from collections.abc import Callable, Mapping, Sequence
 from twoviews import foreign
 from twoviews.console import ROWS, Console, duration
 from twoviews.errors import BadInput, nearest, system_reason
-from twoviews.sweeps.axes import told_apart
-from twoviews.sweeps.folder import Point, State, Sweep
-from twoviews.sweeps.supervise import LOG
-from twoviews.sweeps.truth import CANCEL_S, ended, look
-from twoviews.sweeps.words import counted, short_names, typed
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.formatting import counted, short_names, typed
+from twoviews.sweeps.job import LOG, Job, JobState
+from twoviews.sweeps.job_status import CANCEL_SECONDS, status, wait_until_ended
+from twoviews.sweeps.varying_parameters import varying_parameters
 
 FINISHED, UNFINISHED, ACTIVE = 0, 1, 3  # exit codes; 2 is bad input
-LINES = 40  # of a log that are shown
-NAMED = 8  # other sweeps
-# What calls for attention comes first.
+EXIT_CODES = "0 all jobs are finished or pruned, 3 some are queued or running, 1 some are neither, 2 bad input."
+LOG_LINES = 40  # of a log that are shown
+MAX_SHOWN_NAMES = 8  # of other sweeps
+# States that need attention come first.
 STOPPED = ("FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "PREEMPTED", "CANCELLED", "LOST", "INTERRUPTED")
 ORDER = (*STOPPED, "RUNNING", "QUEUED", "PRUNED", "FINISHED")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0 all points are finished or pruned, 3 some are queued or running, 1 some are neither, 2 bad input."""
+    """Run a command; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m twoviews.sweep",
-        description="Look after a sweep. Without a name: the one in multirun/ that was changed last.",
-        epilog="Exit code: 0 all points are finished or pruned, 3 some are queued or running, 1 some are neither, 2 bad input.",
+        description="Look after a sweep. Without a name: the one in multirun/ that changed last.",
+        epilog=f"Exit code: {EXIT_CODES}",
     )
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
     for command, (action, sentence) in COMMANDS.items():
         sub = commands.add_parser(command, help=sentence, description=sentence[0].upper() + sentence[1:] + ".")
         sub.add_argument("name", nargs="?", help="a sweep's name below multirun/, or its folder")
         if command in ("logs", "retry", "cancel"):
-            sub.add_argument("points", nargs="*", help="digests, or parts such as seed=1; without one all")
+            sub.add_argument("jobs", nargs="*", help="digests, or parts such as seed=1; without one all")
         sub.set_defaults(action=action)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        sweep = Sweep.existing(given.name)
-        if given.name is None and (others := [name for name in Sweep.names() if name != sweep.name]):
-            shown = ", ".join(others[:NAMED]) + (f" and {len(others) - NAMED} more" if len(others) > NAMED else "")
-            print(f"the sweep that was changed last; others can be named: {shown}")
-        points = chosen(told_apart(sweep.points), getattr(given, "points", []))
-        return given.action(sweep, points)
+        sweep = Sweep.existing(options.name)
+        if options.name is None and (others := [name for name in Sweep.names() if name != sweep.name]):
+            more = f" and {len(others) - MAX_SHOWN_NAMES} more" if len(others) > MAX_SHOWN_NAMES else ""
+            print(f"the sweep that changed last; others can be named: {', '.join(others[:MAX_SHOWN_NAMES])}{more}")
+        jobs = chosen(varying_parameters(sweep.jobs), getattr(options, "jobs", []))
+        return options.action(sweep, jobs)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -55,62 +56,58 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def chosen(points: Sequence[Point], wanted: Sequence[str]) -> list[Point]:
-    """The points whose digest begins like this, or that have this value of an axis; all if nothing is wanted.
+def chosen(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
+    """The jobs whose digest begins with one of the names, or that have such a value, as `seed=1`; all if none is given.
 
     Raises:
-        BadInput: there is no such point.
+        BadInput: a name fits no job.
     """
 
-    def matches(point: Point, text: str) -> bool:
-        return point.digest.startswith(text) or text in point.label.split(" ") or text == point.label
+    def fits(job: Job, name: str) -> bool:
+        return job.digest.startswith(name) or name in job.label.split(" ") or name == job.label
 
-    for text in wanted:
-        if not any(matches(point, text) for point in points):
-            names = [name for point in points for name in (point.digest, *point.label.split(" "))]
-            raise BadInput(f"there is no point '{text}' in this sweep.{nearest(text, names)}")
-    # Values of one axis are alternatives; of several, all have to fit.
-    axes: dict[str, list[str]] = {}
-    for text in wanted:
-        axes.setdefault(text.partition("=")[0] if "=" in text else "", []).append(text)
-    return [point for point in points if all(any(matches(point, text) for text in texts) for texts in axes.values())]
+    for name in names:
+        if not any(fits(job, name) for job in jobs):
+            known = [known for job in jobs for known in (job.digest, *job.label.split(" "))]
+            raise BadInput(f"there is no job '{name}' in this sweep.{nearest(name, known)}")
+    # Values of one key are alternatives; of several keys, all have to fit.
+    by_key: dict[str, list[str]] = {}
+    for name in names:
+        by_key.setdefault(name.partition("=")[0] if "=" in name else "", []).append(name)
+    return [job for job in jobs if all(any(fits(job, name) for name in group) for group in by_key.values())]
 
 
-def exit_code(states: Mapping[str, State]) -> int:
-    """Of a command that looked at these states."""
+def exit_code(states: Mapping[str, JobState]) -> int:
+    """The exit code of a command for jobs with these states."""
     if any(state.active for state in states.values()):
         return ACTIVE
     return FINISHED if all(state.done for state in states.values()) else UNFINISHED
 
 
-def status(sweep: Sweep, points: Sequence[Point]) -> int:
-    """A table of the points; nothing is written."""
-    states, console = look(points), Console()
+def show_status(sweep: Sweep, jobs: Sequence[Job]) -> int:
+    """Print a table of the jobs; nothing is written."""
+    states, console = status(jobs), Console()
     counts = Counter(state.state for state in states.values())
     console.say(f"{sweep.folder}: " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items())))
-
-    def rank(point: Point) -> int:
-        state = states[point.digest].state
-        return ORDER.index(state)
-
-    names = short_names(dict.fromkeys(key for point in points for key in point.axes))
-    shown = sorted(points, key=rank)[:ROWS]  # reading what the others measured would take long
-    console.rows(sweep.name, [_row(point, states[point.digest], names) for point in shown], len(points))
+    names = short_names(dict.fromkeys(key for job in jobs for key in job.axes))
+    shown = sorted(jobs, key=lambda job: ORDER.index(states[job.digest].state))[:ROWS]  # reading all takes long
+    console.rows(sweep.name, [_row(job, states[job.digest], names) for job in shown], len(jobs))
     return exit_code(states)
 
 
-def _row(point: Point, state: State, names: Mapping[str, str]) -> dict[str, object]:
-    lines = point.metrics()
+def _row(job: Job, state: JobState, names: Mapping[str, str]) -> dict[str, object]:
+    lines = job.metrics()
     epoch = lines[-1]["epoch"] if lines else 0
     knn = next((line["knn/top1"] for line in reversed(lines) if "knn/top1" in line), None)
     since = [line for line in lines if state.started and line["time"] >= state.started]
     left = ""
     if state.state == "RUNNING" and since and since[-1]["epoch"] > since[0]["epoch"]:
-        pace = (since[-1]["time"] - since[0]["time"]) / (since[-1]["epoch"] - since[0]["epoch"])
-        left = duration((epochs(point) - epoch) * pace)
+        seconds_per_epoch = (since[-1]["time"] - since[0]["time"]) / (since[-1]["epoch"] - since[0]["epoch"])
+        epochs = int(foreign.load(job.folder / "config.yaml", needed=True).get("epochs", 0))
+        left = duration((epochs - epoch) * seconds_per_epoch)
     return {
-        "point": point.digest,
-        **{name: typed(point.axes, key) for key, name in names.items()},
+        "job": job.digest,
+        **{name: typed(job.axes, key) for key, name in names.items()},
         "state": state.state,
         "epoch": f"{epoch:.4g}",
         "left": left,
@@ -120,106 +117,94 @@ def _row(point: Point, state: State, names: Mapping[str, str]) -> dict[str, obje
     }
 
 
-def epochs(point: Point) -> int:
-    """How long the training is to be."""
-    return int(foreign.load(point.folder / "config.yaml", needed=True).get("epochs", 0))
-
-
-def logs(sweep: Sweep, points: Sequence[Point]) -> int:
-    """The ends of what points printed: of those named, or of those that did not finish."""
-    states = look(points)
-    if len(points) == len(sweep.points) > 1:  # none was named
-        points = [point for point in points if states[point.digest].state in STOPPED]
-    for point in points:
-        state = states[point.digest]
-        print(f"=== {point.digest} {point.label}: {state.state} {state.reason}".rstrip())
-        path = point.folder / LOG
+def show_logs(sweep: Sweep, jobs: Sequence[Job]) -> int:
+    """Print the ends of the logs of the jobs that were named, or of those that failed."""
+    states = status(jobs)
+    if len(jobs) == len(sweep.jobs) > 1:  # none was named
+        jobs = [job for job in jobs if states[job.digest].state in STOPPED]
+    for job in jobs:
+        state = states[job.digest]
+        print(f"=== {job.digest} {job.label}: {state.state} {state.reason}".rstrip())
+        path = job.folder / LOG
         if path.exists():
             print(f"=== the end of {path}")
             with path.open(errors="replace") as file:
-                print("".join(deque(file, LINES)), end="")
-        elif point.job:
+                print("".join(deque(file, LOG_LINES)), end="")
+        elif job.slurm_id:
             print(f"=== it printed nothing; what SLURM printed is in {sweep.folder / 'slurm'}")
         else:
             print("=== it never began, so it printed nothing")
-    if not points:
-        print("no point failed; name one to see what it printed.")
+    if not jobs:
+        print("no job failed; name one to see what it printed.")
     return exit_code(states)
 
 
-def retry(sweep: Sweep, points: Sequence[Point]) -> int:
-    """Run again what neither finished nor is under way, from its checkpoints and with the code it had."""
-    from twoviews.sweeps import collecting
-    from twoviews.sweeps.launching import again, report
+def retry_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
+    """Run the jobs that stopped without a result again, from their checkpoints and with the code of their launch."""
+    from twoviews.sweeps.launching import print_end, retry
+    from twoviews.sweeps.mlflow_sync import flush
 
-    states, console = look(points), Console()
-    todo = [point for point in points if states[point.digest].state in STOPPED]
-    again(sweep, todo)
+    states, console = status(jobs), Console()
+    retry(sweep, [job for job in jobs if states[job.digest].state in STOPPED])
     if sweep.record["parent"]:
-        collecting.deliver(sweep, console.say)
-    wanted = {point.digest for point in points}
-    points = [point for point in sweep.points if point.digest in wanted]
-    states = look(points)
-    report(sweep, points, states, console)
-    return exit_code(states)
+        flush(sweep, console.say)
+    digests = {job.digest for job in jobs}
+    print_end(sweep, digests, console)
+    return exit_code(status([job for job in sweep.jobs if job.digest in digests]))
 
 
-def collect(sweep: Sweep, points: Sequence[Point]) -> int:
-    """Send to MLflow what it does not have of the points, and how they and the sweep ended."""
-    from twoviews.sweeps import collecting
+def collect_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
+    """Send what MLflow lacks of the jobs, and the ends of the jobs and of the sweep."""
+    from twoviews.sweeps.mlflow_sync import collect
 
-    left = collecting.collect(sweep, points)
-    print(
-        f"{sweep.name}: in MLflow are {len(points) - left:,} of {counted(len(points), 'point')}, run {sweep.record['parent']}"
-    )
+    left = collect(sweep, jobs)
+    sent = f"{len(jobs) - left:,} of {counted(len(jobs), 'job')}"
+    print(f"{sweep.name}: in MLflow are {sent}, run {sweep.record['parent']}")
     return 1 if left else 0
 
 
-def cancel(sweep: Sweep, points: Sequence[Point]) -> int:
-    """Stop what is queued or running, with a moment for a checkpoint; MLflow is told how it ended."""
-    from twoviews.sweeps import collecting
-    from twoviews.sweeps.machine import stop
-    from twoviews.sweeps.slurm import cancel_jobs
+def cancel_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
+    """Stop the jobs that are queued or running, which get some seconds for a checkpoint, and tell MLflow."""
+    from twoviews.sweeps import machine, slurm
+    from twoviews.sweeps.mlflow_sync import collect
 
-    states = look(points)
-    active = [point for point in points if states[point.digest].active]
-    waiting = [point for point in active if point.job is None and states[point.digest].state == "QUEUED"]
-    active = [point for point in active if point not in waiting]
-    stop([point for point in active if point.job is None])
-    cancel_jobs(active)
-    print(f"cancelled {counted(len(active), 'point')} of {sweep.name}")
+    states = status(jobs)
+    active = [job for job in jobs if states[job.digest].active]
+    waiting = [job for job in active if job.slurm_id is None and states[job.digest].state == "QUEUED"]
+    active = [job for job in active if job not in waiting]
+    machine.stop([job for job in active if job.slurm_id is None])
+    slurm.cancel_jobs(active)
+    print(f"cancelled {counted(len(active), 'job')} of {sweep.name}")
     if waiting:
         print(
-            f"waiting for the launcher on this machine, which goes on with them: {counted(len(waiting), 'point')}; end it with "
-            "Ctrl-C."
+            f"the launcher on this machine goes on with {counted(len(waiting), 'job')} that wait for it; end it with Ctrl-C."
         )
-    if active and sweep.record["parent"]:  # what is killed before it can say so would stay as running there
-        print("waiting for their ends, to tell MLflow …", flush=True)
-        wanted = {point.digest for point in active}
-        points = [point for point in sweep.points if point.digest in wanted]
-        if not ended(points, CANCEL_S) or collecting.collect(sweep, points):
-            print(
-                f"MLflow was not told of all; `python -m twoviews.sweep collect {shlex.quote(sweep.name)}` does it later."
-            )
+    if active and sweep.record["parent"]:  # MLflow would show killed jobs as running
+        print("waiting until they have ended, to tell MLflow …", flush=True)
+        digests = {job.digest for job in active}
+        jobs = [job for job in sweep.jobs if job.digest in digests]
+        if not wait_until_ended(jobs, CANCEL_SECONDS) or collect(sweep, jobs):
+            name = shlex.quote(sweep.name)
+            print(f"MLflow was not told of all ends; `python -m twoviews.sweep collect {name}` does it later.")
     return 0
 
 
-def report(sweep: Sweep, points: Sequence[Point]) -> int:
-    """Write what was found so far into the sweep folder: a page, a table, pictures."""
-    from twoviews.sweeps.report import report as write
+def write_report(sweep: Sweep, jobs: Sequence[Job]) -> int:
+    """Write the results so far into the sweep folder: a page, a table, plots."""
+    from twoviews.sweeps.report import report
 
-    states = look(points)
-    write(sweep, states, print)
+    states = status(jobs)
+    report(sweep, states, print)
     return exit_code(states)
 
 
-COMMANDS: dict[str, tuple[Callable[[Sweep, Sequence[Point]], int], str]] = {
-    "status": (status, "show all points"),
-    "logs": (logs, "show what points printed: those named, or those that failed"),
-    "report": (report, "write report.md, report.csv and pictures of what was found so far"),
-    "collect": (collect, "send to MLflow what it does not have: points run with tracking=files, killed ones"),
-    "retry": (retry, "run again what neither finished nor is under way"),
-    "cancel": (cancel, "stop what is queued or running"),
+COMMANDS: dict[str, tuple[Callable[[Sweep, Sequence[Job]], int], str]] = {
+    "status": (show_status, "show all jobs"),
+    "logs": (show_logs, "show the output of jobs: those named, or those that failed"),
+    "report": (write_report, "write report.md, report.csv and plots of the results so far"),
+    "collect": (collect_jobs, "send results that MLflow lacks: of jobs run with tracking=files, of killed jobs"),
+    "retry": (retry_jobs, "run the jobs again that stopped without a result"),
+    "cancel": (cancel_jobs, "stop the jobs that are queued or running"),
 }
 
 if __name__ == "__main__":

@@ -186,19 +186,20 @@ def commands(sweep: Path) -> list[list[str]]:
 def made(place: Path) -> Path:
     """A sweep whose only point is a finished run."""
     from twoviews.run import load_checkpoint
-    from twoviews.sweeps.folder import New, State, Sweep
+    from twoviews.sweeps.folder import Sweep
+    from twoviews.sweeps.job import JobSpec, JobState
 
     sweep = Sweep(place / "clean")
     (sweep.folder / "code").mkdir()
     more = {"cwd": str(place), "code": str(sweep.folder / "code"), "choices": {}}
-    sweep.add([New("aa", {"seed": 0}, ["seed=0"], "seed: 0", more)])
+    sweep.add([JobSpec("aa", {"seed": 0}, ["seed=0"], "seed: 0", more)])
     run = sweep.folder / "aa"
     command = [sys.executable, str(ROOT / "train.py"), *TRAIN, f"hydra.run.dir={run}"]
     subprocess.run(command, check=True, cwd=place, stdout=subprocess.DEVNULL)
     import torch
 
     torch.save(load_checkpoint(run / "last.pt")["method"], run / "weights.pt")
-    sweep.points[0].write(State("FINISHED", starts=1))
+    sweep.jobs[0].write(JobState("FINISHED", starts=1))
     with sweep.update() as record:
         record["launcher"] = {"_target_": "twoviews.sweeps.machine.Local"}
     return sweep.folder

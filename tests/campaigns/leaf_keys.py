@@ -326,7 +326,7 @@ class Campaign:
         place = key.command, key.files
         if place not in self.composers:
             self.composers[place] = Composer(lambda overrides: composed(key.command, overrides))
-        content = self.composers[place]([*key.files, *self._small(key), override])
+        content = self.composers[place]([*key.files, *self._small(key), override]).content
 
         def build() -> None:
             if key.command == "train":

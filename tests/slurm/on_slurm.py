@@ -55,18 +55,18 @@ VALUES: dict[str, object] = {
 }
 
 
-def dispatch(**more: object):
+def launcher(**more: object):
     """Small jobs that all fit on the nodes at once."""
     from twoviews.sweeps.slurm import Slurm
 
     return Slurm(**{**VALUES, **more})  # type: ignore[arg-type]
 
 
-def states(points: Sequence) -> list[str]:
-    """The truth about these points, as sweep.json knows them now."""
+def states(jobs: Sequence) -> list[str]:
+    """The states of these jobs, with what sweep.json has of them now."""
     from twoviews.sweeps.folder import Sweep
-    from twoviews.sweeps.truth import look
+    from twoviews.sweeps.job_status import status
 
-    wanted = {point.digest for point in points}
-    now = look([point for point in Sweep(points[0].folder.parent).points if point.digest in wanted])
-    return [now[point.digest].state for point in points]
+    wanted = {job.digest for job in jobs}
+    now = status([job for job in Sweep(jobs[0].folder.parent).jobs if job.digest in wanted])
+    return [now[job.digest].state for job in jobs]

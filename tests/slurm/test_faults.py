@@ -1,4 +1,4 @@
-"""What a real SLURM does to points, and what is then said of them. The trainings are stand-ins that take no time."""
+"""What a real SLURM does to jobs, and what is then said of them. The trainings are stand-ins that take no time."""
 
 import json
 import signal
@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 from fake import FINISH, starts, sweep
-from on_slurm import VALUES, cluster, dispatch, quiet_cluster, slurm, states, wait_for  # noqa: F401
+from on_slurm import VALUES, cluster, launcher, quiet_cluster, slurm, states, wait_for  # noqa: F401
 
 from twoviews import launched
 from twoviews.code import content
 from twoviews.errors import BadInput
-from twoviews.sweep import chosen, logs, retry, status
+from twoviews.sweep import chosen, retry_jobs, show_logs, show_status
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps import scheduler
-from twoviews.sweeps.collecting import prepare
+from twoviews.sweeps import slurm_commands
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.truth import look
+from twoviews.sweeps.job_status import status
+from twoviews.sweeps.mlflow_sync import attach_jobs
 from twoviews.tracking import uris
 
 # The first start waits to be stopped with a checkpoint, or killed; the next one finishes.
@@ -29,58 +29,58 @@ TWICE = (
 CHECKPOINTED = TWICE.replace("stop_when_told();", "checkpoint(); stop_when_told();")
 
 
-def latest(points):
+def latest(jobs):
     """As sweep.json knows them now."""
-    return Sweep(points[0].folder.parent).points
+    return Sweep(jobs[0].folder.parent).jobs
 
 
-def test_how_points_end_is_told_truly(tmp_path: Path, capsys) -> None:
-    points = sweep(
+def test_how_jobs_end_is_told_truly(tmp_path: Path, capsys) -> None:
+    jobs = sweep(
         tmp_path / "s",
         FINISH,
         "raise RuntimeError('no such kernel')",
         "os.kill(os.getpid(), signal.SIGKILL)",
-        "checkpoint(); os.kill(os.getppid(), signal.SIGKILL); time.sleep(1)",  # its supervisor
+        "checkpoint(); os.kill(os.getppid(), signal.SIGKILL); time.sleep(1)",  # its runner
         "sys.exit(128 + signal.SIGUSR2)",  # wants to be requeued each time, without getting anywhere
     )
     begun = time.monotonic()
-    dispatch().submit(points)
+    launcher().submit(jobs)
     assert time.monotonic() - begun < 15
-    points = latest(points)
-    assert len({point.job for point in points}) == 5 and len(slurm("squeue", "-hr").splitlines()) == 5
-    wait_for(lambda: states(points)[:4] == ["FINISHED", "FAILED", "FAILED", "FAILED"])
-    assert status(Sweep(tmp_path / "s"), points) == 3
-    now = [*look(points).values()]
-    assert now[0].node in ("n1", "n2", "n3", "n4") and now[0].job == points[0].job
+    jobs = latest(jobs)
+    assert len({job.slurm_id for job in jobs}) == 5 and len(slurm("squeue", "-hr").splitlines()) == 5
+    wait_for(lambda: states(jobs)[:4] == ["FINISHED", "FAILED", "FAILED", "FAILED"])
+    assert show_status(Sweep(tmp_path / "s"), jobs) == 3
+    now = [*status(jobs).values()]
+    assert now[0].node in ("n1", "n2", "n3", "n4") and now[0].slurm_id == jobs[0].slurm_id
     assert now[1].reason == "RuntimeError: no such kernel" and "killed by SIGKILL" in now[2].reason
-    assert "SLURM says FAILED" in now[3].reason
-    wait_for(lambda: states(points)[4] == "FAILED")
-    assert "3 starts in a row" in points[4].state.reason and len(starts(points[4])) == 3
+    assert "SLURM reports FAILED" in now[3].reason
+    wait_for(lambda: states(jobs)[4] == "FAILED")
+    assert "3 starts in a row" in jobs[4].state.reason and len(starts(jobs[4])) == 3
     wait_for(lambda: not slurm("squeue", "-h"))
-    said = slurm("sacct", "-X", "-n", "-P", "--format=State", "-j", str(points[0].job).partition("_")[0])
+    said = slurm("sacct", "-X", "-n", "-P", "--format=State", "-j", str(jobs[0].slurm_id).partition("_")[0])
     assert said.split("\n") == ["COMPLETED", "FAILED", "FAILED", "FAILED", "FAILED"], "SLURM must not say otherwise"
     capsys.readouterr()
-    assert logs(Sweep(tmp_path / "s"), points) == 1
+    assert show_logs(Sweep(tmp_path / "s"), jobs) == 1
     assert "RuntimeError: no such kernel" in capsys.readouterr().out
 
 
-def test_cancelled_points_are_told_apart_and_the_rest_goes_on(tmp_path: Path) -> None:
-    points = sweep(tmp_path / "s", TWICE, TWICE, f"time.sleep(5); {FINISH}")
-    dispatch(array_parallelism=1).submit(points)
-    wait_for(lambda: starts(points[0]))
-    points = latest(points)
-    slurm("scancel", str(points[1].job))  # still inside the array: SLURM may keep no record of it at all
+def test_cancelled_jobs_are_told_apart_and_the_rest_goes_on(tmp_path: Path) -> None:
+    jobs = sweep(tmp_path / "s", TWICE, TWICE, f"time.sleep(5); {FINISH}")
+    launcher(array_parallelism=1).submit(jobs)
+    wait_for(lambda: starts(jobs[0]))
+    jobs = latest(jobs)
+    slurm("scancel", str(jobs[1].slurm_id))  # still inside the array: SLURM may keep no record of it at all
     time.sleep(1)
-    dispatch().cancel(points[:1])
-    wait_for(lambda: states(points) == ["CANCELLED", "CANCELLED", "FINISHED"])
-    assert points[0].checkpoint(), "it had a moment to write one"
+    launcher().cancel(jobs[:1])
+    wait_for(lambda: states(jobs) == ["CANCELLED", "CANCELLED", "FINISHED"])
+    assert jobs[0].checkpoint(), "it had a moment to write one"
     with Sweep(tmp_path / "s").update() as record:
         record["launcher"] = {"_target_": "twoviews.sweeps.slurm.Slurm", **VALUES}
         launched.remember(json.dumps(record["launcher"], sort_keys=True))
     launched.remember(content(tmp_path / "s" / "code" / "fake"))
-    assert retry(Sweep(tmp_path / "s"), chosen(points, ["seed=0", "seed=1"])) == 3
-    wait_for(lambda: states(points)[0] == "FINISHED")
-    assert len(starts(points[2])) == 1
+    assert retry_jobs(Sweep(tmp_path / "s"), chosen(jobs, ["seed=0", "seed=1"])) == 3
+    wait_for(lambda: states(jobs)[0] == "FINISHED")
+    assert len(starts(jobs[2])) == 1
 
 
 # Its run in MLflow is begun, and then it must be killed: nothing else ends it.
@@ -96,173 +96,173 @@ until("never")
 """
 
 
-def test_no_run_in_mlflow_outlives_a_point_that_was_cancelled(tmp_path: Path) -> None:
+def test_no_run_in_mlflow_outlives_a_job_that_was_cancelled(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     folder, uri = tmp_path / "s", f"sqlite:///{tmp_path}/mlflow.db"
-    points = sweep(folder, MIRRORED, MIRRORED, MIRRORED, f"until('{tmp_path}/go'); {FINISH}")
+    jobs = sweep(folder, MIRRORED, MIRRORED, MIRRORED, f"until('{tmp_path}/go'); {FINISH}")
     with Sweep(folder).update() as record:
         record["commands"] = ["train.py"]
     uris.trust(uri)
-    prepare(Sweep(folder), points, {"uri": uri, "experiment": "x"})
+    attach_jobs(Sweep(folder), jobs, {"uri": uri, "experiment": "x"})
 
     def told() -> dict[str, str]:
         client = MlflowClient(uri)
         (experiment,) = [one for one in client.search_experiments() if one.name == "x"]
         return {str(run.info.run_name): run.info.status for run in client.search_runs([experiment.experiment_id])}
 
-    one, by_hand, last, _ = (point.digest for point in points)
-    dispatch().submit(points)
+    one, by_hand, last, _ = (job.digest for job in jobs)
+    launcher().submit(jobs)
     wait_for(lambda: told() == {"s": "RUNNING", one: "RUNNING", by_hand: "RUNNING", last: "RUNNING"}, 120)
     assert sweep_command(["cancel", str(folder), "seed=0"]) == 0
     assert told() == {"s": "RUNNING", one: "KILLED", by_hand: "RUNNING", last: "RUNNING"}
-    slurm("scancel", str(latest(points)[1].job))
-    wait_for(lambda: states(points)[1] == "CANCELLED")
+    slurm("scancel", str(latest(jobs)[1].slurm_id))
+    wait_for(lambda: states(jobs)[1] == "CANCELLED")
     assert sweep_command(["collect", str(folder)]) == 0
     assert told() == {"s": "RUNNING", one: "KILLED", by_hand: "KILLED", last: "RUNNING"}
-    slurm("scancel", str(latest(points)[2].job))
-    wait_for(lambda: states(points)[2] == "CANCELLED")
-    (tmp_path / "go").touch()  # the last point that ends looks after the others, even if its own time is nearly over
+    slurm("scancel", str(latest(jobs)[2].slurm_id))
+    wait_for(lambda: states(jobs)[2] == "CANCELLED")
+    (tmp_path / "go").touch()  # the last job that ends looks after the others, even if its own time is nearly over
     wait_for(lambda: (folder / "slurm" / "mlflow.log").exists())
-    slurm("scancel", "--signal=USR2", str(latest(points)[3].job))
+    slurm("scancel", "--signal=USR2", str(latest(jobs)[3].slurm_id))
     wait_for(lambda: told()["s"] == "FAILED", 120)
     assert told()[last] == "KILLED"
 
 
-def test_preempted_points_are_requeued_and_go_on(tmp_path: Path) -> None:
-    points = sweep(tmp_path / "s", TWICE)
-    dispatch(options={"nodelist": "n1"}).submit(points)
-    wait_for(lambda: starts(points[0]))
+def test_preempted_jobs_are_requeued_and_go_on(tmp_path: Path) -> None:
+    jobs = sweep(tmp_path / "s", TWICE)
+    launcher(options={"nodelist": "n1"}).submit(jobs)
+    wait_for(lambda: starts(jobs[0]))
     time.sleep(1)
     urgent = slurm(
         "sbatch", "--parsable", "-p", "high", "-w", "n1", "--exclusive", "--wrap", "sleep 5", "-o", "/dev/null"
     )
-    wait_for(lambda: points[0].checkpoint())
-    wait_for(lambda: states(points) == ["QUEUED"])
-    assert status(Sweep(tmp_path / "s"), points) == 3
-    wait_for(lambda: states(points) == ["FINISHED"], 120)
-    assert len(starts(points[0])) == 2 and points[0].state.starts == 2
+    wait_for(lambda: jobs[0].checkpoint())
+    wait_for(lambda: states(jobs) == ["QUEUED"])
+    assert show_status(Sweep(tmp_path / "s"), jobs) == 3
+    wait_for(lambda: states(jobs) == ["FINISHED"], 120)
+    assert len(starts(jobs[0])) == 2 and jobs[0].state.starts == 2
     slurm("scancel", urgent)
 
 
 @pytest.mark.parametrize("command", [["scontrol", "requeue"], ["scancel", "--signal=USR2"]])
 def test_a_job_that_is_requeued_or_told_to_stop_goes_on(tmp_path: Path, command: list[str]) -> None:
-    points = sweep(tmp_path / "s", TWICE)
-    dispatch().submit(points)
-    wait_for(lambda: starts(points[0]))
+    jobs = sweep(tmp_path / "s", TWICE)
+    launcher().submit(jobs)
+    wait_for(lambda: starts(jobs[0]))
     time.sleep(1)
-    slurm(*command, str(latest(points)[0].job))
-    wait_for(lambda: states(points) == ["FINISHED"])
-    assert len(starts(points[0])) == 2 and points[0].checkpoint()
+    slurm(*command, str(latest(jobs)[0].slurm_id))
+    wait_for(lambda: states(jobs) == ["FINISHED"])
+    assert len(starts(jobs[0])) == 2 and jobs[0].checkpoint()
 
 
-def test_a_node_that_dies_takes_no_point_with_it(tmp_path: Path) -> None:
-    points = sweep(tmp_path / "s", CHECKPOINTED, CHECKPOINTED)
-    dispatch(options={"exclude": "n3,n4", "exclusive": True}).submit(points)
-    wait_for(lambda: all(starts(point) for point in points))
-    node = look(latest(points))[points[0].digest].node
+def test_a_node_that_dies_takes_no_job_with_it(tmp_path: Path) -> None:
+    jobs = sweep(tmp_path / "s", CHECKPOINTED, CHECKPOINTED)
+    launcher(options={"exclude": "n3,n4", "exclusive": True}).submit(jobs)
+    wait_for(lambda: all(starts(job) for job in jobs))
+    node = status(latest(jobs))[jobs[0].digest].node
     cluster("kill-node", str(node))
     try:
-        wait_for(lambda: len(starts(points[0])) == 2 or states(points)[0] == "QUEUED")
-        assert len(starts(points[1])) == 1 and states(points)[1] == "RUNNING"
+        wait_for(lambda: len(starts(jobs[0])) == 2 or states(jobs)[0] == "QUEUED")
+        assert len(starts(jobs[1])) == 1 and states(jobs)[1] == "RUNNING"
     finally:
         cluster("revive-node", str(node))
-    wait_for(lambda: states(points)[0] == "FINISHED")
+    wait_for(lambda: states(jobs)[0] == "FINISHED")
 
 
 def test_a_controller_that_dies_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    points = sweep(tmp_path / "s", f"until('{tmp_path}/go'); {FINISH}", f"until('{tmp_path}/go'); {FINISH}")
-    dispatch().submit(points)
-    wait_for(lambda: all(starts(point) for point in points))
+    jobs = sweep(tmp_path / "s", f"until('{tmp_path}/go'); {FINISH}", f"until('{tmp_path}/go'); {FINISH}")
+    launcher().submit(jobs)
+    wait_for(lambda: all(starts(job) for job in jobs))
     time.sleep(6)  # or it has not yet written down that they run, and starts them again
     cluster("kill-controller")
-    monkeypatch.setattr(scheduler, "ANSWER_S", 5.0)  # squeue tries for longer than a test should
-    now = look(latest(points))
+    monkeypatch.setattr(slurm_commands, "ANSWER_SECONDS", 5.0)  # squeue tries for longer than a test should
+    now = status(latest(jobs))
     assert {state.state for state in now.values()} == {"RUNNING"}
     assert {state.reason for state in now.values()} == {"SLURM's controller does not answer"}
     with pytest.raises(BadInput, match="sbatch refused"):
-        dispatch().submit(sweep(tmp_path / "other", FINISH))
+        launcher().submit(sweep(tmp_path / "other", FINISH))
     (tmp_path / "go").touch()
-    wait_for(lambda: [point.state.state for point in points] == ["FINISHED", "FINISHED"], 20)
-    assert states(points) == ["FINISHED", "FINISHED"], "what is settled needs no controller"
+    wait_for(lambda: [job.state.state for job in jobs] == ["FINISHED", "FINISHED"], 20)
+    assert states(jobs) == ["FINISHED", "FINISHED"], "what is settled needs no controller"
     cluster("start-controller")
-    assert [len(starts(point)) for point in points] == [1, 1]
+    assert [len(starts(job)) for job in jobs] == [1, 1]
 
 
 def test_a_time_limit_of_a_minute_is_enough_to_get_there(tmp_path: Path) -> None:
-    points = sweep(tmp_path / "s", TWICE)
-    dispatch(timeout_min=1).submit(points)
-    wait_for(lambda: points[0].checkpoint(), 80)
-    wait_for(lambda: states(points) == ["FINISHED"], 60)
-    assert len(starts(points[0])) == 2
+    jobs = sweep(tmp_path / "s", TWICE)
+    launcher(timeout_min=1).submit(jobs)
+    wait_for(lambda: jobs[0].checkpoint(), 80)
+    wait_for(lambda: states(jobs) == ["FINISHED"], 60)
+    assert len(starts(jobs[0])) == 2
 
 
 def test_a_killed_launcher_leaves_jobs_that_are_not_started_twice(tmp_path: Path) -> None:
-    points = sweep(tmp_path / "s", *[f"until('{tmp_path}/go'); {FINISH}"] * 2)
+    jobs = sweep(tmp_path / "s", *[f"until('{tmp_path}/go'); {FINISH}"] * 2)
     code = f"""
 import os, signal, sys
 sys.path[:0] = {[str(Path(__file__).parent)]!r}
-from on_slurm import dispatch
-from twoviews.sweeps import scheduler
+from on_slurm import launcher
+from twoviews.sweeps import slurm_commands
 from twoviews.sweeps.folder import Sweep
-Sweep.submitted = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # after sbatch, before it is written down
-dispatch().submit(Sweep({str(tmp_path / "s")!r}).points)
+Sweep.mark_submitted = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # after sbatch, before it is written down
+launcher().submit(Sweep({str(tmp_path / "s")!r}).jobs)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
-    wait_for(lambda: all(starts(point) for point in points))
-    assert states(points) == ["RUNNING", "RUNNING"], "they are known by what their supervisors wrote"
-    dispatch().submit(latest(points))  # what a launch would do that came before they began
+    wait_for(lambda: all(starts(job) for job in jobs))
+    assert states(jobs) == ["RUNNING", "RUNNING"], "they are known by what their runners wrote"
+    launcher().submit(latest(jobs))  # what a launch would do that came before they began
     (tmp_path / "go").touch()
-    wait_for(lambda: states(points) == ["FINISHED", "FINISHED"])
+    wait_for(lambda: states(jobs) == ["FINISHED", "FINISHED"])
     wait_for(lambda: not slurm("squeue", "-h"))
-    assert [len(starts(point)) for point in points] == [1, 1] and states(points) == ["FINISHED", "FINISHED"]
+    assert [len(starts(job)) for job in jobs] == [1, 1] and states(jobs) == ["FINISHED", "FINISHED"]
 
 
 def test_submitting_from_inside_a_job_hands_on_none_of_its_variables(tmp_path: Path, monkeypatch) -> None:
     seen = "(folder / 'seen').write_text(os.environ.get('SLURM_JOB_ID', '') + ' ' + os.environ.get('SLURM_CPUS_ON_NODE', ''))\n"
-    points = sweep(tmp_path / "s", seen + FINISH)
+    jobs = sweep(tmp_path / "s", seen + FINISH)
     for name, value in {"SLURM_JOB_ID": "999999", "SLURM_CPUS_PER_TASK": "7", "RANK": "1", "SLURM_NTASKS": "2"}.items():
         monkeypatch.setenv(name, value)
-    dispatch().submit(points)
+    launcher().submit(jobs)
     for name in ("SLURM_JOB_ID", "SLURM_CPUS_PER_TASK", "RANK", "SLURM_NTASKS"):
         monkeypatch.delenv(name)
-    wait_for(lambda: states(points) == ["FINISHED"])
-    assert (points[0].folder / "seen").read_text() == f"{latest(points)[0].job} 1"
+    wait_for(lambda: states(jobs) == ["FINISHED"])
+    assert (jobs[0].folder / "seen").read_text() == f"{latest(jobs)[0].slurm_id} 1"
 
 
 def test_what_slurm_refuses_is_one_sentence(tmp_path: Path) -> None:
-    points = sweep(tmp_path / "s", FINISH)
+    jobs = sweep(tmp_path / "s", FINISH)
     with pytest.raises(BadInput, match="sbatch refused: (.*)nvalid partition"):
-        dispatch(partition="nowhere").submit(points)
+        launcher(partition="nowhere").submit(jobs)
     assert [path.name for path in (tmp_path / "s" / "slurm").iterdir()] == []
-    (point,) = latest(points)
-    now = look([point])[point.digest]
+    (job,) = latest(jobs)
+    now = status([job])[job.digest]
     assert now.state == "FAILED" and "nvalid partition" in now.reason
-    dispatch().submit([point])  # the same command with another partition
-    wait_for(lambda: states(points) == ["FINISHED"])
+    launcher().submit([job])  # the same command with another partition
+    wait_for(lambda: states(jobs) == ["FINISHED"])
 
 
 RANKED = "(folder / f\"rank{os.environ['RANK']}\").write_text(os.environ['WORLD_SIZE'] + os.environ['MASTER_ADDR'])\n"
 
 
-def test_a_dead_process_of_several_ends_the_point_with_the_reason(tmp_path: Path) -> None:
+def test_a_dead_process_of_several_ends_the_job_with_the_reason(tmp_path: Path) -> None:
     dies = RANKED + "if os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)"
-    points = sweep(tmp_path / "s", dies, RANKED + "if os.environ['RANK'] == '0': checkpoint(); result('finished')")
+    jobs = sweep(tmp_path / "s", dies, RANKED + "if os.environ['RANK'] == '0': checkpoint(); result('finished')")
     begun = time.monotonic()
-    dispatch(nodes=2).submit(points)
-    wait_for(lambda: states(points) == ["FAILED", "FINISHED"], 60)
+    launcher(nodes=2).submit(jobs)
+    wait_for(lambda: states(jobs) == ["FAILED", "FINISHED"], 60)
     assert time.monotonic() - begun < 60
-    assert points[0].state.reason.startswith("process 1 on n") and "SIGKILL" in points[0].state.reason
-    assert (points[0].folder / "rank1").read_text().startswith("2n")
+    assert jobs[0].state.reason.startswith("process 1 on n") and "SIGKILL" in jobs[0].state.reason
+    assert (jobs[0].folder / "rank1").read_text().startswith("2n")
     wait_for(lambda: not slurm("squeue", "-h"), 40)
 
 
 def test_several_processes_stop_and_go_on_together(tmp_path: Path) -> None:
-    points = sweep(tmp_path / "s", TWICE.replace("> 1", "> 2"))  # two starts each time
-    dispatch(nodes=2).submit(points)
-    wait_for(lambda: len(starts(points[0])) == 2)
+    jobs = sweep(tmp_path / "s", TWICE.replace("> 1", "> 2"))  # two starts each time
+    launcher(nodes=2).submit(jobs)
+    wait_for(lambda: len(starts(jobs[0])) == 2)
     time.sleep(1)
-    slurm("scancel", "--signal=USR2", str(latest(points)[0].job))
-    wait_for(lambda: states(points) == ["FINISHED"])
+    slurm("scancel", "--signal=USR2", str(latest(jobs)[0].slurm_id))
+    wait_for(lambda: states(jobs) == ["FINISHED"])
     # The first process may have ended before the other one had written down its start.
-    assert len(starts(points[0])) in (3, 4) and points[0].state.starts == 2
+    assert len(starts(jobs[0])) in (3, 4) and jobs[0].state.starts == 2

@@ -11,9 +11,10 @@ import pytest
 from on_slurm import cluster, quiet_cluster, slurm, states, wait_for  # noqa: F401
 
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps.folder import Point, Sweep
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import Job
+from twoviews.sweeps.job_status import status
 from twoviews.sweeps.results import gather
-from twoviews.sweeps.truth import look
 from twoviews.tracking.metrics import read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,15 +45,15 @@ def train(folder: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
-def points(folder: Path) -> list[Point]:
+def jobs(folder: Path) -> list[Job]:
     """Of the one sweep there."""
     (found,) = folder.glob("multirun/*/sweep.json")
-    return Sweep(found.parent).points
+    return Sweep(found.parent).jobs
 
 
-def curve(point: Point) -> list[tuple[int, float]]:
+def curve(job: Job) -> list[tuple[int, float]]:
     """(step, loss) of each line."""
-    return [(line["step"], line["train/loss"]) for line in read(point.folder) if "train/loss" in line]  # type: ignore[misc]
+    return [(line["step"], line["train/loss"]) for line in read(job.folder) if "train/loss" in line]  # type: ignore[misc]
 
 
 def same(one: Path, other: Path) -> None:
@@ -65,13 +66,13 @@ def same(one: Path, other: Path) -> None:
     assert first.keys() == second.keys() and not [key for key in first if not torch.equal(first[key], second[key])]
 
 
-def under_way(found: Sequence[Point]) -> bool:
+def under_way(found: Sequence[Job]) -> bool:
     """All have trained some steps."""
-    return all(any(line["step"] > 0 for line in read(point.folder)) for point in found)
+    return all(any(line["step"] > 0 for line in read(job.folder)) for job in found)
 
 
-def recorded(uri: str, found: Sequence[Point]) -> None:
-    """MLflow has a run for each of these points below one for the sweep, with every number once, and all have ended."""
+def recorded(uri: str, found: Sequence[Job]) -> None:
+    """MLflow has a run for each of these jobs below one for the sweep, with every number once, and all have ended."""
     from mlflow import MlflowClient
 
     client, sweep = MlflowClient(uri), Sweep(found[0].folder.parent)
@@ -79,34 +80,34 @@ def recorded(uri: str, found: Sequence[Point]) -> None:
     (experiment,) = [one for one in client.search_experiments() if one.name == "twoviews"]
     runs = {str(run.info.run_name): run for run in client.search_runs([experiment.experiment_id])}
     assert len(client.search_runs([experiment.experiment_id])) == len(runs) == len(found) + 1
-    assert runs.keys() == {sweep.name, *(point.digest for point in found)}
+    assert runs.keys() == {sweep.name, *(job.digest for job in found)}
     assert {run.info.status for run in runs.values()} == {"FINISHED"} and runs[sweep.name].info.run_id == parent
-    for point in found:
-        run = runs[point.digest]
+    for job in found:
+        run = runs[job.digest]
         assert run.data.tags["mlflow.parentRunId"] == parent
-        assert run.data.tags["axis.seed"] == str(point.axes["seed"])
+        assert run.data.tags["axis.seed"] == str(job.axes["seed"])
         history = client.get_metric_history(run.info.run_id, "train/loss")
-        assert [(one.step, one.value) for one in history] == curve(point), "no number lost, none twice"
+        assert [(one.step, one.value) for one in history] == curve(job), "no number lost, none twice"
 
 
 def test_all_that_can_happen_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [*SMALL, "epochs=60", "method.temperature=0.1,0.2", "seed=0,1"]
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    # A node for each point, so that each can meet with something else.
+    # A node for each job, so that each can meet with something else.
     command = [*arguments, *SLURM, f"tracking.uri={uri}", "+hydra.launcher.options.exclusive=true"]
     place = tmp_path / "disturbed"
     launcher = train(place, *command, "sweep.wait=true")
-    wait_for(lambda: list(place.glob("multirun/*/sweep.json")) and len(points(place)) == 4, 60)
-    wait_for(lambda: under_way(points(place)), 120)
+    wait_for(lambda: list(place.glob("multirun/*/sweep.json")) and len(jobs(place)) == 4, 60)
+    wait_for(lambda: under_way(jobs(place)), 120)
     launcher.kill()
-    preempted, dead, cancelled, requeued = found = points(place)
-    nodes = {point.digest: str(state.node) for point, state in ((one, look([one])[one.digest]) for one in found)}
+    preempted, dead, cancelled, requeued = found = jobs(place)
+    nodes = {job.digest: str(state.node) for job, state in ((one, status([one])[one.digest]) for one in found)}
     assert len(set(nodes.values())) == 4
     cluster("kill-node", nodes[dead.digest])
     wrap = ["--wrap", "sleep 1", "-o", "/dev/null", "--exclusive"]
     urgent = slurm("sbatch", "--parsable", "-p", "high", "-w", nodes[preempted.digest], *wrap)
-    slurm("scancel", str(cancelled.job))
-    slurm("scontrol", "requeue", str(requeued.job))
+    slurm("scancel", str(cancelled.slurm_id))
+    slurm("scontrol", "requeue", str(requeued.slurm_id))
     wait_for(lambda: states([cancelled]) == ["CANCELLED"])
     cluster("revive-node", nodes[dead.digest])
     monkeypatch.chdir(place)
@@ -114,15 +115,15 @@ def test_all_that_can_happen_leaves_no_trace(tmp_path: Path, monkeypatch: pytest
     again = train(place, *command, "sweep.wait=true")  # attaches to three and submits the cancelled one
     assert again.wait(300) == 0, (place / "out.txt").read_text()
     assert sweep_command(["status"]) == 0
-    assert {point.digest for point in points(place)} == {point.digest for point in found}
-    begun = {point.digest: point.state.starts for point in found}
-    assert begun == {point.digest: 2 for point in found}, "each was disturbed once"
+    assert {job.digest for job in jobs(place)} == {job.digest for job in found}
+    begun = {job.digest: job.state.starts for job in found}
+    assert begun == {job.digest: 2 for job in found}, "each was disturbed once"
 
     calm = tmp_path / "calm"
     assert train(calm, *arguments, "tracking=files", "hydra/launcher=pool").wait(300) == 0, (
         calm / "out.txt"
     ).read_text()
-    for one, other in zip(found, points(calm), strict=True):
+    for one, other in zip(found, jobs(calm), strict=True):
         assert one.digest == other.digest
         same(one.folder, other.folder)
         assert curve(one) == curve(other)
@@ -142,11 +143,11 @@ def test_the_shell_is_back_soon_and_two_nodes_train_like_one_process(tmp_path: P
     assert train(tmp_path / "two", *arguments, *ddp).wait(60) == 0
     assert time.monotonic() - begun < 15
     assert train(tmp_path / "one", *arguments).wait(120) == 0
-    wait_for(lambda: states(points(tmp_path / "two")) == ["FINISHED"], 120)
-    (one,), (two,) = points(tmp_path / "one"), points(tmp_path / "two")
+    wait_for(lambda: states(jobs(tmp_path / "two")) == ["FINISHED"], 120)
+    (one,), (two,) = jobs(tmp_path / "one"), jobs(tmp_path / "two")
     assert "processes: 2" in (two.folder / "log.txt").read_text()
-    widths = [row.width for point in (one, two) for row in gather(Sweep(point.folder.parent)).rows]
+    widths = [gather(Sweep(job.folder.parent)).jobs["width"][job.digest] for job in (one, two)]
     assert widths == [1, 2], "each process costs a core"
     assert (two.folder / "log.1.txt").exists()
-    losses = [[loss for _, loss in curve(point)] for point in (one, two)]
+    losses = [[loss for _, loss in curve(job)] for job in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3) and len(losses[0]) == 8

@@ -1,11 +1,12 @@
 """A stand-in for train.py, so that what surrounds a training can be tested without waiting for torch.
 
-`sweep(folder, plans)` makes a sweep whose points do what their plan says, in Python, with the helpers below at hand.
+`sweep(folder, plans)` makes a sweep whose jobs do what their plan says, in Python, with the helpers below at hand.
 """
 
 from pathlib import Path
 
-from twoviews.sweeps.folder import New, Point, Sweep
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import Job, JobSpec
 
 TRAIN = """
 import json, os, signal, sys, time
@@ -36,15 +37,17 @@ exec("\\n".join(line[2:] for line in (folder / "config.yaml").read_text().splitl
 FINISH = "checkpoint(); result('finished')"
 
 
-def sweep(folder: Path, *plans: str) -> list[Point]:
-    """A sweep with a point for each plan."""
+def sweep(folder: Path, *plans: str) -> list[Job]:
+    """A sweep with a job for each plan."""
     code = folder / "code" / "fake"
     code.mkdir(parents=True, exist_ok=True)
     (code / "train.py").write_text(TRAIN)
     here = {"cwd": str(folder), "code": str(code)}
-    made = [New(f"{number:08x}", {"seed": number}, [], config(number, plan), here) for number, plan in enumerate(plans)]
+    made = [
+        JobSpec(f"{number:08x}", {"seed": number}, [], config(number, plan), here) for number, plan in enumerate(plans)
+    ]
     Sweep(folder).add(made)
-    return Sweep(folder).points
+    return Sweep(folder).jobs
 
 
 def config(seed: object, plan: str) -> str:
@@ -52,7 +55,7 @@ def config(seed: object, plan: str) -> str:
     return "\n".join([f"seed: {seed}", *(f"# {line}" for line in plan.splitlines())]) + "\n"
 
 
-def starts(point: Point) -> list[int]:
+def starts(job: Job) -> list[int]:
     """Process ids of the trainings that were started for it."""
-    path = point.folder / "starts"
+    path = job.folder / "starts"
     return [int(line) for line in path.read_text().split()] if path.exists() else []

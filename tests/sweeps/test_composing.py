@@ -1,4 +1,4 @@
-"""Configurations of many points, made quickly, are Hydra's to the last value."""
+"""Configurations of many jobs, made quickly, are Hydra's to the last value."""
 
 import os
 import random
@@ -14,11 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from twoviews.config.checks import check
 from twoviews.config.digest import digest
 from twoviews.errors import BadInput
-from twoviews.sweeps.composing import Composer
-from twoviews.sweeps.launching import composed, frozen
+from twoviews.sweeps.composing import Composer, frozen, job_specs
 
 BASE = ["method=moco", "data=digits"]
-POINTS = [
+JOBS = [
     ["seed=1", "method.temperature=0.1"],
     ["seed=2", "method.temperature=0.1"],
     ["seed=1", "method.temperature=0.2"],
@@ -73,12 +72,12 @@ def hydra_compose() -> Callable[[list[str]], DictConfig]:
     return call
 
 
-def test_every_point_is_what_hydra_composes(hydra_compose) -> None:
+def test_every_job_is_what_hydra_composes(hydra_compose) -> None:
     composer = Composer(hydra_compose)
-    for number, point in enumerate([*POINTS, *reversed(POINTS)]):
-        expected = hydra_compose([*BASE, *point])
-        found = composer([*BASE, *point])
-        assert found == OmegaConf.to_container(expected, resolve=True), (number, point)
+    for number, job in enumerate([*JOBS, *reversed(JOBS)]):
+        expected = hydra_compose([*BASE, *job])
+        found = composer([*BASE, *job]).content
+        assert found == OmegaConf.to_container(expected, resolve=True), (number, job)
         assert repr(found) == repr(OmegaConf.to_container(expected, resolve=True))  # 1 is not 1.0, nor true
         assert digest(found) == digest(expected)
 
@@ -117,15 +116,15 @@ def test_random_command_lines_are_what_hydra_composes(hydra_compose) -> None:
             with pytest.raises(HydraException):
                 composer(line)
             continue
-        assert repr(composer(line)) == repr(expected), line
+        assert repr(composer(line).content) == repr(expected), line
     assert refused_ < count / 2
 
 
-def test_a_point_is_not_changed_by_the_next(hydra_compose) -> None:
+def test_a_job_is_not_changed_by_the_next(hydra_compose) -> None:
     composer = Composer(hydra_compose)
-    points = [composer([*BASE, *point]) for point in POINTS]
-    for point, found in zip(POINTS, points, strict=True):
-        assert found == OmegaConf.to_container(hydra_compose([*BASE, *point]), resolve=True)
+    jobs = [composer([*BASE, *job]).content for job in JOBS]
+    for job, found in zip(JOBS, jobs, strict=True):
+        assert found == OmegaConf.to_container(hydra_compose([*BASE, *job]), resolve=True)
 
 
 @pytest.mark.parametrize("wrong", ["method.temprature=0.1", "epoch=3", "+seed=3", "method.temperature.x=3"])
@@ -137,25 +136,25 @@ def test_what_hydra_refuses_is_refused_in_its_words(hydra_compose, wrong: str) -
     with pytest.raises(HydraException) as found:
         composer([*BASE, "seed=1", wrong])
     assert str(found.value) == str(expected.value)
-    assert composer([*BASE, "seed=2"])["seed"] == 2
+    assert composer([*BASE, "seed=2"]).content["seed"] == 2
 
 
 def test_the_frozen_text_reads_back_as_the_configuration(hydra_compose) -> None:
-    points = [[*BASE, *point] for point in POINTS if "~" not in point[0] and "{" not in str(point)]
-    points = [point for point in points if "seed=5" not in point]
-    for one in composed(Composer(hydra_compose), points, ["seed"]):
+    jobs = [[*BASE, *job] for job in JOBS if "~" not in job[0] and "{" not in str(job)]
+    jobs = [job for job in jobs if "seed=5" not in job]
+    for one in job_specs(Composer(hydra_compose), jobs, ["seed"]):
         expected = frozen(OmegaConf.to_container(hydra_compose(list(one.overrides)), resolve=True))  # type: ignore[arg-type]
         assert repr(OmegaConf.to_container(OmegaConf.create(one.config))) == repr(expected)
 
 
-def test_a_bad_value_names_its_point(hydra_compose) -> None:
-    points = [[*BASE, "seed=0", f"method.temperature={t}"] for t in (0.1, 0)]
-    with pytest.raises(BadInput, match=r"point method.temperature=0: method.temperature=0 is out of range"):
-        composed(Composer(hydra_compose), points, ["method.temperature"])
+def test_a_bad_value_names_its_job(hydra_compose) -> None:
+    jobs = [[*BASE, "seed=0", f"method.temperature={t}"] for t in (0.1, 0)]
+    with pytest.raises(BadInput, match=r"job method.temperature=0: method.temperature=0 is out of range"):
+        job_specs(Composer(hydra_compose), jobs, ["method.temperature"])
 
 
-def test_two_thousand_points_take_seconds(hydra_compose) -> None:
-    points = [
+def test_two_thousand_jobs_take_seconds(hydra_compose) -> None:
+    jobs = [
         [*BASE, f"method.temperature={t / 1000}", f"optimizer.lr={lr / 100}", f"seed={seed}"]
         for t in range(1, 21)
         for lr in range(1, 11)
@@ -163,11 +162,11 @@ def test_two_thousand_points_take_seconds(hydra_compose) -> None:
     ]
     hydra_compose(BASE)  # what is imported and read once
     start = time.process_time()
-    hydra_compose([*points[0], "epochs=1"])
+    hydra_compose([*jobs[0], "epochs=1"])
     one = time.process_time() - start
     start = time.process_time()
-    new = composed(Composer(hydra_compose), points, ["method.temperature", "optimizer.lr", "seed"])
+    new = job_specs(Composer(hydra_compose), jobs, ["method.temperature", "optimizer.lr", "seed"])
     spent = time.process_time() - start
-    assert len(new) == len({point.digest for point in new}) == 2000
+    assert len(new) == len({job.digest for job in new}) == 2000
     assert spent < 200 * one  # a tenth of what Hydra would take for them
     check("train", OmegaConf.to_container(OmegaConf.create(new[-1].config)))  # type: ignore[arg-type]

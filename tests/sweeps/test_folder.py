@@ -11,28 +11,29 @@ from conftest import ROOT
 
 from twoviews.errors import BadInput
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps.folder import New, State, Sweep
-from twoviews.sweeps.truth import look
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import JobSpec, JobState
+from twoviews.sweeps.job_status import status
 
 
-def new(digest: str, **axes: object) -> New:
+def new(digest: str, **axes: object) -> JobSpec:
     overrides = [f"{key}={value}" for key, value in axes.items()]
-    return New(digest, axes, overrides, f"seed: {axes.get('seed', 0)}\n", {"cwd": "/somewhere"})
+    return JobSpec(digest, axes, overrides, f"seed: {axes.get('seed', 0)}\n", {"cwd": "/somewhere"})
 
 
-def test_points_are_run_folders_that_know_their_values(tmp_path: Path) -> None:
+def test_jobs_are_run_folders_that_know_their_values(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "moco-digits-1")
-    points = sweep.add([new("aa", seed=0), new("bb", seed=1)], command="-m seed=0,1")
-    assert [point.digest for point in points] == ["aa", "bb"]
-    assert (points[1].folder / "config.yaml").read_text() == "seed: 1\n"
-    assert points[1].description == {
+    jobs = sweep.add([new("aa", seed=0), new("bb", seed=1)], command="-m seed=0,1")
+    assert [job.digest for job in jobs] == ["aa", "bb"]
+    assert (jobs[1].folder / "config.yaml").read_text() == "seed: 1\n"
+    assert jobs[1].description == {
         "digest": "bb",
         "axes": {"seed": 1},
         "overrides": ["seed=1"],
         "cwd": "/somewhere",
     }
-    assert points[1].label == "seed=1"
-    assert points[0].state == State() and points[0].result == {} and points[0].metrics() == []
+    assert jobs[1].label == "seed=1"
+    assert jobs[0].state == JobState() and jobs[0].result == {} and jobs[0].metrics() == []
     assert sweep.commands == ["-m seed=0,1"]
 
 
@@ -40,15 +41,16 @@ def test_values_are_added_and_what_is_there_stays(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "s")
     sweep.add([new("aa", seed=0)])
     (sweep.folder / "aa" / "last.pt").write_text("checkpoint")
-    sweep.submitted({"aa": "12_0"}, 5.0)
+    sweep.mark_submitted({"aa": "12_0"}, 5.0)
     sweep.add([new("aa", seed=0), new("bb", seed=1)])
-    assert sweep.axes == {"seed": [0, 1]}
+    assert sweep.record["axes"] == {"seed": [0, 1]}
     assert (sweep.folder / "aa" / "last.pt").read_text() == "checkpoint"
-    assert [(point.digest, point.job) for point in sweep.points] == [("aa", "12_0"), ("bb", None)]
+    assert json.loads((sweep.folder / "sweep.json").read_text())["points"]["aa"]["job"] == "12_0", "as it always was"
+    assert [(job.digest, job.slurm_id) for job in sweep.jobs] == [("aa", "12_0"), ("bb", None)]
 
 
 def test_what_goes_on_with_newer_code_has_its_options(tmp_path: Path) -> None:
-    """A point that an earlier version began; what is finished keeps the configuration that it was trained with."""
+    """A job that an earlier version began; what is finished keeps the configuration that it was trained with."""
     sweep = Sweep(tmp_path / "s")
     sweep.add([new("aa", seed=0), new("bb", seed=1)])
     for digest, state in (("aa", "interrupted"), ("bb", "finished")):
@@ -59,29 +61,30 @@ def test_what_goes_on_with_newer_code_has_its_options(tmp_path: Path) -> None:
     assert (sweep.folder / "bb" / "config.yaml").read_text() == "seed: 9  # as written before\n"
 
 
-def test_launches_at_once_lose_no_point(tmp_path: Path) -> None:
+def test_launches_at_once_lose_no_job(tmp_path: Path) -> None:
     code = """
 import sys
-from twoviews.sweeps.folder import New, Sweep
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import JobSpec
 sweep, number = Sweep(sys.argv[1]), int(sys.argv[2])
 for index in range(10):
     digest = f"{number}{index}"
-    sweep.add([New(digest, {"seed": int(digest)}, [], "")])
+    sweep.add([JobSpec(digest, {"seed": int(digest)}, [], "")])
 """
     processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "s"), str(one)]) for one in (1, 2, 3)]
     assert [process.wait(60) for process in processes] == [0, 0, 0]
     sweep = Sweep.existing(tmp_path / "s")
-    assert sorted(int(point.digest) for point in sweep.points) == [*range(10, 40)]
-    assert sorted(sweep.axes["seed"]) == [*range(10, 40)]
+    assert sorted(int(job.digest) for job in sweep.jobs) == [*range(10, 40)]
+    assert sorted(sweep.record["axes"]["seed"]) == [*range(10, 40)]
 
 
-def test_a_folder_torn_by_a_crash_is_no_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_torn_by_a_crash_is_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = Sweep(tmp_path / "s")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             sweep.add([new("aa", seed=0)])
-    assert sweep.points == [] and not (sweep.folder / "aa").exists()
+    assert sweep.jobs == [] and not (sweep.folder / "aa").exists()
     assert sweep.add([new("aa", seed=0)])[0].description["digest"] == "aa"
 
 
@@ -112,17 +115,17 @@ def test_the_latest_sweep_is_shown_with_the_names_of_the_others(tmp_path: Path, 
 
 def test_whose_process_is_gone_is_lost(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "s")
-    points = sweep.add([new(digest, seed=int(digest)) for digest in "0123"])
-    sweep.submitted(dict.fromkeys("0123"), 5.0)
-    points = sweep.points
-    points[0].write(State("FINISHED", submitted=points[0].submitted))
-    points[1].write(State("RUNNING", submitted=points[1].submitted))
-    points[2].write(State("FAILED", submitted=0.0))  # of an earlier submission
+    jobs = sweep.add([new(digest, seed=int(digest)) for digest in "0123"])
+    sweep.mark_submitted(dict.fromkeys("0123"), 5.0)
+    jobs = sweep.jobs
+    jobs[0].write(JobState("FINISHED", submitted=jobs[0].submitted))
+    jobs[1].write(JobState("RUNNING", submitted=jobs[1].submitted))
+    jobs[2].write(JobState("FAILED", submitted=0.0))  # of an earlier submission
     code = f"""
 from pathlib import Path
 from twoviews.sweeps.folder import Sweep
 sweep = Sweep({str(sweep.folder)!r})
-locks = [sweep.launching, sweep.points[1].lock]
+locks = [sweep.launcher_lock, sweep.jobs[1].lock]
 for lock in locks:
     lock.acquire()
 print("held", flush=True); input()
@@ -131,15 +134,23 @@ print("held", flush=True); input()
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout and holder.stdout.readline() == "held\n"
-    assert [state.state for state in look(points).values()] == ["FINISHED", "RUNNING", "QUEUED", "QUEUED"]
+    assert [state.state for state in status(jobs).values()] == ["FINISHED", "RUNNING", "QUEUED", "QUEUED"]
     holder.kill()
     holder.wait()
-    assert [state.state for state in look(points).values()] == ["FINISHED", "LOST", "LOST", "LOST"]
-    assert "supervisor was killed" in look(points)["1"].reason
+    assert [state.state for state in status(jobs).values()] == ["FINISHED", "LOST", "LOST", "LOST"]
+    assert "runner was killed" in status(jobs)["1"].reason
 
 
 def test_state_json_may_know_more_than_this_version(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "s")
-    (point,) = sweep.add([new("aa", seed=0)])
-    (point.folder / "state.json").write_text(json.dumps({"state": "FAILED", "mood": "bad"}))
-    assert point.state == State("FAILED")
+    (job,) = sweep.add([new("aa", seed=0)])
+    (job.folder / "state.json").write_text(json.dumps({"state": "FAILED", "mood": "bad"}))
+    assert job.state == JobState("FAILED")
+
+
+def test_the_id_of_a_slurm_job_has_the_key_that_it_always_had(tmp_path: Path) -> None:
+    (job,) = Sweep(tmp_path / "s").add([new("aa", seed=0)])
+    job.write(JobState("RUNNING", slurm_id="12_0"))
+    written = json.loads((job.folder / "state.json").read_text())
+    assert written["job"] == "12_0" and "slurm_id" not in written
+    assert job.state == JobState("RUNNING", slurm_id="12_0")

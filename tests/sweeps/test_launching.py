@@ -8,17 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cloudpickle
 import pytest
 from conftest import ROOT, SMALL_MOCO, assert_same_weights, refused, start
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from test_supervise import wait_for
+from test_runner import wait_for
 
 from twoviews.config.digest import digest
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps.composing import Composer
+from twoviews.sweeps.composing import Composer, job_specs
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.launching import composed, name
+from twoviews.sweeps.launching import default_name
+from twoviews.sweeps.slurm import NamedFunction
 
 SLURM = ["seed=0,1", "tracking=files", "hydra/launcher=slurm"]
 
@@ -28,25 +30,27 @@ def master(*overrides: str):
         return compose("train", list(overrides), return_hydra_config=True)
 
 
-def points(*combinations: str, swept: tuple[str, ...]):
-    return composed(Composer(lambda one: master(*one)), [combination.split() for combination in combinations], swept)
+def jobs(*combinations: str, swept: tuple[str, ...]):
+    return job_specs(Composer(lambda one: master(*one)), [combination.split() for combination in combinations], swept)
 
 
 def test_the_same_sweep_has_the_same_name_and_another_one_another() -> None:
-    one = name(master("epochs=3"), ["seed"])
-    assert one.startswith("moco-digits-") and one == name(master("epochs=3", "method=moco"), ["seed"])
+    one = default_name(master("epochs=3"), ["seed"])
+    assert one.startswith("moco-digits-") and one == default_name(master("epochs=3", "method=moco"), ["seed"])
     same = ("tracking=files", "sweep.wait=true", "runtime.log_every=3", "seed=7")
-    assert one == name(master("epochs=3", *same), ["seed"]), "where it runs and what is swept make no other sweep"
-    others = {name(master("epochs=4"), ["seed"]), name(master("epochs=3"), ["seed", "epochs"]), one}
+    assert one == default_name(master("epochs=3", *same), ["seed"]), (
+        "where it runs and what is swept make no other sweep"
+    )
+    others = {default_name(master("epochs=4"), ["seed"]), default_name(master("epochs=3"), ["seed", "epochs"]), one}
     assert len(others) == 3
-    assert name(master(), ["method", "seed"]).startswith("method-digits-")
+    assert default_name(master(), ["method", "seed"]).startswith("method-digits-")
 
 
-def test_points_know_the_values_of_their_axes_and_equal_ones_are_one() -> None:
+def test_jobs_know_the_values_of_their_axes_and_equal_ones_are_one() -> None:
     combinations = ("seed=0 optimizer.lr=1", "seed=1 optimizer.lr=1", "seed=0 optimizer.lr=1.0")
-    found = points(*combinations, swept=("seed", "optimizer.lr"))
+    found = jobs(*combinations, swept=("seed", "optimizer.lr"))
     assert [one.axes for one in found] == [{"seed": 0, "optimizer.lr": 1}, {"seed": 1, "optimizer.lr": 1}]
-    (chosen,) = points("method=simclr backbone.depths=[1,1]", swept=("method", "backbone.depths"))
+    (chosen,) = jobs("method=simclr backbone.depths=[1,1]", swept=("method", "backbone.depths"))
     assert chosen.axes == {"method": "simclr", "backbone.depths": [1, 1]}
     json.dumps(chosen.axes)
     groups = chosen.more["choices"]
@@ -58,7 +62,7 @@ def test_points_know_the_values_of_their_axes_and_equal_ones_are_one() -> None:
     "overrides", [["seed=3"], ["method=byol", "data=cifar10"], ["data=folder", "data.root='a b=c,d'", "data.size=32"]]
 )
 def test_a_frozen_configuration_is_the_run_that_was_composed(overrides: list[str]) -> None:
-    (one,) = composed(Composer(lambda typed: master(*typed)), [overrides], swept=())
+    (one,) = job_specs(Composer(lambda typed: master(*typed)), [overrides], swept=())
     frozen = OmegaConf.create(one.config)
     assert one.digest == digest(frozen) == digest(master(*overrides))
     assert "hydra" not in frozen and "sweep" not in frozen and Path(frozen.tracking.uri[10:]).is_absolute()
@@ -67,30 +71,32 @@ def test_a_frozen_configuration_is_the_run_that_was_composed(overrides: list[str
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["method.temperature=0.1,-1"], ["point method.temperature=-1", "is out of range"]),
+        (["method.temperature=0.1,-1"], ["job method.temperature=-1", "is out of range"]),
         (["seed=0,1", "fresh=true"], ["fresh=true is for one run"]),
         (["seed=0,1", "preview=true"], ["preview=true is for one run"]),
         (["seed=0,1", "find_batch=true"], ["find_batch=true is for one run"]),
-        (["seed=0,1", "+hydra.job.env_set.A=1"], ["hydra.job.env_set.A=1", "would not reach the points"]),
-        (["seed=0,1", "hydra.run.dir=here"], ["hydra.run.dir=here", "would not reach the points"]),
-        (["seed=0,1", "hydra.sweep.subdir=${seed}"], ["hydra.sweep.subdir", "would not reach the points"]),
+        (["seed=0,1", "+hydra.job.env_set.A=1"], ["hydra.job.env_set.A=1", "would not reach the jobs"]),
+        (["seed=0,1", "hydra.run.dir=here"], ["hydra.run.dir=here", "would not reach the jobs"]),
+        (["seed=0,1", "hydra.sweep.subdir=${seed}"], ["hydra.sweep.subdir", "would not reach the jobs"]),
         (["optimizer.lr=0.1,0.2", "++optimizer={lr:0.3}"], ["optimizer.lr=0.1,0.2", "set the same values"]),
         (["seed=0,1", "sweep.nam=x"], ["sweep has no key 'nam'", "sweep.name"]),
         (["seed=0,1", "sweep.name=2026"], ["sweep.name=2026", "quote it"]),
         (["seed=0,1", "sweep.name=a/b"], ["sweep.name=a/b is not the name of a folder"]),
         (["seed=0,1", "hydra/launcher=slrm"], ["there is no such hydra/launcher", "slurm"]),
+        (["seed=0,1", "hydra/launcher=basic"], ["there is no such hydra/launcher", "local, pool, slurm"]),
+        (["seed=0,1", "hydra/sweeper=basic"], ["there is no such hydra/sweeper", "grid, optuna, random, zip"]),
         (["seed=0,1", "hydra/launcher=pool", "hydra.launcher.at_once=0"], ["hydra.launcher.at_once=0", "at least 1"]),
         (["seed=0,1", "hydra/launcher=pool", "+hydra.launcher.gpus=1"], ["hydra.launcher has no key 'gpus'"]),
         (["seed=0,1", "hydra.launcher.options.qos=x"], ["hydra.launcher has no key 'options'"]),
-        (SLURM + ["hydra.launcher.options.time=9"], ["hydra.launcher.options.time", "hydra.launcher.timeout_min"]),
-        (SLURM + ["hydra.launcher.options={array:9}"], ["hydra.launcher.options.array", "leave it out"]),
+        (SLURM + ["hydra.launcher.options.time=9"], ["hydra.launcher.options.time=", "hydra.launcher.timeout_min="]),
+        (SLURM + ["hydra.launcher.options={array:9}"], ["hydra.launcher.options.array=", "leave it out"]),
         (
             ["method=simsiam,moco", "method.hidden_dim=64"],
-            ["point method=moco", "method has no key 'hidden_dim'", "launch"],
+            ["job method=moco", "method has no key 'hidden_dim'", "launch"],
         ),
         (
             ["method=moco,simsiam", "method.hidden_dim=64"],
-            ["point method=moco", "method has no key 'hidden_dim'", "launch"],
+            ["job method=moco", "method has no key 'hidden_dim'", "launch"],
         ),
         (["method=byol,simsiam", "method.hiden_dim=64"], ["method has no key 'hiden_dim'", "'method.hidden_dim'"]),
         (["method=glob(x*)"], ["method=glob(x*) fits none", "simclr"]),
@@ -140,7 +146,7 @@ def test_arrays_are_as_long_as_the_cluster_takes(command, monkeypatch, tmp_path:
     arrays = jobs.read_text().split()
     assert arrays == (["array=0-3%4", "array=0-3%4", "one"] if scontrol else ["array=0-8%9"])
     (folder,) = (path.parent for path in Path("multirun").glob("*/sweep.json"))
-    assert len({point.job for point in Sweep(folder).points}) == 9
+    assert len({job.slurm_id for job in Sweep(folder).jobs}) == 9
 
 
 def test_what_a_full_queue_does_not_take_follows_when_there_is_room(command, monkeypatch, tmp_path: Path) -> None:
@@ -153,14 +159,26 @@ if grep -q array= "$1" || [ $n = 3 ] || [ $n = 4 ]; then {refuses}; fi
 echo x >> {jobs}; echo "Submitted batch job $n"
 """
     slurm(tmp_path, monkeypatch, sbatch=sbatch)
-    monkeypatch.setattr("twoviews.sweeps.slurm.ROOM_S", 0.0)
+    monkeypatch.setattr("twoviews.sweeps.slurm.RETRY_SECONDS", 0.0)
     done = command("train", "-m", *SLURM)
     assert done.code == 0, done.err
-    assert done.out.count("1 point wait here until there is room") == 1 and done.out.count("submitted 1 point") == 2
+    assert done.out.count("waiting with 1 job until the queue has room") == 1 and done.out.count("submitted 1 job") == 2
     (folder,) = (path.parent for path in Path("multirun").glob("*/sweep.json"))
-    made = Sweep(folder).points
-    assert all(point.job and not point.refused for point in made)
+    made = Sweep(folder).jobs
+    assert all(job.slurm_id and not job.refused for job in made)
     assert len([*folder.glob("slurm/*/*_submitted.pkl")]) == 2, "what was taken keeps its files"
+
+
+def test_a_slurm_job_runs_the_function_of_its_frozen_code(tmp_path: Path) -> None:
+    """Which may have another name there than in the code that submits it, as in sweeps of version 0.1.0."""
+    (tmp_path / "frozen.py").write_text("def run_point(folder, submitted):\n    return f'{folder} at {submitted}'\n")
+    pickled = cloudpickle.dumps(NamedFunction("frozen:run_point"))
+    code = f"""
+import sys, cloudpickle
+assert cloudpickle.loads({pickled!r})("here", 5.0) == "here at 5.0" and "twoviews" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0
 
 
 def slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str, scontrol: str | None = "") -> None:
@@ -203,13 +221,13 @@ def test_what_sbatch_refuses_is_said_once_and_kept(command, monkeypatch, tmp_pat
     assert out.count("FAILED sbatch refused: invalid partition: x;") == out.count("it never began") == 2
     (folder,) = (path.parent for path in Path("multirun").glob("*/sweep.json"))
     sweep = Sweep(folder)
-    sweep.submitted({point.digest: "7_0" for point in sweep.points}, 9.0)
-    assert not any(point.refused for point in sweep.points), "until they are submitted"
+    sweep.mark_submitted({job.digest: "7_0" for job in sweep.jobs}, 9.0)
+    assert not any(job.refused for job in sweep.jobs), "until they are submitted"
 
 
 def test_a_plan_starts_nothing(command) -> None:
     done = command("train", "-m", "seed=0,1", "tracking=files", "sweep.plan=true")
-    assert done.code == 0 and "2 points" in done.out and not list(Path("multirun").glob("*/*"))
+    assert done.code == 0 and "2 jobs" in done.out and not list(Path("multirun").glob("*/*"))
 
 
 def test_an_interrupted_sweep_is_completed_by_the_same_command_bit_for_bit(tmp_path: Path, monkeypatch) -> None:
@@ -225,8 +243,8 @@ def test_an_interrupted_sweep_is_completed_by_the_same_command_bit_for_bit(tmp_p
     assert again.wait(300) == 0, (tmp_path / "stdout.txt").read_text() + (tmp_path / "stderr.txt").read_text()
     assert sweep_command(["status"]) == 0
     (folder,) = (path.parent for path in tmp_path.glob("multirun/*/sweep.json"))
-    made = Sweep(folder).points
-    assert [point.axes for point in made] == [{"seed": 0}, {"seed": 1}, {"seed": 2}]
+    made = Sweep(folder).jobs
+    assert [job.axes for job in made] == [{"seed": 0}, {"seed": 1}, {"seed": 2}]
     assert made[0].state.starts == 2 and made[1].state.starts == 1
     alone = start(
         [str(ROOT / "train.py"), *SMALL_MOCO, "epochs=20", "protocol=knn_small", "hydra.run.dir=alone"], tmp_path
@@ -234,8 +252,8 @@ def test_an_interrupted_sweep_is_completed_by_the_same_command_bit_for_bit(tmp_p
     assert alone.wait(200) == 0
     assert_same_weights(made[0].folder, tmp_path / "alone")
     third = start([*sweep, "seed=0,1,2"], tmp_path)
-    assert third.wait(120) == 0 and [point.state.starts for point in made] == [2, 1, 1]
-    assert "3 of 3 points finished" in (tmp_path / "stdout.txt").read_text()
+    assert third.wait(120) == 0 and [job.state.starts for job in made] == [2, 1, 1]
+    assert "3 of 3 jobs finished" in (tmp_path / "stdout.txt").read_text()
 
 
 def test_what_fails_while_it_runs_fails_alone(tmp_path: Path, monkeypatch) -> None:
@@ -244,7 +262,7 @@ def test_what_fails_while_it_runs_fails_alone(tmp_path: Path, monkeypatch) -> No
     done = start([str(ROOT / "train.py"), "-m", *SMALL_MOCO, "epochs=1", "batch_size=64,512"], tmp_path)
     assert done.wait(120) == 1
     out = (tmp_path / "stdout.txt").read_text()
-    assert "1 of 2 points finished" in out and "FAILED batch_size=512" in out
+    assert "1 of 2 jobs finished" in out and "FAILED batch_size=512" in out
     assert sweep_command(["logs"]) == 1
 
 

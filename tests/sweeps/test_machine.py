@@ -1,4 +1,4 @@
-"""Points on one machine: in sequence, several at once with leases, and stopped without loss."""
+"""Jobs on one machine: in sequence, several at once with leases, and stopped without loss."""
 
 import os
 import signal
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from fake import FINISH, starts, sweep
-from test_supervise import wait_for
+from test_runner import wait_for
 
 from twoviews.errors import BadInput
 from twoviews.sweeps import machine
 from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job_status import status
 from twoviews.sweeps.machine import Local, Pool, gpus
-from twoviews.sweeps.truth import look
 
 OVERLAP = """
 (folder.parent / f"on{folder.name}").touch()
@@ -37,40 +37,40 @@ def leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
-def company(points) -> int:
-    return max(int((point.folder / "company").read_text()) for point in points)
+def company(jobs) -> int:
+    return max(int((job.folder / "company").read_text()) for job in jobs)
 
 
-def states(points) -> list[str]:
-    return [state.state for state in look(points).values()]
+def states(jobs) -> list[str]:
+    return [state.state for state in status(jobs).values()]
 
 
 def test_in_sequence_and_a_failure_keeps_no_other_from_running(tmp_path: Path, capsys) -> None:
-    points = sweep(tmp_path / "s", OVERLAP, "sys.exit('broken')", OVERLAP)
-    Local().submit(points)
-    assert states(points) == ["FINISHED", "FAILED", "FINISHED"]
-    assert company([points[0], points[2]]) == 1
+    jobs = sweep(tmp_path / "s", OVERLAP, "sys.exit('broken')", OVERLAP)
+    Local().submit(jobs)
+    assert states(jobs) == ["FINISHED", "FAILED", "FINISHED"]
+    assert company([jobs[0], jobs[2]]) == 1
     assert "[2/3] seed=1: FAILED: broken" in capsys.readouterr().out
 
 
 def test_a_pool_runs_several_but_no_more_than_fit(tmp_path: Path) -> None:
-    points = sweep(tmp_path / "s", *[OVERLAP] * 5)
-    Pool(at_once=None, points_per_gpu=1, cores_per_point=2).submit(points)
-    assert states(points) == ["FINISHED"] * 5 and company(points) == 2
+    jobs = sweep(tmp_path / "s", *[OVERLAP] * 5)
+    Pool(at_once=None, points_per_gpu=1, cores_per_point=2).submit(jobs)
+    assert states(jobs) == ["FINISHED"] * 5 and company(jobs) == 2
 
 
 def test_at_once_is_a_limit(tmp_path: Path) -> None:
-    points = sweep(tmp_path / "s", *[OVERLAP] * 3)
-    Pool(at_once=1, points_per_gpu=1, cores_per_point=1).submit(points)
-    assert states(points) == ["FINISHED"] * 3 and company(points) == 1
+    jobs = sweep(tmp_path / "s", *[OVERLAP] * 3)
+    Pool(at_once=1, points_per_gpu=1, cores_per_point=1).submit(jobs)
+    assert states(jobs) == ["FINISHED"] * 3 and company(jobs) == 1
 
 
 def test_gpus_are_shared_as_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
-    points = sweep(tmp_path / "s", *["(folder / 'gpu').write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n" + OVERLAP] * 4)
-    Pool(at_once=None, points_per_gpu=2, cores_per_point=1).submit(points)
-    assert sorted((point.folder / "gpu").read_text() for point in points) == ["0", "0", "3", "3"]
-    assert company(points) == 4
+    jobs = sweep(tmp_path / "s", *["(folder / 'gpu').write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n" + OVERLAP] * 4)
+    Pool(at_once=None, points_per_gpu=2, cores_per_point=1).submit(jobs)
+    assert sorted((job.folder / "gpu").read_text() for job in jobs) == ["0", "0", "3", "3"]
+    assert company(jobs) == 4
 
 
 @pytest.mark.parametrize(
@@ -105,10 +105,10 @@ def test_a_gpu_that_cannot_be_named_is_said(tmp_path: Path, monkeypatch: pytest.
 def test_two_pools_do_not_lease_the_same(tmp_path: Path) -> None:
     pool = Pool(at_once=None, points_per_gpu=1, cores_per_point=4)
     (slot,), (same,) = pool.slots(), pool.slots()
-    assert slot.take() and not same.take()
-    slot.give_back()
-    assert same.take()
-    same.give_back()
+    assert slot.acquire() and not same.acquire()
+    slot.release()
+    assert same.acquire()
+    same.release()
 
 
 def test_more_cores_than_there_are(tmp_path: Path) -> None:
@@ -120,32 +120,32 @@ LAUNCH = """
 import sys
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.machine import Local
-Local().submit(Sweep(sys.argv[1]).points)
+Local().submit(Sweep(sys.argv[1]).jobs)
 """
 STOPPABLE = f"if (folder / 'last.pt').exists():\n    {FINISH}; sys.exit()\nstop_when_told(); until('never')"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_launcher_loses_nothing(tmp_path: Path, number: int) -> None:
-    points = sweep(tmp_path / "s", STOPPABLE, FINISH)
+    jobs = sweep(tmp_path / "s", STOPPABLE, FINISH)
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCH, str(tmp_path / "s")], start_new_session=True)
-    wait_for(lambda: starts(points[0]))
-    assert states(points) == ["RUNNING", "QUEUED"]
+    wait_for(lambda: starts(jobs[0]))
+    assert states(jobs) == ["RUNNING", "QUEUED"]
     time.sleep(0.3)
     os.killpg(launcher.pid, number)  # as a terminal does it: to the whole group
     assert launcher.wait(20) == (-number if number == signal.SIGKILL else 128 + number)
-    wait_for(lambda: points[0].state.state == "INTERRUPTED")
-    points = Sweep(tmp_path / "s").points
-    assert states(points) == ["INTERRUPTED", "LOST"] and not starts(points[1])
-    Local().submit(points)
-    assert states(points) == ["FINISHED", "FINISHED"] and len(starts(points[0])) == 2
+    wait_for(lambda: jobs[0].state.state == "INTERRUPTED")
+    jobs = Sweep(tmp_path / "s").jobs
+    assert states(jobs) == ["INTERRUPTED", "LOST"] and not starts(jobs[1])
+    Local().submit(jobs)
+    assert states(jobs) == ["FINISHED", "FINISHED"] and len(starts(jobs[0])) == 2
 
 
-def test_cancelled_points_keep_a_checkpoint_and_the_next_one_runs(tmp_path: Path) -> None:
-    points = sweep(tmp_path / "s", STOPPABLE, FINISH)
+def test_cancelled_jobs_keep_a_checkpoint_and_the_next_one_runs(tmp_path: Path) -> None:
+    jobs = sweep(tmp_path / "s", STOPPABLE, FINISH)
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCH, str(tmp_path / "s")])
-    wait_for(lambda: starts(points[0]))
+    wait_for(lambda: starts(jobs[0]))
     time.sleep(0.3)
-    Local().cancel(points[:1])
+    Local().cancel(jobs[:1])
     assert launcher.wait(20) == 0
-    assert states(Sweep(tmp_path / "s").points) == ["INTERRUPTED", "FINISHED"] and points[0].checkpoint()
+    assert states(Sweep(tmp_path / "s").jobs) == ["INTERRUPTED", "FINISHED"] and jobs[0].checkpoint()

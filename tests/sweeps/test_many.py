@@ -1,4 +1,4 @@
-"""Two thousand points: what is asked of the disk, of the scheduler and of MLflow does not grow with every look."""
+"""Two thousand jobs: what is asked of the disk, of the scheduler and of MLflow does not grow with every look."""
 
 import subprocess
 from pathlib import Path
@@ -8,41 +8,44 @@ import pytest
 from twoviews.console import ROWS, Console
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps import plan as planning
-from twoviews.sweeps import scheduler
-from twoviews.sweeps.folder import New, Point, State, Sweep
+from twoviews.sweeps import slurm_commands
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import Job, JobSpec, JobState
 from twoviews.sweeps.machine import Local
-from twoviews.sweeps.plan import Pace, plan
+from twoviews.sweeps.plan import Cost, plan
 
 COUNT = 2000
 
 
 @pytest.fixture
-def new() -> list[New]:
+def new() -> list[JobSpec]:
     axes = [{"method.temperature": 0.01 * (number // 20), "seed": number % 20} for number in range(COUNT)]
-    return [New(f"{number:08x}", one, [], "epochs: 10\nseed: 0\n") for number, one in enumerate(axes)]
+    return [JobSpec(f"{number:08x}", one, [], "epochs: 10\nseed: 0\n") for number, one in enumerate(axes)]
 
 
-def test_a_plan_measures_one_of_them(tmp_path: Path, new: list[New], monkeypatch, capsys) -> None:
+def test_a_plan_measures_one_of_them(tmp_path: Path, new: list[JobSpec], monkeypatch, capsys) -> None:
     measured: list[str] = []
 
-    def measure(point: New, console: Console) -> Pace:
-        measured.append(point.digest)
-        return Pace(10.0, 9.0, 1_000_000, "CPU", 2, "as measured")
+    def measure(job: JobSpec, console: Console) -> Cost:
+        measured.append(job.digest)
+        return Cost(10.0, 9.0, 1_000_000, "CPU", 2, "as measured")
 
     monkeypatch.setattr(planning, "_measured", measure)
     plan(tmp_path / "s", new, {}, Local(), Console())
     out = capsys.readouterr().out
-    assert "s: 2,000 points (the first 40 of 2,000)" in out and "2,000 new; 2,000 to run" in out
+    assert "s: 2,000 jobs (the first 40 of 2,000)" in out and "2,000 new; 2,000 to run" in out
     assert len(measured) == 1 and "55 h 33 min one after the other; 111 core-hours" in out
 
 
-def test_status_asks_slurm_once_and_reads_what_it_shows(tmp_path: Path, new: list[New], monkeypatch, capsys) -> None:
+def test_status_asks_slurm_once_and_reads_what_it_shows(
+    tmp_path: Path, new: list[JobSpec], monkeypatch, capsys
+) -> None:
     sweep = Sweep(tmp_path / "s")
     made = sweep.add(new)
-    sweep.submitted({point.digest: f"{7 + n // 1000}_{n % 1000}" for n, point in enumerate(made)}, 100.0)
-    for point in made[:50]:
-        point.write(State("FINISHED", submitted=100.0))
-    made[50].write(State("RUNNING", job="7_50", node="n1", submitted=100.0, started=101.0))
+    sweep.mark_submitted({job.digest: f"{7 + n // 1000}_{n % 1000}" for n, job in enumerate(made)}, 100.0)
+    for job in made[:50]:
+        job.write(JobState("FINISHED", submitted=100.0))
+    made[50].write(JobState("RUNNING", slurm_id="7_50", node="n1", submitted=100.0, started=101.0))
     asked, read = [], []
 
     def squeue(*command: str) -> subprocess.CompletedProcess[str]:
@@ -51,9 +54,9 @@ def test_status_asks_slurm_once_and_reads_what_it_shows(tmp_path: Path, new: lis
         jobs = [f"{7 + n // 1000}_{n % 1000}|{states.get(n, 'PENDING||Priority')}" for n in range(50, COUNT)]
         return subprocess.CompletedProcess(command, 0, "\n".join(jobs), "")
 
-    monkeypatch.setattr(scheduler, "_run", squeue)
-    metrics = Point.metrics
-    monkeypatch.setattr(Point, "metrics", lambda point: (read.append(point.digest), metrics(point))[1])
+    monkeypatch.setattr(slurm_commands, "_run", squeue)
+    metrics = Job.metrics
+    monkeypatch.setattr(Job, "metrics", lambda job: (read.append(job.digest), metrics(job))[1])
     assert sweep_command(["status", str(sweep.folder)]) == 3
     out = capsys.readouterr().out
     assert "1 FAILED, 50 FINISHED, 1948 QUEUED, 1 RUNNING" in out and "s (the first 40 of 2,000)" in out

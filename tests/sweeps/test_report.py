@@ -14,45 +14,46 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
 
-from twoviews.sweeps import pictures
-from twoviews.sweeps.folder import New, Point, State, Sweep
+from twoviews.sweeps import plots
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.formatting import counted, short_names, text
+from twoviews.sweeps.job import Job, JobSpec, JobState
 from twoviews.sweeps.report import report
 from twoviews.sweeps.results import estimate, gather
-from twoviews.sweeps.words import counted, short_names, text
 
 TYPED = "python train.py -m method.temperature=0.1,0.2 seed=0,1,2"
 
 
-def sweep_of(folder: Path, points: Sequence[Mapping[str, Any]]) -> Sweep:
-    """Each point: its axes; "knn" and "linear" in percent when it is finished; or "state" and "reason"."""
+def sweep_of(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> Sweep:
+    """Each job: its axes; "knn" and "linear" in percent when it is finished; or "state" and "reason"."""
     sweep = Sweep(folder)
-    for number, given in enumerate(points):
+    for number, given in enumerate(jobs):
         axes = {key: value for key, value in given.items() if key not in ("knn", "linear", "state", "reason", "epochs")}
         overrides = ["method=moco", *(f"{key}={value}" for key, value in axes.items()), "sweep.wait=true"]
         digest = f"{number:08x}"
-        points_made = sweep.add([New(digest, axes, overrides, "seed: 0\n")], command=TYPED)
-        fill(points_made[0], given)
+        jobs_made = sweep.add([JobSpec(digest, axes, overrides, "seed: 0\n")], command=TYPED)
+        fill(jobs_made[0], given)
     return sweep
 
 
-def fill(point: Point, given: Mapping[str, Any]) -> None:
+def fill(job: Job, given: Mapping[str, Any]) -> None:
     epochs = given.get("epochs", 4 if "knn" in given else 0)
     lines = [
         {"step": 10 * epoch, "epoch": epoch, "time": 1000.0 + 30 * epoch}
         | {"knn/top1": given.get("knn", 30.0) * epoch / 4, "train/spread": 0.9, "baseline/pixels_knn_top1": 20.0}
         for epoch in range(1, epochs + 1)
     ]
-    (point.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (job.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if "knn" in given:
-        (point.folder / "environment.json").write_text(
+        (job.folder / "environment.json").write_text(
             json.dumps({"digest": "ab", "gpu": given.get("gpu"), "threads": 2, "processes": given.get("processes", 1)})
         )
         result = {"state": "finished", "knn/top1": given["knn"], "seconds": 180.0, "mlflow_run_id": None}
         if "linear" in given:
             result["linear/top1"] = given["linear"]
-        (point.folder / "result.json").write_text(json.dumps(result))
+        (job.folder / "result.json").write_text(json.dumps(result))
     if "state" in given or "knn" in given:
-        point.write(State(given.get("state", "FINISHED"), reason=given.get("reason", "")))
+        job.write(JobState(given.get("state", "FINISHED"), reason=given.get("reason", "")))
 
 
 def page(sweep: Sweep) -> str:
@@ -77,13 +78,13 @@ def test_interval_is_the_t_interval() -> None:
 
 def test_best_is_the_mean_over_seeds_with_the_command_to_run_it(tmp_path: Path) -> None:
     text_ = page(sweep_of(tmp_path / "s", GRID))
-    assert "6 of 6 points finished." in text_ and "missing" not in text_ and "Failures" not in text_
+    assert "6 of 6 jobs finished." in text_ and "missing" not in text_ and "Failures" not in text_
     assert "**temperature=0.2**: kNN **51.00 ± 2.48**, linear **51.67 ± 5.17** over 3 seeds, by kNN accuracy" in text_
     assert "python train.py method=moco method.temperature=0.2 seed=0\n" in text_
     assert "By linear accuracy the best is temperature=0.1: 56.67 ± 5.17." in text_
     assert f"    {TYPED}" in text_
     assert "| CPU | 6 finished | 0.6 | core-hours (threads x hours) |" in text_  # 6 x 180 s x 2 threads
-    assert "| training a point |" in text_ and "Of training, without the starts of programs." in text_
+    assert "| training per job |" in text_ and "Of training, without the starts of programs." in text_
 
 
 def test_every_command_that_was_typed_is_on_the_page_once(tmp_path: Path) -> None:
@@ -93,17 +94,17 @@ def test_every_command_that_was_typed_is_on_the_page_once(tmp_path: Path) -> Non
     assert f"\n\n    {TYPED}\n    python train.py -m seed=3,4\n\n" in page(sweep)
 
 
-def test_every_process_of_a_point_costs(tmp_path: Path) -> None:
+def test_every_process_of_a_job_costs(tmp_path: Path) -> None:
     several = [{"seed": s, "knn": 50.0, "gpu": "H100", "processes": 4} for s in (0, 1)]
     assert "| H100 | 2 finished | 0.4 | GPU-hours |" in page(sweep_of(tmp_path / "s", several))  # 2 x 180 s x 4
 
 
 def test_paired_test_is_scipys_over_common_seeds(tmp_path: Path) -> None:
     first, second = [50.0, 52.0, 55.0, 51.0], [49.0, 50.0, 51.0]
-    points = [{"a": 1, "seed": s, "knn": v} for s, v in enumerate(first)]
-    points += [{"a": 2, "seed": s, "knn": v} for s, v in enumerate(second)]
-    pair = gather(sweep_of(tmp_path / "s", points)).comparison
-    assert pair and pair.best.axes == {"a": 1} and pair.seeds == [0, 1, 2] and pair.difference
+    jobs = [{"a": 1, "seed": s, "knn": v} for s, v in enumerate(first)]
+    jobs += [{"a": 2, "seed": s, "knn": v} for s, v in enumerate(second)]
+    pair = gather(sweep_of(tmp_path / "s", jobs)).comparison
+    assert pair and pair.best.axes == {"a": 1} and pair.seeds == ["0", "1", "2"] and pair.difference
     differences = [1.0, 2.0, 4.0]
     t = statistics.mean(differences) / (statistics.stdev(differences) / math.sqrt(3))
     assert pair.p == pytest.approx(2 * stats.t.sf(t, 2)) and pair.difference.mean == pytest.approx(7 / 3)
@@ -119,9 +120,9 @@ def test_paired_test_is_scipys_over_common_seeds(tmp_path: Path) -> None:
     ],
 )
 def test_too_few_seeds_are_said(tmp_path: Path, seeds: list, sentence: str) -> None:
-    points = [{"a": 1, "seed": s, "knn": one} for s, one, _ in seeds if one]
-    points += [{"a": 2, "seed": s, "knn": other} for s, _, other in seeds if other]
-    assert sentence in page(sweep_of(tmp_path / "s", points))
+    jobs = [{"a": 1, "seed": s, "knn": one} for s, one, _ in seeds if one]
+    jobs += [{"a": 2, "seed": s, "knn": other} for s, _, other in seeds if other]
+    assert sentence in page(sweep_of(tmp_path / "s", jobs))
 
 
 def test_a_lucky_seed_does_not_win(tmp_path: Path) -> None:
@@ -129,11 +130,11 @@ def test_a_lucky_seed_does_not_win(tmp_path: Path) -> None:
     others = [{"method.temperature": 0.5, "seed": s, "state": "QUEUED"} for s in (1, 2)]
     text_ = page(sweep_of(tmp_path / "s", [lucky, *others, *GRID]))
     assert "**temperature=0.2**: kNN" in text_
-    assert "temperature=0.5 is at 90.00 with 1 seed and is ranked when it has as many." in text_
+    assert "temperature=0.5 is at 90.00 with 1 seed; it is ranked when it has as many." in text_
     assert "| 0.5 | 1 of 3 (seed 1, 2 missing) | 90.00 |" in text_
 
 
-def test_points_that_run_wait_or_failed_are_counted_and_explained(tmp_path: Path) -> None:
+def test_jobs_that_run_wait_or_failed_are_counted_and_explained(tmp_path: Path) -> None:
     more = [
         {"method.temperature": 0.2, "seed": 3, "state": "RUNNING", "epochs": 2},
         {"method.temperature": 0.2, "seed": 4},
@@ -141,17 +142,17 @@ def test_points_that_run_wait_or_failed_are_counted_and_explained(tmp_path: Path
         {"method.temperature": 0.2, "seed": 6, "state": "RUNNING"},
     ]
     sweep = sweep_of(tmp_path / "s", [*GRID, *more])
-    lost = State("LOST", reason="its supervisor was killed")
-    found = report(sweep, {sweep.points[9].digest: lost})
+    lost = JobState("LOST", reason="its runner was killed")
+    found = report(sweep, {sweep.jobs[9].digest: lost})
     text_ = (sweep.folder / "report.md").read_text()
-    assert "6 of 10 points finished; 1 FAILED, 1 LOST, 1 QUEUED, 1 RUNNING. **4 missing**" in text_
+    assert "6 of 10 jobs finished; 1 FAILED, 1 LOST, 1 QUEUED, 1 RUNNING. **4 missing**" in text_
     assert "| 00000008 | temperature=0.2, seed=5 | FAILED | 0 | loss is nan \\| lower optimizer.lr | " in text_
-    assert "`python -m twoviews.sweep logs s 00000008`" in text_ and "its supervisor was killed" in text_
-    assert [setting.axes["method.temperature"] for setting in found.settings] == [0.2, 0.1]
-    assert len(found.settings[0].seeds("knn/top1")) == 3  # the running one's last kNN is not final
+    assert "`python -m twoviews.sweep logs s 00000008`" in text_ and "its runner was killed" in text_
+    assert [config.axes["method.temperature"] for config in found.configs] == [0.2, 0.1]
+    assert len(found.configs[0].values("knn/top1")) == 3  # the running one's last kNN is not final
 
 
-def test_csv_has_a_row_for_each_point(tmp_path: Path) -> None:
+def test_csv_has_a_row_for_each_job(tmp_path: Path) -> None:
     failed = {"method.temperature": 0.3, "seed": 0, "state": "FAILED", "reason": 'commas, and "quotes"'}
     sweep = sweep_of(tmp_path / "s", [*GRID, failed])
     report(sweep)
@@ -167,10 +168,10 @@ def test_csv_has_a_row_for_each_point(tmp_path: Path) -> None:
     assert rows[0]["knn/top1"] == "45" and rows[0]["linear/top1"] == "55" and rows[0]["seconds"] == "180.0"
 
 
-@pytest.mark.parametrize("points", [[], [{"seed": 0}], [{"seed": 0, "state": "RUNNING", "epochs": 1}]])
-def test_a_sweep_that_has_not_found_anything_has_a_report(tmp_path: Path, points: list) -> None:
-    text_ = page(sweep_of(tmp_path / "s", points))
-    assert f"0 of {counted(len(points), 'point')} finished" in text_ and "No accuracy of a finished point" in text_
+@pytest.mark.parametrize("jobs", [[], [{"seed": 0}], [{"seed": 0, "state": "RUNNING", "epochs": 1}]])
+def test_a_sweep_that_has_not_found_anything_has_a_report(tmp_path: Path, jobs: list) -> None:
+    text_ = page(sweep_of(tmp_path / "s", jobs))
+    assert f"0 of {counted(len(jobs), 'job')} finished" in text_ and "No accuracy of a finished job" in text_
 
 
 def test_making_it_again_changes_nothing(tmp_path: Path) -> None:
@@ -180,7 +181,7 @@ def test_making_it_again_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_every_picture_is_on_the_page_and_the_seed_is_no_axis(tmp_path: Path) -> None:
-    grid = [{**point, "backbone": b, "knn": point["knn"] + i} for i, b in enumerate(("tiny", "wide")) for point in GRID]
+    grid = [{**job, "backbone": b, "knn": job["knn"] + i} for i, b in enumerate(("tiny", "wide")) for job in GRID]
     sweep = sweep_of(tmp_path / "s", grid)
     text_ = page(sweep)
     made = sorted(path.name for path in sweep.folder.glob("*.png"))
@@ -198,13 +199,13 @@ def test_every_picture_is_on_the_page_and_the_seed_is_no_axis(tmp_path: Path) ->
 def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
     """The figures that are drawn, by file name."""
     kept: dict[str, Figure] = {}
-    save = pictures._save
+    save = plots.save
 
     def keep(figure: Figure, path: Path) -> None:
         kept[path.name] = figure
         save(figure, path)
 
-    monkeypatch.setattr(pictures, "_save", keep)
+    monkeypatch.setattr(plots, "save", keep)
     return kept
 
 
@@ -243,7 +244,7 @@ LONG = [f"a_choice_with_a_very_long_name_that_somebody_made_up_{n}_for_some_reas
     ids=["numbers", "near", "long", "both long", "words", "one"],
 )
 def test_names_do_not_overlap(tmp_path: Path, figures: dict[str, Figure], first: list, second: list) -> None:
-    points = [
+    jobs = [
         {
             "method.some_long_parameter_of_it": a,
             "optimizer.lr": b,
@@ -255,21 +256,21 @@ def test_names_do_not_overlap(tmp_path: Path, figures: dict[str, Figure], first:
         for j, b in enumerate(second)
         for s in (0, 1)
     ]
-    report(sweep_of(tmp_path / ("s" * 60), points))
+    report(sweep_of(tmp_path / ("s" * 60), jobs))
     assert {name: overlaps(figure) for name, figure in figures.items() if overlaps(figure)} == {}
 
 
 def test_an_axis_over_decades_is_logarithmic(tmp_path: Path, figures: dict[str, Figure]) -> None:
-    points = [{"lr": lr, "t": t, "seed": s, "knn": 50.0 + s} for lr in (0.001, 0.1) for t in (0.1, 0.2) for s in (0, 1)]
-    report(sweep_of(tmp_path / "s", points))
+    jobs = [{"lr": lr, "t": t, "seed": s, "knn": 50.0 + s} for lr in (0.001, 0.1) for t in (0.1, 0.2) for s in (0, 1)]
+    report(sweep_of(tmp_path / "s", jobs))
     assert figures["axis_lr.png"].axes[0].get_xscale() == "log"
     assert figures["axis_t.png"].axes[0].get_xscale() == "linear"
     assert [one.get_text() for one in figures["axis_t.png"].axes[0].get_xticklabels()] == ["0.1", "0.2"]
 
 
 def test_band_is_the_interval_and_open_where_there_is_one_seed(tmp_path: Path, figures: dict[str, Figure]) -> None:
-    points = [{"t": t, "seed": s, "knn": 50.0 + 10 * t + s} for t in (1, 2, 3, 4) for s in (0, 1, 2) if t < 4 or not s]
-    report(sweep_of(tmp_path / "s", points))
+    jobs = [{"t": t, "seed": s, "knn": 50.0 + 10 * t + s} for t in (1, 2, 3, 4) for s in (0, 1, 2) if t < 4 or not s]
+    report(sweep_of(tmp_path / "s", jobs))
     axis = figures["axis_t.png"].axes[0]
     band = axis.collections[0].get_paths()[0].vertices
     half = 4.302652729911275 / math.sqrt(3)
@@ -282,34 +283,34 @@ def test_learning_curves_share_their_epochs_and_a_seed_with_one_number_is_seen(
     tmp_path: Path, figures: dict[str, Figure]
 ) -> None:
     sweep = sweep_of(tmp_path / "s", [{"seed": s, "knn": 50.0 + s} for s in (0, 1)])
-    for point in sweep.points:
-        lines = [json.loads(line) for line in (point.folder / "metrics.jsonl").read_text().splitlines()]
+    for job in sweep.jobs:
+        lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
         for line in lines[:-1]:
             del line["knn/top1"]
-        (point.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (job.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report(sweep)
     knn, spread = figures["learning.png"].axes
     assert knn.get_xlim() == spread.get_xlim() == pytest.approx((0, 4), abs=0.2)
     assert spread.get_ylim() == pytest.approx((0, 1), abs=0.05) and spread.get_ylim()[1] >= 1
     single = [line for line in knn.lines if len(line.get_xdata()) == 1]  # type: ignore[arg-type]
     assert sorted(str(line.get_marker()) for line in single) == [".", ".", "o"], "two seeds and their mean"
-    assert all(line.get_marker() == "None" for line in spread.lines), "four points make a line"
+    assert all(line.get_marker() == "None" for line in spread.lines), "four jobs make a line"
 
 
-def test_random_search_is_drawn_as_points(tmp_path: Path, figures: dict[str, Figure]) -> None:
-    points = [{"lr": 0.01 * 1.7**i, "t": 0.05 + 0.013 * ((7 * i) % 20), "seed": 0, "knn": 40.0 + i} for i in range(20)]
-    sweep = sweep_of(tmp_path / "s", points)
+def test_random_search_is_drawn_as_jobs(tmp_path: Path, figures: dict[str, Figure]) -> None:
+    jobs = [{"lr": 0.01 * 1.7**i, "t": 0.05 + 0.013 * ((7 * i) % 20), "seed": 0, "knn": 40.0 + i} for i in range(20)]
+    sweep = sweep_of(tmp_path / "s", jobs)
     report(sweep)
     assert sorted(figures) == ["axis_lr.png", "axis_t.png", "learning.png"]  # a map would be nearly empty
     assert not [line for line in figures["axis_lr.png"].axes[0].lines if line.get_linestyle() == "-"]
 
 
 def test_one_of_something_is_no_plural() -> None:
-    assert [counted(number, "point") for number in (0, 1, 2, 2000)] == [
-        "0 points",
-        "1 point",
-        "2 points",
-        "2,000 points",
+    assert [counted(number, "job") for number in (0, 1, 2, 2000)] == [
+        "0 jobs",
+        "1 job",
+        "2 jobs",
+        "2,000 jobs",
     ]
 
 

@@ -23,6 +23,7 @@ from twoviews.errors import mistakes, nearest, shown
 
 _FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd")  # of Hydra's command line
 OPTIONAL = ("experiment", "special")  # groups of conf/train.yaml that may have no file
+PLUGINS = ("hydra/launcher", "hydra/sweeper")  # Hydra's own choices of these cannot run the jobs of a sweep
 
 
 def diagnose(name: str, arguments: Sequence[str], error: Exception | None = None) -> list[str]:
@@ -138,7 +139,8 @@ def wrong_choices(arguments: Sequence[str]) -> str:
             continue
         if argument.startswith("+") and isinstance(override.value(), dict):  # keys of the chosen file, not a choice
             continue
-        if (key in OPTIONAL or not _names_files(override.value())) and (sentence := unknown_choice(override)):
+        checked = key in (*OPTIONAL, *PLUGINS) or not _names_files(override.value())
+        if checked and (sentence := unknown_choice(override)):
             return sentence
     return ""
 

@@ -7,8 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]  # of the checkout
 CONF = ROOT / "conf"
 
-# The key of conf/hydra/<kind>/*.yaml that names a class of this package, where `_target_` names Hydra's plugin.
-PLUGIN_KEYS = {"launcher": "dispatch", "sweeper": "search"}
+# The key of conf/hydra/<kind>/*.yaml that names a class of this package; of a sweeper, `_target_` names the plugin of Hydra.
+PLUGIN_KEYS = {"launcher": "_target_", "sweeper": "search"}
 
 # Parameters that the program passes: a configuration must not set them, or its value would be replaced without a word.
 PASSED_BY_PROGRAM = {

@@ -1,1 +1,6 @@
-"""Sweeps: a folder of points, each a run folder, that a dispatch runs in sequence, several at once, or on SLURM."""
+"""Sweeps: folders of jobs, each a run folder, which a launcher runs one after the other, several at once, or on SLURM.
+
+What happens to a job, in order: search.py (or optuna_search.py) decides which jobs there are, composing.py makes their
+configurations, launching.py writes their folders (folder.py, job.py), a launcher (machine.py, slurm.py) starts a runner for
+each (runner.py, in SLURM jobs by slurm_job.py), job_status.py tells their states, results.py and report.py their results.
+"""

@@ -1,137 +1,117 @@
-"""The configurations of many points, at some milliseconds each.
-
-Hydra composes a configuration in some tenths of a second, nearly all of them for choosing and merging files. Points of a
-sweep that choose the same files share that; what is left is what Hydra does last, setting the values one by one.
-"""
+"""The configurations of many jobs, composed by Hydra once for each choice of files, and their specifications."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from twoviews.config.checks import check
+from twoviews.config.command_line_errors import diagnose
+from twoviews.config.digest import digest
 from twoviews.config.groups import CONF
+from twoviews.errors import BadInput
+from twoviews.sweeps.job import JobSpec
+from twoviews.tracking import uris
+
+SINGLE_RUN_FLAGS = ("fresh", "preview", "find_batch")  # root keys of conf/train.yaml that sweeps refuse
 
 
-@dataclass
-class _Chosen:
-    """What points share that choose the same files and set the same keys; each sets them all, so nothing of one is left.
+@dataclass(frozen=True)
+class Composed:
+    """The configuration of a job.
 
     Args:
-        cfg: with the values of the last point.
-        content: the same, resolved.
-        groups: the file that each group has, without Hydra's own groups and those that have several; empty if `compose`
-            leaves out Hydra's node.
-        linked: nodes with interpolations, whose values may change with any other.
-        values: the overrides of the last point, by key.
+        content: resolved, without Hydra's own node.
+        choices: the file chosen in each group, without Hydra's own groups and those that may have several.
     """
 
-    cfg: DictConfig
     content: dict[str, Any]
-    groups: dict[str, Any]
-    linked: set[str]
-    values: dict[str, Override] = field(default_factory=dict)
-
-    def set(self, override: Override) -> None:
-        """As Hydra does it."""
-        key, value = override.key_or_group, override.value()
-        OmegaConf.update(self.cfg, key, value, merge=True)
-        self.values[key] = override
-        if _linked(value):
-            self.linked.add(_node(key))
+    choices: dict[str, Any]
 
 
 class Composer:
-    """Resolved configurations, without Hydra's own node, by their overrides.
+    """Composes the configurations of jobs, which share the work for the overrides that they have in common.
+
+    Hydra takes some tenths of a second for a configuration, nearly all of them to find and merge files, and 2,000 jobs would
+    take minutes. So it composes once for each choice of files, and values are set in that configuration (a millisecond) by the
+    call with which Hydra sets them itself. Overrides that do more than change one value are left to Hydra.
 
     Args:
-        compose: Hydra's way from the overrides of a point to its configuration.
+        compose: composes a configuration from all of its overrides.
     """
 
     def __init__(self, compose: Callable[[list[str]], DictConfig]):
         self._compose = compose
         self._parsed: dict[str, Override] = {}
-        self._texts: dict[str, str] = {}  # by repr, which tells 1 from 1.0 and true
-        self._chosen: dict[tuple[tuple[str, ...], frozenset[str]], _Chosen] = {}
+        self._bases: dict[tuple[tuple[str, ...], frozenset[str]], tuple[DictConfig, dict[str, Any]]] = {}
+        self._yaml: dict[str, str] = {}  # by repr, which distinguishes 1, 1.0 and true
 
-    def __call__(self, overrides: Sequence[str]) -> dict[str, Any]:
-        """The resolved configuration of a point, to be read only: points share what they have in common.
+    def __call__(self, overrides: Sequence[str]) -> Composed:
+        """The configuration with these overrides.
 
         Raises:
             HydraException, OmegaConfBaseException: Hydra refuses an override.
         """
-        choices, values = self._parted(overrides)
-        kept = choices, frozenset(one.key_or_group for one in values)
-        chosen = self._chosen.get(kept) or self._choose(choices)
-        new = [one for one in values if chosen.values.get(one.key_or_group) is not one]
-        try:
-            for one in new:
-                chosen.set(one)
-        except OmegaConfBaseException:
-            self._chosen.pop(kept, None)
-            self._compose(list(overrides))  # says it in Hydra's words
-            raise
-        nodes = {_node(one.key_or_group) for one in new} | chosen.linked
-        chosen.content = {**chosen.content, **{node: _resolved(chosen.cfg, node) for node in nodes}}
-        self._chosen[kept] = chosen
-        return chosen.content
-
-    def choices(self, overrides: Sequence[str]) -> dict[str, Any]:
-        """The file that each group has in the configuration of a point that was composed before."""
-        choices, values = self._parted(overrides)
-        return self._chosen[choices, frozenset(one.key_or_group for one in values)].groups
-
-    def _parted(self, overrides: Sequence[str]) -> tuple[tuple[str, ...], list[Override]]:
-        """What chooses files or has to be left to Hydra, and what only sets values."""
         parsed = [self.parse(override) for override in overrides]
-        values = [one for one in parsed if _sets_a_value(one) and not _touches(one, parsed)]
-        return tuple(one.input_line or "" for one in parsed if one not in values), values
+        others = [override for override in parsed if not _changes_value(override)]
+        values = [override for override in parsed if _changes_value(override) and not _overlaps(override, others)]
+        left = tuple(str(override.input_line) for override in parsed if override not in values)
+        # Jobs that set the same keys share the configuration: each sets them all, so nothing of another job is left.
+        key = left, frozenset(override.key_or_group for override in values)
+        cfg, choices = self._bases.get(key) or self._base(left)
+        try:
+            for override in values:
+                OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
+        except OmegaConfBaseException:
+            self._bases.pop(key, None)
+            self._compose(list(overrides))  # raises the same with Hydra's message
+            raise
+        self._bases[key] = cfg, choices
+        return Composed(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), choices)
 
-    def _choose(self, choices: Sequence[str]) -> _Chosen:
-        whole = self._compose(list(choices))
+    def _base(self, overrides: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
+        whole = self._compose(list(overrides))
         cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
-        OmegaConf.set_struct(cfg, True)  # which the copy does not take over: unknown keys are refused
-        raw = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
-        linked = {node for node, value in raw.items() if _linked(value)}
-        content = {node: None if node in linked else value for node, value in raw.items()}
+        OmegaConf.set_struct(cfg, True)  # which the copy does not keep: unknown keys are refused
         chosen = cast(dict[str, Any], OmegaConf.select(whole, "hydra.runtime.choices") or {})
-        groups = {key: file for key, file in chosen.items() if _is_group(key) and not key.startswith("hydra/")}
-        return _Chosen(cfg, content, groups, linked)
+        choices = {key: file for key, file in chosen.items() if _is_group(key) and not key.startswith("hydra/")}
+        return cfg, choices
 
-    def text(self, content: Mapping[str, Any]) -> str:
-        """A configuration as YAML that OmegaConf reads back; the text of a node that several points have is made once."""
-        nodes = [{key: value} for key, value in content.items()]
-        for node in nodes:
-            if repr(node) not in self._texts:
-                self._texts[repr(node)] = OmegaConf.to_yaml(OmegaConf.create(node))
-        return "".join(self._texts[repr(node)] for node in nodes)
+    def yaml(self, content: Mapping[str, Any]) -> str:
+        """A configuration as YAML that OmegaConf reads back; the text of a node that several jobs share is made once."""
+        nodes = {repr((key, value)): {key: value} for key, value in content.items()}
+        for shown, node in nodes.items():
+            if shown not in self._yaml:
+                self._yaml[shown] = OmegaConf.to_yaml(OmegaConf.create(node))
+        return "".join(self._yaml[shown] for shown in nodes)
 
     def parse(self, override: str) -> Override:
-        """What Hydra's grammar makes of an override."""
+        """The override as Hydra's grammar reads it."""
         if override not in self._parsed:
             self._parsed[override] = OverridesParser.create().parse_override(override)
         return self._parsed[override]
 
 
-def _sets_a_value(override: Override) -> bool:
-    """Whether it changes a value that is there already, and chooses, adds or removes nothing."""
-    plain = not (override.is_add() or override.is_force_add() or override.is_delete() or override.is_hydra_override())
-    return plain and not chooses(override) and not isinstance(override.value(), dict)
+def _changes_value(override: Override) -> bool:
+    """Whether an override changes one existing value, and chooses, merges, adds or removes nothing."""
+    added = override.is_add() or override.is_force_add() or override.is_delete() or override.is_hydra_override()
+    return not added and not chooses(override) and not isinstance(override.value(), dict)
 
 
-def _touches(override: Override, others: Sequence[Override]) -> bool:
-    """Whether the order of it and another one matters, because one sets a part of what the other sets."""
-    path = f"{override.key_or_group}."
-    paths = [f"{other.key_or_group}." for other in others if other is not override and not chooses(other)]
+def _overlaps(override: Override, others: Sequence[Override]) -> bool:
+    """Whether one of the others sets a part of what this override sets, or the reverse: then their order matters."""
+    path, paths = f"{override.key_or_group}.", [f"{other.key_or_group}." for other in others if not chooses(other)]
     return any(path.startswith(other) or other.startswith(path) for other in paths)
 
 
 def chooses(override: Override) -> bool:
-    """Whether it is about a file of a group: Hydra merges all of these before it sets a value."""
+    """Whether an override is about files of a group, all of which Hydra merges before it sets values."""
     files = _is_group(override.key_or_group) and not isinstance(override.value(), dict)
     return override.package is not None or files
 
@@ -141,17 +121,51 @@ def _is_group(key: str) -> bool:
     return (CONF / key).is_dir()
 
 
-def _node(key: str) -> str:
-    return key.partition(".")[0].partition("[")[0]
+def job_specs(composer: Composer, combinations: Sequence[Sequence[str]], swept: Sequence[str]) -> list[JobSpec]:
+    """The jobs of these combinations of overrides, checked; combinations with the same configuration are one job.
+
+    Args:
+        composer: makes the configurations.
+        combinations: all overrides of each job.
+        swept: keys whose values are swept.
+
+    Raises:
+        BadInput: a value is wrong; the message names the job.
+    """
+    specs: dict[str, JobSpec] = {}
+    for combination in combinations:
+        parsed = [composer.parse(override) for override in combination]
+        axes = {
+            override.key_or_group: _json_value(override.value())
+            for override in parsed
+            if override.get_key_element() in swept
+        }
+        try:
+            composed = composer(combination)
+            check("train", composed.content)
+            for flag in SINGLE_RUN_FLAGS:
+                if composed.content[flag]:
+                    raise BadInput(f"{flag}=true is for one run; leave it out, or leave out -m.")
+        except (BadInput, HydraException, OmegaConfBaseException) as error:
+            messages = error.messages if isinstance(error, BadInput) else diagnose("train", list(combination), error)
+            if len(combinations) > 1 and " has no key " in messages[0]:
+                messages[0] += (
+                    " A key that not all jobs have needs a launch of those that do, which may have the same sweep.name=."
+                )
+            values = " ".join(f"{key}={value}" for key, value in axes.items())
+            raise BadInput(*(f"job {values}: {line}" if values else line for line in messages)) from error
+        yaml = composer.yaml(frozen(composed.content))
+        spec = JobSpec(digest(composed.content), axes, combination, yaml, {"choices": composed.choices})
+        specs.setdefault(spec.digest, spec)
+    return list(specs.values())
 
 
-def _resolved(cfg: DictConfig, node: str) -> Any:
-    value = cfg[node]
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+def frozen(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a job without what depends on where and when it runs."""
+    tracking = {**content["tracking"], "uri": uris.resolve(content["tracking"]["uri"])}
+    return {key: value for key, value in content.items() if key != "sweep"} | {"tracking": tracking}
 
 
-def _linked(value: Any) -> bool:
-    """Whether there is an interpolation in it."""
-    if isinstance(value, (dict, list)):
-        return any(_linked(one) for one in (value.values() if isinstance(value, dict) else value))
-    return isinstance(value, str) and "${" in value
+def _json_value(value: Any) -> Any:
+    """A value of Hydra's grammar as JSON has it; quoted strings without their quotes."""
+    return [_json_value(element) for element in value] if isinstance(value, list) else getattr(value, "text", value)

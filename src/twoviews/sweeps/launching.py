@@ -1,4 +1,4 @@
-"""From the combinations that a sweeper made to points of a sweep, checked before anything starts."""
+"""Launching a sweep: `train.py -m` from the checked command to jobs that are submitted, and `sweep retry`."""
 
 import hashlib
 import json
@@ -12,29 +12,37 @@ from pathlib import Path
 from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from twoviews import foreign, launched
 from twoviews.code import code_state, content, freeze, left_out, no_commit
 from twoviews.config.building import build
-from twoviews.config.checks import check, check_plugin
-from twoviews.config.command_line_errors import diagnose
-from twoviews.config.digest import as_float, digest, flat
+from twoviews.config.checks import check_plugin
+from twoviews.config.digest import as_float, flat
 from twoviews.console import Console
 from twoviews.errors import BadInput
-from twoviews.sweeps import collecting
-from twoviews.sweeps.composing import Composer
-from twoviews.sweeps.dispatch import POLL_S, Dispatch
-from twoviews.sweeps.folder import New, Point, State, Sweep
+from twoviews.sweeps import mlflow_sync
+from twoviews.sweeps.composing import Composer, job_specs
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.formatting import counted
+from twoviews.sweeps.job import Job, JobSpec, JobState
+from twoviews.sweeps.job_status import status
+from twoviews.sweeps.launcher import POLL_SECONDS, Launcher
 from twoviews.sweeps.plan import plan
-from twoviews.sweeps.truth import look
-from twoviews.sweeps.words import counted
 from twoviews.tracking import uris
 
-LEFT_OUT = 5  # files that are named
-_HYDRAS = ("hydra.mode=", "hydra.launcher", "hydra/launcher=", "hydra.sweeper", "hydra/sweeper=", "hydra.sweep.dir=")
+MAX_SHOWN_FILES = 5  # of those that git does not track
+# Overrides of Hydra's own node that matter to a sweep.
+_HYDRA_KEYS = (
+    "hydra.mode=",
+    "hydra.launcher",
+    "hydra/launcher=",
+    "hydra.sweeper",
+    "hydra/sweeper=",
+    "hydra.sweep.dir=",
+)
+# Root keys that may differ between launches of one sweep.
+FREE_KEYS = ("hydra", "sweep", "tracking", "runtime", "fresh", "preview", "find_batch")
 
 
 @dataclass(frozen=True)
@@ -42,9 +50,9 @@ class Options:
     """The node `sweep` of conf/train.yaml.
 
     Args:
-        name: of the folder below multirun/; None: <method>-<data>-<digest of what is fixed and which keys are swept>.
-        wait: stay until the last point ended, where a cluster runs them.
-        plan: say what would be started, and start nothing.
+        name: of the folder below multirun/; None: <method>-<data>-<digest of the fixed values and the swept keys>.
+        wait: on a cluster, stay until the last job has ended.
+        plan: print what would be started, and start nothing.
     """
 
     name: str | None
@@ -53,268 +61,200 @@ class Options:
 
 
 class Launch:
-    """One `train.py -m`, checked before anything is written.
+    """One command `train.py -m`, checked before anything is written.
 
     Args:
-        config: the configuration without what is swept, with Hydra's own node.
-        compose: the configuration of a combination.
+        config: the configuration without swept values, with Hydra's own node.
+        compose: composes the configuration of a combination of overrides.
 
     Raises:
-        BadInput: the launcher, the sweep's name or MLflow's address is not right.
+        BadInput: the launcher, the name of the sweep or the tracking URI is wrong.
     """
 
     def __init__(self, config: DictConfig, compose: Callable[[list[str]], DictConfig]):
         options = cast(dict[str, Any], OmegaConf.to_container(config.sweep))
-        if not isinstance(options["name"], str | None):
-            raise BadInput(
-                f"sweep.name={options['name']} is a number and has to be a name; quote it: 'sweep.name=\"{options['name']}\"'."
-            )
+        if not isinstance(name := options["name"], str | None):
+            raise BadInput(f"sweep.name={name} is a number and has to be a name; quote it: 'sweep.name=\"{name}\"'.")
         self.options, self.console = Options(**options), Console()
-        typed = _parsed(list(config.hydra.overrides.task))
-        for one in config.hydra.overrides.hydra:
-            if not one.lstrip("+~").startswith(_HYDRAS):
-                raise BadInput(f"{one} would not reach the points of a sweep; leave it out, or leave out -m.")
-        self.swept = [one.get_key_element() for one in typed if one.is_sweep_override()]
-        self.launcher = check_plugin(config, "launcher")
-        called = self.options.name or name(config, self.swept)
-        if not re.fullmatch(r"[\w+-][\w.+-]*", called):
-            raise BadInput(f"sweep.name={called} is not the name of a folder; use letters, digits and any of . _ + -")
-        self.folder = Path(config.hydra.sweep.dir) / called
+        for override in config.hydra.overrides.hydra:
+            if not override.lstrip("+~").startswith(_HYDRA_KEYS):
+                raise BadInput(f"{override} would not reach the jobs of a sweep; leave it out, or leave out -m.")
+        overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        self.swept = [override.get_key_element() for override in overrides if override.is_sweep_override()]
+        self.launcher_config = check_plugin(config, "launcher")
+        name = name or default_name(config, self.swept)
+        if not re.fullmatch(r"[\w+-][\w.+-]*", name):
+            raise BadInput(f"sweep.name={name} is not the name of a folder; use letters, digits and any of . _ + -")
+        self.folder = Path(config.hydra.sweep.dir) / name
         tracking = OmegaConf.to_container(config.tracking, resolve=True)
         self.tracking: dict[str, Any] = {**tracking, "uri": uris.resolve(tracking["uri"])}  # type: ignore[dict-item, index]
         if self.tracking["mirror"]:
             uris.check_reachable(self.tracking["uri"])
         uris.trust(self.tracking["uri"])
-        self.dispatch: Dispatch = build(DictConfig(self.launcher))
-        self.protocols = [*(config.get("protocol") or {})]  # whose values result.json will have
+        self.launcher: Launcher = build(self.launcher_config)
+        self.protocols = [*(config.get("protocol") or {})]  # their values will be in result.json
         self._composer = Composer(compose)
-        self._here: dict[str, str] = {}
+        self._frozen: dict[str, str] = {}  # working directory and code of the jobs
 
-    def points(self, combinations: Sequence[Sequence[str]]) -> list[New]:
-        """The points of these combinations, each checked; those with the same configuration are one.
+    def specs(self, combinations: Sequence[Sequence[str]]) -> list[JobSpec]:
+        """The jobs of these combinations of overrides, as `job_specs` makes them."""
+        return job_specs(self._composer, combinations, self.swept)
 
-        Raises:
-            BadInput: a value is wrong, with the point it is in.
-        """
-        return composed(self._composer, combinations, self.swept)
-
-    def add(self, new: Sequence[New]) -> tuple[Sweep, list[Point]]:
-        """Make the folders of these points, with the code as it was at the first call."""
+    def add(self, specs: Sequence[JobSpec]) -> tuple[Sweep, list[Job]]:
+        """Create the folders of these jobs, with the code as it was at the first call."""
         sweep = Sweep(self.folder)
-        if not self._here:
-            self._say_left_out(new)
+        if not self._frozen:
+            self._report_untracked(specs)
             if reason := no_commit():
                 self.console.say(f"code      no commit is recorded: {reason}.")
             copy = freeze(sweep.folder / "code")
-            self._here = {"cwd": str(Path.cwd()), "code": str(copy)}
+            self._frozen = {"cwd": str(Path.cwd()), "code": str(copy)}
             launched.remember(content(copy))
-            launched.remember(json.dumps(self.launcher, sort_keys=True))
-        new = [replace(one, more={**one.more, **self._here}) for one in new]
-        points = sweep.add(
-            new, command=shlex.join(["python", *sys.argv]), launcher=self.launcher, commit=code_state()[0]
-        )
-        return sweep, points
+            launched.remember(json.dumps(self.launcher_config, sort_keys=True))
+        specs = [replace(spec, more={**spec.more, **self._frozen}) for spec in specs]
+        command, commit = shlex.join(["python", *sys.argv]), code_state()[0]
+        return sweep, sweep.add(specs, command, launcher=self.launcher_config, commit=commit)
 
-    def _say_left_out(self, new: Sequence[New]) -> None:
+    def _report_untracked(self, specs: Sequence[JobSpec]) -> None:
+        """Name the files that git does not track and the copy of the code lacks.
+
+        Raises:
+            BadInput: a job needs one of them.
+        """
         files = left_out()
-        modules = {file: file.removeprefix("src/").removesuffix(".py").replace("/", ".") for file in files}
-        for file, module in modules.items():
-            if any(f"_target_: {module}." in one.config for one in new):
+        for file in files:
+            module = file.removeprefix("src/").removesuffix(".py").replace("/", ".")
+            if any(f"_target_: {module}." in spec.config for spec in specs):
                 raise BadInput(
-                    f"{file} is not tracked by git, so points would not have it; `git add {file}` changes that."
+                    f"{file} is not tracked by git, so jobs would not have it; `git add {file}` changes that."
                 )
         if files:
-            named = ", ".join(files[:LEFT_OUT]) + (" …" if len(files) > LEFT_OUT else "")
-            self.console.say(f"code      without {counted(len(files), 'file')} that git does not track: {named}")
+            shown = ", ".join(files[:MAX_SHOWN_FILES]) + (" …" if len(files) > MAX_SHOWN_FILES else "")
+            self.console.say(f"code      without {counted(len(files), 'file')} that git does not track: {shown}")
 
-    def prepare(self, sweep: Sweep, points: Sequence[Point]) -> None:
-        """Before points run: MLflow's run for the sweep, if the points are mirrored there.
+    def attach_jobs(self, sweep: Sweep, jobs: Sequence[Job]) -> None:
+        """Before jobs run: open the parent run in MLflow, if they are logged there.
 
         Raises:
             BadInput: MLflow does not answer.
         """
-        if points and self.tracking["mirror"]:
-            collecting.prepare(sweep, points, self.tracking)
+        if jobs and self.tracking["mirror"]:
+            mlflow_sync.attach_jobs(sweep, jobs, self.tracking)
 
-    def deliver(self, sweep: Sweep) -> None:
-        """After the last point: MLflow gets what it does not have, if the points are mirrored there."""
+    def flush(self, sweep: Sweep) -> None:
+        """After the last job: send what MLflow lacks, if the jobs are logged there."""
         if self.tracking["mirror"]:
-            collecting.deliver(sweep, self.console.say)
-
-    def end(self, sweep: Sweep, points: Sequence[Point]) -> int:
-        """Say what became of these points; the exit code: 0, or 1 when points failed."""
-        points = [known for known in sweep.points if known.digest in {point.digest for point in points}]
-        return report(sweep, points, self.dispatch.look(points), self.console)
+            mlflow_sync.flush(sweep, self.console.say)
 
 
-def launch(order: Launch, combinations: Sequence[Sequence[str]]) -> int:
-    """Start what is missing of a sweep; the exit code: 0, or 1 when points failed.
+def launch_all(launch: Launch, combinations: Sequence[Sequence[str]]) -> int:
+    """Run the jobs of a sweep that have no result yet; returns the exit code: 0, or 1 if jobs failed.
 
     Args:
-        order: what was typed.
-        combinations: overrides of each point.
+        launch: the command.
+        combinations: overrides of each job.
 
     Raises:
-        BadInput: a point is not right; nothing was started.
+        BadInput: a job is wrong; nothing was started.
         SystemExit: a signal stopped it.
     """
-    new = order.points(combinations)
-    if order.options.plan:
-        there = Sweep(order.folder).points if (order.folder / "sweep.json").exists() else []
-        plan(order.folder, new, look(there), order.dispatch, order.console)
+    specs = launch.specs(combinations)
+    if launch.options.plan:
+        existing = Sweep(launch.folder).jobs if (launch.folder / "sweep.json").exists() else []
+        plan(launch.folder, specs, status(existing), launch.launcher, launch.console)
         return 0
-    sweep, points = order.add(new)
-    now = look(points)
-    todo = [point for point in points if not (now[point.digest].active or now[point.digest].done)]
-    say(sweep, points, now, todo, order.console)
-    if todo:
-        order.prepare(sweep, points)
+    sweep, jobs = launch.add(specs)
+    states = status(jobs)
+    todo = [job for job in jobs if not (states[job.digest].active or states[job.digest].done)]
+    print_start(sweep, jobs, states, len(todo), launch.console)
+    launch.attach_jobs(sweep, todo)
+    digests = {job.digest for job in jobs}
     try:
-        order.dispatch.submit(todo)
-        if order.options.wait:
-            wait(order.dispatch, [known for known in sweep.points if known.digest in now], order.console)
+        launch.launcher.submit(todo)
+        if launch.options.wait:
+            wait([job for job in sweep.jobs if job.digest in digests], launch.console)
     finally:
-        order.deliver(sweep)
-    return order.end(sweep, points)
+        launch.flush(sweep)
+    return print_end(sweep, digests, launch.console)
 
 
-def again(sweep: Sweep, points: Sequence[Point]) -> None:
-    """Run points as they were launched, from their checkpoints and with the code they had.
+def retry(sweep: Sweep, jobs: Sequence[Job]) -> None:
+    """Run jobs again with the launcher, the configuration and the code of their launch, from their checkpoints.
 
     Raises:
-        BadInput: this user launched no such code or no such launcher: what came from elsewhere is not run.
+        BadInput: this user did not launch that code or that launcher: what came from elsewhere is not run.
     """
-    code = {point.description["code"] for point in points}
-    known = all(launched.remembered(content(Path(one))) for one in code)
-    launcher = sweep.record["launcher"]
-    if points and not (known and launched.remembered(json.dumps(launcher, sort_keys=True))):
+    launcher, copies = sweep.record["launcher"], {job.description["code"] for job in jobs}
+    known = all(launched.remembered(content(Path(copy))) for copy in copies)
+    if jobs and not (known and launched.remembered(json.dumps(launcher, sort_keys=True))):
         raise BadInput(
             f"{sweep.folder} has code or a launcher that was not launched from here, so nothing of it is run; launch the "
             "sweep with `train.py -m` and sweep.name= again, which goes on from its checkpoints with the code of this checkout."
         )
-    for point in points:
-        uris.refuse_untrusted(foreign.load(point.folder / "config.yaml").get("tracking", {}).get("uri"))
-    build(launcher).submit(points)
+    for job in jobs:
+        uris.refuse_untrusted(foreign.load(job.folder / "config.yaml").get("tracking", {}).get("uri"))
+    build(launcher).submit(jobs)
 
 
-def wait(dispatch: Dispatch, points: Sequence[Point], console: Console) -> None:
-    """Return when nobody runs any of these points any more; say what happens meanwhile."""
+def wait(jobs: Sequence[Job], console: Console) -> None:
+    """Return when none of these jobs is active any more; prints each change of a state."""
     before: dict[str, str] = {}
     while True:
-        now = dispatch.look(points)
-        for point in points:
-            state = now[point.digest]
-            if before.get(point.digest, state.state) != state.state:
-                console.say(f"{point.label}: {state.state}{': ' if state.reason else ''}{state.reason}")
-            before[point.digest] = state.state
-        if not any(state.active for state in now.values()):
+        states = status(jobs)
+        for job in jobs:
+            state = states[job.digest]
+            if before.get(job.digest, state.state) != state.state:
+                console.say(f"{job.label}: {state.state}{': ' if state.reason else ''}{state.reason}")
+            before[job.digest] = state.state
+        if not any(state.active for state in states.values()):
             return
-        time.sleep(POLL_S)
+        time.sleep(POLL_SECONDS)
 
 
-def composed(composer: Composer, combinations: Sequence[Sequence[str]], swept: Sequence[str]) -> list[New]:
-    """The points of these combinations, each checked; those with the same configuration are one.
-
-    Raises:
-        BadInput: a value is wrong, with the point it is in.
-    """
-    found: dict[str, New] = {}
-    for combination in combinations:
-        parsed = [composer.parse(override) for override in combination]
-        axes = {one.key_or_group: _plain(one.value()) for one in parsed if one.get_key_element() in swept}
-        try:
-            content = composer(combination)
-            check("train", content)
-            for flag in ("fresh", "preview", "find_batch"):
-                if content[flag]:
-                    raise BadInput(f"{flag}=true is for one run; leave it out, or leave out -m.")
-        except (BadInput, HydraException, OmegaConfBaseException) as error:
-            said = error.messages if isinstance(error, BadInput) else diagnose("train", list(combination), error)
-            if len(combinations) > 1 and " has no key " in said[0]:
-                said[0] += (
-                    " What not all points have is for a launch of those that do, which may have the same sweep.name=."
-                )
-            values = " ".join(f"{key}={value}" for key, value in axes.items())
-            raise BadInput(*(f"point {values}: {one}" if values else one for one in said)) from error
-        more = {"choices": composer.choices(combination)}
-        one = New(digest(content), axes, combination, composer.text(frozen(content)), more)
-        found.setdefault(one.digest, one)
-    return list(found.values())
-
-
-def frozen(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A point's configuration with nothing left that depends on where and when it runs."""
-    tracking = {**content["tracking"], "uri": uris.resolve(content["tracking"]["uri"])}
-    return {key: value for key, value in content.items() if key != "sweep"} | {"tracking": tracking}
-
-
-def name(config: DictConfig, swept: Sequence[str]) -> str:
-    """What a sweep is called: the same for other values of the same keys."""
-    nodes = _without(config, *FREE)
-    fixed = flat(OmegaConf.to_container(nodes, resolve=True))
-    kept = {key: value for key, value in fixed.items() if not any(f"{key}.".startswith(f"{one}.") for one in swept)}
-    text = repr((sorted((key, as_float(value)) for key, value in kept.items()), sorted(swept)))
+def default_name(config: DictConfig, swept: Sequence[str]) -> str:
+    """The name of a sweep without sweep.name=, which does not depend on the values of the swept keys."""
+    nodes = OmegaConf.masked_copy(config, [str(key) for key in config if key not in FREE_KEYS])
+    values = flat(OmegaConf.to_container(nodes, resolve=True))
+    fixed = {key: value for key, value in values.items() if not any(f"{key}.".startswith(f"{node}.") for node in swept)}
+    text = repr((sorted((key, as_float(value)) for key, value in fixed.items()), sorted(swept)))
     choices = config.hydra.runtime.choices
     front = [group if group in swept else choices[group] for group in ("method", "data")]
     return "-".join([*front, hashlib.blake2b(text.encode(), digest_size=4).hexdigest()])
 
 
-FREE = (
-    "hydra",
-    "sweep",
-    "tracking",
-    "runtime",
-    "fresh",
-    "preview",
-    "find_batch",
-)  # may change between launches of one sweep
-
-
-def say(
-    sweep: Sweep, points: Sequence[Point], now: Mapping[str, State], todo: Sequence[Point], console: Console
+def print_start(
+    sweep: Sweep, jobs: Sequence[Job], states: Mapping[str, JobState], to_run: int, console: Console
 ) -> None:
-    """What was found and what begins."""
+    """Print how many jobs there are, how many are done or active, and how many are run now."""
     counts = {
-        "finished": sum(now[point.digest].state == "FINISHED" for point in points),
-        "given up by a search": sum(now[point.digest].state == "PRUNED" for point in points),
-        "running or queued already": sum(now[point.digest].active for point in points),
-        "to run": len(todo),
+        "finished": sum(states[job.digest].state == "FINISHED" for job in jobs),
+        "given up by a search": sum(states[job.digest].state == "PRUNED" for job in jobs),
+        "running or queued already": sum(states[job.digest].active for job in jobs),
+        "to run": to_run,
     }
-    found = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    console.say(f"sweep {sweep.name}: {counted(len(points), 'point')}, {found}; {sweep.folder}")
+    shown = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    console.say(f"sweep {sweep.name}: {counted(len(jobs), 'job')}, {shown}; {sweep.folder}")
 
 
-def report(sweep: Sweep, points: Sequence[Point], now: Mapping[str, State], console: Console) -> int:
-    """One line for each point that failed, and the exit code."""
-    failed = [point for point in points if not (now[point.digest].active or now[point.digest].done)]
-    active = sum(now[point.digest].active for point in points)
-    pruned = sum(now[point.digest].state == "PRUNED" for point in points)
-    finished = len(points) - active - pruned - len(failed)
-    others = (f", {pruned} given up by a search" if pruned else "") + (
-        f", {active} queued or running" if active else ""
-    )
-    console.say(f"sweep {sweep.name}: {finished:,} of {counted(len(points), 'point')} finished{others}")
-    for point in failed:
-        state = now[point.digest]
-        console.say(f"  {state.state} {point.label}: {state.reason}")
+def print_end(sweep: Sweep, digests: set[str], console: Console) -> int:
+    """Print how many of these jobs are finished, and a line for each that failed; returns the exit code."""
+    jobs = [job for job in sweep.jobs if job.digest in digests]
+    states = status(jobs)
+    failed = [job for job in jobs if not (states[job.digest].active or states[job.digest].done)]
+    active = sum(states[job.digest].active for job in jobs)
+    pruned = sum(states[job.digest].state == "PRUNED" for job in jobs)
+    finished = len(jobs) - active - pruned - len(failed)
+    rest = (f", {pruned} given up by a search" if pruned else "") + (f", {active} queued or running" if active else "")
+    console.say(f"sweep {sweep.name}: {finished:,} of {counted(len(jobs), 'job')} finished{rest}")
+    for job in failed:
+        state = states[job.digest]
+        console.say(f"  {state.state} {job.label}: {state.reason}")
+    name = shlex.quote(sweep.name)
     if active:
-        console.say(f"`python -m twoviews.sweep status {shlex.quote(sweep.name)}` shows how they are.")
+        console.say(f"`python -m twoviews.sweep status {name}` shows their states.")
     if failed:
         console.say(
-            f"{counted(len(failed), 'point')} did not finish; `python -m twoviews.sweep logs {shlex.quote(sweep.name)} <point>` "
-            "shows what one printed, and the same command runs them again."
+            f"{counted(len(failed), 'job')} did not finish; `python -m twoviews.sweep logs {name} <job>` shows the output of "
+            "one, and the same command runs them again."
         )
     return 1 if failed else 0
-
-
-def _without(cfg: DictConfig, *keys: str) -> DictConfig:
-    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in keys])
-
-
-def _parsed(overrides: Sequence[str]) -> list:
-    return OverridesParser.create().parse_overrides(list(overrides))
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it; quoted strings without their quotes."""
-    return [_plain(one) for one in value] if isinstance(value, list) else getattr(value, "text", value)

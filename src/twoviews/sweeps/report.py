@@ -1,271 +1,235 @@
-"""The report of a sweep: a page, a table and pictures in its folder, made from what is there at the moment."""
+"""The report of a sweep: a page, a table and plots in its folder, made from the results so far."""
 
-import csv
-import io
 import math
 import shlex
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from twoviews.console import duration
 from twoviews.files import write_atomic
-from twoviews.sweeps.folder import State, Sweep
-from twoviews.sweeps.pictures import draw
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.formatting import counted, short_names, text, typed
+from twoviews.sweeps.job import SEED, JobState
+from twoviews.sweeps.plots import plot_all
 from twoviews.sweeps.results import (
     ACCURACIES,
     CONFIDENCE,
     FINISHED,
-    NONE,
-    SEED,
+    NO_ESTIMATE,
     Comparison,
+    ConfigResults,
     Results,
-    Row,
     gather,
-    label,
 )
-from twoviews.sweeps.words import counted, short_names, text, typed
 from twoviews.tracking import uris
 from twoviews.tracking.client import connect, short_error
 
-PENDING = ("QUEUED", "RUNNING", "INTERRUPTED", "PRUNED")  # of points that are not finished and have not failed either
-SHOWN_SETTINGS = 40  # rows of a table on the page; the CSV has all
-SHOWN_PICTURES = 12
+NOT_FAILED = ("QUEUED", "RUNNING", "INTERRUPTED", "PRUNED", FINISHED)
+MAX_ROWS = 40  # of a table on the page; the CSV has all
+MAX_PLOTS = 12  # on the page
 
 
 def report(
-    sweep: Sweep, states: Mapping[str, State] | None = None, say: Callable[[str], None] = lambda _: None
+    sweep: Sweep, states: Mapping[str, JobState] | None = None, say: Callable[[str], None] = lambda _: None
 ) -> Results:
-    """Write report.md, report.csv and the pictures into the sweep folder, and to the sweep's MLflow run if it has one.
+    """Write report.md, report.csv and plots into the sweep folder, and to the sweep's MLflow run if it has one.
 
     Args:
-        sweep: whose points may still be running.
-        states: by digest, as `Dispatch.look` has them; without, what the supervisors wrote last.
-        say: where a sentence for the user goes.
+        sweep: whose jobs may be running.
+        states: by digest, from `job_status.status`; without one, that in state.json.
+        say: called with sentences for the user.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    found = gather(sweep, states)
-    pictures = draw(sweep.folder, found)
+    results = gather(sweep, states)
+    plots = plot_all(sweep.folder, results)
     page, table = sweep.folder / "report.md", sweep.folder / "report.csv"
-    write_atomic(table, _table(found))
-    write_atomic(page, _page(sweep, found, pictures))
-    if found.best:
-        names = short_names(found.axes)
-        values = [f"{name} {one}" for metric, name in ACCURACIES.items() if (one := found.best.estimate(metric))]
-        say(
-            " ".join(
-                ["best:", *([label(found.best, found.axes, names) + ":"] if found.axes else []), ", ".join(values)]
-            )
-        )
+    write_atomic(table, _csv(results))
+    write_atomic(page, _page(sweep, results, plots))
+    if results.best:
+        label = f"{_label(results, results.best)}: " if results.axes else ""
+        say(f"best: {label}{', '.join(f'{name} {value}' for name, value in _accuracies(results.best).items())}")
     say(f"report: {page}")
     if sweep.record["parent"]:
-        _deliver(sweep, found, [page, table, *pictures.values()], say)
-    return found
+        _send(sweep, results, [page, table, *plots.values()], say)
+    return results
 
 
-def _deliver(sweep: Sweep, found: Results, files: Sequence[Path], say: Callable[[str], None]) -> None:
-    """The files and the means of the best setting, to MLflow; what it does not take now is said."""
-    run, finished = sweep.record["parent"], sum(row.finished for row in found.rows)
+def _send(sweep: Sweep, results: Results, files: Sequence[Path], say: Callable[[str], None]) -> None:
+    """Send the files and the means of the best config to MLflow; a failure is said, not raised."""
+    run, finished = sweep.record["parent"], int((results.jobs["state"] == FINISHED).sum())
+    metrics = {"jobs/finished": float(finished)}
+    if results.best:
+        estimates = {metric: results.best.estimate(metric) for metric in ACCURACIES}
+        metrics |= {f"best/{metric}": value.mean for metric, value in estimates.items() if value}
     try:
         tracking = sweep.record["tracking"]
         client, _ = connect(uris.resolve(tracking["uri"]), tracking["experiment"])
         for file in files:
             client.log_artifact(run, str(file), "report")
-        best = {
-            f"best/{metric}": one.mean for metric in ACCURACIES if found.best and (one := found.best.estimate(metric))
-        }
-        for name, value in {**best, "points/finished": float(finished)}.items():
+        for name, value in metrics.items():
             client.log_metric(run, name, value, step=finished)
-        if found.best:
-            for key, value in found.best.axes.items():
-                client.set_tag(run, f"best.{key}", text(value))
-    except Exception as error:  # whatever is wrong with MLflow, the report is in the folder
+        for key, value in results.best.axes.items() if results.best else ():
+            client.set_tag(run, f"best.{key}", text(value))
+    except Exception as error:  # whatever fails in MLflow, the report is in the folder
         say(f"MLflow does not have the report ({short_error(error)}); the same command sends it again.")
 
 
-# ------------------------------------------------------------------------------------------------------------- the report
+def _csv(results: Results) -> str:
+    """A row for each job; a metric that a job did not measure is an empty cell."""
+    table = results.jobs.assign(
+        seconds=results.jobs["seconds"].map("{:.1f}".format),
+        device_hours=results.jobs["seconds"] * results.jobs["width"] / 3600,
+    )
+    columns = [*results.parameters, "state", "step", "epoch", *results.metrics]
+    columns += ["seconds", "device", "device_hours", "reason"]
+    return table[columns].to_csv(index_label="job", float_format="%.6g", lineterminator="\n")
 
 
-def _table(found: Results) -> str:
-    """The CSV: a row for each point; a number that a point did not measure is an empty cell."""
-    axes = list(dict.fromkeys(key for row in found.rows for key in row.axes))
-    metrics = sorted({name for row in found.rows for name in row.values})
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["point", *axes, "state", "step", "epoch", *metrics, "seconds", "device", "device_hours", "reason"])
-    for row in found.rows:
-        writer.writerow(
-            [
-                row.digest,
-                *(text(row.axes[key]) if key in row.axes else "" for key in axes),
-                row.state,
-                row.step,
-                f"{row.epoch:g}",
-                *(f"{row.values[name]:.6g}" if name in row.values else "" for name in metrics),
-                f"{row.seconds:.1f}",
-                row.device,
-                f"{row.hours:.5f}",
-                row.reason,
-            ]
-        )
-    return out.getvalue()
-
-
-def _page(sweep: Sweep, found: Results, pictures: Mapping[str, Path]) -> str:
-    parts = [_heading(sweep, found), _best(found), _settings(found)]
-    parts += [f"## {title}\n\n![{title}]({path.name})" for title, path in list(pictures.items())[:SHOWN_PICTURES]]
-    if len(pictures) > SHOWN_PICTURES:
-        parts.append(f"Beside this page: {counted(len(pictures) - SHOWN_PICTURES, 'more picture')}.")
-    parts += [_cost(found), _failures(sweep, found)]
+def _page(sweep: Sweep, results: Results, plots: Mapping[str, Path]) -> str:
+    parts = [_heading(sweep, results), _best(results), _configs(results)]
+    parts += [f"## {title}\n\n![{title}]({path.name})" for title, path in list(plots.items())[:MAX_PLOTS]]
+    if len(plots) > MAX_PLOTS:
+        parts.append(f"Beside this page: {counted(len(plots) - MAX_PLOTS, 'more plot')}.")
+    parts += [_cost(results), _failures(sweep, results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _heading(sweep: Sweep, found: Results) -> str:
-    states = Counter(row.state for row in found.rows)
-    count = len(found.rows)
-    others = ", ".join(f"{number} {state}" for state, number in sorted(states.items()) if state != FINISHED)
-    missing = count - states[FINISHED]
-    words = [
-        f"# {found.name}",
-        f"{states[FINISHED]:,} of {counted(count, 'point')} finished" + (f"; {others}." if others else "."),
-    ]
-    if missing:
-        words[1] += f" **{missing} missing**: means, tests and curves over an axis are of finished points only."
-    newest = max((row.curve[-1]["time"] for row in found.rows if row.curve), default=None)
-    if newest:
-        words[1] += f" Newest number: {datetime.fromtimestamp(newest, UTC):%Y-%m-%d %H:%M} UTC."
-    words += ["\n".join(f"    {command}" for command in commands)] if (commands := sweep.commands) else []
-    words.append(
+def _heading(sweep: Sweep, results: Results) -> str:
+    states, count = results.jobs["state"].value_counts().to_dict(), len(results.jobs)
+    finished = states.pop(FINISHED, 0)
+    others = ", ".join(f"{number} {state}" for state, number in sorted(states.items()))
+    summary = f"{finished:,} of {counted(count, 'job')} finished" + (f"; {others}." if others else ".")
+    if finished < count:
+        summary += f" **{count - finished} missing**: means, tests and accuracy plots are of finished jobs only."
+    if newest := max((curve["time"].iloc[-1] for curve in results.curves.values() if len(curve)), default=None):
+        summary += f" Newest number: {datetime.fromtimestamp(newest, UTC):%Y-%m-%d %H:%M} UTC."
+    commands = "\n".join(f"    {command}" for command in sweep.commands)
+    note = (
         f"Accuracies in percent. ± and bands: {CONFIDENCE}% t-intervals of the mean over seeds, mean ± t(0.975, n − 1) s / √n; "
         "one seed has none."
     )
-    return "\n\n".join(words)
+    return "\n\n".join(part for part in (f"# {results.name}", summary, commands, note) if part)
 
 
-def _best(found: Results) -> str:
-    best, metric = found.best, found.metric
+def _label(results: Results, config: ConfigResults) -> str:
+    return config.label(results.axes, short_names(results.axes))
+
+
+def _accuracies(config: ConfigResults) -> dict[str, str]:
+    """The measured accuracies of a config by their names."""
+    estimates = {name: config.estimate(metric) for metric, name in ACCURACIES.items()}
+    return {name: str(value) for name, value in estimates.items() if value}
+
+
+def _best(results: Results) -> str:
+    best, metric = results.best, results.metric
     if not best or not metric:
-        return "No accuracy of a finished point is there yet."
-    names = short_names(found.axes)
-    most = len(best.seeds(metric))
-    lines = ["## Best"]
-    values = [f"{ACCURACIES[name]} **{best.estimate(name)}**" for name in ACCURACIES if best.estimate(name)]
-    chosen = f"**{label(best, found.axes, names)}**: " if found.axes else ""
-    lines.append(f"{chosen}{', '.join(values)} over {counted(most, 'seed')}, by {ACCURACIES[metric]} accuracy.")
-    fewer = [one for one in found.settings if 0 < len(one.seeds(metric)) < most]
-    ahead = [one for one in fewer if (one.estimate(metric) or NONE).mean > (best.estimate(metric) or NONE).mean]
-    if ahead:
-        lines[-1] += (
-            f" {label(ahead[0], found.axes, names)} is at {ahead[0].estimate(metric)} with "
-            f"{counted(len(ahead[0].seeds(metric)), 'seed')} and is ranked when it has as many."
-        )
-    row = next(row for row in best.rows if row.finished)
-    lines.append("To run it again:\n\n    " + command(row))
-    for name in list(ACCURACIES)[1:]:
-        other = max(
-            (one for one in found.settings if len(one.seeds(name)) == most),
-            key=lambda one: (one.estimate(name) or NONE).mean,
-            default=best,
-        )
-        if other is not best and name != metric:
-            lines.append(
-                f"By {ACCURACIES[name]} accuracy the best is {label(other, found.axes, names)}: {other.estimate(name)}."
-            )
-    if found.comparison:
-        lines.append(_comparison(found, found.comparison))
-    return "\n\n".join(lines)
+        return "No accuracy of a finished job is there yet."
+    most = len(best.values(metric))
+    values = ", ".join(f"{name} **{value}**" for name, value in _accuracies(best).items())
+    label = f"**{_label(results, best)}**: " if results.axes else ""
+    sentence = f"{label}{values} over {counted(most, 'seed')}, by {ACCURACIES[metric]} accuracy."
+    mean = (best.estimate(metric) or NO_ESTIMATE).mean
+    for config in results.configs:
+        count, value = len(config.values(metric)), config.estimate(metric) or NO_ESTIMATE
+        if 0 < count < most and value.mean > mean:
+            at = f"{value} with {counted(count, 'seed')}"
+            sentence += f" {_label(results, config)} is at {at}; it is ranked when it has as many."
+            break
+    paragraphs = ["## Best", sentence, "To run it again:\n\n    " + _command(best)]
+    for name in [name for name in ACCURACIES if name != metric]:
+        complete = [config for config in results.configs if len(config.values(name)) == most]
+        other = max(complete, key=lambda config: (config.estimate(name) or NO_ESTIMATE).mean, default=best)
+        if other is not best:
+            label = _label(results, other)
+            paragraphs.append(f"By {ACCURACIES[name]} accuracy the best is {label}: {other.estimate(name)}.")
+    if results.comparison:
+        paragraphs.append(_comparison(results, results.comparison, metric))
+    return "\n\n".join(paragraphs)
 
 
-def _comparison(found: Results, pair: Comparison) -> str:
-    metric = ACCURACIES[found.metric or ""]
-    second = label(pair.second, found.axes, short_names(found.axes))
-    start = f"The next best is {second}: {metric} {pair.second.estimate(found.metric or '')}. "
+def _comparison(results: Results, pair: Comparison, metric: str) -> str:
+    label, second = _label(results, pair.second), pair.second.estimate(metric)
+    start = f"The next best is {label}: {ACCURACIES[metric]} {second}. "
     if not pair.difference:
         return start + "The two have no seed in common, so they cannot be compared in pairs."
+    differ = f"They differ by {pair.difference.mean:.2f} on"
     if len(pair.seeds) < 2:
-        return start + (
-            f"They differ by {pair.difference.mean:.2f} on the one seed that both have; a paired test needs two, better five."
-        )
+        return f"{start}{differ} the one seed that both have; a paired test needs two, better five."
     if math.isnan(pair.p):
-        return start + f"They differ by {pair.difference.mean:.2f} on every common seed, so there is nothing to test."
-    measured = sum(1 for one in found.settings if one.seeds(found.metric or ""))
-    sentence = f"Paired t-test over {counted(len(pair.seeds), 'seed')}: the best is ahead by {pair.difference}, p = {pair.p:.2g}."
+        return f"{start}{differ} every common seed, so there is nothing to test."
+    seeds = counted(len(pair.seeds), "seed")
+    sentence = f"Paired t-test over {seeds}: the best is ahead by {pair.difference}, p = {pair.p:.2g}."
+    measured = sum(len(config.values(metric)) > 0 for config in results.configs)
     if measured > 2:
-        sentence += f" The best was chosen among {measured} settings on the same numbers, which flatters it."
+        sentence += f" The best was chosen among {measured} configs on the same numbers, which flatters it."
     if len(pair.seeds) < 5:
         sentence += " With fewer than five seeds only large differences show."
     return start + sentence
 
 
-def command(row: Row) -> str:
-    """What trains this point again by itself."""
-    return shlex.join(["python", "train.py", *(one for one in row.overrides if not one.startswith("sweep."))])
+def _command(config: ConfigResults) -> str:
+    """The command that trains the first finished job of a config by itself."""
+    jobs = config.jobs[config.jobs["state"] == FINISHED]
+    overrides = [override for override in jobs["overrides"].iloc[0] if not override.startswith("sweep.")]
+    return shlex.join(["python", "train.py", *overrides])
 
 
-def _settings(found: Results) -> str:
-    axes, names = found.axes, short_names(found.axes)
-    metrics = [name for name in ACCURACIES if any(name in row.values for row in found.rows)]
-    lines = [
-        [*(names[key] for key in axes), "points", *(f"{ACCURACIES[name]}" for name in metrics), "training a point"]
+def _configs(results: Results) -> str:
+    names = short_names(results.axes)
+    metrics = [name for name in ACCURACIES if name in results.metrics]
+    rows = [
+        [*(names[key] for key in results.axes), "jobs", *(ACCURACIES[name] for name in metrics), "training per job"]
     ]
-    for setting in found.settings[:SHOWN_SETTINGS]:
-        done = [row for row in setting.rows if row.finished]
-        points = f"{len(done)} of {len(setting.rows)}"
-        seeds = [text(row.axes[SEED]) for row in setting.rows if not row.finished and SEED in row.axes]
-        points += f" (seed {', '.join(seeds)} missing)" if seeds else ""
-        time = duration(sum(row.seconds for row in done) / len(done)) if done else "-"
-        lines.append(
-            [*(typed(setting.axes, key) for key in axes), points]
-            + [str(setting.estimate(name) or "-") for name in metrics]
-            + [time]
+    for config in results.configs[:MAX_ROWS]:
+        finished = config.jobs["state"] == FINISHED
+        jobs, missing = (
+            f"{finished.sum()} of {len(config.jobs)}",
+            config.jobs[SEED][~finished & (config.jobs[SEED] != "-")],
         )
-    more = len(found.settings) - SHOWN_SETTINGS
-    note = (
-        f"\n\n{counted(more, 'more setting')}: report.csv has every point."
-        if more > 0
-        else "\n\nreport.csv has every point."
-    )
-    return "## Settings\n\n" + _grid(lines) + note
+        jobs += f" (seed {', '.join(missing)} missing)" if len(missing) else ""
+        time = duration(config.jobs["seconds"][finished].mean()) if finished.any() else "-"
+        values = [str(config.estimate(name) or "-") for name in metrics]
+        rows.append([*(typed(config.axes, key) for key in results.axes), jobs, *values, time])
+    more = len(results.configs) - MAX_ROWS
+    note = (f"{counted(more, 'more config')}: " if more > 0 else "") + "report.csv has every job."
+    return f"## Configs\n\n{_markdown(rows)}\n\n{note}"
 
 
-def _cost(found: Results) -> str:
-    spent: dict[tuple[str, bool], list[Row]] = {}
-    for row in found.rows:
-        if row.seconds:
-            spent.setdefault((row.device, row.finished), []).append(row)
-    if not spent:
+def _cost(results: Results) -> str:
+    jobs = results.jobs[results.jobs["seconds"] > 0]
+    if not len(jobs):
         return ""
-    lines = [["device", "points", "hours", "unit"]]
-    for (device, finished), rows in sorted(spent.items(), key=lambda one: (one[0][0], not one[0][1])):
+    rows = [["device", "jobs", "hours", "unit"]]
+    groups = jobs.assign(hours=jobs["seconds"] * jobs["width"] / 3600, running=jobs["state"] != FINISHED)
+    for (device, running), group in groups.groupby(["device", "running"]):  # type: ignore[misc]
         unit = "core-hours (threads x hours)" if device == "CPU" else "GPU-hours"
-        what = "finished" if finished else "not finished, so far"
-        lines.append([device, f"{len(rows)} {what}", _hours(sum(row.hours for row in rows)), unit])
-    return "## Cost\n\nOf training, without the starts of programs.\n\n" + _grid(lines)
+        hours = group["hours"].sum()
+        shown = f"{hours:.1f}" if hours >= 10 else f"{hours:.3g}"
+        rows.append([device, f"{len(group)} {'not finished, so far' if running else 'finished'}", shown, unit])
+    return "## Cost\n\nOf training, without the starts of programs.\n\n" + _markdown(rows)
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:.1f}" if hours >= 10 else f"{hours:.3g}"
-
-
-def _failures(sweep: Sweep, found: Results) -> str:
-    failed = [row for row in found.rows if not row.finished and row.state not in PENDING]
-    if not failed:
+def _failures(sweep: Sweep, results: Results) -> str:
+    failed = results.jobs[~results.jobs["state"].isin(NOT_FAILED)]
+    if not len(failed):
         return ""
-    lines = [["point", "axes", "state", "at epoch", "reason", "log"]]
-    for row in failed[:SHOWN_SETTINGS]:
-        names = short_names(list(row.axes))
-        axes = ", ".join(f"{names[key]}={text(value)}" for key, value in row.axes.items())
-        log = f"`python -m twoviews.sweep logs {shlex.quote(sweep.folder.name)} {row.digest}`"
-        lines.append([row.digest, axes, row.state, f"{row.epoch:g}", row.reason or "unknown", log])
-    more = f"\n\n{len(failed) - SHOWN_SETTINGS} more: report.csv." if len(failed) > SHOWN_SETTINGS else ""
-    return "## Failures\n\n" + _grid(lines) + more
+    rows = [["job", "parameters", "state", "at epoch", "reason", "log"]]
+    for digest, job in failed.head(MAX_ROWS).iterrows():
+        values = job.reindex(results.parameters).dropna()
+        names = short_names([str(key) for key in values.index])
+        parameters = ", ".join(f"{names[str(key)]}={value}" for key, value in values.items())
+        log = f"`python -m twoviews.sweep logs {shlex.quote(sweep.folder.name)} {digest}`"
+        rows.append([str(digest), parameters, job["state"], f"{job['epoch']:g}", job["reason"] or "unknown", log])
+    more = f"\n\n{len(failed) - MAX_ROWS} more: report.csv." if len(failed) > MAX_ROWS else ""
+    return "## Failures\n\n" + _markdown(rows) + more
 
 
-def _grid(lines: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown; the first line is its head."""
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
-    rows = ["| " + " | ".join(line) + " |" for line in cells]
-    return "\n".join([rows[0], "|" + "---|" * len(cells[0]), *rows[1:]])
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, whose first row is the head."""
+    escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in escaped]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

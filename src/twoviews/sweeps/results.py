@@ -1,61 +1,34 @@
-"""What the points of a sweep found, setting by setting, and how sure it is which one is the best.
+"""The results of a sweep: a table of its jobs, the ranked configs, and a test of the two best.
 
-All of it comes from the files in the sweep folder, so it can be asked at any time, also while points are running. A setting
-is one value for each axis but the seed; its points differ in the seed alone, which axes.py sees to. Only finished points
-count in means and tests.
+They are made from the files in the sweep folder, at any time, also while jobs run. A config is the values of the varying
+parameters without the seed; the jobs of a config differ in the seed alone. Only finished jobs count in means and tests.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from twoviews import foreign
-from twoviews.sweeps.axes import SEED, told_apart
-from twoviews.sweeps.folder import Point, State, Sweep
-from twoviews.sweeps.truth import judged
-from twoviews.sweeps.words import text, typed
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.formatting import text, typed
+from twoviews.sweeps.job import SEED, Job, JobState
+from twoviews.sweeps.job_status import with_marks
+from twoviews.sweeps.varying_parameters import varying_parameters
 
-ACCURACIES = {"knn/top1": "kNN", "linear/top1": "linear"}  # what is compared; the first that was measured decides
+DataFrame = Series = Any  # of pandas, which takes long to import
+ACCURACIES = {"knn/top1": "kNN", "linear/top1": "linear"}  # what is compared; configs are ranked by the first measured
 CONFIDENCE = 95  # %
 FINISHED = "FINISHED"
-PAUSE_S = 600.0  # a longer gap between two lines of metrics.jsonl is taken for an interruption
+# Of `Results.jobs`. seconds: of training, over all starts. device: the GPU's name, or CPU. width: GPUs, or threads of a CPU.
+COLUMNS = (SEED, "state", "reason", "step", "epoch", "seconds", "device", "width", "overrides")
+MAX_GAP_SECONDS = 600.0  # between two lines of metrics.jsonl; after a longer one the training was interrupted
 _NOT_MEASURED = ("state", "step", "epoch", "seconds", "precision", "mlflow_run_id", "reason")  # of result.json
 
 
 @dataclass(frozen=True)
-class Row:
-    """One point, as its folder says it stands."""
-
-    digest: str
-    folder: Path
-    axes: Mapping[str, Any]  # as `told_apart` has them
-    overrides: Sequence[str]  # of the command that trains it
-    state: str
-    reason: str
-    step: int
-    epoch: float
-    values: Mapping[str, float]  # the last of each number measured; final where the point is finished
-    curve: Sequence[Mapping[str, float]]  # the lines of metrics.jsonl
-    seconds: float  # spent in training, all starts together
-    device: str  # the GPU's name, or "CPU"
-    width: int  # GPUs that the point took, or threads
-
-    @property
-    def finished(self) -> bool:
-        """Whether its numbers are final."""
-        return self.state == FINISHED
-
-    @property
-    def hours(self) -> float:
-        """GPU-hours, or core-hours on a CPU."""
-        return self.seconds * self.width / 3600
-
-
-@dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and the half width of its 95% t-interval; NaN for one seed, which has none."""
+    """A mean over seeds and half the width of its 95% t-interval, which is NaN for one seed."""
 
     mean: float
     half: float
@@ -65,167 +38,188 @@ class Estimate:
         return f"{self.mean:.2f}" + (f" ± {self.half:.2f}" if math.isfinite(self.half) else "")
 
 
-NONE = Estimate(-math.inf, math.nan, 0)  # of a setting without a finished point: behind every other
+NO_ESTIMATE = Estimate(-math.inf, math.nan, 0)  # of a config without a finished job: ranked behind every other
+
+
+def estimate(values: Sequence[float]) -> Estimate | None:
+    """Mean and 95% t-interval of independent values: mean ± t(0.975, n - 1) s / sqrt(n); None for no values."""
+    from scipy import stats
+
+    count = len(values)
+    if not count:
+        return None
+    half = math.nan if count == 1 else stats.t.ppf(0.5 + CONFIDENCE / 200, count - 1) * stats.sem(values)
+    return Estimate(sum(values) / count, float(half), count)
 
 
 @dataclass(frozen=True)
-class Setting:
-    """The points that differ in their seed alone."""
+class ConfigResults:
+    """The jobs that differ in their seed alone.
 
-    axes: Mapping[str, Any]  # without the seed
-    rows: Sequence[Row]
+    Args:
+        axes: values of the varying parameters, without the seed.
+        jobs: their rows of `Results.jobs`, by seed.
+    """
 
-    def seeds(self, name: str) -> dict[Any, float]:
-        """A final number by seed; finite ones of finished points."""
-        finished = [row for row in self.rows if row.finished and math.isfinite(row.values.get(name, math.nan))]
-        return {row.axes.get(SEED): row.values[name] for row in finished}
+    axes: Mapping[str, Any]
+    jobs: DataFrame
 
-    def estimate(self, name: str) -> Estimate | None:
-        """The mean over seeds of a final number; None while no point has it."""
-        return estimate(list(self.seeds(name).values()))
+    def values(self, metric: str) -> Series:
+        """The final values of a metric by seed, as far as they are finite; of finished jobs."""
+        jobs = self.jobs.reindex(columns=[SEED, "state", metric])
+        final = jobs[(jobs["state"] == FINISHED) & jobs[metric].abs().lt(math.inf)]
+        return final.groupby(SEED, sort=False)[metric].last()
+
+    def estimate(self, metric: str) -> Estimate | None:
+        """The mean over seeds of a metric; None if no finished job has it."""
+        return estimate(self.values(metric).tolist())
+
+    def label(self, keys: Sequence[str], names: Mapping[str, str]) -> str:
+        """The values of these parameters, if it has them, such as "temperature=0.1, lr=0.03"."""
+        return ", ".join(f"{names[key]}={text(self.axes[key])}" for key in keys if key in self.axes)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The best setting against the next best, seed by seed: a paired t-test."""
+    """The best config against the next best, paired by seed.
 
-    best: Setting
-    second: Setting
-    seeds: Sequence[Any]  # that both have
-    difference: Estimate | None  # of the best over the second; None without a common seed
-    p: float  # two-sided; NaN with fewer than two common seeds
+    Args:
+        best: the best config.
+        second: the next best.
+        seeds: seeds that both have.
+        difference: mean advantage of the best over these seeds; None without any.
+        p: two-sided p-value of the paired t-test; NaN if there is nothing to test.
+    """
+
+    best: ConfigResults
+    second: ConfigResults
+    seeds: Sequence[str]
+    difference: Estimate | None
+    p: float
 
 
 @dataclass(frozen=True)
 class Results:
-    """What was found in a sweep folder.
+    """The results in a sweep folder.
 
-    Attributes:
+    Args:
         name: of the sweep.
-        rows: one for each point.
-        settings: the best first, by mean accuracy; those without a finished point last.
-        metric: the accuracy that decides, such as knn/top1; None where no point has measured one yet.
-        comparison: of the two best settings; None where there are not two.
+        jobs: a row for each job by digest, with `COLUMNS`, the parameters as they are typed, and the last value of each
+            metric, which is final if the job is finished.
+        curves: the lines of metrics.jsonl by digest.
+        parameters: the varying parameters of the jobs, which may include the seed.
+        metrics: names of the metrics that any job has, sorted.
+        axes: the varying parameters of the configs, in the order of the sweep.
+        configs: the best first, by mean accuracy; those without a finished job last.
+        metric: the accuracy by which they are ranked, such as knn/top1; None if no job has measured one yet.
+        comparison: of the two best configs; None if there are not two.
     """
 
     name: str
-    rows: Sequence[Row]
-    settings: Sequence[Setting]
+    jobs: DataFrame
+    curves: Mapping[str, DataFrame]
+    parameters: Sequence[str]
+    metrics: Sequence[str]
+    axes: Sequence[str]
+    configs: Sequence[ConfigResults]
     metric: str | None
     comparison: Comparison | None
 
     @property
-    def axes(self) -> list[str]:
-        """The axes but the seed that have several values, in the order of the sweep."""
-        most_first = sorted(self.settings, key=lambda one: -len(one.axes))  # not all have all of them
-        keys = dict.fromkeys(key for setting in most_first for key in setting.axes)
-        return [key for key in keys if len({typed(one.axes, key) for one in self.settings}) > 1]
-
-    @property
-    def best(self) -> Setting | None:
-        """The setting with the highest mean, among those with as many seeds as any has."""
-        metric = self.metric
-        return self.settings[0] if metric and self.settings[0].seeds(metric) else None
+    def best(self) -> ConfigResults | None:
+        """The config with the highest mean, among those with as many seeds as any has."""
+        return self.configs[0] if self.metric and len(self.configs[0].values(self.metric)) else None
 
 
-def gather(sweep: Sweep, states: Mapping[str, State] | None = None) -> Results:
-    """Read what the points of a sweep have written so far; `states` by digest may know better than their files."""
-    rows = [_row(one, (states or {}).get(one.digest) or judged(one, one.state)) for one in told_apart(sweep.points)]
-    metric = next((name for name in ACCURACIES if any(row.finished and name in row.values for row in rows)), None)
-    groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
-    for row in rows:  # by values as they are typed: a 1 of the command line is a 1.0 of a file
-        setting = tuple((key, text(value)) for key, value in row.axes.items() if key != SEED)
-        groups.setdefault(setting, []).append(row)
-    settings = [
-        Setting({key: value for key, value in rows[0].axes.items() if key != SEED}, sorted(rows, key=_seed_order))
-        for rows in groups.values()
+def gather(sweep: Sweep, states: Mapping[str, JobState] | None = None) -> Results:
+    """Read the results of a sweep.
+
+    Args:
+        sweep: whose jobs may be running.
+        states: by digest; without one, that in state.json.
+    """
+    import pandas as pd
+
+    jobs = varying_parameters(sweep.jobs)
+    keys = list(dict.fromkeys(key for job in jobs for key in job.axes))
+    curves: dict[str, DataFrame] = {job.digest: pd.DataFrame(job.metrics()) for job in jobs}
+    rows = []
+    by_config: dict[tuple[str, ...], list[Job]] = {}
+    for job in jobs:
+        state = (states or {}).get(job.digest) or with_marks(job, job.state)
+        values = {key: text(job.axes[key]) for key in keys if key in job.axes}
+        rows.append({SEED: typed(job.axes, SEED), **values, **_row(job, state, curves[job.digest])})
+        # By values as they are typed: a 1 of the command line is a 1.0 of a file.
+        by_config.setdefault(tuple(typed(job.axes, key) for key in keys if key != SEED), []).append(job)
+    table: DataFrame = pd.DataFrame(rows, index=[job.digest for job in jobs], columns=None if rows else [*COLUMNS])
+    metrics = sorted({*table.columns} - {*COLUMNS, *keys})
+    finished = table[table["state"] == FINISHED]
+    metric = next((name for name in ACCURACIES if name in metrics and finished[name].notna().any()), None)
+    configs = [
+        ConfigResults(
+            {key: value for key, value in group[0].axes.items() if key != SEED},
+            table.loc[[job.digest for job in sorted(group, key=_seed_order)]],
+        )
+        for group in by_config.values()
     ]
+    # Varying are the keys with several values; those of the configs that have most of them come first.
+    most_first = sorted(configs, key=lambda config: -len(config.axes))
+    ordered = dict.fromkeys(key for config in most_first for key in config.axes)
+    axes = [key for key in ordered if len({typed(config.axes, key) for config in configs}) > 1]
     if metric:
-        # Of two settings, one with fewer seeds may be lucky: it is ranked when the others are not ahead of it in seeds.
-        settings.sort(key=lambda one: (-len(one.seeds(metric)), -(one.estimate(metric) or NONE).mean))
-    return Results(sweep.name, rows, settings, metric, _compare(settings, metric) if metric else None)
+        # A config with fewer seeds than others may be lucky: it is ranked when it has as many.
+        configs.sort(key=lambda config: (-len(config.values(metric)), -(config.estimate(metric) or NO_ESTIMATE).mean))
+    comparison = _compare(configs, metric) if metric else None
+    return Results(sweep.name, table, curves, keys, metrics, axes, configs, metric, comparison)
 
 
-# ------------------------------------------------------------------------------------------------------ what a point says
-
-
-def _row(point: Point, state: State) -> Row:
-    result, lines = point.result, point.metrics()
-    latest: dict[str, float] = {}
-    for line in lines:
-        latest.update({key: value for key, value in line.items() if key not in ("step", "epoch", "time")})
-    latest.update({key: float(value) for key, value in result.items() if key not in _NOT_MEASURED})
-    machine = foreign.load(point.folder / "environment.json")
-    processes = int(machine.get("processes", 1))
-    gpu = machine.get("gpu")
-    # result.json is the run's own word; the supervisor may not have come to write the same yet.
+def _row(job: Job, state: JobState, curve: DataFrame) -> dict[str, Any]:
+    """A row of the table, without the varying parameters."""
+    result, environment = job.result, foreign.load(job.folder / "environment.json")
+    values: dict[str, Any] = curve.ffill().iloc[-1].to_dict() if len(curve) else {}
+    step, epoch = int(values.pop("step", 0)), float(values.pop("epoch", 0.0))
+    values.pop("time", None)
+    values |= {name: float(value) for name, value in result.items() if name not in _NOT_MEASURED}
+    processes, gpu = int(environment.get("processes", 1)), environment.get("gpu")
+    # The runner may not have come to write that the job is finished, which result.json says first.
     finished = result.get("state") == "finished"
-    reason = state.reason or result.get("reason")
-    return Row(
-        digest=point.digest,
-        folder=point.folder,
-        axes=point.axes,
-        overrides=point.description["overrides"],
-        state=FINISHED if finished else state.state,
-        reason="" if finished else " ".join(str(reason or "").split()),
-        step=int(lines[-1]["step"]) if lines else 0,
-        epoch=float(lines[-1]["epoch"]) if lines else 0.0,
-        values=latest,
-        curve=lines,
-        seconds=float(result["seconds"]) if "seconds" in result else _seconds(lines),
-        device=gpu or "CPU",
-        width=processes if gpu else processes * int(machine.get("threads") or 1),
-    )
+    reason = "" if finished else state.reason or result.get("reason") or ""
+    return {
+        **values,
+        "state": FINISHED if finished else state.state,
+        "reason": " ".join(str(reason).split()),
+        "step": step,
+        "epoch": epoch,
+        "seconds": float(result["seconds"]) if "seconds" in result else _training_seconds(curve),
+        "device": gpu or "CPU",
+        "width": processes if gpu else processes * int(environment.get("threads") or 1),
+        "overrides": job.description["overrides"],
+    }
 
 
-def _seconds(lines: Sequence[Mapping[str, float]]) -> float:
-    """Between the lines of a point that has not said itself how long it took."""
-    times = [line["time"] for line in lines]
-    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
-    return sum(gap for gap in gaps if 0 < gap < PAUSE_S)
+def _training_seconds(curve: DataFrame) -> float:
+    """The time between the lines of a job without a result, without interruptions."""
+    if not len(curve):
+        return 0.0
+    gaps = curve["time"].diff()
+    return float(gaps[gaps.between(0, MAX_GAP_SECONDS, inclusive="neither")].sum())
 
 
-def _seed_order(row: Row) -> tuple[bool, float, str]:
-    seed = row.axes.get(SEED)
+def _seed_order(job: Job) -> tuple[bool, float, str]:
+    seed = job.axes.get(SEED)
     return (False, float(seed), "") if isinstance(seed, (int, float)) else (True, 0.0, str(seed))
 
 
-# ------------------------------------------------------------------------------------------------------------- statistics
-
-
-def estimate(values: Sequence[float]) -> Estimate | None:
-    """Mean and 95% t-interval of independent values: mean ± t(0.975, n - 1) s / sqrt(n)."""
+def _compare(configs: Sequence[ConfigResults], metric: str) -> Comparison | None:
+    import pandas as pd
     from scipy import stats
 
-    if not values:
-        return None
-    count, mean = len(values), sum(values) / len(values)
-    if count == 1:
-        return Estimate(mean, math.nan, 1)
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    quantile = float(stats.t.ppf(0.5 + CONFIDENCE / 200, count - 1))
-    return Estimate(mean, quantile * deviation / math.sqrt(count), count)
-
-
-def _compare(settings: Sequence[Setting], metric: str) -> Comparison | None:
-    from scipy import stats
-
-    measured = [setting for setting in settings if setting.seeds(metric)]
+    measured = [config for config in configs if len(config.values(metric))]
     if len(measured) < 2:
         return None
     best, second = measured[:2]
-    first, other = best.seeds(metric), second.seeds(metric)
-    common = [seed for seed in first if seed in other]
-    differences = [first[seed] - other[seed] for seed in common]
-    p = math.nan
-    if len(set(differences)) > 1:
-        p = float(stats.ttest_rel([first[seed] for seed in common], [other[seed] for seed in common]).pvalue)  # type: ignore[attr-defined]
-    return Comparison(best, second, common, estimate(differences), p)
-
-
-# ------------------------------------------------------------------------------------------------------------------ words
-
-
-def label(setting: Setting, keys: Sequence[str], names: Mapping[str, str]) -> str:
-    """The values of these axes, as far as it has them, such as "temperature=0.1, lr=0.03"."""
-    return ", ".join(f"{names[key]}={text(setting.axes[key])}" for key in keys if key in setting.axes)
+    pairs = pd.concat([best.values(metric), second.values(metric)], axis=1, join="inner").to_numpy()
+    seeds = [seed for seed in best.values(metric).index if seed in second.values(metric).index]
+    differences = [first - other for first, other in pairs]
+    p = float(stats.ttest_rel(*pairs.T).pvalue) if len(set(differences)) > 1 else math.nan  # type: ignore[attr-defined]
+    return Comparison(best, second, seeds, estimate(differences), p)

@@ -1,7 +1,7 @@
-"""Which points a sweep has: every combination, pairs, or settings drawn at random; each with all seeds.
+"""Which jobs a sweep has: every combination of values, pairs, or values drawn at random, each with all seeds.
 
-These are choices of `hydra/sweeper=` because the values that a key may take are typed in the grammar of Hydra's sweepers,
-`0.1,0.2`, `range(1,5)`, `interval(0.1,1)`, `tag(log,interval(…))`, and which of them are meant is what a sweeper decides.
+These are choices of `hydra/sweeper=`, because a sweeper decides what the values mean that are typed in Hydra's grammar:
+`0.1,0.2`, `range(1,5)`, `interval(0.1,1)`, `tag(log,interval(…))`.
 """
 
 import itertools
@@ -17,117 +17,141 @@ from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from twoviews.config.groups import options
 from twoviews.errors import BadInput
 from twoviews.ranges import Index, Trials
-from twoviews.sweeps.axes import SEED
 from twoviews.sweeps.composing import chooses
-from twoviews.sweeps.launching import Launch, launch
+from twoviews.sweeps.job import SEED
+from twoviews.sweeps.launching import Launch, launch_all
 
-DIGITS = 4  # of a number that is drawn: enough for a search, and it can be read
-TIRES = 100  # draws of settings that are known already before the space is taken to be used up
+SIGNIFICANT_DIGITS = 4  # of drawn numbers: enough for a search, and readable
+MAX_REPEATED_DRAWS = 100  # of configs that are known already, in a row, before the space is taken to be used up
 
 
 @dataclass(frozen=True)
 class Interval:
-    """The numbers between two, ends included."""
+    """The numbers between two limits, which are included."""
 
     low: float
     high: float
     logarithmic: bool
     whole: bool  # whole numbers only
 
-    def value(self, share: float) -> str:
-        """What stands at this share of the way, 0 to 1, rounded."""
+    def value(self, fraction: float) -> str:
+        """The number at a fraction in [0, 1] of the interval, rounded, as it is typed."""
         if self.logarithmic:
-            number = math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
+            number = math.exp(math.log(self.low) + fraction * (math.log(self.high) - math.log(self.low)))
         else:
-            number = self.low + share * (self.high - self.low)
+            number = self.low + fraction * (self.high - self.low)
         return self.text(min(self.high, max(self.low, number)))
 
     def text(self, number: float) -> str:
         """A number as it is typed."""
         if self.whole:
             return str(round(number))
-        rounded = float(f"{number:.{DIGITS}g}")
+        rounded = float(f"{number:.{SIGNIFICANT_DIGITS}g}")
         return repr(rounded if self.low <= rounded <= self.high else number)
 
 
 @dataclass(frozen=True)
-class Space:
-    """What was typed.
+class SearchSpace:
+    """The search space that was typed.
 
     Args:
-        fixed: overrides that all points share.
-        axes: values, or the interval they lie in, by key; without the seed.
-        seeds: of each setting; empty where only the configuration's own is meant.
+        fixed: overrides that all jobs share.
+        axes: the values by swept key, or the interval that contains them; without the seed.
+        seeds: seeds of each config; empty for the configured one alone.
     """
 
     fixed: Sequence[str]
     axes: Mapping[str, Sequence[str] | Interval]
     seeds: Sequence[str]
 
-    def points(self, setting: Mapping[str, str]) -> list[list[str]]:
-        """The overrides of a setting with each seed."""
-        one = [*self.fixed, *(f"{key}={value}" for key, value in setting.items())]
-        return [[*one, f"{SEED}={seed}"] for seed in self.seeds] if self.seeds else [one]
+    def combinations(self, config: Mapping[str, str]) -> list[list[str]]:
+        """The overrides of a config (value by swept key) with each seed."""
+        overrides = [*self.fixed, *(f"{key}={value}" for key, value in config.items())]
+        return [[*overrides, f"{SEED}={seed}"] for seed in self.seeds] if self.seeds else [overrides]
+
+    def listed(self) -> dict[str, Sequence[str]]:
+        """The values by swept key.
+
+        Raises:
+            BadInput: a key has an interval.
+        """
+        listed = {}
+        for key, values in self.axes.items():
+            if isinstance(values, Interval):
+                raise BadInput(
+                    f"{key} is an interval, which cannot be listed; list some values, or use hydra/sweeper=random or optuna."
+                )
+            listed[key] = values
+        return listed
 
 
-def space(arguments: Sequence[str]) -> Space:
-    """The space that these overrides describe.
+def search_space(arguments: Sequence[str]) -> SearchSpace:
+    """The search space that these overrides describe.
 
     Raises:
         BadInput: a range or an interval is empty, or logarithmic and not above 0, or a key is swept that lies inside of
             another one, or a pattern fits no file of a group.
     """
     fixed, axes = [], {}
-    for one in _lasting(OverridesParser.create().parse_overrides(list(arguments))):
-        key = one.get_key_element()
-        if one.is_interval_sweep():
-            axes[key] = _interval(one)
-        elif isinstance(pattern := one.value(), Glob):
-            axes[key] = _fitting(one, pattern)
-        elif one.is_sweep_override():
-            axes[key] = list(dict.fromkeys(one.sweep_string_iterator()))
+    for override in merged(OverridesParser.create().parse_overrides(list(arguments))):
+        key = override.get_key_element()
+        if override.is_interval_sweep():
+            axes[key] = _interval(override)
+        elif isinstance(pattern := override.value(), Glob):
+            axes[key] = _matching_files(override, pattern)
+        elif override.is_sweep_override():
+            axes[key] = list(dict.fromkeys(override.sweep_string_iterator()))
             if not axes[key]:
-                raise BadInput(f"{one.input_line} has no values; write some, as in {key}=1,2 or {key}=range(1,4).")
+                raise BadInput(f"{override.input_line} has no values; write some, as in {key}=1,2 or {key}=range(1,4).")
         else:
-            fixed.append(f"{key}={one.get_value_element_as_str()}")
+            fixed.append(f"{key}={override.get_value_element_as_str()}")
     seeds = axes.pop(SEED, [])
     if isinstance(seeds, Interval):
         raise BadInput("seed=interval(…): seeds are not searched for; list them, as in seed=0,1,2.")
-    return Space(fixed, axes, seeds)
+    return SearchSpace(fixed, axes, seeds)
 
 
-def _fitting(override: Override, pattern: Glob) -> list[str]:
-    """The files of a group that a pattern fits."""
-    group = _key(override)
-    if not (known := options(group)):
-        raise BadInput(f"{override.input_line}: glob chooses files of a group, and {group} is none; list the values.")
-    if not (found := pattern.filter(known)):
-        raise BadInput(f"{override.input_line} fits none of the files of {group}: {', '.join(known)}.")
-    return found
-
-
-def _lasting(overrides: Sequence[Override]) -> list[Override]:
-    """The overrides, of those of a swept key the last one.
+def merged(overrides: Sequence[Override]) -> list[Override]:
+    """The overrides without those that a later one for the same key replaces.
 
     Raises:
         BadInput: one is swept, and another one sets a part of it or what it is a part of.
     """
     kept: list[Override] = []
-    for one in overrides:
-        swept = [other for other in kept if one.is_sweep_override() or other.is_sweep_override()]
-        kept = [other for other in kept if other not in swept or _key(other) != _key(one)]
-        for other in swept:
-            outer, inner = sorted((one, other), key=lambda each: len(_key(each)))
-            if _key(inner).startswith(f"{_key(outer)}.") and not chooses(outer):
+    for override in overrides:
+        for other in kept:
+            outer, inner = sorted((override, other), key=lambda each: len(_key(each)))
+            swept = override.is_sweep_override() or other.is_sweep_override()
+            if swept and _key(inner).startswith(f"{_key(outer)}.") and not chooses(outer):
                 raise BadInput(
-                    f"{other.input_line} and {one.input_line} set the same values, and one of them is swept; leave the other out."
+                    f"{other.input_line} and {override.input_line} set the same values, and one of them is swept; "
+                    "leave the other out."
                 )
-        kept.append(one)
+        kept = [other for other in kept if not _replaces(override, other)]
+        kept.append(override)
     return kept
+
+
+def _replaces(override: Override, other: Override) -> bool:
+    """Whether an override makes an earlier one void. Hydra merges dictionaries, and + and ~ change the keys themselves."""
+    if override.is_sweep_override() or other.is_sweep_override():
+        return _key(override) == _key(other)
+    plain = not any(isinstance(each.value(), dict) or each.is_add() or each.is_delete() for each in (override, other))
+    return plain and override.get_key_element() == other.get_key_element()
 
 
 def _key(override: Override) -> str:
     return override.get_key_element().lstrip("+~")
+
+
+def _matching_files(override: Override, pattern: Glob) -> list[str]:
+    """The files of a group that match a pattern."""
+    group = _key(override)
+    if not (files := options(group)):
+        raise BadInput(f"{override.input_line}: glob chooses files of a group, and {group} is none; list the values.")
+    if not (matching := pattern.filter(files)):
+        raise BadInput(f"{override.input_line} fits none of the files of {group}: {', '.join(files)}.")
+    return matching
 
 
 def _interval(override: Override) -> Interval:
@@ -142,104 +166,88 @@ def _interval(override: Override) -> Interval:
 
 
 class Search(ABC):
-    """Decides which points a sweep has. What the constructor takes are the keys of conf/hydra/sweeper/<name>.yaml."""
+    """Decides which jobs a sweep has; the parameters of the constructor are the keys of conf/hydra/sweeper/<name>.yaml."""
 
     @abstractmethod
-    def run(self, order: Launch, arguments: Sequence[str]) -> int:
-        """Start what is missing of the points that follow from what was typed; the exit code.
+    def run(self, launch: Launch, arguments: Sequence[str]) -> int:
+        """Run the jobs that follow from the overrides and have no result yet; returns the exit code.
 
         Raises:
-            BadInput: something is not right; nothing was started.
+            BadInput: something is wrong, and nothing was started.
             SystemExit: a signal stopped it.
         """
 
 
-class Listed(Search):
-    """A search whose points are all known beforehand."""
+class ListedSearch(Search):
+    """A search whose jobs are known in advance."""
 
-    def run(self, order: Launch, arguments: Sequence[str]) -> int:
-        """All of them are launched together."""
-        return launch(order, self.combinations(space(arguments)))
+    def run(self, launch: Launch, arguments: Sequence[str]) -> int:
+        """Launch all of the jobs together."""
+        return launch_all(launch, self.combinations(search_space(arguments)))
 
-    def combinations(self, space: Space) -> list[list[str]]:
-        """The overrides of each point.
+    def combinations(self, space: SearchSpace) -> list[list[str]]:
+        """The overrides of each job.
 
         Raises:
-            BadInput: the space does not fit this search.
+            BadInput: the space does not suit this search.
         """
-        points = [space.points(setting) for setting in self.settings(space)]
-        return list(itertools.chain.from_iterable(points))
+        return [overrides for config in self.configs(space) for overrides in space.combinations(config)]
 
     @abstractmethod
-    def settings(self, space: Space) -> Iterator[dict[str, str]]:
-        """The settings of the axes but the seed."""
+    def configs(self, space: SearchSpace) -> Iterator[dict[str, str]]:
+        """The configs to try: value by swept key, without the seed."""
 
 
-def _values(space: Space) -> dict[str, Sequence[str]]:
-    """The values of each axis.
-
-    Raises:
-        BadInput: an axis is an interval.
-    """
-    listed = {key: values for key, values in space.axes.items() if not isinstance(values, Interval)}
-    for key in space.axes:
-        if key not in listed:
-            raise BadInput(
-                f"{key} is an interval, which has no end of values; list some, or use hydra/sweeper=random or optuna."
-            )
-    return listed
-
-
-class Grid(Listed):
+class Grid(ListedSearch):
     """Every combination of the values."""
 
-    def settings(self, space: Space) -> Iterator[dict[str, str]]:
+    def configs(self, space: SearchSpace) -> Iterator[dict[str, str]]:
         """The last key changes fastest."""
-        values = _values(space)
+        values = space.listed()
         for combination in itertools.product(*values.values()):
             yield dict(zip(values, combination, strict=True))
 
 
-class Zip(Listed):
+class Zip(ListedSearch):
     """The first values of all keys together, then the second ones."""
 
-    def settings(self, space: Space) -> Iterator[dict[str, str]]:
-        """As many as each key has values.
+    def configs(self, space: SearchSpace) -> Iterator[dict[str, str]]:
+        """One config for each position.
 
         Raises:
             BadInput: keys have different numbers of values.
         """
-        values = _values(space)
-        counts = {key: len(some) for key, some in values.items()}
+        values = space.listed()
+        counts = {key: len(listed) for key, listed in values.items()}
         if len(set(counts.values())) > 1:
-            listed = ", ".join(f"{key} has {count}" for key, count in counts.items())
+            shown = ", ".join(f"{key} has {count}" for key, count in counts.items())
             raise BadInput(
-                f"hydra/sweeper=zip takes keys with as many values each, and {listed}; leave some out or add some."
+                f"hydra/sweeper=zip takes keys with equal numbers of values, and {shown}; leave some out or add some."
             )
         for combination in zip(*values.values(), strict=True) if values else [()]:
             yield dict(zip(values, combination, strict=True))
 
 
-class Random(Listed):
-    """Settings drawn independently: values of a list evenly, an interval evenly or, tagged log, in its logarithm.
+class Random(ListedSearch):
+    """Configs drawn independently: uniform over a list or an interval, log-uniform over one that is tagged log.
 
     Args:
-        trials: how many; fewer where the space has no more.
-        draw: another number draws other settings.
+        trials: number of configs; fewer if the space has no more.
+        draw: seed of the random numbers.
     """
 
     def __init__(self, trials: Trials, draw: Index):
         self.trials, self.draw = trials, draw
 
-    def settings(self, space: Space) -> Iterator[dict[str, str]]:
-        """Different ones; a larger number of trials begins with those of a smaller one."""
-        source, known, again = random.Random(self.draw), set(), 0
-        while len(known) < self.trials and again < TIRES:
-            setting = {
+    def configs(self, space: SearchSpace) -> Iterator[dict[str, str]]:
+        """Different configs; more trials begin with the same ones as fewer."""
+        source, known, repeated = random.Random(self.draw), set(), 0
+        while len(known) < self.trials and repeated < MAX_REPEATED_DRAWS:
+            config = {
                 key: values.value(source.random()) if isinstance(values, Interval) else source.choice(values)
                 for key, values in space.axes.items()
             }
-            again = again + 1 if (drawn := tuple(setting.items())) in known else 0
-            if not again:
-                known.add(drawn)
-                yield setting
+            repeated = repeated + 1 if tuple(config.items()) in known else 0
+            if not repeated:
+                known.add(tuple(config.items()))
+                yield config

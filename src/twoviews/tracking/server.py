@@ -1,4 +1,4 @@
-"""An MLflow server on PostgreSQL, for sweeps whose points run on many nodes: SQLite is for one machine.
+"""An MLflow server on PostgreSQL, for sweeps whose jobs run on many nodes: SQLite is for one machine.
 
 Both are started in the foreground and end together. The database listens on a socket in its folder only, which nobody else
 may enter; MLflow logs in with a password that changes at each start, as a role without rights elsewhere.

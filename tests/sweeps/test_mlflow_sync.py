@@ -1,4 +1,4 @@
-"""A sweep in MLflow: one parent, a child for each point, nothing twice, and nothing left running that is dead."""
+"""A sweep in MLflow: one parent, a child for each job, nothing twice, and nothing left running that is dead."""
 
 import json
 import os
@@ -10,9 +10,10 @@ import pytest
 
 from twoviews.errors import BadInput
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps import collecting
-from twoviews.sweeps.collecting import deliver, owed, prepare
-from twoviews.sweeps.folder import New, Point, State, Sweep
+from twoviews.sweeps import mlflow_sync
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import Job, JobSpec, JobState
+from twoviews.sweeps.mlflow_sync import attach_jobs, flush, pending
 from twoviews.tracking import uris
 from twoviews.tracking.metrics import Metrics
 from twoviews.tracking.state import set_target
@@ -28,24 +29,24 @@ def uri(tmp_path: Path) -> str:
     return uri
 
 
-def points(sweep: Sweep, uri: str, count: int) -> list[Point]:
+def jobs(sweep: Sweep, uri: str, count: int) -> list[Job]:
     made = [
-        New(f"{seed:08x}", {"seed": seed, "method.t@x": 0.5}, [], CONFIG.format(uri=uri, seed=seed))
+        JobSpec(f"{seed:08x}", {"seed": seed, "method.t@x": 0.5}, [], CONFIG.format(uri=uri, seed=seed))
         for seed in range(count)
     ]
     return sweep.add(made, command=f"python train.py -m 'seed=range({count})'")
 
 
-def trained(point: Point, state: str = "finished") -> None:
+def trained(job: Job, state: str = "finished") -> None:
     """As a training leaves its folder; "killed" leaves no result."""
-    metrics = Metrics(point.folder)
+    metrics = Metrics(job.folder)
     for step in range(1, 6):
         metrics.log(step, step / 5, {"train/loss": 1.0 / step, "knn/top1": 10.0 * step})
     metrics.commit(metrics.flush())
     metrics.close()
     if state != "killed":
-        (point.folder / "result.json").write_text(json.dumps({"state": state, "seconds": 1.0}))
-    point.write(State("FINISHED" if state == "finished" else "FAILED"))
+        (job.folder / "result.json").write_text(json.dumps({"state": state, "seconds": 1.0}))
+    job.write(JobState("FINISHED" if state == "finished" else "FAILED"))
 
 
 def runs(uri: str) -> list:
@@ -63,18 +64,18 @@ def history(uri: str, run: str) -> list[int]:
     return [one.step for one in MlflowClient(uri).get_metric_history(run, "train/loss")]
 
 
-def test_collect_brings_points_below_one_parent_and_nothing_twice(
+def test_collect_brings_jobs_below_one_parent_and_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     sweep = Sweep("multirun/s")
-    made = points(sweep, uri, 3)
+    made = jobs(sweep, uri, 3)
     trained(made[0])
     trained(made[1], "killed")
     assert sweep_command(["collect", "s"]) == 0
     assert sweep_command(["collect", "s"]) == 0
     found = {run.info.run_name: run for run in runs(uri)}
-    assert found.keys() == {"s", "00000000", "00000001"}, "a point that never began has no run"
+    assert found.keys() == {"s", "00000000", "00000001"}, "a job that never began has no run"
     parent, one, killed = found["s"], found["00000000"], found["00000001"]
     assert sweep.record["parent"] == parent.info.run_id
     for child in (one, killed):
@@ -84,29 +85,29 @@ def test_collect_brings_points_below_one_parent_and_nothing_twice(
     assert (one.info.status, killed.info.status, parent.info.status) == ("FINISHED", "KILLED", "FAILED")
     trained(made[2])
     (made[1].folder / "result.json").write_text(json.dumps({"state": "finished", "seconds": 1.0}))
-    made[1].write(State("FINISHED"))
+    made[1].write(JobState("FINISHED"))
     assert sweep_command(["collect", "s"]) == 0
     assert {run.info.status for run in runs(uri)} == {"FINISHED"} and len(runs(uri)) == 4
 
 
 def test_a_parent_whose_id_was_not_written_down_is_found_again(tmp_path: Path, uri: str) -> None:
     sweep = Sweep(tmp_path / "s")
-    made, tracking = points(sweep, uri, 1), {"uri": uri, "experiment": "sweeps"}
-    prepare(sweep, made, tracking)
+    made, tracking = jobs(sweep, uri, 1), {"uri": uri, "experiment": "sweeps"}
+    attach_jobs(sweep, made, tracking)
     parent = sweep.record["parent"]
     with sweep.update() as record:
         record["parent"] = None  # killed in between
-    prepare(sweep, made, tracking)
+    attach_jobs(sweep, made, tracking)
     assert sweep.record["parent"] == parent and len(runs(uri)) == 1
 
 
 def test_a_run_that_was_there_before_becomes_a_child(tmp_path: Path, uri: str) -> None:
 
     sweep = Sweep(tmp_path / "s")
-    (point,) = points(sweep, uri, 1)
-    trained(point)
-    set_target(point.folder, uri, "sweeps")
-    upload(point.folder, closed=True)
+    (job,) = jobs(sweep, uri, 1)
+    trained(job)
+    set_target(job.folder, uri, "sweeps")
+    upload(job.folder, closed=True)
     (before,) = runs(uri)
     assert sweep_command(["collect", str(sweep.folder)]) == 0
     child = next(run for run in runs(uri) if run.info.run_id == before.info.run_id)
@@ -116,59 +117,59 @@ def test_a_run_that_was_there_before_becomes_a_child(tmp_path: Path, uri: str) -
 def test_a_store_that_does_not_answer_refuses_the_sweep(tmp_path: Path) -> None:
     sweep, uri = Sweep(tmp_path / "s"), "http://127.0.0.1:9"
     uris.trust(uri)
-    with pytest.raises(BadInput, match="MLflow takes no sweep .* tracking=files"):
-        prepare(sweep, points(sweep, uri, 1), {"uri": uri, "experiment": "sweeps"})
+    with pytest.raises(BadInput, match="MLflow does not accept the sweep .* tracking=files"):
+        attach_jobs(sweep, jobs(sweep, uri, 1), {"uri": uri, "experiment": "sweeps"})
 
 
 def test_what_mlflow_has_is_not_sent_again(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, said = Sweep(tmp_path / "s"), []
-    made = points(sweep, uri, 2)
-    prepare(sweep, made, {"uri": uri, "experiment": "sweeps"})
-    deliver(sweep, said.append)
-    assert len(runs(uri)) == 1, "no point has begun"
-    for point in made:
-        trained(point)
-    deliver(sweep, said.append)
-    assert said == [] and not owed(sweep) and {run.info.status for run in runs(uri)} == {"FINISHED"}
+    made = jobs(sweep, uri, 2)
+    attach_jobs(sweep, made, {"uri": uri, "experiment": "sweeps"})
+    flush(sweep, said.append)
+    assert len(runs(uri)) == 1, "no job has begun"
+    for job in made:
+        trained(job)
+    flush(sweep, said.append)
+    assert said == [] and not pending(sweep) and {run.info.status for run in runs(uri)} == {"FINISHED"}
     with monkeypatch.context() as nothing_new:
-        nothing_new.setattr(collecting, "collect", lambda *_: pytest.fail("MLflow is asked"))
-        deliver(sweep, said.append)
+        nothing_new.setattr(mlflow_sync, "collect", lambda *_: pytest.fail("MLflow is asked"))
+        flush(sweep, said.append)
     (made[0].folder / "views.png").write_bytes(b"picture")
-    assert owed(sweep)
+    assert pending(sweep)
     with sweep.update() as record:
         record["tracking"]["uri"] = "http://127.0.0.1:9"
     uris.trust("http://127.0.0.1:9")
-    deliver(sweep, said.append)
-    assert "MLflow takes no sweep" in said[0] and "python -m twoviews.sweep collect s" in said[1]
+    flush(sweep, said.append)
+    assert "MLflow does not accept the sweep" in said[0] and "python -m twoviews.sweep collect s" in said[1]
 
 
 MANY = """
 import os, sys, time
 import mlflow
 from pathlib import Path
-from test_collecting import trained
+from test_mlflow_sync import trained
 from twoviews.sweeps.folder import Sweep
 from twoviews.tracking.upload import upload
 
-points = Sweep(sys.argv[1]).points
+jobs = Sweep(sys.argv[1]).jobs
 children = []
 begin = time.time() + 3  # all at the same moment
-for point in points:
+for job in jobs:
     if (child := os.fork()) == 0:
         time.sleep(max(0, begin - time.time()))
-        trained(point)
-        upload(point.folder, closed=False)
-        os._exit(0 if upload(point.folder, closed=True) == 0 else 1)
+        trained(job)
+        upload(job.folder, closed=False)
+        os._exit(0 if upload(job.folder, closed=True) == 0 else 1)
     children.append(child)
 codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-assert codes == [0] * len(points), codes
+assert codes == [0] * len(jobs), codes
 """
 
 
 def start_at_once(folder: Path, uri: str, count: int) -> None:
-    """Points that are trained and sent by a process each, all at the same moment: none is lost, none is there twice."""
+    """Jobs that are trained and sent by a process each, all at the same moment: none is lost, none is there twice."""
     sweep = Sweep(folder)
-    prepare(sweep, points(sweep, uri, count), {"uri": uri, "experiment": "sweeps"})
+    attach_jobs(sweep, jobs(sweep, uri, count), {"uri": uri, "experiment": "sweeps"})
     done = subprocess.run(
         [sys.executable, "-c", MANY, str(sweep.folder)],
         cwd=Path(__file__).parent,
@@ -187,6 +188,6 @@ def start_at_once(folder: Path, uri: str, count: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_many_points_that_start_at_once_lose_nothing(tmp_path: Path, uri: str) -> None:
+def test_many_jobs_that_start_at_once_lose_nothing(tmp_path: Path, uri: str) -> None:
     # 64 take minutes on two cores.
     start_at_once(tmp_path / "s", uri, int(os.environ.get("TWOVIEWS_STARTS", "16")))

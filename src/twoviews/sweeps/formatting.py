@@ -1,4 +1,4 @@
-"""How the points of a sweep are written for a person: counts, values and names of axes."""
+"""Counts, values and parameter names of sweeps as text for the user."""
 
 import json
 from collections import Counter
@@ -7,24 +7,24 @@ from typing import Any
 
 
 def counted(count: int, noun: str) -> str:
-    """A number with its noun: 1 point, 2,000 points."""
+    """A number with its noun: 1 job, 2,000 jobs."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def text(value: Any) -> str:
-    """A value of an axis as it is typed on the command line."""
+    """A value as it is typed on the command line."""
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str)
 
 
-def typed(axes: Mapping[str, Any], key: str) -> str:
-    """The value of an axis as it is typed; "-" where the configuration has no such key."""
-    return text(axes[key]) if key in axes else "-"
+def typed(values: Mapping[str, Any], key: str) -> str:
+    """The value of a key as it is typed; "-" if the configuration has no such key."""
+    return text(values[key]) if key in values else "-"
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """The last part of each dotted key, or the whole key where two would be called the same."""
+    """The last part of each dotted key, or the whole key where two end alike."""
     keys = list(keys)
     lasts = Counter(key.rpartition(".")[2] for key in keys)
     return {key: last if lasts[last := key.rpartition(".")[2]] == 1 else key for key in keys}

@@ -11,17 +11,21 @@ from types import SimpleNamespace
 
 import pytest
 from fake import TRAIN, config, starts
-from test_supervise import wait_for
+from test_runner import wait_for
 
 from twoviews.console import Console
 from twoviews.errors import BadInput
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps.dispatch import Dispatch
-from twoviews.sweeps.folder import New, Sweep
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import JobSpec
+from twoviews.sweeps.job_status import status
+from twoviews.sweeps.launcher import Launcher
 from twoviews.sweeps.launching import Launch
 from twoviews.sweeps.machine import Local, Pool
+from twoviews.sweeps.optuna_search import Optuna
+from twoviews.sweeps.optuna_study import resumed_trial
+from twoviews.sweeps.optuna_trials import collapsed
 from twoviews.sweeps.report import report
-from twoviews.sweeps.study import Optuna, collapsed
 
 # A stand-in for a training: its kNN depends on x and, a little, on the seed.
 PLAN = """
@@ -41,11 +45,11 @@ checkpoint(); result("finished", **{{"knn/top1": knn}})
 """
 
 
-class Order(Launch):
+class StandInLaunch(Launch):
     """What the search needs of `Launch`, with stand-ins for trainings."""
 
-    def __init__(self, folder: Path, dispatch: Dispatch, **plan: object):
-        self.folder, self.dispatch = folder, dispatch
+    def __init__(self, folder: Path, launcher: Launcher, **plan: object):
+        self.folder, self.launcher = folder, launcher
         self.plan = {"epochs": 3, "collapse": False, "behind": False, "fail": "", "pause": 0.0, **plan}
         self.options, self.console = SimpleNamespace(plan=False), Console()
         self.tracking, self.protocols = {"mirror": False}, ["knn", "linear", "few_labels"]
@@ -54,20 +58,20 @@ class Order(Launch):
         (code / "train.py").write_text(TRAIN)
         self.here = {"cwd": str(folder), "code": str(code)}
 
-    def points(self, combinations) -> list[New]:
+    def specs(self, combinations) -> list[JobSpec]:
         made = []
         for one in combinations:
             axes = {key: float(value) for key, value in (override.split("=") for override in one)}
             digest = f"{abs(hash(tuple(sorted(axes.items())))) % 2**32:08x}"
             plan = PLAN.format(**{"seed": 0, **axes}, **self.plan)
-            made.append(New(digest, axes, list(one), config(axes.get("seed", 0), plan)))
+            made.append(JobSpec(digest, axes, list(one), config(axes.get("seed", 0), plan)))
         return made
 
     def add(self, new):
         sweep = Sweep(self.folder)
         return sweep, sweep.add([replace(one, more=self.here) for one in new], command="python train.py -m")
 
-    def prepare(self, sweep, points) -> None:
+    def attach_jobs(self, sweep, jobs) -> None:
         pass
 
 
@@ -100,40 +104,40 @@ def trials(folder: Path) -> list:
 
 
 def started(folder: Path) -> dict[str, int]:
-    return {point.digest: len(starts(point)) for point in Sweep(folder).points}
+    return {job.digest: len(starts(job)) for job in Sweep(folder).jobs}
 
 
-def test_a_value_is_the_mean_over_seeds_and_each_point_runs_once(tmp_path: Path, capsys) -> None:
+def test_a_value_is_the_mean_over_seeds_and_each_job_runs_once(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "s"
-    assert search().run(Order(folder, pool()), TYPED) == 0
+    assert search().run(StandInLaunch(folder, pool()), TYPED) == 0
     found = trials(folder)
     assert [one.state.name for one in found] == ["COMPLETE"] * 6
     for one in found:
         assert one.value == pytest.approx(80 - 40 * abs(one.params["x"] - 0.7) + 0.5, abs=0.01)
-    points = Sweep(folder).points
-    assert len(points) == 12 and set(started(folder).values()) == {1}
-    assert {point.axes["seed"] for point in points} == {0, 1} and len({point.axes["x"] for point in points}) == 6
+    jobs = Sweep(folder).jobs
+    assert len(jobs) == 12 and set(started(folder).values()) == {1}
+    assert {job.axes["seed"] for job in jobs} == {0, 1} and len({job.axes["x"] for job in jobs}) == 6
     assert "best: x=" in capsys.readouterr().out
 
 
 def test_the_same_command_adds_only_what_is_missing(tmp_path: Path) -> None:
     folder = tmp_path / "s"
-    search(trials=2).run(Order(folder, Local()), TYPED)
+    search(trials=2).run(StandInLaunch(folder, Local()), TYPED)
     first = [one.params for one in trials(folder)]
-    search(trials=2).run(Order(folder, Local()), TYPED)
+    search(trials=2).run(StandInLaunch(folder, Local()), TYPED)
     assert [one.params for one in trials(folder)] == first
-    search(trials=4).run(Order(folder, Local()), TYPED)
+    search(trials=4).run(StandInLaunch(folder, Local()), TYPED)
     found = [one.params["x"] for one in trials(folder)]
     assert found[:2] == [one["x"] for one in first] and len(set(found)) == 4  # not the first proposals again
     assert set(started(folder).values()) == {1}
 
 
 def test_other_values_are_another_study(tmp_path: Path) -> None:
-    search(trials=1).run(Order(tmp_path / "s", Local()), TYPED)
+    search(trials=1).run(StandInLaunch(tmp_path / "s", Local()), TYPED)
     with pytest.raises(BadInput, match="sweep.name="):
-        search(trials=1).run(Order(tmp_path / "s", Local()), ["x=interval(0.0,2.0)", "seed=0,1"])
+        search(trials=1).run(StandInLaunch(tmp_path / "s", Local()), ["x=interval(0.0,2.0)", "seed=0,1"])
     with pytest.raises(BadInput, match="nothing to search"):
-        search(trials=1).run(Order(tmp_path / "s", Local()), ["seed=0,1"])
+        search(trials=1).run(StandInLaunch(tmp_path / "s", Local()), ["seed=0,1"])
 
 
 @pytest.mark.parametrize(
@@ -150,28 +154,28 @@ def test_what_a_trial_means_cannot_change(
     tmp_path: Path, monkeypatch, settings: dict, typed: list[str], what: str
 ) -> None:
     monkeypatch.setattr(Local, "serve", lambda *_: None)  # the study is begun, and no training
-    search().run(Order(tmp_path / "s", Local()), TYPED)
+    search().run(StandInLaunch(tmp_path / "s", Local()), TYPED)
     with pytest.raises(BadInput, match=rf"is about other {what}: .*sweep\.name="):
-        search(**settings).run(Order(tmp_path / "s", Local()), typed)
+        search(**settings).run(StandInLaunch(tmp_path / "s", Local()), typed)
     for same in ([*TYPED, "tracking=files"], ["runtime.device=cpu", *TYPED]):
-        search(trials=9).run(Order(tmp_path / "s", Local()), same)
+        search(trials=9).run(StandInLaunch(tmp_path / "s", Local()), same)
 
 
 @pytest.mark.parametrize("metric", ["knn/topp1", "knn", "kn/top1", "train/loss", "tent/top1", "few_labels/"])
 def test_a_metric_that_nothing_measures_is_refused_before_training(tmp_path: Path, metric: str) -> None:
     with pytest.raises(BadInput, match="Known: train/spread, knn/top1"):
-        search(metric=metric).run(Order(tmp_path / "s", Local()), TYPED)
+        search(metric=metric).run(StandInLaunch(tmp_path / "s", Local()), TYPED)
     assert not (tmp_path / "s" / "study.db").exists()
 
 
 def test_no_batch_waits_for_its_slowest(tmp_path: Path) -> None:
-    """One point is held back until four others are through: with batches of two that would be for ever."""
+    """One job is held back until four others are through: with batches of two that would be for ever."""
     folder = tmp_path / "s"
 
-    class Held(Order):
-        def points(self, combinations) -> list[New]:
+    class Held(StandInLaunch):
+        def specs(self, combinations) -> list[JobSpec]:
             first = not list(folder.glob("*/point.json"))
-            made = super().points(combinations)
+            made = super().specs(combinations)
             if first:
                 until = "while len(list(folder.parent.glob('*/result.json'))) < 4: time.sleep(0.05)\n"
                 made = [replace(one, config=f"# {until}{one.config}") for one in made]
@@ -185,14 +189,14 @@ DRIVER = """
 import os, sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
-from test_study import Order, TYPED, pool, search
+from test_study import StandInLaunch, TYPED, pool, search
 os.sched_getaffinity = lambda _: set(range(4))
-sys.exit(search(trials=20, at_once=4).run(Order(Path({folder!r}), pool(4), pause=0.15), TYPED))
+sys.exit(search(trials=20, at_once=4).run(StandInLaunch(Path({folder!r}), pool(4), pause=0.15), TYPED))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", [1, 17])  # points that have begun
+@pytest.mark.parametrize("moment", [1, 17])  # jobs that have begun
 def test_killed_and_started_again_no_trial_is_lost_or_doubled(tmp_path: Path, moment: int) -> None:
     folder = tmp_path / "s"
     script = DRIVER.format(paths=[str(Path(__file__).parent), str(Path(__file__).parents[1])], folder=str(folder))
@@ -208,93 +212,93 @@ def test_killed_and_started_again_no_trial_is_lost_or_doubled(tmp_path: Path, mo
     assert [one.params for one in found[: len(before)]] == [one.params for one in before]
     for one in found:
         assert one.value == pytest.approx(80 - 40 * abs(one.params["x"] - 0.7) + 0.5, abs=0.01)
-    points = Sweep(folder).points
-    assert len(points) == 40 == len({(point.axes["x"], point.axes["seed"]) for point in points})
-    assert all(point.state.state == "FINISHED" for point in points)
+    jobs = Sweep(folder).jobs
+    assert len(jobs) == 40 == len({(job.axes["x"], job.axes["seed"]) for job in jobs})
+    assert all(job.state.state == "FINISHED" for job in jobs)
     # What had finished was not run again; what was under way was started once more.
     assert max(started(folder).values()) <= 2 and sum(started(folder).values()) <= 44
 
 
 def test_a_collapsed_trial_is_stopped_and_the_report_says_why(tmp_path: Path) -> None:
     folder = tmp_path / "s"
-    order = Order(folder, pool(), collapse=True, pause=0.1)
-    assert search(trials=6, prune=True).run(order, ["x=0.1,0.6", "seed=0,1"]) == 0
+    launch = StandInLaunch(folder, pool(), collapse=True, pause=0.1)
+    assert search(trials=6, prune=True).run(launch, ["x=0.1,0.6", "seed=0,1"]) == 0
     states = {(one.params["x"], one.state.name) for one in trials(folder)}
     assert states == {("0.1", "PRUNED"), ("0.6", "COMPLETE")}
-    weak = [point for point in Sweep(folder).points if point.axes["x"] == 0.1]
-    assert all(len(point.metrics()) < 100 and point.state.state != "FINISHED" for point in weak)
-    found = {row.digest: row for row in report(Sweep(folder)).rows}
-    assert all(found[point.digest].state == "PRUNED" for point in weak)
-    assert "collapsed: its spread stays below 0.05" in found[weak[0].digest].reason
+    weak = [job for job in Sweep(folder).jobs if job.axes["x"] == 0.1]
+    assert all(len(job.metrics()) < 100 and job.state.state != "FINISHED" for job in weak)
+    found = report(Sweep(folder)).jobs
+    assert all(found["state"][job.digest] == "PRUNED" for job in weak)
+    assert "collapsed: its spread stays below 0.05" in found["reason"][weak[0].digest]
 
 
 def test_what_was_given_up_is_done_with_and_says_why(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "s"
-    order = Order(folder, pool(), collapse=True, pause=0.1)
-    search(trials=6, prune=True).run(order, ["x=0.1,0.6", "seed=0,1"])
-    before, weak = started(folder), [point for point in Sweep(folder).points if point.axes["x"] == 0.1]
+    launch = StandInLaunch(folder, pool(), collapse=True, pause=0.1)
+    search(trials=6, prune=True).run(launch, ["x=0.1,0.6", "seed=0,1"])
+    before, weak = started(folder), [job for job in Sweep(folder).jobs if job.axes["x"] == 0.1]
     with Sweep(folder).update() as record:
         record["launcher"] = {"_target_": "twoviews.sweeps.machine.Local"}
     for command in ("status", "retry", "logs"):
         assert sweep_command([command, str(folder)]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "s: 2 FINISHED, 2 PRUNED" in out and "2 of 4 points finished, 2 given up by a search" in out
-    look = {digest: state.state for digest, state in order.dispatch.look(Sweep(folder).points).items()}
-    assert [look[point.digest] for point in weak] == ["PRUNED"] * 2
-    search(trials=6, prune=True).run(order, ["x=0.1,0.6", "seed=0,1"])
+    assert "s: 2 FINISHED, 2 PRUNED" in out and "2 of 4 jobs finished, 2 given up by a search" in out
+    look = {digest: state.state for digest, state in status(Sweep(folder).jobs).items()}
+    assert [look[job.digest] for job in weak] == ["PRUNED"] * 2
+    search(trials=6, prune=True).run(launch, ["x=0.1,0.6", "seed=0,1"])
     assert started(folder) == before, "nothing runs again, by retry or by the same command"
 
 
 def test_a_search_that_is_killed_while_it_gives_up_a_trial_gives_it_up_later(tmp_path: Path, monkeypatch) -> None:
     folder = tmp_path / "s"
-    order = Order(folder, pool(), collapse=True, pause=0.1)
+    launch = StandInLaunch(folder, pool(), collapse=True, pause=0.1)
     with monkeypatch.context() as killed:
-        killed.setattr(Sweep, "given_up", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        killed.setattr(Sweep, "mark", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            search(trials=1, prune=True).run(order, ["x=interval(0.0,0.2)", "seed=0,1"])
+            search(trials=1, prune=True).run(launch, ["x=interval(0.0,0.2)", "seed=0,1"])
     assert [one.state.name for one in trials(folder)] == ["PRUNED"]
-    order.dispatch.cancel(Sweep(folder).points)  # as the end of the process would
-    for point in Sweep(folder).points:
-        wait_for(lambda point=point: order.dispatch.look([point])[point.digest].state in ("INTERRUPTED", "LOST"))
-    search(trials=1, prune=True).run(order, ["x=interval(0.0,0.2)", "seed=0,1"])
-    states = order.dispatch.look(Sweep(folder).points).values()
+    launch.launcher.cancel(Sweep(folder).jobs)  # as the end of the process would
+    for job in Sweep(folder).jobs:
+        wait_for(lambda job=job: status([job])[job.digest].state in ("INTERRUPTED", "LOST"))
+    search(trials=1, prune=True).run(launch, ["x=interval(0.0,0.2)", "seed=0,1"])
+    states = status(Sweep(folder).jobs).values()
     assert [state.state for state in states] == ["PRUNED"] * 2
     assert all("collapsed" in state.reason for state in states)
 
 
 def test_a_trial_below_the_median_is_stopped(tmp_path: Path) -> None:
     folder = tmp_path / "s"
-    order = Order(folder, pool(), behind=True, pause=0.1, epochs=30)
+    launch = StandInLaunch(folder, pool(), behind=True, pause=0.1, epochs=30)
     # The first four have to finish before there is a median; the fifth is the weak one.
-    assert search(trials=4, prune=True).run(order, ["x=interval(0.4,0.9)", "seed=0,1"]) == 0
+    assert search(trials=4, prune=True).run(launch, ["x=interval(0.4,0.9)", "seed=0,1"]) == 0
     import optuna
 
     study = optuna.load_study(study_name="s", storage=f"sqlite:///{folder / 'study.db'}")
     study.enqueue_trial({"x": 0.4})
-    weak = Order(folder, pool(), pause=0.1, epochs=100)
-    weak.points = lambda combinations: Order.points(
+    weak = StandInLaunch(folder, pool(), pause=0.1, epochs=100)
+    weak.specs = lambda combinations: StandInLaunch.specs(
         weak, [[one[0].replace("0.4", "0.1"), one[1]] for one in combinations]
     )
     search(trials=5, prune=True).run(weak, ["x=interval(0.4,0.9)", "seed=0,1"])
     last = trials(folder)[4]
     assert last.state.name == "PRUNED" and "below the median" in last.user_attrs["reason"]
-    assert all(len(point.metrics()) < 100 for point in Sweep(folder).points if point.axes["x"] == 0.1)
+    assert all(len(job.metrics()) < 100 for job in Sweep(folder).jobs if job.axes["x"] == 0.1)
 
 
 def test_a_diverged_trial_is_a_bad_one_and_another_failure_is_no_value(tmp_path: Path) -> None:
     diverged = tmp_path / "diverged"
-    search(trials=12, at_once=3).run(Order(diverged, pool(), fail="the loss is nan at step 3"), ["x=0.1,0.6"])
+    search(trials=12, at_once=3).run(StandInLaunch(diverged, pool(), fail="the loss is nan at step 3"), ["x=0.1,0.6"])
     states = {one.params["x"]: one.state.name for one in trials(diverged)}
     assert states == {"0.1": "PRUNED", "0.6": "COMPLETE"}
-    now = {point.axes["x"]: Local().look([point])[point.digest] for point in Sweep(diverged).points}
+    now = {job.axes["x"]: status([job])[job.digest] for job in Sweep(diverged).jobs}
     assert now[0.1].state == "PRUNED" and "diverged: the loss is nan at step 3" in now[0.1].reason
     failed = tmp_path / "failed"
-    search(trials=12, at_once=3).run(Order(failed, pool(), fail="out of luck"), ["x=0.1,0.6"])
+    search(trials=12, at_once=3).run(StandInLaunch(failed, pool(), fail="out of luck"), ["x=0.1,0.6"])
     states = {one.params["x"]: one.state.name for one in trials(failed)}
     assert states == {"0.1": "FAIL", "0.6": "COMPLETE"}
     reasons = [one.user_attrs["reason"] for one in trials(failed) if one.state.name == "FAIL"]
     assert "out of luck" in reasons[0]
-    now = {point.axes["x"]: Local().look([point])[point.digest].state for point in Sweep(failed).points}
+    now = {job.axes["x"]: status([job])[job.digest].state for job in Sweep(failed).jobs}
     assert now == {0.1: "FAILED", 0.6: "FINISHED"}, "what went wrong keeps its own word"
 
 
@@ -305,3 +309,18 @@ def test_collapse_is_an_epoch_of_no_spread() -> None:
     assert not collapsed([]) and not collapsed(lines(0.01, 0.01, 0.01))  # the first epoch may begin anywhere
     assert collapsed(lines(0.5, 0.5, 0.01, 0.01)) and not collapsed(lines(0.01, 0.01, 0.2, 0.01))
     assert not collapsed([{"epoch": 9.0, "train/loss": 1.0}])
+
+
+def test_a_trial_of_an_earlier_process_can_be_told(tmp_path: Path) -> None:
+    """By a private attribute of Optuna, which another release may rename."""
+    import optuna
+
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    optuna.create_study(storage=storage, study_name="s").ask().suggest_float("x", 0.0, 1.0)
+    study = optuna.load_study(study_name="s", storage=storage)
+    trial = resumed_trial(study, study.get_trials()[0])
+    trial.report(1.0, 1)
+    trial.set_user_attr("reason", "none")
+    study.tell(trial, 0.5)
+    (told,) = study.get_trials()
+    assert (told.number, told.value, told.intermediate_values) == (0, 0.5, {1: 1.0})

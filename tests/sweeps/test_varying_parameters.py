@@ -1,4 +1,4 @@
-"""What differs between points is an axis, also when a sweep was launched twice on purpose with something else."""
+"""What differs between jobs is an axis, also when a sweep was launched twice on purpose with something else."""
 
 import csv
 import json
@@ -11,10 +11,11 @@ from test_report import figures as figures
 from test_report import fill, page
 
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps import axes
-from twoviews.sweeps.axes import told_apart
-from twoviews.sweeps.folder import New, Sweep
+from twoviews.sweeps import varying_parameters as module
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import JobSpec
 from twoviews.sweeps.results import gather
+from twoviews.sweeps.varying_parameters import varying_parameters
 
 MOCO = """seed: {seed}
 epochs: {epochs}
@@ -36,7 +37,7 @@ BEFORE: dict[str, Any] = {"seed": 0, "epochs": 2, "temperature": 0.1, "mirror": 
 def launched(
     folder: Path, fixed: Mapping[str, Any], *swept: Mapping[str, Any], config: str = MOCO, **values: Any
 ) -> Sweep:
-    """A sweep of `swept` with `fixed` before, whose points are all finished; `values` were not typed."""
+    """A sweep of `swept` with `fixed` before, whose jobs are all finished; `values` were not typed."""
     sweep = Sweep(folder)
     for one in swept:
         typed = {**fixed, **one}
@@ -44,13 +45,13 @@ def launched(
         method = "moco" if config is MOCO else "simclr"
         more = {"choices": {"method": method, "tracking": "files"}, "code": "code"}
         overrides = [f"{key}={value}" for key, value in typed.items()]
-        (point,) = sweep.add([New(f"{len(sweep.points):08x}", one, overrides, content, more)], command=str(fixed))
-        fill(point, {"knn": 40.0 + len(sweep.points)})
+        (job,) = sweep.add([JobSpec(f"{len(sweep.jobs):08x}", one, overrides, content, more)], command=str(fixed))
+        fill(job, {"knn": 40.0 + len(sweep.jobs)})
     return sweep
 
 
 def found(sweep: Sweep) -> list[dict[str, Any]]:
-    return [dict(point.axes) for point in told_apart(sweep.points)]
+    return [dict(job.axes) for job in varying_parameters(sweep.jobs)]
 
 
 def test_what_was_swept_once_and_fixed_once_is_an_axis_of_all(tmp_path: Path, capsys, monkeypatch) -> None:
@@ -63,7 +64,7 @@ def test_what_was_swept_once_and_fixed_once_is_an_axis_of_all(tmp_path: Path, ca
         {"method.temperature": 0.1, "seed": 0, "epochs": 3},
         {"method.temperature": 0.1, "seed": 1, "epochs": 3},
     ]
-    counts = sorted(len(setting.rows) for setting in gather(sweep).settings)
+    counts = sorted(len(config.jobs) for config in gather(sweep).configs)
     assert counts == [1, 1, 2], "runs of two and of three epochs have no common mean"
     text = page(sweep)
     assert "**temperature=0.1, epochs=3**: kNN **43.50 ± 6.35** over 2 seeds" in text and "null" not in text
@@ -77,9 +78,7 @@ def test_what_was_swept_once_and_fixed_once_is_an_axis_of_all(tmp_path: Path, ca
         ["0.1", "1", "3"],
         ["0.2", "0", "2"],
     ]
-    assert sweep_command(["logs", str(sweep.folder), "epochs=3", "seed=1"]) == 0, (
-        "points are named as status shows them"
-    )
+    assert sweep_command(["logs", str(sweep.folder), "epochs=3", "seed=1"]) == 0, "jobs are named as status shows them"
     capsys.readouterr()
     assert sweep_command(["logs", str(sweep.folder), "seed=0"]) == 0
     assert capsys.readouterr().out.count("FINISHED") == 3, "what is named is shown, finished or not"
@@ -112,7 +111,7 @@ def test_what_was_fixed_differently_is_an_axis_even_where_a_swept_value_would_do
 def test_a_seed_that_was_fixed_is_still_a_seed(tmp_path: Path) -> None:
     launched(tmp_path / "s", {"seed": 0}, {"method.temperature": 0.1}, {"method.temperature": 0.2})
     sweep = launched(tmp_path / "s", {"seed": 1}, {"method.temperature": 0.1}, {"method.temperature": 0.2})
-    assert [list(setting.seeds("knn/top1")) for setting in gather(sweep).settings] == [[0, 1], [0, 1]]
+    assert [list(config.values("knn/top1").index) for config in gather(sweep).configs] == [["0", "1"]] * 2
 
 
 def test_a_changed_default_is_an_axis_though_nobody_typed_it(tmp_path: Path) -> None:
@@ -128,25 +127,25 @@ def test_where_results_are_sent_is_no_axis(tmp_path: Path) -> None:
     assert found(sweep) == [{"seed": 0}, {"seed": 1}]
 
 
-def test_of_points_launched_alike_no_configuration_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_jobs_launched_alike_no_configuration_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = launched(tmp_path / "s", {"epochs": 2}, *({"seed": seed} for seed in range(5)))
-    monkeypatch.setattr(axes, "_values", lambda *_: 1 / 0)
+    monkeypatch.setattr(module, "_values", lambda *_: 1 / 0)
     assert found(sweep) == [{"seed": seed} for seed in range(5)]
     launched(tmp_path / "s", {"epochs": 3}, {"seed": 0})
     with pytest.raises(ZeroDivisionError):
         found(sweep)
 
 
-def test_points_from_before_choices_were_recorded_are_settings_with_the_new_ones(tmp_path: Path) -> None:
+def test_jobs_from_before_choices_were_recorded_share_configs_with_the_new_ones(tmp_path: Path) -> None:
     sweep = launched(tmp_path / "s", {}, {"seed": 0}, {"seed": 1})
-    for point in sweep.points:
-        old = {key: value for key, value in point.description.items() if key != "choices"} | {"code": "old"}
-        (point.folder / "point.json").write_text(json.dumps(old))
+    for job in sweep.jobs:
+        old = {key: value for key, value in job.description.items() if key != "choices"} | {"code": "old"}
+        (job.folder / "point.json").write_text(json.dumps(old))
     sweep = launched(tmp_path / "s", {}, {"seed": 2}, {"seed": 3})
-    assert [len(setting.rows) for setting in gather(sweep).settings] == [4]
+    assert [len(config.jobs) for config in gather(sweep).configs] == [4]
 
 
 def test_a_number_is_the_same_however_it_was_written(tmp_path: Path) -> None:
     launched(tmp_path / "s", {}, {"method.temperature": 1}, {"method.temperature": 2})
     sweep = launched(tmp_path / "s", {"runtime": "default"}, {"seed": 3}, temperature=1.0)
-    assert sorted(len(setting.rows) for setting in gather(sweep).settings) == [1, 2]
+    assert sorted(len(config.jobs) for config in gather(sweep).configs) == [1, 2]

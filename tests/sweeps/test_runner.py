@@ -1,4 +1,4 @@
-"""How a training ends becomes the state of its point, whatever it ends of."""
+"""How a training ends becomes the state of its job, whatever it ends of."""
 
 import os
 import signal
@@ -11,12 +11,12 @@ import pytest
 from fake import FINISH, starts, sweep
 
 from twoviews.locks import is_locked
-from twoviews.sweeps.folder import Point
-from twoviews.sweeps.supervise import supervise
+from twoviews.sweeps import runner
+from twoviews.sweeps.job import Job
 
 
-def supervised(point: Point, submitted: float = 1.0, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "twoviews.sweeps.supervise", str(point.folder), str(submitted)]
+def runner_process(job: Job, submitted: float = 1.0, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "twoviews.sweeps.runner", str(job.folder), str(submitted)]
     return subprocess.Popen(command, env={**os.environ, **environment})
 
 
@@ -42,92 +42,92 @@ def wait_for(what, seconds: float = 30.0) -> None:
     ],
 )  # fmt: skip
 def test_exit_codes_become_states(tmp_path: Path, plan: str, state: str, reason: str) -> None:
-    (point,) = sweep(tmp_path, plan)
-    found = supervise(point, submitted=1.0)
+    (job,) = sweep(tmp_path, plan)
+    found = runner.run(job, submitted=1.0)
     assert (found.state, found.reason) == (state, found.reason) and reason in found.reason
-    assert point.state == found and found.starts == 1 and found.ended
-    assert "--- " in (point.folder / "log.txt").read_text()
+    assert job.state == found and found.starts == 1 and found.ended
+    assert "--- " in (job.folder / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
 def test_a_signal_is_passed_on_and_the_next_start_goes_on(tmp_path: Path, number: int) -> None:
-    (point,) = sweep(
+    (job,) = sweep(
         tmp_path, f"if (folder / 'last.pt').exists():\n    {FINISH}; sys.exit()\nstop_when_told(); until('never')"
     )
-    process = supervised(point)
-    wait_for(lambda: starts(point))
+    process = runner_process(job)
+    wait_for(lambda: starts(job))
     time.sleep(0.3)  # until the stand-in listens
     process.send_signal(number)
     process.wait(20)
-    assert point.state.state == "INTERRUPTED" and signal.Signals(number).name in point.state.reason
-    assert supervise(point, submitted=1.0).state == "FINISHED"
-    assert len(starts(point)) == 2 and point.state.starts == 2
+    assert job.state.state == "INTERRUPTED" and signal.Signals(number).name in job.state.reason
+    assert runner.run(job, submitted=1.0).state == "FINISHED"
+    assert len(starts(job)) == 2 and job.state.starts == 2
 
 
-def test_a_finished_point_is_left_alone(tmp_path: Path) -> None:
-    (point,) = sweep(tmp_path, FINISH)
-    supervise(point, submitted=1.0)
-    assert supervise(point, submitted=2.0).submitted == 1.0 and len(starts(point)) == 1
+def test_a_finished_job_is_left_alone(tmp_path: Path) -> None:
+    (job,) = sweep(tmp_path, FINISH)
+    runner.run(job, submitted=1.0)
+    assert runner.run(job, submitted=2.0).submitted == 1.0 and len(starts(job)) == 1
 
 
 def test_starts_without_a_checkpoint_are_given_up(tmp_path: Path) -> None:
-    (point,) = sweep(tmp_path, "sys.exit(128 + signal.SIGUSR2)")
-    assert [supervise(point, submitted=1.0).state for _ in range(3)] == ["INTERRUPTED"] * 3
-    state = supervise(point, submitted=1.0)
+    (job,) = sweep(tmp_path, "sys.exit(128 + signal.SIGUSR2)")
+    assert [runner.run(job, submitted=1.0).state for _ in range(3)] == ["INTERRUPTED"] * 3
+    state = runner.run(job, submitted=1.0)
     assert state.state == "FAILED" and "3 starts in a row ended before they wrote a checkpoint" in state.reason
-    assert len(starts(point)) == 3
-    assert supervise(point, submitted=2.0).state == "INTERRUPTED", "a new submission counts anew"
+    assert len(starts(job)) == 3
+    assert runner.run(job, submitted=2.0).state == "INTERRUPTED", "a new submission counts anew"
 
 
 def test_starts_with_a_checkpoint_go_on_for_ever(tmp_path: Path) -> None:
-    (point,) = sweep(tmp_path, "checkpoint(); sys.exit(128 + signal.SIGUSR2)")
-    assert {supervise(point, submitted=1.0).state for _ in range(6)} == {"INTERRUPTED"}
+    (job,) = sweep(tmp_path, "checkpoint(); sys.exit(128 + signal.SIGUSR2)")
+    assert {runner.run(job, submitted=1.0).state for _ in range(6)} == {"INTERRUPTED"}
 
 
-def test_a_training_does_not_outlive_its_supervisor(tmp_path: Path) -> None:
-    (point,) = sweep(tmp_path, "stop_when_told(); until('never')")
-    process = supervised(point)
-    wait_for(lambda: starts(point))
+def test_a_training_does_not_outlive_its_runner(tmp_path: Path) -> None:
+    (job,) = sweep(tmp_path, "stop_when_told(); until('never')")
+    process = runner_process(job)
+    wait_for(lambda: starts(job))
     time.sleep(0.3)
     process.kill()
     process.wait()
-    wait_for(lambda: point.result.get("state") == "interrupted")
-    assert point.checkpoint() and not is_locked(point.lock)
+    wait_for(lambda: job.result.get("state") == "interrupted")
+    assert job.checkpoint() and not is_locked(job.lock)
 
 
-def test_a_second_supervisor_waits_and_finds_it_finished(tmp_path: Path) -> None:
-    (point,) = sweep(tmp_path, f"until('go'); {FINISH}")
-    first = supervised(point)
-    wait_for(lambda: starts(point))
-    second = supervised(point, 2.0)
+def test_a_second_runner_waits_and_finds_it_finished(tmp_path: Path) -> None:
+    (job,) = sweep(tmp_path, f"until('go'); {FINISH}")
+    first = runner_process(job)
+    wait_for(lambda: starts(job))
+    second = runner_process(job, 2.0)
     time.sleep(0.5)
-    assert len(starts(point)) == 1
+    assert len(starts(job)) == 1
     (tmp_path / "go").touch()
     assert first.wait(20) == 0 and second.wait(20) == 0
-    assert len(starts(point)) == 1
+    assert len(starts(job)) == 1
 
 
 def test_a_training_that_has_to_end_is_ended_with_the_reason(tmp_path: Path) -> None:
-    (point,) = sweep(tmp_path, "until('never')")
-    state = supervise(point, 1.0, failing=lambda: "process 1 is dead" if starts(point) else "")
+    (job,) = sweep(tmp_path, "until('never')")
+    state = runner.run(job, 1.0, failure=lambda: "process 1 is dead" if starts(job) else "")
     assert (state.state, state.reason) == ("FAILED", "process 1 is dead")
 
 
 def test_the_training_gets_frozen_code_and_variables_and_none_of_a_torchrun_around_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (point,) = sweep(
+    (job,) = sweep(
         tmp_path,
         "(folder / 'seen').write_text(repr([os.environ.get(one) for one in ('RANK', 'MINE', 'PYTHONPATH')]))\n"
         + FINISH,
     )
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
-    supervise(point, 1.0, {"MINE": "yes"})
+    runner.run(job, 1.0, {"MINE": "yes"})
     code = tmp_path / "code" / "fake" / "src"
-    assert eval((point.folder / "seen").read_text()) == [None, "yes", f"{code}:/elsewhere"]
+    assert eval((job.folder / "seen").read_text()) == [None, "yes", f"{code}:/elsewhere"]
 
 
-def test_supervising_imports_nothing_heavy() -> None:
-    code = "import sys, twoviews.sweeps.supervise; assert not {'torch', 'mlflow', 'hydra', 'submitit'} & {*sys.modules}"
+def test_a_runner_imports_nothing_heavy() -> None:
+    code = "import sys, twoviews.sweeps.runner; assert not {'torch', 'mlflow', 'hydra', 'submitit'} & {*sys.modules}"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

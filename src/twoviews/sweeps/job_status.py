@@ -1,0 +1,145 @@
+"""The present state of jobs: as their runners wrote it while these live, otherwise as SLURM reports it."""
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+from twoviews.locks import is_locked
+from twoviews.sweeps import slurm_commands
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import Job, JobState
+from twoviews.sweeps.slurm_commands import SlurmState
+
+CANCEL_SECONDS = 60.0  # for a cancelled job to end; SLURM grants 30 s (KillWait) unless a cluster sets another time
+RESUME_HINT = "the same command goes on"
+_SAME_NAME = ("FAILED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY", "CANCELLED")
+_OTHER_NAME = {"BOOT_FAIL": "NODE_FAIL", "DEADLINE": "TIMEOUT", "REVOKED": "CANCELLED"}
+_USUAL_REASONS = ("", "BeginTime", "JobArrayTaskLimit", "Priority", "Resources")  # to wait; others are shown
+_REASONS = {
+    "TIMEOUT": "the time limit came before a checkpoint could be written",
+    "PREEMPTED": "preempted, and the cluster does not requeue",
+    "NODE_FAIL": "its node failed, and the cluster does not requeue",
+    "OUT_OF_MEMORY": "the memory of the SLURM job was used up; ask for more (mem_gb)",
+    "CANCELLED": "cancelled",
+}
+
+
+def status(jobs: Sequence[Job]) -> Mapping[str, JobState]:
+    """The state of each job by its digest, from state.json, locks and the scheduler."""
+    slurm_ids = {id_ for job in jobs if not is_final(job, state := job.state) for id_ in _slurm_ids(job, state)}
+    # The scheduler is asked before the files are read: a job that ends in between has written its state by then.
+    queue = slurm_commands.queue([*slurm_ids]) if slurm_ids else {}
+    ended = [slurm_id for slurm_id in slurm_ids if queue is not None and slurm_id not in queue]
+    known = {**(slurm_commands.accounting(ended) if ended else {}), **(queue or {})}
+    arrays = {slurm_id.partition("_")[0] for slurm_id in known}
+    states = {}
+    for job in jobs:
+        state = job.state
+        if is_final(job, state):
+            states[job.digest] = state
+        elif not (own_ids := _slurm_ids(job, state)):
+            states[job.digest] = _local_state(job)
+        elif queue is None:
+            last = _of_last_submission(job, state)
+            states[job.digest] = replace(last, slurm_id=own_ids[0], reason="SLURM's controller does not answer")
+        else:
+            states[job.digest] = _slurm_state(job, state, own_ids[0], known, arrays)
+    return {job.digest: with_marks(job, states[job.digest]) for job in jobs}
+
+
+def wait_until_ended(jobs: Sequence[Job], timeout_s: float) -> bool:
+    """Wait until none of these jobs is queued or running; whether that was so within the time."""
+    end = time.monotonic() + timeout_s
+    while any(state.active for state in status(jobs).values()):
+        if time.monotonic() > end:
+            return False
+        time.sleep(1)
+    return True
+
+
+def with_marks(job: Job, state: JobState) -> JobState:
+    """The state, or of a job that does not run: PRUNED if a search gave it up, FAILED if the scheduler refused it."""
+    runs = state.state == "RUNNING" or (state.state == "QUEUED" and job.slurm_id and not job.refused)
+    if runs or state.state == "FINISHED" or not (job.given_up or job.refused):
+        return state
+    if job.given_up:
+        return replace(state, state="PRUNED", reason=job.given_up)
+    return replace(state, state="FAILED", reason=job.refused)
+
+
+def is_final(job: Job, state: JobState) -> bool:
+    """Whether the last submission ended and its runner wrote how."""
+    ended = state.state in ("FAILED", "OUT_OF_MEMORY") and state.submitted >= job.submitted
+    return ended or state.state == "FINISHED"
+
+
+def _slurm_ids(job: Job, state: JobState) -> list[str]:
+    """Ids of the SLURM jobs that may be running a job, the last submission first; empty if it was not SLURM.
+
+    There are two if a launcher was killed before it recorded what it had submitted.
+    """
+    if job.slurm_id is None and job.submitted > state.submitted:
+        return []
+    written = state.slurm_id if state.active else None
+    both = (state.slurm_id, job.slurm_id) if state.submitted > job.submitted else (job.slurm_id, written)
+    return [*dict.fromkeys(slurm_id for slurm_id in both if slurm_id)]
+
+
+def _of_last_submission(job: Job, state: JobState) -> JobState:
+    """The state, or QUEUED if it belongs to an earlier submission."""
+    if state.submitted >= job.submitted:
+        return state
+    return replace(state, state="QUEUED", submitted=job.submitted, started=None, ended=None, node=None, reason="")
+
+
+def _local_state(job: Job) -> JobState:
+    """The state of a job on this machine: a lock is held exactly as long as its process lives."""
+    state = job.state
+    if is_locked(job.lock):
+        return state if state.state == "RUNNING" else replace(state, state="RUNNING", reason="")
+    state = job.state  # the runner may have written it since
+    if not state.active and state.submitted >= job.submitted:
+        return state
+    if is_locked(Sweep(job.folder.parent).launcher_lock):
+        return replace(state, state="QUEUED", reason="")
+    if state.submitted >= job.submitted and state.state == "RUNNING":
+        return replace(state, state="LOST", reason=f"its runner was killed; {RESUME_HINT}")
+    return replace(state, state="LOST", reason=f"its launcher ended before it began; {RESUME_HINT}")
+
+
+def _slurm_state(
+    job: Job, state: JobState, slurm_id: str, known: Mapping[str, SlurmState], arrays: Collection[str]
+) -> JobState:
+    """The state of a job on SLURM whose runner wrote no final one.
+
+    Args:
+        job: whose state is wanted.
+        state: in state.json.
+        slurm_id: of its last submission.
+        known: SLURM's states by id.
+        arrays: ids of the arrays in `known`.
+    """
+    writer = known.get(state.slurm_id or "")  # the SLURM job whose runner wrote the state
+    if state.state == "RUNNING" and writer and writer.state in slurm_commands.WORKING:
+        return state
+    last, reported = replace(_of_last_submission(job, state), slurm_id=slurm_id), known.get(slurm_id)
+    if reported is None:
+        # SLURM keeps no record of a task that is cancelled while it waits within its array; of other jobs it does.
+        if job.cancelled >= last.submitted or slurm_id.partition("_")[0] in arrays:
+            return replace(last, state="CANCELLED", reason=f"cancelled before it began; {RESUME_HINT}")
+        return replace(last, state="LOST", reason=f"SLURM does not know its job {slurm_id} any more; {RESUME_HINT}")
+    if reported.state in slurm_commands.WAITING:
+        reason = last.reason if reported.reason in _USUAL_REASONS else f"waits: {reported.reason}"
+        return replace(last, state="QUEUED", reason=reason)
+    node = last.node or reported.node
+    if reported.state in slurm_commands.WORKING:
+        return replace(last, state="RUNNING", node=node, reason="")
+    name = _OTHER_NAME.get(reported.state, reported.state)
+    if name == "FAILED" and state.state == "INTERRUPTED" and state.submitted >= job.submitted:
+        return state  # it could not be requeued, and its runner wrote why
+    if name not in _SAME_NAME:
+        reason = f"SLURM reports {reported.state}, but its runner did not write how it ended; {RESUME_HINT}"
+        return replace(last, state="LOST", node=node, reason=reason)
+    details = f"SLURM reports {reported.state}, {reported.reason}; its files are in {job.folder.parent / 'slurm'}"
+    reason = f"{_REASONS.get(name, details)}; {RESUME_HINT}"
+    return replace(last, state=name, node=node, reason=reason)  # type: ignore[arg-type]

@@ -1,0 +1,122 @@
+"""A sweep in MLflow: its parent run, opened at submission, and post-hoc logging of what its jobs could not send themselves."""
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from filelock import FileLock
+
+from twoviews import foreign
+from twoviews.errors import BadInput
+from twoviews.sweeps.folder import WRITER_THREADS, Sweep
+from twoviews.sweeps.job import Job, JobState
+from twoviews.sweeps.job_status import status
+from twoviews.tracking.client import short_error
+from twoviews.tracking.metrics import METRICS_FILE
+from twoviews.tracking.parent_run import attach_parent, end_parent_run, open_parent_run, value_tags
+from twoviews.tracking.state import new_run_key
+from twoviews.tracking.upload import is_uploaded, pending_values, upload
+
+LOCK_SECONDS = 120.0  # longest wait for another process that opens the parent run
+
+
+def attach_jobs(sweep: Sweep, jobs: Sequence[Job], tracking: Mapping[str, Any]) -> None:
+    """Create the database, the experiment and the parent run before any job begins, and attach the jobs to it.
+
+    Args:
+        sweep: its sweep.json gets the id of the parent run.
+        jobs: the jobs that become children of it.
+        tracking: the node of the configuration that all jobs share.
+
+    Raises:
+        BadInput: MLflow does not answer.
+    """
+    uri, experiment = tracking["uri"], tracking["experiment"]
+    target = {"uri": uri, "experiment": experiment}
+    with FileLock(sweep.folder / ".parent.lock", timeout=LOCK_SECONDS):
+        with sweep.update() as record:
+            if record.get("tracking") != target:  # at another tracking URI the parent is another run
+                record.update(tracking=target, parent=None, parent_key=new_run_key())
+        key, tags = record["parent_key"], {"twoviews.sweep": sweep.name, "folder": str(sweep.folder)}
+        tags.update(command="\n".join(sweep.commands), **value_tags(record["axes"]))
+        with _mlflow_errors():
+            parent = open_parent_run(uri, experiment, sweep.name, key, tags)
+        with sweep.update() as record:
+            record.update(parent=parent, parent_status="RUNNING")
+    axes = {job.digest: job.axes for job in sweep.jobs}  # the jobs passed may have more: see `varying_parameters`
+    with ThreadPoolExecutor(WRITER_THREADS) as pool:
+        list(pool.map(lambda job: attach_parent(job.folder, uri, experiment, parent, axes[job.digest]), jobs))
+
+
+def collect(sweep: Sweep, jobs: Sequence[Job]) -> int:
+    """Send what MLflow lacks of these jobs, nothing twice; returns the number of jobs of which something is left.
+
+    Runs of jobs that are not active are ended as result.json says, or as killed; the parent run is ended with the last.
+
+    Raises:
+        BadInput: MLflow does not answer.
+    """
+    states = status(sweep.jobs)
+    tracking = sweep.record.get("tracking") or foreign.load(jobs[0].folder / "config.yaml")["tracking"]
+    attach_jobs(sweep, jobs, tracking)
+    left = 0
+    for job in jobs:
+        if not (job.folder / METRICS_FILE).exists():
+            continue
+        try:
+            upload(job.folder, closed=not states[job.digest].active)
+        except Exception as error:  # an error in one folder must not stop the others
+            print(f"{job.digest} {job.label}: {pending_values(job.folder)} numbers left ({short_error(error)})")
+            left += 1
+    if end := _parent_status([*states.values()]):
+        with _mlflow_errors():
+            end_parent_run(tracking["uri"], tracking["experiment"], sweep.record["parent"], end)
+        with sweep.update() as record:
+            record["parent_status"] = end
+    return left
+
+
+def flush(sweep: Sweep, say: Callable[[str], None]) -> None:
+    """Send what MLflow lacks of a sweep without active jobs; a failure is said, not raised."""
+    states = status(sweep.jobs).values()
+    if not states or any(state.active for state in states) or not pending(sweep):
+        return
+    try:
+        left = collect(sweep, sweep.jobs)
+    except BadInput as error:
+        left = 1
+        say(f"error: {error}")
+    if left:
+        say(
+            f"MLflow does not have all results; `python -m twoviews.sweep collect {shlex.quote(sweep.name)}` sends them."
+        )
+
+
+def pending(sweep: Sweep) -> bool:
+    """Whether MLflow lacks something of a sweep without active jobs, as far as its folder says; MLflow is not asked."""
+    jobs, record = sweep.jobs, sweep.record
+    ended = record["parent"] and record.get("parent_status") == _parent_status([*status(jobs).values()])
+    return not ended or not all(is_uploaded(job.folder) for job in jobs if (job.folder / METRICS_FILE).exists())
+
+
+@contextmanager
+def _mlflow_errors() -> Iterator[None]:
+    """Errors of MLflow as one sentence."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        raise BadInput(
+            f"MLflow does not accept the sweep ({short_error(error)}); correct the tracking URI, or use tracking=files and "
+            "`python -m twoviews.sweep collect` later."
+        ) from error
+
+
+def _parent_status(states: Sequence[JobState]) -> str:
+    """MLflow's name for the status of the parent run; empty while jobs are active."""
+    if any(state.active for state in states):
+        return ""
+    return "FINISHED" if all(state.done for state in states) else "FAILED"

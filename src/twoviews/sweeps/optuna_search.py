@@ -1,0 +1,85 @@
+"""A search by Optuna, which proposes configs from the results so far; optuna_trials.py runs its trials.
+
+Everything about a trial but its number follows from its parameters in the study, so the same command goes on with the same
+trials, whenever the process before it was killed.
+"""
+
+from collections.abc import Sequence
+
+from filelock import FileLock, Timeout
+
+from twoviews.errors import BadInput, nearest
+from twoviews.ranges import Count, Index, Trials
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job_status import CANCEL_SECONDS, wait_until_ended
+from twoviews.sweeps.launching import Launch, launch_all
+from twoviews.sweeps.optuna_study import open_study
+from twoviews.sweeps.optuna_trials import SPREAD, TrialRunner
+from twoviews.sweeps.search import Random, Search, search_space
+
+PROBES = ("knn", "linear")  # protocols whose values are known in advance
+
+
+class Optuna(Search):
+    """Configs proposed by the tree-structured Parzen estimator of Bergstra et al. (2011), as Optuna implements it.
+
+    A trial is a config with all its seeds, and its value the mean over them, because seeds are not searched for.
+
+    Args:
+        trials: number of configs, those of earlier launches included.
+        draw: seed of the random numbers.
+        metric: key of result.json; larger is better.
+        prune: stop trials whose embeddings collapse, and those whose kNN, as a mean over seeds that have all come so far, is
+            below the median of the others at the same epoch.
+        at_once: most trials that run together.
+    """
+
+    def __init__(self, trials: Trials, draw: Index, metric: str, prune: bool, at_once: Count):
+        self.trials, self.draw, self.metric, self.prune, self.at_once = trials, draw, metric, prune, at_once
+
+    def run(self, launch: Launch, arguments: Sequence[str]) -> int:
+        """Return when all trials have ended; 0, or 1 if none of them has a value.
+
+        Raises:
+            BadInput: a config is wrong, nothing measures the metric, or another process runs this search.
+            SystemExit: a signal stopped it; the same command goes on.
+        """
+        space = search_space(arguments)
+        if not space.axes:
+            raise BadInput("hydra/sweeper=optuna has nothing to search; give a key several values or an interval.")
+        self._check_metric(launch.protocols)
+        if launch.options.plan:
+            launch.console.say("the configs of this search are not known in advance; the plan is for random ones.")
+            return launch_all(launch, Random(self.trials, self.draw).combinations(space))
+        sweep = Sweep(launch.folder)
+        lock = FileLock(sweep.folder / ".study.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise BadInput(
+                f"another process runs the search in {sweep.folder}; wait for its end, or stop it first."
+            ) from error
+        try:
+            with open_study(sweep, space, self.metric, self.draw) as study:
+                trials = TrialRunner(self, study, launch, space, sweep)
+                try:
+                    trials.resume()
+                    launch.launcher.serve(sweep, trials.next_jobs)
+                    wait_until_ended([job for job in sweep.jobs if job.given_up], CANCEL_SECONDS)
+                finally:
+                    launch.flush(sweep)
+                return trials.print_end()
+        finally:
+            lock.release()
+
+    def _check_metric(self, protocols: Sequence[str]) -> None:
+        name, slash, value = self.metric.partition("/")
+        certain = [SPREAD, *(f"{probe}/{top}" for probe in PROBES if probe in protocols for top in ("top1", "top5"))]
+        # The values of other protocols are known to their own code alone.
+        if self.metric in certain or (slash and value and name in {*protocols} - {*PROBES}):
+            return
+        known = [*certain, *(f"{protocol}/…" for protocol in protocols if protocol not in PROBES)]
+        raise BadInput(
+            f"metric={self.metric} is nothing that these trainings measure and that is better when larger."
+            f"{nearest(self.metric, known)} Known: {', '.join(known)}."
+        )

@@ -1,0 +1,290 @@
+"""Trials of an Optuna study as jobs of a sweep: asked for when a slot is free, told when all seeds have ended.
+
+There are no batches: the next config is proposed with everything that is known by then, and weak trials are stopped early.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from twoviews.errors import BadInput
+from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.formatting import counted
+from twoviews.sweeps.job import Job, JobState
+from twoviews.sweeps.job_status import status
+from twoviews.sweeps.launching import Launch
+from twoviews.sweeps.optuna_study import distributions, resumed_trial
+from twoviews.sweeps.search import Interval, SearchSpace
+
+if TYPE_CHECKING:
+    import optuna
+
+    from twoviews.sweeps.optuna_search import Optuna
+
+POLL_SECONDS = 2.0  # between two looks at the states of running jobs
+KNN = "knn/top1"
+SPREAD = "train/spread"
+COLLAPSE_SPREAD = 0.05  # embeddings with a lower spread are collapsed; 1 is even
+COLLAPSE_EPOCHS = 1.0  # a collapse has to last so long, after as many epochs at the start
+DIVERGED = ("loss is", "weights are not finite")  # in the reason of a training that is not finite any more
+
+
+@dataclass(eq=False)
+class RunningTrial:
+    """A trial without a value.
+
+    Trials with the same config share their jobs, and the two sets of digests.
+
+    Args:
+        trial: of the study.
+        jobs: one for each seed.
+        started: digests of the jobs that the launcher has.
+        inherited: digests of the jobs that an earlier process may have left running.
+        reported_epochs: epochs whose kNN was reported to the study.
+    """
+
+    trial: "optuna.Trial"
+    jobs: list[Job]
+    started: set[str] = field(default_factory=set)
+    inherited: set[str] = field(default_factory=set)
+    reported_epochs: set[int] = field(default_factory=set)
+
+
+class TrialRunner:
+    """Asks a study for trials, passes their jobs to a launcher, and tells the study their values.
+
+    Args:
+        search: the parameters of the search.
+        study: in the sweep folder.
+        launch: the command.
+        space: the search space of the command.
+        sweep: where jobs are added.
+    """
+
+    def __init__(self, search: "Optuna", study: "optuna.Study", launch: Launch, space: SearchSpace, sweep: Sweep):
+        self.search, self.study, self.launch, self.space, self.sweep = search, study, launch, space, sweep
+        self._say = launch.console.say
+        self._running: list[RunningTrial] = []
+        self._queue: deque[tuple[RunningTrial, Job]] = deque()
+        self._last_poll = -math.inf
+
+    def resume(self) -> None:
+        """Go on with the trials that an earlier process left without a value."""
+        import optuna
+
+        known = self.study.get_trials(deepcopy=False)
+        for frozen in known:
+            if frozen.state != optuna.trial.TrialState.RUNNING:
+                self._stop_leftovers(frozen)
+                continue
+            trial = resumed_trial(self.study, frozen)
+            if frozen.params.keys() != self.space.axes.keys():  # killed while it was asked for: nothing was started
+                trial.set_user_attr("torn", True)
+                self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                continue
+            self._begin(trial)
+        if known:
+            self._say(
+                f"the study has {counted(len(known), 'trial')}, {len(self._running)} of them without a value yet; going on."
+            )
+
+    def _begin(self, trial: "optuna.Trial") -> None:
+        """Create the jobs of a trial, and queue those that have to run."""
+        import optuna
+
+        config = self._config(trial)
+        for earlier in self.study.get_trials(deepcopy=False):
+            weak = earlier.state in (optuna.trial.TrialState.PRUNED, optuna.trial.TrialState.FAIL)
+            if weak and "torn" not in earlier.user_attrs and self._config(earlier) == config:
+                reason = earlier.user_attrs.get("reason", "")
+                trial.set_user_attr("reason", f"as trial {earlier.number}: {reason}")
+                self.study.tell(trial, state=earlier.state)
+                return
+        same = next((running for running in self._running if self._config(running.trial) == config), None)
+        if same:
+            self._running.append(RunningTrial(trial, same.jobs, same.started, same.inherited))
+            return
+        try:
+            specs = self.launch.specs(self.space.combinations(config))
+        except BadInput:
+            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            raise
+        _, jobs = self.launch.add(specs)
+        self.launch.attach_jobs(self.sweep, jobs)
+        states, running = status(jobs), RunningTrial(trial, jobs)
+        self._running.append(running)
+        for job in jobs:
+            if states[job.digest].state in ("FINISHED", "RUNNING"):
+                running.started.add(job.digest)
+                running.inherited.add(job.digest)
+            else:
+                self._queue.append((running, job))
+
+    def _config(self, trial: "optuna.Trial | optuna.trial.FrozenTrial") -> dict[str, str]:
+        """The values of a trial by key, as they are typed."""
+        axes = self.space.axes
+        return {
+            key: interval.text(value) if isinstance(interval := axes[key], Interval) else str(value)
+            for key, value in trial.params.items()
+        }
+
+    def _ask(self) -> bool:
+        """Begin another trial; False if there are enough, running or in total."""
+        known = self.study.get_trials(deepcopy=False)
+        count = sum(trial.state.name != "WAITING" and "torn" not in trial.user_attrs for trial in known)
+        if len(self._running) >= self.search.at_once or count >= self.search.trials:
+            return False
+        self._begin(self.study.ask(distributions(self.space)))
+        return True
+
+    def next_jobs(self, free_slots: int) -> Sequence[Job] | None:
+        """The `JobSource` of the launcher."""
+        if monotonic() - self._last_poll >= POLL_SECONDS:
+            self._poll()
+            self._last_poll = monotonic()
+        jobs = []
+        while len(jobs) < free_slots and (self._queue or self._ask()):
+            if self._queue:  # it stays empty for a trial whose jobs are all finished
+                running, job = self._queue.popleft()
+                running.started.add(job.digest)
+                jobs.append(job)
+        if jobs or self._queue or self._running or self._ask():
+            return jobs
+        return None
+
+    def _poll(self) -> None:
+        """End the trials whose jobs have ended, and stop weak ones."""
+        jobs = {job.digest: job for job in self.sweep.jobs}  # which have their SLURM ids by now
+        for running in [*self._running]:
+            if running not in self._running:  # stopped with another trial of the same config
+                continue
+            running.jobs = [jobs[job.digest] for job in running.jobs]
+            states = status([job for job in running.jobs if job.digest in running.started])
+            if not self._end(running, states) and self.search.prune:
+                self._prune(running, states)
+
+    def _end(self, running: RunningTrial, states: Mapping[str, JobState]) -> bool:
+        """Tell the study how a trial ended; False if it goes on."""
+        import optuna
+
+        ended = [job for job in running.jobs if not states.get(job.digest, JobState()).active]
+        failed = [job.digest for job in ended if states[job.digest].state != "FINISHED"]
+        for job in (job for job in ended if job.digest in failed):
+            state = states[job.digest]
+            if job.digest in running.inherited:  # it was being stopped when this process began
+                running.inherited.remove(job.digest)
+                running.started.remove(job.digest)
+                self._queue.append((running, job))
+                return False
+            if any(words in state.reason for words in DIVERGED):
+                self._stop(running, f"{job.label} diverged: {state.reason}", optuna.trial.TrialState.PRUNED)
+            else:
+                reason = f"{job.label}: {state.state} {state.reason}"
+                self._stop(running, reason, optuna.trial.TrialState.FAIL, failed)
+            return True
+        if len(ended) < len(running.jobs):
+            return False
+        metric = self.search.metric
+        mean = sum(float(job.result.get(metric, math.nan)) for job in running.jobs) / len(running.jobs)
+        if not math.isfinite(mean):
+            reason = f"a result.json has no finite number {metric}; choose another metric"
+            self._stop(running, reason, optuna.trial.TrialState.FAIL)
+            return True
+        list(self._report_knn(running))  # which other trials are compared with
+        self.study.tell(running.trial, mean)
+        self._running.remove(running)
+        self._say(f"trial {running.trial.number}: {_shown(self._config(running.trial))}: {metric} {mean:.2f}")
+        return True
+
+    def _prune(self, running: RunningTrial, states: Mapping[str, JobState]) -> None:
+        """Stop a trial that collapsed or is below the median."""
+        import optuna
+
+        for job in running.jobs:
+            if job.digest in states and states[job.digest].state == "RUNNING" and collapsed(job.metrics()):
+                reason = f"{job.label} collapsed: its spread stays below {COLLAPSE_SPREAD}"
+                self._stop(running, reason, optuna.trial.TrialState.PRUNED)
+                return
+        for epoch in self._report_knn(running):
+            if running.trial.should_prune():
+                reason = f"its kNN at epoch {epoch} is below the median of the others"
+                self._stop(running, reason, optuna.trial.TrialState.PRUNED)
+                return
+
+    def _report_knn(self, running: RunningTrial) -> Iterator[int]:
+        """Report the mean kNN of each epoch that all seeds have reached since; yields each epoch after its report."""
+        curves = [
+            {int(line["epoch"]): line[KNN] for line in job.metrics() if KNN in line and line["epoch"] >= 1}
+            for job in running.jobs
+        ]
+        for epoch in sorted(set.intersection(*map(set, curves)) - running.reported_epochs):
+            running.reported_epochs.add(epoch)
+            running.trial.report(sum(curve[epoch] for curve in curves) / len(curves), epoch)
+            yield epoch
+
+    def _stop(
+        self, running: RunningTrial, reason: str, state: "optuna.trial.TrialState", failed: Sequence[str] = ()
+    ) -> None:
+        """End a trial for good, with the others of its config; recorded before any job is stopped.
+
+        Args:
+            running: the trial.
+            reason: why it ends.
+            state: what the study is told.
+            failed: digests of the jobs that ended by themselves.
+        """
+        for twin in [twin for twin in self._running if twin.started is running.started]:
+            twin.trial.set_user_attr("reason", reason)
+            twin.trial.set_user_attr("failed", [*failed])
+            self.study.tell(twin.trial, state=state)
+            self._running.remove(twin)
+        self._queue = deque(entry for entry in self._queue if entry[0].started is not running.started)
+        self._give_up(running.jobs, reason, failed)
+        self._say(f"trial {running.trial.number}: {_shown(self._config(running.trial))}: {state.name}, {reason}")
+
+    def _stop_leftovers(self, trial: "optuna.trial.FrozenTrial") -> None:
+        """Stop the jobs of a trial that an earlier process ended and had no time to stop."""
+        if "failed" in trial.user_attrs:
+            specs = self.launch.specs(self.space.combinations(self._config(trial)))
+            digests = {spec.digest for spec in specs}
+            jobs = [job for job in self.sweep.jobs if job.digest in digests]
+            self._give_up(jobs, trial.user_attrs["reason"], trial.user_attrs["failed"])
+
+    def _give_up(self, jobs: Sequence[Job], reason: str, failed: Sequence[str]) -> None:
+        """Stop jobs for good; those that failed by themselves keep their own reason."""
+        unwanted = [job for job in jobs if job.digest not in failed and job.result.get("state") != "finished"]
+        if digests := [job.digest for job in unwanted if not job.given_up]:
+            self.sweep.mark(digests, given_up=reason)
+        states = status(unwanted)
+        self.launch.launcher.cancel([job for job in unwanted if job.submitted and states[job.digest].active])
+
+    def print_end(self) -> int:
+        """Print the best trial; returns 0, or 1 if no trial has a value."""
+        states = [trial.state.name for trial in self.study.get_trials(deepcopy=False)]
+        complete, ended = (
+            states.count("COMPLETE"),
+            f"{states.count('PRUNED')} stopped early, {states.count('FAIL')} failed",
+        )
+        self._say(f"search {self.sweep.name}: {counted(complete, 'trial')} with a value, {ended}")
+        if not complete:
+            return 1
+        best = self.study.best_trial
+        self._say(f"best: {_shown(self._config(best))}: {self.search.metric} {best.value:.2f}, mean over its seeds")
+        self._say(f"`python -m twoviews.sweep report {self.sweep.name}` writes the report.")
+        return 0
+
+
+def collapsed(lines: Sequence[Mapping[str, float]]) -> bool:
+    """Whether the embeddings have been collapsed for an epoch, not counting the first; from lines of metrics.jsonl."""
+    known = [line for line in lines if SPREAD in line]
+    if not known or known[-1]["epoch"] < 2 * COLLAPSE_EPOCHS:
+        return False
+    recent = [line[SPREAD] for line in known if line["epoch"] > known[-1]["epoch"] - COLLAPSE_EPOCHS]
+    return max(recent) < COLLAPSE_SPREAD
+
+
+def _shown(config: Mapping[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in config.items())

@@ -1,0 +1,265 @@
+"""The runner of a job: starts the training as a child process and writes the state of the job.
+
+Signals of schedulers end here: they are passed on to the training, which stops with a checkpoint, and its exit code becomes
+the state of the job. torch is not imported, so that this takes no time and little memory.
+"""
+
+import contextlib
+import ctypes
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+from filelock import Timeout
+
+from twoviews import foreign
+from twoviews.errors import BadInput
+from twoviews.sweeps.job import LOG, Job, JobState, StateName
+from twoviews.tracking import uris
+
+MODULE = "twoviews.sweeps.runner"
+OLD_MODULE = "twoviews.sweeps.supervise"  # its name in the code of sweeps that version 0.1.0 launched
+LOCK_SECONDS = 60.0  # longest wait for the end of an earlier runner of the same job
+MAX_STALLED_STARTS = 3  # starts in a row without a checkpoint after which a job has failed
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)  # train.py writes a checkpoint and leaves
+LOG_TAIL_BYTES = 20_000  # of a log in which the reason of a failure is looked for
+_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def is_old(code: Path) -> bool:
+    """Whether a frozen copy of the code is from version 0.1.0, where this module had another name."""
+    return (code / "src" / Path(*OLD_MODULE.split("."))).with_suffix(".py").exists()
+
+
+def run(
+    job: Job,
+    submitted: float,
+    environment: Mapping[str, str] | None = None,
+    slurm_id: str | None = None,
+    failure: Callable[[], str] = lambda: "",
+) -> JobState:
+    """Run a job until its training ends; returns the state that was written.
+
+    A stop signal to this process is passed on; the state is then INTERRUPTED, and the caller decides whether the job is
+    restarted. A job that is finished, or that another runner runs, is left alone.
+
+    Args:
+        job: its folder has config.yaml and point.json.
+        submitted: time of the submission, unix seconds, as in sweep.json; stalled starts are counted per submission.
+        environment: variables for the training beside those of this process.
+        slurm_id: of the SLURM job that this process belongs to, if any.
+        failure: polled while the training runs; returns why it has to be killed, or an empty string.
+    """
+    lock = job.lock
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        return job.state
+    try:
+        before = job.state
+        if before.state == "FINISHED":
+            return before
+        state = _started(job, before, submitted, slurm_id)
+        job.write(state)
+        if state.state == "FAILED":
+            return state
+        # This machine may have another cache folder than that where the job was launched.
+        with contextlib.suppress(BadInput):  # the training reports it
+            uris.trust(foreign.load(job.folder / "config.yaml").get("tracking", {}).get("uri"))
+        with TrainingProcess(job, LOG, environment or {}) as training:
+            training.wait(failure)
+        name, reason = training.job_state(failure())
+        metrics = job.metrics()
+        step = int(metrics[-1]["step"]) if metrics else 0
+        state = replace(state, state=name, reason=reason, ended=time.time(), step=step)
+        job.write(state)
+    finally:
+        lock.release()
+    return state
+
+
+def _started(job: Job, before: JobState, submitted: float, slurm_id: str | None) -> JobState:
+    """The state at a start: RUNNING, or FAILED if too many starts before it wrote no checkpoint."""
+    checkpoint, restarted = job.checkpoint(), before.submitted == submitted and before.starts > 0
+    stalled = before.stalled + 1 if restarted and checkpoint == before.checkpoint else 0
+    state = JobState(
+        state="RUNNING",
+        slurm_id=slurm_id,
+        node=os.environ.get("SLURMD_NODENAME", platform.node()),
+        submitted=submitted,
+        started=time.time(),
+        starts=before.starts + 1,
+        stalled=stalled,
+        checkpoint=checkpoint,
+        step=before.step,
+    )
+    if stalled < MAX_STALLED_STARTS:
+        return state
+    reason = (
+        f"{MAX_STALLED_STARTS} starts in a row ended before they wrote a checkpoint; give it more time (the launcher's "
+        "timeout_min) or write checkpoints more often (checkpoint_seconds at ends of epochs, checkpoint_minutes within them)"
+    )
+    return replace(state, state="FAILED", ended=time.time(), starts=before.starts, reason=reason)
+
+
+class TrainingProcess:
+    """The training of a job as a child process; a context in which stop signals are passed on to it.
+
+    Args:
+        job: trained with the configuration and the code that were frozen for it.
+        log: name of the file in its folder that gets the output.
+        environment: variables beside those of this process.
+    """
+
+    def __init__(self, job: Job, log: str, environment: Mapping[str, str]):
+        self._job, self._environment, self._log = job, environment, job.folder / log
+        self._child: subprocess.Popen | None = None
+        self._stop_signal, self._early_signals = 0, []  # the latter came before there was a child
+        self._handlers = {}
+        self._started, self._oom_kills = time.time(), _oom_kills()
+
+    def __enter__(self) -> "TrainingProcess":
+        description = self._job.description
+        code = Path(description["code"])
+        inherited = {name: value for name, value in os.environ.items() if name not in _TORCHRUN_VARIABLES}
+        path = os.pathsep.join(filter(None, [str(code / "src"), inherited.get("PYTHONPATH")]))
+        with self._log.open("a") as log:
+            log.write(f"--- {platform.node()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            log.flush()
+            self._log_start = log.tell()
+            for number in STOP_SIGNALS:  # before the child exists, so that no signal is lost
+                self._handlers[number] = signal.signal(number, self._pass_on)
+            child = subprocess.Popen(
+                [sys.executable, str(code / "train.py"), *train_arguments(self._job.folder)],
+                cwd=description["cwd"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**inherited, "PYTHONPATH": path, **self._environment},
+                preexec_fn=_stop_with_parent,
+            )
+        self._child = child
+        for number in self._early_signals:
+            child.send_signal(number)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._child
+        if self._child.poll() is None:
+            self._child.kill()
+            self._child.wait()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        # The first signal only: a second SIGINT would end the training without a checkpoint.
+        if not self._stop_signal:
+            self._stop_signal = number
+            if self._child:
+                self._child.send_signal(number)
+            else:
+                self._early_signals.append(number)
+
+    def wait(self, failure: Callable[[], str]) -> None:
+        """Return when the training has ended; kill it when `failure` returns a reason."""
+        assert self._child
+        while True:
+            try:
+                self._child.wait(0.5)
+                return
+            except subprocess.TimeoutExpired:
+                if failure():
+                    self._child.kill()
+
+    def job_state(self, failure: str) -> tuple[StateName, str]:
+        """State and reason of the job, from result.json and from how process 0 ended.
+
+        Args:
+            failure: why the training had to be killed; empty if it had not.
+        """
+        result = self._job.result
+        if result.get("state") == "finished":
+            return "FINISHED", ""
+        if failure:
+            return "FAILED", failure
+        state, reason = self.process_state()
+        if state == "FINISHED":
+            return "FAILED", "train.py ended without a result"
+        written = (self._job.folder / "result.json").stat().st_mtime if result else 0.0
+        if state == "FAILED" and written >= self._started and result.get("reason"):
+            return state, str(result["reason"])
+        return state, reason
+
+    def process_state(self) -> tuple[StateName, str]:
+        """State and reason that follow from how this process ended, whatever other processes of the job did."""
+        assert self._child and self._child.returncode is not None
+        code = self._child.returncode
+        number = -code if code < 0 else code - 128
+        if code == 0:
+            return "FINISHED", ""
+        if number in STOP_SIGNALS:
+            return "INTERRUPTED", f"stopped by {signal.Signals(number).name}"
+        if number > 0:
+            if _oom_kills() > self._oom_kills:
+                return "OUT_OF_MEMORY", "killed because the memory of the SLURM job was used up"
+            name = signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
+            hint = "; the kernel does that when memory is used up" if number == signal.SIGKILL else ""
+            return "FAILED", f"killed by {name}{hint}"
+        lines = [line.strip() for line in self._log_tail().splitlines() if line.strip()]
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return "FAILED", errors[-1] if errors else lines[-1] if lines else f"exit code {code}"
+
+    def _log_tail(self) -> str:
+        """The end of the output of this start."""
+        with self._log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(self._log_start, size - LOG_TAIL_BYTES))
+            return file.read().decode(errors="replace")
+
+
+def train_arguments(folder: Path) -> list[str]:
+    """Arguments of train.py for the configuration in a run folder."""
+    return [
+        f"--config-path={folder}",
+        "--config-name=config",
+        "hydra.run.dir=" + "'" + str(folder).replace("\\", "\\\\").replace("'", "\\'") + "'",
+        "hydra.output_subdir=null",
+        "hydra/job_logging=none",
+    ]
+
+
+def _stop_with_parent() -> None:
+    """In a child process: ask for SIGTERM when the parent is killed, to end with a checkpoint instead of going on unseen."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _oom_kills() -> int:
+    """Number of processes of this control group that were killed for lack of memory; 0 if that is not counted."""
+    try:
+        group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2]
+        events = Path("/sys/fs/cgroup", group.lstrip("/"), "memory.events").read_text()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in events.splitlines() if line.startswith("oom_kill "))
+
+
+def main() -> int:
+    """`python -m twoviews.sweeps.runner <folder> <submitted>`, as launchers of this machine start it."""
+    assert threading.current_thread() is threading.main_thread()
+    _stop_with_parent()
+    state = run(Job(Path(sys.argv[1]), {}), float(sys.argv[2]))
+    return 0 if state.state == "FINISHED" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
