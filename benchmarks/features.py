@@ -24,7 +24,7 @@ from twoviews import features, inference
 from twoviews.backbones import ResNet
 from twoviews.data.images import ImageData, Images
 from twoviews.features import embed
-from twoviews.inference import folded, path_for
+from twoviews.inference import choose_path, fold_batchnorm
 from twoviews.runtime import autocast
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -84,7 +84,7 @@ def forward(
     encoder: ResNet, path: str | None, dtype: torch.dtype, size: int, count: int, device: torch.device
 ) -> float:
     """Milliseconds of the network for `count` images, by batches that are ready."""
-    network = folded(encoder, path, dtype).to(device)
+    network = fold_batchnorm(encoder, path, dtype).to(device)
     x, batches = torch.randn(size, 3, 32, 32, device=device), -(-count // size)
     x = x.to(memory_format=torch.channels_last)
 
@@ -110,7 +110,7 @@ def case(
     used = None
     if path != "plain":
         start = time.perf_counter()
-        used = path_for(encoder, device, dtype, 32, size)
+        used = choose_path(encoder, device, dtype, 32, size)
         row["trial_ms"] = 1e3 * (time.perf_counter() - start)
         if used != path:
             return {**row, "reason": next(filter(None, inference._reasons.values()), "does not serve here")}

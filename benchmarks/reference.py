@@ -49,7 +49,8 @@ from twoviews.data.loader import Loader
 from twoviews.errors import BadInput
 from twoviews.features import Features, embed
 from twoviews.loop import Training
-from twoviews.protocols.knn import knn_scores, top1
+from twoviews.protocols.classification import top1
+from twoviews.protocols.knn import knn_scores
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.runtime import Runtime, StopSignal, autocast
 from twoviews.tracking.metrics import Metrics, read

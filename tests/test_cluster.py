@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, SMALL_MOCO, refused, start
 from PIL import Image
 from sklearn.metrics import normalized_mutual_info_score
@@ -190,6 +191,49 @@ def test_folders_that_cannot_be_clustered(run: Path, command, tmp_path: Path) ->
     refused(command("cluster", f"run={run}", "clusters=[5]"), "holds no encoder")
 
 
+# (run=, what it needs to know; images of the run itself)
+ENCODERS = {
+    "run/last.pt": True,  # a checkpoint in a run folder
+    "run/encoder.safetensors": False,
+    "alone.pt": False,  # weights alone
+    "torchvision:resnet18": False,
+    "torchvision:resnet18:pretrained": False,
+    "timm:vit_tiny_patch16_224": False,
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_any_encoder(trained: Path, command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    own_images, name = ENCODERS[name], name.replace("run/", f"{trained}/")
+    torch.manual_seed(0)
+    weights = torchvision.models.resnet18(weights=None).state_dict()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    (cache := tmp_path / "hub" / "hub" / "checkpoints").mkdir(parents=True)
+    for path in (Path("alone.pt"), cache / "resnet18-f37072fd.pth"):
+        torch.save(weights, path)
+    channels = 1 if str(trained) in name else 3
+    for number in range(12):
+        values = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        (folder := tmp_path / "pictures").mkdir(exist_ok=True)
+        Image.fromarray(values).save(folder / f"{number:02}.png")
+    other = ("data=folder", "data.root=pictures", "data.workers=0", "data.cache=cache", f"data.channels={channels}")
+    before = sorted(path.name for path in trained.iterdir())
+    done = command("cluster", f"run={name}", "clusters=[3]", *([] if own_images else other), "runtime.device=cpu")
+    assert done.code == 0, done.err
+    assert sorted(path.name for path in trained.iterdir()) == before  # results of a file are not those of the run
+    (folder,) = Path("outputs").glob("evaluation-*")
+    stem = "clusters" if own_images else "clusters_pictures"
+    assert {path.name for path in folder.iterdir()} >= {f"{stem}.json", f"{stem}_3.npz", f"{stem}_3.png"}
+    settings = json.loads((folder / f"{stem}.json").read_text())["settings"]
+    assert settings["images"] == len(np.load(folder / f"{stem}_3.npz")["assignment"]) == (256 if own_images else 12)
+    assert "images are normalised with mean=[" in done.out and len(settings["mean"]) == channels
+    if not own_images:
+        refused(command("cluster", f"run={name}", "clusters=[3]"), "its images are not known", "data=folder")
+        refused(command("cluster", f"run={name}", "clusters=[13]", *other), "clusters=13", "at most 12")
+        mean = f"mean=[{','.join(['0.5'] * channels)}]"
+        refused(command("cluster", f"run={name}", "clusters=[3]", *other, mean), "mean= and std= belong together")
+
+
 def test_everything_in_the_same_mlflow_run(run: Path, store: str, command) -> None:
     from mlflow.tracking import MlflowClient
 
@@ -279,42 +323,42 @@ def drawn(path: Path, images: Images, clusters: Clusters) -> np.ndarray:
 
 
 def height(rows: int, side: int) -> int:
-    return sheet.HEAD + rows * (side + sheet.GAP) + sheet.GAP
+    return sheet.HEADING_PX + rows * (side + sheet.GAP) + sheet.GAP
 
 
 def test_rows_are_the_clusters_in_order(tmp_path: Path) -> None:
     # Cluster 0: half; 1: pure and tight; 2: empty; 3: pure, one image; 4: two thirds.
     images, clusters = grouped([1, 1, 0, 0, 3, 4, 4, 4], 5, [0, 0, 1, 0, 2, 1, 0, 1])
-    rows = sheet.rows(clusters, images.labels)
+    rows = sheet.cluster_rows(clusters, images.labels)
     assert [(row.cluster, row.majority, round(row.purity, 2)) for row in rows] == [
         (1, 0, 1),
         (3, 2, 1),
         (4, 1, 0.67),
         (0, 0, 0.5),
     ]
-    assert [row.cluster for row in sheet.rows(clusters, None)] == [1, 0, 3, 4]
+    assert [row.cluster for row in sheet.cluster_rows(clusters, None)] == [1, 0, 3, 4]
     assert rows[2].members.tolist() == [5, 6, 7]
     assert rows[2].caption(("a", "b", "c")) == ["cluster 4", "3 images", "67 % are b"]
     assert rows[1].caption(("a", "b", "c")) == ["cluster 3", "1 image", "100 % are c"]
-    assert sheet.rows(clusters, None)[0].caption(()) == ["cluster 1", "2 images", "distance 0.5"]
+    assert sheet.cluster_rows(clusters, None)[0].caption(()) == ["cluster 1", "2 images", "distance 0.5"]
     picture = drawn(tmp_path / "sheet.png", images, clusters)
     assert picture.shape[0] == height(4, 96)
     step, framed = 96 + sheet.GAP, []
     for row in range(4):
-        line = picture[sheet.HEAD + row * step - 2]  # px above the images, where frames run
-        framed.append([bool((line[sheet.CAPTION + step * place + 48] == sheet.RED).all()) for place in range(4)])
+        line = picture[sheet.HEADING_PX + row * step - 2]  # px above the images, where frames run
+        framed.append([bool((line[sheet.CAPTION_PX + step * place + 48] == sheet.RED).all()) for place in range(4)])
     assert framed == [[False] * 4, [False] * 4, [False, True, False, False], [True, False, False, False]]
 
 
 def test_a_spread_of_many_clusters(tmp_path: Path) -> None:
     images, clusters = grouped(list(range(50)) * 2, 50)
-    chosen = [row.cluster for row in sheet.spread(sheet.rows(clusters, None))]
-    assert len(chosen) == sheet.ROWS and (chosen[0], chosen[-1]) == (0, 49) and chosen == sorted(set(chosen))
-    assert drawn(tmp_path / "sheet.png", images, clusters).shape[0] == height(sheet.ROWS, 96)
+    chosen = [row.cluster for row in sheet.evenly_spaced(sheet.cluster_rows(clusters, None))]
+    assert len(chosen) == sheet.MAX_ROWS and (chosen[0], chosen[-1]) == (0, 49) and chosen == sorted(set(chosen))
+    assert drawn(tmp_path / "sheet.png", images, clusters).shape[0] == height(sheet.MAX_ROWS, 96)
 
 
 def test_nearest_and_farthest_each_once() -> None:
-    shown = [sheet.rows(grouped([0] * count, 1)[1], None)[0].shown for count in (3, 12, 30)]
+    shown = [sheet.cluster_rows(grouped([0] * count, 1)[1], None)[0].shown for count in (3, 12, 30)]
     assert shown == [[0, 1, 2], list(range(12)), [*range(10), 26, 27, 28, 29]]
 
 
@@ -324,7 +368,7 @@ def test_images_in_a_size_to_look_at(tmp_path: Path, size: int, side: int) -> No
     picture = drawn(tmp_path / "sheet.png", images, clusters)
     assert picture.shape[0] == height(2, side)
     grey = (abs(picture - 128) <= 1).all(axis=2)
-    assert grey[sheet.HEAD : sheet.HEAD + side, sheet.CAPTION : sheet.CAPTION + side].all()
+    assert grey[sheet.HEADING_PX : sheet.HEADING_PX + side, sheet.CAPTION_PX : sheet.CAPTION_PX + side].all()
 
 
 def test_pictures_that_are_not_square_keep_their_shape(tmp_path: Path) -> None:
@@ -334,5 +378,5 @@ def test_pictures_that_are_not_square_keep_their_shape(tmp_path: Path) -> None:
     canvas = nnf.interpolate(picture[None, None], (96, 96), mode="bilinear", antialias=True)
     images, clusters = grouped([0], 1, size=96)
     images = replace(images, pixels=canvas.round().byte(), sizes=torch.tensor([[60, 120]]))
-    shown = drawn(tmp_path / "sheet.png", images, clusters)[sheet.HEAD :, sheet.CAPTION :][:96, :96, 0] > 128
+    shown = drawn(tmp_path / "sheet.png", images, clusters)[sheet.HEADING_PX :, sheet.CAPTION_PX :][:96, :96, 0] > 128
     assert shown.any(axis=0).sum() == pytest.approx(64, abs=2) and shown.any(axis=1).sum() == pytest.approx(64, abs=2)

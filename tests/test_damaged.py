@@ -234,7 +234,8 @@ def test_checkpoint_given_as_run(entry: Call, sweep: Path) -> None:  # noqa: F81
     run = sweep / "aa"
     done = entry("evaluate", f"run={run / 'last.pt'}", "protocol=knn")
     assert done.code == 0 and "knn/top1" in done.out, done.err
-    refused(entry("cluster", f"run={run / 'last.pt'}", "clusters=[5]"), f"give its folder, run={run}.")
+    done = entry("cluster", f"run={run / 'last.pt'}", "clusters=[5]")
+    assert done.code == 0 and "k = 5" in done.out, done.err
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])

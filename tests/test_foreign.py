@@ -40,7 +40,7 @@ BUILD = [  # _target_ and the rest of a node that Hydra's instantiate would run
     {"_target_": "twoviews.sweeps.slurm_commands._run", "_args_": ["touch", MADE]},
     {"_target_": "twoviews.tracking.server._run", "_args_": [None, "touch", MADE]},
     {"_target_": "twoviews.tracking.state.replace", "path": {"_target_": "pathlib.Path", "_args_": [MADE]}, "text": ""},
-    {"_target_": "twoviews.evaluation.source.Path.touch", "self": MADE},
+    {"_target_": "twoviews.encoders.opening.Path.touch", "self": MADE},
     {"_target_": "builtins.eval", "_args_": [f"open('{MADE}', 'w')"]},
     {"_target_": "builtins.exec", "_args_": [f"open('{MADE}', 'w')"]},
     {"_target_": "builtins.open", "file": MADE, "mode": "w"},

@@ -18,7 +18,7 @@ from twoviews import features, fused_norm, inference
 from twoviews.backbones import ResNet
 from twoviews.data.sources import digits
 from twoviews.features import embed
-from twoviews.inference import PREFERRED, _Block, folded, path_for
+from twoviews.inference import PREFERRED_PATHS, _Block, choose_path, fold_batchnorm
 
 CPU = torch.device("cpu")
 FORMS = [("basic", "cifar"), ("bottleneck", "strided"), ("basic", "imagenet")]
@@ -69,7 +69,7 @@ def test_folded_networks_compute_the_same_and_leave_the_original(block, stem, pa
     images = torch.randn(16, 3, 32, 32).to(memory_format=memory_format)
     before, given = {name: value.clone() for name, value in encoder.state_dict().items()}, images.clone()
     with operators(path), torch.no_grad():
-        network = folded(nn.Sequential(encoder, nn.Linear(encoder.out_dim, 4)), path)
+        network = fold_batchnorm(nn.Sequential(encoder, nn.Linear(encoder.out_dim, 4)), path)
         assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
         assert any(isinstance(module, _Block) for module in network.modules()) == (path is not None)
         found = network[0](images)  # type: ignore[index]
@@ -78,15 +78,15 @@ def test_folded_networks_compute_the_same_and_leave_the_original(block, stem, pa
     torch.testing.assert_close(found, encoder.eval()(images), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("path", PREFERRED["cuda"])
+@pytest.mark.parametrize("path", PREFERRED_PATHS["cuda"])
 @pytest.mark.parametrize(("block", "stem"), FORMS)
 def test_fused_networks_in_bf16_are_as_exact_as_autocast(block, stem, path) -> None:
     encoder, images = trained(block, stem), torch.randn(16, 3, 32, 32)
     with operators(path), torch.no_grad():
-        network = folded(encoder, path, torch.bfloat16)
+        network = fold_batchnorm(encoder, path, torch.bfloat16)
         assert {part.weight.dtype for part in network.modules() if isinstance(part, nn.Conv2d)} == {torch.bfloat16}
         with torch.autocast("cpu", torch.bfloat16):
-            found, plain = network(images), folded(encoder)(images)
+            found, plain = network(images), fold_batchnorm(encoder)(images)
         exact = encoder.eval()(images)
     assert found.dtype == torch.bfloat16
     # Triton's interpreter cuts digits off, where a GPU rounds.
@@ -99,21 +99,21 @@ def test_what_is_no_number_is_seen(broken: str, path: str | None) -> None:
     encoder = ResNet(3, 32, "basic", [1, 1], width=8)
     encoder.state_dict()[broken].fill_(torch.nan)
     with operators(path), torch.no_grad():
-        network = folded(encoder, path)
+        network = fold_batchnorm(encoder, path)
         assert any(isinstance(module, _Block) for module in network.modules()) == (path == "triton")
         assert network(torch.randn(2, 3, 32, 32)).isnan().all()
 
 
 def test_without_the_operators_nothing_is_fused(monkeypatch) -> None:
     encoder = ResNet(3, 32, "basic", [1, 1], width=8)
-    assert path_for(encoder, CPU, torch.float32, 32, 40) == "mkldnn"
-    assert path_for(encoder, CPU, torch.bfloat16, 32, 40) is None
-    assert path_for(nn.Linear(3, 3), CPU, torch.float32, 32, 40) is None
+    assert choose_path(encoder, CPU, torch.float32, 32, 40) == "mkldnn"
+    assert choose_path(encoder, CPU, torch.bfloat16, 32, 40) is None
+    assert choose_path(nn.Linear(3, 3), CPU, torch.float32, 32, 40) is None
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert path_for(encoder, CPU, torch.float32, 32, 40) is None
+    assert choose_path(encoder, CPU, torch.float32, 32, 40) is None
 
 
-@pytest.mark.parametrize("path", PREFERRED["cuda"])
+@pytest.mark.parametrize("path", PREFERRED_PATHS["cuda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("block", "stem"), FORMS)
 def test_a_path_is_tried_before_it_is_used(block, stem, dtype, path, monkeypatch) -> None:
@@ -162,7 +162,7 @@ def test_the_next_path_serves_where_one_fails_and_the_last_is_plain_with_one_war
     monkeypatch.setattr(inference, "_warned", set())
     monkeypatch.setattr(inference, "_error", lambda *given, error=inference._error: error(*given[:2], CPU, *given[3:]))
     with interpreted():
-        assert path_for(encoder, there, torch.float32, 32, 40) == "triton"
+        assert choose_path(encoder, there, torch.float32, 32, 40) == "triton"
 
     def missing() -> None:
         raise ImportError("no Triton")
@@ -170,25 +170,25 @@ def test_the_next_path_serves_where_one_fails_and_the_last_is_plain_with_one_war
     inference._reasons.clear()
     monkeypatch.setattr(fused_norm, "_kernels", missing)
     with pytest.warns(UserWarning, match="fused convolutions are of no use.*cudnn: .*triton: ImportError: no Triton"):
-        assert path_for(encoder, there, torch.float32, 32, 40) is None
+        assert choose_path(encoder, there, torch.float32, 32, 40) is None
     with warnings.catch_warnings(action="error"):
-        assert path_for(encoder, there, torch.float32, 32, 40) is None
+        assert choose_path(encoder, there, torch.float32, 32, 40) is None
     monkeypatch.setenv("TWOVIEWS_KERNEL", "0")
-    assert path_for(encoder, there, torch.bfloat16, 32, 40) is None
+    assert choose_path(encoder, there, torch.bfloat16, 32, 40) is None
     monkeypatch.delenv("TWOVIEWS_KERNEL")
     monkeypatch.undo()
     monkeypatch.setattr(inference, "_error", lambda *given, error=inference._error: error(*given[:2], CPU, *given[3:]))
     with operators("cudnn"):
-        assert path_for(encoder, there, torch.float32, 32, 40) == "cudnn"
+        assert choose_path(encoder, there, torch.float32, 32, 40) == "cudnn"
         with interpreted():
-            assert path_for(encoder, there, torch.float16, 32, 40) == "triton"  # what overflows is seen
+            assert choose_path(encoder, there, torch.float16, 32, 40) == "triton"  # what overflows is seen
 
 
-@pytest.mark.parametrize("path", PREFERRED["cuda"])
+@pytest.mark.parametrize("path", PREFERRED_PATHS["cuda"])
 def test_features_by_the_paths_of_a_gpu(path, monkeypatch) -> None:
     """On the pretended one: the path is found, nothing is waited for but whether weights are finite, once."""
     monkeypatch.setitem(features.BATCH, "cuda", 40)
-    monkeypatch.setitem(inference.PREFERRED, "cuda", (path,))
+    monkeypatch.setitem(inference.PREFERRED_PATHS, "cuda", (path,))
     torch.manual_seed(0)
     data, encoder = digits(), ResNet(1, 32, "basic", [1, 1], width=8, stem="strided")
     encoder(torch.randn(16, 1, 32, 32))
@@ -218,9 +218,9 @@ def test_all_paths_of_a_gpu_agree(dtype, monkeypatch) -> None:
     encoder = encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setitem(features.BATCH, "cuda", 512)
-    for paths in ((), *((path,) for path in PREFERRED["cuda"])):
+    for paths in ((), *((path,) for path in PREFERRED_PATHS["cuda"])):
         monkeypatch.setattr(inference, "_reasons", {})
-        monkeypatch.setitem(inference.PREFERRED, "cuda", paths)
+        monkeypatch.setitem(inference.PREFERRED_PATHS, "cuda", paths)
         with warnings.catch_warnings(action="ignore"):  # cuDNN may have no such operator for this GPU
             found = embed(encoder, data.train, data, device, dtype, channels_last=True).cpu()
         apart = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]

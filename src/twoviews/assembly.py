@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from twoviews import distributed
 from twoviews.backbones import Encoder, ResNet, left_over
 from twoviews.clusters.kmeans import Clustered
-from twoviews.clusters.scores import scores
+from twoviews.clusters.scores import clustering_scores
 from twoviews.code import code_state
 from twoviews.config.building import build
 from twoviews.config.parameter_names import qualified_errors, qualify
@@ -76,7 +76,7 @@ class Parts:
             labels = labels[index.to(labels.device)]
         for name, clusters in clustered.clusters.items():
             previous = clustered.previous.get(name)
-            values = scores(clustered.x, clusters, labels=labels, previous=previous, seed=self.loader.seed)
+            values = clustering_scores(clustered.x, clusters, labels=labels, previous=previous, seed=self.loader.seed)
             found.update({f"e_step/{name}/{key}": value for key, value in values.items()})
         return found
 

@@ -1,6 +1,6 @@
-"""C code of the project, built by the machine's C compiler when it is first used, for what is slow in tensors on a CPU.
+"""C code of the project, which the machine's C compiler builds at its first use.
 
-Without a compiler, or with TWOVIEWS_KERNEL=0, tensors do the same: callers have both forms. `reason` says why.
+Without a compiler, or with TWOVIEWS_KERNEL=0, callers do the same in plain torch; `reason` says why.
 """
 
 import ctypes
@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11", "-shared", "-fPIC")
-COMPILE_S = 120
+COMPILE_TIMEOUT_S = 120
 _reasons: dict[Path, str] = {}  # why a file is not compiled
 
 
 @functools.cache
 def library(source: Path) -> ctypes.CDLL | None:
-    """A compiled C file; None where it cannot be built."""
+    """The library compiled from a C file; None if it cannot be built."""
     _reasons.pop(source, None)
     try:
         return _built(source)
@@ -36,12 +36,12 @@ def library(source: Path) -> ctypes.CDLL | None:
 
 
 def reason(source: Path) -> str | None:
-    """Why a C file is not compiled, in words that go behind a colon; None if it is."""
+    """Why a C file cannot be compiled, as part of a sentence; None if it can."""
     return None if library(source) else _reasons[source]
 
 
 class _NotBuilt(Exception):
-    """Says why."""
+    """The reason why a file is not compiled."""
 
 
 def _built(source: Path) -> ctypes.CDLL:
@@ -57,7 +57,7 @@ def _built(source: Path) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             built = Path(folder) / "built.so"
             command = [compiler, *FLAGS, str(source), "-o", str(built), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_S)
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_TIMEOUT_S)
             if done.returncode or not built.exists():
                 log = path.with_suffix(".log")
                 log.write_text(f"$ {shlex.join(command)}\n{done.stdout}{done.stderr}")
@@ -75,8 +75,8 @@ def _folder() -> Path:
 
 
 def _key(source: Path, compiler: str) -> str:
-    """Changes with the source, the compiler and the processor: a folder may be shared by different machines."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=COMPILE_S).stdout
+    """A digest of source, compiler and processor: machines of different kinds may share the folder."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S).stdout
     info = Path("/proc/cpuinfo")
     flags = sorted(
         {line for line in info.read_text().splitlines() if line.startswith(("flags", "Features", "model name"))}
@@ -93,18 +93,22 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def address(x: Tensor) -> ctypes.c_void_p:
-    """Where the numbers of a contiguous tensor on the CPU begin."""
+    """Pointer to the data of a contiguous tensor on the CPU."""
     return ctypes.c_void_p(x.data_ptr())
 
 
 def parallel_for(function: Callable[[ctypes.c_int64, ctypes.c_int64], int], count: int) -> int:
-    """Call function(first, last) for parts of range(count), one to each of torch's threads: the largest result."""
+    """Call function(first, last) for consecutive parts of range(count), one on each of torch's threads.
+
+    Returns:
+        The largest result: 0 if all parts succeeded.
+    """
     threads = max(1, min(torch.get_num_threads(), count))
     if threads == 1:
         return function(ctypes.c_int64(0), ctypes.c_int64(count))
     ends = [count * part // threads for part in range(threads + 1)]
 
-    def share(part: int) -> int:
+    def run_part(part: int) -> int:
         return function(ctypes.c_int64(ends[part]), ctypes.c_int64(ends[part + 1]))
 
-    return max(_pool(threads).map(share, range(threads)))
+    return max(_pool(threads).map(run_part, range(threads)))

@@ -1,4 +1,4 @@
-"""Features of whole image sets, computed once for all protocols that look at them."""
+"""Features of whole sets of images under the eval transform. Shapes: N images, D features."""
 
 from dataclasses import dataclass
 
@@ -12,23 +12,23 @@ from twoviews.backbones import Encoder
 from twoviews.data.images import ImageData, Images, sent
 from twoviews.data.views import eval_view
 from twoviews.errors import BadInput
-from twoviews.inference import folded, path_for
+from twoviews.inference import choose_path, fold_batchnorm
 from twoviews.runtime import autocast, format_name
 
-# Images a forward pass. On a CPU 128 were measured 1.16 times as fast as 256 with conf/backbone/tiny.yaml: its cache is small.
+# Images per forward pass. On a CPU 128 were measured 1.16 times as fast as 256 with conf/backbone/tiny.yaml: its cache is small.
 BATCH = {"cpu": 128, "cuda": 1024}
 
 
 @dataclass(frozen=True)
 class Features:
-    """x [N, F] in float32 on the device, y [N] classes."""
+    """Features in float32 and classes of N images, on the device."""
 
     x: Float[Tensor, "N F"]
     y: Int[Tensor, " N"]
 
 
 class Pixels(Encoder):
-    """The normalised pixels themselves, averaged down to 32 x 32 where there are more: what an encoder has to beat."""
+    """The baseline without a network: normalized pixels, averaged down to 32 x 32 px if there are more."""
 
     def __init__(self, channels: int, image_size: int):
         super().__init__()
@@ -36,7 +36,7 @@ class Pixels(Encoder):
         self.out_dim = channels * self.side**2
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
-        """[B, out_dim]."""
+        """Pixels as features [B, out_dim]."""
         return nnf.adaptive_avg_pool2d(images, self.side).flatten(1)
 
 
@@ -50,33 +50,33 @@ def embed(
     channels_last: bool = False,
     shared: bool = False,
 ) -> Float[Tensor, "N D"]:
-    """What a module makes of all images, in their order, under the eval transform; float32, on the device.
+    """Outputs of a module for all images, in their order, under the eval transform; float32, on the device.
 
     Args:
-        module: images [B, C, S, S] -> [B, D]; in whatever mode, a copy of it runs in eval mode.
+        module: images [B, C, S, S] -> [B, D]; a copy of it runs in eval mode.
         images: a split of `data`.
-        data: its size and channel statistics.
+        data: for the size and the channel statistics.
         device: where to compute.
         dtype: number format of the forward pass.
         channels_last: memory format of the images.
-        shared: several processes do a share each, and all get the whole.
+        shared: each process computes a part, and all get the whole; all must call.
 
     Raises:
-        BadInput: it makes something of an image that is not finite.
+        BadInput: an output is not finite.
     """
     rank, processes = (distributed.rank(), distributed.processes()) if shared else (0, 1)
     size, path = BATCH[device.type], None
     if channels_last or device.type == "cpu":
-        path = path_for(module, device, dtype, data.size, size)
-    # What is fused on a GPU converts the images itself.
+        path = choose_path(module, device, dtype, data.size, size)
+    # The fused networks of a GPU convert the images themselves.
     convert = channels_last and (path is None or device.type == "cpu")
-    network, x = folded(module, path, dtype), None
-    # Autocast keeps the weights that it has cast until the outermost of its contexts ends, if they could learn.
+    network, x = fold_batchnorm(module, path, dtype), None
+    # Autocast caches weights that it has cast until the outermost autocast ends, but only if they require a gradient.
     for parameter in network.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     if convert:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    # Whole batches are dealt out, so that each image has the same company, and the same rounding, in one process.
+    # Processes get whole batches, so that each image is in the same batch, and rounded alike, for any number of them.
     own = torch.arange(len(images)).split(size)[rank::processes]
     with torch.autocast(device.type, enabled=False):
         rows_of_own = torch.cat([torch.empty(0, dtype=torch.int64), *own]) if processes > 1 else None

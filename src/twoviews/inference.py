@@ -1,4 +1,4 @@
-"""Networks where nothing learns: without batch norms, and without passes of their own for ReLUs and shortcuts.
+"""Faster copies of networks for inference: batch norms are folded into convolutions, ReLUs and shortcuts fused with them.
 
 A convolution, the addition of a shortcut and the ReLU are one operator of mkldnn on a CPU and of cuDNN on a GPU; "triton"
 is a plain convolution there, and one pass of the fused batch norms' kernel for all that follows it.
@@ -19,19 +19,19 @@ from twoviews import fused_norm
 from twoviews.backbones import BasicBlock, Bottleneck, ResNet
 
 # By type of device, the first that serves is used.
-PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("mkldnn",), "cuda": ("cudnn", "triton")}
-ALIGNED = 8  # on a GPU, channels of images are filled up to a multiple: 16 bytes of bf16, as its tensor cores load them
+PREFERRED_PATHS: dict[str, tuple[str, ...]] = {"cpu": ("mkldnn",), "cuda": ("cudnn", "triton")}
+CHANNEL_MULTIPLE = 8  # on a GPU, images are padded to such a number of channels: tensor cores load 16 bytes of bf16
 
 
-def folded(module: nn.Module, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A copy for inference, in which the batch norms of `ResNet`s are part of the convolutions before them.
+def fold_batchnorm(module: nn.Module, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A copy for inference, in which the batch norms of `ResNet`s are folded into the convolutions before them.
 
-    The running statistics are constants then, and a pass over every map is saved.
+    The running statistics are constants in eval mode, so this saves a pass over every feature map.
 
     Args:
-        module: in whatever mode.
-        path: of `PREFERRED`, what also adds shortcuts and takes ReLUs; None: passes of their own.
-        dtype: number format of the `ResNet`s; only with a path.
+        module: in train or eval mode.
+        path: one of `PREFERRED_PATHS`, by which ReLUs and shortcuts are fused, too; None: they are not.
+        dtype: number format of the `ResNet`s if there is a path.
     """
     module = copy.deepcopy(module).eval()
     for part in list(module.modules()):
@@ -40,21 +40,21 @@ def folded(module: nn.Module, path: str | None = None, dtype: torch.dtype = torc
                 _fold(part, f"conv{number}", f"bn{number}")
             if isinstance(shortcut := getattr(part, "downsample", None), nn.Sequential):
                 _fold(shortcut, "0", "1")
-    if path is not None and (path not in RECTIFYING or _finite(module)):
+    if path is not None and (path not in FUSED_RELU_PATHS or _finite(module)):
         for part in _resnets(module):
             _fuse(part, path, dtype)
     return module
 
 
-def path_for(module: nn.Module, device: torch.device, dtype: torch.dtype, image_size: int, batch: int) -> str | None:
-    """The path of `PREFERRED` that serves for a module on a device; None: there is none, or nothing to fuse.
+def choose_path(module: nn.Module, device: torch.device, dtype: torch.dtype, image_size: int, batch: int) -> str | None:
+    """The first of `PREFERRED_PATHS` that works for a module on a device; None: there is none, or nothing to fuse.
 
     On a GPU each is tried before its first use for networks of one form, on random weights and images, which waits for
     the device. TWOVIEWS_KERNEL=0 turns them off there.
 
     Args:
-        module: of which `ResNet`s are fused.
-        device: where it is.
+        module: whose `ResNet`s are to be fused.
+        device: of the module.
         dtype: number format of the forward pass.
         image_size: H = W in px.
         batch: B.
@@ -63,18 +63,22 @@ def path_for(module: nn.Module, device: torch.device, dtype: torch.dtype, image_
     if not networks:
         return None
     if device.type == "cpu":
-        return next(iter(PREFERRED["cpu"]), None) if dtype == torch.float32 and convolutions_fuse() else None
+        return next(iter(PREFERRED_PATHS["cpu"]), None) if dtype == torch.float32 and convolutions_fuse() else None
     if os.environ.get("TWOVIEWS_KERNEL") == "0":
         return None
     reasons = []
-    for path in PREFERRED[device.type]:
+    for path in PREFERRED_PATHS[device.type]:
         if path == "cudnn" and (dtype == torch.float16 or torch.are_deterministic_algorithms_enabled()):
             # fp16 may overflow, which a ReLU that makes 0 of NaN would hide; and the operator knows no deterministic mode.
             continue
-        found = [reason for one in networks if (reason := reason_against(path, one, device, dtype, image_size, batch))]
-        if not found:
+        failures = [
+            reason
+            for network in networks
+            if (reason := reason_against(path, network, device, dtype, image_size, batch))
+        ]
+        if not failures:
             return path
-        reasons.append(f"{path}: {found[0]}")
+        reasons.append(f"{path}: {failures[0]}")
     if reasons and (key := (device, dtype)) not in _warned:
         _warned.add(key)
         warnings.warn(
@@ -101,13 +105,13 @@ def _fold(part: nn.Module, convolution: str, norm: str) -> None:
 
 
 def _fuse(network: ResNet, path: str, dtype: torch.dtype) -> None:
-    """Of a network whose batch norms are folded."""
+    """Replace the blocks of a network whose batch norms are folded by fused ones."""
     kind = {"mkldnn": _Mkldnn, "cudnn": _Cudnn, "triton": _Triton}[path]
     first = network.conv1
     if path == "mkldnn":
         network.add_module("conv1", kind(first))
     else:
-        missing = -first.in_channels % ALIGNED
+        missing = -first.in_channels % CHANNEL_MULTIPLE
         first.weight = nn.Parameter(nnf.pad(first.weight.detach(), (0, 0, 0, 0, 0, missing)))
         first.in_channels += missing
         network.add_module("conv1", nn.Sequential(_Input(first.in_channels, dtype), kind(first)))
@@ -128,7 +132,7 @@ def convolutions_fuse() -> bool:
 
 
 class _Input(nn.Module):
-    """Images in a network's number format, in channels_last, with channels of zeros up to a number."""
+    """Converts images to a number format and channels_last, and pads them with channels of zeros."""
 
     def __init__(self, channels: int, dtype: torch.dtype):
         super().__init__()
@@ -142,14 +146,14 @@ class _Input(nn.Module):
 
 
 class _Rectified(nn.Module):
-    """Abstract: a convolution, the shortcut that is added to it, and the ReLU behind them."""
+    """Abstract: a convolution, the shortcut that is added to its output, and a ReLU."""
 
     def __init__(self, convolution: nn.Conv2d):
         super().__init__()
         self.convolution = convolution
 
     def forward(self, x: Float[Tensor, "B C H W"], shortcut: Tensor | None = None) -> Float[Tensor, "B D _ _"]:
-        """Nothing below zero; the shortcut's memory may be written."""
+        """relu(convolution(x) + shortcut); the shortcut may be overwritten."""
         raise NotImplementedError
 
 
@@ -183,8 +187,8 @@ class _Triton(_Rectified):
         return self.offset(self.convolution(x), shortcut)
 
 
-# In these a fused ReLU may make 0 of what is no number, and what is broken has to be seen.
-RECTIFYING = ("mkldnn", "cudnn")
+# In these a fused ReLU may turn NaN into 0, which would hide a diverged network.
+FUSED_RELU_PATHS = ("mkldnn", "cudnn")
 
 
 class _Block(nn.Module):
@@ -202,16 +206,16 @@ class _Block(nn.Module):
         self.first, self.last = nn.Sequential(*map(kind, convolutions[:-1])), kind(convolutions[-1])
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D _ _"]:
-        """What the block makes of x, whose memory may be written."""
+        """The block's output; x may be overwritten."""
         return self.last(self.first(x), x if self.downsample is None else self.downsample(x))
 
 
-# --------------------------------------------------------------------------------------------------------- trying it out
+# ---------------------------------------------------------------------------------- comparison with plain convolutions
 
-DIFFERENT = 32  # images of a batch, which are repeated
+TRIAL_IMAGES = 32  # different images of the trial batch, which repeats them
 # Largest relative errors, against float32: some times those of the number format, and less than TF32's where fp32 is meant.
-APART = {torch.float32: 3e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
-TF32_APART = 1e-3
+MAX_ERROR = {torch.float32: 3e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
+MAX_ERROR_TF32 = 1e-3
 _reasons: dict[tuple, str | None] = {}
 _warned: set[tuple] = set()
 
@@ -219,14 +223,14 @@ _warned: set[tuple] = set()
 def reason_against(
     path: str, network: ResNet, device: torch.device, dtype: torch.dtype, image_size: int, batch: int
 ) -> str | None:
-    """Why a path does not serve for networks of this form on a GPU; None: it was seen to be right there."""
+    """Why a path cannot be used for networks of this form on a GPU; None: its results were compared there."""
     form = tuple((*part.weight.shape, *part.stride) for part in network.modules() if isinstance(part, nn.Conv2d))
     settings = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
     key = path, device, dtype, image_size, batch, *settings, type(network.maxpool), form
     if key not in _reasons:
         try:
             error = _error(path, network, device, dtype, image_size, batch)
-            largest = TF32_APART if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else APART[dtype]
+            largest = MAX_ERROR_TF32 if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else MAX_ERROR[dtype]
             _reasons[key] = None if error <= largest else f"an error of {error:.1g}"  # nan is not
         except Exception as error:  # of cuDNN, Triton, a driver
             _reasons[key] = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -237,7 +241,7 @@ def reason_against(
 def _error(path: str, network: ResNet, device: torch.device, dtype: torch.dtype, image_size: int, batch: int) -> float:
     """Relative error of the features of random images by a network of this form with random weights."""
     random = torch.Generator().manual_seed(0)
-    plain = folded(network).float()
+    plain = fold_batchnorm(network).float()
     for part in plain.modules():
         if isinstance(part, nn.Conv2d):
             # A quarter of the variance that He et al. give weights: blocks add to their shortcut little by little.
@@ -245,16 +249,16 @@ def _error(path: str, network: ResNet, device: torch.device, dtype: torch.dtype,
             part.weight.copy_(torch.randn(part.weight.shape, generator=random) * std)
             if part.bias is not None:
                 part.bias.copy_(torch.randn(part.bias.shape, generator=random) * 0.2)
-    images = torch.randn(DIFFERENT, network.conv1.in_channels, image_size, image_size, generator=random).to(device)
+    images = torch.randn(TRIAL_IMAGES, network.conv1.in_channels, image_size, image_size, generator=random).to(device)
     benchmark = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False  # not for this size of a batch
     try:
         expected = plain(images)
     finally:
         torch.backends.cudnn.benchmark = benchmark
-    times = -(-batch // DIFFERENT)
-    found, expected = (
-        folded(plain, path, dtype)(images.repeat(times, 1, 1, 1)[:batch]),
+    times = -(-batch // TRIAL_IMAGES)
+    fused, expected = (
+        fold_batchnorm(plain, path, dtype)(images.repeat(times, 1, 1, 1)[:batch]),
         expected.repeat(times, 1)[:batch],
     )
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+    return ((fused.double() - expected.double()).norm() / expected.double().norm()).item()

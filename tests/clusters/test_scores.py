@@ -9,7 +9,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, s
 
 from twoviews.clusters import scores as module
 from twoviews.clusters.kmeans import Clusters, kmeans
-from twoviews.clusters.scores import nmi_and_ari, scores, silhouette
+from twoviews.clusters.scores import clustering_scores, nmi_and_ari, silhouette
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,7 +25,7 @@ def clusters_of(assignment: list[int], k: int) -> Clusters:
 def of_labels(assignment: list[int], k: int, labels: list[int], previous: list[int] | None = None) -> dict[str, float]:
     before = None if previous is None else torch.tensor(previous)
     x = torch.zeros(len(assignment), 2)
-    return scores(x, clusters_of(assignment, k), labels=torch.tensor(labels), previous=before, seed=0)
+    return clustering_scores(x, clusters_of(assignment, k), labels=torch.tensor(labels), previous=before, seed=0)
 
 
 def test_perfect_but_for_the_names():
@@ -70,14 +70,18 @@ def test_the_matching_is_the_best_and_not_the_greedy_one():
 
 def test_stability_is_about_the_partition_and_not_its_names():
     first, x = [0, 0, 1, 1, 2, 2, 3, 3], torch.randn(8, 2)
-    same = scores(x, clusters_of([3, 3, 2, 2, 1, 1, 0, 0], 4), labels=None, previous=torch.tensor(first), seed=0)
-    other = scores(x, clusters_of([0, 1, 0, 1, 0, 1, 0, 1], 4), labels=None, previous=torch.tensor(first), seed=0)
+    same = clustering_scores(
+        x, clusters_of([3, 3, 2, 2, 1, 1, 0, 0], 4), labels=None, previous=torch.tensor(first), seed=0
+    )
+    other = clustering_scores(
+        x, clusters_of([0, 1, 0, 1, 0, 1, 0, 1], 4), labels=None, previous=torch.tensor(first), seed=0
+    )
     assert same["stability"] == pytest.approx(100)
     assert other["stability"] == pytest.approx(0, abs=1e-9)
-    assert "stability" not in scores(x, clusters_of(first, 4), labels=None, previous=None, seed=0)
+    assert "stability" not in clustering_scores(x, clusters_of(first, 4), labels=None, previous=None, seed=0)
     unknown = torch.tensor([-1, 1, -1, 1, -1, 3, -1, 3])
-    assert "stability" not in scores(x, clusters_of(first, 4), labels=None, previous=0 * unknown - 1, seed=0)
-    some = scores(x, clusters_of([3, 3, 2, 3, 1, 1, 0, 1], 4), labels=None, previous=unknown, seed=0)
+    assert "stability" not in clustering_scores(x, clusters_of(first, 4), labels=None, previous=0 * unknown - 1, seed=0)
+    some = clustering_scores(x, clusters_of([3, 3, 2, 3, 1, 1, 0, 1], 4), labels=None, previous=unknown, seed=0)
     assert some["stability"] == pytest.approx(100)
 
 
@@ -94,7 +98,7 @@ def test_agreement_is_scikit_learns(parts):
 
 def test_scores_of_real_clusters():
     x, y = digits()
-    found = scores(x, kmeans(x, 10, seed=0, iterations=20), labels=y, previous=None, seed=0)
+    found = clustering_scores(x, kmeans(x, 10, seed=0, iterations=20), labels=y, previous=None, seed=0)
     assert found["nmi"] > 65 and found["ari"] > 55 and found["accuracy"] > 65
     assert found["purity"] >= found["accuracy"]
     assert all(isinstance(value, float) for value in found.values())
@@ -106,7 +110,7 @@ def test_silhouette_is_scikit_learns(k):
     found = kmeans(x, k, seed=0)
     expected = silhouette_samples(x, found.assignment)
     assert silhouette(x, found, seed=0) == pytest.approx(expected.mean(), abs=1e-4)
-    assert scores(x, found, labels=None, previous=None, seed=0)["silhouette"] == silhouette(x, found, seed=0)
+    assert clustering_scores(x, found, labels=None, previous=None, seed=0)["silhouette"] == silhouette(x, found, seed=0)
 
 
 def test_silhouette_of_a_sample_sees_all_points(monkeypatch):
@@ -115,7 +119,7 @@ def test_silhouette_of_a_sample_sees_all_points(monkeypatch):
     whole = silhouette(x, found, seed=0)
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * len(x) * 70)  # seventy points at once
     assert silhouette(x, found, seed=0) == pytest.approx(whole, abs=1e-5)
-    monkeypatch.setattr(module, "SAMPLE", 400)
+    monkeypatch.setattr(module, "SILHOUETTE_SAMPLE", 400)
     assert silhouette(x, found, seed=0) == silhouette(x, found, seed=0) != silhouette(x, found, seed=1)
     for seed in range(3):
         assert silhouette(x, found, seed=seed) == pytest.approx(whole, abs=0.03)

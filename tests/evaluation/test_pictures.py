@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.manifold import trustworthiness
 
 from twoviews.evaluation import pictures
 from twoviews.evaluation.pictures import (
@@ -16,11 +14,10 @@ from twoviews.evaluation.pictures import (
     draw_comparison,
     draw_confusion,
     draw_knn_curve,
-    draw_map,
     draw_per_class,
     published_curve,
 )
-from twoviews.evaluation.scores import scores
+from twoviews.protocols.classification import classification_scores
 
 MOCO = {
     "method": {
@@ -43,13 +40,13 @@ LINES = [
 @pytest.fixture
 def drawn(monkeypatch):
     """The last figure that was saved, as an object."""
-    kept, save = [], pictures._save
+    kept, save = [], pictures.save_figure
 
     def keep(figure, path):
         kept.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(pictures, "_save", keep)
+    monkeypatch.setattr(pictures, "save_figure", keep)
     return kept
 
 
@@ -72,7 +69,7 @@ def twice(tmp_path: Path, draw: Callable[[Path], object]) -> np.ndarray:
 
 @pytest.mark.parametrize("classes", [10, 50])
 def test_confusion(classes, tmp_path, drawn):
-    found = scores(*probabilities(classes), [f"class {n}" for n in range(classes)])
+    found = classification_scores(*probabilities(classes), [f"class {n}" for n in range(classes)])
     twice(tmp_path, lambda path: draw_confusion(path, found.confusion, [r["class"] for r in found.per_class], "A"))
     axis = drawn[-1].axes[0]
     shares = axis.images[0].get_array()
@@ -84,26 +81,13 @@ def test_confusion(classes, tmp_path, drawn):
 
 def test_per_class(tmp_path, drawn):
     p, labels = probabilities(10)
-    found = scores(p[labels != 4], labels[labels != 4], list("abcdefghij"))
+    found = classification_scores(p[labels != 4], labels[labels != 4], list("abcdefghij"))
     draw_per_class(tmp_path / "bars.png", found.per_class, "A")
     axis = drawn[-1].axes[0]
     widths = [bar.get_width() for bar in axis.patches]
     assert widths == sorted((row["accuracy"] for row in found.per_class if row["images"]), reverse=True)
     assert "e (0)" not in [tick.get_text() for tick in axis.get_yticklabels()] and len(widths) == 9
     assert found.values["top1"] == pytest.approx(axis.lines[-1].get_xdata()[0])
-
-
-def test_map_keeps_neighbours_and_is_the_same_twice(tmp_path, drawn, monkeypatch):
-    monkeypatch.setattr(pictures, "MAPPED", 250)
-    x, y = (torch.from_numpy(values) for values in load_digits(return_X_y=True))
-    twice(tmp_path, lambda path: draw_map(path, x.float(), y.long(), list("0123456789"), "digits", seed=3))
-    points = drawn[-1].axes[0].collections[0]
-    rows = torch.randperm(len(x), generator=pictures.generator(3, "map"))[:250]
-    plane, unit = np.asarray(points.get_offsets()), torch.nn.functional.normalize(x[rows], dim=1)
-    assert [tuple(c) for c in points.get_facecolors()] == [pictures._colours(10)[n] for n in y[rows].tolist()]
-    assert [text.get_text() for text in drawn[-1].legends[0].get_texts()] == list("0123456789")
-    assert trustworthiness(unit.numpy(), plane, n_neighbors=5) > 0.9
-    draw_map(tmp_path / "few.png", x[:5].float(), None, (), "five images without labels")
 
 
 def test_knn_curve(tmp_path, drawn):

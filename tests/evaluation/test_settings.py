@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from test_configs import composed
 
 from twoviews.config.recorded import recorded_runtime
-from twoviews.evaluation.evaluation import protocols
+from twoviews.evaluation.evaluation import protocol_nodes
 
 
 def recorded(*overrides: str) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def recorded(*overrides: str) -> dict[str, Any]:
 
 def settings(*asked: str, run: dict[str, Any]) -> dict[str, Any]:
     cfg = composed("run=x", *asked, name="evaluate")
-    return OmegaConf.to_container(protocols(cfg, asked, run), resolve=True)  # type: ignore[return-value]
+    return OmegaConf.to_container(protocol_nodes(cfg, asked, run), resolve=True)  # type: ignore[return-value]
 
 
 def test_nested_settings_are_those_of_the_run() -> None:

@@ -6,12 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from adapting import LINEAR, assert_same, context, probe, some_digits, state, without_batch_norm
-from scipy.stats import binom
 
 from twoviews.data.corruptions import CORRUPTIONS, corrupt
 from twoviews.errors import BadInput
+from twoviews.protocols.classification import top1
 from twoviews.protocols.corruptions import Corruptions
-from twoviews.protocols.knn import top1
 from twoviews.protocols.protocol import EvaluationContext
 from twoviews.protocols.streams import Streams
 from twoviews.signatures import complaint, signature
@@ -63,16 +62,6 @@ def test_fewer_images_keep_the_shares_of_the_classes():
     assert len(streams.index.unique()) == 50
     whole = torch.bincount(context().data.test.labels, minlength=10) / 3
     assert (torch.bincount(streams.labels, minlength=10) - whole).abs().max() < 1
-
-
-def test_intervals_are_those_of_the_binomial_distribution():
-    streams = Streams(context(), ["fog"], [2], None, seed=0)
-    shares = torch.zeros(2, 150, dtype=torch.double)
-    shares[0, :120], shares[1] = 1, 1
-    found = streams.intervals(shares)
-    exact = [100 * binom.ppf(q, 150, 0.8) / 150 for q in (0.025, 0.975)]
-    torch.testing.assert_close(found[0], torch.tensor(exact, dtype=torch.double), atol=1, rtol=0)
-    assert found[1].tolist() == [100, 100]
 
 
 def test_all_fifteen():

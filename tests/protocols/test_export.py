@@ -12,8 +12,8 @@ from twoviews.backbones import Encoder, ResNet, Timm
 from twoviews.data.images import ImageData
 from twoviews.data.sources import digits
 from twoviews.data.views import eval_view
+from twoviews.encoders.opening import open_encoder
 from twoviews.errors import BadInput
-from twoviews.evaluation.source import open_source
 from twoviews.protocols import export
 from twoviews.protocols.export import Export
 from twoviews.protocols.protocol import EvaluationContext
@@ -68,12 +68,12 @@ def test_the_lines_beside_the_file_give_the_encoder(
     assert {path.name for path in tmp_path.iterdir()} == {"export"}
 
 
-def test_safetensors_are_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_safetensors_are_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     encoder = ResNet(1, 32, "basic", [1, 1, 1], width=8, stem="strided")
     made = context(encoder, tmp_path)
     assert Export("safetensors", 0)(made).values["difference"] == 0
-    again = open_source(str(tmp_path / "export" / "encoder.safetensors"), digits)
+    again = open_encoder(str(tmp_path / "export" / "encoder.safetensors"), digits)
     assert all(torch.equal(value, encoder.state_dict()[key]) for key, value in again.encoder.state_dict().items())
     assert (again.image_size, again.mean) == (32, made.data.mean)
     model = loaded(tmp_path / "export", "README.json", monkeypatch)

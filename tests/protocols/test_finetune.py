@@ -14,8 +14,9 @@ from twoviews.errors import BadInput
 from twoviews.features import embed
 from twoviews.layers import SplitBatchNorm, SyncBatchNorm, split_batch_norms, sync_batch_norms
 from twoviews.protocols import finetune
+from twoviews.protocols.classification import accuracies
 from twoviews.protocols.finetune import FineTune, layers
-from twoviews.protocols.labelled import accuracies, classifier, crops, labelled
+from twoviews.protocols.labelled import classifier, crops, labelled
 from twoviews.randomness import seed_of
 
 

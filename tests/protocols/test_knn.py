@@ -13,7 +13,8 @@ from torch.nn import functional as nnf
 from twoviews.data.sources import digits
 from twoviews.features import Features, Pixels
 from twoviews.protocols import knn
-from twoviews.protocols.knn import KNN, accuracies, knn_scores, top1
+from twoviews.protocols.classification import accuracies, mask_zeros, top1
+from twoviews.protocols.knn import KNN, knn_scores
 from twoviews.protocols.protocol import EvaluationContext
 
 
@@ -120,7 +121,7 @@ def test_protocol_measures_test_against_memory():
 def test_top5_by_a_loop():
     bank, queries = pixels()
     scores = knn_scores(queries.x, bank, 10, 5, 0.1)
-    found = accuracies(scores, queries.y)
+    found = accuracies(mask_zeros(scores), queries.y)
     right = 0
     for row, label in zip(scores.tolist(), queries.y.tolist(), strict=True):
         voted = [number for number in sorted(range(10), key=lambda n: -row[n]) if row[number] > 0]

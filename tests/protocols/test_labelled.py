@@ -17,8 +17,9 @@ from twoviews.config.checks import check
 from twoviews.data.sources import digits
 from twoviews.data.views import eval_view
 from twoviews.errors import BadInput
+from twoviews.protocols.classification import accuracies
 from twoviews.protocols.finetune import FineTune
-from twoviews.protocols.labelled import accuracies, classifier, crops, descend, labelled
+from twoviews.protocols.labelled import classifier, crops, labelled, train_classifier
 from twoviews.protocols.linear_augmented import LinearAugmented
 from twoviews.protocols.protocol import EvaluationContext
 from twoviews.schedule import Constant
@@ -97,7 +98,7 @@ def test_a_diverging_training_is_refused_with_its_epoch():
     loader, _ = crops(context, labelled(context)[0], 10, 1.0, 0.0, 0)
     optimizer = torch.optim.SGD(head.parameters(), lr=1e38)
     with pytest.raises(BadInput, match=r"diverged in epoch 1 .* learning rate of 1e\+38; use a smaller lr"):
-        descend(lambda x: head(x.flatten(1)), loader, optimizer, Constant(), 3, context)
+        train_classifier(lambda x: head(x.flatten(1)), loader, optimizer, Constant(), 3, context)
 
 
 @pytest.mark.parametrize(

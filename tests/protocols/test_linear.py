@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from twoviews.data.sources import digits
 from twoviews.errors import BadInput
 from twoviews.features import Features, Pixels
-from twoviews.protocols.knn import top1
+from twoviews.protocols.classification import top1
 from twoviews.protocols.linear import Linear, fit, held_out, temperature
 from twoviews.protocols.protocol import EvaluationContext
 

@@ -6,7 +6,7 @@ from test_labelled import same, small, state
 from torch import nn
 from torch.nn import functional as nnf
 
-from twoviews.protocols.knn import top1
+from twoviews.protocols.classification import top1
 from twoviews.protocols.labelled import classifier
 from twoviews.protocols.linear_augmented import LinearAugmented
 from twoviews.randomness import generator

@@ -9,7 +9,7 @@ from torch.nn import functional as nnf
 
 from twoviews.errors import BadInput
 from twoviews.features import Features
-from twoviews.protocols.knn import top1
+from twoviews.protocols.classification import top1
 from twoviews.protocols.linear import held_out
 from twoviews.protocols.linear_sgd import LinearSGD, sgd
 from twoviews.randomness import generator

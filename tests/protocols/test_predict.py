@@ -19,11 +19,10 @@ from twoviews.config.checks import check
 from twoviews.data.images import Images
 from twoviews.data.sources import digits, folder
 from twoviews.errors import BadInput
-from twoviews.evaluation import sheet
-from twoviews.evaluation.scores import calibration_error
 from twoviews.features import Pixels
 from twoviews.pictures import GAP, RED
-from twoviews.protocols import user_images
+from twoviews.protocols import neighbours_sheet, user_images
+from twoviews.protocols.classification import calibration_error
 from twoviews.protocols.embed import Embed
 from twoviews.protocols.linear import Linear
 from twoviews.protocols.neighbours import Neighbours, nearest_rows
@@ -314,16 +313,18 @@ def test_the_sheet_frames_what_is_of_another_class(tmp_path: Path) -> None:
     for labels, framed in (([0, 1], [[False, True, False], [True, False, True]]), (None, [[False] * 3] * 2)):
         own = grey([100, 200], labels)
         rows = [
-            sheet.Row(f"photo {i}.jpg", i, -1 if labels is None else labels[i], [0, 1, 2], [0.9, 0.8, 0.7])
+            neighbours_sheet.NeighbourRow(
+                f"photo {i}.jpg", i, -1 if labels is None else labels[i], [0, 1, 2], [0.9, 0.8, 0.7]
+            )
             for i in (0, 1)
         ]
-        sheet.draw_neighbours(tmp_path / "sheet.png", own, train, rows, ("cat", "кошка"), "title")
+        neighbours_sheet.draw_neighbours(tmp_path / "sheet.png", own, train, rows, ("cat", "кошка"), "title")
         picture = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
-        high, start, wide = 96 + 2 * sheet.LINE + GAP, GAP + 96 + GAP + 3 * GAP, 96 + GAP
-        assert picture.shape[0] == sheet.HEAD + 2 * high + GAP
+        high, start, wide = 96 + 2 * neighbours_sheet.LINE_PX + GAP, GAP + 96 + GAP + 3 * GAP, 96 + GAP
+        assert picture.shape[0] == neighbours_sheet.HEADING_PX + 2 * high + GAP
         found = []
         for row in range(2):
-            top = sheet.HEAD + row * high
+            top = neighbours_sheet.HEADING_PX + row * high
             assert (picture[top + 48, GAP + 48] == (100, 200)[row]).all()
             assert [picture[top + 48, start + wide * place + 48, 0] for place in range(3)] == [10, 20, 30]
             found.append([bool((picture[top - 2, start + wide * place + 48] == RED).all()) for place in range(3)])

@@ -1,6 +1,6 @@
 """K-means: faiss finds the nearest centroids on a CPU, matrix products on a GPU, and over-relaxed steps move them.
 
-Lloyd's step moves a centroid c to the mean m of its points; here it goes on to c + OVERSTEP (m - c). The sum of squared
+Lloyd's step moves a centroid c to the mean m of its points; here it goes on to c + OVERRELAXATION (m - c). The sum of squared
 distances to n points is n |c - m|^2 plus what does not depend on c, so that any factor up to 2 keeps Lloyd's guarantee
 that no step makes it larger. Close to 2 the centroids swing around the nearest optimum instead of creeping towards it, and
 ten steps end lower than the best of five times twenty plain ones (benchmarks/kmeans.py).
@@ -22,18 +22,18 @@ from twoviews.errors import BadInput
 from twoviews.randomness import generator
 from twoviews.ranges import Count, NotNegative
 
-OVERSTEP = 1.9
-JUDGES = 2_000  # points that tell whether a warm start is worth more than a cold one
-CHUNK_BYTES = 128 * 2**20  # of products of points and centroids held at once
+OVERRELAXATION = 1.9
+WARM_START_SAMPLE = 2_000  # points by which a warm start is compared with a cold one
+CHUNK_BYTES = 128 * 2**20  # of products of points and centroids held in memory
 # Of the default nredo: on digits one start with k = 8 or 10 ended up to 6.5 % above the best inertia known, the best of ten
-# 0.4 %. Up to so many clusters in all they cost no more than one clustering of as many.
-MOST_STARTS, CLUSTERS_OF_ALL_STARTS = 10, 80
-CONCENTRATION_RATIO = 10  # of the largest to the smallest, at most
+# 0.4 %. Ten starts of 8 clusters cost no more than one clustering into 80.
+MAX_STARTS, MAX_CLUSTERS_IN_ALL_STARTS = 10, 80
+CONCENTRATION_RATIO = 10  # at most, of a concentration to their mean or of the mean to it
 
 
 @dataclass(frozen=True)
 class Passes:
-    """The two computations that go through all points, for one kind of device."""
+    """The two computations over all points, implemented for one kind of device."""
 
     nearest: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # x, c -> squared distance [N], nearest centroid [N]
     sums: Callable[[Tensor, Tensor, int], Tensor]  # x, assignment, K -> sum of the rows of each cluster [K, D]
@@ -46,22 +46,22 @@ class Clusters:
     assignment: Int[Tensor, " N"]  # int64, 0 … K - 1: the nearest centroid
     centroids: Float[Tensor, "K D"]  # means as they are; unit rows if spherical
     distance: Float[Tensor, " N"]  # squared Euclidean distance to the centroid
-    iterations: int  # times that all points were assigned anew before these centroids stood
+    iterations: int  # assignments of all points before the centroids were final
 
     @property
     def sizes(self) -> Int[Tensor, " K"]:
-        """Points of each cluster; 0 is an empty one."""
+        """Number of points in each cluster."""
         return _sizes(self.assignment, len(self.centroids))
 
     @property
     def inertia(self) -> float:
-        """Sum of the squared distances, which k-means makes small."""
+        """Sum of the squared distances, which k-means minimizes."""
         return self.distance.double().sum().item()
 
 
 @dataclass(frozen=True)
 class Clustered:
-    """Clusterings of the training images at the start of an epoch."""
+    """Features of training images at the start of an epoch, and their clusterings."""
 
     x: Float[Tensor, "N D"]
     clusters: dict[str, Clusters]  # by name, such as "k250"
@@ -82,7 +82,7 @@ def kmeans(
     tolerance: NotNegative = 2e-3,
     max_points_per_centroid: Count = 1000,
 ) -> Clusters:
-    """K clusters of the rows of `x`, on its device; equal input gives equal bits there.
+    """Cluster the rows of `x` into K clusters, on its device; equal input gives equal bits there.
 
     CPUs and GPUs begin with the same points and differ by rounding. With several processes the first one computes, and all
     get its result.
@@ -120,11 +120,11 @@ def kmeans(
             begin = begin if begin is None or begin.is_floating_point() else begin[rows]
         search = _Search(sample, k, spherical, passes, drawn)
         warm = None if begin is None else search.warm(begin)
-        tried = [search.steps(search.cold() if warm is None else warm, iterations, tolerance)]
-        tried += [search.steps(search.cold(), iterations, tolerance) for _ in range((nredo or starts(k)) - 1)]
-        lowest = min(inertia for inertia, _, _ in tried)
+        candidates = [search.steps(search.cold() if warm is None else warm, iterations, tolerance)]
+        candidates += [search.steps(search.cold(), iterations, tolerance) for _ in range((nredo or starts(k)) - 1)]
+        lowest = min(inertia for inertia, _, _ in candidates)
         # The first, and not whichever rounding puts ahead, so that CPUs and GPUs choose alike.
-        _, centroids, steps = next(result for result in tried if result[0] - lowest <= tolerance * abs(lowest))
+        _, centroids, steps = next(result for result in candidates if result[0] - lowest <= tolerance * abs(lowest))
         assignment = passes.nearest(points, centroids)[1]
         # Not that of `nearest`, which has few digits where it is small.
         distance = (points - centroids[assignment]).square().sum(1)
@@ -135,8 +135,8 @@ def kmeans(
 
 
 def starts(k: int) -> int:
-    """How often k-means begins by default: the fewer the clusters, the more the result depends on the start."""
-    return max(1, min(MOST_STARTS, CLUSTERS_OF_ALL_STARTS // k))
+    """Default number of starts: the fewer the clusters, the more the result depends on the start."""
+    return max(1, min(MAX_STARTS, MAX_CLUSTERS_IN_ALL_STARTS // k))
 
 
 def _check(x: Float[Tensor, "N D"], k: int) -> None:
@@ -152,7 +152,7 @@ def _check(x: Float[Tensor, "N D"], k: int) -> None:
 
 @dataclass(frozen=True)
 class _Search:
-    """Ways to find K centroids of some points."""
+    """The search for K centroids of some points."""
 
     x: Float[Tensor, "N D"]
     k: int
@@ -161,20 +161,20 @@ class _Search:
     drawn: torch.Generator  # on the CPU, wherever the points are
 
     def warm(self, start: Int[Tensor, " N"] | Float[Tensor, "K D"]) -> Int[Tensor, " N"] | None:
-        """The assignment that a start amounts to; None if its means are worse than K points drawn at random.
+        """The assignment of a warm start; None if its means have a larger inertia than K points drawn at random.
 
-        Both are compared as they are before any step. Embeddings of consecutive epochs whose assignment was spoilt more
-        and more ended worse than from a cold start from about that point on.
+        Both are compared before any step. With assignments of the epoch before that were made worse and worse, the final
+        inertia exceeded that of a cold start from about this point on.
         """
         assignment = self.passes.nearest(self.x, start)[1] if start.is_floating_point() else start
         order = torch.randperm(len(self.x), generator=self.drawn).to(self.x.device)
-        random, judges = self.x[order[: self.k]], order[self.k : self.k + JUDGES]
+        random, sample = self.x[order[: self.k]], order[self.k : self.k + WARM_START_SAMPLE]
         m, _, _ = self._means(assignment)
-        distance = (self.x[judges] - m[assignment[judges]]).square().sum()
-        return assignment if distance <= self.passes.nearest(self.x[judges], random)[0].sum() else None
+        distance = (self.x[sample] - m[assignment[sample]]).square().sum()
+        return assignment if distance <= self.passes.nearest(self.x[sample], random)[0].sum() else None
 
     def cold(self) -> Int[Tensor, " N"]:
-        """The nearest of K points that are drawn as k-means++ does, but in rounds of as many as there are already."""
+        """An assignment to K points drawn as in k-means++, but in rounds that each double the number of points."""
         distance = self.x.new_full((len(self.x),), torch.inf)
         assignment = torch.zeros(len(self.x), dtype=torch.long, device=self.x.device)
         rows, count = torch.randint(len(self.x), (1,), generator=self.drawn).to(self.x.device), 0
@@ -190,7 +190,7 @@ class _Search:
     def steps(
         self, assignment: Int[Tensor, " N"], iterations: int, tolerance: float
     ) -> tuple[float, Float[Tensor, "K D"], int]:
-        """Inertia, means and number of steps, from an assignment on."""
+        """Inertia, means and number of steps after Lloyd's iterations from an assignment."""
         power = torch.linalg.vector_norm(self.x, dim=1).double().square().sum()
         c, inertia = self.x[:1].expand(self.k, -1), float("inf")
         for step in range(iterations + 1):
@@ -200,7 +200,7 @@ class _Search:
             before, (inertia, empty) = inertia, torch.stack((power + rest, (sizes == 0).sum().double())).tolist()
             if step == iterations or before - inertia <= tolerance * inertia:
                 break
-            c = c + OVERSTEP * (m - c) if step > 0 else m.clone()
+            c = c + OVERRELAXATION * (m - c) if step > 0 else m.clone()
             if empty:
                 rows = self._far((self.x - m[assignment]).square().sum(1), int(empty))
                 c[(sizes == 0).nonzero()[: len(rows), 0]] = self.x[rows]
@@ -211,7 +211,7 @@ class _Search:
     def _means(
         self, assignment: Int[Tensor, " N"]
     ) -> tuple[Float[Tensor, "K D"], Int[Tensor, " K"], Float[Tensor, ""]]:
-        """Means, of unit length if spherical; sizes; the inertia about them without the sum of |x|^2."""
+        """Means (unit vectors if spherical), sizes, and the inertia about the means minus the sum of |x|^2."""
         sizes, total = _sizes(assignment, self.k), self.passes.sums(self.x, assignment, self.k)
         m = nnf.normalize(total, dim=1) if self.spherical else total / sizes.clamp(min=1)[:, None]
         return m, sizes, (sizes * m.double().square().sum(1) - 2 * (m.double() * total).sum(1)).sum()
@@ -227,7 +227,7 @@ class _Search:
 
 
 def passes_on(device: torch.device) -> Passes:
-    """How points on that device are gone through: by faiss on a CPU, by matrix products on a GPU.
+    """The implementation for a device: faiss on a CPU, matrix products on a GPU.
 
     faiss's own search on a GPU is such a product as well, and needs a build of its own with libraries of CUDA 12.
     """
@@ -236,7 +236,7 @@ def passes_on(device: torch.device) -> Passes:
 
 def by_faiss() -> Passes:
     """faiss's exact search, for points on the CPU."""
-    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells which instruction sets it has tried
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells which instruction sets it has candidates
     import faiss  # here: some builds crash if they are loaded before torch, or hang in a process forked after
 
     faiss.omp_set_num_threads(torch.get_num_threads())  # it counts threads of its own
@@ -254,10 +254,10 @@ def by_faiss() -> Passes:
 
 
 def by_products() -> Passes:
-    """Matrix products in float32 without TF32, and sums over sorted rows; for any device, where it waits for nothing.
+    """Matrix products in float32 without TF32, and sums over sorted rows; for any device, without synchronizing with it.
 
-    The products of CHUNK_BYTES are held at once. No sum depends on the order in which threads come to it, and rows are
-    added in the order that they have in `x`, as on a CPU.
+    Up to CHUNK_BYTES of products are in memory. No sum depends on the order of threads: rows are added in the order that
+    they have in `x`, as on a CPU.
     """
 
     def nearest(x: Float[Tensor, "N D"], c: Float[Tensor, "K D"]) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
@@ -293,7 +293,7 @@ def _full_precision() -> Iterator[None]:
 
 
 def _sizes(assignment: Int[Tensor, " N"], k: int) -> Int[Tensor, " {k}"]:
-    """Points of each cluster; unlike bincount without asking the device for the largest number."""
+    """Number of points in each cluster; bincount would synchronize with the device."""
     return assignment.new_zeros(k).index_add_(0, assignment, torch.ones_like(assignment))
 
 

@@ -1,4 +1,4 @@
-"""How good a clustering is: against labels where there are any, else by its own geometry, and against the epoch before.
+"""Scores of a clustering: against labels or, without them, by its geometry, and against the epoch before.
 
 Shapes: N points, D dimensions, K clusters.
 """
@@ -10,12 +10,12 @@ from torch import Tensor
 from twoviews.clusters.kmeans import Clusters, concentration
 from twoviews.randomness import generator
 
-SAMPLE = 2_000  # points whose silhouette is taken; the mean of so many is within 0.02 of that of all
-CHUNK_BYTES = 64 * 2**20  # of distances held at once
-DENSE = 6  # pairs of clusters for each point up to which a table of all of them is quicker than sorting the points
+SILHOUETTE_SAMPLE = 2_000  # points; their mean silhouette is within 0.02 of that of all points
+CHUNK_BYTES = 64 * 2**20  # of distances held in memory
+MAX_TABLE_CELLS_PER_POINT = 6  # in a larger table of pairs of clusters, sorting the points is faster
 
 
-def scores(
+def clustering_scores(
     x: Float[Tensor, "N D"],
     clusters: Clusters,
     *,
@@ -23,7 +23,7 @@ def scores(
     previous: Int[Tensor, " N"] | None,
     seed: int,
 ) -> dict[str, float]:
-    """Numbers worth logging of one clustering of `x`.
+    """Scores of one clustering of `x`.
 
     Always: `largest` and `smallest` (points of those clusters that have any), `empty` (clusters without points), and
     `concentration_min` and `concentration_max` (of PCL's concentrations, in units of their mean, the temperature: from
@@ -32,7 +32,7 @@ def scores(
     (points that have the most frequent label of their cluster) and `accuracy` (points that have the label which a
     one-to-one matching gives their cluster: the best matching, found by the Hungarian algorithm; with more clusters than
     classes the clusters left over count as wrong, so then it is far below purity, and with fewer the classes left over).
-    Without labels: `silhouette` in [-1, 1], of at most SAMPLE points drawn by `seed`, each against all N.
+    Without labels: `silhouette` in [-1, 1], of at most SILHOUETTE_SAMPLE points drawn by `seed`, each against all N.
     With previous: `stability`, the NMI of this assignment with that one, in percent.
 
     Args:
@@ -44,7 +44,7 @@ def scores(
     """
     assignment, sizes = clusters.assignment.cpu(), clusters.sizes.cpu()
     filled, phi = sizes[sizes > 0], concentration(clusters, 1.0).cpu()
-    found = {
+    values = {
         "largest": float(filled.max()),
         "smallest": float(filled.min()),
         "empty": float(len(sizes) - len(filled)),
@@ -53,27 +53,27 @@ def scores(
     }
     if labels is not None:
         labels = labels.cpu()
-        found["nmi"], found["ari"] = nmi_and_ari(labels, assignment)
-        found["accuracy"], found["purity"] = accuracy_and_purity(assignment, labels)
+        values["nmi"], values["ari"] = nmi_and_ari(labels, assignment)
+        values["accuracy"], values["purity"] = accuracy_and_purity(assignment, labels)
     else:
-        found["silhouette"] = silhouette(x, clusters, seed)
+        values["silhouette"] = silhouette(x, clusters, seed)
     if previous is not None and (previous := previous.cpu()).max() >= 0:
         if previous.min() < 0:  # choosing points takes as long as what follows
             known = previous >= 0
             previous, assignment = previous[known], assignment[known]
-        found["stability"], _ = nmi_and_ari(previous, assignment)
-    return found
+        values["stability"], _ = nmi_and_ari(previous, assignment)
+    return values
 
 
 def nmi_and_ari(one: Int[Tensor, " N"], other: Int[Tensor, " N"]) -> tuple[float, float]:
-    """Agreement of two partitions in percent, as scikit-learn defines it, which takes several times as long.
+    """NMI and ARI of two partitions in percent, by scikit-learn's definitions; its own take several times as long.
 
     Two partitions into one part each agree fully.
     """
     width = int(other.max()) + 1
     n, a, b = len(one), torch.bincount(one), torch.bincount(other)
     pairs = one * width + other
-    if len(a) * width <= DENSE * n:
+    if len(a) * width <= MAX_TABLE_CELLS_PER_POINT * n:
         table = torch.bincount(pairs)
         pairs = table.nonzero()[:, 0]  # only those that some point is in
         joint = table[pairs]
@@ -93,7 +93,7 @@ def nmi_and_ari(one: Int[Tensor, " N"], other: Int[Tensor, " N"]) -> tuple[float
 
 
 def accuracy_and_purity(assignment: Int[Tensor, " N"], labels: Int[Tensor, " N"]) -> tuple[float, float]:
-    """Points with the label of their cluster, in percent: by the best one-to-one matching, and by majority."""
+    """Points that have the label of their cluster, in percent, if labels are matched one to one, and by majority."""
     from scipy.optimize import linear_sum_assignment
 
     classes = int(labels.max()) + 1
@@ -112,7 +112,7 @@ def silhouette(x: Float[Tensor, "N D"], clusters: Clusters, seed: int) -> float:
     1987). Clusters are not thinned out: with hundreds of them a sample would hold few points of each.
     """
     n, assignment = len(x), clusters.assignment
-    sample = torch.randperm(n, generator=generator(seed, "silhouette"))[:SAMPLE].to(x.device)
+    sample = torch.randperm(n, generator=generator(seed, "silhouette"))[:SILHOUETTE_SAMPLE].to(x.device)
     sizes = clusters.sizes.float()
     values = []
     for points in sample.split(max(1, CHUNK_BYTES // (4 * n))):

@@ -1,4 +1,4 @@
-"""The picture sheet of a clustering: made to see at a glance what its clusters have in common, and what they mix."""
+"""A sheet of clusters, each with its images nearest to and farthest from the centroid."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,15 +10,16 @@ from torch import Tensor
 
 from twoviews.clusters.kmeans import Clusters
 from twoviews.data.images import Images
+from twoviews.files import open_atomic
 from twoviews.pictures import GAP, GREY, RED, fitted, font, squares
 
-ROWS = 20  # clusters shown at most
-NEAREST, FARTHEST = 10, 4  # images of each
-CAPTION, HEAD = 220, 90  # px: width of the captions, height of the heading
+MAX_ROWS = 20  # clusters
+NEAREST, FARTHEST = 10, 4  # images of each cluster
+CAPTION_PX, HEADING_PX = 220, 90  # width of the captions, height of the heading
 
 
 @dataclass(frozen=True)
-class Row:
+class ClusterRow:
     """A cluster on the sheet."""
 
     cluster: int
@@ -28,7 +29,7 @@ class Row:
     looseness: float  # mean squared distance to the centroid
 
     def caption(self, classes: Sequence[str]) -> list[str]:
-        """Its lines of text."""
+        """The lines of text beside its images."""
         images = f"{len(self.members):,} image" + ("s" if len(self.members) > 1 else "")
         if self.majority < 0:
             return [f"cluster {self.cluster}", images, f"distance {self.looseness:.3g}"]
@@ -36,13 +37,13 @@ class Row:
 
     @property
     def shown(self) -> list[int]:
-        """The images to show: its nearest, then its farthest, each once."""
+        """The images to show: the nearest to the centroid, then the farthest, each once."""
         members = self.members.tolist()
         return members[:NEAREST] + members[NEAREST:][-FARTHEST:]
 
 
-def rows(clusters: Clusters, labels: Int[Tensor, " N"] | None) -> list[Row]:
-    """All clusters that have images, the purest first; without labels the tightest first."""
+def cluster_rows(clusters: Clusters, labels: Int[Tensor, " N"] | None) -> list[ClusterRow]:
+    """A row for each cluster that has images, the purest first; without labels the tightest first."""
     order = clusters.distance.argsort(stable=True).cpu()
     order = order[clusters.assignment.cpu()[order].argsort(stable=True)]
     distance, made = clusters.distance.cpu(), []
@@ -52,19 +53,19 @@ def rows(clusters: Clusters, labels: Int[Tensor, " N"] | None) -> list[Row]:
             if labels is not None:
                 counts = torch.bincount(labels.cpu()[members])
                 majority, purity = int(counts.argmax()), counts.max().item() / len(members)
-            made.append(Row(cluster, members, majority, purity, distance[members].mean().item()))
+            made.append(ClusterRow(cluster, members, majority, purity, distance[members].mean().item()))
     return sorted(made, key=lambda row: (-row.purity, row.looseness))
 
 
-def spread(ordered: Sequence[Row], count: int = ROWS) -> list[Row]:
-    """So many of the rows at even steps from the first to the last: the good, the middling and the bad."""
+def evenly_spaced(ordered: Sequence[ClusterRow], count: int = MAX_ROWS) -> list[ClusterRow]:
+    """At most `count` rows at even steps from the first to the last."""
     if len(ordered) <= count:
         return list(ordered)
     return [ordered[round(place)] for place in torch.linspace(0, len(ordered) - 1, count).tolist()]
 
 
 def draw_clusters(path: Path, images: Images, clusters: Clusters, classes: Sequence[str], title: str) -> None:
-    """A row for each of at most ROWS clusters: what it is, its images nearest to the centroid and those farthest away.
+    """Draw a row for each of at most MAX_ROWS clusters: a caption, the images nearest to the centroid, and the farthest.
 
     Where there are labels, the rows go from the purest to the most mixed cluster, and images that are not of their
     cluster's commonest class have a red frame; else from the tightest to the loosest.
@@ -79,33 +80,32 @@ def draw_clusters(path: Path, images: Images, clusters: Clusters, classes: Seque
     from PIL import Image, ImageDraw
 
     labels = images.labels
-    ordered = rows(clusters, labels)
-    shown = spread(ordered)
+    ordered = cluster_rows(clusters, labels)
+    shown = evenly_spaced(ordered)
     pictures = squares(images, sorted({image for row in shown for image in row.shown}))
     side = max(picture.width for picture in pictures.values())
     step = side + GAP
-    wide = CAPTION + (NEAREST + FARTHEST) * step + 3 * GAP
-    sheet = Image.new("RGB", (wide, HEAD + len(shown) * step + GAP), "white")
+    wide = CAPTION_PX + (NEAREST + FARTHEST) * step + 3 * GAP
+    sheet = Image.new("RGB", (wide, HEADING_PX + len(shown) * step + GAP), "white")
     draw, plain, bold = ImageDraw.Draw(sheet), font("DejaVuSans"), font("DejaVuSans-Bold")
-    edge = CAPTION + NEAREST * step + 3 * GAP  # a wider gap sets the farthest images apart
+    edge = CAPTION_PX + NEAREST * step + 3 * GAP  # a wider gap sets the farthest images apart
     draw.text((GAP, 8), title, "black", bold)
     draw.text((GAP, 34), _explanation(len(shown), len(ordered), labels is not None), GREY, plain)
-    draw.text((CAPTION, HEAD - 26), "nearest to the centroid", GREY, plain)
-    draw.text((edge, HEAD - 26), "farthest from it", GREY, plain)
+    draw.text((CAPTION_PX, HEADING_PX - 26), "nearest to the centroid", GREY, plain)
+    draw.text((edge, HEADING_PX - 26), "farthest from it", GREY, plain)
     for number, row in enumerate(shown):
-        top = HEAD + number * step
+        top = HEADING_PX + number * step
         for line, text in enumerate(row.caption(classes)):
             face = bold if line == 2 else plain
-            text = fitted(text, face, CAPTION - 2 * GAP)
+            text = fitted(text, face, CAPTION_PX - 2 * GAP)
             draw.text((GAP, top + side / 2 - 34 + 24 * line), text, "black" if line else GREY, face)
         for place, image in enumerate(row.shown):
-            left = CAPTION + place * step if place < NEAREST else edge + (place - NEAREST) * step
+            left = CAPTION_PX + place * step if place < NEAREST else edge + (place - NEAREST) * step
             sheet.paste(pictures[image], (left, top))
             if labels is not None and labels[image] != row.majority:
                 draw.rectangle((left - 3, top - 3, left + side + 2, top + side + 2), outline=RED, width=3)
-    new = path.with_name(path.name + ".new")
-    sheet.save(new, format="PNG")
-    new.replace(path)
+    with open_atomic(path) as file:
+        sheet.save(file, format="PNG")
 
 
 def _explanation(shown: int, there: int, labelled: bool) -> str:

@@ -56,6 +56,8 @@ class Cluster:
     seed: Seed
     nredo: Count | None
     temperature: Temperature
+    mean: Sequence[Fraction] | None
+    std: Sequence[Annotated[float, Range(above=0, at_most=1)]] | None
 
 
 ROOTS: dict[str, type] = {"train": Train, "evaluate": Evaluate, "cluster": Cluster}

@@ -7,10 +7,10 @@ Shapes: B images of a batch, F features, K classes, N supports.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from twoviews.errors import BadInput
 from twoviews.layers import SplitBatchNorm, SyncBatchNorm
+from twoviews.protocols.classification import bootstrap_interval
 from twoviews.protocols.linear import Linear, Probe
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.protocols.streams import Classify, Streams, headline
@@ -43,7 +44,7 @@ class Model(nn.Module):
         self.requires_grad_(False).eval()
 
     def features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
-        """What the classifier's weights are about: standardised features, float32."""
+        """Standardised features in float32, which the linear classifier takes."""
         with autocast(self.device, self.dtype):
             x = self.encoder(images)
         return self.probe.standardised(x.float())
@@ -53,7 +54,7 @@ class Model(nn.Module):
         return self.probe.linear(self.features(images))
 
     def batch_norms(self) -> list[_BatchNorm]:
-        """Its batch norms, which from now on normalise by the statistics of the batch; dropout stays off."""
+        """Its batch norms, switched to normalise by the statistics of the batch; dropout stays off."""
         norms = [module for module in self.encoder.modules() if isinstance(module, _BatchNorm)]
         for norm in norms:
             norm.train()
@@ -84,16 +85,16 @@ def affine(norms: Sequence[_BatchNorm], protocol: str) -> list[nn.Parameter]:
 
 
 def entropy(logits: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
-    """Of each softmax, in nats."""
+    """Entropy of each softmax, in nats."""
     return -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
 
 
 class Memory:
-    """Features with pseudo-labels, of which each class keeps those of smallest entropy; at first the classifier's rows.
+    """Features with pseudo-labels; each class keeps those of smallest entropy. It begins with the classifier's weights.
 
     Args:
         linear: the classifier.
-        per_class: how many a class keeps; None is all.
+        per_class: features that a class keeps; None is all.
     """
 
     z: Float[Tensor, "N F"]
@@ -110,7 +111,7 @@ class Memory:
         return self.logits.argmax(1)
 
     def add(self, z: Float[Tensor, "B F"], logits: Float[Tensor, "B K"]) -> None:
-        """Append a batch, then filter."""
+        """Append a batch, then keep `per_class` features of each class."""
         self.z, self.logits = torch.cat([self.z, z.detach()]), torch.cat([self.logits, logits.detach()])
         if self.per_class is not None:
             order = entropy(self.logits).argsort(stable=True)
@@ -121,7 +122,7 @@ class Memory:
             self.z, self.logits = self.z[kept], self.logits[kept]
 
     def prototypes(self) -> Float[Tensor, "K F"]:
-        """Sums of the unit features of each class; 0 for a class without any."""
+        """Sum of the unit features of each class; 0 for a class that has none."""
         return nnf.one_hot(self.labels, self.logits.shape[1]).T.to(self.z.dtype) @ nnf.normalize(self.z, dim=1)
 
 
@@ -149,11 +150,16 @@ class Adaptation(Protocol):
 
     @property
     def label(self) -> str:
-        """What it is called in tables."""
+        """Its name in tables."""
         return type(self).__name__.lower()
 
+    @classmethod
+    def settings_from_others(cls, protocols: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The settings of the run's linear probe."""
+        return {"linear": protocols["linear"]} if "linear" in protocols else {}
+
     def start(self, model: Model) -> Classify:
-        """A classifier for one stream; `model` is its own to change."""
+        """A classifier for one stream, which may change `model`."""
         raise NotImplementedError
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
@@ -172,7 +178,7 @@ class Adaptation(Protocol):
         tables = {"none": streams.table(before), name: streams.table(after)}
         values = {**headline(tables[name], "top1"), **headline(tables["none"], "unadapted")}
         difference = after.shares[-1:] - before.shares[-1:]
-        low, high = streams.intervals(difference)[0].tolist()
+        low, high = bootstrap_interval(100 * difference[0], self.seed)
         values |= {"gain": 100 * difference.mean().item(), "gain_low": low, "gain_high": high}
         rows = [
             {"method": method, **row}

@@ -4,8 +4,9 @@ The corruptions of CIFAR-10-C and ImageNet-C, arXiv:1903.12261, made on the fly 
 procedural substitute). The probe has seen clean images only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,6 +37,11 @@ class Corruptions(Protocol):
     images: Count | None
     seed: Seed
     every_epochs: Index
+
+    @classmethod
+    def settings_from_others(cls, protocols: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The settings of the run's linear probe."""
+        return {"linear": protocols["linear"]} if "linear" in protocols else {}
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1 is the mean over corruptions and severities; `clean` the accuracy on the same images as they are.

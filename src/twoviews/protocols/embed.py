@@ -1,4 +1,4 @@
-"""Features to take elsewhere: embeddings.npz of a split, or of pictures of one's own.
+"""Write features to a file for other programs: embeddings.npz of a split, or of the user's own images.
 
 Shapes: N images, F features.
 """
@@ -10,6 +10,7 @@ import torch
 
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
+from twoviews.files import open_atomic
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.protocols.user_images import embed_user_images, grey_notes, image_paths
 from twoviews.ranges import Index
@@ -30,11 +31,11 @@ class Embed(Protocol):
         self.split, self.images, self.every_epochs = split, images, every_epochs
 
     def notes(self, data: ImageData) -> list[str]:
-        """That colours are lost, if they are."""
+        """A sentence if colours are lost."""
         return grey_notes(self.images, data)
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
-        """Numbers of images and features; broken files have no row in embeddings.npz and one each in the table.
+        """The values `images` and `features` are their numbers; files that cannot be decoded are in the table `broken`.
 
         Raises:
             BadInput: there are no such images, or none of them is a sound picture.
@@ -51,9 +52,7 @@ class Embed(Protocol):
             raise BadInput(f"images={self.images}: none of them is a sound picture ({tables['broken'][0]['broken']}).")
         if context.folder is not None:
             labels = torch.full((len(x),), -1) if images.labels is None else images.labels.long().cpu()
-            path = context.folder / "embeddings.npz"
-            new = path.with_name(path.name + ".new")
-            with new.open("wb") as file:
+            with open_atomic(context.folder / "embeddings.npz") as file:
                 np.savez(
                     file,
                     features=x.cpu().numpy(),
@@ -61,5 +60,4 @@ class Embed(Protocol):
                     paths=np.array(images.paths or [""] * len(x)),
                     classes=np.array(context.data.classes, dtype=str),
                 )
-            new.replace(path)
         return EvaluationResult({"images": float(len(x)), "features": float(x.shape[1])}, tables=tables)

@@ -1,4 +1,4 @@
-"""The encoder in the formats of others, loaded back and compared on real images before it counts as written."""
+"""Export the encoder in formats of other libraries; each file is loaded again and compared on images."""
 
 import copy
 import importlib
@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from twoviews.backbones import Encoder, ResNet, Timm
 from twoviews.data.views import eval_view
 from twoviews.encoder_file import load_encoder, weight_file
+from twoviews.encoders.networks import RESNETS
 from twoviews.errors import BadInput
-from twoviews.evaluation.source import RESNETS
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.ranges import Index
 
-COMPARED = 32  # images that the file and the encoder are compared on
+COMPARED_IMAGES = 32
 TOLERANCE = 1e-4  # of a feature, or of the largest feature where that is above 1
 NOTE = "The stem is one for small images: replace conv1 and maxpool as shown before loading the weights."
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
 class Export(Protocol):
-    """Writes the encoder to the folder export: the file, and beside it what it is, how to load it and how to feed it.
+    """Writes the encoder to the folder export, with a description of how to load it and how to prepare its images.
 
     Args:
         format: "torchvision" and "timm" are weights for their networks of the same name, "safetensors" is read by
@@ -42,7 +42,7 @@ class Export(Protocol):
         self.format, self.every_epochs = format, every_epochs
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
-        """difference: the largest one between a feature of the encoder and of the file loaded back, on real images.
+        """The value `difference` is the largest one between a feature of the encoder and of the exported file.
 
         Raises:
             BadInput: the format has no such network or needs what is not installed, or the difference is too large.
@@ -86,15 +86,15 @@ class Export(Protocol):
 
 
 def _images(context: EvaluationContext) -> Float[Tensor, "B C S S"]:
-    """The first test images (training images, where there are none) as the encoder is fed them."""
+    """The first test images (training images, if there are none) as the encoder takes them."""
     data = context.data
     split = data.test or data.train
-    pixels, sizes, _ = next(split.batches(COMPARED, torch.arange(min(COMPARED, len(split)))))
+    pixels, sizes, _ = next(split.batches(COMPARED_IMAGES, torch.arange(min(COMPARED_IMAGES, len(split)))))
     return eval_view(pixels.cpu(), sizes, size=data.size, crop=1.0, mean=data.mean, std=data.std)
 
 
 def _library_name(encoder: Encoder, library: str) -> tuple[str, str]:
-    """What torchvision and timm call a ResNet, and the kind of its stem."""
+    """The name of a ResNet in torchvision and timm, and the kind of its stem."""
     recipe = getattr(encoder, "recipe", {})
     for name, (block, depths) in RESNETS.items():
         if isinstance(encoder, ResNet) and (recipe["block"], recipe["depths"], recipe["width"]) == (block, depths, 64):
@@ -111,7 +111,7 @@ def _library_name(encoder: Encoder, library: str) -> tuple[str, str]:
 
 
 def _stem(stem: str, channels: int) -> tuple[Sequence[nn.Module | None], list[str]]:
-    """Modules conv1 and maxpool of a network for small images in place of ImageNet's, and the lines that put them in."""
+    """Modules that replace conv1 and maxpool of an ImageNet network (None: unchanged), and the code that does it."""
     if stem == "imagenet":
         if channels == 3:
             return [None, None], []

@@ -1,4 +1,4 @@
-"""Few labels: how good a classifier gets that is given the labels of some of the images, over several draws of them.
+"""Few labels: accuracy of classifiers that learn from the labels of a few images, over several draws of these.
 
 The linear probe of `linear` on frozen features and, if asked for, fine-tuning. The draws are stratified and our own, not
 the lists of ImageNet files that SimCLR published.
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from twoviews.errors import BadInput
 from twoviews.features import Features
+from twoviews.protocols.classification import accuracies, top1
 from twoviews.protocols.finetune import FineTune
-from twoviews.protocols.knn import top1
-from twoviews.protocols.labelled import accuracies, labelled
+from twoviews.protocols.labelled import labelled
 from twoviews.protocols.linear import Probe, fit, held_out
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import generator
@@ -25,7 +25,7 @@ from twoviews.ranges import Count, Index, Length, NotNegative, Range, Seed
 
 
 def quota(y: Int[Tensor, " N"], classes: int, share: float) -> tuple[Int[Tensor, " C"], int]:
-    """Images of each class that make up a share of all, rounded, and how many classes had to be raised to one image."""
+    """Number of images of each class for a share of all, rounded, and the number of classes that were raised to one image."""
     members = torch.bincount(y, minlength=classes).cpu()
     wanted = (share * members).round().long()
     raised = (wanted == 0) & (members > 0)
@@ -33,7 +33,7 @@ def quota(y: Int[Tensor, " N"], classes: int, share: float) -> tuple[Int[Tensor,
 
 
 def drawn(y: Int[Tensor, " N"], counts: Int[Tensor, " C"], *key: int | str) -> Int[Tensor, " n"]:
-    """Sorted index of so many random images of each class, a function of `key`."""
+    """Sorted indices of random images, `counts` of each class; a function of `key`."""
     labels = y.cpu()
     order = torch.randperm(len(labels), generator=generator("few labels", *key))
     parts = [order[labels[order] == label][:count] for label, count in enumerate(counts.tolist())]
@@ -83,16 +83,16 @@ class FewLabels(Protocol):
         self.finetune, self.seed, self.every_epochs = finetune, seed, every_epochs
 
     def settings(self, context: EvaluationContext) -> dict[str, tuple[Int[Tensor, " C"], str]]:
-        """Images of each class by the name of the setting, and what has to be said about it.
+        """For each setting by name: the number of images of each class, and a note for the user.
 
         Raises:
             BadInput: a class has fewer images than are asked of each.
         """
-        y, names, found = context.memory.y, context.data.classes, {}
+        y, names, settings = context.memory.y, context.data.classes, {}
         for share in self.shares:
             counts, raised = quota(y, len(names), share)
             note = f"{raised} of {len(names)} classes would have no image and give one" if raised else ""
-            found[f"{100 * share:g}pct"] = counts, note
+            settings[f"{100 * share:g}pct"] = counts, note
         members = torch.bincount(y, minlength=len(names)).cpu()
         for count in self.per_class:
             if count > members.min():
@@ -101,8 +101,8 @@ class FewLabels(Protocol):
                     f"protocol.few_labels.per_class has {count}, but class '{names[least]}' has {members[least]} memory images; "
                     f"use at most {members[least]}."
                 )
-            found[f"{count}_per_class"] = torch.full_like(members, count), ""
-        return found
+            settings[f"{count}_per_class"] = torch.full_like(members, count), ""
+        return settings
 
     def probe(self, memory: Features, index: Int[Tensor, " n"], classes: int) -> Probe:
         """Softmax regression on some of the memory images, standardised like all of them, which takes no labels."""
@@ -116,8 +116,8 @@ class FewLabels(Protocol):
         if len(self.weight_decays) == 1 or len(y[chooses].unique()) < len(y.unique()):
             return max(self.weight_decays)
         fits = [fit(x[rest], y[rest], classes, candidate, self.iterations) for candidate in self.weight_decays]
-        found = [top1(linear(x[chooses]), y[chooses]) for linear in fits]
-        return self.weight_decays[found.index(max(found))]
+        held_out_top1 = [top1(linear(x[chooses]), y[chooses]) for linear in fits]
+        return self.weight_decays[held_out_top1.index(max(held_out_top1))]
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1_<setting> and top1_<setting>_std of the probe, the same after finetune_, and all as a table.
@@ -129,14 +129,16 @@ class FewLabels(Protocol):
         values: dict[str, float] = {}
         rows: list[dict[str, float | int | str]] = []
         for name, (counts, note) in self.settings(context).items():
-            found: dict[str, list[dict[str, float]]] = {"": [], "finetune_": []}
+            accuracies_of_draws: dict[str, list[dict[str, float]]] = {"": [], "finetune_": []}
             for draw in range(self.draws):
                 index = drawn(context.memory.y, counts, self.seed, name, draw)
-                found[""].append(accuracies(self.probe(context.memory, index, classes)(context.test.x), y))
+                accuracies_of_draws[""].append(
+                    accuracies(self.probe(context.memory, index, classes)(context.test.x), y)
+                )
                 if self.finetune:
                     model, _ = self.finetune.fitted(context, memory.subset(index), name, draw)
-                    found["finetune_"].append(accuracies(self.finetune.scores(context, model), y))
-            for prefix, draws in found.items():
+                    accuracies_of_draws["finetune_"].append(accuracies(self.finetune.scores(context, model), y))
+            for prefix, draws in accuracies_of_draws.items():
                 if not draws:
                     continue
                 row: dict[str, float | int | str] = {

@@ -19,7 +19,8 @@ from twoviews.errors import BadInput, nearest
 from twoviews.features import embed
 from twoviews.layers import whole_batch_norms
 from twoviews.optim import LrScaling, sgd
-from twoviews.protocols.labelled import accuracies, classifier, crops, descend, labelled
+from twoviews.protocols.classification import accuracies
+from twoviews.protocols.labelled import classifier, crops, labelled, train_classifier
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import seed_of
 from twoviews.ranges import Count, Fraction, Index, NotNegative, Positive, Range, Seed
@@ -29,7 +30,7 @@ from twoviews.schedule import Cosine
 
 @dataclass
 class Layer:
-    """A part of an encoder that has one learning rate."""
+    """A part of an encoder that has its own learning rate."""
 
     name: str  # of its first module, such as layer4.0
     modules: list[nn.Module]
@@ -48,19 +49,19 @@ def layers(encoder: Encoder) -> list[Layer]:
         (model,) = children.values()
     if not children:  # a single layer in itself
         return [Layer("", [model], list(model.parameters()))]
-    found: list[Layer] = []
+    all_layers: list[Layer] = []
     for name, child in children.items():
         parts = {name: child}
         if isinstance(child, nn.Sequential | nn.ModuleList) and len(child):
             parts = {f"{name}.{number}": part for number, part in enumerate(child)}
         for path, part in parts.items():
-            if found and all(p.ndim <= 1 for p in part.parameters()):
-                found[-1].modules.append(part)
-                found[-1].parameters += part.parameters()
+            if all_layers and all(p.ndim <= 1 for p in part.parameters()):
+                all_layers[-1].modules.append(part)
+                all_layers[-1].parameters += part.parameters()
             else:
-                found.append(Layer(path, [part], list(part.parameters())))
-    found[0].parameters += model.parameters(recurse=False)
-    return found
+                all_layers.append(Layer(path, [part], list(part.parameters())))
+    all_layers[0].parameters += model.parameters(recurse=False)
+    return all_layers
 
 
 class FineTune(Protocol):
@@ -110,14 +111,14 @@ class FineTune(Protocol):
         self.smallest_crop, self.flip, self.seed, self.every_epochs = smallest_crop, flip, seed, every_epochs
 
     def trained_layers(self, encoder: Encoder) -> list[Layer]:
-        """Those that are trained; after the call the others are frozen, and only these are in training mode.
+        """The layers that are trained; they are put into training mode, and the others are frozen.
 
         Raises:
             BadInput: there is no layer of that name.
         """
-        found, begin = layers(encoder), 0
+        all_layers, begin = layers(encoder), 0
         if self.unfreeze_from is not None:
-            names = [layer.name for layer in found]
+            names = [layer.name for layer in all_layers]
             named = [i for i, name in enumerate(names) if f"{name}.".startswith(f"{self.unfreeze_from}.")]
             if not named:
                 close = nearest(self.unfreeze_from, names)
@@ -127,12 +128,12 @@ class FineTune(Protocol):
                 )
             begin = named[0]
         encoder.train(begin == 0).requires_grad_(False)
-        for layer in found[begin:]:
+        for layer in all_layers[begin:]:
             for module in layer.modules:
                 module.train()
             for parameter in layer.parameters:
                 parameter.requires_grad_(True)
-        return found[begin:]
+        return all_layers[begin:]
 
     def rates(self, trained: list[Layer], head: nn.Linear) -> list[dict]:
         """Parameter groups of the trained layers and the classifier, with `scale`, the factor of their learning rate."""
@@ -143,7 +144,7 @@ class FineTune(Protocol):
         return [*groups, {"params": list(head.parameters()), "scale": 1.0}]
 
     def fitted(self, context: EvaluationContext, images: Images, *key: int | str) -> tuple[nn.Sequential, list[str]]:
-        """Copy of the encoder and classifier, trained on these images, and what has to be said; a function of `key`."""
+        """A copy of the encoder with a classifier, trained on these images, and notes for the user; a function of `key`."""
         encoder = copy.deepcopy(context.encoder)
         whole_batch_norms(encoder)  # as evaluate.py has them; and other processes would never answer
         if context.channels_last:
@@ -165,7 +166,7 @@ class FineTune(Protocol):
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)  # of dropout, which takes no generator
             schedule = Cosine(self.epochs, self.warmup_epochs)
-            descend(logits, loader, optimizer, schedule, self.epochs, context)
+            train_classifier(logits, loader, optimizer, schedule, self.epochs, context)
         return model, notes
 
     def scores(self, context: EvaluationContext, model: nn.Module) -> Float[Tensor, "M C"]:

@@ -1,4 +1,4 @@
-"""Health of an encoder without labels: whether its features use their space, and know two views of one image as one.
+"""Health of an encoder without labels: whether features use all dimensions, and are similar for two views of an image.
 
 Shapes: N images, F features.
 """
@@ -22,9 +22,9 @@ from twoviews.runtime import autocast
 
 # Thresholds of the advice. Small ResNets on CIFAR-10 and on digits had a spread of 0.16 and 22 to 27 effective dimensions
 # before training, and 0.33 to 0.56 and 38 to 65 after some epochs of any method.
-COLLAPSED = 0.995  # mean cosine of different images
-FEW = 5.0  # effective dimensions (RankMe)
-NARROW = 0.25  # spread
+MAX_SIMILARITY = 0.995  # mean cosine of different images
+MIN_DIMENSIONS = 5.0  # effective ones (RankMe)
+MIN_SPREAD = 0.25
 
 
 def rankme(x: Float[Tensor, "N F"]) -> float:
@@ -69,35 +69,35 @@ def _unit(x: Float[Tensor, "N F"]) -> Float[Tensor, "N F"]:
     return nnf.normalize(x.double(), dim=1)
 
 
-def advice(values: dict[str, float]) -> str | None:
-    """A sentence on what the numbers of `Health` say is wrong, and what to do; None where nothing is."""
-    if values["negative_similarity"] > COLLAPSED or values["rankme"] < 2:
+def advice(values: dict[str, float]) -> str:
+    """A sentence on what is wrong with an encoder that has these values of `Health`, and what to do; "" if nothing is."""
+    if values["negative_similarity"] > MAX_SIMILARITY or values["rankme"] < 2:
         return (
             f"the features of different images are all but equal (mean cosine {values['negative_similarity']:.4f}, "
             f"{values['rankme']:.1f} effective dimensions): the encoder has collapsed; lower optimizer.lr, give the batch norms "
             "larger batches, and check that the views are not too alike (preview=true)."
         )
-    if values["rankme"] < FEW:
+    if values["rankme"] < MIN_DIMENSIONS:
         return (
             f"the features use only {values['rankme']:.1f} effective dimensions: most of them have collapsed; lower "
             "optimizer.lr, or give the batch norms larger batches."
         )
-    if values["spread"] < NARROW:
+    if values["spread"] < MIN_SPREAD:
         return (
             f"the features' spread is {values['spread']:.2f}, as of an untrained network: the encoder has learnt little yet, so "
             "train longer; if it was larger before, the encoder is collapsing, so lower optimizer.lr."
         )
-    return None
+    return ""
 
 
 class Health(Protocol):
     """Spread, RankMe, alignment, uniformity and similarities of the encoder's features (before any projector).
 
-    They are about `images` of the training images, drawn once and the same ones in every run on the data: their features
-    under the eval transform, and those of two views each, random crops that may be mirrored.
+    They are measured on some of the training images, the same ones in every run on the data: on their features under the
+    eval transform, and on those of two views of each, random crops that may be mirrored.
 
     Args:
-        images: how many; RankMe is at most so many, and no more than the encoder has features.
+        images: number of images; RankMe is at most so large, and at most the number of features.
         scale: area of a crop as a share of the picture, smallest and largest.
         flip: probability of mirroring left to right.
         every_epochs: how often it is measured in training; 0 is at the end only.
@@ -126,19 +126,18 @@ class Health(Protocol):
         x = context.embed(shown)
         one, other = self._views(context, shown)
         positive, negative = similarities(one, other)
-        return EvaluationResult(
-            {
-                "spread": spread(x).item(),
-                "rankme": rankme(x),
-                "alignment": alignment(one, other),
-                "uniformity": uniformity(x),
-                "positive_similarity": positive,
-                "negative_similarity": negative,
-            }
-        )
+        values = {
+            "spread": spread(x).item(),
+            "rankme": rankme(x),
+            "alignment": alignment(one, other),
+            "uniformity": uniformity(x),
+            "positive_similarity": positive,
+            "negative_similarity": negative,
+        }
+        return EvaluationResult(values, advice=advice(values))
 
     def _views(self, context: EvaluationContext, images: Images) -> tuple[Float[Tensor, "N F"], Float[Tensor, "N F"]]:
-        """Features of two random views of each image, in eval mode."""
+        """Features of two random views of each image; the encoder is in eval mode."""
         data, encoder, training = context.data, context.encoder, context.encoder.training
         recipe = {"count": 2, "scale": self.scale, "flip": self.flip}
         make = Views({"both": recipe}, size=data.size, channels=data.channels, mean=data.mean, std=data.std)

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification: how well an encoder's features know the classes, without training.
+"""Weighted k-nearest-neighbour classification by an encoder's features, which needs no training.
 
 Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", arXiv:1805.01978, sec. 3.4.
 Shapes: N bank, M queries, F features.
@@ -13,22 +13,22 @@ from torch.nn import functional as nnf
 
 from twoviews import distributed
 from twoviews.data.images import ImageData
-from twoviews.evaluation.scores import ranks
 from twoviews.features import Features
+from twoviews.protocols.classification import accuracies, mask_zeros
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.ranges import Count, Index, Temperature
 
-CHUNK_BYTES = 64 * 2**20  # of similarities held at once
+CHUNK_BYTES = 64 * 2**20  # of similarities held in memory
 
 
 def neighbours(
     queries: Float[Tensor, "M F"], bank: Features, k: int, shared: bool = False
 ) -> Iterator[tuple[slice, Float[Tensor, "m k"], Int[Tensor, "m k"]]]:
-    """Chunk by chunk of the queries: which they are, cosines of their k most similar bank rows, largest first, and classes.
+    """For each chunk of queries its slice, and cosines (largest first) and classes of the k most similar bank rows.
 
     Exact; of rows with equal cosines, such as copies of an image, `torch.topk` may take any, in any order. Needs a
     normalised copy of the bank and CHUNK_BYTES of similarities (one query's, if the bank is so large that they are more); k
-    is clamped to the bank. With `shared` the chunks are dealt out to the processes.
+    is clamped to the bank. With `shared` each process gets a part of the chunks.
     """
     rows = nnf.normalize(bank.x, dim=1)
     k = min(k, len(rows))
@@ -41,9 +41,9 @@ def neighbours(
 
 
 def votes(nearest: Float[Tensor, "m k"], temperature: float) -> Float[Tensor, "m k"]:
-    """exp((cosine - largest cosine) / temperature), of cosines whose first is the largest.
+    """exp((cosine - largest cosine) / temperature); the first cosine of each row is the largest.
 
-    Relative to the nearest, whose vote is 1 at any temperature, the others cannot overflow, nor all vanish.
+    The nearest has a vote of 1 at any temperature, so votes cannot overflow, nor all be 0.
     """
     return ((nearest - nearest[:, :1]) / temperature).exp()
 
@@ -52,9 +52,9 @@ def votes(nearest: Float[Tensor, "m k"], temperature: float) -> Float[Tensor, "m
 def knn_scores(
     queries: Float[Tensor, "M F"], bank: Features, classes: int, k: int, temperature: float, shared: bool = False
 ) -> Float[Tensor, "M classes"]:
-    """Sum for each class of the `votes` of those of the k nearest bank rows that belong to it.
+    """Sum of the `votes` for each class by the k nearest bank rows.
 
-    Beside the result it needs what `neighbours` does. With `shared` several processes do a share each, and all get the whole.
+    Needs the memory of `neighbours` beside the result. With `shared` each process computes a part, and all get the whole.
     """
     scores = torch.zeros(len(queries), classes, device=queries.device)
     for which, nearest, labels in neighbours(queries, bank, k, shared):
@@ -62,25 +62,14 @@ def knn_scores(
     return distributed.total(scores) if shared else scores
 
 
-def top1(scores: Float[Tensor, "M classes"], labels: Int[Tensor, " M"]) -> float:
-    """Share of rows whose largest score is the label's, in percent."""
-    return 100 * (scores.argmax(1) == labels).sum().item() / len(labels)
-
-
-def accuracies(scores: Float[Tensor, "M classes"], labels: Int[Tensor, " M"]) -> dict[str, float]:
-    """top1 of votes, and top5 where there are more than five classes, in percent."""
-    five = {"top5": 100 * (ranks(scores, labels) < 5).sum().item() / len(labels)} if scores.shape[1] > 5 else {}
-    return {"top1": top1(scores, labels), **five}
-
-
-def all_vote(k: int, data: ImageData, key: str) -> list[str]:
-    """A sentence where fewer images than k are there to vote."""
+def clamped_notes(k: int, data: ImageData, key: str) -> list[str]:
+    """A sentence for the user if the bank has fewer than k images."""
     bank = len(data.memory or ())
     return [f"{key}={k} is more than the {bank:,} images of the bank, so all of them vote."] if 0 < bank < k else []
 
 
 class KNN(Protocol):
-    """Accuracy of the vote of the k nearest bank images, over the whole bank.
+    """Accuracy of the weighted vote of the k nearest bank images.
 
     Args:
         k: neighbours that vote; clamped to the bank.
@@ -94,11 +83,11 @@ class KNN(Protocol):
         self.k, self.temperature, self.every_epochs = k, temperature, every_epochs
 
     def notes(self, data: ImageData) -> list[str]:
-        """That k is clamped, if it is."""
-        return all_vote(self.k, data, "protocol.knn.k")
+        """A sentence if k is clamped."""
+        return clamped_notes(self.k, data, "protocol.knn.k")
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1, and top5 of more than five classes, of the encoder's features (before any projector), in percent."""
         queries, bank, classes = context.test.x, context.memory, len(context.data.classes)
         scores = knn_scores(queries, bank, classes, self.k, self.temperature, context.shared)
-        return EvaluationResult(accuracies(scores, context.test.y), scores / scores.sum(1, keepdim=True))
+        return EvaluationResult(accuracies(mask_zeros(scores), context.test.y), scores / scores.sum(1, keepdim=True))

@@ -1,4 +1,4 @@
-"""kNN for every pair of a number of neighbours and a temperature, because published numbers differ in both.
+"""kNN for every pair of a number of neighbours and a temperature, because publications differ in both.
 
 The neighbours are searched once, for the largest k; the votes of a smaller k are the first ones of those.
 Shapes: M queries, C classes.
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
-from twoviews.evaluation.scores import ranks
 from twoviews.features import Features
-from twoviews.protocols.knn import all_vote, neighbours, votes
+from twoviews.protocols.classification import mask_zeros, ranks
+from twoviews.protocols.knn import clamped_notes, neighbours, votes
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.ranges import Count, Index, Temperature
 
@@ -43,8 +43,8 @@ class KNNGrid(Protocol):
         self.ks, self.temperatures, self.every_epochs = sorted(set(ks)), sorted(set(temperatures)), every_epochs
 
     def notes(self, data: ImageData) -> list[str]:
-        """That the largest k is clamped, if it is."""
-        return all_vote(self.ks[-1], data, "protocol.knn_grid.ks")
+        """A sentence if the largest k is clamped."""
+        return clamped_notes(self.ks[-1], data, "protocol.knn_grid.ks")
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """k<k>_t<temperature>_top1 and _top5 in percent, and the same as the table `grid`.
@@ -54,22 +54,22 @@ class KNNGrid(Protocol):
         classes, test = len(context.data.classes), context.test
         right = torch.zeros(len(self.ks), len(self.temperatures), 2, dtype=torch.long, device=test.x.device)
         for place, scores, labels in self._scores(test, context.memory, classes):
-            rank = ranks(scores, labels)
+            rank = ranks(mask_zeros(scores), labels)
             right[place] += torch.stack(((rank < 1).sum(), (rank < 5).sum()))
         counts, values, grid = right.tolist(), {}, []
         for row, k in enumerate(self.ks):
             for column, temperature in enumerate(self.temperatures):
                 first, five = (100 * count / len(test.y) for count in counts[row][column])
-                found = {"top1": first, "top5": five} if classes > 5 else {"top1": first}
-                values.update({f"k{k}_t{temperature:g}_{name}": value for name, value in found.items()})
-                grid.append({"k": k, "temperature": temperature, **found})
+                point = {"top1": first, "top5": five} if classes > 5 else {"top1": first}
+                values.update({f"k{k}_t{temperature:g}_{name}": value for name, value in point.items()})
+                grid.append({"k": k, "temperature": temperature, **point})
         return EvaluationResult(values, tables={"grid": grid})
 
     @torch.no_grad()
     def _scores(
         self, queries: Features, bank: Features, classes: int
     ) -> Iterator[tuple[tuple[int, int], Float[Tensor, "m C"], Int[Tensor, " m"]]]:
-        """Place in the grid, scores and labels of each chunk of queries."""
+        """For each chunk of queries and point of the grid: its row and column in the grid, scores and labels."""
         for which, nearest, labels in neighbours(queries.x, bank, self.ks[-1]):
             for column, temperature in enumerate(self.temperatures):
                 cast, scores, voted = votes(nearest, temperature), nearest.new_zeros(len(nearest), classes), 0

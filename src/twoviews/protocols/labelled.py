@@ -1,4 +1,4 @@
-"""What the protocols that train on labelled images share: crops of the images, a first classifier, the descent, the score.
+"""Training on labelled images, as several protocols do it: random crops, the initial classifier, the loop.
 
 Shapes: B images of a batch, M test images, C classes.
 """
@@ -6,7 +6,7 @@ Shapes: B images of a batch, M test images, C classes.
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
@@ -14,14 +14,13 @@ from twoviews.data.images import Images
 from twoviews.data.loader import Loader
 from twoviews.data.views import Views
 from twoviews.errors import BadInput
-from twoviews.protocols.knn import top1
 from twoviews.protocols.protocol import EvaluationContext
 from twoviews.randomness import generator
 from twoviews.schedule import Schedule
 
 
 def labelled(context: EvaluationContext) -> tuple[Images, Images]:
-    """The memory images, to train on, and the test images.
+    """The memory images, which classifiers are trained on, and the test images.
 
     Raises:
         BadInput: there are none.
@@ -32,15 +31,6 @@ def labelled(context: EvaluationContext) -> tuple[Images, Images]:
             f"{context.data.name} has no labelled images to train a classifier on and to test it; choose other data."
         )
     return memory, test
-
-
-def accuracies(scores: Float[Tensor, "M C"], labels: Int[Tensor, " M"]) -> dict[str, float]:
-    """top1, and top5 where there are more than five classes, in percent."""
-    values = {"top1": top1(scores, labels)}
-    if scores.shape[1] > 5:
-        hit = (scores.topk(5, dim=1).indices == labels[:, None]).any(1)
-        values["top5"] = 100 * hit.sum().item() / len(labels)
-    return values
 
 
 def classifier(features: int, classes: int, device: torch.device, *key: int | str) -> nn.Linear:
@@ -55,9 +45,9 @@ def classifier(features: int, classes: int, device: torch.device, *key: int | st
 def crops(
     context: EvaluationContext, images: Images, batch_size: int, smallest_crop: float, flip: float, seed: int
 ) -> tuple[Loader, list[str]]:
-    """Batches of one random crop of each image, and what has to be said about their size.
+    """Batches of one random crop of each image, and notes for the user about the batch size.
 
-    The images that do not fill a last batch sit out an epoch, other ones each time.
+    Images that do not fill a last batch are left out of an epoch, different ones each time.
     """
     data, notes = context.data, []
     if batch_size > len(images):
@@ -67,7 +57,7 @@ def crops(
     return Loader(images, views, batch_size=min(batch_size, len(images)), seed=seed, device=context.device), notes
 
 
-def descend(
+def train_classifier(
     logits: Callable[[Float[Tensor, "B _ _h _w"]], Float[Tensor, "B C"]],
     loader: Loader,
     optimizer: torch.optim.Optimizer,
@@ -75,7 +65,7 @@ def descend(
     epochs: int,
     context: EvaluationContext,
 ) -> None:
-    """So many epochs of cross-entropy; each group's learning rate is its own times the schedule's factor.
+    """Train for some epochs with cross-entropy; the learning rate of each group is multiplied by the schedule's factor.
 
     Raises:
         BadInput: the loss became infinite or not a number.

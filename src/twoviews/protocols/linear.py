@@ -17,7 +17,7 @@ from torch.nn import functional as nnf
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
 from twoviews.optim import LBFGS
-from twoviews.protocols.knn import top1
+from twoviews.protocols.classification import top1
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import generator
 from twoviews.ranges import Count, Index, NotNegative, Range
@@ -42,7 +42,7 @@ class Probe(nn.Module):
         self.linear = linear
 
     def standardised(self, x: Float[Tensor, "N F"]) -> Float[Tensor, "N F"]:
-        """What the classifier's weights are about."""
+        """Features with mean 0 and variance 1, which the linear classifier takes."""
         return (x - self.mean) / self.std
 
     def forward(self, x: Float[Tensor, "N F"]) -> Float[Tensor, "N C"]:
@@ -129,7 +129,7 @@ class Linear(Protocol):
         self.iterations, self.every_epochs = iterations, every_epochs
 
     def notes(self, data: ImageData) -> list[str]:
-        """That the weight decay is not chosen, if it is not."""
+        """A sentence if the weight decay cannot be chosen for want of held-out images."""
         labels = None if data.memory is None else data.memory.labels
         if labels is None or len(labels.unique()) < len(labels) or len(self.weight_decays) < 2:
             return []
@@ -138,13 +138,13 @@ class Linear(Protocol):
         ]
 
     def probe(self, context: EvaluationContext) -> tuple[Probe, float]:
-        """The classifier, and the weight decay that was chosen for it; the test images are not looked at."""
+        """The classifier, and the weight decay that was chosen for it, without use of the test images."""
         return self._fitted(context, calibrate=False)[:2]
 
     def calibrated(self, context: EvaluationContext) -> tuple[Probe, float]:
-        """The classifier, and the temperature of its probabilities: that of the same one without the held-out images."""
-        probe, _, found = self._fitted(context, calibrate=True)
-        return probe, found
+        """The classifier, and the temperature that calibrates the one which was fitted without the held-out images."""
+        probe, _, temperature = self._fitted(context, calibrate=True)
+        return probe, temperature
 
     def _fitted(self, context: EvaluationContext, calibrate: bool) -> tuple[Probe, float, float]:
         """The classifier, its weight decay, and its temperature, which is 1 where it is not to be calibrated."""

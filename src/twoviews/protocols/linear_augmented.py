@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from twoviews.optim import LrScaling, larc, scaled_lr, sgd
-from twoviews.protocols.labelled import accuracies, classifier, crops, descend, labelled
+from twoviews.protocols.classification import accuracies
+from twoviews.protocols.labelled import classifier, crops, labelled, train_classifier
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.ranges import Count, Fraction, Index, NotNegative, Positive, Range, Seed
 from twoviews.runtime import autocast
@@ -84,7 +85,7 @@ class LinearAugmented(Protocol):
             return head(features.float())
 
         encoder.eval()
-        descend(logits, loader, optimizer, schedule, self.epochs, context)
+        train_classifier(logits, loader, optimizer, schedule, self.epochs, context)
         encoder.train(training)
         changed = [name for name, value in encoder.state_dict().items() if not torch.equal(value, before[name])]
         assert not changed, f"the frozen encoder changed: {changed}"

@@ -17,26 +17,25 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from twoviews.errors import BadInput
-from twoviews.protocols.knn import top1
-from twoviews.protocols.labelled import accuracies
+from twoviews.protocols.classification import accuracies, top1
 from twoviews.protocols.linear import Probe, held_out
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import generator
 from twoviews.ranges import Count, Index, NotNegative, Positive, Range, Seed
 from twoviews.schedule import Cosine
 
-SMALLEST = 1e-30  # probability that moves a classifier
+MIN_PROBABILITY = 1e-30  # smaller ones count as 0
 
 
 @dataclass(frozen=True)
 class Stack:
-    """G linear classifiers."""
+    """Weights and biases of G linear classifiers."""
 
     weight: Float[Tensor, "G C F"]
     bias: Float[Tensor, "G C"]
 
     def linear(self, point: int) -> nn.Linear:
-        """One of them."""
+        """A single classifier as a module."""
         weight = self.weight[point]
         # On meta first: torch's own initialisation would draw from the global generator.
         linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta").to_empty(device=weight.device)
@@ -75,8 +74,8 @@ def sgd(
             batch, one_hot = x.index_select(0, rows), nnf.one_hot(y[rows], classes).to(x.dtype).T.contiguous()
             # The batch is the last axis, along which a softmax over few classes is many times as fast.
             logits = torch.addmm(bias.view(-1, 1), weight.view(-1, features), batch.T).view(count, classes, -1)
-            # Of a class that is out of the question the probability is a subnormal number, at which products are slow.
-            slope = torch.threshold_(logits.softmax(1), SMALLEST, 0.0).sub_(one_hot)
+            # Probabilities of very unlikely classes are subnormal numbers, and products with these are slow.
+            slope = torch.threshold_(logits.softmax(1), MIN_PROBABILITY, 0.0).sub_(one_hot)
             v_weight.view(-1, features).addmm_(slope.flatten(0, 1), batch, beta=momentum, alpha=1 / len(rows))
             v_weight.addcmul_(decays[:, None, None], weight)
             v_bias.mul_(momentum).add_(slope.mean(2))

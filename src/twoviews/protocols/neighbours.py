@@ -1,4 +1,4 @@
-"""The training images that an encoder finds most like others: to look at what its features are about.
+"""The training images whose features are most similar to those of other images, to see what an encoder has learnt.
 
 Shapes: N training images, M others, K neighbours, F features.
 """
@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from twoviews.data.images import ImageData, Images
-from twoviews.evaluation.sheet import Row, draw_neighbours
 from twoviews.protocols.knn import CHUNK_BYTES
+from twoviews.protocols.neighbours_sheet import NeighbourRow, draw_neighbours
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.protocols.user_images import embed_user_images, grey_notes, image_paths
 from twoviews.randomness import generator
@@ -20,16 +20,23 @@ from twoviews.ranges import Count, Index, Seed
 def nearest_rows(
     queries: Float[Tensor, "M F"], bank: Float[Tensor, "N F"], k: int, own: Int[Tensor, " M"] | None
 ) -> tuple[Float[Tensor, "M K"], Int[Tensor, "M K"]]:
-    """Cosines and rows of the k bank rows nearest to each query, the nearest first; row own[i] is not query i's."""
+    """Cosines and indices of the k bank rows most similar to each query, the most similar first.
+
+    Args:
+        queries: features.
+        bank: features to search.
+        k: clamped to the bank.
+        own: for each query the bank row that is the query itself, and is left out; None: there is none.
+    """
     bank = nnf.normalize(bank, dim=1)
     cosines, rows = [], []
     for part in torch.arange(len(queries), device=bank.device).split(max(1, CHUNK_BYTES // (4 * len(bank)))):
         similarity = nnf.normalize(queries[part], dim=1) @ bank.T
         if own is not None:
             similarity.scatter_(1, own.to(bank.device)[part, None], -2.0)  # less than any cosine
-        found = similarity.topk(min(k, len(bank) - (own is not None)), dim=1)
-        cosines.append(found.values)
-        rows.append(found.indices)
+        nearest = similarity.topk(min(k, len(bank) - (own is not None)), dim=1)
+        cosines.append(nearest.values)
+        rows.append(nearest.indices)
     return torch.cat(cosines).cpu(), torch.cat(rows).cpu()
 
 
@@ -51,7 +58,7 @@ class Neighbours(Protocol):
         self.images, self.k, self.sample, self.seed, self.every_epochs = images, k, sample, seed, every_epochs
 
     def notes(self, data: ImageData) -> list[str]:
-        """That colours are lost, if they are."""
+        """A sentence if colours are lost."""
         return grey_notes(self.images, data)
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
@@ -71,7 +78,7 @@ class Neighbours(Protocol):
             shown, x, names, own = self._sampled(context)
         cosines, rows = nearest_rows(x, bank, self.k, own) if len(x) else (torch.empty(0, 1), torch.empty(0, 1).long())
         made = [
-            Row(
+            NeighbourRow(
                 name=names[number],
                 image=number,
                 label=-1 if shown.labels is None else int(shown.labels[number]),
@@ -84,13 +91,13 @@ class Neighbours(Protocol):
             {
                 "image": row.name,
                 "rank": rank + 1,
-                "neighbour": train.paths[found] if train.paths else f"{found}",
-                "class": "" if train.labels is None else data.classes[int(train.labels[found])],
+                "neighbour": train.paths[neighbour] if train.paths else f"{neighbour}",
+                "class": "" if train.labels is None else data.classes[int(train.labels[neighbour])],
                 "cosine": round(row.cosines[rank], 4),
                 "broken": "",
             }
             for row in made
-            for rank, found in enumerate(row.neighbours)
+            for rank, neighbour in enumerate(row.neighbours)
         ]
         empty = dict.fromkeys(("rank", "neighbour", "class", "cosine"), "")
         table += [{"image": name, **empty, "broken": why} for name, why in broken]
@@ -106,7 +113,7 @@ class Neighbours(Protocol):
     def _sampled(
         self, context: EvaluationContext
     ) -> tuple[Images, Float[Tensor, "M F"], list[str], Int[Tensor, " M"] | None]:
-        """Images, their features, what they are called, and which training images they are."""
+        """A sample of images, their features and names, and their indices if they are training images."""
         which = "train" if context.data.test is None else "test"
         images, x = context.split(which)
         chosen = torch.randperm(len(images), generator=generator(self.seed, "neighbours"))[: self.sample].sort().values

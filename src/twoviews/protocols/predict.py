@@ -1,11 +1,11 @@
-"""What is on pictures of one's own: the classes of the run by its linear probe, and how unlike its images they are.
+"""Classes of the user's own images by the linear probe of the features, and how different they are from the run's images.
 
-Shapes: n pictures, M test images, N bank, F features.
+Shapes: n images, M test images, N bank, F features.
 """
 
 import json
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
@@ -21,31 +21,31 @@ from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Pro
 from twoviews.protocols.user_images import embed_user_images, grey_notes, image_paths
 from twoviews.ranges import Count, Index, NotNegative, Range
 
-NEAREST = 10  # bank images that a distance is the mean of
-FAR = 99.0  # percentile of the test images' distances from which on a picture is unlike them
+NEAREST = 10  # bank images whose mean distance is taken
+FAR_PERCENTILE = 99.0  # of the distances of test images: from there on an image is far from the bank
 
 
 @torch.no_grad()
 def distances(x: Float[Tensor, "n F"], bank: Features) -> Float[Tensor, " n"]:
-    """1 - cosine, in [0, 2], to the `NEAREST` nearest bank images, on average.
+    """Mean of 1 - cosine, in [0, 2], to the `NEAREST` most similar bank images.
 
-    How far images are from the training images' features tells those of another kind, as in Sun et al.,
-    "Out-of-Distribution Detection with Deep Nearest Neighbors", arXiv:2204.06507, who take the distance to the k-th.
+    Images that are far from the training images are probably of another kind: Sun et al., "Out-of-Distribution Detection
+    with Deep Nearest Neighbors", arXiv:2204.06507, who take the distance to the k-th neighbour.
     """
-    found = [1 - cosines.mean(1) for _, cosines, _ in neighbours(x, bank, NEAREST)]
-    return torch.cat([x.new_empty(0), *found])
+    chunks = [1 - cosines.mean(1) for _, cosines, _ in neighbours(x, bank, NEAREST)]
+    return torch.cat([x.new_empty(0), *chunks])
 
 
 def percentiles(distance: Float[Tensor, " n"], test: Float[Tensor, " M"]) -> Float[Tensor, " n"]:
-    """Share of the test images that are nearer to the bank, in percent."""
+    """Share of the test images that are closer to the bank, in percent."""
     return 100 * torch.searchsorted(test.sort().values, distance).float() / len(test)
 
 
 class Predict(Protocol):
-    """Class names and probabilities of decoded pictures; writes predictions.json.
+    """Class names and probabilities of the user's images; writes predictions.json.
 
-    Probabilities are those of the linear probe at the temperature that suits memory images which it was not fitted to. They
-    hold for pictures like the data's; of others the distance from the memory images tells.
+    The probabilities of the linear probe are calibrated by a temperature on held-out memory images. They hold for images
+    like those of the data; the distance from the memory images tells whether an image is.
 
     Args:
         images: a picture file, a folder of them, or a pattern.
@@ -67,14 +67,20 @@ class Predict(Protocol):
         self.linear = Linear(weight_decays, held_out, iterations, every_epochs)
 
     def notes(self, data: ImageData) -> list[str]:
-        """That colours are lost, or that nothing can be held out, if so."""
+        """A sentence each if colours are lost, and if nothing can be held out."""
         return [*grey_notes(self.images, data), *self.linear.notes(data)]
 
-    def __call__(self, context: EvaluationContext) -> EvaluationResult:
-        """A row for each picture; a file that is no sound picture has what is wrong with it in place of a class.
+    @classmethod
+    def settings_from_others(cls, protocols: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The settings of the run's linear probe, which predicts."""
+        probe = protocols.get("linear", {})
+        return {key: probe[key] for key in ("weight_decays", "held_out", "iterations", "every_epochs") if key in probe}
 
-        The values: `images`, `broken` of them, `far` of them, which are farther from the bank than `FAR` percent of the test
-        images, and the `temperature` of the probabilities.
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
+        """A row for each image; for a file that cannot be decoded, with the reason in place of a class.
+
+        The values: `images`, `broken` of them, `far` of them (farther from the bank than `FAR_PERCENTILE` percent of the test
+        images), and the `temperature` of the probabilities.
 
         Raises:
             BadInput: there are no such pictures, or no labelled images to learn the classes from.
@@ -90,9 +96,9 @@ class Predict(Protocol):
         unlike = percentiles(distance, test)
         rows, full = [], []
         columns = (decoded.positions, probabilities, distance, unlike)
-        found = {row: rest for row, *rest in zip(*(column.tolist() for column in columns), strict=True)}
+        readable = {row: rest for row, *rest in zip(*(column.tolist() for column in columns), strict=True)}
         for row, path in enumerate(paths):
-            shares, far, percentile = found.get(row, ((), "", ""))
+            shares, far, percentile = readable.get(row, ((), "", ""))
             shares = sorted(zip(shares, classes, strict=False), reverse=True)
             (first, name), (next_, second) = (*shares, ("", ""), ("", ""))[:2]
             rows.append(
@@ -121,7 +127,7 @@ class Predict(Protocol):
                 "predictions": full,
             }
             write_atomic(context.folder / "predictions.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        count = int((unlike >= FAR).sum())
+        count = int((unlike >= FAR_PERCENTILE).sum())
         values = {"images": len(paths), "broken": len(decoded.broken), "far": count, "temperature": temperature}
         return EvaluationResult(
             {name: float(value) for name, value in values.items()},
@@ -131,11 +137,11 @@ class Predict(Protocol):
 
 
 def _warning(far: int, pictures: int, test: int) -> list[str]:
-    """The sentence about pictures that are unlike the data's, if there are any."""
+    """A warning about images that are far from the training images, if there are any."""
     if not far:
         return []
     return [
         f"warning: {far:,} of {pictures:,} picture{'s are' if pictures > 1 else ' is'} farther from the training images than "
-        f"{FAR:g} % of the {test:,} test images (column distance_percentile): what they show may be none of the classes, "
-        "whatever the probability."
+        f"{FAR_PERCENTILE:g} % of the {test:,} test images (column distance_percentile): what they show may be none of the "
+        "classes, whatever the probability."
     ]

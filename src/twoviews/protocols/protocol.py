@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -62,15 +63,24 @@ class EvaluationContext:
         """Features of images that have the size of `data`, as `twoviews.features.embed` computes them."""
         return embed(self.encoder, images, self.data, self.device, self.dtype, self.channels_last, shared)
 
-    def split(self, name: str) -> tuple[Images, Float[Tensor, "N F"]]:
-        """The images of a split (train, memory or test) and their features; those of memory and test are kept.
+    def images(self, split: str) -> Images:
+        """The images of a split: train, memory or test.
 
         Raises:
             BadInput: the data have no such split.
         """
-        images = getattr(self.data, name)
+        images = getattr(self.data, split)
         if images is None:
-            raise BadInput(f"{self.data.name} has no labelled images, so no {name} images; use train.")
+            raise BadInput(f"{self.data.name} has no labelled images, so no {split} images; use split=train.")
+        return images
+
+    def split(self, name: str) -> tuple[Images, Float[Tensor, "N F"]]:
+        """The images of a split and their features; those of memory and test are computed once.
+
+        Raises:
+            BadInput: the data have no such split.
+        """
+        images = self.images(name)
         for labelled in ("memory", "test"):
             if images is getattr(self.data, labelled):
                 return images, getattr(self, labelled).x
@@ -90,9 +100,11 @@ class EvaluationResult:
 
     values: dict[str, float]  # by name, accuracies in percent; the one named top1 is the headline
     probabilities: Float[Tensor, "M C"] | None = None  # of the test images, in their order; None: it classifies none
-    # Rows with equal keys by the name of the table; each table becomes a CSV file, see `table_file`.
+    # Rows with equal keys, by the name of the table. evaluate.py writes <protocol>_<table>.csv, or <table>.csv if the name
+    # of the table begins with the protocol's.
     tables: dict[str, list[TableRow]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # sentences that the user should read beside the numbers
+    advice: str = ""  # what is wrong with the encoder by these numbers, and what to do; shown below them
 
 
 class Protocol:
@@ -108,6 +120,15 @@ class Protocol:
     def notes(self, data: ImageData) -> list[str]:
         """Sentences that the user should read before these images are evaluated."""
         return []
+
+    @classmethod
+    def settings_from_others(cls, protocols: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Settings that evaluate.py takes from other protocols of the run's training, such as those of its linear probe.
+
+        Args:
+            protocols: settings of each protocol of the training, by its name.
+        """
+        return {}
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """Evaluate the encoder, which is left as it was."""

@@ -1,4 +1,4 @@
-"""Streams of corrupted test images, what a classifier answers to them, and the table of it.
+"""Streams of corrupted test images, and the accuracies of a classifier on them.
 
 Shapes: B images of a batch, M test images, S streams, C channels, H = W the side in px.
 """
@@ -17,23 +17,23 @@ from twoviews.data.images import stratified
 from twoviews.data.pixels import normalise
 from twoviews.data.views import eval_view
 from twoviews.errors import BadInput
+from twoviews.protocols.classification import bootstrap_intervals
 from twoviews.protocols.protocol import EvaluationContext
 from twoviews.randomness import generator
 
-RESAMPLES = 1000  # of the bootstrap
 Classify = Callable[[Float[Tensor, "B C H W"]], Float[Tensor, "B K"]]  # normalised images to logits
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a classifier made of all streams."""
+    """Which images of each stream a classifier classified correctly, and how fast."""
 
     right: Bool[Tensor, "S M"]
-    seconds: Float[Tensor, " S"]  # for an image, without the corruption
+    seconds: Float[Tensor, " S"]  # per image, without the time for the corruption
 
     @property
     def shares(self) -> Float[Tensor, "R M"]:
-        """1 where it is right, and at last, for each image, the mean over the corrupted streams."""
+        """1 where an answer is correct, and 0 elsewhere; the last row is the mean over the corrupted streams."""
         right = self.right.double()
         return torch.cat([right, right[1:].mean(0, keepdim=True)])
 
@@ -42,7 +42,7 @@ class Streams:
     """The test images as they are, and under each corruption at each severity, in one random order.
 
     Args:
-        context: whose test images.
+        context: with the test images.
         corruptions: names; None is all fifteen.
         severities: 1 to 5 each.
         images: how many of the test images, with the shares of the classes kept; None is all.
@@ -73,7 +73,7 @@ class Streams:
         self.context, self.test, self.seed = context, test, seed
         labels = test.labels.cpu().long()
         index = torch.arange(len(test)) if images is None else stratified(labels, len(test), min(images, len(test)))
-        # In the order of the files the classes may come one after the other, and so would the batches.
+        # Files are often sorted by class, and a batch would then be of one class.
         self.index = index[torch.randperm(len(index), generator=generator(seed, "streams"))]
         self.labels = labels[self.index]
         self.names = [("none", 0), *((name, severity) for name in names for severity in sorted(set(severities)))]
@@ -98,7 +98,7 @@ class Streams:
             yield (x.to(memory_format=torch.channels_last) if self.context.channels_last else x), rows
 
     def answers(self, batch_size: int, start: Callable[[], Classify]) -> Answers:
-        """Of the classifier that `start` makes anew for each stream."""
+        """Answers of a classifier that `start` creates for each stream."""
         right = torch.zeros(len(self.names), len(self.index), dtype=torch.bool)
         seconds = torch.zeros(len(self.names), dtype=torch.double)
         for number, (name, severity) in enumerate(self.names):
@@ -109,23 +109,10 @@ class Streams:
                 seconds[number] += time.perf_counter() - begun
         return Answers(right, seconds / len(self.index))
 
-    def intervals(self, shares: Float[Tensor, "R M"]) -> Float[Tensor, "R 2"]:
-        """95 % percentile bootstrap of the mean of each row, in percent; images are drawn with replacement.
-
-        All rows are resampled alike. What an adapting classifier learnt from the images is not drawn again.
-        """
-        draws, count = generator(self.seed, "bootstrap"), len(self.index)
-        means = []
-        for _ in range(RESAMPLES):
-            times = torch.bincount(torch.randint(count, (count,), generator=draws), minlength=count)
-            means.append(shares @ times.double() / count)
-        limits = torch.tensor([0.025, 0.975], dtype=torch.double)
-        return 100 * torch.stack(means).quantile(limits, dim=0).T
-
     def table(self, answers: Answers) -> list[dict[str, float | int | str]]:
-        """A row for each stream, accuracies in percent, and at last their mean without the images as they are."""
+        """A row for each stream with accuracies in percent; the last row is the mean over the corrupted streams."""
         shares = answers.shares
-        accuracy, limits = 100 * shares.mean(1), self.intervals(shares)
+        accuracy, limits = 100 * shares.mean(1), 100 * bootstrap_intervals(shares, self.seed)
         seconds = [*answers.seconds.tolist(), answers.seconds[1:].mean().item()]
         rows: list[dict[str, float | int | str]] = []
         for number, (name, severity) in enumerate([*self.names, ("mean", "all")]):

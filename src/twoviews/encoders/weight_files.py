@@ -1,4 +1,4 @@
-"""Files of weights: what is read from them, which of several encoders in one is meant, and how its network is built."""
+"""Files of weights: reading them, choosing one of several encoders in a file, and recognising its architecture."""
 
 import re
 import warnings
@@ -15,25 +15,25 @@ from twoviews.config.digest import flat
 from twoviews.encoder_file import read_weights
 from twoviews.errors import BadInput
 
-SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors", ".tar")  # what files of weights are called
-FIRST_BLOCK = "layer1.0.conv1.weight"  # the parameter that a ResNet is found by, whatever stands before its name
-# Networks that follow another one, instead of learning from gradients.
-FOLLOWERS = re.compile(r"encoder_k|key_encoder|momentum|target|teacher|(?<![a-z])ema(?![a-z])|slow")
+SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors", ".tar")  # of files of weights
+FIRST_BLOCK = "layer1.0.conv1.weight"  # every ResNet has this parameter, after some prefix
+# Names of networks that are moving averages of another one, instead of learning from gradients.
+MOVING_AVERAGES = re.compile(r"encoder_k|key_encoder|momentum|target|teacher|(?<![a-z])ema(?![a-z])|slow")
 
 
-def split(run: str) -> tuple[Path, str | None]:
-    """A file of weights, and which of its encoders `run=<file>:<encoder>` names; None if it names none."""
+def split_name(run: str) -> tuple[Path, str | None]:
+    """Path and encoder of "<file>:<encoder>"; the encoder is None where only a file is named."""
     file, colon, encoder = run.rpartition(":")
     if colon and not Path(run).expanduser().is_file() and Path(file).suffix in SUFFIXES:
         return Path(file).expanduser(), encoder
     return Path(run).expanduser(), None
 
 
-def tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file of weights by its dotted name, however nested; nothing that is in the file is run.
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file of weights by dotted name, however deeply they are nested; no code in the file is run.
 
     Raises:
-        BadInput: it is no such file, or holds what could run code.
+        BadInput: the file does not hold weights, or holds objects whose loading could run code.
     """
     try:
         if path.suffix == ".safetensors":
@@ -45,8 +45,8 @@ def tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # of many kinds; nothing in the file can have done more than fail to be read
         if isinstance(error, OSError) and error.errno:
             raise
-        found = re.search(r"(?:GLOBAL|global|class) ([\w.]+\.[\w.]+)", str(error))
-        what = f"holds {found[1]}, and reading that could run code" if found else "cannot be read as weights alone"
+        harmful = re.search(r"(?:GLOBAL|global|class) ([\w.]+\.[\w.]+)", str(error))
+        what = f"holds {harmful[1]}, and reading that could run code" if harmful else "cannot be read as weights alone"
         raise BadInput(
             f"{path} {what}, so it is refused; ask for a file of weights alone, as torch.save(model.state_dict(), …) "
             "or safetensors write it."
@@ -54,22 +54,22 @@ def tensors(path: Path) -> dict[str, Tensor]:
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def choose(
+def choose_encoder(
     prefixes: Sequence[str], encoder: str | None, path: Path, default: str | None = None
 ) -> tuple[str, list[str]]:
-    """What stands before the names of the encoder's tensors, and a sentence where others could have been meant.
+    """Prefix of the names of one encoder's tensors, and a note for the user if the file holds several encoders.
 
     Of a student and its teacher that is the teacher, which DINO (arXiv:2104.14294) and its successors evaluate. Of other
     pairs (query and key, online and target, a network and its moving average) it is the one that learns from gradients.
 
     Args:
-        prefixes: of the encoders in the file; at least one.
-        encoder: which of them, by the name that the sentence gives it or by its prefix; None: as above.
+        prefixes: one for each encoder in the file; at least one.
+        encoder: the one to take, by its name in the note or by its prefix; None: by the rule above.
         path: of the file.
-        default: the one in place of the rule above.
+        default: prefix of the encoder to take in place of the rule above.
 
     Raises:
-        BadInput: there is no such encoder, or several are equally likely.
+        BadInput: there is no such encoder, or the rule leaves several.
     """
     names = _short([prefix.strip(".") for prefix in prefixes])
     known = dict(zip(names, prefixes, strict=True))
@@ -86,7 +86,10 @@ def choose(
         if teachers and any("student" in prefix for prefix in prefixes):
             chosen, why = teachers, "as DINO evaluates it"
         else:
-            chosen, why = [prefix for prefix in prefixes if not FOLLOWERS.search(prefix)], "which learns from gradients"
+            chosen, why = (
+                [prefix for prefix in prefixes if not MOVING_AVERAGES.search(prefix)],
+                "which learns from gradients",
+            )
         chosen = chosen or list(prefixes)
     if len(chosen) > 1:
         ways = " or ".join(f"run={path}:{name}" for name, prefix in known.items() if prefix in chosen)
@@ -102,27 +105,27 @@ def choose(
 
 
 def _short(labels: Sequence[str]) -> list[str]:
-    """For each dotted label its first part that no other label has, or all of it."""
+    """The first part of each dotted label that no other label has; the whole label if there is none."""
     parts = [label.split(".") for label in labels]
     names = []
     for number, label in enumerate(labels):
-        others = {part for other, found in enumerate(parts) if other != number for part in found}
+        others = {part for index, label_parts in enumerate(parts) if index != number for part in label_parts}
         names.append(next((part for part in parts[number] if part not in others), label))
     return names
 
 
-def resnet(
+def resnet_weights(
     weights: dict[str, Tensor], path: Path, encoder: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any], int, tuple[str, ...]]:
-    """A ResNet with torchvision's names among these weights: its own, how to build it, its channels, and notes.
+    """Weights of a ResNet with torchvision's parameter names, its recipe (see `random_network`), channels, and notes.
 
     Args:
-        weights: of the file, by dotted name.
+        weights: all tensors of the file, by dotted name.
         path: of the file.
-        encoder: which of several, see `choose`.
+        encoder: which of several, see `choose_encoder`.
 
     Raises:
-        BadInput: there is none, or it is not clear which or how it begins.
+        BadInput: there is no such ResNet, several are equally likely, or its first convolution is neither 3x3 nor 7x7.
     """
     prefixes = [
         name.removesuffix(FIRST_BLOCK) for name in weights if name == FIRST_BLOCK or name.endswith(f".{FIRST_BLOCK}")
@@ -132,7 +135,7 @@ def resnet(
             f"{path} holds no ResNet with torchvision's names (no {FIRST_BLOCK} among its {len(weights)} tensors); "
             "only those can be recognised without the code that made them."
         )
-    prefix, notes = choose(prefixes, encoder, path)
+    prefix, notes = choose_encoder(prefixes, encoder, path)
     own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     stem = own.get("conv1.weight", torch.empty(0))
     side = stem.shape[-1] if stem.ndim == 4 else 0
@@ -158,16 +161,16 @@ def resnet(
     return inner, recipe, stem.shape[1], (*notes, note + stem_note)
 
 
-def of_run(
+def checkpoint_weights(
     weights: dict[str, Tensor], wanted: Sequence[str], path: Path, encoder: str | None
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The encoder's weights in a checkpoint of a run, and a sentence where that has a moving average of it too.
+    """The encoder's weights in a checkpoint of a run, and a note if the checkpoint has a moving average of it too.
 
     Args:
-        weights: of the checkpoint, by dotted name.
+        weights: all tensors of the checkpoint, by dotted name.
         wanted: names of the encoder's tensors.
         path: of the checkpoint.
-        encoder: which of several, see `choose`; None: the one that the run's own evaluation is of.
+        encoder: which of several, see `choose_encoder`; None: the one that the training itself evaluates.
 
     Raises:
         BadInput: there is no such encoder.
@@ -175,5 +178,5 @@ def of_run(
     default = "method.encoder."
     ends = (name.removesuffix(wanted[0]) for name in weights if name.endswith(f".{wanted[0]}"))
     others = [prefix for prefix in ends if prefix != default and all(prefix + name in weights for name in wanted)]
-    prefix, notes = choose([default, *others], encoder, path, default)
+    prefix, notes = choose_encoder([default, *others], encoder, path, default)
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}, notes

@@ -1,9 +1,8 @@
-"""The projection of a run as an encoder: what the method's loss was about, behind the features."""
+"""The encoder of a run followed by its projector, whose outputs the method's loss compares."""
 
 from typing import Any
 
 from jaxtyping import Float
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from twoviews.backbones import Encoder
@@ -18,19 +17,19 @@ PREFIX = "projector."
 
 
 class Projected(Encoder):
-    """Encoder and projector, one behind the other."""
+    """An encoder and a projector that takes its features."""
 
     def __init__(self, encoder: Encoder, projector: nn.Module, out_dim: int, recipe: dict[str, Any]):
         super().__init__()
         self.encoder, self.projector, self.out_dim, self.recipe = encoder, projector, out_dim, recipe
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
-        """[B, out_dim], not normalised."""
+        """Projections [B, out_dim], not normalized."""
         return self.projector(self.encoder(images))
 
 
 def projected(encoder: Encoder, run: Run) -> Projected:
-    """The encoder of a run with the projector of its last checkpoint behind it.
+    """The encoder of a run followed by the projector of its last checkpoint.
 
     Raises:
         BadInput: the method has no projector, or the checkpoint is gone.
@@ -46,7 +45,7 @@ def projected(encoder: Encoder, run: Run) -> Projected:
     weights = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
     if not weights:
         raise BadInput(f"the method of {run.folder} has no projector; use feature=backbone.")
-    projector = build(DictConfig(config["method"]), encoder=encoder).projector
+    projector = build(config["method"], encoder=encoder).projector
     try:
         check_finite(weights)
         projector.load_state_dict(weights)

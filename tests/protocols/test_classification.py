@@ -5,14 +5,21 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from scipy.stats import bootstrap
+from scipy.stats import binom, bootstrap
 from sklearn import metrics
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from twoviews.errors import BadInput
-from twoviews.evaluation import scores as module
-from twoviews.evaluation.scores import calibration_error, interval, ranks, scores
+from twoviews.protocols import classification
+from twoviews.protocols.classification import (
+    bootstrap_interval,
+    bootstrap_intervals,
+    calibration_error,
+    classification_scores,
+    mask_zeros,
+    ranks,
+)
 
 DIGITS = tuple("0123456789")
 
@@ -28,7 +35,7 @@ def classified() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_values_are_scikit_learns():
     p, y = classified()
-    found, predicted = scores(p.float(), y, DIGITS), p.argmax(1)
+    found, predicted = classification_scores(p.float(), y, DIGITS), p.argmax(1)
     precision, recall, f1, _ = metrics.precision_recall_fscore_support(y, predicted, average="macro")
     assert found.values == {
         "top1": pytest.approx(100 * metrics.accuracy_score(y, predicted)),
@@ -45,7 +52,7 @@ def test_values_are_scikit_learns():
 
 def test_rows_of_classes():
     p, y = classified()
-    found = scores(p, y, DIGITS)
+    found = classification_scores(p, y, DIGITS)
     report = metrics.classification_report(y, p.argmax(1), output_dict=True)
     for number, row in enumerate(found.per_class):
         theirs = report[str(number)]
@@ -62,7 +69,7 @@ def test_rows_of_classes():
 def test_a_class_without_test_images():
     p, y = classified()
     some = y != 3
-    found = scores(p[some], y[some], DIGITS)
+    found = classification_scores(p[some], y[some], DIGITS)
     row = found.per_class[3]
     assert row["images"] == 0 and all(np.isnan(row[key]) for key in ("accuracy", "low", "high", "precision", "roc_auc"))
     others = [one for one in found.per_class if one["images"]]
@@ -73,22 +80,22 @@ def test_a_class_without_test_images():
 
 def test_few_classes_and_images_of_one_class():
     p = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]])
-    found = scores(p, torch.tensor([0, 1, 1]), ("cat", "dog"))
+    found = classification_scores(p, torch.tensor([0, 1, 1]), ("cat", "dog"))
     assert "top5" not in found.values and "top5" not in found.intervals
     assert found.values["top1"] == pytest.approx(200 / 3)
     assert found.values["roc_auc"] == pytest.approx(100)  # both dogs are more of a dog than the cat
-    alone = scores(p, torch.tensor([0, 0, 0]), ("cat", "dog"))
+    alone = classification_scores(p, torch.tensor([0, 0, 0]), ("cat", "dog"))
     assert "roc_auc" not in alone.values and alone.values["recall"] == pytest.approx(200 / 3)
 
 
 def test_ranks_by_a_loop():
     made = torch.randint(0, 4, (300, 7), generator=torch.Generator().manual_seed(0)).float()  # many ties and zeros
     labels = torch.arange(300) % 7
-    for row, label, rank in zip(made.tolist(), labels.tolist(), ranks(made, labels).tolist(), strict=True):
+    for row, label, rank in zip(made.tolist(), labels.tolist(), ranks(mask_zeros(made), labels).tolist(), strict=True):
         order = sorted(range(7), key=lambda number: (-row[number], number))
         assert rank == (order.index(label) if row[label] > 0 else 7)
     voted = made.sum(1) > 0
-    assert torch.equal((ranks(made, labels) == 0)[voted], (made.argmax(1) == labels)[voted])
+    assert torch.equal((ranks(mask_zeros(made), labels) == 0)[voted], (made.argmax(1) == labels)[voted])
 
 
 def test_calibration_error_by_a_loop():
@@ -101,7 +108,7 @@ def test_calibration_error_by_a_loop():
             accuracy = np.mean([float(predicted[i] == y[i]) for i in inside])
             total += len(inside) / len(y) * abs(accuracy - np.mean([confidence[i].item() for i in inside]))
     assert calibration_error(p, y) == pytest.approx(total) and total > 0.01
-    assert scores(p, y, DIGITS).values["ece"] == pytest.approx(100 * total)
+    assert classification_scores(p, y, DIGITS).values["ece"] == pytest.approx(100 * total)
 
 
 def test_calibration_error_in_closed_form():
@@ -116,7 +123,7 @@ def test_calibration_error_in_closed_form():
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
 def test_interval_is_scipys(share):
     hits = (torch.rand(800, generator=torch.Generator().manual_seed(1)) < share).double() * 100
-    low, high = interval(hits)
+    low, high = bootstrap_interval(hits)
     theirs = bootstrap((hits.numpy(),), np.mean, method="percentile", n_resamples=5000, batch=500, rng=0)
     width = theirs.confidence_interval.high - theirs.confidence_interval.low
     assert low == pytest.approx(theirs.confidence_interval.low, abs=0.08 * width)
@@ -126,13 +133,28 @@ def test_interval_is_scipys(share):
 
 def test_interval_of_any_score_in_chunks_and_by_seed(monkeypatch):
     losses = torch.rand(300, generator=torch.Generator().manual_seed(2)) ** 4
-    whole = interval(losses, seed=3)
-    assert whole == interval(losses, seed=3) != interval(losses, seed=4)
+    whole = bootstrap_interval(losses, seed=3)
+    assert whole == bootstrap_interval(losses, seed=3) != bootstrap_interval(losses, seed=4)
     expected = 1.96 * losses.std().item() / 300**0.5  # a mean of 300 is all but normal
     assert (whole[1] - whole[0]) / 2 == pytest.approx(expected, rel=0.1)
-    monkeypatch.setattr(module, "CHUNK", 1000)
-    assert interval(losses, seed=3) == pytest.approx(whole, rel=0.02)
-    assert interval(torch.full((50,), 7.0)) == (7.0, 7.0)
+    monkeypatch.setattr(classification, "RESAMPLED_AT_ONCE", 1000)
+    assert bootstrap_interval(losses, seed=3) == pytest.approx(whole, rel=0.02)
+    assert bootstrap_interval(torch.full((50,), 7.0)) == (7.0, 7.0)
+
+
+def test_intervals_of_accuracies_are_those_of_the_binomial_distribution():
+    hits = torch.zeros(2, 150)
+    hits[0, :120], hits[1] = 100, 100
+    found = bootstrap_intervals(hits)
+    exact = [100 * binom.ppf(q, 150, 0.8) / 150 for q in (0.025, 0.975)]
+    torch.testing.assert_close(found[0], torch.tensor(exact, dtype=torch.double), atol=1, rtol=0)
+    assert found[1].tolist() == [100, 100]
+
+
+def test_intervals_of_rows_are_those_of_each_row_alone():
+    rows = torch.rand(3, 200, generator=torch.Generator().manual_seed(4))
+    expected = torch.tensor([bootstrap_interval(row, seed=5) for row in rows], dtype=torch.float64)
+    torch.testing.assert_close(bootstrap_intervals(rows, seed=5), expected)
 
 
 def test_what_is_not_finite_is_named():
@@ -140,10 +162,10 @@ def test_what_is_not_finite_is_named():
     broken = p.clone()
     broken[3, 2] = torch.nan
     with pytest.raises(BadInput, match="1 of 1297 test images"):
-        scores(broken, y, DIGITS)
+        classification_scores(broken, y, DIGITS)
 
 
 def test_one_class_alone():
-    found = scores(torch.ones(4, 1), torch.zeros(4, dtype=torch.long), ("digit",))
+    found = classification_scores(torch.ones(4, 1), torch.zeros(4, dtype=torch.long), ("digit",))
     assert found.values == {"top1": 100, "precision": 100, "recall": 100, "f1": 100, "ece": 0}
     assert found.intervals == {"top1": (100, 100)}

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,9 @@ from twoviews.checkpoints import save_checkpoint
 from twoviews.config.building import build
 from twoviews.config.digest import digest
 from twoviews.data.sources import digits
+from twoviews.encoders.opening import open_encoder
+from twoviews.encoders.weight_files import read_tensors
 from twoviews.errors import BadInput
-from twoviews.evaluation.source import open_source
-from twoviews.evaluation.weights import tensors
 from twoviews.run import Run
 from twoviews.tracking import uris
 from twoviews.tracking.state import run_id, set_target
@@ -72,8 +73,6 @@ def features(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def colour():
     """Digits in three channels, as a data set of the command line."""
-    from dataclasses import replace
-
     data = digits(train_images=20)
     pixels = data.train.pixels.expand(-1, 3, -1, -1)
     train = replace(data.train, pixels=pixels)
@@ -110,35 +109,36 @@ HABITS = {
 def test_foreign_checkpoints_give_torchvisions_features(tmp_path: Path, name: str) -> None:
     model = theirs()
     torch.save(HABITS[name](model.state_dict()), tmp_path / name)
-    found = open_source(name, colour)
+    found = open_encoder(name, colour)
     images = torch.randn(3, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(found.encoder.eval()(images), features(model, images), rtol=1e-5, atol=1e-5)
-    assert (found.config, found.channels, found.image_size) == (None, 3, 64)
+    wanted = found.preprocessing
+    assert (found.run, wanted.channels, wanted.image_size) == (None, 3, 64)
     assert found.folder.match(f"outputs/evaluation-{found.name}-????????") and name.split(".")[0] in found.name
     assert any("enlarged to 64 px" in note for note in found.notes)
-    fed = found.fed(colour())
+    fed = found.prepare(colour())
     assert (fed.size, fed.mean) == (64, colour().mean)
 
 
 def test_a_small_stem_is_seen_by_the_shape_of_conv1(tmp_path: Path) -> None:
     model = theirs("cifar")
     save_file(model.state_dict(), tmp_path / "small.safetensors")
-    found = open_source("small.safetensors", colour)
+    found = open_encoder("small.safetensors", colour)
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(found.encoder.eval()(images), features(model, images), rtol=1e-5, atol=1e-5)
-    assert found.image_size == 32
+    assert found.preprocessing.image_size == 32
     assert any("3x3" in note for note in found.notes)
 
 
 def test_bottlenecks_and_other_widths(tmp_path: Path) -> None:
     ours = ResNet(1, 32, "bottleneck", [1, 2], width=8, stem="imagenet")
     torch.save({"encoder": ours.state_dict()}, tmp_path / "ours.pt")
-    found = open_source("ours.pt", digits)
+    found = open_encoder("ours.pt", digits)
     assert found.encoder.recipe == {**ours.recipe, "zero_init_residual": False}
     with pytest.raises(BadInput, match=r"takes images of 1 channel\(s\), and those of digits have 3"):
-        found.fed(colour())
+        found.prepare(colour())
 
 
 # several encoders in one file
@@ -164,8 +164,8 @@ def test_of_several_encoders_it_says_which_is_used_and_takes_either(tmp_path: Pa
         (p + key, value) for p, of in prefixes.values() for key, value in weights[of].items() if "fc." not in key
     ]
     torch.save(dict(reversed(content) if turned else content), tmp_path / "pair.pth")
-    found = {name: open_source(f"pair.pth:{name}", colour) for name in prefixes}
-    found["default"] = open_source("pair.pth", colour)
+    found = {name: open_encoder(f"pair.pth:{name}", colour) for name in prefixes}
+    found["default"] = open_encoder("pair.pth", colour)
     for name, source in found.items():
         _, of = prefixes[used if name == "default" else name]
         assert torch.equal(source.encoder.state_dict()["layer1.0.conv1.weight"], weights[of]["layer1.0.conv1.weight"])
@@ -177,33 +177,35 @@ def test_of_several_encoders_it_says_which_is_used_and_takes_either(tmp_path: Pa
     folders = {source.folder for source in found.values()}
     assert len(folders) == (2 if "" in prefixes else 3)  # results of one do not replace those of another
     with pytest.raises(BadInput, match=r"run=pair.pth:nobody: pair.pth holds no encoder nobody, but these: "):
-        open_source("pair.pth:nobody", colour)
+        open_encoder("pair.pth:nobody", colour)
 
 
 def test_one_of_two_equals_has_to_be_named(tmp_path: Path) -> None:
     torch.save({"a": (weights := theirs().state_dict()), "b": weights}, tmp_path / "two.pt")
     with pytest.raises(BadInput, match=r"holds 2 ResNets \(a, b\); choose one: run=two.pt:a or run=two.pt:b\."):
-        open_source("two.pt", colour)
-    assert "Evaluated is b, as the command says" in open_source("two.pt:b", colour).notes[0]
+        open_encoder("two.pt", colour)
+    assert "Evaluated is b, as the command says" in open_encoder("two.pt:b", colour).notes[0]
     with pytest.raises(BadInput, match=r"there is no such file. Did you mean 'two.pt'\?"):
-        open_source("tow.pt:a", colour)
+        open_encoder("tow.pt:a", colour)
 
 
 def test_the_key_encoder_of_a_run(trained: Path) -> None:
-    last = open_source(f"{trained}/last.pt")
+    last = open_encoder(f"{trained}/last.pt")
     assert "Evaluated is encoder, which learns from gradients; run=" in last.notes[0] and "key_encoder" in last.notes[0]
-    weights = {name: value + 1 for name, value in tensors(trained / "last.pt").items() if value.is_floating_point()}
+    weights = {
+        name: value + 1 for name, value in read_tensors(trained / "last.pt").items() if value.is_floating_point()
+    }
     kept = torch.load(trained / "last.pt", weights_only=True)
     keys = {name: value for name, value in kept["method"].items() if name.startswith("key_encoder.")}
     moved = {name: weights[f"method.{name}"] for name in keys if f"method.{name}" in weights}
     folder = shutil.copytree(trained, trained.parent / "moved")
     torch.save({**kept, "method": {**kept["method"], **moved}}, folder / "last.pt")
-    key, query = open_source(f"{folder}/last.pt:key_encoder"), open_source(f"{folder}/last.pt")
+    key, query = open_encoder(f"{folder}/last.pt:key_encoder"), open_encoder(f"{folder}/last.pt")
     assert same(query.encoder, last.encoder)
     for name, value in query.encoder.state_dict().items():
         assert torch.equal(key.encoder.state_dict()[name], value + 1 if value.is_floating_point() else value), name
     with pytest.raises(BadInput, match="holds one encoder"):
-        open_source(f"{trained}/encoder.safetensors:key_encoder", digits)
+        open_encoder(f"{trained}/encoder.safetensors:key_encoder", digits)
 
 
 # mean and standard deviation
@@ -222,19 +224,19 @@ def test_mean_and_std_are_said_and_can_be_set(tmp_path: Path, trained: Path) -> 
         "timm:resnet10t": own,
         "torchvision:resnet18:pretrained": "mean=[0.485,0.456,0.406] and std=[0.229,0.224,0.225], which belong to these",
     }.items():
-        assert said in open_source(name, colour).notes[-1]
+        assert said in open_encoder(name, colour).notes[-1]
         mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
-        source = open_source(name, colour, mean=mean, std=std)
+        source = open_encoder(name, colour, mean=mean, std=std)
         assert "mean=[0.1,0.2,0.3] and std=[0.4,0.5,0.6], of the command" in source.notes[-1]
-        assert (source.fed(colour()).mean, source.fed(colour()).std) == (tuple(mean), tuple(std))
+        assert (source.prepare(colour()).mean, source.prepare(colour()).std) == (tuple(mean), tuple(std))
         with pytest.raises(BadInput, match=r"mean=\[0.5\] and std=\[0.5\] need 3 number\(s\) each"):
-            open_source(name, colour, mean=[0.5], std=[0.5])
+            open_encoder(name, colour, mean=[0.5], std=[0.5])
         with pytest.raises(BadInput, match="mean= and std= belong together"):
-            open_source(name, colour, mean=mean)
-    assert "encoder.json" in open_source(f"{trained}/encoder.safetensors", digits).notes[-1]
-    assert not open_source(str(trained)).notes
+            open_encoder(name, colour, mean=mean)
+    assert "encoder.json" in open_encoder(f"{trained}/encoder.safetensors", digits).notes[-1]
+    assert not open_encoder(str(trained)).notes
     with pytest.raises(BadInput, match="knows those that it was trained with"):
-        open_source(str(trained), mean=[0.5], std=[0.5])
+        open_encoder(str(trained), mean=[0.5], std=[0.5])
 
 
 # files that are refused
@@ -259,7 +261,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path: Path
     else:
         torch.save(content, file, _use_new_zipfile_serialization=kind != "legacy")
     with pytest.raises(BadInput, match="so it is refused") as refused:
-        open_source(str(file), colour)
+        open_encoder(str(file), colour)
     assert "\n" not in str(refused.value) and str(file) in str(refused.value)
     assert kind in ("pickle", "renamed") or "holds posix.system" in str(refused.value)
     assert not made.exists()
@@ -279,7 +281,7 @@ def test_a_description_that_would_run_code_is_refused(tmp_path: Path, trained: P
                 with pytest.raises(
                     BadInput, match=f"refused, because _target_={target} is none that backbone can build"
                 ):
-                    open_source(str(run), digits)
+                    open_encoder(str(run), digits)
     with pytest.raises(BadInput, match="not part of twoviews"):
         build(DictConfig({"_target_": "os.system", "command": "touch made"}))
     assert not (tmp_path / "made").exists()
@@ -310,7 +312,7 @@ def test_what_is_no_plain_resnet(tmp_path: Path, name: str) -> None:
     content, part = REFUSED[name]
     torch.save(content(), tmp_path / name)
     with pytest.raises(BadInput, match=part):
-        open_source(name, colour)
+        open_encoder(name, colour)
 
 
 def test_damaged_and_missing_files(tmp_path: Path) -> None:
@@ -320,25 +322,26 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("hello world")
     for name in ("half.pt", "text.pth", "text.safetensors"):
         with pytest.raises(BadInput, match="cannot be read as weights alone, so it is refused"):
-            open_source(name, colour)
+            open_encoder(name, colour)
     with pytest.raises(BadInput, match=r"there is no such file. Did you mean 'whole.pt'\?"):
-        open_source("whle.pt", colour)
-    assert set(tensors(tmp_path / "whole.pt")) == set(theirs().state_dict())
+        open_encoder("whle.pt", colour)
+    assert set(read_tensors(tmp_path / "whole.pt")) == set(theirs().state_dict())
 
 
 # names of networks
 
 
 def test_random_networks_of_both_libraries() -> None:
-    found = open_source("torchvision:resnet18", colour)
+    found = open_encoder("torchvision:resnet18", colour)
     assert isinstance(found.encoder, ResNet) and found.encoder.state_dict().keys() == {
         key for key in theirs(depths=(2, 2, 2, 2)).state_dict() if not key.startswith("fc.")
     }
-    again = open_source("torchvision:resnet18", colour).encoder.state_dict()
+    again = open_encoder("torchvision:resnet18", colour).encoder.state_dict()
     assert all(torch.equal(value, again[key]) for key, value in found.encoder.state_dict().items())
     assert (found.name, found.folder) == ("torchvision-resnet18", Path("outputs/evaluation-torchvision-resnet18"))
-    found = open_source("timm:resnet10t", digits)
-    assert isinstance(found.encoder, Timm) and (found.channels, found.image_size) == (1, 32)
+    found = open_encoder("timm:resnet10t", digits)
+    assert isinstance(found.encoder, Timm) and found.preprocessing.channels == 1
+    assert found.preprocessing.image_size == 32
 
 
 NAMES = {
@@ -357,7 +360,7 @@ NAMES = {
 @pytest.mark.parametrize("name", NAMES)
 def test_names_that_are_not_right(name: str) -> None:
     with pytest.raises(BadInput, match=NAMES[name]):
-        open_source(name, colour)
+        open_encoder(name, colour)
 
 
 def test_pretrained_weights_that_lie_here(tmp_path: Path) -> None:
@@ -369,10 +372,10 @@ def test_pretrained_weights_that_lie_here(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 64, 64)
     expected = features(model, images)
     for library in ("torchvision", "timm"):
-        found = open_source(f"{library}:resnet18:pretrained", colour)
+        found = open_encoder(f"{library}:resnet18:pretrained", colour)
         with torch.no_grad():
             torch.testing.assert_close(found.encoder.eval()(images), expected, rtol=1e-5, atol=1e-5)
-        assert (found.image_size, found.mean) == (224, (0.485, 0.456, 0.406))
+        assert found.preprocessing.image_size == 224 and found.preprocessing.mean == (0.485, 0.456, 0.406)
         assert found.name == f"{library}-resnet18-pretrained"
 
 
@@ -380,7 +383,13 @@ def test_what_is_no_run_needs_data(tmp_path: Path) -> None:
     torch.save(theirs().state_dict(), tmp_path / "plain.pt")
     for name in ("plain.pt", "torchvision:resnet18", "timm:resnet18"):
         with pytest.raises(BadInput, match="is not the folder of a run, so its images are not known; name them: data="):
-            open_source(name)
+            open_encoder(name)
+    (place := tmp_path / "hub" / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(theirs(depths=(2, 2, 2, 2)).state_dict(), place / "resnet18-f37072fd.pth")
+    loaded = open_encoder("torchvision:resnet18:pretrained")  # which size and statistics belong to them is known
+    assert loaded.load_data(colour).size == 224
+    with pytest.raises(BadInput, match="its images are not known"):
+        loaded.load_data()
 
 
 # our own
@@ -393,37 +402,37 @@ def same(encoder: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 def test_a_run_and_its_files(trained: Path, tmp_path: Path) -> None:
     encoder, facts = Run(trained).encoder(), json.loads((trained / "encoder.json").read_text())
-    found = open_source(str(trained))
+    found = open_encoder(str(trained))
     assert same(found.encoder, encoder) and (found.name, found.folder) == ("run", trained)
-    assert found.config == Run(trained).config() and list(found.mean) == facts["mean"]
-    assert (found.fed(digits()).mean, found.fed(digits()).size) == (digits().mean, 32)
-    last = open_source(str(trained / "last.pt"))
+    assert found.config == Run(trained).config() and list(found.preprocessing.mean) == facts["mean"]
+    assert (found.prepare(digits()).mean, found.prepare(digits()).size) == (digits().mean, 32)
+    last = open_encoder(str(trained / "last.pt"))
     assert same(last.encoder, encoder) and last.config == found.config
-    assert (last.image_size, last.mean, last.std) == (found.image_size, found.mean, found.std)
+    assert last.preprocessing == replace(found.preprocessing, statistics="those of digits")
     assert last.folder.match("outputs/evaluation-run-last-????????")
-    file = open_source(str(trained / "encoder.safetensors"), digits)
+    file = open_encoder(str(trained / "encoder.safetensors"), digits)
     assert same(file.encoder, encoder) and file.folder.match("outputs/evaluation-run-encoder-????????")
     shutil.copy(trained / "encoder.safetensors", tmp_path / "alone.safetensors")  # without encoder.json
-    assert same(open_source("alone.safetensors", digits).encoder, encoder)
+    assert same(open_encoder("alone.safetensors", digits).encoder, encoder)
     (folder := tmp_path / "bad").mkdir()
     shutil.copy(trained / "encoder.safetensors", folder)
     (folder / "encoder.json").write_text(json.dumps({**facts, "channels": 3}))
     with pytest.raises(BadInput, match="do not make an encoder"):
-        open_source(str(folder / "encoder.safetensors"), digits)
+        open_encoder(str(folder / "encoder.safetensors"), digits)
 
 
 def test_latest_is_the_run_begun_last(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no run below"):
-        open_source("latest")
+        open_encoder("latest")
     places = [tmp_path / "outputs" / "a", tmp_path / "multirun" / "sweep" / "b", tmp_path / "outputs" / "c" / ".hydra"]
     for age, place in enumerate(places):
         shutil.copytree(trained, place)
         os.utime(place / "config.yaml", (1_000_000 + age, 1_000_000 + age))
-    assert open_source("latest").folder == Path("multirun/sweep/b")
+    assert open_encoder("latest").folder == Path("multirun/sweep/b")
     os.utime(places[0] / "config.yaml")
-    assert open_source("latest").folder == Path("outputs/a")
+    assert open_encoder("latest").folder == Path("outputs/a")
     with pytest.raises(BadInput, match="holds no run .* the latest beside it is .*a"):
-        open_source("outputs/lost")
+        open_encoder("outputs/lost")
 
 
 @pytest.mark.slow  # MLflow makes its tables
@@ -431,24 +440,24 @@ def test_mlflows_id(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(uris, "checkout", lambda: tmp_path)  # or mlflow.db would be that of the checkout
     away = shutil.copytree(trained, tmp_path / "away" / "run")
     with pytest.raises(BadInput, match="has this id, and MLflow knows none"):
-        open_source("0" * 32)
+        open_encoder("0" * 32)
     assert not (tmp_path / "mlflow.db").exists()
     set_target(away, f"sqlite:///{tmp_path}/mlflow.db", "found")
     upload(away, closed=True)
     made = run_id(away)
-    assert open_source(made).folder == away  # what MLflow was told
+    assert open_encoder(made).folder == away  # what MLflow was told
     here = shutil.copytree(away, tmp_path / "outputs" / "here")
-    assert open_source(made).folder == Path("outputs/here")  # what the folder itself says
+    assert open_encoder(made).folder == Path("outputs/here")  # what the folder itself says
     (here / "tracking.json").unlink()
     result = json.loads((here / "result.json").read_text())
     (here / "result.json").write_text(json.dumps({**result, "mlflow_run_id": made}))
-    assert open_source(made).folder == Path("outputs/here")
+    assert open_encoder(made).folder == Path("outputs/here")
     shutil.rmtree(here)
     shutil.rmtree(away)
     with pytest.raises(BadInput, match=f"was trained into {away}, which is not on this machine"):
-        open_source(made)
+        open_encoder(made)
 
 
 def test_weights_are_read_with_nothing_lost(trained: Path) -> None:
     names = {f"method.encoder.{name}" for name in load_file(trained / "encoder.safetensors")}
-    assert names <= tensors(trained / "last.pt").keys()
+    assert names <= read_tensors(trained / "last.pt").keys()

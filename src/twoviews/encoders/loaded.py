@@ -1,0 +1,105 @@
+"""An encoder that was loaded from a run, a file of weights, torchvision or timm, and how its images are prepared."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from twoviews.backbones import Encoder
+from twoviews.config.building import build
+from twoviews.data.images import ImageData
+from twoviews.errors import BadInput
+from twoviews.foreign import blamed
+from twoviews.run import Run
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images are resized and normalized for an encoder."""
+
+    channels: int
+    image_size: int  # px, side of the central square after resizing
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
+    std: tuple[float, ...]
+    statistics: str | None = None  # where mean and std come from, for the user; None: encoder.json of the run
+
+    @classmethod
+    def of_images(cls, data: ImageData) -> "Preprocessing":
+        """Size and statistics of the images themselves."""
+        return cls(data.channels, data.size, data.mean, data.std, f"those of {data.name}")
+
+    @classmethod
+    def of_description(cls, description: dict[str, Any], statistics: str | None = None) -> "Preprocessing":
+        """What encoder.json says."""
+        mean, std = tuple(description["mean"]), tuple(description["std"])
+        return cls(description["channels"], description["image_size"], mean, std, statistics)
+
+
+@dataclass(frozen=True)
+class LoadedEncoder:
+    """An encoder, how its images are prepared, and where it came from."""
+
+    encoder: Encoder
+    preprocessing: Preprocessing
+    name: str  # in tables and pictures
+    folder: Path  # for results: the run's, or one that need not exist yet
+    run: Run | None = None  # that it is from, also if one file of the run was named; None: from elsewhere
+    notes: tuple[str, ...] = ()  # sentences that the user should read
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The run's configuration; empty without a run."""
+        return self.run.config() if self.run else {}
+
+    @property
+    def in_run_folder(self) -> bool:
+        """Whether results go into the folder of the run, and to MLflow with it."""
+        return self.run is not None and self.run.folder == self.folder
+
+    @property
+    def config_path(self) -> Path:
+        """Where the run's configuration is; without a run there is no such file."""
+        return (self.run.folder if self.run else self.folder) / "config.yaml"
+
+    def load_data(self, chosen: Callable[[], ImageData] | None = None) -> ImageData:
+        """Images as the encoder takes them.
+
+        Args:
+            chosen: loads other images than those of the run.
+
+        Raises:
+            BadInput: they have another number of channels or cannot be loaded, or there is neither a run nor `chosen`.
+        """
+        if chosen is not None:
+            return self.prepare(chosen())
+        if self.run is None:
+            raise unknown_images(self.name)
+        with blamed(self.config_path):
+            return self.prepare(build(self.config["data"]))
+
+    def prepare(self, data: ImageData) -> ImageData:
+        """The same images in the size and with the channel statistics that the encoder takes.
+
+        Raises:
+            BadInput: they have another number of channels.
+        """
+        wanted = self.preprocessing
+        if data.channels != wanted.channels:
+            raise BadInput(
+                f"the encoder {self.name} takes images of {wanted.channels} channel(s), and those of {data.name} have "
+                f"{data.channels}; choose others (for picture files, data.channels=1 and 3 are possible)."
+            )
+        return replace(data, size=wanted.image_size, mean=wanted.mean, std=wanted.std)
+
+    def trained_on(self, data: ImageData) -> bool:
+        """Whether these are the images of the run, by the digest of their content; False without a run."""
+        return self.run is not None and data.digest == self.run.read("data.json", needed=True)["digest"]
+
+
+def unknown_images(run: Path | str) -> BadInput:
+    """The error for an encoder that is not a run's and needs images."""
+    return BadInput(
+        f"{run} is not the folder of a run, so its images are not known; name them: data=cifar10, or data=folder "
+        "data.root=<pictures>."
+    )

@@ -1,0 +1,131 @@
+"""The encoder that `run=` names: of a run, a file of weights, torchvision or timm."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from twoviews.config.building import build
+from twoviews.config.digest import digest
+from twoviews.data.images import ImageData
+from twoviews.encoders.libraries import open_timm, open_torchvision
+from twoviews.encoders.loaded import LoadedEncoder, Preprocessing, unknown_images
+from twoviews.encoders.networks import fill, resnet_network
+from twoviews.encoders.run_names import find_run
+from twoviews.encoders.weight_files import SUFFIXES, checkpoint_weights, read_tensors, resnet_weights, split_name
+from twoviews.errors import BadInput, nearest, printable
+from twoviews.foreign import blamed, regular
+from twoviews.run import Run, load_encoder
+
+
+def open_encoder(
+    run: str,
+    data: Callable[[], ImageData] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> LoadedEncoder:
+    """The encoder that `run` names.
+
+    Args:
+        run: a run folder, its name, "latest", MLflow's id of a run, a file of weights, or "torchvision:<name>" or
+            "timm:<name>", with random weights or, with ":pretrained" behind, those that are on this machine. Behind a file
+            of several encoders, such as a student and its teacher, ":<name>" chooses one.
+        data: loads images, for an encoder whose channels and size are those of its images; called only if they are needed.
+        mean: per channel, of pixels in [0, 1], for an encoder that is not a run's; None: those that belong to its weights,
+            or where that is not known those of the images.
+        std: as `mean`.
+
+    Raises:
+        BadInput: there is no such encoder, it is damaged or could run code, or `data` are needed and missing; or `mean` and
+            `std` are not for it.
+    """
+    loaded = _open(run, data)
+    preprocessing = loaded.preprocessing
+    if (mean is None) != (std is None):
+        raise BadInput("mean= and std= belong together; give both, one number a channel, or none.")
+    if mean is not None and std is not None:
+        if preprocessing.statistics is None:
+            raise BadInput(
+                f"mean= and std= are for other encoders; the run {run} knows those that it was trained with."
+            )
+        if {len(mean), len(std)} != {preprocessing.channels}:
+            raise BadInput(
+                f"mean={list(mean)} and std={list(std)} need {preprocessing.channels} number(s) each, as {loaded.name} takes "
+                f"images of {preprocessing.channels} channel(s)."
+            )
+        preprocessing = replace(preprocessing, mean=tuple(mean), std=tuple(std), statistics="of the command")
+    if preprocessing.statistics is None:
+        return loaded
+    shown = (f"[{','.join(f'{value:.4g}' for value in values)}]" for values in (preprocessing.mean, preprocessing.std))
+    note = "images are normalised with mean={} and std={}, {}; mean= and std= set others."
+    notes = (*loaded.notes, note.format(*shown, preprocessing.statistics))
+    return replace(loaded, preprocessing=preprocessing, notes=notes)
+
+
+def _open(run: str, data: Callable[[], ImageData] | None) -> LoadedEncoder:
+    library, colon, name = run.partition(":")
+    if colon and library in ("torchvision", "timm"):
+        name, _, pretrained = name.partition(":")
+        if pretrained not in ("", "pretrained"):
+            raise BadInput(
+                f"run={run}: what follows the name can only be :pretrained, run={library}:{name}:pretrained."
+            )
+        return (open_torchvision if library == "torchvision" else open_timm)(name, bool(pretrained), data)
+    path, chosen = split_name(run)
+    if not path.is_dir():
+        regular(path)
+    if path.is_file():
+        return _open_file(path, data, chosen)
+    if (folder := find_run(run)) is not None:
+        path = folder
+    elif not path.exists():
+        if path.suffix in SUFFIXES:
+            siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise BadInput(f"run={run}: there is no such file.{nearest(path.name, siblings)}")
+        if close := nearest(library, ("torchvision", "timm")) if colon else "":
+            raise BadInput(f"run={run}: networks come from torchvision: or timm:.{close}")
+    opened = Run.existing(path)
+    encoder, preprocessing = opened.encoder(), Preprocessing.of_description(opened.read("encoder.json"))
+    return LoadedEncoder(encoder, preprocessing, printable(path.resolve().name), opened.folder, opened)
+
+
+def _open_file(path: Path, data: Callable[[], ImageData] | None, chosen: str | None) -> LoadedEncoder:
+    """Weights from anywhere; those in a run folder are built as its config.yaml says.
+
+    Args:
+        path: of the file.
+        data: loads images, see `open_encoder`.
+        chosen: name of one of several encoders in the file.
+    """
+    name, folder = _name_and_folder(path, chosen)
+    if path.suffix == ".safetensors" and path.with_name("encoder.json").exists():
+        if chosen is not None:
+            raise BadInput(f"run={path}:{chosen}: {path.name} holds one encoder; use run={path}.")
+        encoder, description = load_encoder(path)
+        preprocessing = Preprocessing.of_description(description, "of encoder.json beside it")
+        return LoadedEncoder(encoder, preprocessing, name, folder)
+    weights = read_tensors(path)
+    if any(key.startswith("method.encoder.") for key in weights) and path.with_name("config.yaml").exists():
+        run = Run.existing(path.parent)
+        config = run.config()
+        with blamed(path.with_name("config.yaml")):
+            images = data() if data else build(config["data"])
+            encoder = build(config["backbone"], channels=images.channels, image_size=images.size)
+        own, notes = checkpoint_weights(weights, list(encoder.state_dict()), path, chosen)
+        fill(encoder, own, path)
+        return LoadedEncoder(encoder, Preprocessing.of_images(images), name, folder, run, tuple(notes))
+    own, recipe, channels, notes = resnet_weights(weights, path, chosen)
+    if data is None:
+        raise unknown_images(path)
+    preprocessing = replace(Preprocessing.of_images(data()), channels=channels)
+    encoder, preprocessing, more = resnet_network(recipe, preprocessing, own, name)
+    return LoadedEncoder(encoder, preprocessing, name, folder, notes=(*notes, *more))
+
+
+def _name_and_folder(path: Path, chosen: str | None) -> tuple[str, Path]:
+    """Name of the encoder in a file of weights, and the folder for its results, which changes with the whole path."""
+    path = path.resolve()
+    stem = re.sub(rf"({'|'.join(map(re.escape, SUFFIXES))})+$", "", path.name)
+    # Many files are called last.pt: the folder's name tells most of them apart.
+    name = re.sub(r"[^\w.-]", "_", "-".join(filter(None, (path.parent.name, stem, chosen))))
+    return name, Path("outputs") / f"evaluation-{name}-{digest({'path': str(path)})}"
