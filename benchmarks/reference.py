@@ -52,7 +52,8 @@ from twoviews.loop import Training
 from twoviews.protocols.knn import knn_scores, top1
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.run import Run
-from twoviews.runtime import Runtime, StopSignal, autocast
+from twoviews.runtime import Runtime, autocast
+from twoviews.stop_signal import StopSignal
 from twoviews.tracking import Metrics, read
 
 METHODS = ("moco", "simclr", "byol")

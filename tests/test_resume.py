@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from twoviews.checkpoints import copied
 from twoviews.errors import BadInput
 from twoviews.run import STATE, Run
-from twoviews.runtime import StopSignal
+from twoviews.stop_signal import StopSignal
 from twoviews.tracking import read
 from twoviews.tracking.state import evaluation_lock, is_written, writer_lock
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from twoviews import distributed
+from twoviews import distributed, process_group
 from twoviews.checkpoints import Checkpoints, finite
 from twoviews.console import Console, duration
 from twoviews.data.loader import Batch
@@ -16,8 +16,9 @@ from twoviews.features import Pixels
 from twoviews.protocols.protocol import verdicts
 from twoviews.randomness import seed_of
 from twoviews.run import Run
-from twoviews.runtime import StopSignal, format_name, peak_memory
+from twoviews.runtime import format_name, peak_memory
 from twoviews.step import Step, Values
+from twoviews.stop_signal import StopSignal
 from twoviews.tracking import Metrics
 
 if TYPE_CHECKING:
@@ -163,12 +164,12 @@ class Training:
                 self.loader.set_epoch(epoch, start=self.position.step - epoch * steps)
                 self.position.unmeasured = self._train_epoch(stop)
         except (Stopped, RuntimeError) as error:
-            why = distributed.explained(error)
+            why = process_group.cause_of(error)
             if not isinstance(why, Stopped):
                 raise
             stop.number = stop.number or why.number
             # Others may not have heard of it yet, so nothing is exchanged with them any more.
-            distributed.tell_stopped(why.number)
+            process_group.announce_stop(why.number)
         finally:
             self.console.stop()
             self.checkpoints.wait()
@@ -189,7 +190,7 @@ class Training:
         if clustered:
             values = {"time/e_step": time.monotonic() - start}
             self._log({**values, **(self.score(clustered) if distributed.rank() == 0 else {})})
-            distributed.wait_for_first()  # which scores them alone
+            process_group.wait_for_first()  # which scores them alone
 
     def _train_epoch(self, stop: StopSignal) -> bool:
         """The rest of an epoch; False when a stop signal ended it early."""
@@ -241,7 +242,7 @@ class Training:
 
     def _read(self, values: Values) -> dict[str, float]:
         """Means over processes: the only wait for the device between two log lines."""
-        distributed.barrier()  # which names a process that does not come
+        process_group.barrier()  # which names a process that does not come
         means = distributed.mean(torch.stack(list(values.values()))).tolist()
         numbers = {f"train/{name}": mean for name, mean in zip(values, means, strict=True)}
         if not math.isfinite(numbers["train/loss"]):

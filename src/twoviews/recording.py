@@ -7,8 +7,8 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from twoviews import distributed, foreign
-from twoviews.assembly import Parts, describe_data, describe_encoder, show_result
+from twoviews import distributed, foreign, process_group
+from twoviews.assembly import Parts, describe_data, describe_encoder
 from twoviews.config.building import build
 from twoviews.config.digest import digest
 from twoviews.console import Console
@@ -16,7 +16,9 @@ from twoviews.errors import BadInput, Stopped
 from twoviews.loop import Training
 from twoviews.pictures import draw_curves, draw_views
 from twoviews.run import CHECKPOINTS, Run
-from twoviews.runtime import StopSignal, format_name, peak_memory
+from twoviews.run_summary import show_result
+from twoviews.runtime import format_name, peak_memory
+from twoviews.stop_signal import StopSignal
 from twoviews.tracking import Metrics, Mirror, afterwards, is_child, lock_for_training, read, run_id
 from twoviews.tracking.sending import aim, known
 from twoviews.tracking.state import FolderLock
@@ -60,7 +62,7 @@ class Recording:
             except BaseException:
                 lock.release()
                 raise
-        distributed.wait_for_first()  # process 0 has put a damaged checkpoint out of the way
+        process_group.wait_for_first()  # process 0 has put a damaged checkpoint out of the way
         if not self._first:
             self._state = self.run.load(console.say)
         else:
@@ -171,7 +173,7 @@ class Recording:
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         """What ended in an exception is recorded as failed, or after a second Ctrl-C as interrupted, if the disk allows."""
-        error = distributed.explained(error) if error else None
+        error = process_group.cause_of(error) if error else None
         if self._first and error is not None and self.metrics and not isinstance(error, Stopped):
             stopped = isinstance(error, KeyboardInterrupt)
             result: dict[str, Any] = {"state": "interrupted" if stopped else "failed"}

@@ -22,7 +22,7 @@ from twoviews.backbones import Encoder
 from twoviews.code import code_state
 from twoviews.config.building import build
 from twoviews.config.digest import NOT_IN_DIGEST, flat
-from twoviews.data import views
+from twoviews.data import rendering
 from twoviews.errors import BadInput, nearest, system_reason
 from twoviews.ranges import Total
 from twoviews.signatures import complaint
@@ -387,7 +387,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "processes": distributed.processes(),
         "gpu": gpu,
         "cuda": torch.version.cuda if gpu else None,
-        "views": "compiled" if views.compiled(device) else "tensors",
+        "views": "compiled" if rendering.compiled(device) else "tensors",
     }
 
 

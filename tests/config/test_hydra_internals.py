@@ -16,14 +16,18 @@ def test_options_are_parsed_and_unknown_ones_named():
 
 
 def test_the_methods_that_are_replaced_are_those_of_this_release(monkeypatch):
-    parameters = {name: [*inspect.signature(getattr(Hydra, name)).parameters] for name in METHODS}
-    assert parameters == METHODS
+    assert _parameters() == METHODS
     for name in METHODS:
         monkeypatch.setattr(Hydra, name, getattr(Hydra, name))  # put back afterwards
     start_faster(["hydra.mode=MULTIRUN", "--hydra-help"])
-    assert {name: [*inspect.signature(getattr(Hydra, name)).parameters] for name in METHODS} == METHODS
+    assert _parameters() == METHODS
     start_faster([])
     assert Hydra.get_mode(None) is None and Hydra.format_config_groups(None) == ""
+
+
+def _parameters() -> dict[str, list[str]]:
+    """The first three of each; Hydra 1.4 has more."""
+    return {name: [*inspect.signature(getattr(Hydra, name)).parameters][:3] for name in METHODS}
 
 
 METHODS = {"get_mode": ["self", "config_name", "overrides"], "format_config_groups": ["self", "predicate", "compact"]}

@@ -9,9 +9,9 @@ import torch
 from adapting import LINEAR, assert_same, judged, probe, state, views, without_batch_norm
 from torch import nn
 
+from twoviews.batch_norms import SyncBatchNorm, split_batch_norms
 from twoviews.errors import BadInput
 from twoviews.features import Judged
-from twoviews.layers import SyncBatchNorm, split_batch_norms
 from twoviews.protocols import adaptation
 from twoviews.protocols.adaptation import Model
 from twoviews.protocols.bn import BN

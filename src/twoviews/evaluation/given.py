@@ -7,14 +7,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from twoviews.data.decoding import CHUNK, Decoded, cores
-from twoviews.data.files import SUFFIXES, tree
+from twoviews.data.decoding import CHUNK_SIZE, Decoded, cores
 from twoviews.data.images import ImageData, Images
+from twoviews.data.picture_files import SUFFIXES, tree
 from twoviews.errors import BadInput, nearest
 from twoviews.features import Judged, embed
 from twoviews.foreign import regular
 
-FEW = 4 * CHUNK  # pictures that are decoded before worker processes would have started
+FEW = 4 * CHUNK_SIZE  # pictures that are decoded before worker processes would have started
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def embed_given(paths: list[str], judged: Judged) -> Given:
     files = Decoded(paths, size=data.size, channels=data.channels, workers=workers)
     broken, rows, sizes = {}, [torch.empty(0, dtype=torch.int64)], [torch.empty(0, 2, dtype=torch.int64)]
     x = [torch.empty(0, judged.encoder.out_dim, device=judged.device)]
-    for read in files.read(torch.arange(len(paths)).split(CHUNK)):
+    for read in files.read(torch.arange(len(paths)).split(CHUNK_SIZE)):
         broken.update(read.broken)
         if len(read.rows):
             part = Images(read.pixels, read.sizes, None)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from twoviews.batch_norms import SplitBatchNorm, SyncBatchNorm
 from twoviews.errors import BadInput
 from twoviews.features import Judged
-from twoviews.layers import SplitBatchNorm, SyncBatchNorm
 from twoviews.protocols.linear import Linear, Probe
 from twoviews.protocols.protocol import Protocol, Verdict
 from twoviews.protocols.streams import Classify, Streams, headline

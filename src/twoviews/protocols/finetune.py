@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from twoviews.backbones import Encoder
+from twoviews.batch_norms import whole_batch_norms
 from twoviews.data.images import Images
 from twoviews.errors import BadInput, nearest
 from twoviews.features import Judged, embed
-from twoviews.layers import whole_batch_norms
 from twoviews.optim import LrScaling, sgd
 from twoviews.protocols.labelled import accuracies, classifier, crops, descend, labelled
 from twoviews.protocols.protocol import Protocol, Verdict

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor
 
-from twoviews import distributed
+from twoviews import distributed, process_group
 from twoviews.data.images import ImageData
 from twoviews.features import Judged
 
@@ -51,5 +51,5 @@ def verdicts(protocols: Mapping[str, Protocol], judged: Judged) -> dict[str, Ver
     if distributed.rank() == 0:
         judged.shared = False  # what the others want beside these is for this process to compute
         found |= {name: one(judged) for name, one in protocols.items() if not one.together}
-    distributed.wait_for_first()
+    process_group.wait_for_first()
     return found if distributed.rank() == 0 else {}
