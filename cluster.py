@@ -22,13 +22,16 @@ def main(cfg, folder: Path) -> int:
     from twoviews.evaluation.names import by_name
     from twoviews.fallbacks import slower
     from twoviews.foreign import blamed
+    from twoviews.locks import locked_for_evaluation
     from twoviews.randomness import seed_of
     from twoviews.run import Run
     from twoviews.runtime import format_name
-    from twoviews.tracking import afterwards, page
+    from twoviews.tracking.metrics import log_metrics
+    from twoviews.tracking.mirror import flush
+    from twoviews.tracking.state import run_page
 
     console, run = Console(), Run.existing(by_name(cfg.run) or cfg.run)
-    with afterwards.using(run.folder, console.say):
+    with locked_for_evaluation(run.folder, console.say):
         recorded = OmegaConf.create(run.config())
         with blamed(path := run.folder / "config.yaml"):
             runtime, notes = recorded_runtime(cfg, run.config(), HydraConfig.get().overrides.task)
@@ -62,14 +65,14 @@ def main(cfg, folder: Path) -> int:
         subject.record(
             {"seed": cfg.seed, "nredo": cfg.nredo, "temperature": cfg.temperature, "precision": precision}, values
         )
-        afterwards.add(
+        log_metrics(
             run.folder, {f"{subject.name}/k{k}/{key}": v for k, one in values.items() for key, v in one.items()}
         )
-        afterwards.deliver(run.folder, recorded.tracking.mirror, console.say)
+        flush(run.folder, recorded.tracking.mirror, console.say)
         console.table(
             f"{run.folder.name}: {len(x):,} images of {data.name} (nmi, ari, accuracy and purity in percent)", rows
         )
-        console.say(f"MLflow: {page(run.folder)}")
+        console.say(f"MLflow: {run_page(run.folder)}")
         console.say(f"written to {run.folder}: {subject.name}.json, and _<k>.npz and _<k>.png for each k")
     return 0
 

@@ -20,7 +20,7 @@ def main(cfg, folder: Path) -> int:
     from twoviews.evaluation.evaluation import evaluate
     from twoviews.evaluation.names import named
     from twoviews.evaluation.source import open_source
-    from twoviews.tracking import afterwards
+    from twoviews.locks import locked_for_evaluation
 
     if "protocol" not in cfg:
         raise BadInput("protocol=[] leaves nothing to measure; choose one or more, such as protocol=[knn,linear].")
@@ -31,7 +31,7 @@ def main(cfg, folder: Path) -> int:
     for run in named(cfg.run):
         source = open_source(run, data, cfg.mean, cfg.std)
         name = run if source.name in evaluations else source.name
-        with afterwards.using(source.folder, console.say):
+        with locked_for_evaluation(source.folder, console.say):
             evaluations[name] = evaluate(source, data, cfg, asked, console)
     if len(evaluations) > 1:
         compare(evaluations, Path("outputs"), console)

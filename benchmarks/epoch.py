@@ -46,7 +46,7 @@ def main() -> None:
             others = some / options.steps * len(parts.loader)
             parts_of_turn = {"e_step": (e_step, others)}
             if turn % 3 == 0:
-                monitor = seconds(lambda: knn(parts.judge(parts.method.encoder)))
+                monitor = seconds(lambda: knn(parts.evaluation_context(parts.method.encoder)))
                 parts_of_turn["monitor"] = monitor, knn.every_epochs * others
             for name, (own, rest) in parts_of_turn.items():
                 rows[name].append({"seconds": own, "steps_s": rest, "share": own / (own + rest)})

@@ -28,7 +28,7 @@ from twoviews.config.building import build
 from twoviews.config.groups import CONF
 from twoviews.data.images import Images
 from twoviews.data.views import eval_view
-from twoviews.features import Judged
+from twoviews.protocols.protocol import EvaluationContext
 from twoviews.run import Run
 from twoviews.runtime import autocast
 
@@ -36,7 +36,7 @@ EPOCHS, BATCH, LR = 100, 256, 0.1
 GOAL, APART = 20, 0.3  # times faster; points of accuracy
 
 
-def judged(folder: Path) -> Judged:
+def context(folder: Path) -> EvaluationContext:
     """The encoder of a run with its images, nothing computed yet."""
     run = Run.existing(folder)
     config = OmegaConf.create(run.config())
@@ -44,7 +44,7 @@ def judged(folder: Path) -> Judged:
     runtime = build(config.runtime)
     device = runtime.torch_device()
     data = load_data(config).to(device)
-    return Judged(run.encoder().to(device), data, device, runtime.dtype(device), runtime.channels_last)
+    return EvaluationContext(run.encoder().to(device), data, device, runtime.dtype(device), runtime.channels_last)
 
 
 def protocol(name: str) -> Any:
@@ -52,19 +52,19 @@ def protocol(name: str) -> Any:
     return build(DictConfig(OmegaConf.load(CONF / "protocol" / f"{name}.yaml")))
 
 
-def usual_epoch(judged: Judged, images: Images, linear: torch.nn.Linear, train: bool) -> None:
+def usual_epoch(context: EvaluationContext, images: Images, linear: torch.nn.Linear, train: bool) -> None:
     """One pass of the frozen backbone, in eval mode, over some images, with a step of SGD after each batch."""
-    data, encoder = judged.data, judged.encoder.eval()
+    data, encoder = context.data, context.encoder.eval()
     optimizer = torch.optim.SGD(linear.parameters(), lr=LR, momentum=0.9)
     for pixels, sizes, index in images.batches(BATCH):
-        x = eval_view(pixels.to(judged.device), sizes, size=data.size, crop=1.0, mean=data.mean, std=data.std)
-        with torch.no_grad(), autocast(judged.device, judged.dtype):
+        x = eval_view(pixels.to(context.device), sizes, size=data.size, crop=1.0, mean=data.mean, std=data.std)
+        with torch.no_grad(), autocast(context.device, context.dtype):
             x = encoder(x.to(memory_format=torch.channels_last)).float()
         logits = linear(x)
         if train:
             optimizer.zero_grad()
             assert images.labels is not None
-            nnf.cross_entropy(logits, images.labels[index].long().to(judged.device)).backward()
+            nnf.cross_entropy(logits, images.labels[index].long().to(context.device)).backward()
             optimizer.step()
 
 
@@ -75,9 +75,9 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
     return value, time.process_time() - start
 
 
-def ours(folder: Path) -> tuple[float, Judged]:
+def ours(folder: Path) -> tuple[float, EvaluationContext]:
     """Accuracy of the protocol `linear`, everything included."""
-    one = judged(folder)
+    one = context(folder)
     return protocol("linear")(one).values["top1"], one
 
 
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--share", type=int, default=10, help="one in so many images is measured of the usual probe")
     parser.add_argument("--json", type=Path, help="write all numbers here, for example below benchmarks/results/")
     options = parser.parse_args()
-    one = judged(options.run)
+    one = context(options.run)
     memory, test = one.data.memory, one.data.test
     assert memory is not None and test is not None
     part = memory.subset(torch.arange(0, len(memory), options.share))

@@ -47,14 +47,14 @@ from twoviews.console import Console
 from twoviews.data.images import ImageData
 from twoviews.data.loader import Loader
 from twoviews.errors import BadInput
-from twoviews.features import Features, Judged, embed
+from twoviews.features import Features, embed
 from twoviews.loop import Training
 from twoviews.protocols.knn import knn_scores, top1
-from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.run import Run
 from twoviews.runtime import Runtime, autocast
 from twoviews.stop_signal import StopSignal
-from twoviews.tracking import Metrics, read
+from twoviews.tracking.metrics import Metrics, read
 
 METHODS = ("moco", "simclr", "byol")
 SIDES = ("reference", "ours")
@@ -436,12 +436,12 @@ class Watching(Protocol):
         self.found: list[dict[str, float]] = []
         self.seconds = 0.0
 
-    def __call__(self, judged: Judged) -> Verdict:
+    def __call__(self, judged: EvaluationContext) -> EvaluationResult:
         """Also what the loop logs."""
         start = _now(self.judge.device)
         self.found.append(self.judge(judged.encoder, self.head))
         self.seconds += _now(self.judge.device) - start
-        return Verdict(self.found[-1])
+        return EvaluationResult(self.found[-1])
 
 
 def _now(device: torch.device) -> float:

@@ -22,7 +22,7 @@ from typing import Any
 from recording import record
 
 from twoviews.run import Run
-from twoviews.tracking import read
+from twoviews.tracking.metrics import read
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNGS = (50, 80, 85, 90)

@@ -33,7 +33,7 @@ from twoviews.console import Console
 from twoviews.data.images import Images
 from twoviews.loop import Training
 from twoviews.run import Run, load_checkpoint
-from twoviews.tracking import Metrics, read
+from twoviews.tracking.metrics import Metrics, read
 
 STEPS = 200  # a round of logging
 LOG_GOAL = 20e-6  # seconds a step
@@ -77,7 +77,7 @@ def logging(folder: Path, rounds: int) -> list[dict[str, Any]]:
             client.log_batch(number, [Metric(name, value, 0, at) for name, value in VALUES.items()])
 
     ours()
-    metrics.mark()
+    metrics.flush()
     lines = list(read(folder))
     assert len(lines) == STEPS and all(line[name] == value for line in lines for name, value in VALUES.items())
     ways: dict[str, tuple[Callable[[], None], int]] = {

@@ -26,12 +26,12 @@ def largest(out: str) -> int:
 
 
 def test_memory_that_runs_out(command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_size, "free_memory", lambda: 150_000_000)
+    monkeypatch.setattr(batch_size, "free_memory", lambda: 400_000_000)
     before = resource.getrlimit(resource.RLIMIT_DATA)
     big = ("augmentation.views.both.size=64", "backbone.width=16", "backbone.stem=cifar")
     done = command("train", *SIMCLR, *big, "batch_size=16")
     assert done.code == 0, done.out + done.err
-    fit, not_fit = sizes(done.out, "MB", "images/s"), sizes(done.out, "does not fit")
+    fit, not_fit = sizes(done.out, "images/s"), sizes(done.out, "does not fit")
     assert fit and not_fit and largest(done.out) == max(fit) < min(not_fit)
     assert f"for more: batch_size={2 * max(fit)} runtime.accumulate=2" in done.out
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
@@ -119,8 +119,6 @@ def test_a_finished_run_is_left_alone(command) -> None:
     before = {path: path.read_bytes() for path in Path("run").iterdir()}
     done = command("train", *run, "batch_size=128", "find_batch=true")
     assert done.code == 0, done.out + done.err
-    assert sizes(done.out, "MB", "images/s") == [128, 256] and sizes(done.out, "more than the 256 training images") == [
-        512
-    ]
+    assert sizes(done.out, "images/s") == [128, 256] and sizes(done.out, "more than the 256 training images") == [512]
     assert largest(done.out) == 256 and "runtime.accumulate" not in done.out  # no more images than that
     assert {path: path.read_bytes() for path in Path("run").iterdir()} == before

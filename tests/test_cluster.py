@@ -21,11 +21,12 @@ from twoviews.config.checks import check
 from twoviews.data.images import Images
 from twoviews.data.sources import digits
 from twoviews.features import embed
+from twoviews.locks import training_lock
 from twoviews.run import Run
-from twoviews.tracking import Metrics, afterwards, read, run_id, send
 from twoviews.tracking.__main__ import main as tracking
-from twoviews.tracking.sending import aim
-from twoviews.tracking.state import writer_lock
+from twoviews.tracking.metrics import Metrics, log_metrics, read
+from twoviews.tracking.state import run_id, set_target
+from twoviews.tracking.upload import upload
 
 PER_K = ("largest", "smallest", "empty", "concentration_min", "concentration_max", "nmi", "ari", "accuracy", "purity")
 
@@ -54,7 +55,7 @@ def mirror(run: Path, uri: str, experiment: str) -> None:
     """Make it a run that was trained with tracking=mlflow."""
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("mirror: false", "mirror: true"))
-    aim(run, uri, experiment)
+    set_target(run, uri, experiment)
 
 
 def test_files_scores_and_names(run: Path, command) -> None:
@@ -183,7 +184,7 @@ def test_other_data_compose(data: str) -> None:
 def test_folders_that_cannot_be_clustered(run: Path, command, tmp_path: Path) -> None:
     refused(command("cluster", "clusters=[5]"), "run")
     refused(command("cluster", f"run={run.parent}/other", "clusters=[5]"), "holds no run", str(run))
-    with writer_lock(run):
+    with training_lock(run):
         refused(command("cluster", f"run={run}", "clusters=[5]"), "is being trained", "Ctrl-C")
     (run / "encoder.safetensors").unlink()
     refused(command("cluster", f"run={run}", "clusters=[5]"), "holds no encoder")
@@ -193,7 +194,7 @@ def test_everything_in_the_same_mlflow_run(run: Path, store: str, command) -> No
     from mlflow.tracking import MlflowClient
 
     mirror(run, store, "same")
-    send(run, closed=True)
+    upload(run, closed=True)
     made = run_id(run)
     done = command("cluster", f"run={run}", "clusters=[6,12]")
     assert done.code == 0, done.err
@@ -214,7 +215,7 @@ def test_a_server_that_is_away_costs_nothing(run: Path, store: str, command) -> 
     from mlflow.tracking import MlflowClient
 
     done = command("cluster", f"run={run}", "clusters=[5]")
-    assert done.code == 0 and "MLflow was not told, because the run has tracking=files" in done.out
+    assert done.code == 0 and "MLflow does not have this, because the run has tracking=files" in done.out
     mirror(run, "http://127.0.0.1:9", "away")
     done = command("cluster", f"run={run}", "clusters=[7]")
     assert done.code == 0, done.err
@@ -231,24 +232,24 @@ def test_a_server_that_is_away_costs_nothing(run: Path, store: str, command) -> 
 def test_a_line_added_afterwards(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path)
     metrics.log(3, 0.5, {"train/loss": 1.0})
-    kept = metrics.mark()
+    kept = metrics.flush()
     metrics.log(4, 0.75, {"train/loss": 0.5})
     metrics.close()
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 5, "epo')  # kill -9 in the middle of a write
-    afterwards.add(tmp_path, {"clusters/k5/nmi": 50.0, "clusters/k5/silhouette": float("nan")})
+    log_metrics(tmp_path, {"clusters/k5/nmi": 50.0, "clusters/k5/silhouette": float("nan")})
     assert list(read(tmp_path))[-1] | {"time": 0} == {"step": 4, "epoch": 0.75, "time": 0, "clusters/k5/nmi": 50.0}
-    afterwards.add(tmp_path, {"clusters/k5/nmi": 50.0, "clusters/k9/nmi": 60.0})
+    log_metrics(tmp_path, {"clusters/k5/nmi": 50.0, "clusters/k9/nmi": 60.0})
     assert list(read(tmp_path))[-1].keys() == {"step", "epoch", "time", "clusters/k9/nmi"}
     for nmi in (70.0, 50.0, 50.0):  # measured otherwise, and again: the last one is the newest
-        afterwards.add(tmp_path, {"clusters/k5/nmi": nmi})
+        log_metrics(tmp_path, {"clusters/k5/nmi": nmi})
     assert [line["clusters/k5/nmi"] for line in read(tmp_path) if "clusters/k5/nmi" in line] == [50.0, 70.0, 50.0]
     Metrics(tmp_path, kept).close()  # the run goes on from its checkpoint
     assert [line["step"] for line in read(tmp_path)] == [3]
 
 
 def test_a_line_added_to_nothing(tmp_path: Path) -> None:
-    afterwards.add(tmp_path, {"clusters/k5/nmi": 50.0})
+    log_metrics(tmp_path, {"clusters/k5/nmi": 50.0})
     assert [line["step"] for line in read(tmp_path)] == [0]
 
 

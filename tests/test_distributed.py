@@ -19,7 +19,7 @@ from twoviews.backbones import ResNet
 from twoviews.batch_norms import SplitBatchNorm, SyncBatchNorm
 from twoviews.data.sources import digits
 from twoviews.distributed import local_rows
-from twoviews.features import Judged, embed
+from twoviews.features import embed
 from twoviews.methods.barlow import cross_correlation, redundancy_reduction
 from twoviews.methods.byol import regression_loss
 from twoviews.methods.dino import self_distillation
@@ -33,7 +33,7 @@ from twoviews.methods.vicreg import covariance_matrix, covariance_term, variance
 from twoviews.protocols import knn
 from twoviews.protocols.knn import KNN
 from twoviews.protocols.linear import Linear
-from twoviews.protocols.protocol import Protocol, Verdict, verdicts
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol, run_protocols
 from twoviews.step import Step
 
 N, D = 8, 5
@@ -163,11 +163,11 @@ def train_in_micro_batches(name: str) -> dict[str, object]:
 class Counted(KNN):
     """Says how many queries this process had to search."""
 
-    def __call__(self, judged: Judged) -> Verdict:
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
         self.queries = sum(
-            which.stop - which.start for which, *_ in knn.neighbours(judged.test.x, judged.memory, 5, judged.shared)
+            which.stop - which.start for which, *_ in knn.neighbours(context.test.x, context.memory, 5, context.shared)
         )
-        return super().__call__(judged)
+        return super().__call__(context)
 
 
 class Alone(Protocol):
@@ -175,11 +175,11 @@ class Alone(Protocol):
 
     needs_labels, every_epochs = False, 0
 
-    def __call__(self, judged: Judged) -> Verdict:
-        return Verdict({"mean": judged.test.x.mean().item()})
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
+        return EvaluationResult({"mean": context.test.x.mean().item()})
 
 
-def judged() -> dict[str, object]:
+def evaluated() -> dict[str, object]:
     """What protocols find of an untrained encoder, and how many queries were searched here."""
     torch.manual_seed(0)
     encoder = ResNet(1, 32, "basic", [1, 1], width=4)
@@ -188,15 +188,15 @@ def judged() -> dict[str, object]:
     parts.data = replace(parts.data, **small)
     chunk, knn.CHUNK_BYTES = knn.CHUNK_BYTES, 500 * 4 * 30  # 7 chunks of queries
     counted = Counted(20, 0.1, 0)
-    one = parts.judge(encoder)
-    both = verdicts({"linear": Linear([1e-3], 0.1, 5, 0), "knn": counted}, one)
-    alone = verdicts({"alone": Alone()}, parts.judge(encoder))
+    one = parts.evaluation_context(encoder)
+    both = run_protocols({"linear": Linear([1e-3], 0.1, 5, 0), "knn": counted}, one)
+    alone = run_protocols({"alone": Alone()}, parts.evaluation_context(encoder))
     knn.CHUNK_BYTES = chunk
     return {
-        "values": {name: verdict.values for name, verdict in both.items()},
+        "values": {name: result.values for name, result in both.items()},
         "probabilities": both["knn"].probabilities if both else None,
         "features": one.memory.x,
-        "alone": [verdict.values for verdict in alone.values()],
+        "alone": [result.values for result in alone.values()],
         "queries": counted.queries,
     }
 
@@ -205,7 +205,7 @@ def everything() -> dict[str, dict]:
     methods = {name: train_two_steps(name) for name in METHODS}
     parts = {name: train_in_micro_batches(name) for name in IN_MICRO_BATCHES}
     both = {"methods": methods, "micro_batches": parts}
-    return {"exchanges": exchanges(), "losses": losses(), "norms": norms(), "judged": judged(), **both}
+    return {"exchanges": exchanges(), "losses": losses(), "norms": norms(), "evaluated": evaluated(), **both}
 
 
 @pytest.fixture(scope="module")
@@ -282,8 +282,8 @@ def test_micro_batches_are_those_of_one_process(name, two):
     assert_same_state(one["state"], *(found["state"] for found in both))
 
 
-def test_an_encoder_is_judged_by_all_processes_as_by_one(two):
-    one, first, second = judged(), *(results["judged"] for results in two)
+def test_an_encoder_is_evaluated_by_all_processes_as_by_one(two):
+    one, first, second = evaluated(), *(results["evaluated"] for results in two)
     for key in ("values", "alone"):
         assert one[key] and first[key] == one[key] and not second[key]
     assert torch.equal(first["probabilities"], one["probabilities"])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits, load_sample_images
 
 from twoviews.run import load_checkpoint
-from twoviews.tracking import read
+from twoviews.tracking.metrics import read
 
 
 @pytest.fixture(scope="module")

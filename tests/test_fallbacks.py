@@ -46,8 +46,7 @@ def test_each_command_says_it_once(forgotten, command, tmp_path: Path, monkeypat
         assert done.code == 0, done.err
         missing = "there is no C compiler cc; install one, or name another by the environment's CC."
         assert told(done.out) == [
-            "slower    in plain torch: views (about five times as long), batch norms, the search of neighbours; "
-            + missing,
+            "slower    in plain torch: views (about five times as long), batch norms; " + missing,
             "code      no commit is recorded: git is not installed.",
         ]
         assert "views     tensors" in done.out and "norms     plain\n" in done.out
@@ -73,8 +72,8 @@ def test_why_a_file_is_not_compiled(forgotten, tmp_path: Path, monkeypatch: pyte
     for one in CACHES:
         one.cache_clear()
     lines = slower("cpu", CPU, norms=True)
-    assert len(lines) == 3
-    for line, source in zip(lines, ("kernel", "norm", "selection"), strict=True):
+    assert len(lines) == 2
+    for line, source in zip(lines, ("kernel", "norm"), strict=True):
         (log,) = (tmp_path / "cache" / "twoviews").glob(f"{source}-*.log")
         assert f"{compiler} does not compile {source}.c (mycc: error: no such option -march)" in line
         assert str(log) in line and "In file:" in log.read_text() and f"{source}.c -o" in log.read_text()
@@ -85,7 +84,7 @@ def test_why_a_file_is_not_compiled(forgotten, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("TWOVIEWS_KERNEL", "0")
     compiled.library.cache_clear()
     (line,) = slower("cpu", CPU, norms=True)
-    assert "views (about five times as long), batch norms, the search of neighbours; TWOVIEWS_KERNEL=0." in line
+    assert "views (about five times as long), batch norms; TWOVIEWS_KERNEL=0." in line
 
 
 def test_a_gpu_that_torch_does_not_find(forgotten, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ from twoviews import features
 from twoviews.backbones import ResNet
 from twoviews.data.images import ImageData
 from twoviews.data.sources import digits
-from twoviews.features import Judged, Pixels, embed
+from twoviews.features import Pixels, embed
+from twoviews.protocols.protocol import EvaluationContext
 
 
 def few(count: int) -> ImageData:
@@ -29,31 +30,31 @@ def test_features_are_the_encoders_in_eval_mode_and_the_mode_is_put_back(channel
     encoder(torch.randn(8, 1, 32, 32) * 3)  # running statistics that differ from a batch's
     encoder.train()
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
-    found = Judged(encoder, data, torch.device("cpu"), torch.float32, channels_last).memory
+    found = EvaluationContext(encoder, data, torch.device("cpu"), torch.float32, channels_last).memory
     assert encoder.training
     assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
     x = (data.memory.pixels.float() / 255 - data.mean[0]) / data.std[0]
     with torch.no_grad():
         torch.testing.assert_close(found.x, encoder.eval()(x), rtol=1e-4, atol=1e-5)
     assert torch.equal(found.y, data.memory.labels.long())
-    assert len(Judged(encoder, data, torch.device("cpu"), torch.float32).test.x) == 30
+    assert len(EvaluationContext(encoder, data, torch.device("cpu"), torch.float32).test.x) == 30
     assert not encoder.training
 
 
 def test_features_are_computed_once():
     data = few(60)
-    judged = Judged(Pixels(1, 32), data, torch.device("cpu"), torch.float32)
-    assert judged.test is judged.test
-    assert judged.memory.x.shape == (60, 1024)
-    assert judged.test.x.shape == (30, 1024)
+    context = EvaluationContext(Pixels(1, 32), data, torch.device("cpu"), torch.float32)
+    assert context.test is context.test
+    assert context.memory.x.shape == (60, 1024)
+    assert context.test.x.shape == (30, 1024)
 
 
 def test_half_precision_features_come_out_in_float32():
     data = few(20)
     torch.manual_seed(0)
     encoder = ResNet(1, 32, "basic", [1, 1], width=4)
-    exact = Judged(encoder, data, torch.device("cpu"), torch.float32).memory.x
-    rounded = Judged(encoder, data, torch.device("cpu"), torch.bfloat16).memory.x
+    exact = EvaluationContext(encoder, data, torch.device("cpu"), torch.float32).memory.x
+    rounded = EvaluationContext(encoder, data, torch.device("cpu"), torch.bfloat16).memory.x
     assert rounded.dtype == torch.float32
     assert not torch.equal(rounded, exact)
     torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.05)

@@ -26,8 +26,8 @@ from twoviews.foreign import load
 from twoviews.run import Run
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.folder import New, State, Sweep
-from twoviews.tracking import read
 from twoviews.tracking.__main__ import main as tracking_command
+from twoviews.tracking.metrics import read
 
 MADE = "MADE"  # the file that a payload would make, in the working directory; its absolute path is filled in
 EVIL = "EVIL"  # a Python module that makes it, likewise

@@ -29,10 +29,10 @@ from twoviews.config.building import build
 from twoviews.console import Console
 from twoviews.data import kernel_cuda, rendering
 from twoviews.data.sources import digits
-from twoviews.features import Judged
 from twoviews.fused_norm import reason_for_plain
 from twoviews.layers import Queue
 from twoviews.loop import Training
+from twoviews.protocols.protocol import EvaluationContext
 from twoviews.run import Run, load_checkpoint
 from twoviews.step import EAGER_STEPS, eager_reason
 
@@ -103,6 +103,8 @@ def tensors(tree: Any) -> Iterator[torch.Tensor]:
 
 CLUSTERED = ("pcl_masked", "deepcluster_v2")  # an image between two clusters is in either, as bf16 happens to round
 IN_BF16 = ("moco", "simclr", "swav", *CLUSTERED)
+# Gradients of a loss with weights of 25 are so large that rounding errors grow a thousandfold in each step of the usual rate.
+SMALL_STEPS = {"vicreg": ["optimizer.lr=0.002"]}
 
 
 @pytest.mark.parametrize(
@@ -110,6 +112,7 @@ IN_BF16 = ("moco", "simclr", "swav", *CLUSTERED)
 )
 def test_a_step_waits_for_nothing_and_computes_what_it_does_on_a_cpu(name: str, precision: str, tmp_path: Path) -> None:
     overrides = [f"runtime.precision={precision}", "runtime.channels_last=true", "runtime.accumulate=1"]
+    overrides += SMALL_STEPS.get(name, [])
     with pretended():
         there = training(tmp_path, config(name, *overrides, "runtime.device=cuda"))
         found = stepped(there)
@@ -195,7 +198,7 @@ def test_a_training_goes_on_from_its_checkpoint(optimizer: str, precision: str, 
         assert found == expected
 
 
-def judged(device: torch.device, folder: Path) -> Judged:
+def context(device: torch.device, folder: Path) -> EvaluationContext:
     """A random network, whose batch norms have seen some digits, with some more of them."""
     data = digits()
     small = {"train": 300, "memory": 300, "test": 100}
@@ -205,7 +208,9 @@ def judged(device: torch.device, folder: Path) -> Judged:
     with torch.no_grad():
         encoder(data.train.pixels / 255.0)
     folder.mkdir()
-    return Judged(encoder.to(device), data.to(device), device, torch.float32, channels_last=True, folder=folder)
+    return EvaluationContext(
+        encoder.to(device), data.to(device), device, torch.float32, channels_last=True, folder=folder
+    )
 
 
 def shrunk(node: dict[str, Any]) -> dict[str, Any]:
@@ -221,9 +226,9 @@ def test_a_protocol_finds_what_it_does_on_a_cpu(name: str, tmp_path: Path) -> No
         Image.new("L", (32, 32), 99).save(picture)
         node["images"] = str(picture)
     with pretended():
-        there = build(DictConfig(node))(judged(torch.device("cuda", 0), tmp_path / "there"))
+        there = build(DictConfig(node))(context(torch.device("cuda", 0), tmp_path / "there"))
         assert type(there.probabilities) in (OnGPU, torch.Tensor, type(None))
-    here = build(DictConfig(node))(judged(torch.device("cpu"), tmp_path / "here"))
+    here = build(DictConfig(node))(context(torch.device("cpu"), tmp_path / "here"))
     assert there.values.keys() == here.values.keys() and there.values
     assert there.values == pytest.approx(here.values, rel=1e-3, abs=1.5)  # percent: a picture may change sides
     assert there.tables.keys() == here.tables.keys()

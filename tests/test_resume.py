@@ -15,10 +15,10 @@ from hydra.utils import instantiate
 
 from twoviews.checkpoints import copied
 from twoviews.errors import BadInput
+from twoviews.locks import evaluation_lock, is_training, training_lock
 from twoviews.run import STATE, Run
 from twoviews.stop_signal import StopSignal
-from twoviews.tracking import read
-from twoviews.tracking.state import evaluation_lock, is_written, writer_lock
+from twoviews.tracking.metrics import read
 
 LONG = ("epochs=12", "tracking=files", "protocol.knn.every_epochs=4")
 
@@ -233,21 +233,21 @@ def test_a_second_ctrl_c_is_no_failure(tmp_path: Path, undisturbed: Path, where:
 
 
 def test_a_folder_is_locked_before_anything_in_it_is_touched(command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("twoviews.tracking.metrics.PATIENCE_S", 0.1)
+    monkeypatch.setattr("twoviews.locks.TRAINING_LOCK_TIMEOUT_S", 0.1)
     done = command("train", *SMALL_MOCO, "protocol=[]")
     begin, locked = Run.begin, []
 
     def noted(self: Run, *given) -> None:
-        locked.append(is_written(self.folder))
+        locked.append(is_training(self.folder))
         begin(self, *given)
 
     monkeypatch.setattr(Run, "begin", noted)
     assert command("train", *SMALL_MOCO, "protocol=[]", "fresh=true").code == 0
-    assert locked == [True] and not is_written(done.folder)
+    assert locked == [True] and not is_training(done.folder)
     before = sorted(done.folder.parent.iterdir())
     with evaluation_lock(done.folder):
         refused(command("train", *SMALL_MOCO, "protocol=[]", "fresh=true"), "evaluate.py or cluster.py is working on")
-    with writer_lock(done.folder):
+    with training_lock(done.folder):
         refused(command("train", *SMALL_MOCO, "protocol=[]", "fresh=true"), "another process is training into")
         refused(command("evaluate", f"run={done.folder}", "protocol=knn"), "is being trained at this moment")
     assert sorted(done.folder.parent.iterdir()) == before

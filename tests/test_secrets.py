@@ -7,7 +7,7 @@ import pytest
 from conftest import SMALL_MOCO, refused
 
 from twoviews.errors import BadInput, without_secrets
-from twoviews.tracking import stores
+from twoviews.tracking import uris
 from twoviews.tracking.__main__ import main as tracking_command
 
 SECRET = "s3cretZ"
@@ -101,7 +101,7 @@ def test_sync(tmp_path: Path, capsys, uri: str) -> None:
     ],
 )
 def test_addresses_without_credentials_stay(uri: str) -> None:
-    assert stores.resolved(uri) == uri
+    assert uris.resolve(uri) == uri
 
 
 def test_messages() -> None:

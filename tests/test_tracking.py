@@ -20,10 +20,14 @@ import pytest
 import yaml
 
 from twoviews.errors import BadInput
-from twoviews.tracking import Metrics, Mirror, Tracking, afterwards, page, read, run_id, send, stores
+from twoviews.locks import FolderLock
+from twoviews.tracking import uris
 from twoviews.tracking.__main__ import main
-from twoviews.tracking.sending import RUN_KEY, aim, open_once, unsent
-from twoviews.tracking.state import FolderLock, State
+from twoviews.tracking.client import RUN_KEY_TAG, connect, get_or_create_run, prepare_environment
+from twoviews.tracking.metrics import Metrics, read
+from twoviews.tracking.mirror import Mirror, Tracking, flush
+from twoviews.tracking.state import UploadState, run_id, run_page, set_target
+from twoviews.tracking.upload import pending_values, upload
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -32,19 +36,19 @@ CONF = Path(__file__).parents[1] / "conf"
 def uri(tmp_path_factory):
     """One SQLite store for all tests: making its tables takes seconds."""
     uri = f"sqlite:///{tmp_path_factory.mktemp('a store') / 'mlflow.db'}"
-    stores.remember(uri)
+    uris.trust(uri)
     return uri
 
 
 @pytest.fixture
 def run(tmp_path, uri, request):
     """A run folder that is aimed at the store, each at an experiment of its own."""
-    return aimed(tmp_path / "moco-digits", uri, request.node.name)
+    return targeted(tmp_path / "moco-digits", uri, request.node.name)
 
 
-def aimed(folder, uri, experiment):
+def targeted(folder, uri, experiment):
     folder.mkdir()
-    aim(folder, uri, experiment)
+    set_target(folder, uri, experiment)
     return folder
 
 
@@ -55,8 +59,8 @@ def steps(metrics, first, last, slow=0.0):
 
 
 def client_of(folder):
-    state = State.load(folder)
-    return stores.connect(stores.resolved(state.uri), state.experiment)[0]
+    state = UploadState.load(folder)
+    return connect(state.tracking_uri, state.experiment)[0]
 
 
 def history(folder, name):
@@ -83,7 +87,7 @@ def test_lines_come_back(tmp_path):
     metrics = Metrics(tmp_path)
     metrics.log(3, 0.5, {"train/loss": 1.25, "lr": 1})
     metrics.log(3, 0.5, {"knn/top1": 88.0})
-    size = metrics.mark()
+    size = metrics.flush()
     assert size == (tmp_path / "metrics.jsonl").stat().st_size
     first, second = read(tmp_path)
     assert first | {"time": 0} == {"step": 3, "epoch": 0.5, "time": 0, "train/loss": 1.25, "lr": 1.0}
@@ -117,7 +121,7 @@ def test_log_costs_nothing(tmp_path):
 def test_resume_cuts_what_the_checkpoint_does_not_hold_and_keeps_time_stamps(tmp_path):
     metrics = Metrics(tmp_path)
     steps(metrics, 0, 10)
-    kept = metrics.mark()
+    kept = metrics.flush()
     steps(metrics, 10, 20)
     metrics.close()
     before = in_file(tmp_path, "train/loss")
@@ -138,7 +142,7 @@ def test_resume_cuts_what_the_checkpoint_does_not_hold_and_keeps_time_stamps(tmp
 def test_a_file_shorter_than_its_checkpoint_is_said_and_goes_on(tmp_path):
     metrics = Metrics(tmp_path)
     steps(metrics, 0, 3)
-    kept = metrics.mark()
+    kept = metrics.flush()
     metrics.close()
     os.truncate(tmp_path / "metrics.jsonl", kept - 5)
     said = []
@@ -150,10 +154,8 @@ def test_a_file_shorter_than_its_checkpoint_is_said_and_goes_on(tmp_path):
 
 
 def test_two_writers_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("twoviews.tracking.metrics.PATIENCE_S", 0.2)
-    code = (
-        f"import time, pathlib; from twoviews.tracking import Metrics; m = Metrics(pathlib.Path({str(tmp_path)!r})); "
-    )
+    monkeypatch.setattr("twoviews.locks.TRAINING_LOCK_TIMEOUT_S", 0.2)
+    code = f"import time, pathlib; from twoviews.tracking.metrics import Metrics; m = Metrics(pathlib.Path({str(tmp_path)!r})); "
     other = subprocess.Popen([sys.executable, "-c", code + "print(1, flush=True); time.sleep(60)"], stdout=-1)
     other.stdout.readline()
     with pytest.raises(BadInput, match=r"another process is training into .* hydra\.run\.dir="):
@@ -206,11 +208,11 @@ def describe(folder):
 
 def test_a_finished_run_is_whole(run):
     describe(run)
-    metrics, mirror = Metrics(run), Mirror(run, every_s=0.1)
+    metrics, mirror = Metrics(run), Mirror(run, interval_s=0.1)
     steps(metrics, 0, 700)
     metrics.log(700, 70.0, {"bad": math.nan, "worse": -math.inf, "knn/top1": 91.5})
-    metrics.commit(metrics.mark())
-    wait_for(lambda: unsent(run) == 0)
+    metrics.commit(metrics.flush())
+    wait_for(lambda: pending_values(run) == 0)
     (run / "result.json").write_text('{"state": "finished", "knn/top1": 91.5}')
     said = []
     mirror._say = said.append
@@ -241,37 +243,37 @@ def test_a_finished_run_is_whole(run):
         *("views.png", "curves.png"),
     }
     assert "mlartifacts" in found.info.artifact_uri
-    assert re.search(rf"mlflow ui .*sqlite:///.* http://127.*/#/experiments/\d+/runs/{run_id(run)}", page(run))
+    assert re.search(rf"mlflow ui .*sqlite:///.* http://127.*/#/experiments/\d+/runs/{run_id(run)}", run_page(run))
 
 
 def test_only_what_the_checkpoint_holds_is_sent_and_nothing_doubles_after_resume(run):
     metrics = Metrics(run)
     steps(metrics, 0, 10)
-    older = metrics.mark()
+    older = metrics.flush()
     steps(metrics, 10, 20)
-    newer = metrics.mark()
+    newer = metrics.flush()
     metrics.commit(newer)
     steps(metrics, 20, 30)
-    metrics.mark()
-    assert send(run, closed=False) == 40
+    metrics.flush()
+    assert upload(run, closed=False) == 40
     assert history(run, "train/loss")[-1][0] == 19
-    assert send(run, closed=False) == 0
+    assert upload(run, closed=False) == 0
     first = history(run, "images_per_s")
     metrics.close()
 
     # The answer to the last batch never came: it is sent again.
-    state = State.load(run)
+    state = UploadState.load(run)
     state.sent_bytes = older
     state.save(run)
-    assert send(run, closed=False) == 20
+    assert upload(run, closed=False) == 20
     assert history(run, "images_per_s") == first
 
     # The last checkpoint is damaged and the one before it is resumed, twice; speed is never measured the same.
     for _ in range(2):
         metrics = Metrics(run, older)
         steps(metrics, 10, 25)
-        metrics.commit(metrics.mark())
-        send(run, closed=False)
+        metrics.commit(metrics.flush())
+        upload(run, closed=False)
         metrics.close()
     assert history(run, "train/loss") == in_file(run, "train/loss")
     assert [step for step, *_ in history(run, "images_per_s")] == list(range(25))
@@ -280,11 +282,11 @@ def test_only_what_the_checkpoint_holds_is_sent_and_nothing_doubles_after_resume
 
 def test_a_run_whose_id_was_never_written_down_is_found(run):
     Metrics(run).close()
-    send(run, closed=False)
-    made, state = run_id(run), State.load(run)
+    upload(run, closed=False)
+    made, state = run_id(run), UploadState.load(run)
     state.run_id, state.status = None, ""
     state.save(run)
-    send(run, closed=False)
+    upload(run, closed=False)
     assert run_id(run) == made
 
 
@@ -292,11 +294,11 @@ def test_status_follows_the_run_and_a_changed_value_is_told(run):
     (run / "config.yaml").write_text("epochs: 2\n")
     Metrics(run).close()
     (run / "result.json").write_text('{"state": "failed"}')
-    send(run, closed=True)
+    upload(run, closed=True)
     assert client_of(run).get_run(run_id(run)).info.status == "FAILED"
     metrics = Metrics(run)
     (run / "config.yaml").write_text("epochs: 40\n")
-    send(run, closed=False)
+    upload(run, closed=False)
     found = client_of(run).get_run(run_id(run))
     assert (found.info.status, found.data.params["epochs"]) == ("RUNNING", "2")
     assert found.data.tags["changed.epochs"] == "40"
@@ -307,25 +309,25 @@ def test_a_deleted_run_is_a_sentence_and_another_store_gets_everything(run, tmp_
     metrics = Metrics(run)
     steps(metrics, 0, 5)
     metrics.close()
-    send(run, closed=True)
+    upload(run, closed=True)
     client_of(run).delete_run(run_id(run))
     (run / "views.png").write_bytes(b"new")
     with pytest.raises(BadInput, match="was deleted in MLflow; restore it with"):
-        send(run, closed=True)
-    aim(run, State.load(run).uri, "another-experiment")
-    assert send(run, closed=True) == 10
+        upload(run, closed=True)
+    set_target(run, UploadState.load(run).uri, "another-experiment")
+    assert upload(run, closed=True) == 10
 
 
 def test_a_killed_run_is_closed_by_sync(run, capsys):
     code = (
-        "import sys, time, pathlib; from twoviews.tracking import Metrics\n"
-        "m = Metrics(pathlib.Path(sys.argv[1])); m.log(1, .1, {'a': 1.}); m.commit(m.mark())\n"
-        "m.log(2, .2, {'a': 2.}); m.mark(); print(1, flush=True); time.sleep(300)"
+        "import sys, time, pathlib; from twoviews.tracking.metrics import Metrics\n"
+        "m = Metrics(pathlib.Path(sys.argv[1])); m.log(1, .1, {'a': 1.}); m.commit(m.flush())\n"
+        "m.log(2, .2, {'a': 2.}); m.flush(); print(1, flush=True); time.sleep(300)"
     )
     training = subprocess.Popen([sys.executable, "-c", code, run], stdout=-1)
     training.stdout.readline()
     assert main(["sync", str(run)]) == 1
-    assert "1 points sent, still training: 1 points follow" in capsys.readouterr().out
+    assert "1 values sent, still training: 1 values follow" in capsys.readouterr().out
     assert client_of(run).get_run(run_id(run)).info.status == "RUNNING"
     training.kill()
     training.wait()
@@ -335,7 +337,7 @@ def test_a_killed_run_is_closed_by_sync(run, capsys):
     assert client_of(run).get_run(run_id(run)).info.status == "KILLED"
     assert history(run, "a") == in_file(run, "a")
     assert main(["sync", str(run)]) == 0
-    assert f"run {run_id(run)}, 0 points sent" in capsys.readouterr().out
+    assert f"run {run_id(run)}, 0 values sent" in capsys.readouterr().out
 
 
 def test_sync_finds_the_runs_and_names_bad_input(tmp_path, uri, monkeypatch, capsys):
@@ -351,26 +353,28 @@ def test_sync_finds_the_runs_and_names_bad_input(tmp_path, uri, monkeypatch, cap
         metrics.close()
     capsys.readouterr()
     assert main(["sync", "--uri", uri, "--experiment", "later"]) == 0
-    assert capsys.readouterr().out.count("6 points sent") == 2
+    assert capsys.readouterr().out.count("6 values sent") == 2
 
 
 EIGHT = """
 import os, pathlib, sys, threading
-from twoviews.tracking import Metrics, Mirror, stores
-from twoviews.tracking.sending import aim
+from twoviews.tracking.client import prepare_environment
+from twoviews.tracking.metrics import Metrics
+from twoviews.tracking.mirror import Mirror
+from twoviews.tracking.state import set_target
 
-stores.prepare_environment()
+prepare_environment()
 import mlflow.store.tracking.sqlalchemy_store  # once for all: it takes seconds of a core
 from mlflow.telemetry.utils import is_telemetry_disabled
 
 def job(name):
     folder = pathlib.Path(name)
     folder.mkdir()
-    aim(folder, sys.argv[1], "sweep")
+    set_target(folder, sys.argv[1], "sweep")
     metrics, mirror = Metrics(folder), Mirror(folder)
     for step in range(50):
         metrics.log(step, 0.1, {"a": step})
-    metrics.commit(metrics.mark())
+    metrics.commit(metrics.flush())
     (folder / "result.json").write_text('{"state": "finished"}')
     left = mirror.close(300)
     assert is_telemetry_disabled() and not any("elemetry" in thread.name for thread in threading.enumerate())
@@ -400,7 +404,8 @@ def test_eight_processes_on_a_fresh_file(tmp_path):
 KILLED = """
 import os, signal, sys
 from sqlalchemy import Engine, event
-from twoviews.tracking import stores
+from twoviews.tracking import uris
+from twoviews.tracking.client import connect
 
 left = int(sys.argv[2])
 
@@ -411,8 +416,8 @@ def kill(connection, cursor, statement, *_):
     if left < 0:
         os.kill(os.getpid(), signal.SIGKILL)
 
-stores.remember(sys.argv[1])
-stores.connect(stores.resolved(sys.argv[1]), "x")
+uris.trust(sys.argv[1])
+connect(uris.resolve(sys.argv[1]), "x")
 """
 
 
@@ -422,10 +427,10 @@ def test_killed_again_and_again_while_mlflow_makes_its_tables(tmp_path):
         killed = subprocess.run([sys.executable, "-c", KILLED, fresh, str(tables)], capture_output=True)
         assert killed.returncode == -signal.SIGKILL
         assert not (tmp_path / "mlflow.db").exists()
-    metrics = Metrics(aimed(tmp_path / "run", fresh, "x"))
+    metrics = Metrics(targeted(tmp_path / "run", fresh, "x"))
     steps(metrics, 0, 3)
     metrics.close()
-    assert send(tmp_path / "run", closed=True) == 6
+    assert upload(tmp_path / "run", closed=True) == 6
     left = {path.name for path in tmp_path.iterdir()}
     assert left <= {"run", "mlflow.db", "mlflow.db.made", "mlflow.db.lock", "mlartifacts"}
 
@@ -435,9 +440,9 @@ def test_a_database_without_all_tables_is_kept_beside_a_new_one(tmp_path, monkey
     with sqlite3.connect(path) as database:  # as MLflow's own commands leave it when they are killed
         database.execute("create table metrics (key text)")
     (tmp_path / "mlflow.db-journal").write_bytes(b"")
-    monkeypatch.setattr("twoviews.tracking.database.UNFINISHED_S", 0.5)
-    stores.remember(f"sqlite:///{path}")
-    client, experiment_id = stores.connect(f"sqlite:///{path}", "x")
+    monkeypatch.setattr("twoviews.tracking.client.INCOMPLETE_S", 0.5)
+    uris.trust(f"sqlite:///{path}")
+    client, experiment_id = connect(f"sqlite:///{path}", "x")
     assert client.create_run(experiment_id).info.status == "RUNNING"
     with sqlite3.connect(tmp_path / "mlflow.db.incomplete") as database:
         assert database.execute("select name from sqlite_master").fetchall() == [("metrics",)]
@@ -446,16 +451,16 @@ def test_a_database_without_all_tables_is_kept_beside_a_new_one(tmp_path, monkey
 def moved_store(uri, tmp_path):
     """A copy of the store in a folder that was renamed after a run was sent to it: (run, folder before, folder now)."""
     shutil.copytree(Path(uri.removeprefix("sqlite:///")).parent, tmp_path / "here")
-    run = aimed(tmp_path / "run", f"sqlite:///{tmp_path / 'here' / 'mlflow.db'}", "moved")
+    run = targeted(tmp_path / "run", f"sqlite:///{tmp_path / 'here' / 'mlflow.db'}", "moved")
     (run / "views.png").write_bytes(b"picture")
     Metrics(run).close()
-    send(run, closed=True)
+    upload(run, closed=True)
     assert (tmp_path / "here" / "mlartifacts" / run_id(run) / "artifacts" / "views.png").exists()
     return run, tmp_path / "here", (tmp_path / "here").rename(tmp_path / "there")
 
 
 def test_files_go_where_the_database_was_moved(run, uri, tmp_path):
-    send(run, closed=False)  # so that there is a store to copy
+    upload(run, closed=False)  # so that there is a store to copy
     moved, here, there = moved_store(uri, tmp_path)
     made, address = run_id(moved), f"sqlite:///{there / 'mlflow.db'}"
     (moved / "curves.png").write_bytes(b"another")
@@ -464,16 +469,16 @@ def test_files_go_where_the_database_was_moved(run, uri, tmp_path):
     assert run_id(moved) == made and not here.exists()
     assert {path.name for path in (there / "mlartifacts" / made / "artifacts").iterdir()} == {"views.png", "curves.png"}
     assert {file.path for file in client_of(moved).list_artifacts(made)} == {"views.png", "curves.png"}
-    new = aimed(tmp_path / "new", address, "moved")
+    new = targeted(tmp_path / "new", address, "moved")
     (new / "views.png").write_bytes(b"picture")
-    send(new, closed=True)
+    upload(new, closed=True)
     assert (there / "mlartifacts" / run_id(new) / "artifacts" / "views.png").exists() and not here.exists()
 
 
 def test_a_database_that_was_moved_away_is_not_made_again(run, uri, tmp_path, capsys):
-    send(run, closed=False)
+    upload(run, closed=False)
     moved, here, _ = moved_store(uri, tmp_path)
-    stores.connect.cache_clear()  # as in another process
+    connect.cache_clear()  # as in another process
     (moved / "curves.png").write_bytes(b"another")
     assert main(["sync", str(moved)]) == 2
     assert re.search(r"error: the folder of .*here/mlflow\.db is not there; .*sync --uri", capsys.readouterr().err)
@@ -481,10 +486,10 @@ def test_a_database_that_was_moved_away_is_not_made_again(run, uri, tmp_path, ca
 
 
 def test_an_experiment_with_a_place_of_its_own_keeps_it(uri, tmp_path):
-    client, _ = stores.connect(uri, "any")
+    client, _ = connect(uri, "any")
     own = (tmp_path / "large disk").as_uri()
     client.create_experiment("own place", artifact_location=own)
-    assert client.get_experiment(stores.connect(uri, "own place")[1]).artifact_location == own
+    assert client.get_experiment(connect(uri, "own place")[1]).artifact_location == own
 
 
 # A server
@@ -516,7 +521,7 @@ class LosingAnswers(BaseHTTPRequestHandler):
 
 
 def test_a_lost_answer_makes_no_second_run():
-    stores.prepare_environment()
+    prepare_environment()
     from mlflow import MlflowClient
 
     with ThreadingHTTPServer(("127.0.0.1", 0), LosingAnswers) as server:
@@ -524,18 +529,18 @@ def test_a_lost_answer_makes_no_second_run():
         threading.Thread(target=server.serve_forever).start()
         client = MlflowClient(f"http://127.0.0.1:{server.server_port}")
         with pytest.raises(Exception, match="onnection"):
-            open_once(client, "1", "key", tags={"a": "b"})
-        assert open_once(client, "1", "key", tags={"a": "b"}).info.run_id == "run0"
+            get_or_create_run(client, "1", "key", tags={"a": "b"})
+        assert get_or_create_run(client, "1", "key", tags={"a": "b"}).info.run_id == "run0"
         server.shutdown()
     assert len(server.made) == 1
 
 
 def test_a_run_that_was_made_after_all_is_removed(run):
     Metrics(run).close()
-    send(run, closed=False)
-    client, state = client_of(run), State.load(run)
-    late = client.create_run(state.experiment_id, tags={RUN_KEY: state.run_key}).info.run_id
-    send(run, closed=True)
+    upload(run, closed=False)
+    client, state = client_of(run), UploadState.load(run)
+    late = client.create_run(state.experiment_id, tags={RUN_KEY_TAG: state.run_key}).info.run_id
+    upload(run, closed=True)
     assert client.get_run(late).info.lifecycle_stage == "deleted"
     assert client.get_run(run_id(run)).info.status == "KILLED"
 
@@ -566,7 +571,7 @@ class Server:
 
     def answers(self):
         try:
-            stores.check(self.uri)
+            uris.check_reachable(self.uri)
         except BadInput:
             return False
         return True
@@ -591,15 +596,15 @@ def server(tmp_path):
 @pytest.mark.slow
 def test_a_server_that_dies_and_comes_back_has_every_point_once(tmp_path, server):
     said = []
-    run, other = aimed(tmp_path / "run", server.uri, "x"), aimed(tmp_path / "other", server.uri, "x")
+    run, other = targeted(tmp_path / "run", server.uri, "x"), targeted(tmp_path / "other", server.uri, "x")
     (run / "views.png").write_bytes(b"picture")
-    metrics, mirror = Metrics(run), Mirror(run, said.append, every_s=0.05)
+    metrics, mirror = Metrics(run), Mirror(run, said.append, interval_s=0.05)
     steps(metrics, 0, 300)
-    metrics.commit(metrics.mark())
-    wait_for(lambda: unsent(run) == 0)
+    metrics.commit(metrics.flush())
+    wait_for(lambda: pending_values(run) == 0)
     for start in range(300, 900, 20):  # killed in the middle of this
         steps(metrics, start, start + 20, slow=0.001)
-        metrics.commit(metrics.mark())
+        metrics.commit(metrics.flush())
         if start == 500:
             server.kill()
     wait_for(lambda: said)
@@ -607,18 +612,18 @@ def test_a_server_that_dies_and_comes_back_has_every_point_once(tmp_path, server
     # A run that ends while the server is away, and one more that is refused at the start.
     short, mirror_of_short = Metrics(other), Mirror(other, said.append)
     steps(short, 0, 7)
-    short.mark()
+    short.flush()
     assert mirror_of_short.close(30) == 14
     short.close()
-    assert re.search(rf"14 points left.*python -m twoviews.tracking sync {other}", said[-1])
+    assert re.search(rf"14 values left.*python -m twoviews.tracking sync {other}", said[-1])
     assert main(["sync", str(other)]) == 1
     with pytest.raises(BadInput, match=r"no MLflow answers at .*start it.*tracking=files"):
-        Tracking(server.uri, "x", mirror=True).check(expected=False)
-    Tracking(server.uri, "x", mirror=True).check(expected=True, say=said.append)
+        Tracking(server.uri, "x", mirror=True).check(optional=False)
+    Tracking(server.uri, "x", mirror=True).check(optional=True, say=said.append)
     assert "goes on without MLflow" in said[-1]
 
     server.start()
-    wait_for(lambda: unsent(run) == 0)
+    wait_for(lambda: pending_values(run) == 0)
     (run / "result.json").write_text('{"state": "interrupted"}')
     assert mirror.close() == 0
     metrics.close()
@@ -630,8 +635,8 @@ def test_a_server_that_dies_and_comes_back_has_every_point_once(tmp_path, server
     assert client_of(run).get_run(run_id(run)).info.status == "KILLED"
     assert [file.path for file in client_of(run).list_artifacts(run_id(run))] == ["result.json", "views.png"]
     assert sum("takes nothing now (it does not answer)" in line for line in said) == 2  # once a run
-    assert sum("takes points again" in line for line in said) == 1
-    assert page(run) == f"{server.uri}/#/experiments/{State.load(run).experiment_id}/runs/{run_id(run)}"
+    assert sum("takes values again" in line for line in said) == 1
+    assert run_page(run) == f"{server.uri}/#/experiments/{UploadState.load(run).experiment_id}/runs/{run_id(run)}"
 
 
 class Silent(socketserver.ThreadingTCPServer):
@@ -667,27 +672,27 @@ def test_a_server_that_never_answers_is_given_up_within_seconds(tmp_path, health
     """At the end of a run, after an evaluation, by sync: none waits for what MLflow's own patience would be."""
     import mlflow  # noqa: F401
 
-    monkeypatch.setattr(stores, "ANSWER_S", 1.0)
+    monkeypatch.setattr(uris, "ANSWER_TIMEOUT_S", 1.0)
     said, server = [], Silent(healthy)
-    folder = aimed(tmp_path / "moco-digits", server.uri, "x")
+    folder = targeted(tmp_path / "moco-digits", server.uri, "x")
     try:
-        metrics, mirror = Metrics(folder), Mirror(folder, said.append, every_s=0.1)
+        metrics, mirror = Metrics(folder), Mirror(folder, said.append, interval_s=0.1)
         steps(metrics, 0, 3)
-        metrics.mark()
+        metrics.flush()
         assert server.asked.wait(60)
         begun = time.monotonic()
         assert mirror.close() == 6 and time.monotonic() - begun < 30
         metrics.close()
         later = f"python -m twoviews.tracking sync {folder}"
-        assert re.search(rf"6 points left\).*{later}", said[-1])
+        assert re.search(rf"6 values left\).*{later}", said[-1])
         begun = time.monotonic()
-        afterwards.deliver(folder, mirror=True, say=said.append)
+        flush(folder, mirror=True, say=said.append)
         assert time.monotonic() - begun < 30
         assert "does not have this yet (" in said[-1] and later in said[-1]
         if not healthy:
             assert main(["sync", str(folder)]) == 1
             with pytest.raises(BadInput, match="no MLflow answers at"):
-                Tracking(server.uri, "x", mirror=True).check(expected=False)
+                Tracking(server.uri, "x", mirror=True).check(optional=False)
     finally:
         server.close()
 
@@ -714,7 +719,7 @@ def test_a_server_that_never_answers_is_given_up_within_seconds(tmp_path, health
 def test_bad_addresses_are_sentences(tmp_path, bad, says):
     (tmp_path / "text").write_text("a text that is longer than sixteen bytes")
     with pytest.raises(BadInput, match=re.escape(says)) as error:
-        Tracking(bad.format(tmp=tmp_path), "x", mirror=True).check(expected=False)
+        Tracking(bad.format(tmp=tmp_path), "x", mirror=True).check(optional=False)
     assert "secret" not in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -723,13 +728,13 @@ def test_bad_addresses_are_sentences(tmp_path, bad, says):
 def test_an_unwritable_place_is_a_sentence(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(BadInput, match="cannot be written"):
-        Tracking(f"sqlite:///{tmp_path}/mlflow.db", "x", mirror=True).check(expected=False)
+        Tracking(f"sqlite:///{tmp_path}/mlflow.db", "x", mirror=True).check(optional=False)
 
 
 def test_the_default_store_is_at_the_root_of_the_checkout(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert stores.resolved(None) == f"sqlite:///{CONF.parent / 'mlflow.db'}"
-    assert stores.resolved("sqlite:///runs.db") == f"sqlite:///{tmp_path / 'runs.db'}"
+    assert uris.resolve(None) == f"sqlite:///{CONF.parent / 'mlflow.db'}"
+    assert uris.resolve("sqlite:///runs.db") == f"sqlite:///{tmp_path / 'runs.db'}"
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "tracking").glob("*.yaml")))
@@ -740,6 +745,6 @@ def test_every_config_builds_and_files_needs_no_mlflow(name, tmp_path):
     assert isinstance(tracking, Tracking)
     assert tracking.mirror == (name == "mlflow")
     if not tracking.mirror:
-        tracking.check(expected=False)
+        tracking.check(optional=False)
         assert tracking.start(tmp_path) is None
-        assert State.load(tmp_path).experiment == "twoviews"
+        assert UploadState.load(tmp_path).experiment == "twoviews"

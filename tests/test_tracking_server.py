@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from twoviews.errors import BadInput
-from twoviews.tracking import stores
+from twoviews.tracking import uris
 from twoviews.tracking.server import _programs
 
 
@@ -43,7 +43,7 @@ def until_it_answers(folder: Path, process: subprocess.Popen, port: int) -> None
     for _ in range(600):
         assert process.poll() is None, said(folder)
         try:
-            return stores.check(f"http://127.0.0.1:{port}")
+            return uris.check_reachable(f"http://127.0.0.1:{port}")
         except BadInput:
             time.sleep(0.5)
     pytest.fail(said(folder))

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from twoviews.run import Run
-from twoviews.tracking import read
+from twoviews.tracking.metrics import read
 
 NAMES = {
     "train/loss",

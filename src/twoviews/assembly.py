@@ -23,15 +23,16 @@ from twoviews.data.images import ImageData
 from twoviews.data.loader import Loader
 from twoviews.data.views import Views
 from twoviews.errors import BadInput, mistakes
-from twoviews.features import Judged, embed
+from twoviews.features import embed
 from twoviews.foreign import blamed
 from twoviews.memory import check_networks, check_views
 from twoviews.methods.method import Method
+from twoviews.protocols.protocol import EvaluationContext
 from twoviews.randomness import seed_of
 from twoviews.ranges import Repeats, Size
 from twoviews.runtime import Runtime
 from twoviews.signatures import signature
-from twoviews.tracking import stores
+from twoviews.tracking import uris
 
 
 @dataclass
@@ -49,10 +50,10 @@ class Parts:
     protocols: dict[str, Any]
     notes: list[str]  # what the method and the protocols say about their fit to the data
 
-    def judge(self, encoder: Encoder) -> Judged:
+    def evaluation_context(self, encoder: Encoder) -> EvaluationContext:
         """An encoder with the labelled images of the data, whose features all processes compute together."""
         dtype = self.runtime.dtype(self.device)
-        return Judged(encoder, self.data, self.device, dtype, self.runtime.channels_last, shared=True)
+        return EvaluationContext(encoder, self.data, self.device, dtype, self.runtime.channels_last, shared=True)
 
     def embed(self, module: nn.Module) -> Float[Tensor, "N D"]:
         """What a module makes of all training images, at the size of the views, as PCL's code does with its 224 px."""
@@ -85,7 +86,7 @@ def check_parts(cfg: DictConfig, runtime: Runtime, device: torch.device) -> None
         lambda: build(cfg.optimizer, batch_size=cfg.batch_size, _partial_=True)(groups),
         lambda: build(cfg.schedule),
         lambda: build(cfg.augmentation, **colours),
-        lambda: stores.resolved(build(cfg.tracking).uri),
+        lambda: uris.resolve(build(cfg.tracking).uri),
         *(partial(build, node) for node in (cfg.get("protocol") or {}).values()),
         *([lambda: build(cfg.data)] if "root" in cfg.data and cfg.data.root is None else []),
     )

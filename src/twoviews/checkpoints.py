@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from twoviews.run import Run
-from twoviews.tracking import Metrics
+from twoviews.tracking.metrics import Metrics
 
 
 class Checkpoints:

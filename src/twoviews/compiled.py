@@ -97,7 +97,7 @@ def address(x: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(x.data_ptr())
 
 
-def in_shares(function: Callable[[ctypes.c_int64, ctypes.c_int64], int], count: int) -> int:
+def parallel_for(function: Callable[[ctypes.c_int64, ctypes.c_int64], int], count: int) -> int:
     """Call function(first, last) for parts of range(count), one to each of torch's threads: the largest result."""
     threads = max(1, min(torch.get_num_threads(), count))
     if threads == 1:

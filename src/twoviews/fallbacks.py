@@ -5,12 +5,10 @@ from pathlib import Path
 
 import torch
 
-from twoviews import compiled
 from twoviews.code import no_commit
 from twoviews.data.rendering import reason_for_tensors
 from twoviews.fused_norm import reason_for_plain
 from twoviews.inference import convolutions_fuse
-from twoviews.protocols.selection import SOURCE
 
 DRIVER = Path("/dev/nvidiactl")  # exists if NVIDIA's driver is running, also in containers with access to a GPU
 
@@ -26,10 +24,8 @@ def slower(asked: str, device: torch.device, norms: bool = False) -> list[str]:
     reasons = {"views (about five times as long)": reason_for_tensors(device)}
     if norms:
         reasons["batch norms"] = reason_for_plain(device)
-    if device.type == "cpu":
-        reasons["the search of neighbours"] = compiled.reason(SOURCE)
-        if not convolutions_fuse():
-            reasons["convolutions of features"] = "this build of torch has no oneDNN"
+    if device.type == "cpu" and not convolutions_fuse():
+        reasons["convolutions of features"] = "this build of torch has no oneDNN"
     parts: dict[str, list[str]] = {}
     for part, reason in reasons.items():
         if reason:

@@ -1,8 +1,6 @@
 """Features of whole image sets, computed once for all protocols that look at them."""
 
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -106,48 +104,3 @@ def embed(
             f"optimizer.lr may keep it from that){precision}."
         )
     return x
-
-
-class Judged:
-    """An encoder with the labelled images it is judged on; features are computed when first asked for.
-
-    Args:
-        encoder: in whatever mode.
-        data: memory and test images with labels.
-        device: where to compute.
-        dtype: number format of the forward pass.
-        channels_last: memory format of the images.
-        folder: where protocols put files of theirs; None: nowhere, they make none.
-        shared: all processes compute the features together, so all must ask for them; otherwise each alone.
-    """
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        data: ImageData,
-        device: torch.device,
-        dtype: torch.dtype,
-        channels_last: bool = False,
-        folder: Path | None = None,
-        shared: bool = False,
-    ):
-        self.encoder, self.data, self.device, self.dtype = encoder, data, device, dtype
-        self.channels_last, self.folder, self.shared = channels_last, folder, shared
-
-    @cached_property
-    def memory(self) -> Features:
-        """Of the bank that kNN votes with and linear classifiers learn from."""
-        return self._features(self.data.memory)
-
-    @cached_property
-    def test(self) -> Features:
-        """Of the images that are classified."""
-        return self._features(self.data.test)
-
-    def _features(self, images: Images | None) -> Features:
-        if images is None or images.labels is None:
-            raise BadInput(
-                f"{self.data.name} has no labelled training and test images, and accuracy cannot be measured."
-            )
-        x = embed(self.encoder, images, self.data, self.device, self.dtype, self.channels_last, self.shared)
-        return Features(x, images.labels.to(self.device).long())

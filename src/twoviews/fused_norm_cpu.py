@@ -54,7 +54,7 @@ class Compiled:
             function(layer, *given)
         else:
             count = layer.parts * layer.chunks if name in ("statistics", "sums") else layer.images
-            compiled.in_shares(lambda first, last: function(first, last, layer, *given), count)
+            compiled.parallel_for(lambda first, last: function(first, last, layer, *given), count)
 
     def statistics(
         self,

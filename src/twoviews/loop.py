@@ -13,13 +13,13 @@ from twoviews.console import Console, duration
 from twoviews.data.loader import Batch
 from twoviews.errors import Stopped
 from twoviews.features import Pixels
-from twoviews.protocols.protocol import verdicts
+from twoviews.protocols.protocol import run_protocols
 from twoviews.randomness import seed_of
 from twoviews.run import Run
 from twoviews.runtime import format_name, peak_memory
 from twoviews.step import Step, Values
 from twoviews.stop_signal import StopSignal
-from twoviews.tracking import Metrics
+from twoviews.tracking.metrics import Metrics
 
 if TYPE_CHECKING:
     from twoviews.assembly import Parts  # which reads configurations; nothing here does
@@ -58,7 +58,7 @@ class Training:
         self.method, self.loader = parts.method, parts.loader
         self.optimizer, self.schedule = parts.optimizer, parts.schedule
         self.runtime, self.protocols = parts.runtime, parts.protocols
-        self.judge, self.embed, self.score = parts.judge, parts.embed, parts.score
+        self.evaluation_context, self.embed, self.score = parts.evaluation_context, parts.embed, parts.score
         self.run, self.metrics, self.console, self.epochs, self.seed = run, metrics, console, epochs, seed
         self.device = parts.device
         self.step = Step(self.method, self.optimizer, self.runtime, self.device, console.say)
@@ -95,7 +95,7 @@ class Training:
             "scaler": self.step.scaler.state_dict(),
             "position": {**vars(self.position), "seconds": self.seconds()},
             "precision": format_name(self.dtype),
-            "metrics_bytes": self.metrics.mark() if self.metrics else 0,
+            "metrics_bytes": self.metrics.flush() if self.metrics else 0,
             "latest": self.latest,
         }
 
@@ -287,10 +287,12 @@ class Training:
             return
         self.console.say("measuring kNN of raw pixels and of the untrained encoder …")
         knn, start = {"knn": self.protocols["knn"]}, time.monotonic()
-        untrained = self.judge(self.method.encoder)
-        found = {"untrained": verdicts(knn, untrained)}
+        untrained = self.evaluation_context(self.method.encoder)
+        found = {"untrained": run_protocols(knn, untrained)}
         self._watch_seconds = time.monotonic() - start
-        found["pixels"] = verdicts(knn, self.judge(Pixels(untrained.data.channels, untrained.data.size)))
+        found["pixels"] = run_protocols(
+            knn, self.evaluation_context(Pixels(untrained.data.channels, untrained.data.size))
+        )
         if distributed.rank() == 0:
             self._log({f"baseline/{name}_knn_top1": one["knn"].values["top1"] for name, one in found.items()})
 
@@ -303,7 +305,7 @@ class Training:
         }
         values: dict[str, float] = {}
         if due:
-            found = verdicts(due, self.judge(self.method.encoder))
+            found = run_protocols(due, self.evaluation_context(self.method.encoder))
             values = {f"{name}/{key}": v for name, verdict in found.items() for key, v in verdict.values.items()}
             for note in dict.fromkeys(note for verdict in found.values() for note in verdict.notes):
                 self.console.say(note)

@@ -13,15 +13,17 @@ from twoviews.config.building import build
 from twoviews.config.digest import digest
 from twoviews.console import Console
 from twoviews.errors import BadInput, Stopped
+from twoviews.locks import FolderLock, lock_for_training
 from twoviews.loop import Training
 from twoviews.pictures import draw_curves, draw_views
 from twoviews.run import CHECKPOINTS, Run
 from twoviews.run_summary import show_result
 from twoviews.runtime import format_name, peak_memory
 from twoviews.stop_signal import StopSignal
-from twoviews.tracking import Metrics, Mirror, afterwards, is_child, lock_for_training, read, run_id
-from twoviews.tracking.sending import aim, known
-from twoviews.tracking.state import FolderLock
+from twoviews.tracking.metrics import Metrics, read
+from twoviews.tracking.mirror import Mirror, flush
+from twoviews.tracking.state import is_child, run_id, set_target
+from twoviews.tracking.upload import is_uploaded
 
 FAILED = 1  # exit code of a training that went wrong
 IMPATIENT_S = 5.0  # that MLflow gets for the end of a run which is to stop
@@ -121,7 +123,7 @@ class Recording:
             if training.position.step:  # before that it would be an untrained one
                 self.run.save_encoder(training.method.encoder, describe_encoder(self.cfg, self.parts.data))
             assert self.metrics
-            if self.metrics.mark():
+            if self.metrics.flush():
                 draw_curves(self.run.folder / "curves.png", read(self.run.folder))
             # Last of all files: with it the run is finished, and nothing would make up for what is missing.
             result = self._end(training, "finished" if finished else "interrupted")
@@ -147,7 +149,7 @@ class Recording:
 
     def _end(self, training: Training, state: str, **more: Any) -> dict[str, Any]:
         assert self.metrics
-        self.metrics.mark()
+        self.metrics.flush()
         result = {
             "state": state,
             **training.latest,
@@ -182,7 +184,7 @@ class Recording:
                 result |= {"step": self._training.position.step, "epoch": self._training.epoch}
             # On a full disk each of these may fail in turn, and the checkpoint is what matters.
             with contextlib.suppress(OSError):
-                self.metrics.mark()
+                self.metrics.flush()
             with contextlib.suppress(OSError):
                 if not self._ended:
                     self.run.write("result.json", result)
@@ -209,10 +211,10 @@ def finished_already(cfg: DictConfig, folder: Path) -> bool:
         console, tracking = Console(), build(cfg.tracking)
         console.say("this run is finished; fresh=true would start it over.")
         if tracking.mirror:
-            tracking.check(expected=True, say=console.say)
-            aim(folder, tracking.uri, tracking.experiment)
-            if not known(folder):  # killed, or without an answer, before the end was told
-                afterwards.deliver(folder, mirror=True, say=console.say)
+            tracking.check(optional=True, say=console.say)
+            set_target(folder, tracking.uri, tracking.experiment)
+            if not is_uploaded(folder):  # killed, or without an answer, before the end was told
+                flush(folder, mirror=True, say=console.say)
         show_result(folder, result, console)
         last_line(folder)
     return bool(result)

@@ -24,9 +24,11 @@ from twoviews.config.building import build
 from twoviews.config.digest import NOT_IN_DIGEST, flat
 from twoviews.data import rendering
 from twoviews.errors import BadInput, nearest, system_reason
+from twoviews.files import sync, write_atomic
+from twoviews.locks import locked_for_upload
 from twoviews.ranges import Total
 from twoviews.signatures import complaint
-from twoviews.tracking.state import durable_bytes, mirroring, replace
+from twoviews.tracking.metrics import durable_bytes
 
 CHECKPOINTS = ("last.pt", "previous.pt")
 
@@ -95,11 +97,11 @@ class Run:
                     "with fresh=true, which keeps the old results beside it."
                 )
             return
-        replace(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+        write_atomic(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
         commit, difference = code_state()
-        replace(self.folder / "commit.txt", commit + "\n")
+        write_atomic(self.folder / "commit.txt", commit + "\n")
         if difference:
-            replace(self.folder / "diff.patch", difference)
+            write_atomic(self.folder / "diff.patch", difference)
         self.write("data.json", data)
         self.write("environment.json", {**environment(device), "digest": digest})
 
@@ -137,7 +139,7 @@ class Run:
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file of the run, whole or not at all."""
-        replace(self.folder / name, json.dumps(content, indent=2) + "\n")
+        write_atomic(self.folder / name, json.dumps(content, indent=2) + "\n")
 
     def set_aside(self) -> Path | None:
         """Rename the folder to <name>.1 (.2, …) and begin an empty one; None when there was nothing.
@@ -149,7 +151,7 @@ class Run:
         number = 1
         while (other := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
             number += 1
-        with mirroring(self.folder):  # what is being sent to MLflow would go on with the new folder
+        with locked_for_upload(self.folder):  # what is being sent to MLflow would go on with the new folder
             self.folder.rename(other)
         self.folder.mkdir(exist_ok=True)
         return other
@@ -177,7 +179,7 @@ class Run:
         if last.exists():
             last.replace(self.folder / "previous.pt")
         new.replace(last)
-        _sync(self.folder)
+        sync(self.folder)
 
     def _finish_save(self) -> None:
         """What a kill left of a save: a whole new.pt becomes the last checkpoint, a part of one goes."""
@@ -245,7 +247,7 @@ class Run:
 
     def save_encoder(self, encoder: Encoder, description: dict[str, Any]) -> None:
         """Weights as encoder.safetensors, and beside them what is needed to build and use the network."""
-        replace(self.folder / "encoder.safetensors", weight_file(encoder.state_dict()))
+        write_atomic(self.folder / "encoder.safetensors", weight_file(encoder.state_dict()))
         self.write("encoder.json", {**description, "features": encoder.out_dim})
 
     def encoder(self) -> Encoder:
@@ -363,14 +365,6 @@ def refuse_compressed(path: Path) -> None:
         size = sum(one.file_size for one in members)
     if any(one.compress_type != zipfile.ZIP_STORED for one in members) or size > path.stat().st_size:
         raise ValueError("it is no archive that torch.save wrote")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

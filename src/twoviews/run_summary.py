@@ -22,7 +22,8 @@ from twoviews.fused_norm import reason_for_plain
 from twoviews.run import parameter_count
 from twoviews.runtime import format_name
 from twoviews.step import eager_reason
-from twoviews.tracking import page, read
+from twoviews.tracking.metrics import read
+from twoviews.tracking.state import run_page
 
 
 def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
@@ -121,7 +122,7 @@ def show_result(folder: Path, result: dict[str, Any], console: Console) -> None:
         or "-",
     }
     console.table(f"{folder.name}: {result['state']} after {result['epoch']:.4g} epochs", rows)
-    console.say(f"MLflow: {page(folder)}")  # not in the table, which would break a command that is to be copied
+    console.say(f"MLflow: {run_page(folder)}")  # not in the table, which would break a command that is to be copied
     floor = max(result.get(f"baseline/{name}_knn_top1", 0) for name in ("untrained", "pixels"))
     if result.get("knn/top1", 100) <= floor:
         console.say(

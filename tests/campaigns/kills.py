@@ -31,8 +31,8 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from conftest import SMALL, weights  # noqa: E402
 
-from twoviews.tracking import read  # noqa: E402
-from twoviews.tracking.state import State  # noqa: E402
+from twoviews.tracking.metrics import read  # noqa: E402
+from twoviews.tracking.state import UploadState  # noqa: E402
 
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
 KINDS = ("start", "training", "end", "schema")
@@ -179,7 +179,7 @@ def wrong_in_mlflow(command: Command) -> list[str]:
             return [f"mlflow.db is damaged: {answer}"]
         runs = database.execute("select run_uuid, status, artifact_uri from runs").fetchall()
         stored = database.execute("select step, key, value, is_nan from metrics order by step, key").fetchall()
-    if [run[:2] for run in runs] != [(State.load(command.run).run_id, "FINISHED")]:
+    if [run[:2] for run in runs] != [(UploadState.load(command.run).run_id, "FINISHED")]:
         return [f"MLflow has the runs {runs}"]
     found = []
     lines = [

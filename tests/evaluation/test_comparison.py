@@ -6,7 +6,8 @@ from pathlib import Path
 
 from twoviews.console import Console
 from twoviews.evaluation.comparison import Evaluation, as_csv, as_markdown, compare, headline, ordered, table
-from twoviews.tracking.stores import connect, remember
+from twoviews.tracking.client import connect
+from twoviews.tracking.uris import trust
 
 RUNS = {
     "simclr": Evaluation(
@@ -59,7 +60,7 @@ def test_markdown():
 
 
 def test_a_comparison_is_one_run_of_mlflow_however_often_it_is_made(tmp_path: Path) -> None:
-    remember(store := f"sqlite:///{tmp_path / 'mlflow.db'}")
+    trust(store := f"sqlite:///{tmp_path / 'mlflow.db'}")
     for value in (50.0, 60.0):
         both = {name: Evaluation({"knn/top1": value + add}, mirror=(store, "here")) for add, name in enumerate("ab")}
         compare(both, tmp_path / "out", Console(quiet=True))

@@ -21,12 +21,12 @@ from twoviews.config.building import build
 from twoviews.config.digest import digest
 from twoviews.data.sources import digits
 from twoviews.errors import BadInput
-from twoviews.evaluation import names
 from twoviews.evaluation.source import open_source
 from twoviews.evaluation.weights import tensors
 from twoviews.run import Run
-from twoviews.tracking import run_id, send
-from twoviews.tracking.sending import aim
+from twoviews.tracking import uris
+from twoviews.tracking.state import run_id, set_target
+from twoviews.tracking.upload import upload
 
 
 @pytest.fixture(scope="module")
@@ -427,13 +427,13 @@ def test_latest_is_the_run_begun_last(trained: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow  # MLflow makes its tables
 def test_mlflows_id(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(names.stores, "checkout", lambda: tmp_path)  # or mlflow.db would be that of the checkout
+    monkeypatch.setattr(uris, "checkout", lambda: tmp_path)  # or mlflow.db would be that of the checkout
     away = shutil.copytree(trained, tmp_path / "away" / "run")
     with pytest.raises(BadInput, match="has this id, and MLflow knows none"):
         open_source("0" * 32)
     assert not (tmp_path / "mlflow.db").exists()
-    aim(away, f"sqlite:///{tmp_path}/mlflow.db", "found")
-    send(away, closed=True)
+    set_target(away, f"sqlite:///{tmp_path}/mlflow.db", "found")
+    upload(away, closed=True)
     made = run_id(away)
     assert open_source(made).folder == away  # what MLflow was told
     here = shutil.copytree(away, tmp_path / "outputs" / "here")

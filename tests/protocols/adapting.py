@@ -8,8 +8,9 @@ import torch
 from twoviews.backbones import Encoder, ResNet
 from twoviews.data.images import ImageData
 from twoviews.data.sources import digits
-from twoviews.features import Judged, Pixels
+from twoviews.features import Pixels
 from twoviews.protocols.linear import Linear, Probe
+from twoviews.protocols.protocol import EvaluationContext
 
 LINEAR = Linear([0.01], held_out=0.2, iterations=30, every_epochs=0)
 
@@ -22,11 +23,11 @@ def some_digits() -> ImageData:
 
 
 @cache
-def judged() -> Judged:
+def context() -> EvaluationContext:
     """A random ResNet whose batch norms have seen the digits; its linear probe knows about nine in ten."""
     torch.manual_seed(0)
     encoder = ResNet(channels=1, image_size=32, block="basic", depths=[1, 1], width=8, stem="strided")
-    found = Judged(encoder, some_digits(), torch.device("cpu"), torch.float32)
+    found = EvaluationContext(encoder, some_digits(), torch.device("cpu"), torch.float32)
     with torch.no_grad():
         for images in views(found, "none", 0, 100):
             encoder(images)
@@ -36,10 +37,10 @@ def judged() -> Judged:
 
 @cache
 def probe() -> Probe:
-    return LINEAR.probe(judged())[0]
+    return LINEAR.probe(context())[0]
 
 
-def views(of: Judged, name: str, severity: int, batch_size: int) -> list[torch.Tensor]:
+def views(of: EvaluationContext, name: str, severity: int, batch_size: int) -> list[torch.Tensor]:
     """The batches of a stream."""
     from twoviews.protocols.streams import Streams
 
@@ -47,8 +48,8 @@ def views(of: Judged, name: str, severity: int, batch_size: int) -> list[torch.T
     return [images for images, _ in streams.batches(name, severity, batch_size)]
 
 
-def without_batch_norm() -> Judged:
-    return Judged(Pixels(1, 32), some_digits(), torch.device("cpu"), torch.float32)
+def without_batch_norm() -> EvaluationContext:
+    return EvaluationContext(Pixels(1, 32), some_digits(), torch.device("cpu"), torch.float32)
 
 
 def state(encoder: Encoder) -> dict[str, object]:

@@ -6,15 +6,15 @@ from functools import partial
 
 import pytest
 import torch
-from adapting import LINEAR, assert_same, judged, probe, state, views, without_batch_norm
+from adapting import LINEAR, assert_same, context, probe, state, views, without_batch_norm
 from torch import nn
 
 from twoviews.batch_norms import SyncBatchNorm, split_batch_norms
 from twoviews.errors import BadInput
-from twoviews.features import Judged
 from twoviews.protocols import adaptation
 from twoviews.protocols.adaptation import Model
 from twoviews.protocols.bn import BN
+from twoviews.protocols.protocol import EvaluationContext
 from twoviews.protocols.t3a import T3A
 from twoviews.protocols.tent import Tent
 from twoviews.protocols.tsd import TSD
@@ -39,20 +39,20 @@ ALL = {
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_table_beside_no_adaptation_and_an_untouched_encoder(name):
-    encoder = judged().encoder.train()
+    encoder = context().encoder.train()
     next(encoder.parameters()).requires_grad_(False)
     before = state(encoder)
     try:
-        verdict, again = (ALL[name]()(judged()) for _ in range(2))
+        result, again = (ALL[name]()(context()) for _ in range(2))
         assert_same(before, state(encoder))
     finally:
         encoder.eval().requires_grad_(True)
-    assert verdict.values == again.values
-    table = verdict.tables["adaptation"]
+    assert result.values == again.values
+    table = result.tables["adaptation"]
     assert [(row["method"], row["corruption"]) for row in table] == [
         (method, corruption) for corruption in ("none", "contrast", "mean") for method in ("none", name)
     ]
-    values = verdict.values
+    values = result.values
     assert values["top1"] == table[3]["accuracy"] and values["unadapted"] == table[2]["accuracy"]
     assert values["gain"] == pytest.approx(values["top1"] - values["unadapted"])
     for key in ("top1", "unadapted", "gain"):
@@ -63,7 +63,7 @@ def test_a_table_beside_no_adaptation_and_an_untouched_encoder(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_an_exception_leaves_the_encoder_as_it_was(name, monkeypatch):
-    before, calls = state(judged().encoder), []
+    before, calls = state(context().encoder), []
 
     def failing(*_):
         calls.append(name)
@@ -73,27 +73,27 @@ def test_an_exception_leaves_the_encoder_as_it_was(name, monkeypatch):
 
     monkeypatch.setattr(adaptation, "autocast", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
-        ALL[name]()(judged())
-    assert_same(before, state(judged().encoder))
+        ALL[name]()(context())
+    assert_same(before, state(context().encoder))
 
 
 def test_equals_the_encoder_in_train_mode():
-    model = Model(judged(), probe())
+    model = Model(context(), probe())
     classify = BN(**STREAMS, every_epochs=0).start(model)
-    reference = copy.deepcopy(judged().encoder).train()
-    for images in views(judged(), "fog", 5, 50):
+    reference = copy.deepcopy(context().encoder).train()
+    for images in views(context(), "fog", 5, 50):
         with torch.no_grad():
             expected = probe()(reference(images))
         torch.testing.assert_close(classify(images), expected)
-        assert not torch.allclose(expected, probe()(judged().encoder(images)), atol=0.1)
+        assert not torch.allclose(expected, probe()(context().encoder(images)), atol=0.1)
     # What it learnt from the batches before does not matter.
     torch.testing.assert_close(classify(images), expected)
 
 
 @pytest.mark.parametrize("kind", ["split", "sync"])
 def test_batch_norms_of_training_see_the_whole_batch(kind):
-    images = views(judged(), "fog", 5, 50)[0]
-    encoder = copy.deepcopy(judged().encoder)
+    images = views(context(), "fog", 5, 50)[0]
+    encoder = copy.deepcopy(context().encoder)
     if kind == "split":
         split_batch_norms(encoder, 7)  # which does not divide 50
     else:
@@ -103,18 +103,18 @@ def test_batch_norms_of_training_see_the_whole_batch(kind):
                     new = SyncBatchNorm(child.num_features)
                     new.load_state_dict(child.state_dict())
                     setattr(module, name, new)
-    other = Judged(encoder.eval(), judged().data, torch.device("cpu"), torch.float32)
+    other = EvaluationContext(encoder.eval(), context().data, torch.device("cpu"), torch.float32)
     bn = BN(**STREAMS, every_epochs=0)
-    found, expected = (bn.start(Model(one, probe()))(images) for one in (other, judged()))
+    found, expected = (bn.start(Model(one, probe()))(images) for one in (other, context()))
     torch.testing.assert_close(found, expected)
 
 
 def test_dropout_stays_off():
-    encoder = nn.Sequential(judged().encoder, nn.Dropout(0.5))
-    other = Judged.__new__(Judged)
-    other.__dict__.update({**vars(judged()), "encoder": encoder})
-    images = views(judged(), "fog", 5, 50)[0]
-    found, expected = (BN(**STREAMS, every_epochs=0).start(Model(one, probe()))(images) for one in (other, judged()))
+    encoder = nn.Sequential(context().encoder, nn.Dropout(0.5))
+    other = EvaluationContext.__new__(EvaluationContext)
+    other.__dict__.update({**vars(context()), "encoder": encoder})
+    images = views(context(), "fog", 5, 50)[0]
+    found, expected = (BN(**STREAMS, every_epochs=0).start(Model(one, probe()))(images) for one in (other, context()))
     assert torch.equal(found, expected)
 
 

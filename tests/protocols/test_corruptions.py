@@ -5,50 +5,50 @@ from dataclasses import replace
 
 import pytest
 import torch
-from adapting import LINEAR, assert_same, judged, probe, some_digits, state, without_batch_norm
+from adapting import LINEAR, assert_same, context, probe, some_digits, state, without_batch_norm
 from scipy.stats import binom
 
 from twoviews.data.corruptions import CORRUPTIONS, corrupt
 from twoviews.errors import BadInput
-from twoviews.features import Judged
 from twoviews.protocols.corruptions import Corruptions
 from twoviews.protocols.knn import top1
+from twoviews.protocols.protocol import EvaluationContext
 from twoviews.protocols.streams import Streams
 from twoviews.signatures import complaint, signature
 
 
 def test_values_and_table():
     corruptions = Corruptions(LINEAR, ["frost", "gaussian_noise"], [1, 5], None, seed=0, every_epochs=0)
-    before = state(judged().encoder)
-    verdict = corruptions(judged())
-    assert_same(before, state(judged().encoder))
-    table = verdict.tables["corruptions"]
+    before = state(context().encoder)
+    result = corruptions(context())
+    assert_same(before, state(context().encoder))
+    table = result.tables["corruptions"]
     names = ["none", "frost (procedural)", "frost (procedural)", "gaussian_noise", "gaussian_noise", "mean"]
     assert [row["corruption"] for row in table] == names
     assert [row["severity"] for row in table] == [0, 1, 5, 1, 5, "all"]
     for row in table:
         assert row["low"] <= row["accuracy"] <= row["high"] and row["high"] - row["low"] < 20
         assert row["ms_per_image"] > 0
-    assert verdict.values["top1"] == pytest.approx(statistics.mean(row["accuracy"] for row in table[1:-1]))
-    assert verdict.values["top1_low"] == table[-1]["low"] and verdict.values["clean"] == table[0]["accuracy"]
-    assert verdict.values["clean"] == pytest.approx(top1(probe()(judged().test.x), judged().test.y))
+    assert result.values["top1"] == pytest.approx(statistics.mean(row["accuracy"] for row in table[1:-1]))
+    assert result.values["top1_low"] == table[-1]["low"] and result.values["clean"] == table[0]["accuracy"]
+    assert result.values["clean"] == pytest.approx(top1(probe()(context().test.x), context().test.y))
     assert table[4]["accuracy"] < table[0]["accuracy"]
     # As by hand, in the order of the files.
-    test, data = judged().data.test, judged().data
+    test, data = context().data.test, context().data
     noisy = corrupt(test.pixels, torch.arange(150), "gaussian_noise", 5, seed=0)
     with torch.no_grad():
-        x = judged().encoder((noisy.float() / 255 - data.mean[0]) / data.std[0])
+        x = context().encoder((noisy.float() / 255 - data.mean[0]) / data.std[0])
     assert table[4]["accuracy"] == pytest.approx(top1(probe()(x), test.labels))
 
 
 def test_again_is_the_same():
     corruptions = Corruptions(LINEAR, ["snow"], [3], 60, seed=1, every_epochs=0)
-    one, two = (corruptions(judged()).values for _ in range(2))
+    one, two = (corruptions(context()).values for _ in range(2))
     assert one == two
 
 
 def test_streams_hold_every_image_once_in_even_batches():
-    streams = Streams(judged(), ["fog"], [2], None, seed=0)
+    streams = Streams(context(), ["fog"], [2], None, seed=0)
     batches = list(streams.batches("fog", 2, 40))
     assert [len(images) for images, _ in batches] == [38, 38, 37, 37]
     assert torch.equal(torch.cat([rows for _, rows in batches]), torch.arange(150))
@@ -59,14 +59,14 @@ def test_streams_hold_every_image_once_in_even_batches():
 
 
 def test_fewer_images_keep_the_shares_of_the_classes():
-    streams = Streams(judged(), ["fog"], [2], 50, seed=0)
+    streams = Streams(context(), ["fog"], [2], 50, seed=0)
     assert len(streams.index.unique()) == 50
-    whole = torch.bincount(judged().data.test.labels, minlength=10) / 3
+    whole = torch.bincount(context().data.test.labels, minlength=10) / 3
     assert (torch.bincount(streams.labels, minlength=10) - whole).abs().max() < 1
 
 
 def test_intervals_are_those_of_the_binomial_distribution():
-    streams = Streams(judged(), ["fog"], [2], None, seed=0)
+    streams = Streams(context(), ["fog"], [2], None, seed=0)
     shares = torch.zeros(2, 150, dtype=torch.double)
     shares[0, :120], shares[1] = 1, 1
     found = streams.intervals(shares)
@@ -76,7 +76,7 @@ def test_intervals_are_those_of_the_binomial_distribution():
 
 
 def test_all_fifteen():
-    streams = Streams(judged(), None, [1, 5], None, seed=0)
+    streams = Streams(context(), None, [1, 5], None, seed=0)
     assert [name for name, _ in streams.names] == ["none", *(name for name in CORRUPTIONS for _ in range(2))]
 
 
@@ -92,6 +92,6 @@ def test_nothing_to_measure_is_refused(arguments):
 
 
 def test_labels_are_needed():
-    alone = Judged(judged().encoder, replace(some_digits(), test=None), torch.device("cpu"), torch.float32)
+    alone = EvaluationContext(context().encoder, replace(some_digits(), test=None), torch.device("cpu"), torch.float32)
     with pytest.raises(BadInput, match="no labelled test images"):
         Corruptions(LINEAR, None, [1], None, seed=0, every_epochs=0)(alone)

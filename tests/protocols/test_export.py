@@ -14,9 +14,9 @@ from twoviews.data.sources import digits
 from twoviews.data.views import eval_view
 from twoviews.errors import BadInput
 from twoviews.evaluation.source import open_source
-from twoviews.features import Judged
 from twoviews.protocols import export
 from twoviews.protocols.export import Export
+from twoviews.protocols.protocol import EvaluationContext
 
 
 def data(size: int) -> ImageData:
@@ -24,10 +24,10 @@ def data(size: int) -> ImageData:
     return replace(made, memory=made.train, test=made.test.subset(torch.arange(20)), size=size)
 
 
-def judged(encoder: Encoder, folder: Path | None, size: int = 32) -> Judged:
+def context(encoder: Encoder, folder: Path | None, size: int = 32) -> EvaluationContext:
     with torch.no_grad():
         encoder.train()(torch.randn(8, 1, size, size) * 2)  # running statistics that matter
-    made = Judged(encoder, data(size), torch.device("cpu"), torch.float32)
+    made = EvaluationContext(encoder, data(size), torch.device("cpu"), torch.float32)
     made.folder = folder
     return made
 
@@ -55,7 +55,7 @@ def loaded(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> torch.nn
 def test_the_lines_beside_the_file_give_the_encoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, stem: str, size: int
 ) -> None:
-    made = judged(resnet(stem, size), tmp_path, size)
+    made = context(resnet(stem, size), tmp_path, size)
     found = Export(library, 0)(made)
     assert found.values["difference"] < 1e-4 and found.values["images"] == 20
     (row,) = found.tables["export"]
@@ -71,7 +71,7 @@ def test_the_lines_beside_the_file_give_the_encoder(
 def test_safetensors_are_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     encoder = ResNet(1, 32, "basic", [1, 1, 1], width=8, stem="strided")
-    made = judged(encoder, tmp_path)
+    made = context(encoder, tmp_path)
     assert Export("safetensors", 0)(made).values["difference"] == 0
     again = open_source(str(tmp_path / "export" / "encoder.safetensors"), digits)
     assert all(torch.equal(value, encoder.state_dict()[key]) for key, value in again.encoder.state_dict().items())
@@ -82,7 +82,7 @@ def test_safetensors_are_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_model_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = judged(Timm(1, 32, "vit_tiny_patch16_224"), tmp_path)
+    made = context(Timm(1, 32, "vit_tiny_patch16_224"), tmp_path)
     assert Export("timm", 0)(made).values["difference"] < 1e-4
     model = loaded(tmp_path / "export", "timm_vit_tiny_patch16_224.json", monkeypatch)
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_a_model_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_refusals_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = judged(ResNet(1, 32, "basic", [1, 1, 1], width=8), tmp_path)
+    small = context(ResNet(1, 32, "basic", [1, 1, 1], width=8), tmp_path)
     for library in ("torchvision", "timm"):
         with pytest.raises(
             BadInput, match=rf"{library} has no such network \(blocks \[1, 1, 1\] of width 8\).*safetensors"
@@ -116,7 +116,7 @@ def test_refusals_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_onnx_takes_batches_of_any_size(tmp_path: Path) -> None:
     import onnxruntime
 
-    made = judged(resnet("cifar", 32, (1, 1)), tmp_path)
+    made = context(resnet("cifar", 32, (1, 1)), tmp_path)
     assert Export("onnx", 0)(made).values["difference"] < 1e-4
     session = onnxruntime.InferenceSession(str(tmp_path / "export" / "encoder.onnx"))
     with torch.no_grad():

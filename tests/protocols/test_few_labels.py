@@ -7,7 +7,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from test_finetune import protocol as finetune
 from test_labelled import same, small, state
-from test_linear import judged, pixels
+from test_linear import context, pixels
 
 from twoviews.errors import BadInput
 from twoviews.protocols import few_labels
@@ -22,7 +22,7 @@ def protocol(shares, per_class, **changes) -> FewLabels:
 
 @pytest.fixture(autouse=True)
 def features_are_enough(monkeypatch):
-    """The probe needs no images; `judged` of test_linear has none."""
+    """The probe needs no images; `context` of test_linear has none."""
     known = few_labels.labelled
     monkeypatch.setattr(few_labels, "labelled", lambda j: known(j) if hasattr(j.data, "memory") else (None, None))
 
@@ -46,20 +46,20 @@ def test_draws_are_stratified_distinct_and_a_function_of_their_key():
 def test_a_share_that_leaves_a_class_without_an_image_is_raised_and_said():
     memory, test = pixels(0, 300), pixels(500, 700)
     assert quota(torch.tensor([0] * 100 + [1] * 10), 3, 0.01)[0].tolist() == [1, 1, 0]  # a class without any stays so
-    row = protocol([0.01], [])(judged(memory, test)).tables["few_labels"][0]
+    row = protocol([0.01], [])(context(memory, test)).tables["few_labels"][0]
     assert row["images"] == 10
     assert row["note"] == "10 of 10 classes would have no image and give one"
-    assert protocol([0.1], [])(judged(memory, test)).tables["few_labels"][0]["note"] == ""
+    assert protocol([0.1], [])(context(memory, test)).tables["few_labels"][0]["note"] == ""
 
 
 def test_more_than_a_class_has_is_refused():
     with pytest.raises(BadInput, match=r"per_class has 50, but class '2' has (\d+) memory images; use at most \1"):
-        protocol([], [50])(judged(pixels(0, 300), pixels(500, 600)))
+        protocol([], [50])(context(pixels(0, 300), pixels(500, 600)))
 
 
 def test_mean_and_deviation_are_those_of_scikit_learns_draws():
     memory, test = pixels(0, 600), pixels(600, 1000)
-    verdict = protocol([0.1], [3])(judged(memory, test))
+    result = protocol([0.1], [3])(context(memory, test))
     mean, std = memory.x.mean(0), memory.x.std(0) + 1e-6
     x, queries = ((memory.x - mean) / std).double().numpy(), ((test.x - mean) / std).double().numpy()
     for setting, counts in (("10pct", quota(memory.y, 10, 0.1)[0]), ("3_per_class", torch.full((10,), 3))):
@@ -69,37 +69,37 @@ def test_mean_and_deviation_are_those_of_scikit_learns_draws():
             theirs = LogisticRegression(C=1 / (0.01 * len(rows)), max_iter=5000, tol=1e-8)
             theirs.fit(x[rows], memory.y.numpy()[rows])
             found.append(100 * theirs.score(queries, test.y.numpy()))
-        assert verdict.values[f"top1_{setting}"] == pytest.approx(statistics.mean(found), abs=0.3)
-        assert verdict.values[f"top1_{setting}_std"] == pytest.approx(statistics.stdev(found), abs=0.3)
-    assert verdict.values["top1"] == verdict.values["top1_10pct"] > verdict.values["top1_3_per_class"] > 50
-    rows = verdict.tables["few_labels"]
+        assert result.values[f"top1_{setting}"] == pytest.approx(statistics.mean(found), abs=0.3)
+        assert result.values[f"top1_{setting}_std"] == pytest.approx(statistics.stdev(found), abs=0.3)
+    assert result.values["top1"] == result.values["top1_10pct"] > result.values["top1_3_per_class"] > 50
+    rows = result.tables["few_labels"]
     assert [(row["setting"], row["classifier"], row["images"]) for row in rows] == [
         ("10pct", "linear", int(quota(memory.y, 10, 0.1)[0].sum())),
         ("3_per_class", "linear", 30),
     ]
-    assert rows[0]["top1"] == verdict.values["top1_10pct"]
+    assert rows[0]["top1"] == result.values["top1_10pct"]
     assert rows[0]["top5"] > rows[0]["top1"]
 
 
 def test_all_labels_are_the_linear_probe():
     memory, test = pixels(0, 300), pixels(500, 800)
-    found = protocol([1.0], [], weight_decays=[3.0, 0.01])(judged(memory, test)).values
-    linear = Linear([3.0, 0.01], held_out=0.2, iterations=200, every_epochs=0)(judged(memory, test)).values
+    found = protocol([1.0], [], weight_decays=[3.0, 0.01])(context(memory, test)).values
+    linear = Linear([3.0, 0.01], held_out=0.2, iterations=200, every_epochs=0)(context(memory, test)).values
     assert found == {"top1": linear["top1"], "top1_100pct": linear["top1"], "top1_100pct_std": 0.0}
 
 
 def test_one_image_a_class_takes_the_largest_weight_decay():
     memory, test = pixels(0, 300), pixels(500, 800)
-    chosen = protocol([], [1], weight_decays=[1e-3, 1.0])(judged(memory, test)).values
-    assert chosen == protocol([], [1], weight_decays=[1.0])(judged(memory, test)).values
-    assert chosen != protocol([], [1], weight_decays=[1e-3])(judged(memory, test)).values
+    chosen = protocol([], [1], weight_decays=[1e-3, 1.0])(context(memory, test)).values
+    assert chosen == protocol([], [1], weight_decays=[1.0])(context(memory, test)).values
+    assert chosen != protocol([], [1], weight_decays=[1e-3])(context(memory, test)).values
 
 
 def test_fine_tuning_of_each_draw_stands_beside_the_probe():
     subject = small(200, 100)
     before = state(subject.encoder)
     tuning = finetune(epochs=2)
-    verdict = protocol([], [5], draws=2, finetune=tuning)(subject)
+    result = protocol([], [5], draws=2, finetune=tuning)(subject)
     assert same(before, state(subject.encoder))
     found = []
     for draw in range(2):
@@ -107,9 +107,9 @@ def test_fine_tuning_of_each_draw_stands_beside_the_probe():
         model, _ = tuning.fitted(subject, subject.data.memory.subset(index), "5_per_class", draw)
         scores = tuning.scores(subject, model)
         found.append(100 * (scores.argmax(1) == subject.test.y).float().mean().item())
-    assert verdict.values["finetune_top1_5_per_class"] == pytest.approx(statistics.mean(found))
-    assert verdict.values["finetune_top1_5_per_class_std"] == pytest.approx(statistics.stdev(found))
-    assert [row["classifier"] for row in verdict.tables["few_labels"]] == ["linear", "fine-tuned"]
+    assert result.values["finetune_top1_5_per_class"] == pytest.approx(statistics.mean(found))
+    assert result.values["finetune_top1_5_per_class_std"] == pytest.approx(statistics.stdev(found))
+    assert [row["classifier"] for row in result.tables["few_labels"]] == ["linear", "fine-tuned"]
 
 
 @pytest.mark.parametrize("changes", [{"shares": []}, {"weight_decays": []}])

@@ -44,7 +44,7 @@ def test_layers_of_a_vision_transformer_are_its_blocks():
 @pytest.mark.parametrize(("unfreeze_from", "scales"), [(None, [0.125, 0.25, 0.5, 1]), ("layer1", [0.25, 0.5, 1])])
 def test_learning_rates_are_the_closed_form(unfreeze_from, scales, monkeypatch):
     """lr * layer_decay^l, l counted from the classifier, times half a cosine after the warm-up."""
-    judged, seen = small(80), []
+    context, seen = small(80), []
 
     class Spy(optim.SGD):
         def step(self, *arguments):
@@ -53,19 +53,19 @@ def test_learning_rates_are_the_closed_form(unfreeze_from, scales, monkeypatch):
 
     monkeypatch.setattr(optim, "SGD", Spy)
     numbers = {"layer_decay": 0.5, "epochs": 4, "warmup_epochs": 1, "unfreeze_from": unfreeze_from}
-    protocol(**numbers, lr=0.1, lr_scaling="linear")(judged)
+    protocol(**numbers, lr=0.1, lr_scaling="linear")(context)
     base = 0.1 * 40 / 256
     factors = [0, 0.5] + [(1 + torch.cos(torch.tensor(torch.pi * k / 6)).item()) / 2 for k in range(6)]
     torch.testing.assert_close(torch.tensor(seen), base * torch.outer(torch.tensor(factors), torch.tensor(scales)))
 
 
 def test_it_is_the_loop_that_one_would_write():
-    judged = small(100)  # 100 / 40: two batches an epoch
+    context = small(100)  # 100 / 40: two batches an epoch
     tuned = protocol(layer_decay=0.5)
-    model, notes = tuned.fitted(judged, labelled(judged)[0])
+    model, notes = tuned.fitted(context, labelled(context)[0])
     seed = seed_of(0, "finetune")
-    loader, _ = crops(judged, labelled(judged)[0], 40, 0.6, 0.0, seed)
-    encoder, head = copy.deepcopy(judged.encoder).train(), classifier(16, 10, judged.device, seed)
+    loader, _ = crops(context, labelled(context)[0], 40, 0.6, 0.0, seed)
+    encoder, head = copy.deepcopy(context.encoder).train(), classifier(16, 10, context.device, seed)
     stem = [*encoder.conv1.parameters(), *encoder.bn1.parameters()]
     groups = [
         {"params": stem, "lr": 0.05 / 8},
@@ -79,7 +79,7 @@ def test_it_is_the_loop_that_one_would_write():
         loader.set_epoch(epoch)
         for batch in loader:
             optimizer.zero_grad()
-            nnf.cross_entropy(head(encoder(batch.views[0])), judged.data.memory.labels[batch.index]).backward()
+            nnf.cross_entropy(head(encoder(batch.views[0])), context.data.memory.labels[batch.index]).backward()
             optimizer.step()
             cosine.step()
     assert notes == []
@@ -89,16 +89,16 @@ def test_it_is_the_loop_that_one_would_write():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_runs_own_encoder_is_untouched(training):
-    judged = small(80)
-    judged.encoder.train(training)
-    before, numbers = state(judged.encoder), torch.get_rng_state()
-    first = protocol()(judged)
-    assert same(before, state(judged.encoder))
-    assert judged.encoder.training == training
-    assert all(p.requires_grad and p.grad is None for p in judged.encoder.parameters())
+    context = small(80)
+    context.encoder.train(training)
+    before, numbers = state(context.encoder), torch.get_rng_state()
+    first = protocol()(context)
+    assert same(before, state(context.encoder))
+    assert context.encoder.training == training
+    assert all(p.requires_grad and p.grad is None for p in context.encoder.parameters())
     assert torch.equal(torch.get_rng_state(), numbers)
-    assert torch.equal(first.probabilities, protocol()(judged).probabilities)
-    assert not torch.equal(first.probabilities, protocol(seed=1)(judged).probabilities)
+    assert torch.equal(first.probabilities, protocol()(context).probabilities)
+    assert not torch.equal(first.probabilities, protocol(seed=1)(context).probabilities)
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,9 @@ def test_the_runs_own_encoder_is_untouched(training):
     ],
 )
 def test_only_what_is_unfrozen_changes(unfreeze_from, frozen):
-    judged = small(80)
-    model, _ = protocol(unfreeze_from=unfreeze_from, weight_decay=0.1).fitted(judged, labelled(judged)[0])
-    before, after = state(judged.encoder), state(model[0])
+    context = small(80)
+    model, _ = protocol(unfreeze_from=unfreeze_from, weight_decay=0.1).fitted(context, labelled(context)[0])
+    before, after = state(context.encoder), state(model[0])
     kept = {name for name in before if torch.equal(before[name], after[name])}
     # Running statistics of norms, too.
     names = [name for name in before if name.split(".")[0] in (frozen + ["bn1"] if frozen else [])]
@@ -132,28 +132,28 @@ def test_warm_up_longer_than_the_training_is_refused():
 
 
 def test_accuracies_are_those_of_the_probabilities():
-    judged = small(80)
-    verdict = protocol(epochs=1)(judged)
-    assert verdict.values == accuracies(verdict.probabilities, judged.data.test.labels.long())
-    assert set(verdict.values) == {"top1", "top5"}
-    torch.testing.assert_close(verdict.probabilities.sum(1), torch.ones(100))
+    context = small(80)
+    result = protocol(epochs=1)(context)
+    assert result.values == accuracies(result.probabilities, context.data.test.labels.long())
+    assert set(result.values) == {"top1", "top5"}
+    torch.testing.assert_close(result.probabilities.sum(1), torch.ones(100))
 
 
 def test_half_precision_of_the_forward_pass_is_the_judgeds(monkeypatch):
-    judged, seen = small(40), []
-    judged.dtype = torch.bfloat16
-    judged.encoder.conv1.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
-    verdict = protocol(epochs=1)(judged)
+    context, seen = small(40), []
+    context.dtype = torch.bfloat16
+    context.encoder.conv1.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    result = protocol(epochs=1)(context)
     assert set(seen) == {torch.bfloat16}
-    assert verdict.probabilities.dtype == torch.float32
+    assert result.probabilities.dtype == torch.float32
 
 
 def test_scores_are_of_the_eval_transform_and_mode():
-    judged = small(80)
+    context = small(80)
     tuned = protocol()
-    model, _ = tuned.fitted(judged, labelled(judged)[0])
-    x = embed(model[0], judged.data.test, judged.data, judged.device, judged.dtype)
-    torch.testing.assert_close(tuned.scores(judged, model), model[1](x).detach(), rtol=1e-4, atol=1e-5)
+    model, _ = tuned.fitted(context, labelled(context)[0])
+    x = embed(model[0], context.data.test, context.data, context.device, context.dtype)
+    torch.testing.assert_close(tuned.scores(context, model), model[1](x).detach(), rtol=1e-4, atol=1e-5)
     assert finetune.embed is embed
 
 
@@ -168,8 +168,8 @@ def test_scores_are_of_the_eval_transform_and_mode():
 )
 def test_a_training_in_several_processes_is_measured_by_one(change, monkeypatch):
     """Which would wait for the others for ever; and the batches here are no multiple of the parts of SplitBatchNorm."""
-    judged, other = small(80), small(80)
-    expected = protocol(batch_size=36)(judged)
+    context, other = small(80), small(80)
+    expected = protocol(batch_size=36)(context)
     change(other.encoder)
     monkeypatch.setattr(distributed, "processes", lambda: 2)
     found = protocol(batch_size=36)(other)

@@ -9,8 +9,9 @@ from torch import nn
 
 from twoviews.backbones import Encoder, ResNet
 from twoviews.data.sources import digits
-from twoviews.features import Judged, Pixels
+from twoviews.features import Pixels
 from twoviews.protocols.health import Health, advice, alignment, rankme, similarities, uniformity
+from twoviews.protocols.protocol import EvaluationContext
 
 NAMES = {"spread", "rankme", "alignment", "uniformity", "positive_similarity", "negative_similarity"}
 WELL = {
@@ -27,12 +28,12 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def judged(encoder: Encoder, count: int = 200, labels: bool = True) -> Judged:
+def context(encoder: Encoder, count: int = 200, labels: bool = True) -> EvaluationContext:
     data = digits()
     data = replace(data, train=data.train.subset(torch.arange(count)))
     if not labels:
         data = replace(data, train=replace(data.train, labels=None), memory=None, test=None, classes=())
-    return Judged(encoder, data, torch.device("cpu"), torch.float32)
+    return EvaluationContext(encoder, data, torch.device("cpu"), torch.float32)
 
 
 def network() -> ResNet:
@@ -80,17 +81,17 @@ def test_it_needs_no_labels_and_leaves_the_encoder_as_it_was():
     encoder = network().train()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     health = Health(images=120, scale=(0.2, 1.0), flip=0.5, every_epochs=1)
-    found = health(judged(encoder, labels=False))
+    found = health(context(encoder, labels=False))
     assert found.values.keys() == NAMES and all(math.isfinite(value) for value in found.values.values())
     assert found.probabilities is None
     assert encoder.training and all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
-    assert health(judged(encoder)).values == found.values  # equal bits, with labels or without
+    assert health(context(encoder)).values == found.values  # equal bits, with labels or without
     assert 1 < found.values["rankme"] <= encoder.out_dim
 
 
 def test_views_that_differ_in_nothing_are_aligned():
-    same = Health(images=50, scale=(1.0, 1.0), flip=0.0, every_epochs=0)(judged(Pixels(1, 32))).values
-    cropped = Health(images=50, scale=(0.2, 0.5), flip=0.0, every_epochs=0)(judged(Pixels(1, 32))).values
+    same = Health(images=50, scale=(1.0, 1.0), flip=0.0, every_epochs=0)(context(Pixels(1, 32))).values
+    cropped = Health(images=50, scale=(0.2, 0.5), flip=0.0, every_epochs=0)(context(Pixels(1, 32))).values
     # A crop has a drawn shape even of the whole area; no shape but the square fits, so the centre is taken.
     assert same["alignment"] < cropped["alignment"] and same["positive_similarity"] > 0.7
     assert same["uniformity"] == cropped["uniformity"]
@@ -109,10 +110,10 @@ class Constant(Encoder):
 
 def test_advice_of_measured_encoders():
     health = Health(images=150, scale=(0.2, 1.0), flip=0.0, every_epochs=0)
-    collapsed = advice(health(judged(Constant())).values)
+    collapsed = advice(health(context(Constant())).values)
     assert collapsed and "collapsed" in collapsed
     torch.manual_seed(0)
-    untrained = advice(health(judged(ResNet(1, 32, "basic", [1, 1, 1, 1], width=8))).values)
+    untrained = advice(health(context(ResNet(1, 32, "basic", [1, 1, 1, 1], width=8))).values)
     assert untrained and "learnt little" in untrained
 
 

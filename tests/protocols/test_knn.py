@@ -11,9 +11,10 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as nnf
 
 from twoviews.data.sources import digits
-from twoviews.features import Features, Judged, Pixels
+from twoviews.features import Features, Pixels
 from twoviews.protocols import knn
 from twoviews.protocols.knn import KNN, accuracies, knn_scores, top1
+from twoviews.protocols.protocol import EvaluationContext
 
 
 @cache
@@ -63,6 +64,17 @@ def test_chunks_change_nothing(monkeypatch):
         torch.testing.assert_close(knn_scores(queries.x, bank, 10, 20, 0.1), whole, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("count", "k"), [(500, 200), (500, 1), (97, 97), (1, 1)])
+def test_neighbours_are_the_most_similar_rows_also_among_copies(count, k):
+    bank, queries = pixels()
+    x = bank.x[torch.arange(count) % max(1, count // 3)]  # each row three times
+    ((_, cosines, rows),) = knn.neighbours(queries.x, Features(x, torch.arange(count)), k)
+    similarity = nnf.normalize(queries.x, dim=1) @ nnf.normalize(x, dim=1).T
+    assert torch.equal(cosines, similarity.sort(dim=1, descending=True).values[:, :k])
+    assert torch.equal(similarity.gather(1, rows), cosines)  # of equal rows any, in any order,
+    assert all(len(row.unique()) == k for row in rows)  # but none twice
+
+
 def test_k_is_clamped_to_the_bank():
     bank, queries = pixels()
     few = Features(bank.x[:30], bank.y[:30])
@@ -92,8 +104,8 @@ def test_top1_is_a_percentage():
 def test_protocol_measures_test_against_memory():
     data = digits()
     data = replace(data, memory=data.memory.subset(torch.arange(300)), test=data.test.subset(torch.arange(50)))
-    judged = Judged(Pixels(1, 32), data, torch.device("cpu"), torch.float32)
-    found = KNN(k=20, temperature=0.1, every_epochs=1)(judged).values
+    context = EvaluationContext(Pixels(1, 32), data, torch.device("cpu"), torch.float32)
+    found = KNN(k=20, temperature=0.1, every_epochs=1)(context).values
     bank, test = data.memory.pixels.flatten(1).float(), data.test.pixels.flatten(1).float()
     # Normalised pixels are (pixel / 255 - mean) / std.
     rows, queries = [(x / 255 - data.mean[0]) / data.std[0] for x in (bank, test)]

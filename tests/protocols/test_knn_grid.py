@@ -9,55 +9,56 @@ import torch
 from twoviews.backbones import ResNet
 from twoviews.data.sources import digits
 from twoviews.errors import BadInput
-from twoviews.features import Features, Judged, Pixels
+from twoviews.features import Features, Pixels
 from twoviews.protocols import knn
 from twoviews.protocols.knn import KNN, knn_scores
 from twoviews.protocols.knn_grid import KNNGrid
+from twoviews.protocols.protocol import EvaluationContext
 
 KS, TEMPERATURES = [1, 5, 10, 20, 50, 100, 200], [0.07, 0.1, 0.2, 0.5]
 
 
 @cache
-def judged(bank: int = 400) -> Judged:
+def context(bank: int = 400) -> EvaluationContext:
     """An untrained network, which finds some of the classes."""
     data = digits()
     data = replace(data, memory=data.memory.subset(torch.arange(bank)), test=data.test.subset(torch.arange(150)))
     torch.manual_seed(0)
-    return Judged(ResNet(1, 32, "basic", [1, 1], width=8), data, torch.device("cpu"), torch.float32)
+    return EvaluationContext(ResNet(1, 32, "basic", [1, 1], width=8), data, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("bank", [400, 120])  # 120: the largest k are clamped
 def test_every_point_is_knns(bank, monkeypatch):
     monkeypatch.setattr(knn, "CHUNK_BYTES", 4 * bank * 40)  # four chunks
-    verdict = KNNGrid(KS, TEMPERATURES, 0)(judged(bank))
-    rows = verdict.tables["grid"]
+    result = KNNGrid(KS, TEMPERATURES, 0)(context(bank))
+    rows = result.tables["grid"]
     assert [(row["k"], row["temperature"]) for row in rows] == [(k, t) for k in KS for t in TEMPERATURES]
     for row in rows:
-        alone = KNN(row["k"], row["temperature"], 0)(judged(bank)).values
+        alone = KNN(row["k"], row["temperature"], 0)(context(bank)).values
         assert alone == {"top1": row["top1"], "top5": row["top5"]}
         name = f"k{row['k']}_t{row['temperature']:g}"
-        assert (verdict.values[f"{name}_top1"], verdict.values[f"{name}_top5"]) == (row["top1"], row["top5"])
-    assert len(verdict.values) == 2 * len(rows) and "top1" not in verdict.values
+        assert (result.values[f"{name}_top1"], result.values[f"{name}_top5"]) == (row["top1"], row["top5"])
+    assert len(result.values) == 2 * len(rows) and "top1" not in result.values
     assert len({row["top1"] for row in rows}) > 3
 
 
 def test_scores_have_the_bits_of_knns():
-    grid, subject = KNNGrid([1, 20, 200], [0.07, 0.5], 0), judged()
+    grid, subject = KNNGrid([1, 20, 200], [0.07, 0.5], 0), context()
     for (row, column), scores, labels in grid._scores(subject.test, subject.memory, 10):
         expected = knn_scores(subject.test.x, subject.memory, 10, grid.ks[row], grid.temperatures[column])
         assert torch.equal(scores, expected) and torch.equal(labels, subject.test.y)
 
 
 def test_the_nearest_alone_is_the_same_at_any_temperature():
-    rows = KNNGrid([1], TEMPERATURES, 0)(judged()).tables["grid"]
+    rows = KNNGrid([1], TEMPERATURES, 0)(context()).tables["grid"]
     assert len({row["top1"] for row in rows}) == 1
 
 
 def test_copies_of_an_image_in_the_bank():
     x = torch.eye(3)
-    bank, subject = Features(x[[0, 0, 0, 1, 2]], torch.tensor([0, 0, 0, 1, 2])), judged()
+    bank, subject = Features(x[[0, 0, 0, 1, 2]], torch.tensor([0, 0, 0, 1, 2])), context()
     data = replace(subject.data, classes=("a", "b", "c"))
-    copies = Judged(Pixels(1, 32), data, torch.device("cpu"), torch.float32)
+    copies = EvaluationContext(Pixels(1, 32), data, torch.device("cpu"), torch.float32)
     vars(copies).update(memory=bank, test=Features(x, torch.arange(3)))
     found = KNNGrid([1, 3], [0.1], 0)(copies)
     assert found.values == {"k1_t0.1_top1": 100, "k3_t0.1_top1": 100}  # no top5 of three classes
@@ -69,4 +70,4 @@ def test_an_empty_grid_is_refused():
 
 
 def test_order_and_repetition_do_not_matter():
-    assert KNNGrid([20, 5, 20], [0.5, 0.1], 0)(judged()) == KNNGrid([5, 20], [0.1, 0.5], 0)(judged())
+    assert KNNGrid([20, 5, 20], [0.5, 0.1], 0)(context()) == KNNGrid([5, 20], [0.1, 0.5], 0)(context())

@@ -17,14 +17,14 @@ from twoviews.config.checks import check
 from twoviews.data.sources import digits
 from twoviews.data.views import eval_view
 from twoviews.errors import BadInput
-from twoviews.features import Judged
 from twoviews.protocols.finetune import FineTune
 from twoviews.protocols.labelled import accuracies, classifier, crops, descend, labelled
 from twoviews.protocols.linear_augmented import LinearAugmented
+from twoviews.protocols.protocol import EvaluationContext
 from twoviews.schedule import Constant
 
 
-def small(memory: int = 200, test: int = 100, seed: int = 0) -> Judged:
+def small(memory: int = 200, test: int = 100, seed: int = 0) -> EvaluationContext:
     """A network of random weights, with running statistics of its own, and some digits."""
     data = digits()
     memory_images, test_images = data.memory.subset(torch.arange(memory)), data.test.subset(torch.arange(test))
@@ -33,7 +33,7 @@ def small(memory: int = 200, test: int = 100, seed: int = 0) -> Judged:
     encoder = ResNet(1, 32, "basic", [1, 1], width=8, stem="strided")
     with torch.no_grad():
         encoder(torch.randn(64, 1, 32, 32) * 2)
-    return Judged(encoder, data, torch.device("cpu"), torch.float32)
+    return EvaluationContext(encoder, data, torch.device("cpu"), torch.float32)
 
 
 def state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -69,35 +69,35 @@ def test_classifier_is_a_function_of_its_key():
 
 
 def test_crops_are_clamped_and_whole_pictures_are_the_eval_transform():
-    judged = small(30)
-    memory, _ = labelled(judged)
-    loader, notes = crops(judged, memory, 64, smallest_crop=1.0, flip=0.0, seed=0)
+    context = small(30)
+    memory, _ = labelled(context)
+    loader, notes = crops(context, memory, 64, smallest_crop=1.0, flip=0.0, seed=0)
     assert loader.batch_size == 30
     assert notes == ["batch_size=64 is larger than the 30 images: batches have 30."]
     (batch,) = loader
-    data = judged.data
+    data = context.data
     whole = eval_view(memory.pixels, memory.sizes, size=32, crop=1.0, mean=data.mean, std=data.std)
     torch.testing.assert_close(batch.views[0], whole[batch.index])
-    loader, notes = crops(judged, memory, 30, smallest_crop=0.3, flip=0.0, seed=0)
+    loader, notes = crops(context, memory, 30, smallest_crop=0.3, flip=0.0, seed=0)
     assert notes == []
     (batch,) = loader
     assert (batch.views[0] - whole[batch.index]).abs().mean() > 0.1
 
 
 def test_data_without_labels_are_refused_in_a_sentence():
-    judged = small(30)
-    judged.data = replace(judged.data, memory=None, test=None)
+    context = small(30)
+    context.data = replace(context.data, memory=None, test=None)
     with pytest.raises(BadInput, match="digits has no labelled images"):
-        labelled(judged)
+        labelled(context)
 
 
 def test_a_diverging_training_is_refused_with_its_epoch():
-    judged = small(30)
-    head = classifier(32 * 32, 10, judged.device, 0)
-    loader, _ = crops(judged, labelled(judged)[0], 10, 1.0, 0.0, 0)
+    context = small(30)
+    head = classifier(32 * 32, 10, context.device, 0)
+    loader, _ = crops(context, labelled(context)[0], 10, 1.0, 0.0, 0)
     optimizer = torch.optim.SGD(head.parameters(), lr=1e38)
     with pytest.raises(BadInput, match=r"diverged in epoch 1 .* learning rate of 1e\+38; use a smaller lr"):
-        descend(lambda x: head(x.flatten(1)), loader, optimizer, Constant(), 3, judged)
+        descend(lambda x: head(x.flatten(1)), loader, optimizer, Constant(), 3, context)
 
 
 @pytest.mark.parametrize(

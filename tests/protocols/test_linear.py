@@ -10,9 +10,10 @@ from sklearn.linear_model import LogisticRegression
 
 from twoviews.data.sources import digits
 from twoviews.errors import BadInput
-from twoviews.features import Features, Judged, Pixels
+from twoviews.features import Features, Pixels
 from twoviews.protocols.knn import top1
 from twoviews.protocols.linear import Linear, fit, held_out, temperature
+from twoviews.protocols.protocol import EvaluationContext
 
 
 def pixels(start: int, stop: int) -> Features:
@@ -20,10 +21,10 @@ def pixels(start: int, stop: int) -> Features:
     return Features(torch.from_numpy(images[start:stop] / 16).float(), torch.from_numpy(labels[start:stop]).long())
 
 
-def judged(memory: Features, test: Features) -> Judged:
+def context(memory: Features, test: Features) -> EvaluationContext:
     """Features that are already there."""
     data = SimpleNamespace(classes=tuple("0123456789"))
-    found = Judged.__new__(Judged)
+    found = EvaluationContext.__new__(EvaluationContext)
     found.encoder, found.data = Pixels(1, 8), data
     found.__dict__.update(memory=memory, test=test)
     return found
@@ -83,7 +84,7 @@ def test_images_that_cannot_be_held_out_choose_nothing_and_that_is_said():
     linear = Linear([1e-2, 1e-3], 0.1, 20, 0)
     (note,) = linear.notes(data)
     assert "one labelled image" in note and "0.01 is used" in note
-    there = Judged(Pixels(1, 32), data, torch.device("cpu"), torch.float32)
+    there = EvaluationContext(Pixels(1, 32), data, torch.device("cpu"), torch.float32)
     assert linear(there).values["weight_decay"] == 1e-2 and linear.calibrated(there)[1] == 1
     assert linear.notes(digits()) == Linear([1e-2], 0.1, 20, 0).notes(data) == []
 
@@ -120,7 +121,7 @@ def by_hand(memory: Features, test: Features, decays: list[float], iterations: i
 def test_chooses_on_held_out_images_and_fits_again_on_all():
     memory, test = pixels(0, 500), pixels(500, 900)
     decays = [3.0, 0.01, 100.0]
-    found = Linear(decays, held_out=0.2, iterations=50, every_epochs=0)(judged(memory, test)).values
+    found = Linear(decays, held_out=0.2, iterations=50, every_epochs=0)(context(memory, test)).values
     accuracy, chosen = by_hand(memory, test, decays, 50)
     assert found == {"top1": pytest.approx(accuracy), "weight_decay": chosen}
     assert chosen == 0.01
@@ -130,8 +131,8 @@ def test_chooses_on_held_out_images_and_fits_again_on_all():
 def test_test_labels_have_no_say_in_the_choice():
     memory, test = pixels(0, 300), pixels(500, 600)
     linear = Linear([10.0, 0.01], held_out=0.2, iterations=30, every_epochs=0)
-    honest = linear(judged(memory, test)).values
-    lied_to = linear(judged(memory, Features(test.x, (test.y + 1) % 10))).values
+    honest = linear(context(memory, test)).values
+    lied_to = linear(context(memory, Features(test.x, (test.y + 1) % 10))).values
     assert honest["weight_decay"] == lied_to["weight_decay"]
     assert lied_to["top1"] < 20 < honest["top1"]
 
@@ -140,8 +141,8 @@ def test_scale_and_offset_of_features_do_not_matter():
     memory, test = pixels(0, 300), pixels(500, 700)
     linear = Linear([0.01], held_out=0.2, iterations=100, every_epochs=0)
     scale, offset = torch.logspace(-1, 2, 64), torch.linspace(-5, 5, 64)
-    moved = judged(Features(memory.x * scale + offset, memory.y), Features(test.x * scale + offset, test.y))
-    assert linear(moved).values["top1"] == pytest.approx(linear(judged(memory, test)).values["top1"], abs=1.01)
+    moved = context(Features(memory.x * scale + offset, memory.y), Features(test.x * scale + offset, test.y))
+    assert linear(moved).values["top1"] == pytest.approx(linear(context(memory, test)).values["top1"], abs=1.01)
 
 
 def test_refuses_an_empty_list_of_candidates():

@@ -18,16 +18,16 @@ def protocol(**changes) -> LinearAugmented:
     return LinearAugmented(**{**numbers, "every_epochs": 0, **changes})
 
 
-def on_features(judged, take_step, factor, epochs: int, batch_size: int) -> torch.Tensor:
+def on_features(context, take_step, factor, epochs: int, batch_size: int) -> torch.Tensor:
     """Probabilities of the test images after training on features computed once; take_step(linear, lr factor, epoch)."""
-    memory, linear = judged.memory, classifier(judged.encoder.out_dim, 10, judged.device, 0)
+    memory, linear = context.memory, classifier(context.encoder.out_dim, 10, context.device, 0)
     for epoch in range(epochs):
         order = torch.randperm(len(memory.x), generator=generator(0, "order", epoch))
         for rows in order[: len(order) // batch_size * batch_size].split(batch_size):
             linear.zero_grad()
             nnf.cross_entropy(linear(memory.x[rows]), memory.y[rows]).backward()
             take_step(linear, factor(epoch))
-    return linear(judged.test.x).softmax(1).detach()
+    return linear(context.test.x).softmax(1).detach()
 
 
 def torch_sgd(lr: float, weight_decay: float):
@@ -64,52 +64,52 @@ def cosine(epochs: int):
 
 @pytest.mark.parametrize("case", ["steps", "cosine", "larc"])
 def test_whole_pictures_give_what_cached_features_give(case):
-    judged = small(220)  # 220 / 50: 20 images sit out each epoch
+    context = small(220)  # 220 / 50: 20 images sit out each epoch
     if case == "steps":
-        found = protocol(milestones=[2, 4])(judged)
-        expected = on_features(judged, torch_sgd(3.0, 0.0), lambda epoch: [1, 1, 0.1, 0.1, 0.01][epoch], 5, 50)
+        found = protocol(milestones=[2, 4])(context)
+        expected = on_features(context, torch_sgd(3.0, 0.0), lambda epoch: [1, 1, 0.1, 0.1, 0.01][epoch], 5, 50)
     elif case == "cosine":
-        found = protocol(weight_decay=1e-3)(judged)
-        expected = on_features(judged, torch_sgd(3.0, 1e-3), cosine(5), 5, 50)
+        found = protocol(weight_decay=1e-3)(context)
+        expected = on_features(context, torch_sgd(3.0, 1e-3), cosine(5), 5, 50)
     else:
-        found = protocol(optimizer="larc", lr=100.0, lr_scaling="linear")(judged)
-        expected = on_features(judged, apex_larc(100.0 * 50 / 256), cosine(5), 5, 50)
+        found = protocol(optimizer="larc", lr=100.0, lr_scaling="linear")(context)
+        expected = on_features(context, apex_larc(100.0 * 50 / 256), cosine(5), 5, 50)
     torch.testing.assert_close(found.probabilities, expected, rtol=0, atol=2e-4)
-    assert found.values["top1"] == pytest.approx(top1(expected, judged.test.y), abs=1.01)
+    assert found.values["top1"] == pytest.approx(top1(expected, context.test.y), abs=1.01)
     assert expected.amax(1).mean() > 0.12  # it has left the even start
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_encoder_and_its_mode_are_left_as_they_were(training):
-    judged = small(120)
-    judged.encoder.train(training)
-    before, numbers = state(judged.encoder), torch.get_rng_state()
-    first = protocol(smallest_crop=0.3, flip=0.5, epochs=2)(judged)
-    assert same(before, state(judged.encoder))
-    assert judged.encoder.training == training
-    assert all(p.grad is None for p in judged.encoder.parameters())
+    context = small(120)
+    context.encoder.train(training)
+    before, numbers = state(context.encoder), torch.get_rng_state()
+    first = protocol(smallest_crop=0.3, flip=0.5, epochs=2)(context)
+    assert same(before, state(context.encoder))
+    assert context.encoder.training == training
+    assert all(p.grad is None for p in context.encoder.parameters())
     assert torch.equal(torch.get_rng_state(), numbers)
-    again = protocol(smallest_crop=0.3, flip=0.5, epochs=2)(judged)
+    again = protocol(smallest_crop=0.3, flip=0.5, epochs=2)(context)
     assert torch.equal(first.probabilities, again.probabilities)
-    other = protocol(smallest_crop=0.3, flip=0.5, epochs=2, seed=1)(judged)
+    other = protocol(smallest_crop=0.3, flip=0.5, epochs=2, seed=1)(context)
     assert not torch.equal(first.probabilities, other.probabilities)
 
 
 def test_an_encoder_that_changes_in_eval_mode_is_found_out():
-    judged = small(60)
+    context = small(60)
 
     def count(norm: nn.Module, *_) -> None:
         norm.num_batches_tracked += 1
 
-    judged.encoder.bn1.register_forward_hook(count)
+    context.encoder.bn1.register_forward_hook(count)
     with pytest.raises(AssertionError, match="bn1.num_batches_tracked"):
-        protocol(epochs=1)(judged)
+        protocol(epochs=1)(context)
 
 
 def test_larger_batches_than_data_are_clamped_and_said():
-    judged = small(60)
-    found = protocol(batch_size=4096, lr=0.1, lr_scaling="linear", epochs=1)(judged)
+    context = small(60)
+    found = protocol(batch_size=4096, lr=0.1, lr_scaling="linear", epochs=1)(context)
     assert found.values["batch_size"] == 60
     assert found.values["learning_rate"] == pytest.approx(0.1 * 60 / 256)
     assert found.notes == ["batch_size=4096 is larger than the 60 images: batches have 60."]
-    assert protocol(epochs=1)(judged).tables == {}
+    assert protocol(epochs=1)(context).tables == {}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from test_linear import judged, pixels
+from test_linear import context, pixels
 from torch import nn
 from torch.nn import functional as nnf
 
@@ -83,32 +83,32 @@ def test_chooses_on_held_out_images_and_trains_again_on_all():
         scores = alone(Features(x[rest], memory.y[rest]), *pair, **settings)(x[chooses]).detach()
         found[pair] = (top1(scores, memory.y[chooses]), -nnf.cross_entropy(scores, memory.y[chooses]).item())
     best = max(found, key=found.__getitem__)
-    verdict = protocol([1e-5, 0.01, 3.0], [0.0, 0.3])(judged(memory, test))
-    assert (verdict.values["learning_rate"], verdict.values["weight_decay"]) == best
+    result = protocol([1e-5, 0.01, 3.0], [0.0, 0.3])(context(memory, test))
+    assert (result.values["learning_rate"], result.values["weight_decay"]) == best
     scores = alone(Features(x, memory.y), *best, **settings)((test.x - mean) / std)
-    assert verdict.values["top1"] == pytest.approx(top1(scores, test.y))
-    torch.testing.assert_close(verdict.probabilities, scores.softmax(1).detach(), rtol=0, atol=1e-4)
-    grid = verdict.tables["grid"]
+    assert result.values["top1"] == pytest.approx(top1(scores, test.y))
+    torch.testing.assert_close(result.probabilities, scores.softmax(1).detach(), rtol=0, atol=1e-4)
+    grid = result.tables["grid"]
     assert {(row["learning_rate"], row["weight_decay"]) for row in grid} == set(pairs)
     assert grid[0]["held_out_top1"] == pytest.approx(found[best][0])
-    assert verdict.values["top1"] > 80
+    assert result.values["top1"] > 80
 
 
 def test_test_labels_have_no_say():
     memory, test = pixels(0, 300), pixels(500, 600)
-    honest = protocol([0.001, 0.1], [0.0])(judged(memory, test))
-    lied_to = protocol([0.001, 0.1], [0.0])(judged(memory, Features(test.x, (test.y + 1) % 10)))
+    honest = protocol([0.001, 0.1], [0.0])(context(memory, test))
+    lied_to = protocol([0.001, 0.1], [0.0])(context(memory, Features(test.x, (test.y + 1) % 10)))
     assert torch.equal(honest.probabilities, lied_to.probabilities)
     assert lied_to.values["top1"] < 20 < honest.values["top1"]
 
 
 def test_diverging_candidates_come_last_and_are_refused_alone():
     memory, test = pixels(0, 200), pixels(500, 600)
-    verdict = protocol([1e5, 0.01], [1.0])(judged(memory, test))
-    assert verdict.values["learning_rate"] == 0.01
-    assert [row["learning_rate"] for row in verdict.tables["grid"]] == [0.01, 1e5]
+    result = protocol([1e5, 0.01], [1.0])(context(memory, test))
+    assert result.values["learning_rate"] == 0.01
+    assert [row["learning_rate"] for row in result.tables["grid"]] == [0.01, 1e5]
     with pytest.raises(BadInput, match=r"learning_rates=\[100000.0\] diverge"):
-        protocol([1e5], [1.0])(judged(memory, test))
+        protocol([1e5], [1.0])(context(memory, test))
 
 
 def test_refuses_an_empty_list_of_candidates():

@@ -19,14 +19,16 @@ from twoviews.config.checks import check
 from twoviews.data.images import Images
 from twoviews.data.sources import digits, folder
 from twoviews.errors import BadInput
-from twoviews.evaluation import given, sheet
+from twoviews.evaluation import sheet
 from twoviews.evaluation.scores import calibration_error
-from twoviews.features import Judged, Pixels
+from twoviews.features import Pixels
 from twoviews.pictures import GAP, RED
+from twoviews.protocols import user_images
 from twoviews.protocols.embed import Embed
 from twoviews.protocols.linear import Linear
 from twoviews.protocols.neighbours import Neighbours, nearest_rows
 from twoviews.protocols.predict import Predict
+from twoviews.protocols.protocol import EvaluationContext
 
 LINEAR = {"weight_decays": [1e-3], "held_out": 0.1, "iterations": 30, "every_epochs": 0}
 KINDS = ("alpha.png", "broken.jpg", "cmyk.jpg", "deep.tif", "palette.gif", "photo.jpg", "turned.jpg")
@@ -74,9 +76,9 @@ def photos(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def judged(classes: Path, tmp_path: Path) -> Judged:
+def context(classes: Path, tmp_path: Path) -> EvaluationContext:
     data = folder(root=str(classes), size=32, workers=0, cache=str(tmp_path / "cache"))
-    made = Judged(encoder(3), data, torch.device("cpu"), torch.float32)
+    made = EvaluationContext(encoder(3), data, torch.device("cpu"), torch.float32)
     made.folder = tmp_path
     return made
 
@@ -85,8 +87,8 @@ def predict(images: str | None) -> Predict:
     return Predict(images, **LINEAR)
 
 
-def test_every_kind_of_file_is_predicted_or_named(judged: Judged, photos: Path, tmp_path: Path) -> None:
-    found = predict(str(photos))(judged)
+def test_every_kind_of_file_is_predicted_or_named(context: EvaluationContext, photos: Path, tmp_path: Path) -> None:
+    found = predict(str(photos))(context)
     rows = found.tables["predictions"]
     assert [Path(row["image"]).name for row in rows] == list(KINDS)
     assert found.values["images"] == 7 and found.values["broken"] == 1 and found.probabilities is None
@@ -109,11 +111,13 @@ def test_every_kind_of_file_is_predicted_or_named(judged: Judged, photos: Path, 
     assert shares["cmyk.jpg"] == pytest.approx(shares["photo.jpg"], abs=0.2)
 
 
-def test_a_test_image_by_its_file_is_what_the_protocol_linear_makes_of_it(judged: Judged, classes: Path) -> None:
-    found = predict(str(classes / "test"))(judged)
+def test_a_test_image_by_its_file_is_what_the_protocol_linear_makes_of_it(
+    context: EvaluationContext, classes: Path
+) -> None:
+    found = predict(str(classes / "test"))(context)
     rows, temperature = found.tables["predictions"], found.values["temperature"]
-    expected = (Linear(**LINEAR)(judged).probabilities.log() / temperature).softmax(1)
-    assert [row["image"] for row in rows] == judged.data.test.paths
+    expected = (Linear(**LINEAR)(context).probabilities.log() / temperature).softmax(1)
+    assert [row["image"] for row in rows] == context.data.test.paths
     for row, shares in zip(rows, expected, strict=True):
         assert row["class"] == ("china", "flower")[int(shares.argmax())]
         assert row["probability"] == pytest.approx(shares.max().item(), abs=1e-4)
@@ -121,22 +125,22 @@ def test_a_test_image_by_its_file_is_what_the_protocol_linear_makes_of_it(judged
 
 
 @pytest.fixture(scope="module")
-def sure(tmp_path_factory) -> tuple[Judged, Path]:
+def sure(tmp_path_factory) -> tuple[EvaluationContext, Path]:
     """Digits by their pixels, which a probe of thousands of weights learns by heart, and half of the test images as files."""
     data, place = digits(train_images=600), tmp_path_factory.mktemp("digits")
     for number, pixels in enumerate(data.test.pixels[:180]):
         Image.fromarray(pixels[0].numpy()).save(place / f"{number:03}.png")
-    judged = Judged(Pixels(1, 32), replace(data, memory=data.train), torch.device("cpu"), torch.float32)
-    return judged, place
+    context = EvaluationContext(Pixels(1, 32), replace(data, memory=data.train), torch.device("cpu"), torch.float32)
+    return context, place
 
 
 def test_probabilities_are_calibrated_on_images_held_out_from_the_probe(sure, tmp_path: Path) -> None:
-    judged, place = sure
-    judged.folder = tmp_path
-    found = Predict(str(place), **{**LINEAR, "weight_decays": [0], "iterations": 300})(judged)
+    context, place = sure
+    context.folder = tmp_path
+    found = Predict(str(place), **{**LINEAR, "weight_decays": [0], "iterations": 300})(context)
     temperature, written = found.values["temperature"], json.loads((tmp_path / "predictions.json").read_text())
-    labels = judged.data.test.labels[:180]
-    p = torch.tensor([[one["probabilities"][name] for name in judged.data.classes] for one in written["predictions"]])
+    labels = context.data.test.labels[:180]
+    p = torch.tensor([[one["probabilities"][name] for name in context.data.classes] for one in written["predictions"]])
     bare = (p.double().log() * temperature).softmax(1)  # at a temperature of 1
     assert temperature > 2 and written["temperature"] == temperature and written["test_images"] == 360
     assert calibration_error(p, labels) < 0.5 * calibration_error(bare, labels)
@@ -144,18 +148,18 @@ def test_probabilities_are_calibrated_on_images_held_out_from_the_probe(sure, tm
 
 
 def test_pictures_unlike_the_test_images_are_counted_and_marked(sure, tmp_path: Path) -> None:
-    judged, place = sure
-    judged.folder = None
-    like = predict(str(place / "00*.png"))(judged)
+    context, place = sure
+    context.folder = None
+    like = predict(str(place / "00*.png"))(context)
     assert like.notes == [] and like.values["far"] == 0 and len(like.tables["predictions"]) == 10
-    usual = [row["distance_percentile"] for row in predict(str(place))(judged).tables["predictions"]]
+    usual = [row["distance_percentile"] for row in predict(str(place))(context).tables["predictions"]]
     assert np.mean(usual) == pytest.approx(50, abs=5) and 0 <= min(usual) < 5 and 95 < max(usual) < 100
     for number in range(3):
         noise = np.random.default_rng(number).integers(0, 256, (32, 32), dtype=np.uint8)
         Image.fromarray(noise).save(tmp_path / f"noise{number}.png")
         shutil.copy(place / f"00{number}.png", tmp_path)
     (tmp_path / "broken.png").write_bytes(b"")
-    found = predict(str(tmp_path))(judged)
+    found = predict(str(tmp_path))(context)
     assert found.values["far"] == 3 and found.values["broken"] == 1
     assert len(found.notes) == 1 and "3 of 6 pictures are farther" in found.notes[0]
     assert "99 % of the 360 test images" in found.notes[0]
@@ -170,7 +174,7 @@ def test_pictures_unlike_the_test_images_are_counted_and_marked(sure, tmp_path: 
 
 def test_grey_runs_and_more_than_a_chunk(photos: Path, classes: Path, tmp_path: Path) -> None:
     data = digits(train_images=100)
-    made = Judged(encoder(1), replace(data, memory=data.train), torch.device("cpu"), torch.float32)
+    made = EvaluationContext(encoder(1), replace(data, memory=data.train), torch.device("cpu"), torch.float32)
     made.folder = None
     found = predict(str(photos / "*.jpg"))(made)
     assert [Path(row["image"]).name for row in found.tables["predictions"]] == [
@@ -179,20 +183,22 @@ def test_grey_runs_and_more_than_a_chunk(photos: Path, classes: Path, tmp_path: 
         "photo.jpg",
         "turned.jpg",
     ]
-    many = given.embed_given(given.pictures(f"{classes}/train/*/*.png"), made)
+    many = user_images.embed_user_images(user_images.image_paths(f"{classes}/train/*/*.png"), made)
     assert len(many.x) == 40 > 32 and not many.broken
-    alone = given.embed_given(many.paths[35:36], made)
+    alone = user_images.embed_user_images(many.paths[35:36], made)
     torch.testing.assert_close(many.x[35:36], alone.x, rtol=1e-4, atol=1e-5)
     assert not list(tmp_path.glob("predictions*"))
 
 
 def test_what_images_may_be(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(photos)
-    assert given.pictures("photo.jpg") == ["photo.jpg"]
-    assert given.pictures(str(photos)) == [f"{photos}/{name}" for name in KINDS]
-    assert given.pictures("*.jpg") == ["broken.jpg", "cmyk.jpg", "photo.jpg", "turned.jpg"]
-    assert given.pictures(f"{photos}/[ad]*") == [f"{photos}/alpha.png", f"{photos}/deep.tif"]
-    assert given.pictures("notes.txt") == ["notes.txt"]  # what is named outright is tried, and named if it is broken
+    assert user_images.image_paths("photo.jpg") == ["photo.jpg"]
+    assert user_images.image_paths(str(photos)) == [f"{photos}/{name}" for name in KINDS]
+    assert user_images.image_paths("*.jpg") == ["broken.jpg", "cmyk.jpg", "photo.jpg", "turned.jpg"]
+    assert user_images.image_paths(f"{photos}/[ad]*") == [f"{photos}/alpha.png", f"{photos}/deep.tif"]
+    assert user_images.image_paths("notes.txt") == [
+        "notes.txt"
+    ]  # what is named outright is tried, and named if it is broken
     for images, part in (
         (None, "images= names no pictures"),
         ("", "images= names no pictures"),
@@ -200,52 +206,52 @@ def test_what_images_may_be(photos: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("*.heic", "fits no picture"),
     ):
         with pytest.raises(BadInput, match=part):
-            given.pictures(images)
+            user_images.image_paths(images)
 
 
-def test_pictures_that_are_no_files(judged: Judged, photos: Path, tmp_path: Path) -> None:
+def test_pictures_that_are_no_files(context: EvaluationContext, photos: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "device.png").symlink_to("/dev/zero")
     shutil.copy(photos / "photo.jpg", tmp_path / "photo.jpg")
     for name in ("pipe.png", "device.png"):
         with pytest.raises(BadInput, match="is no regular file"):
-            given.pictures(str(tmp_path / name))
+            user_images.image_paths(str(tmp_path / name))
     for images in (str(tmp_path), f"{tmp_path}/*.*"):
-        embedded = given.embed_given(given.pictures(images), judged)
+        embedded = user_images.embed_user_images(user_images.image_paths(images), context)
         assert [Path(embedded.paths[row]).name for row in embedded.broken] == ["device.png", "pipe.png"]
         assert len(embedded.x) == 1 and {*embedded.broken.values()} == {"is no regular file"}
 
 
-def test_predict_refuses(judged: Judged, photos: Path) -> None:
+def test_predict_refuses(context: EvaluationContext, photos: Path) -> None:
     image = str(photos / "photo.jpg")
-    judged.data = replace(judged.data, memory=None, test=None)
+    context.data = replace(context.data, memory=None, test=None)
     with pytest.raises(BadInput, match="no labelled images"):
-        predict(image)(judged)
-    judged.data = replace(judged.data, channels=4)
+        predict(image)(context)
+    context.data = replace(context.data, channels=4)
     with pytest.raises(BadInput, match="4 channels, and picture files have 1 or 3"):
-        given.embed_given([image], judged)
+        user_images.embed_user_images([image], context)
 
 
-def test_embeddings(judged: Judged, photos: Path, tmp_path: Path) -> None:
-    assert Embed("test", None, 0)(judged).values == {"images": 10, "features": 16}
+def test_embeddings(context: EvaluationContext, photos: Path, tmp_path: Path) -> None:
+    assert Embed("test", None, 0)(context).values == {"images": 10, "features": 16}
     saved = np.load(tmp_path / "embeddings.npz", allow_pickle=False)
-    assert saved["features"].dtype == np.float32 and (saved["features"] == judged.test.x.numpy()).all()
-    assert saved["labels"].tolist() == judged.data.test.labels.tolist() and saved["classes"].tolist() == [
+    assert saved["features"].dtype == np.float32 and (saved["features"] == context.test.x.numpy()).all()
+    assert saved["labels"].tolist() == context.data.test.labels.tolist() and saved["classes"].tolist() == [
         "china",
         "flower",
     ]
-    assert saved["paths"].tolist() == judged.data.test.paths
-    found = Embed("test", str(photos), 0)(judged)
+    assert saved["paths"].tolist() == context.data.test.paths
+    found = Embed("test", str(photos), 0)(context)
     saved = np.load(tmp_path / "embeddings.npz", allow_pickle=False)
     assert [Path(path).name for path in saved["paths"]] == [name for name in KINDS if name != "broken.jpg"]
     assert saved["labels"].tolist() == [-1] * 6 and len(saved["features"]) == 6
     assert Path(found.tables["broken"][0]["image"]).name == "broken.jpg"
     with pytest.raises(BadInput, match="none of them is a sound picture"):
-        Embed("test", str(photos / "broken.jpg"), 0)(judged)
-    judged.data = replace(judged.data, memory=None, test=None)
+        Embed("test", str(photos / "broken.jpg"), 0)(context)
+    context.data = replace(context.data, memory=None, test=None)
     with pytest.raises(BadInput, match="no labelled images, so no test images; use train"):
-        Embed("test", None, 0)(judged)
-    assert Embed("train", None, 0)(judged).values["images"] == 40
+        Embed("test", None, 0)(context)
+    assert Embed("train", None, 0)(context).values["images"] == 40
 
 
 def test_nearest_rows_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,13 +269,15 @@ def test_nearest_rows_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> No
     assert (nearest_rows(bank, bank, 1, None)[1][:, 0] == own).float().mean() > 0.99
 
 
-def test_neighbours_of_pictures_and_of_samples(judged: Judged, classes: Path, photos: Path, tmp_path: Path) -> None:
-    train = judged.data.train
-    found = Neighbours(train.paths[3], 4, 20, 0, 0)(judged)
+def test_neighbours_of_pictures_and_of_samples(
+    context: EvaluationContext, classes: Path, photos: Path, tmp_path: Path
+) -> None:
+    train = context.data.train
+    found = Neighbours(train.paths[3], 4, 20, 0, 0)(context)
     rows = found.tables["neighbours"]
     assert [row["rank"] for row in rows] == [1, 2, 3, 4] and rows[0]["neighbour"] == train.paths[3]
     assert rows[0]["cosine"] == pytest.approx(1, abs=1e-4) and rows[0]["class"] == "china"
-    found = Neighbours(str(photos), 3, 20, 0, 0)(judged)
+    found = Neighbours(str(photos), 3, 20, 0, 0)(context)
     broken = [row for row in found.tables["neighbours"] if row["broken"]]
     assert [Path(row["image"]).name for row in broken] == ["broken.jpg"] and len(
         found.tables["neighbours"]
@@ -277,23 +285,23 @@ def test_neighbours_of_pictures_and_of_samples(judged: Judged, classes: Path, ph
     assert found.values == {"images": 6, "broken": 1}
     assert len({tuple(row) for row in found.tables["neighbours"]}) == 1  # equal keys
     (tmp_path / "neighbours.png").unlink()
-    found = Neighbours(None, 5, 4, 0, 0)(judged)
+    found = Neighbours(None, 5, 4, 0, 0)(context)
     table = found.tables["neighbours"]
-    labels = dict(zip(judged.data.test.paths, judged.data.test.labels.tolist(), strict=True))
-    agree = [row["class"] == judged.data.classes[labels[row["image"]]] for row in table]
+    labels = dict(zip(context.data.test.paths, context.data.test.labels.tolist(), strict=True))
+    agree = [row["class"] == context.data.classes[labels[row["image"]]] for row in table]
     assert (
         found.values["agreement"] == pytest.approx(100 * sum(agree) / 20) and len({row["image"] for row in table}) == 4
     )
-    assert Neighbours(None, 5, 4, 0, 0)(judged).tables == found.tables
-    assert {row["image"] for row in Neighbours(None, 5, 4, 1, 0)(judged).tables["neighbours"]} != {
+    assert Neighbours(None, 5, 4, 0, 0)(context).tables == found.tables
+    assert {row["image"] for row in Neighbours(None, 5, 4, 1, 0)(context).tables["neighbours"]} != {
         row["image"] for row in table
     }
     assert Image.open(tmp_path / "neighbours.png").format == "PNG"
-    judged.data = replace(judged.data, memory=None, test=None)
-    alone = Neighbours(None, 500, 3, 0, 0)(judged).tables["neighbours"]
+    context.data = replace(context.data, memory=None, test=None)
+    alone = Neighbours(None, 500, 3, 0, 0)(context).tables["neighbours"]
     assert len(alone) == 3 * 39 and not any(row["image"] == row["neighbour"] for row in alone)
     (tmp_path / "neighbours.png").unlink()
-    assert Neighbours(str(photos / "broken.jpg"), 3, 20, 0, 0)(judged).values == {"images": 0, "broken": 1}
+    assert Neighbours(str(photos / "broken.jpg"), 3, 20, 0, 0)(context).values == {"images": 0, "broken": 1}
     assert not (tmp_path / "neighbours.png").exists()
 
 

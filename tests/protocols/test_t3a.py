@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from adapting import LINEAR, judged, probe, views
+from adapting import LINEAR, context, probe, views
 from torch import nn
 
 from twoviews.protocols.adaptation import Memory, Model
@@ -32,7 +32,7 @@ def prototypes_by_loop(linear: nn.Linear, batches: list[torch.Tensor], per_class
 @pytest.mark.parametrize("per_class", [1, 5, 20, None])
 def test_prototypes_are_those_of_a_loop(per_class):
     linear = probe().linear
-    z = probe().standardised(judged().test.x)
+    z = probe().standardised(context().test.x)
     batches = list(z.split(40))
     memory = Memory(linear, per_class)
     for number, batch in enumerate(batches, start=1):
@@ -45,11 +45,11 @@ def test_prototypes_are_those_of_a_loop(per_class):
 
 def test_predictions_are_those_of_a_loop():
     t3a = T3A(LINEAR, ["fog"], [5], None, 50, seed=0, per_class=5, every_epochs=0)
-    classify = t3a.start(Model(judged(), probe()))
+    classify = t3a.start(Model(context(), probe()))
     seen = []
-    for images in views(judged(), "fog", 5, 50):
+    for images in views(context(), "fog", 5, 50):
         with torch.no_grad():
-            seen.append(probe().standardised(judged().encoder(images)))
+            seen.append(probe().standardised(context().encoder(images)))
         unit = [p / p.norm() if p.norm() > 0 else p for p in prototypes_by_loop(probe().linear, seen, 5)]
         expected = torch.tensor([[float(z @ p) for p in unit] for z in seen[-1]])
         torch.testing.assert_close(classify(images), expected, rtol=1e-3, atol=1e-3)

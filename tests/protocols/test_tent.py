@@ -4,7 +4,7 @@ import copy
 import math
 
 import torch
-from adapting import LINEAR, judged, probe, views
+from adapting import LINEAR, context, probe, views
 
 from twoviews.protocols.adaptation import Model, entropy
 from twoviews.protocols.tent import Tent
@@ -19,13 +19,13 @@ def test_entropy_by_a_loop():
 
 def test_steps_are_those_of_adam_on_scales_and_offsets():
     tent = Tent(LINEAR, ["fog"], [5], None, 50, seed=0, lr=1e-2, every_epochs=0)
-    model = Model(judged(), probe())
+    model = Model(context(), probe())
     classify = tent.start(model)
-    encoder, frozen = copy.deepcopy(judged().encoder).train(), copy.deepcopy(judged().encoder)
+    encoder, frozen = copy.deepcopy(context().encoder).train(), copy.deepcopy(context().encoder)
     affine = {n: p for n, p in encoder.named_parameters() if "bn" in n or "downsample.1" in n}
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in affine.items()}
     entropies = []
-    for step, images in enumerate(views(judged(), "fog", 5, 50), start=1):
+    for step, images in enumerate(views(context(), "fog", 5, 50), start=1):
         logits = probe()(encoder(images))
         found = classify(images)
         assert not found.requires_grad

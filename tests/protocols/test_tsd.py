@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from adapting import LINEAR, judged, probe, views, without_batch_norm
+from adapting import LINEAR, context, probe, views, without_batch_norm
 from torch import nn
 
 from twoviews.backbones import Encoder
 from twoviews.errors import BadInput
-from twoviews.features import Judged
 from twoviews.protocols.adaptation import Memory, Model
+from twoviews.protocols.protocol import EvaluationContext
 from twoviews.protocols.tsd import TSD, distillation, local_clustering
 
 NUMBERS = {"linear": LINEAR, "corruptions": ["fog"], "severities": [5], "images": None, "batch_size": 50, "seed": 0}
@@ -34,7 +34,7 @@ def dot(one: list[float], other: list[float]) -> float:
 def something() -> tuple[torch.Tensor, torch.Tensor, Memory]:
     """Features and logits of 20 digits, in a memory with 40 others."""
     linear = probe().linear.double()
-    z = probe().standardised(judged().test.x).double()[:60]
+    z = probe().standardised(context().test.x).double()[:60]
     memory = Memory(linear, None)
     memory.add(z, linear(z))
     linear.float()
@@ -111,12 +111,12 @@ def test_gradients_reach_features_through_prototypes_only_and_never_the_targets(
     ("update", "as_released", "lam"), [("all", True, 0), ("affine", False, 0.1), ("all", False, 1)]
 )
 def test_steps_change_what_update_says(update, as_released, lam):
-    model = Model(judged(), probe())
+    model = Model(context(), probe())
     tsd = TSD(**NUMBERS, **MORE, update=update, as_released=as_released, lam=lam)
     before = {name: value.clone() for name, value in model.named_parameters()}
-    classify, (images, *_) = tsd.start(model), views(judged(), "fog", 5, 50)
+    classify, (images, *_) = tsd.start(model), views(context(), "fog", 5, 50)
     with torch.no_grad():
-        expected = Model(judged(), probe())
+        expected = Model(context(), probe())
         expected.batch_norms()
         torch.testing.assert_close(classify(images), expected(images))  # of before the step
     changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
@@ -132,9 +132,9 @@ def test_works_without_batch_norm_unless_that_is_all_it_may_change():
     plain = Encoder()
     plain.out_dim, plain.convolution = 64, nn.Conv2d(1, 4, 8, 8)
     plain.forward = lambda images: plain.convolution(images).relu().flatten(1)
-    other = Judged(plain, judged().data, torch.device("cpu"), torch.float32)
-    verdict = TSD(**NUMBERS, **MORE, update="all", as_released=True, lam=0)(other)
-    assert 0 <= verdict.values["top1"] <= 100
+    other = EvaluationContext(plain, context().data, torch.device("cpu"), torch.float32)
+    result = TSD(**NUMBERS, **MORE, update="all", as_released=True, lam=0)(other)
+    assert 0 <= result.values["top1"] <= 100
     with pytest.raises(BadInput, match="protocol=tsd .* has none"):
         TSD(**NUMBERS, **MORE, update="affine", as_released=True, lam=0)(without_batch_norm())
 

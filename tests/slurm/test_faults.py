@@ -20,7 +20,7 @@ from twoviews.sweeps import scheduler
 from twoviews.sweeps.collecting import prepare
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.truth import look
-from twoviews.tracking import stores
+from twoviews.tracking import uris
 
 # The first start waits to be stopped with a checkpoint, or killed; the next one finishes.
 TWICE = (
@@ -85,11 +85,12 @@ def test_cancelled_points_are_told_apart_and_the_rest_goes_on(tmp_path: Path) ->
 
 # Its run in MLflow is begun, and then it must be killed: nothing else ends it.
 MIRRORED = """
-from twoviews.tracking import Metrics, send
+from twoviews.tracking.metrics import Metrics
+from twoviews.tracking.upload import upload
 metrics = Metrics(folder)
 metrics.log(1, 1.0, {"train/loss": 0.5})
-metrics.commit(metrics.mark())
-send(folder, closed=False)
+metrics.commit(metrics.flush())
+upload(folder, closed=False)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 until("never")
 """
@@ -102,7 +103,7 @@ def test_no_run_in_mlflow_outlives_a_point_that_was_cancelled(tmp_path: Path) ->
     points = sweep(folder, MIRRORED, MIRRORED, MIRRORED, f"until('{tmp_path}/go'); {FINISH}")
     with Sweep(folder).update() as record:
         record["commands"] = ["train.py"]
-    stores.remember(uri)
+    uris.trust(uri)
     prepare(Sweep(folder), points, {"uri": uri, "experiment": "x"})
 
     def told() -> dict[str, str]:

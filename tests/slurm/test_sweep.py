@@ -14,7 +14,7 @@ from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.folder import Point, Sweep
 from twoviews.sweeps.results import gather
 from twoviews.sweeps.truth import look
-from twoviews.tracking import read
+from twoviews.tracking.metrics import read
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (

@@ -14,7 +14,7 @@ import pytest
 from on_slurm import wait_for
 
 from twoviews.errors import BadInput
-from twoviews.tracking import stores
+from twoviews.tracking import uris
 from twoviews.tracking.server import _programs
 
 
@@ -42,7 +42,7 @@ class Server:
     def answers(self) -> bool:
         assert self.process and self.process.poll() is None, (self.folder.parent / "server.txt").read_text()
         try:
-            stores.check(self.uri)
+            uris.check_reachable(self.uri)
         except BadInput:
             return False
         return True

@@ -13,8 +13,10 @@ from twoviews.sweep import main as sweep_command
 from twoviews.sweeps import collecting
 from twoviews.sweeps.collecting import deliver, owed, prepare
 from twoviews.sweeps.folder import New, Point, State, Sweep
-from twoviews.tracking import stores
+from twoviews.tracking import uris
 from twoviews.tracking.metrics import Metrics
+from twoviews.tracking.state import set_target
+from twoviews.tracking.upload import upload
 
 CONFIG = "epochs: 2\ntracking:\n  uri: {uri}\n  experiment: sweeps\n  mirror: false\nseed: {seed}\n"
 
@@ -22,7 +24,7 @@ CONFIG = "epochs: 2\ntracking:\n  uri: {uri}\n  experiment: sweeps\n  mirror: fa
 @pytest.fixture
 def uri(tmp_path: Path) -> str:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    stores.remember(uri)  # as the command does that names it
+    uris.trust(uri)  # as the command does that names it
     return uri
 
 
@@ -39,7 +41,7 @@ def trained(point: Point, state: str = "finished") -> None:
     metrics = Metrics(point.folder)
     for step in range(1, 6):
         metrics.log(step, step / 5, {"train/loss": 1.0 / step, "knn/top1": 10.0 * step})
-    metrics.commit(metrics.mark())
+    metrics.commit(metrics.flush())
     metrics.close()
     if state != "killed":
         (point.folder / "result.json").write_text(json.dumps({"state": state, "seconds": 1.0}))
@@ -99,14 +101,12 @@ def test_a_parent_whose_id_was_not_written_down_is_found_again(tmp_path: Path, u
 
 
 def test_a_run_that_was_there_before_becomes_a_child(tmp_path: Path, uri: str) -> None:
-    from twoviews.tracking import send
-    from twoviews.tracking.sending import aim
 
     sweep = Sweep(tmp_path / "s")
     (point,) = points(sweep, uri, 1)
     trained(point)
-    aim(point.folder, uri, "sweeps")
-    send(point.folder, closed=True)
+    set_target(point.folder, uri, "sweeps")
+    upload(point.folder, closed=True)
     (before,) = runs(uri)
     assert sweep_command(["collect", str(sweep.folder)]) == 0
     child = next(run for run in runs(uri) if run.info.run_id == before.info.run_id)
@@ -115,7 +115,7 @@ def test_a_run_that_was_there_before_becomes_a_child(tmp_path: Path, uri: str) -
 
 def test_a_store_that_does_not_answer_refuses_the_sweep(tmp_path: Path) -> None:
     sweep, uri = Sweep(tmp_path / "s"), "http://127.0.0.1:9"
-    stores.remember(uri)
+    uris.trust(uri)
     with pytest.raises(BadInput, match="MLflow takes no sweep .* tracking=files"):
         prepare(sweep, points(sweep, uri, 1), {"uri": uri, "experiment": "sweeps"})
 
@@ -137,7 +137,7 @@ def test_what_mlflow_has_is_not_sent_again(tmp_path: Path, uri: str, monkeypatch
     assert owed(sweep)
     with sweep.update() as record:
         record["tracking"]["uri"] = "http://127.0.0.1:9"
-    stores.remember("http://127.0.0.1:9")
+    uris.trust("http://127.0.0.1:9")
     deliver(sweep, said.append)
     assert "MLflow takes no sweep" in said[0] and "python -m twoviews.sweep collect s" in said[1]
 
@@ -148,7 +148,7 @@ import mlflow
 from pathlib import Path
 from test_collecting import trained
 from twoviews.sweeps.folder import Sweep
-from twoviews.tracking import send
+from twoviews.tracking.upload import upload
 
 points = Sweep(sys.argv[1]).points
 children = []
@@ -157,8 +157,8 @@ for point in points:
     if (child := os.fork()) == 0:
         time.sleep(max(0, begin - time.time()))
         trained(point)
-        send(point.folder, closed=False)
-        os._exit(0 if send(point.folder, closed=True) == 0 else 1)
+        upload(point.folder, closed=False)
+        os._exit(0 if upload(point.folder, closed=True) == 0 else 1)
     children.append(child)
 codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 assert codes == [0] * len(points), codes

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from fake import FINISH, starts, sweep
 
+from twoviews.locks import is_locked
 from twoviews.sweeps.folder import Point
 from twoviews.sweeps.supervise import supervise
-from twoviews.tracking.state import held
 
 
 def supervised(point: Point, submitted: float = 1.0, **environment: str) -> subprocess.Popen:
@@ -92,7 +92,7 @@ def test_a_training_does_not_outlive_its_supervisor(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     wait_for(lambda: point.result.get("state") == "interrupted")
-    assert point.checkpoint() and not held(point.lock)
+    assert point.checkpoint() and not is_locked(point.lock)
 
 
 def test_a_second_supervisor_waits_and_finds_it_finished(tmp_path: Path) -> None:

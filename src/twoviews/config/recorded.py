@@ -33,9 +33,9 @@ def refuse_unsafe(folder: str | None, name: str | None, arguments: Sequence[str]
     foreign.refuse_links(path.parent)
     uri = foreign.load(path).get("tracking", {}).get("uri")
     if not any(word.lstrip("+").startswith("tracking") for word in arguments):
-        from twoviews.tracking import stores
+        from twoviews.tracking import uris
 
-        stores.refuse_unknown(uri)
+        uris.refuse_untrusted(uri)
     if "@package" in path.read_text():  # a comment that Hydra follows
         raise BadInput(f"{path} is refused, because it has an @package line, which no run writes.")
 

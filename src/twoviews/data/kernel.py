@@ -60,6 +60,6 @@ def _view(library: ctypes.CDLL, size: int, arrays: list[Any], bleed: bool) -> Te
     out = torch.empty(count, channels, size, size)
     given = [compiled.address(one) if isinstance(one, Tensor) else ctypes.c_float(one) for one in [*arrays, out]]
     sizes = [ctypes.c_int(number) for number in (channels, side, size, bleed)]
-    if compiled.in_shares(lambda first, last: library.render(given[0], first, last, *sizes, *given[1:]), count):
+    if compiled.parallel_for(lambda first, last: library.render(given[0], first, last, *sizes, *given[1:]), count):
         raise MemoryError("no memory is left for views; use a smaller batch_size.")
     return out

@@ -10,9 +10,9 @@ from pathlib import Path
 from twoviews.config.digest import digest
 from twoviews.console import Console
 from twoviews.evaluation.pictures import draw_comparison
-from twoviews.tracking.mirror import reason
-from twoviews.tracking.parents import publish
-from twoviews.tracking.state import replace
+from twoviews.files import write_atomic
+from twoviews.tracking.client import short_error
+from twoviews.tracking.parent_run import log_files
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ def compare(evaluations: Mapping[str, Evaluation], folder: Path, console: Consol
     folder = folder / f"comparison-{digest(how)}"
     folder.mkdir(parents=True, exist_ok=True)
     name, order = headline(evaluations), ordered(evaluations)
-    replace(folder / "comparison.csv", as_csv(table(evaluations)))
-    replace(folder / "comparison.md", as_markdown(evaluations))
+    write_atomic(folder / "comparison.csv", as_csv(table(evaluations)))
+    write_atomic(folder / "comparison.md", as_markdown(evaluations))
     having = [run for run in order if name in evaluations[run].values]
     if name is not None:
         values = {run: evaluations[run].values[name] for run in having}
@@ -53,9 +53,9 @@ def compare(evaluations: Mapping[str, Evaluation], folder: Path, console: Consol
             folder / f"comparison.{kind}" for kind in ("csv", "md", "png") if (folder / f"comparison.{kind}").exists()
         ]
         try:
-            publish(*where, f"comparison of {len(order)} runs", key, {"runs": ", ".join(order)}, files)
+            log_files(*where, f"comparison of {len(order)} runs", key, {"runs": ", ".join(order)}, files)
         except Exception as error:  # whatever is wrong with MLflow, the results are in the folder
-            console.say(f"MLflow does not have the comparison ({reason(error)}); the same command sends it.")
+            console.say(f"MLflow does not have the comparison ({short_error(error)}); the same command sends it.")
 
 
 def headline(evaluations: Mapping[str, Evaluation]) -> str | None:

@@ -1,4 +1,4 @@
-"""One encoder judged by protocols: numbers with intervals and settings, tables and pictures, beside the run and in MLflow."""
+"""One encoder context by protocols: numbers with intervals and settings, tables and pictures, beside the run and in MLflow."""
 
 import json
 import re
@@ -21,14 +21,15 @@ from twoviews.evaluation.projection import projected
 from twoviews.evaluation.scores import scores
 from twoviews.evaluation.source import Source
 from twoviews.fallbacks import slower
-from twoviews.features import Judged
+from twoviews.files import write_atomic
 from twoviews.foreign import blamed
 from twoviews.protocols.health import advice
-from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.run import Run
 from twoviews.runtime import format_name
-from twoviews.tracking import afterwards, read
-from twoviews.tracking.state import State, replace
+from twoviews.tracking.metrics import log_metrics, read
+from twoviews.tracking.mirror import flush
+from twoviews.tracking.state import UploadState
 
 FEW = 12  # values of a protocol that are shown as they are; those with more have a table of them
 FOLDER = "evaluation"  # of tables and pictures, in the run's
@@ -93,23 +94,21 @@ def evaluate(
     for note in [note for judge in judges.values() for note in judge.notes(data)]:
         console.say(note)
     plain, about = OmegaConf.to_container(nodes, resolve=True), _about(data)
-    result = run.read("result.json") if run else {}
-    if result.get("state", "finished") != "finished":
-        console.say(
-            f"warning: {source.name} is {result['state']} after {result.get('epoch', 0):.4g} epochs; its encoder is of then."
-        )
-    if (trained := result.get("precision", precision)) != precision:
+    run_result = run.read("result.json") if run else {}
+    if run_result.get("state", "finished") != "finished":
+        console.say(f"warning: {source.name} is {run_result['state']} after {run_result.get('epoch', 0):.4g} epochs.")
+    if (trained := run_result.get("precision", precision)) != precision:
         console.say(
             f"evaluating in {precision}; {source.name} was trained, and measured during training, in {trained}, which "
             "changes the last digits."
         )
-    how = {"data": about, "protocol": plain, "precision": precision, "step": result.get("step")}
+    how = {"data": about, "protocol": plain, "precision": precision, "step": run_result.get("step")}
     if source.statistics is not None:  # a run's are in its encoder.json
         how |= {"mean": list(source.mean), "std": list(source.std)}
     folder = source.folder / FOLDER / prefix / f"{'+'.join(judges)}-{digest(how)}"
     folder.mkdir(parents=True, exist_ok=True)
-    judged = Judged(encoder.to(device), data, device, dtype, runtime.channels_last, folder=folder)
-    values, intervals, rows = _measured(judges, judged, source.name, console)
+    context = EvaluationContext(encoder.to(device), data, device, dtype, runtime.channels_last, folder=folder)
+    values, intervals, rows = _measured(judges, context, source.name, console)
     own = source.config is not None and source.folder == source.origin  # not of a file of the run that was named
     if own and source.config:
         curve = source.folder / FOLDER / "knn_curve.png"  # the run's own, whatever is measured now
@@ -118,15 +117,15 @@ def evaluate(
     settings = {key: value for key, value in settings.items() if not key.endswith(("_target_", "every_epochs"))}
     write = {**values, "intervals": intervals, **how}
     for file in (folder / "evaluation.json", *([] if prefix else [source.folder / "evaluation.json"])):
-        replace(file, json.dumps(write, indent=2) + "\n")
+        write_atomic(file, json.dumps(write, indent=2) + "\n")
     if own:
-        afterwards.add(source.folder, {f"evaluation/{prefix}{name}": value for name, value in values.items()})
-        afterwards.deliver(source.folder, recorded.tracking.mirror, console.say)
+        log_metrics(source.folder, {f"evaluation/{prefix}{name}": value for name, value in values.items()})
+        flush(source.folder, recorded.tracking.mirror, console.say)
     console.table(f"{source.name}: kNN bank {about['memory']:,}, test {about['test']:,} images of {data.name}", rows)
     if len(settings) <= FEW:
         console.say(", ".join(f"{key.removeprefix('protocol.')} {value}" for key, value in settings.items()))
     console.say(f"written, with all settings, to {folder}")
-    state = State.load(source.folder)
+    state = UploadState.load(source.folder)
     mirrored = own and recorded.tracking.mirror
     return Evaluation(
         values,
@@ -135,14 +134,14 @@ def evaluate(
             **settings,
             "data": data.name,
             "digest": data.digest,
-            **{key: result[key] for key in ("state", "epoch") if key in result},
+            **{key: run_result[key] for key in ("state", "epoch") if key in run_result},
         },
         (state.uri, state.experiment) if mirrored else None,
     )
 
 
 def _encoder(source: Source, feature: str) -> tuple[Encoder, str]:
-    """What is judged, and what stands before the names of its numbers."""
+    """What is context, and what stands before the names of its numbers."""
     if feature == "backbone":
         return source.encoder, ""
     if source.origin is None:
@@ -151,28 +150,28 @@ def _encoder(source: Source, feature: str) -> tuple[Encoder, str]:
 
 
 def _measured(
-    judges: Mapping[str, Protocol], judged: Judged, title: str, console: Console
+    judges: Mapping[str, Protocol], context: EvaluationContext, title: str, console: Console
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]], dict[str, str]]:
     """Values and intervals by full name, and the rows of the table that is shown; tables of protocols are shown at once."""
     values, intervals, shown, advices = {}, {}, [], {}
-    assert judged.folder is not None
+    assert context.folder is not None
     for name, judge in judges.items():
         try:
-            verdict = judge(judged)
+            result = judge(context)
         except BaseException:
-            if not any(judged.folder.iterdir()):  # what is refused leaves nothing behind
-                judged.folder.rmdir()
+            if not any(context.folder.iterdir()):  # what is refused leaves nothing behind
+                context.folder.rmdir()
             raise
-        found, between = _written(name, verdict, judged, title)
-        for table, lines in verdict.tables.items():
+        found, between = _written(name, result, context, title)
+        for table, lines in result.tables.items():
             console.rows(f"{name}: {table}", lines)
-        for note in verdict.notes:
+        for note in result.notes:
             console.say(note)
         values.update(found)
         intervals.update(between)
-        if len(verdict.values) <= FEW:
+        if len(result.values) <= FEW:
             shown += found
-        if name == "health" and (sentence := advice(verdict.values)):
+        if name == "health" and (sentence := advice(result.values)):
             advices["advice"] = sentence
     rows = {name: _shown(name, value, intervals) for name, value in values.items() if name in shown}
     return values, intervals, {**rows, **advices}
@@ -189,22 +188,22 @@ def _about(data: ImageData) -> dict[str, Any]:
 
 
 def _written(
-    name: str, verdict: Verdict, judged: Judged, title: str
+    name: str, result: EvaluationResult, context: EvaluationContext, title: str
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """Values and intervals by full name; tables and pictures go to the folder."""
-    values, intervals, tables = dict(verdict.values), {}, dict(verdict.tables)
-    assert judged.folder is not None
-    if verdict.probabilities is not None:
-        found = scores(verdict.probabilities, judged.test.y, judged.data.classes)
+    values, intervals, tables = dict(result.values), {}, dict(result.tables)
+    assert context.folder is not None
+    if result.probabilities is not None:
+        found = scores(result.probabilities, context.test.y, context.data.classes)
         values = {**found.values, **values}
         intervals = found.intervals
         tables["classes"] = found.per_class
         about = f"{title}, {name}"
-        draw_confusion(judged.folder / f"{name}_confusion.png", found.confusion, judged.data.classes, about)
-        draw_per_class(judged.folder / f"{name}_classes.png", found.per_class, about)
+        draw_confusion(context.folder / f"{name}_confusion.png", found.confusion, context.data.classes, about)
+        draw_per_class(context.folder / f"{name}_classes.png", found.per_class, about)
     for table, lines in tables.items():
         file = table if table[:7] == name[:7] else f"{name}_{table}"  # predictions.csv, of predict
-        replace(judged.folder / f"{file}.csv", as_csv(lines))
+        write_atomic(context.folder / f"{file}.csv", as_csv(lines))
     order = sorted(values, key=lambda key: (not key.startswith("top"), key))
     return {f"{name}/{key}": values[key] for key in order}, {f"{name}/{key}": v for key, v in intervals.items()}
 

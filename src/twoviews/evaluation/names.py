@@ -7,8 +7,9 @@ from pathlib import Path
 
 from twoviews.errors import BadInput
 from twoviews.run import Run
-from twoviews.tracking import stores
-from twoviews.tracking.state import State
+from twoviews.tracking.client import prepare_environment
+from twoviews.tracking.state import UploadState
+from twoviews.tracking.uris import is_trusted, resolve
 
 RUN_FOLDERS = ("outputs", "multirun")
 NAME = re.compile(r"[^/~:]+")  # of a folder, as tables and MLflow show it
@@ -56,13 +57,13 @@ def _runs() -> list[Path]:
 
 def _of_mlflow(run_id: str) -> Path:
     """The folder of the run that has this id in MLflow: what run folders here say of themselves, else what MLflow says."""
-    uris = {stores.resolved(None)}
+    uris = {resolve(None)}
     for folder in _runs():
         with contextlib.suppress(BadInput, ValueError):  # a folder that cannot be read must not hide the others
-            state = State.load(folder)
+            state = UploadState.load(folder)
             if run_id in (state.run_id, Run(folder).read("result.json").get("mlflow_run_id")):
                 return folder
-            uris.add(stores.resolved(state.uri))
+            uris.add(state.tracking_uri)
     recorded = next((folder for uri in sorted(uris) if (folder := _told(uri, run_id))), None)
     if recorded is None:
         raise BadInput(
@@ -77,9 +78,9 @@ def _of_mlflow(run_id: str) -> Path:
 
 def _told(uri: str, run_id: str) -> Path | None:
     """The folder that a store of MLflow has for a run; None when it has none or does not answer."""
-    if not stores.known(uri) or uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():
+    if not is_trusted(uri) or uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():
         return None  # a folder from elsewhere names it; or opening it would make it
-    stores.prepare_environment()
+    prepare_environment()
     try:
         from mlflow import MlflowClient
 

@@ -213,7 +213,7 @@ def _torchvision(name: str, pretrained: bool, data: Callable[[], ImageData] | No
     if name not in RESNETS:
         other = f" It is no ResNet; timm has more networks, run=timm:{name}." if name in list_models() else ""
         raise BadInput(
-            f"run={run}: of torchvision the ResNets can be judged: {', '.join(RESNETS)}.{other or nearest(name, RESNETS)}"
+            f"run={run}: of torchvision the ResNets can be evaluated: {', '.join(RESNETS)}.{other or nearest(name, RESNETS)}"
         )
     block, depths = RESNETS[name]
     recipe = {

@@ -20,9 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from twoviews.batch_norms import SplitBatchNorm, SyncBatchNorm
 from twoviews.errors import BadInput
-from twoviews.features import Judged
 from twoviews.protocols.linear import Linear, Probe
-from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.protocols.streams import Classify, Streams, headline
 from twoviews.ranges import Corruption, Count, Index, Range, Seed, Severity
 from twoviews.runtime import autocast
@@ -32,15 +31,15 @@ class Model(nn.Module):
     """A frozen copy, in eval mode, of an encoder with its probe: normalised images to logits.
 
     Args:
-        judged: whose encoder, device and number format; fp16, in which small gradients vanish, becomes fp32.
+        context: whose encoder, device and number format; fp16, in which small gradients vanish, becomes fp32.
         probe: its linear classifier.
     """
 
-    def __init__(self, judged: Judged, probe: Probe):
+    def __init__(self, context: EvaluationContext, probe: Probe):
         super().__init__()
-        self.encoder, self.probe = copy.deepcopy(judged.encoder), copy.deepcopy(probe)
-        self.device = judged.device
-        self.dtype = torch.float32 if judged.dtype == torch.float16 else judged.dtype
+        self.encoder, self.probe = copy.deepcopy(context.encoder), copy.deepcopy(probe)
+        self.device = context.device
+        self.dtype = torch.float32 if context.dtype == torch.float16 else context.dtype
         self.requires_grad_(False).eval()
 
     def features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
@@ -157,19 +156,19 @@ class Adaptation(Protocol):
         """A classifier for one stream; `model` is its own to change."""
         raise NotImplementedError
 
-    def __call__(self, judged: Judged) -> Verdict:
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1 is the mean over corruptions and severities, `unadapted` without adaptation, `gain` the difference.
 
         Each with the limits of its 95 % interval, `_low` and `_high`; that of the gain is of paired differences.
         """
-        streams = Streams(judged, self.corruptions, self.severities, self.images, self.seed)
-        probe, name = self.linear.probe(judged)[0], self.label
+        streams = Streams(context, self.corruptions, self.severities, self.images, self.seed)
+        probe, name = self.linear.probe(context)[0], self.label
 
         def unadapted() -> Classify:
-            return torch.no_grad()(Model(judged, probe))
+            return torch.no_grad()(Model(context, probe))
 
         before = streams.answers(self.batch_size, unadapted)
-        after = streams.answers(self.batch_size, lambda: self.start(Model(judged, probe)))
+        after = streams.answers(self.batch_size, lambda: self.start(Model(context, probe)))
         tables = {"none": streams.table(before), name: streams.table(after)}
         values = {**headline(tables[name], "top1"), **headline(tables["none"], "unadapted")}
         difference = after.shares[-1:] - before.shares[-1:]
@@ -180,4 +179,4 @@ class Adaptation(Protocol):
             for pair in zip(*tables.values(), strict=True)
             for method, row in zip(tables, pair, strict=True)
         ]
-        return Verdict(values, tables={"adaptation": rows})
+        return EvaluationResult(values, tables={"adaptation": rows})

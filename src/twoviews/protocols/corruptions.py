@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from twoviews.features import BATCH, Judged
+from twoviews.features import BATCH
 from twoviews.protocols.adaptation import Model
 from twoviews.protocols.linear import Linear
-from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.protocols.streams import Streams, headline
 from twoviews.ranges import Corruption, Count, Index, Seed, Severity
 
@@ -37,12 +37,14 @@ class Corruptions(Protocol):
     seed: Seed
     every_epochs: Index
 
-    def __call__(self, judged: Judged) -> Verdict:
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1 is the mean over corruptions and severities; `clean` the accuracy on the same images as they are.
 
         Each with the limits of its 95 % interval, `_low` and `_high`.
         """
-        streams = Streams(judged, self.corruptions, self.severities, self.images, self.seed)
-        model = Model(judged, self.linear.probe(judged)[0])
-        table = streams.table(streams.answers(BATCH[judged.device.type], lambda: torch.no_grad()(model)))
-        return Verdict({**headline(table, "top1"), **headline(table[:1], "clean")}, tables={"corruptions": table})
+        streams = Streams(context, self.corruptions, self.severities, self.images, self.seed)
+        model = Model(context, self.linear.probe(context)[0])
+        table = streams.table(streams.answers(BATCH[context.device.type], lambda: torch.no_grad()(model)))
+        return EvaluationResult(
+            {**headline(table, "top1"), **headline(table[:1], "clean")}, tables={"corruptions": table}
+        )

@@ -10,9 +10,8 @@ import torch
 
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
-from twoviews.evaluation.given import embed_given, made_grey, pictures, split
-from twoviews.features import Judged
-from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
+from twoviews.protocols.user_images import embed_user_images, grey_notes, image_paths
 from twoviews.ranges import Index
 
 
@@ -32,9 +31,9 @@ class Embed(Protocol):
 
     def notes(self, data: ImageData) -> list[str]:
         """That colours are lost, if they are."""
-        return made_grey(self.images, data)
+        return grey_notes(self.images, data)
 
-    def __call__(self, judged: Judged) -> Verdict:
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """Numbers of images and features; broken files have no row in embeddings.npz and one each in the table.
 
         Raises:
@@ -42,17 +41,17 @@ class Embed(Protocol):
         """
         tables = {}
         if self.images is None:
-            images, x = split(judged, self.split)
+            images, x = context.split(self.split)
         else:
-            given = embed_given(pictures(self.images), judged)
-            images, x = given.images, given.x
-            if given.broken:
-                tables["broken"] = [{"image": given.paths[row], "broken": why} for row, why in given.broken.items()]
+            decoded = embed_user_images(image_paths(self.images), context)
+            images, x = decoded.images, decoded.x
+            if decoded.broken:
+                tables["broken"] = [{"image": decoded.paths[row], "broken": why} for row, why in decoded.broken.items()]
         if not len(x):
             raise BadInput(f"images={self.images}: none of them is a sound picture ({tables['broken'][0]['broken']}).")
-        if judged.folder is not None:
+        if context.folder is not None:
             labels = torch.full((len(x),), -1) if images.labels is None else images.labels.long().cpu()
-            path = judged.folder / "embeddings.npz"
+            path = context.folder / "embeddings.npz"
             new = path.with_name(path.name + ".new")
             with new.open("wb") as file:
                 np.savez(
@@ -60,7 +59,7 @@ class Embed(Protocol):
                     features=x.cpu().numpy(),
                     labels=labels.numpy(),
                     paths=np.array(images.paths or [""] * len(x)),
-                    classes=np.array(judged.data.classes, dtype=str),
+                    classes=np.array(context.data.classes, dtype=str),
                 )
             new.replace(path)
-        return Verdict({"images": float(len(x)), "features": float(x.shape[1])}, tables=tables)
+        return EvaluationResult({"images": float(len(x)), "features": float(x.shape[1])}, tables=tables)

@@ -17,8 +17,7 @@ from twoviews.backbones import Encoder, ResNet, Timm
 from twoviews.data.views import eval_view
 from twoviews.errors import BadInput
 from twoviews.evaluation.source import RESNETS
-from twoviews.features import Judged
-from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.ranges import Index
 from twoviews.run import load_encoder, weight_file
 
@@ -42,20 +41,20 @@ class Export(Protocol):
     def __init__(self, format: Literal["torchvision", "timm", "safetensors", "onnx"], every_epochs: Index):
         self.format, self.every_epochs = format, every_epochs
 
-    def __call__(self, judged: Judged) -> Verdict:
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """difference: the largest one between a feature of the encoder and of the file loaded back, on real images.
 
         Raises:
             BadInput: the format has no such network or needs what is not installed, or the difference is too large.
         """
-        if judged.folder is None:
+        if context.folder is None:
             raise BadInput("protocol=export writes files and is for evaluate.py: evaluate.py run=... protocol=export.")
-        encoder = copy.deepcopy(judged.encoder).cpu().float().eval()
-        images = _images(judged)
+        encoder = copy.deepcopy(context.encoder).cpu().float().eval()
+        images = _images(context)
         write = {"torchvision": _torchvision, "timm": _timm, "safetensors": _safetensors, "onnx": _onnx}[self.format]
-        with TemporaryDirectory(dir=judged.folder, prefix="export.") as place, torch.no_grad():
+        with TemporaryDirectory(dir=context.folder, prefix="export.") as place, torch.no_grad():
             expected = encoder(images)
-            name, load, loaded = write(encoder, judged, Path(place), images)
+            name, load, loaded = write(encoder, context, Path(place), images)
             difference = (loaded - expected).abs().max().item()
             largest = expected.abs().max().item()
             if not difference <= TOLERANCE * max(1.0, largest):
@@ -63,7 +62,7 @@ class Export(Protocol):
                     f"format={self.format}: features of the exported file differ by {difference:.2g} from the encoder's "
                     f"(at most {TOLERANCE * max(1.0, largest):.2g} is rounding), so it was not kept."
                 )
-            data = judged.data
+            data = context.data
             about = {
                 "file": name,
                 "load": load,
@@ -72,23 +71,23 @@ class Export(Protocol):
                 f"pixels in [0, 1]{', red green blue' if data.channels == 3 else ''}, minus mean, over std",
                 "mean": list(data.mean),
                 "std": list(data.std),
-                "features": judged.encoder.out_dim,
+                "features": context.encoder.out_dim,
                 "largest_difference": difference,
                 "compared_images": len(images),
             }
             beside = {"safetensors": "README.json"}.get(self.format, Path(name).with_suffix(".json").name)
             (Path(place) / beside).write_text(json.dumps(about, indent=2) + "\n")
-            folder = judged.folder / "export"
+            folder = context.folder / "export"
             folder.mkdir(exist_ok=True)
             for file in sorted(Path(place).iterdir()):
                 file.replace(folder / file.name)
         row = {"file": str(folder / name), "difference": difference, "load": "; ".join(load), "note": about["note"]}
-        return Verdict({"difference": difference, "images": float(len(images))}, tables={"export": [row]})
+        return EvaluationResult({"difference": difference, "images": float(len(images))}, tables={"export": [row]})
 
 
-def _images(judged: Judged) -> Float[Tensor, "B C S S"]:
+def _images(context: EvaluationContext) -> Float[Tensor, "B C S S"]:
     """The first test images (training images, where there are none) as the encoder is fed them."""
-    data = judged.data
+    data = context.data
     split = data.test or data.train
     pixels, sizes, _ = next(split.batches(COMPARED, torch.arange(min(COMPARED, len(split)))))
     return eval_view(pixels.cpu(), sizes, size=data.size, crop=1.0, mean=data.mean, std=data.std)
@@ -137,7 +136,9 @@ def _loaded(
     return model.eval()(images)
 
 
-def _torchvision(encoder: Encoder, judged: Judged, place: Path, images: Tensor) -> tuple[str, list[str], Tensor]:
+def _torchvision(
+    encoder: Encoder, context: EvaluationContext, place: Path, images: Tensor
+) -> tuple[str, list[str], Tensor]:
     import torchvision
 
     name, stem = _library_name(encoder, "torchvision")
@@ -145,7 +146,7 @@ def _torchvision(encoder: Encoder, judged: Judged, place: Path, images: Tensor) 
     torch.save(encoder.state_dict(), place / file)
     model = torchvision.models.get_model(name, weights=None)
     model.fc = nn.Identity()
-    modules, lines = _stem(stem, judged.data.channels)
+    modules, lines = _stem(stem, context.data.channels)
     load = [
         "import torch, torchvision",
         f"model = torchvision.models.{name}()",
@@ -157,7 +158,7 @@ def _torchvision(encoder: Encoder, judged: Judged, place: Path, images: Tensor) 
     return file, load, _loaded(model, modules, torch.load(place / file, weights_only=True), images)
 
 
-def _timm(encoder: Encoder, judged: Judged, place: Path, images: Tensor) -> tuple[str, list[str], Tensor]:
+def _timm(encoder: Encoder, context: EvaluationContext, place: Path, images: Tensor) -> tuple[str, list[str], Tensor]:
     import timm
     from safetensors.torch import load_file
 
@@ -167,7 +168,7 @@ def _timm(encoder: Encoder, judged: Judged, place: Path, images: Tensor) -> tupl
         modules, lines = [None, None], []
     else:
         (name, stem), weights = _library_name(encoder, "timm"), encoder.state_dict()
-        modules, lines = _stem(stem, judged.data.channels)
+        modules, lines = _stem(stem, context.data.channels)
     file = f"timm_{name}.safetensors"
     (place / file).write_bytes(weight_file(weights))
     load = [
@@ -181,8 +182,10 @@ def _timm(encoder: Encoder, judged: Judged, place: Path, images: Tensor) -> tupl
     return file, load, _loaded(timm.create_model(name, **options), modules, load_file(place / file), images)
 
 
-def _safetensors(encoder: Encoder, judged: Judged, place: Path, images: Tensor) -> tuple[str, list[str], Tensor]:
-    data, file = judged.data, "encoder.safetensors"
+def _safetensors(
+    encoder: Encoder, context: EvaluationContext, place: Path, images: Tensor
+) -> tuple[str, list[str], Tensor]:
+    data, file = context.data, "encoder.safetensors"
     (place / file).write_bytes(weight_file(encoder.state_dict()))
     description = {
         "backbone": encoder.recipe,
@@ -204,7 +207,7 @@ def _safetensors(encoder: Encoder, judged: Judged, place: Path, images: Tensor) 
     return file, load, load_encoder(place / file)[0].eval()(images)
 
 
-def _onnx(encoder: Encoder, judged: Judged, place: Path, images: Tensor) -> tuple[str, list[str], Tensor]:
+def _onnx(encoder: Encoder, context: EvaluationContext, place: Path, images: Tensor) -> tuple[str, list[str], Tensor]:
     missing = [name for name in ONNX if importlib.util.find_spec(name) is None]
     if missing:
         raise BadInput(

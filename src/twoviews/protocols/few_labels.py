@@ -14,12 +14,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from twoviews.errors import BadInput
-from twoviews.features import Features, Judged
+from twoviews.features import Features
 from twoviews.protocols.finetune import FineTune
 from twoviews.protocols.knn import top1
 from twoviews.protocols.labelled import accuracies, labelled
 from twoviews.protocols.linear import Probe, fit, held_out
-from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import generator
 from twoviews.ranges import Count, Index, Length, NotNegative, Range, Seed
 
@@ -82,13 +82,13 @@ class FewLabels(Protocol):
         self.weight_decays, self.held_out, self.iterations = list(weight_decays), held_out, iterations
         self.finetune, self.seed, self.every_epochs = finetune, seed, every_epochs
 
-    def settings(self, judged: Judged) -> dict[str, tuple[Int[Tensor, " C"], str]]:
+    def settings(self, context: EvaluationContext) -> dict[str, tuple[Int[Tensor, " C"], str]]:
         """Images of each class by the name of the setting, and what has to be said about it.
 
         Raises:
             BadInput: a class has fewer images than are asked of each.
         """
-        y, names, found = judged.memory.y, judged.data.classes, {}
+        y, names, found = context.memory.y, context.data.classes, {}
         for share in self.shares:
             counts, raised = quota(y, len(names), share)
             note = f"{raised} of {len(names)} classes would have no image and give one" if raised else ""
@@ -119,23 +119,23 @@ class FewLabels(Protocol):
         found = [top1(linear(x[chooses]), y[chooses]) for linear in fits]
         return self.weight_decays[found.index(max(found))]
 
-    def __call__(self, judged: Judged) -> Verdict:
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1_<setting> and top1_<setting>_std of the probe, the same after finetune_, and all as a table.
 
         top1 is the first setting's.
         """
-        memory, _ = labelled(judged)
-        classes, y = len(judged.data.classes), judged.test.y
+        memory, _ = labelled(context)
+        classes, y = len(context.data.classes), context.test.y
         values: dict[str, float] = {}
         rows: list[dict[str, float | int | str]] = []
-        for name, (counts, note) in self.settings(judged).items():
+        for name, (counts, note) in self.settings(context).items():
             found: dict[str, list[dict[str, float]]] = {"": [], "finetune_": []}
             for draw in range(self.draws):
-                index = drawn(judged.memory.y, counts, self.seed, name, draw)
-                found[""].append(accuracies(self.probe(judged.memory, index, classes)(judged.test.x), y))
+                index = drawn(context.memory.y, counts, self.seed, name, draw)
+                found[""].append(accuracies(self.probe(context.memory, index, classes)(context.test.x), y))
                 if self.finetune:
-                    model, _ = self.finetune.fitted(judged, memory.subset(index), name, draw)
-                    found["finetune_"].append(accuracies(self.finetune.scores(judged, model), y))
+                    model, _ = self.finetune.fitted(context, memory.subset(index), name, draw)
+                    found["finetune_"].append(accuracies(self.finetune.scores(context, model), y))
             for prefix, draws in found.items():
                 if not draws:
                     continue
@@ -152,4 +152,4 @@ class FewLabels(Protocol):
                         values[f"{prefix}top1_{name}"] = float(row[key])
                         values[f"{prefix}top1_{name}_std"] = float(row[f"{key}_std"])
                 rows.append({**row, "note": note})
-        return Verdict({"top1": next(iter(values.values())), **values}, None, {"few_labels": rows})
+        return EvaluationResult({"top1": next(iter(values.values())), **values}, None, {"few_labels": rows})

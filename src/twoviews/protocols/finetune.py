@@ -17,10 +17,10 @@ from twoviews.backbones import Encoder
 from twoviews.batch_norms import whole_batch_norms
 from twoviews.data.images import Images
 from twoviews.errors import BadInput, nearest
-from twoviews.features import Judged, embed
+from twoviews.features import embed
 from twoviews.optim import LrScaling, sgd
 from twoviews.protocols.labelled import accuracies, classifier, crops, descend, labelled
-from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import seed_of
 from twoviews.ranges import Count, Fraction, Index, NotNegative, Positive, Range, Seed
 from twoviews.runtime import autocast
@@ -142,15 +142,15 @@ class FineTune(Protocol):
         ]
         return [*groups, {"params": list(head.parameters()), "scale": 1.0}]
 
-    def fitted(self, judged: Judged, images: Images, *key: int | str) -> tuple[nn.Sequential, list[str]]:
+    def fitted(self, context: EvaluationContext, images: Images, *key: int | str) -> tuple[nn.Sequential, list[str]]:
         """Copy of the encoder and classifier, trained on these images, and what has to be said; a function of `key`."""
-        encoder = copy.deepcopy(judged.encoder)
+        encoder = copy.deepcopy(context.encoder)
         whole_batch_norms(encoder)  # as evaluate.py has them; and other processes would never answer
-        if judged.channels_last:
+        if context.channels_last:
             encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         trained, seed = self.trained_layers(encoder), seed_of(self.seed, "finetune", *key)
-        loader, notes = crops(judged, images, self.batch_size, self.smallest_crop, self.flip, seed)
-        head = classifier(encoder.out_dim, len(judged.data.classes), judged.device, seed)
+        loader, notes = crops(context, images, self.batch_size, self.smallest_crop, self.flip, seed)
+        head = classifier(encoder.out_dim, len(context.data.classes), context.device, seed)
         numbers = (loader.batch_size, self.lr, self.lr_scaling, self.momentum, self.weight_decay)
         optimizer = sgd(self.rates(trained, head), *numbers, exclude_norm_and_bias=False)
         for group in optimizer.param_groups:
@@ -158,26 +158,26 @@ class FineTune(Protocol):
         model = nn.Sequential(encoder, head)
 
         def logits(images: Float[Tensor, "B _ _h _w"]) -> Tensor:
-            with autocast(judged.device, judged.dtype):
+            with autocast(context.device, context.dtype):
                 return model(images)
 
-        devices = [judged.device] if judged.device.type == "cuda" else []
+        devices = [context.device] if context.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)  # of dropout, which takes no generator
             schedule = Cosine(self.epochs, self.warmup_epochs)
-            descend(logits, loader, optimizer, schedule, self.epochs, judged)
+            descend(logits, loader, optimizer, schedule, self.epochs, context)
         return model, notes
 
-    def scores(self, judged: Judged, model: nn.Module) -> Float[Tensor, "M C"]:
+    def scores(self, context: EvaluationContext, model: nn.Module) -> Float[Tensor, "M C"]:
         """Logits of the test images under the eval transform."""
-        test = labelled(judged)[1]
-        return embed(model, test, judged.data, judged.device, judged.dtype, judged.channels_last)
+        test = labelled(context)[1]
+        return embed(model, test, context.data, context.device, context.dtype, context.channels_last)
 
-    def __call__(self, judged: Judged) -> Verdict:
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1 and top5 on the test images."""
-        memory, test = labelled(judged)
-        model, notes = self.fitted(judged, memory)
-        scores = self.scores(judged, model)
+        memory, test = labelled(context)
+        model, notes = self.fitted(context, memory)
+        scores = self.scores(context, model)
         assert test.labels is not None
-        labels = test.labels.to(judged.device).long()
-        return Verdict(accuracies(scores, labels), scores.softmax(1), notes=notes)
+        labels = test.labels.to(context.device).long()
+        return EvaluationResult(accuracies(scores, labels), scores.softmax(1), notes=notes)

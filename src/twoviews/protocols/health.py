@@ -13,9 +13,9 @@ from torch.nn import functional as nnf
 
 from twoviews.data.images import Images
 from twoviews.data.views import Views
-from twoviews.features import BATCH, Judged, embed
+from twoviews.features import BATCH
 from twoviews.layers import spread
-from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import generator
 from twoviews.ranges import Fraction, Index, Range
 from twoviews.runtime import autocast
@@ -115,18 +115,18 @@ class Health(Protocol):
         self.images, self.scale, self.flip, self.every_epochs = images, tuple(scale), flip, every_epochs
 
     @torch.no_grad()
-    def __call__(self, judged: Judged) -> Verdict:
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """spread, rankme, alignment, uniformity, positive_similarity and negative_similarity (mean cosines); no labels needed.
 
         Features that end in a ReLU are never negative, so that their spread stays below 1 and their cosines above 0.
         """
-        data = judged.data
+        data = context.data
         chosen = torch.randperm(len(data.train), generator=generator("health", len(data.train)))[: self.images]
         shown = data.train.subset(chosen)
-        x = embed(judged.encoder, shown, data, judged.device, judged.dtype, judged.channels_last)
-        one, other = self._views(judged, shown)
+        x = context.embed(shown)
+        one, other = self._views(context, shown)
         positive, negative = similarities(one, other)
-        return Verdict(
+        return EvaluationResult(
             {
                 "spread": spread(x).item(),
                 "rankme": rankme(x),
@@ -137,17 +137,17 @@ class Health(Protocol):
             }
         )
 
-    def _views(self, judged: Judged, images: Images) -> tuple[Float[Tensor, "N F"], Float[Tensor, "N F"]]:
+    def _views(self, context: EvaluationContext, images: Images) -> tuple[Float[Tensor, "N F"], Float[Tensor, "N F"]]:
         """Features of two random views of each image, in eval mode."""
-        data, encoder, training = judged.data, judged.encoder, judged.encoder.training
+        data, encoder, training = context.data, context.encoder, context.encoder.training
         recipe = {"count": 2, "scale": self.scale, "flip": self.flip}
         make = Views({"both": recipe}, size=data.size, channels=data.channels, mean=data.mean, std=data.std)
         encoder.eval()
         rows = []
-        for number, (pixels, sizes, _) in enumerate(images.batches(BATCH[judged.device.type])):
-            views = make(pixels.to(judged.device), make.draw(sizes, generator("health", "views", number)))
-            form = torch.channels_last if judged.channels_last else torch.contiguous_format
-            with autocast(judged.device, judged.dtype):
+        for number, (pixels, sizes, _) in enumerate(images.batches(BATCH[context.device.type])):
+            views = make(pixels.to(context.device), make.draw(sizes, generator("health", "views", number)))
+            form = torch.channels_last if context.channels_last else torch.contiguous_format
+            with autocast(context.device, context.dtype):
                 rows.append([encoder(view.to(memory_format=form)).float() for view in views])
         encoder.train(training)
         first, second = zip(*rows, strict=True)

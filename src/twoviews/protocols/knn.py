@@ -14,9 +14,8 @@ from torch.nn import functional as nnf
 from twoviews import distributed
 from twoviews.data.images import ImageData
 from twoviews.evaluation.scores import ranks
-from twoviews.features import Features, Judged
-from twoviews.protocols.protocol import Protocol, Verdict
-from twoviews.protocols.selection import largest
+from twoviews.features import Features
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.ranges import Count, Index, Temperature
 
 CHUNK_BYTES = 64 * 2**20  # of similarities held at once
@@ -27,9 +26,9 @@ def neighbours(
 ) -> Iterator[tuple[slice, Float[Tensor, "m k"], Int[Tensor, "m k"]]]:
     """Chunk by chunk of the queries: which they are, cosines of their k most similar bank rows, largest first, and classes.
 
-    Exact. Needs a normalised copy of the bank, CHUNK_BYTES of similarities (one query's, if the bank is so large that
-    they are more) and less than that again for the search; k is clamped to the bank. With `shared` the chunks are dealt out
-    to the processes.
+    Exact; of rows with equal cosines, such as copies of an image, `torch.topk` may take any, in any order. Needs a
+    normalised copy of the bank and CHUNK_BYTES of similarities (one query's, if the bank is so large that they are more); k
+    is clamped to the bank. With `shared` the chunks are dealt out to the processes.
     """
     rows = nnf.normalize(bank.x, dim=1)
     k = min(k, len(rows))
@@ -37,7 +36,7 @@ def neighbours(
     rank, processes = (distributed.rank(), distributed.processes()) if shared else (0, 1)
     for start in range(0, len(queries), chunk)[rank::processes]:
         which = slice(start, start + chunk)
-        nearest, index = largest(nnf.normalize(queries[which], dim=1) @ rows.T, k)
+        nearest, index = (nnf.normalize(queries[which], dim=1) @ rows.T).topk(k, dim=1)
         yield which, nearest, bank.y[index]
 
 
@@ -98,8 +97,8 @@ class KNN(Protocol):
         """That k is clamped, if it is."""
         return all_vote(self.k, data, "protocol.knn.k")
 
-    def __call__(self, judged: Judged) -> Verdict:
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1, and top5 of more than five classes, of the encoder's features (before any projector), in percent."""
-        queries, bank, classes = judged.test.x, judged.memory, len(judged.data.classes)
-        scores = knn_scores(queries, bank, classes, self.k, self.temperature, judged.shared)
-        return Verdict(accuracies(scores, judged.test.y), scores / scores.sum(1, keepdim=True))
+        queries, bank, classes = context.test.x, context.memory, len(context.data.classes)
+        scores = knn_scores(queries, bank, classes, self.k, self.temperature, context.shared)
+        return EvaluationResult(accuracies(scores, context.test.y), scores / scores.sum(1, keepdim=True))

@@ -13,9 +13,9 @@ from torch import Tensor
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
 from twoviews.evaluation.scores import ranks
-from twoviews.features import Features, Judged
+from twoviews.features import Features
 from twoviews.protocols.knn import all_vote, neighbours, votes
-from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.ranges import Count, Index, Temperature
 
 
@@ -46,14 +46,14 @@ class KNNGrid(Protocol):
         """That the largest k is clamped, if it is."""
         return all_vote(self.ks[-1], data, "protocol.knn_grid.ks")
 
-    def __call__(self, judged: Judged) -> Verdict:
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """k<k>_t<temperature>_top1 and _top5 in percent, and the same as the table `grid`.
 
         Needs the memory of `neighbours` and no scores of all queries at once.
         """
-        classes, test = len(judged.data.classes), judged.test
+        classes, test = len(context.data.classes), context.test
         right = torch.zeros(len(self.ks), len(self.temperatures), 2, dtype=torch.long, device=test.x.device)
-        for place, scores, labels in self._scores(test, judged.memory, classes):
+        for place, scores, labels in self._scores(test, context.memory, classes):
             rank = ranks(scores, labels)
             right[place] += torch.stack(((rank < 1).sum(), (rank < 5).sum()))
         counts, values, grid = right.tolist(), {}, []
@@ -63,7 +63,7 @@ class KNNGrid(Protocol):
                 found = {"top1": first, "top5": five} if classes > 5 else {"top1": first}
                 values.update({f"k{k}_t{temperature:g}_{name}": value for name, value in found.items()})
                 grid.append({"k": k, "temperature": temperature, **found})
-        return Verdict(values, tables={"grid": grid})
+        return EvaluationResult(values, tables={"grid": grid})
 
     @torch.no_grad()
     def _scores(

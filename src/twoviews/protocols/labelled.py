@@ -14,22 +14,22 @@ from twoviews.data.images import Images
 from twoviews.data.loader import Loader
 from twoviews.data.views import Views
 from twoviews.errors import BadInput
-from twoviews.features import Judged
 from twoviews.protocols.knn import top1
+from twoviews.protocols.protocol import EvaluationContext
 from twoviews.randomness import generator
 from twoviews.schedule import Schedule
 
 
-def labelled(judged: Judged) -> tuple[Images, Images]:
+def labelled(context: EvaluationContext) -> tuple[Images, Images]:
     """The memory images, to train on, and the test images.
 
     Raises:
         BadInput: there are none.
     """
-    memory, test = judged.data.memory, judged.data.test
+    memory, test = context.data.memory, context.data.test
     if memory is None or test is None:
         raise BadInput(
-            f"{judged.data.name} has no labelled images to train a classifier on and to test it; choose other data."
+            f"{context.data.name} has no labelled images to train a classifier on and to test it; choose other data."
         )
     return memory, test
 
@@ -53,18 +53,18 @@ def classifier(features: int, classes: int, device: torch.device, *key: int | st
 
 
 def crops(
-    judged: Judged, images: Images, batch_size: int, smallest_crop: float, flip: float, seed: int
+    context: EvaluationContext, images: Images, batch_size: int, smallest_crop: float, flip: float, seed: int
 ) -> tuple[Loader, list[str]]:
     """Batches of one random crop of each image, and what has to be said about their size.
 
     The images that do not fill a last batch sit out an epoch, other ones each time.
     """
-    data, notes = judged.data, []
+    data, notes = context.data, []
     if batch_size > len(images):
         notes.append(f"batch_size={batch_size} is larger than the {len(images)} images: batches have {len(images)}.")
     view = {"scale": [smallest_crop, 1], "flip": flip}
     views = Views({"crop": view}, size=data.size, channels=data.channels, mean=data.mean, std=data.std)
-    return Loader(images, views, batch_size=min(batch_size, len(images)), seed=seed, device=judged.device), notes
+    return Loader(images, views, batch_size=min(batch_size, len(images)), seed=seed, device=context.device), notes
 
 
 def descend(
@@ -73,7 +73,7 @@ def descend(
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
     epochs: int,
-    judged: Judged,
+    context: EvaluationContext,
 ) -> None:
     """So many epochs of cross-entropy; each group's learning rate is its own times the schedule's factor.
 
@@ -81,10 +81,10 @@ def descend(
         BadInput: the loss became infinite or not a number.
     """
     assert loader.images.labels is not None
-    labels = loader.images.labels.to(judged.device).long()
-    form = torch.channels_last if judged.channels_last else torch.contiguous_format
+    labels = loader.images.labels.to(context.device).long()
+    form = torch.channels_last if context.channels_last else torch.contiguous_format
     rates = [group["lr"] for group in optimizer.param_groups]
-    scaler = torch.amp.GradScaler(judged.device.type, enabled=judged.dtype == torch.float16)
+    scaler = torch.amp.GradScaler(context.device.type, enabled=context.dtype == torch.float16)
     for epoch in range(epochs):
         loader.set_epoch(epoch)
         for step, batch in enumerate(loader):

@@ -16,10 +16,9 @@ from torch.nn import functional as nnf
 
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
-from twoviews.features import Judged
 from twoviews.optim import LBFGS
 from twoviews.protocols.knn import top1
-from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import generator
 from twoviews.ranges import Count, Index, NotNegative, Range
 
@@ -138,18 +137,18 @@ class Linear(Protocol):
             f"each class has one labelled image, so none is held out to choose a weight decay: {self.weight_decays[0]:g} is used."
         ]
 
-    def probe(self, judged: Judged) -> tuple[Probe, float]:
+    def probe(self, context: EvaluationContext) -> tuple[Probe, float]:
         """The classifier, and the weight decay that was chosen for it; the test images are not looked at."""
-        return self._fitted(judged, calibrate=False)[:2]
+        return self._fitted(context, calibrate=False)[:2]
 
-    def calibrated(self, judged: Judged) -> tuple[Probe, float]:
+    def calibrated(self, context: EvaluationContext) -> tuple[Probe, float]:
         """The classifier, and the temperature of its probabilities: that of the same one without the held-out images."""
-        probe, _, found = self._fitted(judged, calibrate=True)
+        probe, _, found = self._fitted(context, calibrate=True)
         return probe, found
 
-    def _fitted(self, judged: Judged, calibrate: bool) -> tuple[Probe, float, float]:
+    def _fitted(self, context: EvaluationContext, calibrate: bool) -> tuple[Probe, float, float]:
         """The classifier, its weight decay, and its temperature, which is 1 where it is not to be calibrated."""
-        classes, memory = len(judged.data.classes), judged.memory
+        classes, memory = len(context.data.classes), context.memory
         mean, std = memory.x.mean(0), memory.x.std(0) + 1e-6
         x, y = (memory.x - mean) / std, memory.y
         rest, chooses = held_out(y, self.held_out)
@@ -163,8 +162,8 @@ class Linear(Protocol):
                 scale = temperature(logits, y[chooses]) if calibrate else 1.0
         return Probe(mean, std, fit(x, y, classes, chosen, self.iterations)), chosen, scale
 
-    def __call__(self, judged: Judged) -> Verdict:
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1 on the test images and the weight decay it was reached with."""
-        probe, weight_decay = self.probe(judged)
-        scores = probe(judged.test.x)
-        return Verdict({"top1": top1(scores, judged.test.y), "weight_decay": weight_decay}, scores.softmax(1))
+        probe, weight_decay = self.probe(context)
+        scores = probe(context.test.x)
+        return EvaluationResult({"top1": top1(scores, context.test.y), "weight_decay": weight_decay}, scores.softmax(1))

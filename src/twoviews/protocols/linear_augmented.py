@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from twoviews.features import Judged
 from twoviews.optim import LrScaling, larc, scaled_lr, sgd
 from twoviews.protocols.labelled import accuracies, classifier, crops, descend, labelled
-from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.ranges import Count, Fraction, Index, NotNegative, Positive, Range, Seed
 from twoviews.runtime import autocast
 from twoviews.schedule import Cosine, Step
@@ -63,13 +62,13 @@ class LinearAugmented(Protocol):
         self.weight_decay, self.batch_size, self.epochs, self.milestones = weight_decay, batch_size, epochs, milestones
         self.smallest_crop, self.flip, self.seed, self.every_epochs = smallest_crop, flip, seed, every_epochs
 
-    def __call__(self, judged: Judged) -> Verdict:
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1 and top5 on the test images, learning rate and batch size that were used, and a note if it was clamped."""
-        memory, _ = labelled(judged)
-        encoder, training = judged.encoder, judged.encoder.training
+        memory, _ = labelled(context)
+        encoder, training = context.encoder, context.encoder.training
         before = {name: value.clone() for name, value in encoder.state_dict().items()}
-        loader, notes = crops(judged, memory, self.batch_size, self.smallest_crop, self.flip, self.seed)
-        head = classifier(encoder.out_dim, len(judged.data.classes), judged.device, self.seed)
+        loader, notes = crops(context, memory, self.batch_size, self.smallest_crop, self.flip, self.seed)
+        head = classifier(encoder.out_dim, len(context.data.classes), context.device, self.seed)
         numbers = (loader.batch_size, self.lr, self.lr_scaling, self.momentum, self.weight_decay)
         groups = [{"params": list(head.parameters())}]
         if self.optimizer == "sgd":
@@ -80,19 +79,19 @@ class LinearAugmented(Protocol):
         schedule = cosine if self.milestones is None else Step(self.milestones, 0.1)
 
         def logits(images: Float[Tensor, "B _ _h _w"]) -> Tensor:
-            with torch.no_grad(), autocast(judged.device, judged.dtype):
+            with torch.no_grad(), autocast(context.device, context.dtype):
                 features = encoder(images)
             return head(features.float())
 
         encoder.eval()
-        descend(logits, loader, optimizer, schedule, self.epochs, judged)
+        descend(logits, loader, optimizer, schedule, self.epochs, context)
         encoder.train(training)
         changed = [name for name, value in encoder.state_dict().items() if not torch.equal(value, before[name])]
         assert not changed, f"the frozen encoder changed: {changed}"
         with torch.no_grad():
-            scores = head(judged.test.x)
+            scores = head(context.test.x)
         used = {
             "learning_rate": scaled_lr(self.lr, self.lr_scaling, loader.batch_size),
             "batch_size": float(loader.batch_size),
         }
-        return Verdict({**accuracies(scores, judged.test.y), **used}, scores.softmax(1), notes=notes)
+        return EvaluationResult({**accuracies(scores, context.test.y), **used}, scores.softmax(1), notes=notes)

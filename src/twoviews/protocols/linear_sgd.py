@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from twoviews.errors import BadInput
-from twoviews.features import Judged
 from twoviews.protocols.knn import top1
 from twoviews.protocols.labelled import accuracies
 from twoviews.protocols.linear import Probe, held_out
-from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import generator
 from twoviews.ranges import Count, Index, NotNegative, Positive, Range, Seed
 from twoviews.schedule import Cosine
@@ -123,19 +122,19 @@ class LinearSGD(Protocol):
         self.momentum, self.batch_size, self.epochs, self.seed = momentum, batch_size, epochs, seed
         self.every_epochs = every_epochs
 
-    def probe(self, judged: Judged) -> tuple[Probe, list[dict[str, float]]]:
+    def probe(self, context: EvaluationContext) -> tuple[Probe, list[dict[str, float]]]:
         """The classifier, and the candidates from best to worst; the test images are not looked at.
 
         Raises:
             BadInput: none of the candidates stays finite, or no class has two images.
         """
-        memory = judged.memory
+        memory = context.memory
         mean, std = memory.x.mean(0), memory.x.std(0) + 1e-6
-        x, y, classes = (memory.x - mean) / std, memory.y, len(judged.data.classes)
+        x, y, classes = (memory.x - mean) / std, memory.y, len(context.data.classes)
         rest, chooses = held_out(y, self.held_out)
         if not len(chooses):
             raise BadInput(
-                f"{judged.data.name} has one labelled image of each class, and none to choose a learning rate on; use "
+                f"{context.data.name} has one labelled image of each class, and none to choose a learning rate on; use "
                 "protocol=linear."
             )
         grid = list(product(self.learning_rates, self.weight_decays))
@@ -158,10 +157,10 @@ class LinearSGD(Protocol):
         numbers = {"momentum": self.momentum, "batch_size": self.batch_size, "epochs": self.epochs, "seed": self.seed}
         return sgd(x, y, classes, grid, **numbers)
 
-    def __call__(self, judged: Judged) -> Verdict:
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1 and top5 on the test images, the pair they were reached with, and all pairs as a table."""
-        probe, rows = self.probe(judged)
-        scores, chosen = probe(judged.test.x), {key: rows[0][key] for key in ("learning_rate", "weight_decay")}
-        return Verdict(
-            {**accuracies(scores, judged.test.y), **chosen}, scores.softmax(1), {"grid": [{**row} for row in rows]}
+        probe, rows = self.probe(context)
+        scores, chosen = probe(context.test.x), {key: rows[0][key] for key in ("learning_rate", "weight_decay")}
+        return EvaluationResult(
+            {**accuracies(scores, context.test.y), **chosen}, scores.softmax(1), {"grid": [{**row} for row in rows]}
         )

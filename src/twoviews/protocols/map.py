@@ -2,10 +2,8 @@
 
 from typing import Literal
 
-from twoviews.evaluation.given import split
 from twoviews.evaluation.pictures import draw_map
-from twoviews.features import Judged
-from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.ranges import Index, Seed
 
 
@@ -23,12 +21,12 @@ class Map(Protocol):
     def __init__(self, split: Literal["train", "memory", "test"], seed: Seed, every_epochs: Index):
         self.split, self.seed, self.every_epochs = split, seed, every_epochs
 
-    def __call__(self, judged: Judged) -> Verdict:
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """The number of images that were to choose from."""
-        data = judged.data
+        data = context.data
         which = self.split if getattr(data, self.split) is not None else "train"
-        images, x = split(judged, which)
-        if judged.folder is not None:
+        images, x = context.split(which)
+        if context.folder is not None:
             title = f"features of {data.name}, {which}"
-            draw_map(judged.folder / "map.png", x, images.labels, data.classes, title, self.seed)
-        return Verdict({"images": float(len(x))})
+            draw_map(context.folder / "map.png", x, images.labels, data.classes, title, self.seed)
+        return EvaluationResult({"images": float(len(x))})

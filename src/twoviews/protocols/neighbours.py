@@ -9,11 +9,10 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from twoviews.data.images import ImageData, Images
-from twoviews.evaluation.given import embed_given, made_grey, pictures, split
 from twoviews.evaluation.sheet import Row, draw_neighbours
-from twoviews.features import Judged
 from twoviews.protocols.knn import CHUNK_BYTES
-from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
+from twoviews.protocols.user_images import embed_user_images, grey_notes, image_paths
 from twoviews.randomness import generator
 from twoviews.ranges import Count, Index, Seed
 
@@ -53,23 +52,23 @@ class Neighbours(Protocol):
 
     def notes(self, data: ImageData) -> list[str]:
         """That colours are lost, if they are."""
-        return made_grey(self.images, data)
+        return grey_notes(self.images, data)
 
-    def __call__(self, judged: Judged) -> Verdict:
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """agreement: the share of neighbours of the image's own class in percent, where both are labelled.
 
         Raises:
             BadInput: there are no such pictures.
         """
-        data, broken = judged.data, []
-        paths = None if self.images is None else pictures(self.images)
-        train, bank = split(judged, "train")
+        data, broken = context.data, []
+        paths = None if self.images is None else image_paths(self.images)
+        train, bank = context.split("train")
         if paths is not None:
-            given = embed_given(paths, judged)
-            shown, x, names, own = given.images, given.x, given.images.paths or [], None
-            broken = [(given.paths[row], why) for row, why in given.broken.items()]
+            decoded = embed_user_images(paths, context)
+            shown, x, names, own = decoded.images, decoded.x, decoded.images.paths or [], None
+            broken = [(decoded.paths[row], why) for row, why in decoded.broken.items()]
         else:
-            shown, x, names, own = self._sampled(judged)
+            shown, x, names, own = self._sampled(context)
         cosines, rows = nearest_rows(x, bank, self.k, own) if len(x) else (torch.empty(0, 1), torch.empty(0, 1).long())
         made = [
             Row(
@@ -95,19 +94,21 @@ class Neighbours(Protocol):
         ]
         empty = dict.fromkeys(("rank", "neighbour", "class", "cosine"), "")
         table += [{"image": name, **empty, "broken": why} for name, why in broken]
-        if judged.folder is not None and made:
+        if context.folder is not None and made:
             title = f"the nearest of {len(train):,} training images of {data.name}"
-            draw_neighbours(judged.folder / "neighbours.png", shown, train, made, data.classes, title)
+            draw_neighbours(context.folder / "neighbours.png", shown, train, made, data.classes, title)
         values = {"images": float(len(made)), "broken": float(len(broken))}
         if made and shown.labels is not None and train.labels is not None:
             agree = train.labels.cpu()[rows] == shown.labels.cpu()[:, None]
             values["agreement"] = 100 * agree.float().mean().item()
-        return Verdict(values, tables={"neighbours": table})
+        return EvaluationResult(values, tables={"neighbours": table})
 
-    def _sampled(self, judged: Judged) -> tuple[Images, Float[Tensor, "M F"], list[str], Int[Tensor, " M"] | None]:
+    def _sampled(
+        self, context: EvaluationContext
+    ) -> tuple[Images, Float[Tensor, "M F"], list[str], Int[Tensor, " M"] | None]:
         """Images, their features, what they are called, and which training images they are."""
-        which = "train" if judged.data.test is None else "test"
-        images, x = split(judged, which)
+        which = "train" if context.data.test is None else "test"
+        images, x = context.split(which)
         chosen = torch.randperm(len(images), generator=generator(self.seed, "neighbours"))[: self.sample].sort().values
         names = [f"{which} {row}" if images.paths is None else images.paths[row] for row in chosen.tolist()]
         return images.subset(chosen), x[chosen.to(x.device)], names, chosen if which == "train" else None

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
-from twoviews.evaluation.given import embed_given, made_grey, pictures
-from twoviews.features import Features, Judged
+from twoviews.features import Features
+from twoviews.files import write_atomic
 from twoviews.protocols.knn import neighbours
 from twoviews.protocols.linear import Linear
-from twoviews.protocols.protocol import Protocol, Verdict
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
+from twoviews.protocols.user_images import embed_user_images, grey_notes, image_paths
 from twoviews.ranges import Count, Index, NotNegative, Range
-from twoviews.tracking.state import replace
 
 NEAREST = 10  # bank images that a distance is the mean of
 FAR = 99.0  # percentile of the test images' distances from which on a picture is unlike them
@@ -42,7 +42,7 @@ def percentiles(distance: Float[Tensor, " n"], test: Float[Tensor, " M"]) -> Flo
 
 
 class Predict(Protocol):
-    """Class names and probabilities of given pictures; writes predictions.json.
+    """Class names and probabilities of decoded pictures; writes predictions.json.
 
     Probabilities are those of the linear probe at the temperature that suits memory images which it was not fitted to. They
     hold for pictures like the data's; of others the distance from the memory images tells.
@@ -68,9 +68,9 @@ class Predict(Protocol):
 
     def notes(self, data: ImageData) -> list[str]:
         """That colours are lost, or that nothing can be held out, if so."""
-        return [*made_grey(self.images, data), *self.linear.notes(data)]
+        return [*grey_notes(self.images, data), *self.linear.notes(data)]
 
-    def __call__(self, judged: Judged) -> Verdict:
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """A row for each picture; a file that is no sound picture has what is wrong with it in place of a class.
 
         The values: `images`, `broken` of them, `far` of them, which are farther from the bank than `FAR` percent of the test
@@ -79,17 +79,17 @@ class Predict(Protocol):
         Raises:
             BadInput: there are no such pictures, or no labelled images to learn the classes from.
         """
-        paths = pictures(self.images)
-        classes = judged.data.classes
-        if judged.data.memory is None:
-            raise BadInput(f"{judged.data.name} has no labelled images, so there are no classes to predict.")
-        given = embed_given(paths, judged)
-        probe, temperature = self.linear.calibrated(judged)
-        probabilities = (probe(given.x) / temperature).softmax(1)
-        distance, test = distances(given.x, judged.memory), distances(judged.test.x, judged.memory)
+        paths = image_paths(self.images)
+        classes = context.data.classes
+        if context.data.memory is None:
+            raise BadInput(f"{context.data.name} has no labelled images, so there are no classes to predict.")
+        decoded = embed_user_images(paths, context)
+        probe, temperature = self.linear.calibrated(context)
+        probabilities = (probe(decoded.x) / temperature).softmax(1)
+        distance, test = distances(decoded.x, context.memory), distances(context.test.x, context.memory)
         unlike = percentiles(distance, test)
         rows, full = [], []
-        columns = (given.rows, probabilities, distance, unlike)
+        columns = (decoded.positions, probabilities, distance, unlike)
         found = {row: rest for row, *rest in zip(*(column.tolist() for column in columns), strict=True)}
         for row, path in enumerate(paths):
             shares, far, percentile = found.get(row, ((), "", ""))
@@ -104,26 +104,26 @@ class Predict(Protocol):
                     "second_probability": next_,
                     "distance": far,
                     "distance_percentile": percentile,
-                    "broken": given.broken.get(row, ""),
+                    "broken": decoded.broken.get(row, ""),
                 }
             )
             where = {"distance": far, "distance_percentile": percentile}
             full.append(
                 {"image": path, "class": name, "probabilities": {name: share for share, name in shares}, **where}
                 if shares
-                else {"image": path, "broken": given.broken[row]}
+                else {"image": path, "broken": decoded.broken[row]}
             )
-        if judged.folder is not None:
+        if context.folder is not None:
             content = {
-                "linear_probe_on": judged.data.name,
+                "linear_probe_on": context.data.name,
                 "temperature": temperature,
                 "test_images": len(test),
                 "predictions": full,
             }
-            replace(judged.folder / "predictions.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            write_atomic(context.folder / "predictions.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         count = int((unlike >= FAR).sum())
-        values = {"images": len(paths), "broken": len(given.broken), "far": count, "temperature": temperature}
-        return Verdict(
+        values = {"images": len(paths), "broken": len(decoded.broken), "far": count, "temperature": temperature}
+        return EvaluationResult(
             {name: float(value) for name, value in values.items()},
             tables={"predictions": rows},
             notes=_warning(count, len(unlike), len(test)),

@@ -1,55 +1,126 @@
-"""The contract of a protocol: one way of judging an encoder, the same in train.py and in evaluate.py.
+"""The contract of a protocol: an evaluator of encoders, the same in train.py and in evaluate.py.
 
-Shapes: M test images, C classes.
+`protocol=` is its name on the command line and in conf/. It gets an `EvaluationContext` and returns an `EvaluationResult`.
+Shapes: N bank images, M test images, F features, C classes.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from twoviews import distributed, process_group
-from twoviews.data.images import ImageData
-from twoviews.features import Judged
+from twoviews.backbones import Encoder
+from twoviews.data.images import ImageData, Images
+from twoviews.errors import BadInput
+from twoviews.features import Features, embed
+
+TableRow = dict[str, float | int | str]
+
+
+class EvaluationContext:
+    """An encoder, the images it is evaluated on, and how to compute; features are computed when first asked for.
+
+    Args:
+        encoder: in train or eval mode; protocols leave the mode as it is.
+        data: images in the size and with the channel statistics that the encoder takes.
+        device: where to compute.
+        dtype: number format of the forward pass.
+        channels_last: memory format of the images.
+        folder: where protocols put their files; None: they write none.
+        shared: all processes compute the features together, so all must ask for them; otherwise each computes alone.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        data: ImageData,
+        device: torch.device,
+        dtype: torch.dtype,
+        channels_last: bool = False,
+        folder: Path | None = None,
+        shared: bool = False,
+    ):
+        self.encoder, self.data, self.device, self.dtype = encoder, data, device, dtype
+        self.channels_last, self.folder, self.shared = channels_last, folder, shared
+
+    @cached_property
+    def memory(self) -> Features:
+        """Features and classes of the memory images: kNN votes with them, and linear classifiers learn from them."""
+        return self._labelled_features(self.data.memory)
+
+    @cached_property
+    def test(self) -> Features:
+        """Features and classes of the test images."""
+        return self._labelled_features(self.data.test)
+
+    def embed(self, images: Images, shared: bool = False) -> Float[Tensor, "N F"]:
+        """Features of images that have the size of `data`, as `twoviews.features.embed` computes them."""
+        return embed(self.encoder, images, self.data, self.device, self.dtype, self.channels_last, shared)
+
+    def split(self, name: str) -> tuple[Images, Float[Tensor, "N F"]]:
+        """The images of a split (train, memory or test) and their features; those of memory and test are kept.
+
+        Raises:
+            BadInput: the data have no such split.
+        """
+        images = getattr(self.data, name)
+        if images is None:
+            raise BadInput(f"{self.data.name} has no labelled images, so no {name} images; use train.")
+        for labelled in ("memory", "test"):
+            if images is getattr(self.data, labelled):
+                return images, getattr(self, labelled).x
+        return images, self.embed(images)
+
+    def _labelled_features(self, images: Images | None) -> Features:
+        if images is None or images.labels is None:
+            raise BadInput(
+                f"{self.data.name} has no labelled training and test images, and accuracy cannot be measured."
+            )
+        return Features(self.embed(images, self.shared), images.labels.to(self.device).long())
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a protocol finds."""
+class EvaluationResult:
+    """What a protocol measured, and what it shows beside the numbers."""
 
-    values: dict[str, float]  # numbers by name, accuracies in percent; the one named top1 is the headline
-    probabilities: Float[Tensor, "M C"] | None = None  # of the test images, in their order; None: nothing is classified
-    tables: dict[str, list[dict[str, float | int | str]]] = field(default_factory=dict)  # rows by name, equal keys
+    values: dict[str, float]  # by name, accuracies in percent; the one named top1 is the headline
+    probabilities: Float[Tensor, "M C"] | None = None  # of the test images, in their order; None: it classifies none
+    # Rows with equal keys by the name of the table; each table becomes a CSV file, see `table_file`.
+    tables: dict[str, list[TableRow]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # sentences that the user should read beside the numbers
 
 
 class Protocol:
-    """Abstract: an encoder with labelled images in, a verdict out.
+    """Abstract: evaluates an encoder.
 
-    `every_epochs` says how often training measures it in passing; 0 is at the end only.
+    `every_epochs` says after how many epochs of a training it is repeated; 0 means once, at the end.
     """
 
     every_epochs: int
-    needs_labels: bool = True  # of the data; those that do not are measured where there are none, too
-    together: bool = False  # with several processes all of them call it, and have its verdict; otherwise the first one
+    needs_labels: bool = True  # whether the images must be labelled; a training without labels leaves it out
+    together: bool = False  # with several processes: all call it and have its result; False: only the first process
 
     def notes(self, data: ImageData) -> list[str]:
-        """Sentences that the user should read before these images are judged by it."""
+        """Sentences that the user should read before these images are evaluated."""
         return []
 
-    def __call__(self, judged: Judged) -> Verdict:
-        """The verdict; the encoder and its mode are left as they were."""
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
+        """Evaluate the encoder, which is left as it was."""
         raise NotImplementedError
 
 
-def verdicts(protocols: Mapping[str, Protocol], judged: Judged) -> dict[str, Verdict]:
-    """What each finds, on process 0; the other processes share the work on the features and have an empty dictionary."""
-    if any(one.needs_labels for one in protocols.values()):
-        _ = judged.memory, judged.test  # by all, where they are shared
-    found = {name: one(judged) for name, one in protocols.items() if one.together}
+def run_protocols(protocols: Mapping[str, Protocol], context: EvaluationContext) -> dict[str, EvaluationResult]:
+    """The result of each protocol on process 0; the other processes help to compute features and get an empty dictionary."""
+    if any(protocol.needs_labels for protocol in protocols.values()):
+        _ = context.memory, context.test  # by all processes, where they are shared
+    results = {name: protocol(context) for name, protocol in protocols.items() if protocol.together}
     if distributed.rank() == 0:
-        judged.shared = False  # what the others want beside these is for this process to compute
-        found |= {name: one(judged) for name, one in protocols.items() if not one.together}
+        context.shared = False  # the other processes do not take part in what follows
+        results |= {name: protocol(context) for name, protocol in protocols.items() if not protocol.together}
     process_group.wait_for_first()
-    return found if distributed.rank() == 0 else {}
+    return results if distributed.rank() == 0 else {}

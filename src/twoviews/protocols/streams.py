@@ -17,7 +17,7 @@ from twoviews.data.images import stratified
 from twoviews.data.pixels import normalise
 from twoviews.data.views import eval_view
 from twoviews.errors import BadInput
-from twoviews.features import Judged
+from twoviews.protocols.protocol import EvaluationContext
 from twoviews.randomness import generator
 
 RESAMPLES = 1000  # of the bootstrap
@@ -42,7 +42,7 @@ class Streams:
     """The test images as they are, and under each corruption at each severity, in one random order.
 
     Args:
-        judged: whose test images.
+        context: whose test images.
         corruptions: names; None is all fifteen.
         severities: 1 to 5 each.
         images: how many of the test images, with the shares of the classes kept; None is all.
@@ -54,23 +54,23 @@ class Streams:
 
     def __init__(
         self,
-        judged: Judged,
+        context: EvaluationContext,
         corruptions: Sequence[str] | None,
         severities: Sequence[int],
         images: int | None,
         seed: int,
     ):
-        test = judged.data.test
+        test = context.data.test
         if test is None or test.labels is None:
-            raise BadInput(f"the data ({judged.data.name}) has no labelled test images to corrupt; use labelled data.")
+            raise BadInput(f"the data ({context.data.name}) has no labelled test images to corrupt; use labelled data.")
         names = list(CORRUPTIONS) if corruptions is None else list(dict.fromkeys(corruptions))
-        check(names, judged.data.channels)
+        check(names, context.data.channels)
         if not names or not severities:
             raise BadInput(
                 "there is nothing to measure: give at least one corruption and one severity, such as "
                 "corruptions=[fog] severities=[5], or corruptions=null for all fifteen."
             )
-        self.judged, self.test, self.seed = judged, test, seed
+        self.context, self.test, self.seed = context, test, seed
         labels = test.labels.cpu().long()
         index = torch.arange(len(test)) if images is None else stratified(labels, len(test), min(images, len(test)))
         # In the order of the files the classes may come one after the other, and so would the batches.
@@ -85,7 +85,7 @@ class Streams:
 
         A stream's last batch would else be a remainder of a few images, and batch norms would take statistics of it.
         """
-        data, device = self.judged.data, self.judged.device
+        data, device = self.context.data, self.context.device
         mean, std = (torch.tensor(t, dtype=torch.float32, device=device) for t in (data.mean, data.std))
         for rows in torch.arange(len(self.index)).tensor_split(math.ceil(len(self.index) / batch_size)):
             ((canvases, sizes, index),) = self.test.batches(len(rows), self.index[rows])
@@ -95,7 +95,7 @@ class Streams:
             if severity:
                 pixels = corrupt(pixels.cpu(), index, name, severity, self.seed).to(device)
             x = normalise(pixels.float() / 255, mean, std)
-            yield (x.to(memory_format=torch.channels_last) if self.judged.channels_last else x), rows
+            yield (x.to(memory_format=torch.channels_last) if self.context.channels_last else x), rows
 
     def answers(self, batch_size: int, start: Callable[[], Classify]) -> Answers:
         """Of the classifier that `start` makes anew for each stream."""

@@ -12,9 +12,11 @@ from twoviews import foreign
 from twoviews.errors import BadInput
 from twoviews.sweeps.folder import WRITERS, Point, State, Sweep
 from twoviews.sweeps.truth import look
-from twoviews.tracking import NAME, parents, send
-from twoviews.tracking.mirror import reason
-from twoviews.tracking.sending import known, unsent
+from twoviews.tracking.client import short_error
+from twoviews.tracking.metrics import METRICS_FILE
+from twoviews.tracking.parent_run import attach_parent, end_parent_run, open_parent_run, value_tags
+from twoviews.tracking.state import new_run_key
+from twoviews.tracking.upload import is_uploaded, pending_values, upload
 
 PARENT_S = 120.0  # longest wait for another launch that makes the parent run
 
@@ -35,16 +37,16 @@ def prepare(sweep: Sweep, points: Sequence[Point], tracking: Mapping[str, Any]) 
         with sweep.update() as record:
             aim = {"uri": uri, "experiment": experiment}
             if record.get("tracking") != aim:  # another store: the parent there is another run
-                record.update(tracking=aim, parent=None, parent_key=parents.new_key())
+                record.update(tracking=aim, parent=None, parent_key=new_run_key())
         key, tags = record["parent_key"], {"twoviews.sweep": sweep.name, "folder": str(sweep.folder)}
-        tags.update(command="\n".join(sweep.commands), **parents.axis_tags(record["axes"]))
+        tags.update(command="\n".join(sweep.commands), **value_tags(record["axes"]))
         with _answering():
-            parent = parents.open_parent(uri, experiment, sweep.name, key, tags)
+            parent = open_parent_run(uri, experiment, sweep.name, key, tags)
         with sweep.update() as record:
             record.update(parent=parent, parent_status="RUNNING")
     swept = {point.digest: point.axes for point in sweep.points}  # those given may have more, to be told apart
     with ThreadPoolExecutor(WRITERS) as pool:
-        list(pool.map(lambda one: parents.adopt(one.folder, uri, experiment, parent, swept[one.digest]), points))
+        list(pool.map(lambda one: attach_parent(one.folder, uri, experiment, parent, swept[one.digest]), points))
 
 
 def collect(sweep: Sweep, points: Sequence[Point]) -> int:
@@ -60,16 +62,16 @@ def collect(sweep: Sweep, points: Sequence[Point]) -> int:
     prepare(sweep, points, tracking)
     left = 0
     for point in points:
-        if not (point.folder / NAME).exists():
+        if not (point.folder / METRICS_FILE).exists():
             continue
         try:
-            send(point.folder, closed=not states[point.digest].active)
+            upload(point.folder, closed=not states[point.digest].active)
         except Exception as error:  # one folder at fault must not keep the others
-            print(f"{point.digest} {point.label}: {unsent(point.folder)} numbers left ({reason(error)})")
+            print(f"{point.digest} {point.label}: {pending_values(point.folder)} numbers left ({short_error(error)})")
             left += 1
     if status := _status([*states.values()]):
         with _answering():
-            parents.end_parent(tracking["uri"], tracking["experiment"], sweep.record["parent"], status)
+            end_parent_run(tracking["uri"], tracking["experiment"], sweep.record["parent"], status)
         with sweep.update() as record:
             record["parent_status"] = status
     return left
@@ -93,7 +95,7 @@ def owed(sweep: Sweep) -> bool:
     """Whether MLflow lacks something of a sweep that nobody works on any more; without asking it."""
     points, record = sweep.points, sweep.record
     told = record["parent"] and record.get("parent_status") == _status([*look(points).values()])
-    return not told or not all(known(point.folder) for point in points if (point.folder / NAME).exists())
+    return not told or not all(is_uploaded(point.folder) for point in points if (point.folder / METRICS_FILE).exists())
 
 
 @contextmanager
@@ -105,7 +107,7 @@ def _answering() -> Iterator[None]:
         raise
     except Exception as error:
         raise BadInput(
-            f"MLflow takes no sweep ({reason(error)}); set tracking.uri right, or use tracking=files and "
+            f"MLflow takes no sweep ({short_error(error)}); set tracking.uri right, or use tracking=files and "
             "`python -m twoviews.sweep collect` later."
         ) from error
 

@@ -27,10 +27,10 @@ from filelock import FileLock, Timeout
 
 from twoviews import foreign
 from twoviews.errors import BadInput, nearest
+from twoviews.files import write_atomic
 from twoviews.signatures import complaint
 from twoviews.sweeps.words import text
 from twoviews.tracking.metrics import read
-from twoviews.tracking.state import replace
 
 MULTIRUN = Path("multirun")
 WRITERS = 32  # points whose files are written at once: each waits for the disk some milliseconds
@@ -127,7 +127,7 @@ class Point:
 
     def write(self, state: State) -> None:
         """Replace state.json; only for the supervisor that holds `lock`."""
-        replace(self.folder / "state.json", json.dumps(asdict(state), indent=1) + "\n")
+        write_atomic(self.folder / "state.json", json.dumps(asdict(state), indent=1) + "\n")
 
     @property
     def lock(self) -> FileLock:
@@ -245,7 +245,7 @@ class Sweep:
                     "points": {},
                 }
                 yield record
-                replace(self.folder / "sweep.json", json.dumps(record, indent=1) + "\n")
+                write_atomic(self.folder / "sweep.json", json.dumps(record, indent=1) + "\n")
         except Timeout as error:
             raise BadInput(
                 f"another process has been changing {self.folder / 'sweep.json'} for {LOCK_S:g} s; try again."
@@ -333,15 +333,15 @@ class Sweep:
         description = {"digest": new.digest, "axes": dict(new.axes), "overrides": list(new.overrides), **new.more}
         text = json.dumps(description, indent=1) + "\n"
         if folder.exists():
-            replace(folder / "point.json", text)
+            write_atomic(folder / "point.json", text)
             if foreign.load(folder / "result.json").get("state") != "finished":
-                replace(folder / "config.yaml", new.config)  # with the options of the code that will go on with it
+                write_atomic(folder / "config.yaml", new.config)  # with the options of the code that will go on with it
             return
         part = self.folder / f".{new.digest}.{os.getpid()}"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
-        replace(part / "config.yaml", new.config)
-        replace(part / "point.json", text)
+        write_atomic(part / "config.yaml", new.config)
+        write_atomic(part / "point.json", text)
         part.rename(folder)
 
 

@@ -31,7 +31,7 @@ from twoviews.sweeps.folder import New, Point, State, Sweep
 from twoviews.sweeps.plan import plan
 from twoviews.sweeps.truth import look
 from twoviews.sweeps.words import counted
-from twoviews.tracking import stores
+from twoviews.tracking import uris
 
 LEFT_OUT = 5  # files that are named
 _HYDRAS = ("hydra.mode=", "hydra.launcher", "hydra/launcher=", "hydra.sweeper", "hydra/sweeper=", "hydra.sweep.dir=")
@@ -81,10 +81,10 @@ class Launch:
             raise BadInput(f"sweep.name={called} is not the name of a folder; use letters, digits and any of . _ + -")
         self.folder = Path(config.hydra.sweep.dir) / called
         tracking = OmegaConf.to_container(config.tracking, resolve=True)
-        self.tracking: dict[str, Any] = {**tracking, "uri": stores.resolved(tracking["uri"])}  # type: ignore[dict-item, index]
+        self.tracking: dict[str, Any] = {**tracking, "uri": uris.resolve(tracking["uri"])}  # type: ignore[dict-item, index]
         if self.tracking["mirror"]:
-            stores.check(self.tracking["uri"])
-        stores.remember(self.tracking["uri"])
+            uris.check_reachable(self.tracking["uri"])
+        uris.trust(self.tracking["uri"])
         self.dispatch: Dispatch = build(DictConfig(self.launcher))
         self.protocols = [*(config.get("protocol") or {})]  # whose values result.json will have
         self._composer = Composer(compose)
@@ -193,7 +193,7 @@ def again(sweep: Sweep, points: Sequence[Point]) -> None:
             "sweep with `train.py -m` and sweep.name= again, which goes on from its checkpoints with the code of this checkout."
         )
     for point in points:
-        stores.refuse_unknown(foreign.load(point.folder / "config.yaml").get("tracking", {}).get("uri"))
+        uris.refuse_untrusted(foreign.load(point.folder / "config.yaml").get("tracking", {}).get("uri"))
     build(launcher).submit(points)
 
 
@@ -244,7 +244,7 @@ def composed(composer: Composer, combinations: Sequence[Sequence[str]], swept: S
 
 def frozen(content: Mapping[str, Any]) -> dict[str, Any]:
     """A point's configuration with nothing left that depends on where and when it runs."""
-    tracking = {**content["tracking"], "uri": stores.resolved(content["tracking"]["uri"])}
+    tracking = {**content["tracking"], "uri": uris.resolve(content["tracking"]["uri"])}
     return {key: value for key, value in content.items() if key != "sweep"} | {"tracking": tracking}
 
 

@@ -27,7 +27,7 @@ from twoviews.sweeps.results import gather
 from twoviews.sweeps.slurm import Slurm
 from twoviews.sweeps.supervise import arguments
 from twoviews.sweeps.words import counted, text
-from twoviews.tracking import read
+from twoviews.tracking.metrics import read
 
 MEASURED = 3  # kinds of points that are measured; the others are taken to cost as much as the dearest of these
 ENOUGH_S, ENOUGH_LINES = 20.0, 4  # of training that is measured: the longer of the two, but not more than

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from twoviews.console import duration
+from twoviews.files import write_atomic
 from twoviews.sweeps.folder import State, Sweep
 from twoviews.sweeps.pictures import draw
 from twoviews.sweeps.results import (
@@ -25,9 +26,8 @@ from twoviews.sweeps.results import (
     label,
 )
 from twoviews.sweeps.words import counted, short_names, text, typed
-from twoviews.tracking import stores
-from twoviews.tracking.mirror import reason
-from twoviews.tracking.state import replace
+from twoviews.tracking import uris
+from twoviews.tracking.client import connect, short_error
 
 PENDING = ("QUEUED", "RUNNING", "INTERRUPTED", "PRUNED")  # of points that are not finished and have not failed either
 SHOWN_SETTINGS = 40  # rows of a table on the page; the CSV has all
@@ -50,8 +50,8 @@ def report(
     found = gather(sweep, states)
     pictures = draw(sweep.folder, found)
     page, table = sweep.folder / "report.md", sweep.folder / "report.csv"
-    replace(table, _table(found))
-    replace(page, _page(sweep, found, pictures))
+    write_atomic(table, _table(found))
+    write_atomic(page, _page(sweep, found, pictures))
     if found.best:
         names = short_names(found.axes)
         values = [f"{name} {one}" for metric, name in ACCURACIES.items() if (one := found.best.estimate(metric))]
@@ -71,7 +71,7 @@ def _deliver(sweep: Sweep, found: Results, files: Sequence[Path], say: Callable[
     run, finished = sweep.record["parent"], sum(row.finished for row in found.rows)
     try:
         tracking = sweep.record["tracking"]
-        client, _ = stores.connect(stores.resolved(tracking["uri"]), tracking["experiment"])
+        client, _ = connect(uris.resolve(tracking["uri"]), tracking["experiment"])
         for file in files:
             client.log_artifact(run, str(file), "report")
         best = {
@@ -83,7 +83,7 @@ def _deliver(sweep: Sweep, found: Results, files: Sequence[Path], say: Callable[
             for key, value in found.best.axes.items():
                 client.set_tag(run, f"best.{key}", text(value))
     except Exception as error:  # whatever is wrong with MLflow, the report is in the folder
-        say(f"MLflow does not have the report ({reason(error)}); the same command sends it again.")
+        say(f"MLflow does not have the report ({short_error(error)}); the same command sends it again.")
 
 
 # ------------------------------------------------------------------------------------------------------------- the report

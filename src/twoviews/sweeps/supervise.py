@@ -23,7 +23,7 @@ from filelock import Timeout
 from twoviews import foreign
 from twoviews.errors import BadInput
 from twoviews.sweeps.folder import Name, Point, State
-from twoviews.tracking import stores
+from twoviews.tracking import uris
 
 PREDECESSOR_S = 60.0  # a supervisor before this one may still be dying
 STALLED = 3  # starts in a row without a checkpoint after which a point is given up
@@ -66,7 +66,7 @@ def supervise(
             return state
         # What is supervised was launched by somebody, perhaps on a machine with another cache folder.
         with contextlib.suppress(BadInput):  # which the training says
-            stores.remember(foreign.load(point.folder / "config.yaml").get("tracking", {}).get("uri"))
+            uris.trust(foreign.load(point.folder / "config.yaml").get("tracking", {}).get("uri"))
         with Training(point, LOG, environment or {}) as training:
             training.wait(failing)
         verdict, reason = training.verdict(failing())

@@ -4,10 +4,10 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
+from twoviews.locks import is_locked
 from twoviews.sweeps import scheduler
 from twoviews.sweeps.folder import Point, State, Sweep
 from twoviews.sweeps.scheduler import Said
-from twoviews.tracking.state import held
 
 CANCEL_S = 60.0  # for what was cancelled to end; SLURM gives it 30 s (KillWait) unless a cluster says otherwise
 AGAIN = "the same command goes on"
@@ -94,12 +94,12 @@ def _own(point: Point, state: State) -> State:
 def _here(point: Point) -> State:
     """Of a point that this machine runs: a lock is held as long as its process lives, whatever it dies of."""
     state = point.state
-    if held(point.lock):
+    if is_locked(point.lock):
         return state if state.state == "RUNNING" else replace(state, state="RUNNING", reason="")
     state = point.state  # written since, perhaps
     if not state.active and state.submitted >= point.submitted:
         return state
-    if held(Sweep(point.folder.parent).launching):
+    if is_locked(Sweep(point.folder.parent).launching):
         return replace(state, state="QUEUED", reason="")
     if state.submitted >= point.submitted and state.state == "RUNNING":
         return replace(state, state="LOST", reason=f"its supervisor was killed; {AGAIN}")

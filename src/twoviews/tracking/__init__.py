@@ -1,23 +1,5 @@
-"""What a run measures: kept in its folder first, mirrored into MLflow second.
+"""Metrics of a run: recorded in the run folder first, sent to MLflow second.
 
-`Metrics` writes metrics.jsonl, which is the truth and works without MLflow. Everything the mirror needs lies in the
-run folder, so one function, `send`, serves the thread beside the training (`Mirror`) and
-`python -m twoviews.tracking sync` alike.
+`Metrics` writes metrics.jsonl, which is complete without MLflow. Everything that MLflow gets is in the run folder, so one
+function, `upload`, serves the mirror of a training and `python -m twoviews.tracking sync` alike.
 """
-
-from twoviews.tracking.metrics import NAME, Metrics, lock_for_training, read
-from twoviews.tracking.mirror import Mirror, Tracking, is_child, page, run_id
-from twoviews.tracking.sending import send
-
-__all__ = [
-    "NAME",
-    "Metrics",
-    "Mirror",
-    "Tracking",
-    "is_child",
-    "lock_for_training",
-    "page",
-    "read",
-    "run_id",
-    "send",
-]

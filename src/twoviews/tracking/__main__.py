@@ -1,4 +1,4 @@
-"""`python -m twoviews.tracking`: send run folders to MLflow later, or again; serve MLflow to many machines."""
+"""`python -m twoviews.tracking`: send run folders to MLflow later, or again; run an MLflow server for many machines."""
 
 import argparse
 import sys
@@ -6,33 +6,33 @@ from pathlib import Path
 
 from twoviews import foreign
 from twoviews.errors import BadInput, system_reason
-from twoviews.tracking import stores
-from twoviews.tracking.metrics import NAME
-from twoviews.tracking.mirror import kept
-from twoviews.tracking.sending import aim, send, unsent
-from twoviews.tracking.state import State, is_written
+from twoviews.locks import is_training
+from twoviews.tracking import uris
+from twoviews.tracking.client import logged_error
+from twoviews.tracking.metrics import METRICS_FILE
+from twoviews.tracking.state import UploadState, run_id, set_target
+from twoviews.tracking.upload import pending_values, upload
 
 DEFAULT_FOLDERS = ("outputs", "multirun")
+DONE, PENDING, BAD_INPUT = 0, 1, 2
+EXIT_CODES = "Exit code: 0 everything is in MLflow, 1 something is left, 2 bad input."
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0 everything is in MLflow, 1 something is left, 2 bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m twoviews.tracking",
-        epilog="Exit code: 0 everything is in MLflow, 1 something is left, 2 bad input.",
-    )
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m twoviews.tracking", epilog=EXIT_CODES)
     commands = parser.add_subparsers(required=True, metavar="sync or serve")
     sync = commands.add_parser(
         "sync",
         help="send what MLflow does not have",
         description="Send run folders to MLflow: runs trained with tracking=files, runs whose server was away, runs "
-        "that were killed. It can be repeated: nothing is sent twice. A run that is still training gets what its "
-        "last checkpoint keeps.",
+        "that were killed. It can be repeated: nothing is sent twice. Of a run that is still training, what its last "
+        "checkpoint keeps is sent.",
     )
     sync.add_argument("folders", nargs="*", type=Path, metavar="folder", help="default: all in outputs/ and multirun/")
-    sync.add_argument("--uri", help="MLflow's store; default: the run's own tracking.uri")
+    sync.add_argument("--uri", help="MLflow's tracking URI; default: the run's own tracking.uri")
     sync.add_argument("--experiment", help="MLflow's experiment; default: the run's own tracking.experiment")
-    sync.set_defaults(action=_sync)
+    sync.set_defaults(command=_sync)
     serve = commands.add_parser(
         "serve",
         help="an MLflow server on PostgreSQL",
@@ -42,69 +42,69 @@ def main(arguments: list[str] | None = None) -> int:
     serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for other machines, in a network that is trusted")
     serve.add_argument("--port", type=int, default=5000)
     serve.add_argument("--workers", type=int, default=2, help="processes of the server")
-    serve.set_defaults(action=_serve)
-    given = parser.parse_args(arguments)
+    serve.set_defaults(command=_serve)
+    options = parser.parse_args(arguments)
     try:
-        return given.action(given)
+        return options.command(options)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     except OSError as error:
         if error.errno is None:
             raise
         print(f"error: {error.filename or 'a file'} cannot be used ({system_reason(error)}).", file=sys.stderr)
-        return 2
+        return BAD_INPUT
 
 
-def _sync(given: argparse.Namespace) -> int:
-    stores.installed()
-    if given.uri:
-        stores.check(given.uri)
-    return max(sync_one(folder, given.uri, given.experiment) for folder in _folders(given.folders))
+def _sync(options: argparse.Namespace) -> int:
+    uris.require_mlflow()
+    if options.uri:
+        uris.check_reachable(options.uri)
+    return max(sync_folder(folder, options.uri, options.experiment) for folder in _folders(options.folders))
 
 
-def _serve(given: argparse.Namespace) -> int:
+def _serve(options: argparse.Namespace) -> int:
     from twoviews.tracking.server import serve
 
-    return serve(given.folder, given.host, given.port, given.workers)
+    return serve(options.folder, options.host, options.port, options.workers)
 
 
-def sync_one(folder: Path, uri: str | None, experiment: str | None) -> int:
-    """Send one folder and print a line about it; 0 if everything is in MLflow now, 1 if not, 2 if it cannot be."""
+def sync_folder(folder: Path, uri: str | None, experiment: str | None) -> int:
+    """Send one run folder and print a line about it; returns the exit code."""
     try:
-        state = State.load(folder)
+        state = UploadState.load(folder)
         if uri is None:
-            stores.refuse_unknown(state.uri)
-        aim(folder, uri or state.uri, experiment or state.experiment)
-        running = is_written(folder)
-        sent = send(folder, closed=not running)
+            uris.refuse_untrusted(state.uri)
+        set_target(folder, uri or state.uri, experiment or state.experiment)
+        training = is_training(folder)
+        sent = upload(folder, closed=not training)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:  # one folder or store at fault must not keep the others
+        return BAD_INPUT
+    except Exception as error:  # a fault of one folder or of the server must not keep the other folders from being sent
         if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
-            print(
-                f"error: {folder} cannot be sent: {error.filename or 'a file'}: {system_reason(error)}.",
-                file=sys.stderr,
-            )
-            return 2
-        print(f"{folder}: {unsent(folder)} points left ({kept(folder, error)})")
-        return 1
-    left = unsent(folder)
-    later = f", still training: {left} points follow with its next checkpoints" if running and left else ""
-    print(f"{folder}: run {State.load(folder).run_id}, {sent} points sent{later}")
-    return 1 if left and running else 0
+            reason = f"{error.filename or 'a file'}: {system_reason(error)}"
+            print(f"error: {folder} cannot be sent: {reason}.", file=sys.stderr)
+            return BAD_INPUT
+        print(f"{folder}: {pending_values(folder)} values left ({logged_error(error, folder)})")
+        return PENDING
+    pending = pending_values(folder)
+    later = f", still training: {pending} values follow with its next checkpoints" if training and pending else ""
+    print(f"{folder}: run {run_id(folder)}, {sent} values sent{later}")
+    return PENDING if training and pending else DONE
 
 
-def _folders(given: list[Path]) -> list[Path]:
-    for folder in given:
+def _folders(named: list[Path]) -> list[Path]:
+    for folder in named:
         foreign.refuse_links(folder)
-        if not (folder / NAME).is_file():
-            raise BadInput(f"{folder} is not a run folder (it has no {NAME}); name one, or none for all in outputs/.")
-    found = given or sorted(path.parent for name in DEFAULT_FOLDERS for path in Path(name).rglob(NAME))
-    if not found:
+        if not (folder / METRICS_FILE).is_file():
+            raise BadInput(
+                f"{folder} is not a run folder (it has no {METRICS_FILE}); name one, or none for all in outputs/."
+            )
+    folders = named or sorted(path.parent for name in DEFAULT_FOLDERS for path in Path(name).rglob(METRICS_FILE))
+    if not folders:
         raise BadInput(f"there is no run below {Path.cwd()}/outputs or multirun; name a run folder.")
-    return found
+    return folders
 
 
 if __name__ == "__main__":

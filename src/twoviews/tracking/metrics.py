@@ -1,7 +1,10 @@
 """metrics.jsonl, the record of a run: one JSON object a line with `step`, `epoch`, `time` (unix s) and numbers by name.
 
-JSON has no number for NaN and the infinities, so they stand as the strings "NaN", "Infinity" and "-Infinity", which
+JSON has no number for NaN and the infinities, so they are written as the strings "NaN", "Infinity" and "-Infinity", which
 `float` reads back and every JSON parser accepts.
+
+`metrics.durable` holds the size that metrics.jsonl had at the last checkpoint. A mirror sends no more than that, because an
+interrupted run goes on from there and writes the lines behind it again.
 """
 
 import json
@@ -13,29 +16,30 @@ from pathlib import Path
 
 from twoviews import foreign
 from twoviews.errors import BadInput
-from twoviews.tracking.state import FolderLock, State, durable_bytes, evaluation_lock, mirroring, replace, writer_lock
+from twoviews.files import write_atomic
+from twoviews.locks import FolderLock, lock_for_training
+from twoviews.tracking.state import rewind
 
-NAME = "metrics.jsonl"
-HEAD = ("step", "epoch", "time")  # of each line; everything else in it is a measured number
-LONGEST = 2**20  # bytes of a line
-PATIENCE_S = 15.0  # a process that was killed may take a while to be gone, and `sync` looks at the lock for a moment
+METRICS_FILE = "metrics.jsonl"
+DURABLE_FILE = "metrics.durable"
+POSITION_KEYS = ("step", "epoch", "time")  # in every line; all other keys are names of measured values
+MAX_LINE_BYTES = 2**20
+FLUSH_SECONDS = 1.0
 
 _encode = json.JSONEncoder(allow_nan=False).encode
 
 
 class Metrics:
-    """The only writer of metrics.jsonl in `folder`, on the thread that trains.
+    """The only writer of metrics.jsonl, used by the training thread; `commit` is called by the one that writes checkpoints.
 
-    `commit` is called by the thread that writes checkpoints.
-
-    Opening it means that the run goes on: the result.json of an earlier stretch is removed, and lines after
-    `kept_bytes`, which come from steps that will be computed again, are cut off. Their time stamps are remembered, so
-    that a point computed again is the same point, not a second one.
+    Opening it continues the run: the result.json of an earlier part is removed, and lines after `kept_bytes`, whose steps
+    will be computed again, are cut off. Their time stamps are kept, so that a value that is computed again is the same
+    value to MLflow, not a second one.
 
     Args:
         folder: the run folder; it exists.
-        kept_bytes: what `mark` returned for the checkpoint that is resumed; 0 for a new run.
-        say: where a sentence for the user goes.
+        kept_bytes: what `flush` returned for the checkpoint that is resumed; 0 for a new run.
+        say: prints a sentence for the user.
         lock: from `lock_for_training`, where it is held already.
 
     Raises:
@@ -45,20 +49,20 @@ class Metrics:
     def __init__(
         self, folder: Path, kept_bytes: int = 0, say: Callable[[str], None] = print, lock: FolderLock | None = None
     ):
-        self._folder, self._path = folder, folder / NAME
+        self._folder, self._path = folder, folder / METRICS_FILE
         foreign.refuse_links(folder)
         self._lock = lock or lock_for_training(folder)
         self._path.touch()
-        whole = self._path.stat().st_size
-        if kept_bytes > whole:
-            say(f"{self._path} has {whole} bytes but had {kept_bytes} at the checkpoint: the points between are lost.")
+        size = self._path.stat().st_size
+        if kept_bytes > size:
+            say(f"{self._path} has {size} bytes but had {kept_bytes} at the checkpoint: the lines between are lost.")
             kept_bytes = max((end for end, _ in lines(self._path)), default=0)
         self._times = self._cut(kept_bytes)
         self._file = self._path.open("ab", buffering=1 << 16)
-        self._flushed = 0.0
+        self._flushed_at = 0.0
 
     def log(self, step: int, epoch: float | int, values: Mapping[str, float | int]) -> None:
-        """Add one line; it reaches the file within about a second of the next call, and the disk at `mark`.
+        """Append one line; the system gets it within about a second of the next call, the disk at `flush`.
 
         Raises:
             OSError: the disk is full.
@@ -72,109 +76,120 @@ class Metrics:
         except ValueError:
             text = _encode({key: value if math.isfinite(value) else _spelt(value) for key, value in line.items()})
         self._file.write(text.encode() + b"\n")
-        if now - self._flushed > 1:
+        if now - self._flushed_at > FLUSH_SECONDS:
             self._file.flush()
-            self._flushed = now
+            self._flushed_at = now
 
-    def mark(self) -> int:
-        """Size of the file in bytes, all of it on the disk: what a checkpoint written now keeps."""
+    def flush(self) -> int:
+        """Write everything to the disk; returns the size of the file in bytes, which a checkpoint written now keeps."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def commit(self, size: int) -> None:
-        """The checkpoint that holds `size` (from `mark`) is on the disk, so the mirror may send up to there."""
-        replace(self._folder / "metrics.durable", str(size))
+        """Record that the checkpoint that keeps `size` bytes (from `flush`) is on the disk."""
+        write_atomic(self._folder / DURABLE_FILE, str(size))
 
     def close(self) -> None:
-        """Write what is buffered and let others train into the folder; call it after `Mirror.close`."""
+        """Flush and release the training lock; call it after `Mirror.close`."""
         try:
             self._file.close()
         finally:
             self._lock.release()
 
     def _cut(self, kept_bytes: int) -> dict[tuple[int, str], float]:
-        """The first time stamps, by step and name, of the points after `kept_bytes`, which are cut off."""
-        times = {}
-        with mirroring(self._folder):
-            state = State.load(self._folder)
-            for end, line in lines(self._path, kept_bytes):
-                names = [name for name in line if name not in HEAD]
-                times.update(((line["step"], name), line["time"]) for name in names)
-                if end <= state.sent_bytes:
-                    state.already.setdefault(str(line["step"]), []).extend(names)
-            # In this order a crash in between is repeated, not half done.
-            if state.sent_bytes > kept_bytes:
-                state.sent_bytes = kept_bytes
-                state.save(self._folder)
+        """Cut off the lines after `kept_bytes`; returns their time stamps by step and name."""
+        times: dict[tuple[int, str], float] = {}
+        removed: list[tuple[int, int, list[str]]] = []
+        for end, line in lines(self._path, kept_bytes):
+            names = [name for name in line if name not in POSITION_KEYS]
+            times.update(((line["step"], name), line["time"]) for name in names)
+            removed.append((end, line["step"], names))
+        with rewind(self._folder, kept_bytes, removed):
             self.commit(kept_bytes)
             os.truncate(self._path, kept_bytes)
             (self._folder / "result.json").unlink(missing_ok=True)
         return times
 
 
-def lock_for_training(folder: Path) -> FolderLock:
-    """The writer's lock, held; waits for a process that is about to end, as after a requeue.
+def log_metrics(folder: Path, values: Mapping[str, float]) -> None:
+    """Append values measured after the training, such as an evaluation's, as a line at the run's last step.
 
-    Raises:
-        BadInput: another process uses `folder`.
+    The caller holds the evaluation lock. Values that are not finite, and those that are the last recorded ones already, are
+    left out. An interrupted run that goes on cuts the line off again, like everything after its last checkpoint.
     """
-    lock, evaluation = writer_lock(folder), evaluation_lock(folder)
-    if not lock.acquire(PATIENCE_S):
-        raise BadInput(
-            f"another process is training into {folder}; wait for its end, or name another folder: hydra.run.dir=..."
-        )
-    if not evaluation.acquire(PATIENCE_S):
-        lock.release()
-        raise BadInput(
-            f"evaluate.py or cluster.py is working on {folder}; wait for its end, or name another folder: hydra.run.dir=..."
-        )
-    evaluation.remove()  # another evaluation sees that the folder is trained into
-    return lock
+    position, last = {"step": 0, "epoch": 0}, {}
+    for line in read(folder):
+        position = {key: line[key] for key in position}
+        last.update({name: (line["step"], value) for name, value in line.items()})
+    new = {
+        name: value
+        for name, value in values.items()
+        if math.isfinite(value) and last.get(name) != (position["step"], value)
+    }
+    if not new:
+        return
+    path = folder / METRICS_FILE
+    size = max((end for end, _ in lines(path)), default=0)
+    with path.open("r+b" if path.exists() else "w+b") as file:
+        file.truncate(size)  # a line that a crash left incomplete
+        file.seek(size)
+        file.write(json.dumps({**position, "time": round(time.time(), 3), **new}).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read(folder: Path) -> Iterator[dict[str, float]]:
-    """The lines of metrics.jsonl in `folder`, numbers as numbers: {"step", "epoch", "time", name: value, ...}.
+    """The lines of metrics.jsonl in `folder`, as {"step", "epoch", "time", name: value, ...}.
 
-    Each line has the names measured together, so seldom all; none where the file does not exist.
+    A line has the values that were measured together, seldom all there are; there are none where the file does not exist.
     """
-    for _, line in lines(folder / NAME):
+    for _, line in lines(folder / METRICS_FILE):
         yield {key: value if key == "step" else float(value) for key, value in line.items()}
 
 
 def lines(path: Path, start: int = 0) -> Iterator[tuple[int, dict]]:
-    """(byte after it, line) of each whole line from byte `start` on, as far as no crash tore the file.
+    """(byte behind it, content) of each whole line from byte `start` on; ends at a line that a crash left incomplete.
 
     Raises:
-        BadInput: it is no file, or a line is damaged that was on the disk before the last checkpoint was.
+        BadInput: it is not a file, or a line is damaged that was on the disk before the last checkpoint was.
     """
     if not path.exists():
         return
     if not path.is_file():
-        raise BadInput(f"{path} is no regular file, and none that a run wrote; put the file back that the run wrote.")
+        raise BadInput(f"{path} is not a regular file that a run wrote; put the file back that the run wrote.")
     with path.open("rb") as file:
         file.seek(start)
-        while text := file.readline(LONGEST):
-            if (line := _line(text)) is None:
+        while text := file.readline(MAX_LINE_BYTES):
+            if (line := _parsed(text)) is None:
                 if start < durable_bytes(path.parent):
                     raise BadInput(
-                        f"{path} is damaged at byte {start:,}: {foreign.short(text.decode(errors='replace'))!r} is no line of "
-                        "numbers; put the file back that the run wrote, or start over with fresh=true."
+                        f"{path} is damaged at byte {start:,}: {foreign.short(text.decode(errors='replace'))!r} is not a line "
+                        "of numbers; put the file back that the run wrote, or start over with fresh=true."
                     )
                 return
             start += len(text)
             yield start, line
 
 
-def _line(text: bytes) -> dict | None:
-    """A line of metrics.jsonl; None if it is none."""
+def durable_bytes(folder: Path) -> int:
+    """Size in bytes of the part of metrics.jsonl that the last checkpoint keeps; 0 before the first."""
+    path = folder / DURABLE_FILE
+    try:
+        return int(path.read_text()) if path.exists() else 0
+    except (OSError, ValueError) as error:
+        raise foreign.damaged(path, error) from None
+
+
+def _parsed(text: bytes) -> dict | None:
+    """A line of metrics.jsonl; None if it is not one."""
     try:
         line = json.loads(text)
         [float(value) for value in line.values()]
     except (AttributeError, RecursionError, TypeError, ValueError):
         return None
-    whole = text.endswith(b"\n") and line.keys() >= set(HEAD) and type(line["step"]) is int
-    return line if whole else None
+    complete = text.endswith(b"\n") and line.keys() >= set(POSITION_KEYS) and type(line["step"]) is int
+    return line if complete else None
 
 
 def _spelt(value: float) -> str:

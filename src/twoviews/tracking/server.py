@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 from twoviews.errors import BadInput
-from twoviews.tracking.stores import installed, prepare_environment
+from twoviews.tracking.client import prepare_environment
+from twoviews.tracking.uris import require_mlflow
 
 DATABASE_S = 60.0  # for PostgreSQL to answer
 # To the database, of each worker of the server: more than it answers requests at once. With the 15 it has otherwise,
@@ -37,7 +38,7 @@ def serve(folder: Path, host: str, port: int, workers: int) -> int:
     Raises:
         BadInput: there is no MLflow, no PostgreSQL or no driver for it, or the database does not start.
     """
-    installed()
+    require_mlflow()
     prepare_environment()
     programs, folder = _programs(), folder.absolute()
     try:

@@ -1,0 +1,279 @@
+"""Sends a run folder to MLflow: parameters, tags, metrics, artifacts and status.
+
+Only MLflow's client is used, never its fluent interface, and every call can be repeated: MLflow drops a value that it has
+(same name, step, time stamp and value), sets a tag or an artifact again, and the run is found by a key of ours.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+from twoviews import foreign
+from twoviews.errors import BadInput
+from twoviews.files import write_atomic
+from twoviews.locks import locked_for_upload
+from twoviews.tracking.client import (
+    MAX_DATASET_DIGEST_LENGTH,
+    MAX_KEY_LENGTH,
+    MAX_PARAM_LENGTH,
+    MAX_PARAMS_PER_CALL,
+    MAX_TAG_LENGTH,
+    MAX_VALUES_PER_CALL,
+    connect,
+    get_or_create_run,
+    mlflow_key,
+    runs_with_key,
+    shortened,
+)
+from twoviews.tracking.metrics import METRICS_FILE, POSITION_KEYS, durable_bytes, lines
+from twoviews.tracking.state import UploadState, new_run_key
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+DESCRIPTION_FILES = (
+    "config.yaml",
+    "environment.json",
+    "data.json",
+    "commit.txt",
+)  # parameters and tags come from these
+ARTIFACT_FILES = (*DESCRIPTION_FILES, "diff.patch", "encoder.json", "result.json")
+ARTIFACT_PATTERNS = ("*.png", "clusters*.json", "clusters*.npz", "evaluation/**/*.*")
+MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # by "state" of result.json
+
+
+def upload(folder: Path, closed: bool) -> int:
+    """Bring MLflow up to date with `folder`; returns the number of values sent. Uses no network if nothing is new.
+
+    Args:
+        folder: the run folder.
+        closed: nobody trains the run: all lines are sent, and the run gets the status in result.json, or KILLED without
+            one. Otherwise only what the last checkpoint keeps is sent.
+
+    Raises:
+        BadInput: the run or its experiment was deleted in MLflow, or a file of the folder is not one that a run wrote.
+        MlflowException, OSError: MLflow does not answer or refuses; what was sent until then is recorded.
+    """
+    foreign.refuse_links(folder)
+    with locked_for_upload(folder):
+        state = UploadState.load(folder)
+        limit = None if closed else durable_bytes(folder)
+        if _is_current(folder, state, closed, limit):
+            return 0
+        status = _status(folder, closed)
+        client, experiment_id = connect(state.tracking_uri, state.experiment)
+        run = _open_run(client, experiment_id, folder, state)
+        _write_run_id(folder, run.info.run_id)
+        changed = _changed_artifacts(folder, state)
+        _check_artifact_folder(run)
+        if changed.keys() & set(DESCRIPTION_FILES):
+            _describe(client, run, folder)
+        sent = _send_values(client, run.info.run_id, folder, state, limit)
+        if status != state.status:
+            _send_status(client, run.info.run_id, folder, state, status)
+        for name, stamp in changed.items():
+            subfolder = str(Path(name).parent)
+            client.log_artifact(run.info.run_id, str(folder / name), None if subfolder == "." else subfolder)
+            state.files[name] = stamp
+            state.save(folder)
+        return sent
+
+
+def is_uploaded(folder: Path) -> bool:
+    """Whether MLflow has all of a run that nobody trains any more, its status included; without asking MLflow."""
+    return _is_current(folder, UploadState.load(folder), closed=True, limit=None)
+
+
+def pending_values(folder: Path) -> int:
+    """Number of values in metrics.jsonl that MLflow does not have."""
+    state = UploadState.load(folder)
+    return sum(len(line) - len(POSITION_KEYS) for _, line in lines(folder / METRICS_FILE, state.sent_bytes))
+
+
+def _is_current(folder: Path, state: UploadState, closed: bool, limit: int | None) -> bool:
+    end = next((end for end, _ in lines(folder / METRICS_FILE, state.sent_bytes)), None)
+    pending = end is not None and (limit is None or end <= limit)
+    has_status = bool(state.run_id) and state.status == _status(folder, closed)
+    return has_status and not pending and not _changed_artifacts(folder, state)
+
+
+# -------------------------------------------------------------------------------------------------------------------- run
+
+
+def _open_run(client: "MlflowClient", experiment_id: str, folder: Path, state: UploadState) -> "Run":
+    """The run in MLflow, made once however often this is interrupted."""
+    from mlflow.exceptions import MlflowException
+
+    if state.run_id:
+        try:
+            run = client.get_run(state.run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            state.forget_run()  # the database was replaced by another
+        else:
+            if run.info.lifecycle_stage == "active":
+                return _with_tags(client, run, state)
+            raise BadInput(
+                f"run {state.run_id} was deleted in MLflow; restore it with `mlflow runs restore --run-id "
+                f"{state.run_id}`, or delete {folder / 'tracking.json'} to send it as a new one"
+            )
+    state.run_key = state.run_key or new_run_key()
+    state.save(folder)
+    first = next((line["time"] for _, line in lines(folder / METRICS_FILE)), time.time())
+    tags = {"mlflow.user": os.environ.get("USER", "unknown"), **state.tags}
+    name = shortened(folder.resolve().name, MAX_KEY_LENGTH)
+    run = get_or_create_run(
+        client, experiment_id, state.run_key, tags=tags, run_name=name, start_time=int(first * 1000)
+    )
+    state.run_id, state.experiment_id, state.status = run.info.run_id, experiment_id, run.info.status
+    state.save(folder)
+    return _with_tags(client, run, state)
+
+
+def _with_tags(client: "MlflowClient", run: "Run", state: UploadState) -> "Run":
+    """The run with the tags of the state, which it may have got after it was made, as a run of a sweep."""
+    for key, value in state.tags.items():
+        if run.data.tags.get(key) != value:
+            client.set_tag(run.info.run_id, key, value)
+    return run
+
+
+def _write_run_id(folder: Path, run_id: str) -> None:
+    """Add the id to result.json, which may be older than MLflow's answer; its mtime remains that of the run's end."""
+    path = folder / "result.json"
+    result = foreign.load(path)
+    if result and result.get("mlflow_run_id") != run_id:
+        stat = path.stat()
+        write_atomic(path, json.dumps({**result, "mlflow_run_id": run_id}, indent=2) + "\n")
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def _check_artifact_folder(run: "Run") -> None:
+    """Refuse a database from elsewhere that would have artifacts written into a folder that is not the run's."""
+    place = urlsplit(run.info.artifact_uri or "")
+    path = Path(unquote(place.path)).resolve()
+    if place.scheme in ("", "file") and path.parts[-2:] != (run.info.run_id, "artifacts"):
+        raise BadInput(
+            f"MLflow names {path} for the files of run {run.info.run_id}, which is not a folder of that run; name another "
+            "database with `python -m twoviews.tracking sync --uri`."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------- content
+
+
+def _describe(client: "MlflowClient", run: "Run", folder: Path) -> None:
+    """Send parameters, tags and data set. MLflow never changes a parameter: a new value becomes the tag changed.<key>."""
+    from mlflow.entities import Dataset, DatasetInput, Param, RunTag
+
+    config, data, environment = (
+        foreign.load(folder / name) for name in ("config.yaml", "data.json", "environment.json")
+    )
+    params, known = dict(_flat(config)), run.data.params
+    tags = {
+        "folder": str(folder.resolve()),
+        "host": environment.get("host", platform.node()),
+        "method": config.get("method", {}).get("_target_", "").rpartition(".")[0].rpartition(".")[2],
+        "data": data.get("name", ""),
+        "data.digest": data.get("digest", ""),
+        "mlflow.source.name": "train.py",
+        "mlflow.source.git.commit": _text(folder / "commit.txt"),
+    }
+    for key, value in params.items():
+        if known.get(key, value) != value or f"changed.{key}" in run.data.tags:
+            tags[f"changed.{key}"] = value
+    new = [Param(key, value) for key, value in params.items() if key not in known]
+    for start in range(0, len(new), MAX_PARAMS_PER_CALL):
+        client.log_batch(run.info.run_id, params=new[start : start + MAX_PARAMS_PER_CALL], synchronous=True)
+    filled = [
+        RunTag(shortened(key, MAX_KEY_LENGTH), shortened(str(value), MAX_TAG_LENGTH))
+        for key, value in tags.items()
+        if value
+    ]
+    for start in range(0, len(filled), MAX_PARAMS_PER_CALL):
+        client.log_batch(run.info.run_id, tags=filled[start : start + MAX_PARAMS_PER_CALL], synchronous=True)
+    if data.get("name") and data.get("digest"):
+        digest = str(data["digest"])[:MAX_DATASET_DIGEST_LENGTH]
+        dataset = Dataset(data["name"], digest, source_type="local", source=json.dumps({"name": data["name"]}))
+        client.log_inputs(run.info.run_id, [DatasetInput(dataset, [])])
+
+
+def _send_values(client: "MlflowClient", run_id: str, folder: Path, state: UploadState, limit: int | None) -> int:
+    """Send the lines that end at byte `limit` or before; the number of values sent."""
+    from mlflow.entities import Metric
+
+    sent, batch = 0, []
+
+    def flush() -> None:
+        if batch:
+            client.log_batch(run_id, metrics=batch, synchronous=True)
+        state.save(folder)
+
+    for end, line in lines(folder / METRICS_FILE, state.sent_bytes):
+        if limit is not None and end > limit:
+            break
+        step, stamp, already = line["step"], round(line["time"] * 1000), state.already.get(str(line["step"]), [])
+        names = [name for name in line if name not in POSITION_KEYS and name not in already]
+        if len(batch) + len(names) + 1 > MAX_VALUES_PER_CALL:
+            flush()
+            batch = []
+        # NaN is stored as NaN, an infinity as the largest double: MLflow's own rule.
+        batch.extend(Metric(name, float(line[name]), stamp, step) for name in names)
+        sent += len(names)
+        state.sent_bytes = end
+        if already:
+            state.already[str(step)] = [name for name in already if name not in line]
+    flush()
+    return sent
+
+
+def _send_status(client: "MlflowClient", run_id: str, folder: Path, state: UploadState, status: str) -> None:
+    if state.experiment_id and state.run_key:
+        for run in runs_with_key(client, state.experiment_id, state.run_key):
+            if run.info.run_id != run_id:  # a slow server made it after all
+                client.delete_run(run.info.run_id)
+    if status == "RUNNING":
+        client.update_run(run_id, status=status)
+    else:
+        last = next((path for name in ("result.json", METRICS_FILE) if (path := folder / name).exists()), None)
+        ended = last.stat().st_mtime if last else time.time()
+        client.set_terminated(run_id, status, end_time=int(ended * 1000))
+    state.status = status
+    state.save(folder)
+
+
+def _status(folder: Path, closed: bool) -> str:
+    return MLFLOW_STATUS.get(foreign.load(folder / "result.json").get("state", ""), "KILLED") if closed else "RUNNING"
+
+
+def _changed_artifacts(folder: Path, state: UploadState) -> dict[str, list[int]]:
+    """[mtime in ns, bytes] by name of the artifacts of which MLflow does not have the present version."""
+    matching = sorted(path for pattern in ARTIFACT_PATTERNS for path in folder.glob(pattern) if path.is_file())
+    stamps = {}
+    for path in [*(folder / name for name in ARTIFACT_FILES), *matching]:
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.stat()
+            stamps[path.relative_to(folder).as_posix()] = [stat.st_mtime_ns, stat.st_size]
+    return {name: stamp for name, stamp in stamps.items() if state.files.get(name) != stamp}
+
+
+def _flat(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, value as on the command line) of every leaf, shortened to MLflow's limits."""
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            yield shortened(mlflow_key(f"{prefix}{key}"), MAX_KEY_LENGTH), shortened(text, MAX_PARAM_LENGTH)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace").strip() if path.is_file() else ""
