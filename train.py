@@ -9,21 +9,22 @@ from twoviews.config.entry import entry
 @entry("train")
 def main(cfg, folder: Path) -> int:
     """Configuration to parts, parts to the loop, results to the folder; returns the exit code."""
-    from twoviews import distributed
+    from twoviews import distributed, process_group
     from twoviews.recording import Recording, show_if_finished
 
     if show_if_finished(cfg, folder):
         return 0
 
-    from twoviews.assembly import check_parts, load_data, make_parts, make_views, plan
+    from twoviews.assembly import check_parts, load_data, make_parts, make_views
     from twoviews.batch_size import find_batch
     from twoviews.console import Console
     from twoviews.loop import Training
     from twoviews.monitoring import NotFinite
     from twoviews.pictures import draw_views
-    from twoviews.runtime import StopSignal
+    from twoviews.run_summary import plan
+    from twoviews.stop_signal import StopSignal
 
-    with StopSignal() as stop, distributed.group(runtime := build(cfg.runtime)) as device:
+    with StopSignal() as stop, process_group.group((runtime := build(cfg.runtime)).torch_device()) as device:
         check_parts(cfg, runtime, device)
         if cfg.find_batch:
             return find_batch(cfg, device, folder)

@@ -30,9 +30,9 @@ from recording import record, seconds
 from torch.utils.data import DataLoader
 from views import JITTER, MEAN, STD
 
-from twoviews.data.files import decode
 from twoviews.data.images import ImageData
 from twoviews.data.loader import Loader
+from twoviews.data.picture_files import decode
 from twoviews.data.sources import array, folder
 from twoviews.data.views import Views
 

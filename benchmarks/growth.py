@@ -28,7 +28,7 @@ from recording import record
 from torch import distributed as dist
 from torch import multiprocessing
 
-from twoviews import distributed
+from twoviews import process_group
 from twoviews.assembly import load_data, make_parts, make_views
 from twoviews.clusters.kmeans import kmeans
 from twoviews.config.building import build
@@ -198,7 +198,7 @@ def one_of(rank: int, count: int, port: int, rounds: int, path: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     times, before = [], status("VmRSS")
-    with distributed.group(CPU):
+    with process_group.group(CPU.torch_device()):
         steps = training([*MOCO, "batch_size=128"])
         steps()
         for _ in range(rounds):

@@ -6,7 +6,7 @@
 Activations of a ResNet-18 for CIFAR with 512 images, bf16 in channels_last: batch norm and ReLU, with a residual between
 them and without. All is timed in CUDA graphs, over so many tensors in turn that none of them is still in the L2 cache.
 A copy of one activation is timed as well: launches cost what it is slower than a large one.
-`--tune` tries other sizes of blocks for each pass and says which are best (`BLOCKS` of fused_norm.py).
+`--tune` tries other sizes of blocks for each pass and says which are best (`BLOCKS` of fused_norm_triton.py).
 """
 
 import argparse
@@ -21,10 +21,11 @@ import torch
 from recording import record, run
 from torch import Tensor, nn
 
-from twoviews import fused_norm
+from twoviews import fused_norm, fused_norm_triton
+from twoviews.batch_norms import SplitBatchNorm
 from twoviews.errors import BadInput
-from twoviews.fused_norm import Blocks, batch_norm_act
-from twoviews.layers import SplitBatchNorm
+from twoviews.fused_norm import batch_norm_act
+from twoviews.fused_norm_triton import Blocks
 
 SHAPES = [(512, 64, 32, 32), (512, 128, 16, 16), (512, 256, 8, 8), (512, 512, 4, 4)]
 SPLITS = [1, 8]
@@ -85,17 +86,17 @@ class Case:
 
     def calls(self) -> dict[str, list[Call]]:
         """What forward and backward of all activations launch, by kernel."""
-        launch, found = fused_norm._launch, {}
+        launch, found = fused_norm_triton.launch, {}
 
         def note(kernel: str, *arguments: Any, **constants: Any) -> None:
             launch(kernel, *arguments, **constants)
             found.setdefault(kernel, []).append((kernel, arguments, constants))
 
-        fused_norm._launch = note
+        fused_norm_triton.launch = note
         try:
             self.both(self.fused)
         finally:
-            fused_norm._launch = launch
+            fused_norm_triton.launch = launch
         return found
 
 
@@ -126,7 +127,7 @@ def seconds(function: Callable[[], object], rounds: int) -> float:
 def launch_all(calls: list[Call]) -> None:
     """Again."""
     for kernel, arguments, constants in calls:
-        fused_norm._launch(kernel, *arguments, **constants)
+        fused_norm_triton.launch(kernel, *arguments, **constants)
 
 
 def copy_rate(device: torch.device, rounds: int) -> float:
@@ -169,12 +170,12 @@ def candidates(kernel: str) -> list[Blocks]:
 def tune(device: torch.device, rate: float, rounds: int) -> list[dict[str, Any]]:
     """For each pass the blocks that are best over all shapes, and for each of them; 8 parts, ReLU, no residual."""
     cases = [Case(shape, 8, False, device) for shape in SHAPES]
-    shipped, rows = copy.copy(fused_norm.BLOCKS), []
+    shipped, rows = copy.copy(fused_norm_triton.BLOCKS), []
     for kernel, (moved, _) in PASSES.items():
         shares: dict[Blocks, list[float]] = {}
         for blocks in dict.fromkeys([shipped[kernel], *candidates(kernel)]):
-            fused_norm.BLOCKS[kernel] = blocks
-            fused_norm._plan.cache_clear()
+            fused_norm_triton.BLOCKS[kernel] = blocks
+            fused_norm_triton.plan.cache_clear()
             try:
                 shares[blocks] = []
                 for case in cases:
@@ -184,7 +185,7 @@ def tune(device: torch.device, rate: float, rounds: int) -> list[dict[str, Any]]
             except Exception as error:  # too much shared memory, for example
                 print(f"{kernel} {blocks}: {type(error).__name__}")
                 del shares[blocks]
-        fused_norm.BLOCKS[kernel] = shipped[kernel]
+        fused_norm_triton.BLOCKS[kernel] = shipped[kernel]
         order = sorted(shares, key=lambda blocks: statistics.harmonic_mean(shares[blocks]), reverse=True)
         for place, blocks in enumerate(dict.fromkeys([shipped[kernel], *order[:3]])):
             name = "as shipped" if place == 0 else "best" if blocks == order[0] else "then"
@@ -192,7 +193,7 @@ def tune(device: torch.device, rate: float, rounds: int) -> list[dict[str, Any]]
                 f"{kernel:15} {name:10} {blocks}: {' '.join(f'{share:4.0%}' for share in shares[blocks])}", flush=True
             )
         rows += [{"pass": kernel, **vars(blocks), "of_copy": shares[blocks]} for blocks in order]
-    fused_norm._plan.cache_clear()
+    fused_norm_triton.plan.cache_clear()
     return rows
 
 

@@ -52,7 +52,8 @@ from twoviews.loop import Training
 from twoviews.protocols.classification import top1
 from twoviews.protocols.knn import knn_scores
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
-from twoviews.runtime import Runtime, StopSignal, autocast
+from twoviews.runtime import Runtime, autocast
+from twoviews.stop_signal import StopSignal
 from twoviews.tracking.metrics import Metrics, read
 
 METHODS = ("moco", "simclr", "byol")

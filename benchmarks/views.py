@@ -27,7 +27,7 @@ from PIL import Image
 from recording import record, seconds
 from torch import Tensor
 
-from twoviews.data import views
+from twoviews.data import rendering, views
 from twoviews.randomness import generator
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -69,11 +69,11 @@ def ours(images: Tensor, recipe: dict[str, Any], compiled: bool) -> Callable[[],
         return make(images, make.draw(sizes, generator(0, "benchmark")))
 
     def in_tensors() -> tuple[Tensor, ...]:
-        before, views.compiled = views.compiled, lambda device: None
+        before, rendering.compiled = rendering.compiled, lambda device: None
         try:
             return run()
         finally:
-            views.compiled = before
+            rendering.compiled = before
 
     return run if compiled else in_tensors
 
@@ -186,7 +186,7 @@ def compare_on_gpu(name: str, rounds: int, device: torch.device) -> list[dict[st
     images = photographs(recipe["images"], recipe["size"]).to(device)
     fused, in_tensors = ours(images, recipe, compiled=True), ours(images, recipe, compiled=False)
     functions = {"twoviews, tensors": in_tensors, **kornia(images, recipe)}
-    if views.compiled(device):
+    if rendering.compiled(device):
         functions["twoviews, kernel"] = fused
         for one, other in zip(fused(), in_tensors(), strict=True):
             assert (one - other).abs().max() < 1e-4, "the kernel's views are not those of the tensors"

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import yaml
 from omegaconf import DictConfig
 
-from twoviews import distributed
+from twoviews import distributed, process_group
 from twoviews.assembly import Parts, load_data, make_parts, make_views
 from twoviews.config.checks import check
 from twoviews.data.loader import Batch
@@ -107,12 +107,12 @@ def progress(step: int, steps: int, epochs: int) -> Progress:
 def _process(rank: int, processes: int, folder: Path, function: Callable, arguments: tuple) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes)
+    process_group.join(dist.FileStore(f"{folder}/meeting", processes), processes, torch.device("cpu"))
     try:
         assert distributed.rank() == rank
         torch.save(function(*arguments), folder / f"{rank}.pt")
     finally:
-        dist.destroy_process_group()
+        process_group.leave()
 
 
 def in_processes(processes: int, folder: Path, function: Callable, *arguments: Any) -> list[Any]:

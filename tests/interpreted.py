@@ -12,17 +12,17 @@ import torch
 from recorded_graph import recorded
 from torch import Tensor
 
-from twoviews import fused_norm
-from twoviews.fused_norm import Blocks
+from twoviews import fused_norm, fused_norm_check, fused_norm_triton
+from twoviews.fused_norm_triton import BLOCKS, Blocks
 
 # Several chunks and tiles of small activations, too; and few programs, each of whose operators takes a millisecond.
-SMALL = {name: Blocks(1024, 4, 4, 2) for name in fused_norm.BLOCKS}
-FEW = {name: Blocks(65536, 4, 1, 1) for name in fused_norm.BLOCKS}
+SMALL = {name: Blocks(1024, 4, 4, 2) for name in BLOCKS}
+FEW = {name: Blocks(65536, 4, 1, 1) for name in BLOCKS}
 CASE = ((16, 6, 3, 3), 8, True, True, torch.bfloat16)
 
 
 def _forget() -> None:
-    for function in (fused_norm._checked, fused_norm._plan, fused_norm._processors):
+    for function in (fused_norm._checked, fused_norm_triton.plan, fused_norm_triton.processors):
         function.cache_clear()
 
 
@@ -30,7 +30,7 @@ def _forget() -> None:
 def interpreted(blocks: dict[str, Blocks] = FEW) -> Iterator[list[str]]:
     """Within it, batch norms of ResNets are fused on CPUs, too; gives the names of the kernels that ran."""
     launched: list[str] = []
-    launch = fused_norm._launch
+    launch = fused_norm_triton.launch
 
     def plain(value: Any) -> Any:
         return value.as_subclass(Tensor) if isinstance(value, Tensor) else value
@@ -41,9 +41,9 @@ def interpreted(blocks: dict[str, Blocks] = FEW) -> Iterator[list[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_norm, "DEVICES", {"cpu", "cuda"})
-        patch.setattr(fused_norm, "BLOCKS", blocks)
-        patch.setattr(fused_norm, "CASES", (CASE,))  # the check takes seconds otherwise
-        patch.setattr(fused_norm, "_launch", note)
+        patch.setattr(fused_norm_triton, "BLOCKS", blocks)
+        patch.setattr(fused_norm_check, "CASES", (CASE,))  # the check takes seconds otherwise
+        patch.setattr(fused_norm_triton, "launch", note)
         patch.setenv("TWOVIEWS_KERNEL", "1")
         _forget()
         try:

@@ -267,7 +267,7 @@ def pretended(views_kernel: Block | None = None) -> Iterator[list[str]]:
         views_kernel: kernel.cu, compiled for the CPU; without it tensors make the views.
     """
     from twoviews import inference
-    from twoviews.data import kernel_cuda, views
+    from twoviews.data import kernel_cuda, rendering
 
     waits.clear()
     answers: dict[str, Any] = {
@@ -298,10 +298,10 @@ def pretended(views_kernel: Block | None = None) -> Iterator[list[str]]:
         patch.setattr(kernel_cuda, "build", lambda device: _launching(views_kernel) if views_kernel else None)
         patch.setattr(inference, "_reasons", {})
         patch.setenv("TWOVIEWS_KERNEL", "1" if views_kernel else "0")
-        views._checked.cache_clear()
+        rendering._checked.cache_clear()
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         try:
             yield waits
         finally:
             torch.__future__.set_overwrite_module_params_on_conversion(overwritten)
-            views._checked.cache_clear()
+            rendering._checked.cache_clear()

@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from twoviews import distributed
 from twoviews.backbones import ResNet
+from twoviews.batch_norms import SplitBatchNorm, SyncBatchNorm
 from twoviews.data.sources import digits
 from twoviews.distributed import local_rows
 from twoviews.features import embed
-from twoviews.layers import SplitBatchNorm, SyncBatchNorm
 from twoviews.methods.barlow import cross_correlation, redundancy_reduction
 from twoviews.methods.byol import regression_loss
 from twoviews.methods.dino import self_distillation
@@ -295,18 +295,18 @@ def test_an_encoder_is_evaluated_by_all_processes_as_by_one(two):
 MEETING = """
 import os, sys, time
 import torch
-from twoviews import distributed
+from twoviews import distributed, process_group
 from twoviews.runtime import Runtime
-distributed.PATIENCE_S, distributed.GRACE_S = 3, 5
+process_group.TIMEOUT_S, process_group.REPORT_S = 3, 5
 values = dict(zip(Runtime.__dataclass_fields__, [None] * 20)) | {"device": "cpu"}
 rank = distributed.rank()
-with distributed.group(Runtime(**values)) as device:
-    distributed.barrier()
+with process_group.group(Runtime(**values).torch_device()) as device:
+    process_group.barrier()
     exec(sys.argv[1])
     print("there")
 """
 ABSENT = {
-    "barrier": "if rank == 1: time.sleep(20)\ndistributed.barrier()",
+    "barrier": "if rank == 1: time.sleep(20)\nprocess_group.barrier()",
     "exchange": "if rank == 1: time.sleep(20)\ndistributed.largest(1, device)",
     "frozen": "import signal\nif rank == 1: os.kill(os.getpid(), signal.SIGSTOP)\ndistributed.largest(1, device)",
 }
@@ -349,12 +349,12 @@ def test_a_process_that_is_killed_is_no_traceback(tmp_path: Path):
 
 
 def test_what_the_first_does_alone_may_take_long(tmp_path: Path):
-    children = meet("if rank == 0: time.sleep(6)\ndistributed.wait_for_first()\ndistributed.barrier()", tmp_path)
+    children = meet("if rank == 0: time.sleep(6)\nprocess_group.wait_for_first()\nprocess_group.barrier()", tmp_path)
     assert [child.wait(40) for child in children] == [0, 0, 0], (tmp_path / "1" / "stderr.txt").read_text()
 
 
 def test_nobody_waits_for_a_first_that_failed(tmp_path: Path):
-    children = meet("if rank == 0: raise ValueError('broken image')\ndistributed.wait_for_first()", tmp_path)
+    children = meet("if rank == 0: raise ValueError('broken image')\nprocess_group.wait_for_first()", tmp_path)
     begin = time.monotonic()
     assert [child.wait(40) for child in children] == [1, 1, 1]
     assert "broken image" in (tmp_path / "0" / "stderr.txt").read_text()

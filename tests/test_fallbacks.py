@@ -9,11 +9,11 @@ import torch
 from conftest import SMALL_MOCO
 
 from twoviews import code, compiled, fallbacks, fused_norm
-from twoviews.data import views
+from twoviews.data import rendering
 from twoviews.fallbacks import slower, unrecorded
 
 CPU = torch.device("cpu")
-CACHES = (compiled.library, fused_norm._compiled, fused_norm._checked, views._checked)
+CACHES = (compiled.library, fused_norm._compiled, fused_norm._checked, rendering._checked)
 
 
 @pytest.fixture

@@ -16,11 +16,13 @@ from conftest import GPU
 from interpreted import SMALL, interpreted
 from torch import Tensor, nn
 
-from twoviews import compiled, fused_norm
+from twoviews import compiled, fused_norm, fused_norm_check, fused_norm_triton
 from twoviews.backbones import ResNet
-from twoviews.fused_norm import BLOCKS, CASES, Triton, batch_norm_act, reason_for_plain
+from twoviews.batch_norms import SplitBatchNorm, SyncBatchNorm, split_batch_norms
+from twoviews.fused_norm import batch_norm_act, reason_for_plain
+from twoviews.fused_norm_check import CASES
 from twoviews.fused_norm_cpu import SOURCE, Compiled
-from twoviews.layers import SplitBatchNorm, SyncBatchNorm, split_batch_norms
+from twoviews.fused_norm_triton import BLOCKS, Triton
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda", 0) if GPU else CPU
@@ -195,8 +197,8 @@ def test_a_resnet_is_what_it_is_with_plain_modules(block, splits, kernels, monke
         split_batch_norms(network, splits)
     images, before = make_x(8, 3, 8, 8), copy.deepcopy(network)
     one, other = copy.deepcopy(network), copy.deepcopy(network).double()
-    ran, name = [], "_run" if isinstance(kernels, Compiled) else "_launch"
-    owner = Compiled if isinstance(kernels, Compiled) else fused_norm
+    ran, name = [], "_run" if isinstance(kernels, Compiled) else "launch"
+    owner = Compiled if isinstance(kernels, Compiled) else fused_norm_triton
     run = getattr(owner, name)
 
     def note(*arguments, **constants):
@@ -287,7 +289,7 @@ def test_without_triton_plain_norms_run_and_that_is_said(triton, monkeypatch):
     def missing(*arguments, **constants):
         raise ModuleNotFoundError("No module named 'triton'")
 
-    monkeypatch.setattr(fused_norm, "_launch", missing)
+    monkeypatch.setattr(fused_norm_triton, "launch", missing)
     fused_norm._checked.cache_clear()
     assert reason_for_plain(DEVICE) == "ModuleNotFoundError: No module named 'triton'"
     fused_norm._checked.cache_clear()
@@ -354,23 +356,25 @@ def test_only_their_use_imports_triton():
 def test_division_by_multiplication_is_exact():
     random = torch.Generator().manual_seed(0)
     for size in [*range(1, 70), 3136, 12544, 65535, 65537, 2**20 - 1, 2**30 - 1]:
-        _, multiplier, shift = fused_norm._division(2, size)
+        _, multiplier, shift = fused_norm_triton.division(2, size)
         multiples = torch.randint(2**31 // size, (500,), generator=random) * size
         r = torch.cat([multiples, multiples - 1, multiples + size - 1, torch.tensor([0, 2**31 - 1])])
         r = r[(r >= 0) & (r < 2**31)]
         assert torch.equal(r * multiplier >> shift, r // size), size
-    _, multiplier, shift = fused_norm._division(1, 49)
+    _, multiplier, shift = fused_norm_triton.division(1, 49)
     assert (2**31 - 1) * multiplier >> shift == 0
 
 
 @pytest.mark.slow
 def test_the_check_with_the_blocks_of_a_gpu(triton, monkeypatch):
     """Of which `interpreted` makes smaller ones."""
-    monkeypatch.setattr(fused_norm, "BLOCKS", BLOCKS)
-    monkeypatch.setattr(fused_norm, "CASES", CASES)
-    fused_norm._plan.cache_clear()
-    assert fused_norm._disagreement(DEVICE) is None
-    fused_norm._plan.cache_clear()
+    monkeypatch.setattr(fused_norm_triton, "BLOCKS", BLOCKS)
+    monkeypatch.setattr(fused_norm_check, "CASES", CASES)
+    fused_norm_triton.plan.cache_clear()
+    fused_norm._checked.cache_clear()
+    assert reason_for_plain(DEVICE) is None
+    fused_norm._checked.cache_clear()
+    fused_norm_triton.plan.cache_clear()
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from pretended_gpu import pretended, waits
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from twoviews import features, fused_norm, inference
+from twoviews import features, fused_norm_triton, inference
 from twoviews.backbones import ResNet
 from twoviews.data.sources import digits
 from twoviews.features import embed
@@ -168,7 +168,7 @@ def test_the_next_path_serves_where_one_fails_and_the_last_is_plain_with_one_war
         raise ImportError("no Triton")
 
     inference._reasons.clear()
-    monkeypatch.setattr(fused_norm, "_kernels", missing)
+    monkeypatch.setattr(fused_norm_triton, "kernels", missing)
     with pytest.warns(UserWarning, match="fused convolutions are of no use.*cudnn: .*triton: ImportError: no Triton"):
         assert choose_path(encoder, there, torch.float32, 32, 40) is None
     with warnings.catch_warnings(action="error"):

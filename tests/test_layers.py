@@ -11,20 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from twoviews.backbones import ResNet, Timm
-from twoviews.layers import (
-    Queue,
-    SplitBatchNorm,
-    SyncBatchNorm,
-    ema_update,
-    frozen_copy,
-    mlp,
-    rising_momentum,
-    split_batch_norms,
-    spread,
-    sync_batch_norms,
-    targets,
-    without_duplicates,
-)
+from twoviews.batch_norms import SplitBatchNorm, SyncBatchNorm, split_batch_norms, sync_batch_norms
+from twoviews.layers import Queue, ema_update, frozen_copy, mlp, rising_momentum, spread, targets, without_duplicates
 
 
 def layout(head: nn.Sequential) -> list[str]:

@@ -28,7 +28,7 @@ from twoviews.checkpoints import load_checkpoint
 from twoviews.clusters import kmeans
 from twoviews.config.building import build
 from twoviews.console import Console
-from twoviews.data import kernel_cuda, views
+from twoviews.data import kernel_cuda, rendering
 from twoviews.data.sources import digits
 from twoviews.fused_norm import reason_for_plain
 from twoviews.layers import Queue
@@ -137,7 +137,7 @@ def test_a_step_by_the_paths_of_a_gpu(name: str, views_kernel: Block, tmp_path: 
     overrides = ["runtime.precision=fp32", "runtime.channels_last=true", "runtime.accumulate=1"]
     with pretended(views_kernel), interpreted() as launched:
         there = training(tmp_path, config(name, *overrides, "runtime.device=cuda"))
-        assert views.compiled(there.device) and eager_reason(there.runtime, there.device) is None
+        assert rendering.compiled(there.device) and eager_reason(there.runtime, there.device) is None
         assert reason_for_plain(there.device) is None
         launched.clear()
         found = [one.item() for one in stepped(there)]

@@ -18,7 +18,7 @@ from twoviews.errors import BadInput
 from twoviews.locks import evaluation_lock, is_training, training_lock
 from twoviews.recording import record_start
 from twoviews.run import Run
-from twoviews.runtime import StopSignal
+from twoviews.stop_signal import StopSignal
 from twoviews.tracking.metrics import read
 
 LONG = ("epochs=12", "tracking=files", "protocol.knn.every_epochs=4")

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, SMALL_MOCO, Finished, assert_same_weights, refused
 from PIL import Image
 
-from twoviews import distributed
+from twoviews import process_group
 from twoviews.errors import Stopped
-from twoviews.runtime import StopSignal
+from twoviews.stop_signal import StopSignal
 
 NUMBER = signal.SIGTERM
 RUN = (*SMALL_MOCO, "epochs=2", "protocol=knn_small", "hydra.run.dir=run")
@@ -107,11 +108,11 @@ def test_a_signal_does_not_wait_for_the_other_processes(monkeypatch, capfd) -> N
     variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distributed, "ALONE_S", 0.2)
+    monkeypatch.setattr(process_group, "START_NOTICE_S", 0.2)
     later = threading.Timer(1.0, lambda: os.kill(os.getpid(), NUMBER))
     later.start()
-    with StopSignal(), pytest.raises(Stopped):
-        distributed._meet()
+    with StopSignal(), pytest.raises(Stopped), process_group.group(torch.device("cpu")):
+        pytest.fail("the other process does not exist")
     assert "for the others of 2 (WORLD_SIZE); if there are none, unset WORLD_SIZE" in capfd.readouterr().err
 
 
@@ -119,7 +120,7 @@ def test_processes_that_do_not_come_are_a_sentence(command, monkeypatch) -> None
     monkeypatch.setattr(os, "environ", os.environ.copy())
     port = free_port()
     os.environ.update({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-    monkeypatch.setattr(distributed, "START_S", 0.5)
+    monkeypatch.setattr(process_group, "START_TIMEOUT_S", 0.5)
     refused(command("train", *RUN), f"not all of the 2 processes (WORLD_SIZE) came to 127.0.0.1:{port}", "torchrun")
 
 

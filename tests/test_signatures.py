@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 
-from twoviews.config.checks import NODES
+from twoviews.config.checks import NODES, VIEW
 from twoviews.config.groups import PASSED_BY_PROGRAM, PLUGIN_KEYS, groups, targets
 from twoviews.data.corruptions import CORRUPTIONS
 from twoviews.ranges import Corruption, Count, Length, Positive, Size
@@ -13,7 +13,7 @@ from twoviews.signatures import Component, complaint, signature, unusable
 
 TARGETS = [
     *((group, target) for group in (*groups(), *PLUGIN_KEYS) for target in sorted(targets(group))),
-    *(("", target) for target in (*NODES.values(), "twoviews.data.views.View")),
+    *(("", target) for target in (*NODES.values(), VIEW)),
 ]
 
 

@@ -1,7 +1,5 @@
-"""From a checked configuration to the parts of a run, and the sentences that say what the run will do."""
+"""From a checked configuration to the parts of a run, checked against each other."""
 
-import statistics
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,35 +11,28 @@ from jaxtyping import Float
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from twoviews import distributed
-from twoviews.backbones import Encoder, ResNet, left_over
+from twoviews import distributed, process_group
+from twoviews.backbones import Encoder, left_over
+from twoviews.batch_norms import BatchNorm, sync_batch_norms
 from twoviews.clusters.kmeans import Clustered
 from twoviews.clusters.scores import clustering_scores
 from twoviews.code import code_state
 from twoviews.config.building import build
 from twoviews.config.parameter_names import qualified_errors, qualify
-from twoviews.console import Console, duration, in_bytes
 from twoviews.data.images import ImageData
 from twoviews.data.loader import Loader
-from twoviews.data.views import Views, compiled
+from twoviews.data.views import Views
 from twoviews.errors import BadInput, mistakes
-from twoviews.fallbacks import slower, unrecorded
 from twoviews.features import embed
 from twoviews.foreign import blamed
-from twoviews.fused_norm import reason_for_plain
-from twoviews.layers import SyncBatchNorm, sync_batch_norms
 from twoviews.memory import check_networks, check_views
 from twoviews.methods.method import Method
-from twoviews.optim import parameter_count
 from twoviews.protocols.protocol import EvaluationContext
 from twoviews.randomness import seed_of
 from twoviews.ranges import Repeats, Size
-from twoviews.runtime import Runtime, format_name
+from twoviews.runtime import Runtime
 from twoviews.signatures import signature
-from twoviews.step import eager_reason
 from twoviews.tracking import uris
-from twoviews.tracking.metrics import read
-from twoviews.tracking.state import run_page
 
 
 @dataclass
@@ -106,11 +97,11 @@ def check_parts(cfg: DictConfig, runtime: Runtime, device: torch.device) -> None
 def load_data(cfg: DictConfig) -> ImageData:
     """The data set of a configuration; with several processes one prepares it and the others wait."""
     if distributed.rank() > 0:
-        distributed.wait_for_first()
+        process_group.wait_for_first()
     data = build(cfg.data)
     data = replace(data, notes=tuple(qualify(note, "data") for note in data.notes))
     if distributed.rank() == 0:
-        distributed.wait_for_first()
+        process_group.wait_for_first()
     return data
 
 
@@ -189,7 +180,7 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
 
 def _seen_in_parts(method: Method, batch_size: int, micro_batch: int) -> list[str]:
     """In what steps of several micro-batches differ from steps of one batch, for the user; nothing where they do not."""
-    norms = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in method.modules())
+    norms = any(isinstance(part, BatchNorm) for part in method.modules())
     parts = [*([method.within_batch] if method.within_batch else []), *(["batch-norm statistics"] if norms else [])]
     if micro_batch == batch_size or not parts:
         return []
@@ -251,66 +242,6 @@ def _sizes(cfg: DictConfig) -> str:
     return ", ".join(f"{key}={found[key]}" for key in sorted(found, key=found.__getitem__, reverse=True)[:3])
 
 
-def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
-    """Say what the run will do, before it does it."""
-    data, loader, lr = parts.data, parts.loader, parts.optimizer.param_groups[0]["lr"]
-    steps, size = len(loader), cfg.batch_size
-    for note in data.notes:
-        console.say(note)
-    labelled = f"{len(data.classes)} classes" if data.classes else "no labels"
-    console.say(
-        f"data      {data.name}: {len(data.train):,} training images of {data.size}x{data.size} px, "
-        f"{'colour' if data.channels == 3 else f'channels: {data.channels}'}, {labelled}"
-        + (f"; kNN bank {len(data.memory):,}, test {len(data.test):,}" if data.memory and data.test else "")
-        + (f"; {in_bytes(data.resident_bytes)} of pixels in memory" if data.resident_bytes else "")
-    )
-    if not data.test:
-        console.say("          without labelled test images there is no kNN or linear accuracy; watch train/spread.")
-    counts = Counter(parts.views.sizes)
-    shapes = [
-        f"{count} of {side}x{side} px" if len(counts) > 1 else f"{side}x{side} px" for side, count in counts.items()
-    ]
-    how = "compiled" if compiled(parts.device) else "tensors"
-    console.say(f"views     {how}, {len(parts.views)} of each image: {' and '.join(shapes)}")
-    console.say(
-        f"method    {type(parts.method).__name__}: {parameter_count(parts.method) / 1e6:.2f} million parameters, of which "
-        f"the encoder {parameter_count(parts.method.encoder) / 1e6:.2f}; {parts.method.encoder.out_dim} features"
-    )
-    for note in parts.notes:
-        console.say(f"          {note}")
-    base, scaling = cfg.optimizer.lr, cfg.optimizer.lr_scaling
-    rule = {"linear": f" = {base:g} x {size} / 256", "sqrt": f" = {base:g} x sqrt({size})", "none": ""}[scaling]
-    console.say(f"lr        {lr:g}{rule} (optimizer.lr={base:g}, lr_scaling={scaling})")
-    seen = steps * size
-    left = f"; the other {loader.left_over:,} sit out, different ones each epoch" if loader.left_over else ""
-    console.say(f"length    {cfg.epochs} epochs of {steps:,} steps of {size}: {seen:,} images an epoch{left}")
-    dtype = format_name(parts.runtime.dtype(parts.device))
-    device = (
-        torch.cuda.get_device_name(parts.device)
-        if parts.device.type == "cuda"
-        else f"CPU, threads: {torch.get_num_threads()}"
-    )
-    console.say(f"device    {device}, {dtype}, processes: {distributed.processes()}")
-    reason, chosen = eager_reason(parts.runtime, parts.device), _chosen_norms(parts)
-    console.say("step      " + ("CUDA graph" if reason is None else f"eager ({qualify(reason)})"))
-    fused = chosen is None and reason_for_plain(parts.device) is None  # a reason of the device's is told below
-    console.say("norms     " + ("fused" if fused else f"plain ({chosen})" if chosen else "plain"))
-    for sentence in (*slower(parts.runtime.device, parts.device, norms=chosen is None), *unrecorded()):
-        console.say(sentence)
-    console.say(f"results   {folder}")
-
-
-def _chosen_norms(parts: Parts) -> str | None:
-    """What in the run's settings keeps the encoder's batch norms from being fused with what follows them, if anything."""
-    if not isinstance(parts.method.encoder, ResNet):
-        return f"{type(parts.method.encoder).__name__} has norms of its own"
-    if not parts.runtime.channels_last:
-        return "runtime.channels_last=false"
-    if any(isinstance(part, (SyncBatchNorm, nn.SyncBatchNorm)) for part in parts.method.encoder.modules()):
-        return "their statistics are shared by processes"
-    return None
-
-
 def describe_encoder(cfg: DictConfig, data: ImageData) -> dict[str, Any]:
     """What encoder.json says beside the weights: how to build the network and how to feed it."""
     return {
@@ -335,34 +266,3 @@ def describe_data(data: ImageData) -> dict[str, Any]:
         "classes": list(data.classes),
         "notes": list(data.notes),
     }
-
-
-def show_result(folder: Path, result: dict[str, Any], console: Console) -> None:
-    """The table at the end of a run."""
-
-    def percent(name: str) -> str:
-        return f"{result[name]:.2f} %" if name in result else "-"
-
-    rates = [line["images_per_s"] for line in read(folder) if "images_per_s" in line]
-    rows = {
-        "kNN": percent("knn/top1"),
-        "linear": percent("linear/top1"),
-        "kNN, untrained encoder": percent("baseline/untrained_knn_top1"),
-        "kNN, raw pixels": percent("baseline/pixels_knn_top1"),
-        "images/s": f"{statistics.median(rates):.0f}" if rates else "-",
-        "time": duration(result["seconds"]),
-        "precision": result.get("precision", "-"),
-        "memory": ", ".join(
-            f"{where} {in_bytes(1e6 * result[f'memory/{where}_mb'])}"
-            for where in ("process", "gpu")
-            if f"memory/{where}_mb" in result
-        )
-        or "-",
-    }
-    console.table(f"{folder.name}: {result['state']} after {result['epoch']:.4g} epochs", rows)
-    console.say(f"MLflow: {run_page(folder)}")  # not in the table, which would break a command that is to be copied
-    floor = max(result.get(f"baseline/{name}_knn_top1", 0) for name in ("untrained", "pixels"))
-    if result.get("knn/top1", 100) <= floor:
-        console.say(
-            f"advice: kNN does not beat its baselines ({floor:.1f} %); train longer (epochs=) or change optimizer.lr."
-        )

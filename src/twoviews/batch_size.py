@@ -31,8 +31,9 @@ from twoviews.data.loader import Batch, Loader
 from twoviews.errors import BadInput, Stopped
 from twoviews.loop import Training
 from twoviews.memory import TooLarge, free_memory, kib, ran_out
-from twoviews.runtime import Runtime, StopSignal
+from twoviews.runtime import Runtime
 from twoviews.step import EAGER_STEPS, eager_reason
+from twoviews.stop_signal import StopSignal
 
 EAGER = 2  # steps: the first claims memory, the second has the optimizer's state as well and is the one that is timed
 QUARTERS = (0.25, 0.5, 0.75)  # of the way from the largest that fits to the smallest that does not

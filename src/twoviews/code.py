@@ -1,4 +1,4 @@
-"""Which code this is: the commit with what was changed since, and copies of it that later edits do not reach."""
+"""The code of this checkout: its commit and uncommitted changes, and frozen copies that later edits do not change."""
 
 import hashlib
 import os
@@ -11,12 +11,12 @@ from twoviews.config.groups import ROOT
 from twoviews.errors import BadInput
 from twoviews.files import write_atomic
 
-PARTS = ("src", "conf", "*.py")  # what runs need, below the root of the checkout
-KINDS = (".py", ".yaml", ".c", ".cu")  # of these, outside a git checkout
+PATTERNS = ("src", "conf", "*.py")  # files that runs need, below the root of the checkout
+SUFFIXES = (".py", ".yaml", ".c", ".cu")  # of the copied files, outside a git checkout
 
 
 def code_state() -> tuple[str, str]:
-    """The commit this code is at and what was changed since; ("none", "") where there is none, for `no_commit`'s reason."""
+    """The commit of this code and the diff of uncommitted changes; ("none", "") if there is no commit, see `no_commit`."""
     if (ROOT / "commit.txt").exists():  # a frozen copy, which lies in a folder that git ignores
         difference = ROOT / "diff.patch"
         return (ROOT / "commit.txt").read_text().strip(), difference.read_text() if difference.exists() else ""
@@ -27,7 +27,7 @@ def code_state() -> tuple[str, str]:
 
 
 def no_commit() -> str | None:
-    """Why the commit of this code is not known; None if it is."""
+    """Why the commit of this code is not known; None if it is known."""
     if (ROOT / "commit.txt").exists():
         return None if code_state()[0] != "none" else "none was known where it was copied"
     try:
@@ -41,9 +41,9 @@ def no_commit() -> str | None:
 
 
 def freeze(folder: Path) -> Path:
-    """A copy of this code below `folder`, named by its content and made at most once, whole; with its `code_state`.
+    """The path of a copy of this code and its `code_state` below `folder`, named by its digest; made if it is not there.
 
-    It has what git tracks, and no other file: one that is new may be a private key. `left_out` names these.
+    Only files that git tracks are copied, because a new file may be a private key; `left_out` lists the others.
 
     Raises:
         BadInput: the copy is there and has another content.
@@ -74,7 +74,7 @@ def freeze(folder: Path) -> Path:
 
 
 def content(copy: Path) -> str:
-    """The digest of a copy of code, of which nothing compiled is kept; empty if it has links, which lead elsewhere."""
+    """The digest of a copy of code, after removing compiled files from it; empty if it contains links."""
     paths = sorted(copy.rglob("*"))
     for path in paths:
         if path.name == "__pycache__" and path.is_dir() and not path.is_symlink():
@@ -87,10 +87,10 @@ def content(copy: Path) -> str:
 
 
 def _digest(files: Mapping[str, bytes]) -> str:
-    found = hashlib.blake2b(digest_size=32)
+    digest = hashlib.blake2b(digest_size=32)
     for path, data in files.items():
-        found.update(f"{path}\0{len(data)}\0".encode() + data)
-    return found.hexdigest()
+        digest.update(f"{path}\0{len(data)}\0".encode() + data)
+    return digest.hexdigest()
 
 
 def left_out() -> list[str]:
@@ -104,17 +104,17 @@ def _files() -> tuple[list[str], list[str]]:
         if (ROOT / "commit.txt").exists():
             raise FileNotFoundError
         tracked, other = (
-            _git("--glob-pathspecs", "ls-files", "-z", *options, "--", *PARTS).split("\0")
+            _git("--glob-pathspecs", "ls-files", "-z", *options, "--", *PATTERNS).split("\0")
             for options in (("--cached",), ("--others", "--exclude-standard"))
         )
         if not any(tracked):  # this folder lies in a repository that does not know it
             raise FileNotFoundError
     except (OSError, subprocess.CalledProcessError):
-        found = [path for part in PARTS for one in ROOT.glob(part) for path in (one, *one.rglob("*"))]
-        found = [path.relative_to(ROOT) for path in found if path.is_file() and "__pycache__" not in path.parts]
-        tracked = [str(path) for path in found if path.suffix in KINDS]
-        other = [str(path) for path in found if path.suffix not in KINDS]
-    return sorted({one for one in tracked if one and (ROOT / one).is_file()}), sorted({one for one in other if one})
+        paths = [path for pattern in PATTERNS for top in ROOT.glob(pattern) for path in (top, *top.rglob("*"))]
+        paths = [path.relative_to(ROOT) for path in paths if path.is_file() and "__pycache__" not in path.parts]
+        tracked = [str(path) for path in paths if path.suffix in SUFFIXES]
+        other = [str(path) for path in paths if path.suffix not in SUFFIXES]
+    return sorted({path for path in tracked if path and (ROOT / path).is_file()}), sorted({*filter(None, other)})
 
 
 def _git(*arguments: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from twoviews import distributed
-from twoviews.data import views
+from twoviews.data import rendering
 
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "mlflow", "numpy")
 
@@ -26,7 +26,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "processes": distributed.processes(),
         "gpu": gpu,
         "cuda": torch.version.cuda if gpu else None,
-        "views": "compiled" if views.compiled(device) else "tensors",
+        "views": "compiled" if rendering.compiled(device) else "tensors",
     }
 
 

@@ -1,4 +1,4 @@
-"""What runs more slowly on this machine than it could, or is not recorded: a sentence each, none where all is as it should be."""
+"""Sentences about what runs more slowly on this machine than it could, and about what a run cannot record."""
 
 import os
 from pathlib import Path
@@ -6,20 +6,20 @@ from pathlib import Path
 import torch
 
 from twoviews.code import no_commit
-from twoviews.data.views import reason_for_tensors
+from twoviews.data.rendering import reason_for_tensors
 from twoviews.fused_norm import reason_for_plain
 from twoviews.inference import convolutions_fuse
 
-DRIVER = Path("/dev/nvidiactl")  # there as soon as a driver of NVIDIA's runs, also in containers that were given a GPU
+DRIVER = Path("/dev/nvidiactl")  # exists if NVIDIA's driver is running, also in containers with access to a GPU
 
 
 def slower(asked: str, device: torch.device, norms: bool = False) -> list[str]:
-    """Sentences about a GPU and about compiled code that are not used, one for each reason.
+    """A sentence for each reason why a GPU or compiled code is not used.
 
     Args:
         asked: runtime.device.
-        device: what it came to.
-        norms: whether batch norms of a training should be fused there.
+        device: the device that this means here.
+        norms: whether a training could use fused batch norms.
     """
     reasons = {"views (about five times as long)": reason_for_tensors(device)}
     if norms:
@@ -35,7 +35,7 @@ def slower(asked: str, device: torch.device, norms: bool = False) -> list[str]:
 
 
 def _unused_gpu() -> list[str]:
-    """A sentence where this machine has a GPU that torch does not find, and that nobody has hidden from it."""
+    """A sentence if this machine has a GPU that torch does not find although no environment variable hides it."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
     if hidden or torch.cuda.is_available() or not DRIVER.exists():
         return []
@@ -46,6 +46,6 @@ def _unused_gpu() -> list[str]:
 
 
 def unrecorded() -> list[str]:
-    """A sentence where a run cannot record the commit of its code."""
+    """A sentence if a run cannot record the commit of its code."""
     reason = no_commit()
     return [f"code      no commit is recorded: {reason}."] if reason else []

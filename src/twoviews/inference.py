@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from twoviews import fused_norm
+from twoviews import fused_norm_triton
 from twoviews.backbones import BasicBlock, Bottleneck, ResNet
 
 # By type of device, the first that serves is used.
@@ -180,7 +180,7 @@ class _Triton(_Rectified):
     def __init__(self, convolution: nn.Conv2d):
         super().__init__(convolution)
         assert convolution.bias is not None
-        self.offset = fused_norm.Offset(convolution.bias.detach().float())
+        self.offset = fused_norm_triton.Offset(convolution.bias.detach().float())
         convolution.register_parameter("bias", None)
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:

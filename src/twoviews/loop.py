@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twoviews import distributed
+from twoviews import distributed, process_group
 from twoviews.checkpoints import LAST, Checkpointer, all_finite
 from twoviews.console import Console
 from twoviews.data.loader import Batch
 from twoviews.errors import Stopped
 from twoviews.monitoring import FORECAST_STEPS, Monitor, NotFinite, Throughput, mean_over_processes
 from twoviews.randomness import seed_of
-from twoviews.runtime import StopSignal, format_name
+from twoviews.runtime import format_name
 from twoviews.step import Step, Values
+from twoviews.stop_signal import StopSignal
 from twoviews.tracking.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -162,12 +163,12 @@ class Training:
                 self.loader.set_epoch(epoch, start=self.position.step - epoch * steps)
                 self.position.unmeasured = self._train_epoch(stop)
         except (Stopped, RuntimeError) as error:
-            cause = distributed.explained(error)
+            cause = process_group.cause_of(error)
             if not isinstance(cause, Stopped):
                 raise
             stop.number = stop.number or cause.number
             # Other processes may not know of the signal yet, so nothing is exchanged with them any more.
-            distributed.tell_stopped(cause.number)
+            process_group.announce_stop(cause.number)
         finally:
             self.console.stop()
             self.checkpoints.wait()
@@ -188,7 +189,7 @@ class Training:
         if clustered:
             values = {"time/e_step": time.monotonic() - start}
             self._log({**values, **(self.score_clusters(clustered) if distributed.rank() == 0 else {})})
-            distributed.wait_for_first()  # which scores them alone
+            process_group.wait_for_first()  # which scores them alone
 
     def _train_epoch(self, stop: StopSignal) -> bool:
         """Train the rest of an epoch; False when a stop signal ended it early."""

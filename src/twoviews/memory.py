@@ -1,4 +1,4 @@
-"""What a training needs at least, compared with the memory that is free before any of it is taken."""
+"""Estimates of the least memory that a training needs, compared with the free memory before anything is allocated."""
 
 import contextlib
 import sys
@@ -12,21 +12,21 @@ from twoviews.data.views import Views
 from twoviews.errors import BadInput
 from twoviews.methods.method import Method
 
-LARGEST = 2**63  # bytes; torch counts no more
-KEPT = 3  # of a weight that is trained: itself, its gradient, and what the optimizer remembers of it
+MAX_BYTES = 2**63  # that torch can count
+COPIES = 3  # of a trained weight: the weight, its gradient and the optimizer's state
 
 
 class TooLarge(BadInput):
-    """There is not enough memory for it."""
+    """There is not enough memory for the networks or the views."""
 
 
 def check_networks(make: Callable[[], Method], device: torch.device, sizes: str) -> None:
     """Refuse networks for which there is no memory, before they are made.
 
     Args:
-        make: makes them; it is called where tensors have sizes and no memory.
-        device: that they will be on.
-        sizes: the values that decide on it, for the user.
+        make: builds the method; called on torch's meta device, where tensors have sizes but no memory.
+        device: of the training.
+        sizes: the configuration values with most influence on the memory, for the message.
 
     Raises:
         TooLarge: weights, gradients, the optimizer's state and buffers need more than is free.
@@ -35,12 +35,12 @@ def check_networks(make: Callable[[], Method], device: torch.device, sizes: str)
     try:
         with torch.device("meta"):
             method = make()
-        needed = sum(KEPT * one.nbytes if one.requires_grad else one.nbytes for one in method.parameters())
-        needed += sum(one.nbytes for one in method.buffers())
+        needed = sum(COPIES * p.nbytes if p.requires_grad else p.nbytes for p in method.parameters())
+        needed += sum(buffer.nbytes for buffer in method.buffers())
     except (RuntimeError, OverflowError, TypeError) as error:
         if not any(word in str(error) for word in ("overflow", "out of range", "too large", "must be tuple of ints")):
             raise
-        needed = LARGEST
+        needed = MAX_BYTES
     _compare(needed, device, "weights, gradients, the optimizer's state and buffers", sizes)
 
 
@@ -48,10 +48,10 @@ def check_views(views: Views, batch_size: int, channels: int, device: torch.devi
     """Refuse views for which there is no memory.
 
     Args:
-        views: of an image.
-        batch_size: images whose views this process has at a time.
+        views: makes the views of an image.
+        batch_size: images of a step in this process.
         channels: of an image.
-        device: that they will be on.
+        device: of the training.
 
     Raises:
         TooLarge: a batch of them needs more than is free.
@@ -59,7 +59,7 @@ def check_views(views: Views, batch_size: int, channels: int, device: torch.devi
     needed = batch_size * channels * sum(side**2 for side in views.sizes) * 4
     sides = ", ".join(f"{side} px" for side in dict.fromkeys(views.sizes))
     sizes = f"views.<name>.size= and views.<name>.count= ({len(views)} views, side: {sides}) or batch_size={batch_size}"
-    _compare(min(needed, LARGEST), device, "the views of a batch", sizes)
+    _compare(min(needed, MAX_BYTES), device, "the views of a batch", sizes)
 
 
 def _compare(needed: int, device: torch.device, what: str, sizes: str) -> None:
@@ -70,7 +70,7 @@ def _compare(needed: int, device: torch.device, what: str, sizes: str) -> None:
     else:
         return
     if needed > free:
-        more = "more than " if needed >= LARGEST else ""
+        more = "more than " if needed >= MAX_BYTES else ""
         raise TooLarge(
             f"{what} need {more}{in_bytes(needed)} of memory, and {in_bytes(free)} are free on this machine; choose smaller "
             f"ones: {sizes}."
@@ -78,13 +78,13 @@ def _compare(needed: int, device: torch.device, what: str, sizes: str) -> None:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an exception of torch, or of a library that it calls, says that there is no memory left."""
+    """Whether an exception of torch, or of a library that it calls, means that there is no memory left."""
     signs = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def free_memory() -> int:
-    """Bytes that this machine, and the control groups that this process is in, have left; on Linux."""
+    """Free memory in bytes of this machine and of the control groups of this process, whichever is less; Linux only."""
     free = [kib(Path("/proc/meminfo"), "MemAvailable")]
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         number, controllers, path = line.split(":", 2)
@@ -96,15 +96,17 @@ def free_memory() -> int:
         else:
             continue
         group = root / path.lstrip("/")
-        for one in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError):  # the outermost has no limit, others may say max
-                limit, used = (int((one / name).read_text()) for name in names)
-                stat = (line.split() for line in (one / "memory.stat").read_text().splitlines())
-                # Files that were read go when their place is needed.
+        for ancestor in (group, *group.parents):
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # the root group has no limit; the limit of others may be "max"
+                limit, used = (int((ancestor / name).read_text()) for name in names)
+                stat = (line.split() for line in (ancestor / "memory.stat").read_text().splitlines())
+                # The page cache is freed when memory is needed.
                 free.append(limit - used + sum(int(value) for name, value in stat if name == cached))
     return min(free)
 
 
 def kib(path: Path, name: str) -> int:
-    """Bytes, of a line such as VmData:  1024 kB."""
+    """The value in bytes of a line such as "VmData:  1024 kB"."""
     return next(1024 * int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(f"{name}:"))

@@ -170,7 +170,7 @@ def mean_over_processes(values: Values) -> dict[str, float]:
     Raises:
         NotFinite: the loss is infinite or not a number.
     """
-    distributed.barrier()  # names a process that does not come
+    process_group.barrier()  # names a process that does not come
     means = distributed.mean(torch.stack(list(values.values()))).tolist()
     numbers = {f"train/{name}": mean for name, mean in zip(values, means, strict=True)}
     if not math.isfinite(numbers["train/loss"]):

@@ -1,35 +1,36 @@
-"""Which of several processes this is, as torchrun says by variables of the environment, of which other launchers set some."""
+"""The environment variables by which torchrun numbers processes, some of which other launchers set as well."""
 
 import os
 import sys
 
 from twoviews.errors import BadInput
 
-GROUP = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # without one of these there are no others to find
+REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # without all of these this is a single process
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 def settle(command: str, sweep: bool) -> None:
-    """Take the environment's word for several processes only where it is complete; otherwise this is a single one.
+    """Remove the variables of torchrun from the environment if they are incomplete, so that this is a single process.
 
     Args:
         command: train, evaluate or cluster.
-        sweep: whether it launches a sweep.
+        sweep: whether the command launches a sweep.
 
     Raises:
-        BadInput: the variables make no sense, or the command is for one process.
+        BadInput: a variable is out of range, or the command runs in one process only.
     """
-    given = {name: os.environ[name] for name in PLACE if name in os.environ}
-    missing = [name for name in GROUP if not os.environ.get(name)]
-    if not given:
+    variables = {name: os.environ[name] for name in PLACE if name in os.environ}
+    missing = [name for name in REQUIRED if not os.environ.get(name)]
+    if not variables:
         return
     if missing:
-        for name in given:
+        for name in variables:
             del os.environ[name]
-        if any(value not in ("0" if "RANK" in name else "1") for name, value in given.items()):
-            said = ", ".join(f"{name}={value}" for name, value in given.items())
+        if any(value not in ("0" if "RANK" in name else "1") for name, value in variables.items()):
+            listed = ", ".join(f"{name}={value}" for name, value in variables.items())
             print(
-                f"{said} of the environment without {' and '.join(missing)}: this is a single process; for several use torchrun.",
+                f"{listed} of the environment without {' and '.join(missing)}: this is a single process; for several use "
+                "torchrun.",
                 file=sys.stderr,
             )
         return
@@ -50,7 +51,7 @@ def settle(command: str, sweep: bool) -> None:
 
 
 def _number(name: str, least: int, most: int | None) -> int:
-    """The number in a variable of the environment; `least` where there is none."""
+    """The number in an environment variable; `least` if it is not set."""
     value = os.environ.get(name, str(least))
     if value.isdecimal() and least <= int(value) and (most is None or int(value) <= most):
         return int(value)

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from twoviews import distributed, foreign
-from twoviews.assembly import Parts, describe_data, describe_encoder, show_result
+from twoviews import distributed, foreign, process_group
+from twoviews.assembly import Parts, describe_data, describe_encoder
 from twoviews.checkpoints import has_checkpoint, load_last_checkpoint
 from twoviews.code import code_state
 from twoviews.config.building import build
@@ -22,7 +22,9 @@ from twoviews.locks import FolderLock, lock_for_training
 from twoviews.loop import Training
 from twoviews.pictures import draw_curves, draw_views
 from twoviews.run import Run
-from twoviews.runtime import StopSignal, format_name, peak_memory
+from twoviews.run_summary import show_result
+from twoviews.runtime import format_name, peak_memory
+from twoviews.stop_signal import StopSignal
 from twoviews.tracking.metrics import Metrics, read
 from twoviews.tracking.mirror import Mirror, flush
 from twoviews.tracking.state import is_child, run_id, set_target
@@ -81,7 +83,7 @@ class Recording:
             resumed = has_checkpoint(folder) and not cfg.fresh
             tracking.check(resumed or is_child(folder), console.say)
             lock = self._begin()
-        distributed.wait_for_first()  # process 0 has renamed a damaged checkpoint
+        process_group.wait_for_first()  # process 0 has renamed a damaged checkpoint
         if not self._first:
             self._state = load_last_checkpoint(folder, console.say)
         else:
@@ -198,7 +200,7 @@ class Recording:
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         """Record an exception as a failure, or a second Ctrl-C as an interruption, if the disk takes it."""
-        error = distributed.explained(error) if error else None
+        error = process_group.cause_of(error) if error else None
         if not self._first or error is None or not self.metrics or isinstance(error, Stopped):
             return
         interrupted = isinstance(error, KeyboardInterrupt)

@@ -1,20 +1,16 @@
-"""What a run computes with: device, precision, memory format, choice of kernels; and the signals that stop it."""
+"""What a run computes with: device, precision, memory format, choice of kernels."""
 
 import contextlib
 import os
 import resource
-import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 import torch
 
-from twoviews import distributed
-from twoviews.errors import BadInput, Stopped
+from twoviews.errors import BadInput
 from twoviews.ranges import Count, NotNegative
 
 
@@ -109,7 +105,7 @@ def native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(False)
     pretended = os.environ.get("TWOVIEWS_CPU_BF16")
-    return pretended == "1" if pretended else torch.cpu._is_avx512_bf16_supported()
+    return pretended == "1" if pretended else bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def format_name(dtype: torch.dtype) -> str:
@@ -133,65 +129,3 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         found["memory/gpu_mb"] = torch.cuda.max_memory_reserved(device) / 1e6
     return found
-
-
-class StopSignal:
-    """SIGTERM, SIGUSR2 and Ctrl-C raise `Stopped`, or are remembered within `deferred`; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._remembers = False
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._remember)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """While there is something to save: a signal is remembered until the loop asks for it."""
-        before, self._remembers = self._remembers, True
-        try:
-            yield
-        finally:
-            self._remembers = before
-
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Within `deferred`, what takes long and can be done again.
-
-        Raises:
-            Stopped: a signal came, before it or meanwhile.
-        """
-        before, self._remembers = self._remembers, False
-        try:
-            if self.number:
-                raise Stopped(self.number)
-            yield
-        finally:
-            self._remembers = before
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.number == signal.SIGINT:
-            raise KeyboardInterrupt
-        first, self.number = not self.number, number
-        if distributed.rank() == 0 and first:
-            # Not print: a signal may come in the middle of one.
-            os.write(2, f"{self.name}: stopping as soon as the state can be saved\n".encode())
-        if not self._remembers and first:  # not twice, as by SLURM's two signals, while it is being dealt with
-            raise Stopped(number)
-
-    @property
-    def name(self) -> str:
-        """The signal's name, such as SIGTERM."""
-        return signal.Signals(self.number).name if self.number else ""
-
-    def received(self, device: torch.device) -> bool:
-        """Whether any process was asked to stop; all processes must ask together."""
-        self.number = distributed.largest(self.number, device)
-        return self.number != 0

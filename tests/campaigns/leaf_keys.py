@@ -50,14 +50,15 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 from twoviews.assembly import check_parts, make_parts, make_views  # noqa: E402
 from twoviews.config.building import build  # noqa: E402
 from twoviews.config.checks import (  # noqa: E402
-    ROOTS,  # noqa: E402
+    ROOTS,
+    VIEW,
     check,
     check_plugin,
 )
 from twoviews.config.command_line_errors import wrong_choices  # noqa: E402
 from twoviews.config.composition import register_resolvers  # noqa: E402
 from twoviews.config.digest import flat  # noqa: E402
-from twoviews.config.groups import CONF, PASSED_BY_PROGRAM, PLUGIN_KEYS, groups, options  # noqa: E402  # noqa: E402
+from twoviews.config.groups import CONF, PASSED_BY_PROGRAM, PLUGIN_KEYS, groups, options  # noqa: E402
 from twoviews.data.images import ImageData, Images  # noqa: E402
 from twoviews.errors import BadInput  # noqa: E402
 from twoviews.ranges import Length, Range  # noqa: E402
@@ -141,7 +142,7 @@ def keys() -> Iterator[Key]:
                 for path, node in _nodes(group, cfg.get(group)):
                     yield from _of(command, (choice,), path, node["_target_"], PASSED_BY_PROGRAM.get(group, ()))
                 for view in cfg["augmentation"]["views"] if group == "augmentation" else {}:
-                    yield from _of(command, (choice,), f"augmentation.views.{view}", "twoviews.data.views.View")
+                    yield from _of(command, (choice,), f"augmentation.views.{view}", VIEW)
     for kind, builds in PLUGIN_KEYS.items():
         for option in options(f"hydra/{kind}"):
             node = OmegaConf.load(CONF / "hydra" / kind / f"{option}.yaml")

@@ -13,6 +13,7 @@ from torch.nn import functional as nnf
 from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.transforms.functional import resize
 
+from twoviews.data import corruption_effects as effects
 from twoviews.data import corruptions
 from twoviews.data.corruptions import CORRUPTIONS, corrupt
 from twoviews.data.sources import digits
@@ -83,14 +84,14 @@ def test_larger_images_get_the_numbers_of_imagenet_c():
 
 def test_shot_noise_has_poissons_variance():
     flat = np.full((1, 1, 200, 200), 100.0)
-    noisy = corruptions.shot_noise(flat, 50, draws(1))
+    noisy = effects.shot_noise(flat, 50, draws(1))
     assert noisy.mean() == pytest.approx(100, rel=0.01)
     assert noisy.var() == pytest.approx(100 * 255 / 50, rel=0.03)
 
 
 def test_impulse_noise_is_half_salt_half_pepper():
     flat = np.full((1, 3, 200, 200), 100.0)
-    noisy = corruptions.impulse_noise(flat, 0.1, draws(1))
+    noisy = effects.impulse_noise(flat, 0.1, draws(1))
     assert set(np.unique(noisy)) == {0, 100, 255}
     assert (noisy == 0).mean() == pytest.approx(0.05, rel=0.05)
     assert (noisy == 255).mean() == pytest.approx(0.05, rel=0.05)
@@ -108,14 +109,14 @@ def test_defocus_is_a_convolution_with_a_disc(radius, alias):
     kernel = nnf.conv2d(window, torch.outer(gauss, gauss)[None, None] / gauss.sum() ** 2)
     x = torch.from_numpy(pixels(64))
     expected = nnf.conv2d(nnf.pad(x.flatten(0, 1)[:, None], (half,) * 4, "reflect"), kernel).view_as(x)
-    np.testing.assert_allclose(corruptions.defocus_blur(pixels(64), (radius, alias), ()), expected, atol=1e-6)
+    np.testing.assert_allclose(effects.defocus_blur(pixels(64), (radius, alias), ()), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("glass", [(0.0, 1, 1), (0.4, 1, 2), (0.7, 2, 1)])
 def test_glass_blur_is_the_authors_swap_of_views(glass):
     sigma, reach, times = glass
     x = pixels(32)[:2]
-    found = corruptions.glass_blur(x, glass, draws(2))
+    found = effects.glass_blur(x, glass, draws(2))
     for image, draw, ours in zip(x, draws(2), found, strict=True):
         y = np.uint8(np.stack([ndimage.gaussian_filter(c, sigma, mode="nearest") for c in image], axis=-1))
         shift = draw.integers(-reach, reach, (times, 32 - 2 * reach, 32 - 2 * reach, 2))
@@ -138,7 +139,7 @@ def test_motion_blur_by_a_loop(angle):
             for t, weight in enumerate(weights):
                 dx, dy = (math.ceil(t * f(math.radians(angle)) - 0.5) for f in (math.cos, math.sin))
                 expected[y, x] += weight * image[min(max(y + dy, 0), 31), min(max(x + dx, 0), 31)]
-    np.testing.assert_array_equal(corruptions._streak(image, radius, sigma, angle), np.rint(expected / sum(weights)))
+    np.testing.assert_array_equal(effects._streak(image, radius, sigma, angle), np.rint(expected / sum(weights)))
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.01, 1.25, 2.25, 4.5])
@@ -150,12 +151,12 @@ def test_zoom_is_scipys(factor, side):
     large = ndimage.zoom(x[start : start + crop, start : start + crop], factor, order=1)
     trim = (len(large) - side) // 2
     expected = large[trim : trim + side, trim : trim + side]
-    np.testing.assert_allclose(corruptions._zoomed(x, factor), expected, atol=1e-9)
+    np.testing.assert_allclose(effects._zoomed(x, factor), expected, atol=1e-9)
 
 
 def test_zoom_blur_of_a_flat_image_is_the_image():
     flat = np.full((1, 3, 32, 32), 77.0)
-    np.testing.assert_allclose(corruptions.zoom_blur(flat, (1.26, 0.01), ()), flat)
+    np.testing.assert_allclose(effects.zoom_blur(flat, (1.26, 0.01), ()), flat)
 
 
 def test_plasma_by_a_loop():
@@ -179,15 +180,13 @@ def test_plasma_by_a_loop():
                 height[y, x] = sum(four) / 4 + wibble**2 * noise[y, x]
         step, wibble = half, wibble / decay
     expected = (height - height.min()) / (height.max() - height.min())
-    np.testing.assert_allclose(
-        corruptions.plasma(13, decay, [np.random.default_rng(5)])[0], expected[:13, :13], atol=1e-12
-    )
+    np.testing.assert_allclose(effects.plasma(13, decay, [np.random.default_rng(5)])[0], expected[:13, :13], atol=1e-12)
 
 
 def test_fog_keeps_the_brightest_value_and_lightens_black():
     x = pixels(32)
-    fogged = corruptions.fog(x, (1.5, 1.75), draws(4))
-    cloud = corruptions.plasma(32, 1.75, draws(4))[:, None]
+    fogged = effects.fog(x, (1.5, 1.75), draws(4))
+    cloud = effects.plasma(32, 1.75, draws(4))[:, None]
     for image, one, layer in zip(x, fogged, cloud, strict=True):
         np.testing.assert_allclose(one, (image + 255 * 1.5 * layer) * image.max() / (image.max() + 255 * 1.5))
         assert one.max() <= image.max() + 1e-9
@@ -195,13 +194,13 @@ def test_fog_keeps_the_brightest_value_and_lightens_black():
 
 
 def test_snow_on_black_is_the_same_upside_down():
-    snowed = corruptions.snow(np.zeros((2, 3, 32, 32)), (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8), draws(2))
+    snowed = effects.snow(np.zeros((2, 3, 32, 32)), (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8), draws(2))
     np.testing.assert_array_equal(snowed, snowed[..., ::-1, ::-1])
     flakes = snowed - 0.2 * 127.5
     assert flakes.min() >= -1e-9 and 20 < flakes.max() <= 2 * 255
     assert np.ptp(snowed, axis=1).max() == 0  # without colour
     # As many flakes as noise above the threshold: the mean that a normal variable has there, from both sides.
-    many = corruptions.snow(np.zeros((8, 1, 300, 300)), (0.3, 0.3, 1, 0.65, 14, 12, 0.8), draws(8)) - 0.2 * 127.5
+    many = effects.snow(np.zeros((8, 1, 300, 300)), (0.3, 0.3, 1, 0.65, 14, 12, 0.8), draws(8)) - 0.2 * 127.5
     above = np.clip(np.random.default_rng(0).normal(0.3, 0.3, 10**6), 0, 1)
     assert many.mean() == pytest.approx(2 * 255 * (above * (above >= 0.65)).mean(), rel=0.05)
 
@@ -209,18 +208,18 @@ def test_snow_on_black_is_the_same_upside_down():
 def test_frost_lays_the_same_ice_over_every_image():
     x = pixels(32)
     keep, ice = 0.75, 0.45
-    frosted = [corruptions.frost(image[None], (keep, ice), draws(1)) - keep * image for image in x]
+    frosted = [effects.frost(image[None], (keep, ice), draws(1)) - keep * image for image in x]
     for other in frosted[1:]:
         np.testing.assert_allclose(other, frosted[0], atol=1e-9)
     assert 0.25 * 255 * ice * 0.85 - 1e-9 <= frosted[0].min() < frosted[0].max() <= 255 * ice + 1e-9
     assert (frosted[0][0, 2] >= frosted[0][0, 0]).all()  # bluish
-    assert "substitute" in corruptions.frost.__doc__
+    assert "substitute" in effects.frost.__doc__
 
 
 def test_brightness_is_colorsys_value():
     x = pixels(32)[:1]
     x[0, :, 0, 0] = 0
-    found = corruptions.brightness(x, 0.2, ())
+    found = effects.brightness(x, 0.2, ())
     for y in range(32):
         for column in range(32):
             hue, saturation, value = colorsys.rgb_to_hsv(*(x[0, :, y, column] / 255))
@@ -230,7 +229,7 @@ def test_brightness_is_colorsys_value():
 
 def test_contrast_keeps_means_and_scales_deviations():
     x = pixels(32)
-    found = corruptions.contrast(x, 0.3, ())
+    found = effects.contrast(x, 0.3, ())
     np.testing.assert_allclose(found.mean((2, 3)), x.mean((2, 3)))
     np.testing.assert_allclose(found.std((2, 3)), 0.3 * x.std((2, 3)))
 
@@ -238,7 +237,7 @@ def test_contrast_keeps_means_and_scales_deviations():
 def test_elastic_transform_moves_the_three_points():
     # Without displacement it is the affine map alone: scipy's own, by the inverse of the map fitted to the points.
     x, reach = pixels(64)[:1], 0.08
-    found = corruptions.elastic_transform(x, (0, 0.1, reach), draws(1))
+    found = effects.elastic_transform(x, (0, 0.1, reach), draws(1))
     points = np.array([(53, 53), (53, 11), (11, 11)])  # 32 +- 21, x before y
     moved = points + draws(1)[0].uniform(-reach * 64, reach * 64, (3, 2))
     matrix = np.linalg.solve(np.c_[points, np.ones(3)], moved).T  # [2, 3], from image to result
@@ -251,7 +250,7 @@ def test_elastic_transform_moves_the_three_points():
 
 def test_elastic_displacement_is_smooth_and_scaled():
     x = np.tile(np.arange(96.0), (1, 1, 96, 1))  # each px says its column
-    still, moved = (corruptions.elastic_transform(x, (a, 0.03, 0), draws(1))[0, 0] for a in (0, 0.1))
+    still, moved = (effects.elastic_transform(x, (a, 0.03, 0), draws(1))[0, 0] for a in (0, 0.1))
     np.testing.assert_allclose(still, x[0, 0], atol=1e-9)
     draw = draws(1)[0]
     draw.uniform(size=(3, 2))

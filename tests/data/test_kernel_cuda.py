@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import inspect
 import re
 import site
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from kernel_on_cpu import Block, compile_for_cpu
 from torch import Tensor
 
 from twoviews.data import kernel_cuda
-from twoviews.data import views as module
+from twoviews.data import rendering as module
 from twoviews.data.views import Views, eval_view
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
@@ -44,8 +45,8 @@ def both(render: Callable, recipe: dict, size: int, images: Tensor, sizes: Tenso
     statistics = {"mean": (MEAN * 2)[:channels], "std": (STD * 2)[:channels]}
     views = Views({"only": {**recipe, "size": size}}, size=images.shape[-1], channels=channels, **statistics)
     draws = views.draw(sizes, torch.Generator().manual_seed(3))
-    (ours,) = render(images, [size], *module._arguments(images, draws), views.mean, views.std) or [None]
-    theirs = module._in_tensors(images, draws[0], views.recipes[0], size, views.mean, views.std)
+    (ours,) = render(images, [size], *module.arguments(images, draws), views.mean, views.std) or [None]
+    theirs = module.in_tensors(images, draws[0], views.recipes[0], size, views.mean, views.std)
     return ours, theirs, draws[0].solarize
 
 
@@ -86,7 +87,7 @@ def test_all_views_in_other_forms(library, dtype, memory_format, monkeypatch):
     render = partial(kernel_cuda.render, Block(library, 7))
     views = Views(MIXED, size=32, channels=3, mean=MEAN, std=STD)
     draws = views.draw(oblong(len(images)), torch.Generator().manual_seed(3))
-    arguments = (images, views.sizes, *module._arguments(images, draws), views.mean, views.std)
+    arguments = (images, views.sizes, *module.arguments(images, draws), views.mean, views.std)
     monkeypatch.setattr(kernel_cuda, "sent", lambda x, device: copies.append(x) or x)
     made, plain = render(*arguments, dtype=dtype, memory_format=memory_format), render(*arguments)
     assert len(copies) == 2
@@ -94,7 +95,7 @@ def test_all_views_in_other_forms(library, dtype, memory_format, monkeypatch):
         assert (x.dtype, x.shape) == (dtype, y.shape)
         assert x.is_contiguous(memory_format=memory_format)
         assert x.equal(y.to(dtype))
-        wanted = module._in_tensors(images, draw, recipe, x.shape[-1], views.mean, views.std)
+        wanted = module.in_tensors(images, draw, recipe, x.shape[-1], views.mean, views.std)
         assert close(y, wanted, draw.solarize)
     monkeypatch.setattr(module, "compiled", lambda device: render)
     last = memory_format == torch.channels_last
@@ -112,7 +113,7 @@ def test_every_kind_of_number_is_rounded_as_torch_does_it(library, dtype):
     for std in [10.0**power for power in range(-40, 40)] + [1 / 3, 2.0**-17, 2.0**-18, 2.0**-26, 2.0**24]:
         views = Views({"only": {"scale": [1, 1], "ratio": [1, 1]}}, size=16, channels=1, mean=[0.5], std=[std])
         draws = views.draw(torch.full((1, 2), 16), torch.Generator())
-        arguments = (images, [16], *module._arguments(images, draws), views.mean, views.std)
+        arguments = (images, [16], *module.arguments(images, draws), views.mean, views.std)
         render = partial(kernel_cuda.render, Block(library, 7))
         (plain,), (x,) = render(*arguments), render(*arguments, dtype=dtype)
         assert x.view(torch.int16).equal(plain.to(dtype).view(torch.int16)) or plain.isnan().any()
@@ -233,6 +234,11 @@ def broken(**given) -> None:
 def test_a_wrong_kernel_is_not_used_and_that_is_said(library, built, spoil, reason):
     built(spoil(Block(library, 7)))
     assert module._checked(torch.device("cpu")) == f"kernel.cu{reason}"
+
+
+def test_torch_still_has_the_private_function_that_builds_the_kernel():
+    parameters = [*inspect.signature(torch.cuda._compile_kernel).parameters]
+    assert parameters[:2] == ["kernel_source", "kernel_name"]
 
 
 def test_what_cannot_be_built_is_left_to_tensors_and_that_is_said(monkeypatch):

@@ -13,18 +13,18 @@ import pytest
 import torch
 
 from twoviews.data import store
-from twoviews.data.store import Part, Recipe, stored
+from twoviews.data.store import Chunk, Recipe, stored
 from twoviews.errors import BadInput
 
 PIXELS = torch.randint(0, 256, (10, 2, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def recipe(parts=None, **changes):
+def recipe(chunks=None, **changes):
     rows = torch.arange(10)
     sizes = torch.full((10, 2), 8)
-    parts = parts or [Part(rows[:6], PIXELS[:6], sizes[:6]), Part(rows[6:], PIXELS[6:], sizes[6:])]
+    chunks = chunks or [Chunk(rows[:6], PIXELS[:6], sizes[:6]), Chunk(rows[6:], PIXELS[6:], sizes[6:])]
     facts = {"splits": {"train": (0, 6), "test": (6, 10)}, "labels": np.arange(10) % 2, "classes": ("a", "b")}
-    return Recipe(**{**facts, "channels": 2, "size": 8, "parts": parts, **changes})
+    return Recipe(**{**facts, "channels": 2, "size": 8, "chunks": chunks, **changes})
 
 
 def never():
@@ -49,13 +49,13 @@ def test_the_digest_follows_the_content_and_not_the_parts(tmp_path):
         return stored(str(tmp_path), name, {}, lambda: made).meta["digest"]
 
     rows, sizes = torch.arange(10), torch.full((10, 2), 8)
-    same = recipe([Part(rows[i : i + 1], PIXELS[i : i + 1], sizes[i : i + 1]) for i in range(10)])
+    same = recipe([Chunk(rows[i : i + 1], PIXELS[i : i + 1], sizes[i : i + 1]) for i in range(10)])
     changed = PIXELS.clone()
     changed[3, 0, 0, 0] ^= 1
     digests = [
         digest("a", recipe()),
         digest("b", same),
-        digest("c", recipe([Part(rows, changed, sizes)])),
+        digest("c", recipe([Chunk(rows, changed, sizes)])),
         digest("d", recipe(labels=np.ones(10, int))),
     ]
     assert digests[0] == digests[1]
@@ -70,9 +70,9 @@ def test_another_key_is_another_store(tmp_path):
 
 def test_broken_rows_are_left_out_and_named(tmp_path):
     rows = torch.tensor([0, 1, 2, 4, 5, 6, 7, 9])
-    part = Part(rows, PIXELS[rows], torch.full((8, 2), 8), broken=((3, "is truncated"), (8, "is empty")))
+    chunk = Chunk(rows, PIXELS[rows], torch.full((8, 2), 8), broken=((3, "is truncated"), (8, "is empty")))
     names = tuple(f"{i}.png" for i in range(10))
-    made = stored(str(tmp_path), "x", {}, lambda: recipe([part], names=names))
+    made = stored(str(tmp_path), "x", {}, lambda: recipe([chunk], names=names))
     assert torch.equal(made.pixels, PIXELS[rows])
     assert made.labels.tolist() == (rows % 2).tolist()
     assert made.meta["splits"] == {"train": [0, 5], "test": [5, 8]}
@@ -87,7 +87,7 @@ def test_without_pixels_only_the_facts_are_kept(tmp_path):
 
 
 def test_constant_images_have_a_std_to_divide_by(tmp_path):
-    flat = Part(torch.arange(10), torch.full_like(PIXELS, 51), torch.full((10, 2), 8))
+    flat = Chunk(torch.arange(10), torch.full_like(PIXELS, 51), torch.full((10, 2), 8))
     meta = stored(str(tmp_path), "x", {}, lambda: recipe([flat])).meta
     assert np.allclose(meta["mean"], 0.2)
     assert np.allclose(meta["std"], 1 / 255)
@@ -98,12 +98,12 @@ def left(folder):
 
 
 def test_a_failing_build_leaves_nothing(tmp_path):
-    def parts():
-        yield Part(torch.arange(6), PIXELS[:6], torch.full((6, 2), 8))
+    def chunks():
+        yield Chunk(torch.arange(6), PIXELS[:6], torch.full((6, 2), 8))
         raise RuntimeError("out of luck")
 
     with pytest.raises(RuntimeError, match="out of luck"):
-        stored(str(tmp_path), "x", {}, lambda: recipe(parts()))
+        stored(str(tmp_path), "x", {}, lambda: recipe(chunks()))
     assert left(tmp_path) == []
     assert len(stored(str(tmp_path), "x", {}, recipe).sizes) == 10
 
@@ -117,12 +117,12 @@ def test_a_disk_without_room_is_refused_before_writing(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
-    def parts():
-        yield Part(torch.arange(6), PIXELS[:6], torch.full((6, 2), 8))
+    def chunks():
+        yield Chunk(torch.arange(6), PIXELS[:6], torch.full((6, 2), 8))
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(BadInput, match=r"no space is left on the device of .*; free some, or .*cache="):
-        stored(str(tmp_path), "x", {}, lambda: recipe(parts()))
+        stored(str(tmp_path), "x", {}, lambda: recipe(chunks()))
     assert left(tmp_path) == []
 
 
@@ -142,16 +142,16 @@ def test_a_damaged_store_is_named(tmp_path):
 BUILDER = """
 import sys, time, torch, numpy as np
 from pathlib import Path
-from twoviews.data.store import Part, Recipe, stored
+from twoviews.data.store import Chunk, Recipe, stored
 
-def parts():
+def chunks():
     for row in range(10):
         time.sleep(float(sys.argv[2]))
-        yield Part(torch.tensor([row]), torch.full((1, 1, 8, 8), row, dtype=torch.uint8), torch.tensor([[8, 8]]))
+        yield Chunk(torch.tensor([row]), torch.full((1, 1, 8, 8), row, dtype=torch.uint8), torch.tensor([[8, 8]]))
 
 def recipe():
     print("building", flush=True)
-    return Recipe({"train": (0, 10)}, np.zeros(10, int), ("a",), 1, 8, parts())
+    return Recipe({"train": (0, 10)}, np.zeros(10, int), ("a",), 1, 8, chunks())
 
 made = stored(sys.argv[1], "x", {}, recipe)
 print(int(made.pixels.sum()), flush=True)

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from twoviews import compiled
 from twoviews.data import kernel, pixels
-from twoviews.data.views import JITTER, Draw, View, Views, eval_view
+from twoviews.data.draws import Draw, View
+from twoviews.data.rendering import JITTER
+from twoviews.data.views import Views, eval_view
 from twoviews.errors import BadInput
 
 FAMILIES = sorted((Path(__file__).parents[2] / "conf" / "augmentation").glob("*.yaml"))

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as nnf
 
 from twoviews.backbones import ResNet
+from twoviews.batch_norms import SplitBatchNorm
 from twoviews.errors import BadInput
-from twoviews.layers import SplitBatchNorm
 from twoviews.methods.moco import MoCo, info_nce
 
 DONE = progress(1, 10, 1)

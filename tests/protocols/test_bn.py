@@ -9,8 +9,8 @@ import torch
 from adapting import LINEAR, assert_same, context, probe, state, views, without_batch_norm
 from torch import nn
 
+from twoviews.batch_norms import SyncBatchNorm, split_batch_norms
 from twoviews.errors import BadInput
-from twoviews.layers import SyncBatchNorm, split_batch_norms
 from twoviews.protocols import adaptation
 from twoviews.protocols.adaptation import Model
 from twoviews.protocols.bn import BN

@@ -10,9 +10,9 @@ from torch.nn import functional as nnf
 
 from twoviews import distributed, optim
 from twoviews.backbones import ResNet, Timm
+from twoviews.batch_norms import SplitBatchNorm, SyncBatchNorm, split_batch_norms, sync_batch_norms
 from twoviews.errors import BadInput
 from twoviews.features import embed
-from twoviews.layers import SplitBatchNorm, SyncBatchNorm, split_batch_norms, sync_batch_norms
 from twoviews.protocols import finetune
 from twoviews.protocols.classification import accuracies
 from twoviews.protocols.finetune import FineTune, layers

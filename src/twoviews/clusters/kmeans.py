@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from twoviews import distributed
+from twoviews import distributed, process_group
 from twoviews.errors import BadInput
 from twoviews.randomness import generator
 from twoviews.ranges import Count, NotNegative
@@ -128,7 +128,7 @@ def kmeans(
         assignment = passes.nearest(points, centroids)[1]
         # Not that of `nearest`, which has few digits where it is small.
         distance = (points - centroids[assignment]).square().sum(1)
-    distributed.wait_for_first()
+    process_group.wait_for_first()
     shared = (assignment, centroids, distance, torch.tensor(steps))
     assignment, centroids, distance, count = (distributed.from_first(value.to(x.device)) for value in shared)
     return Clusters(assignment, centroids, distance, int(count))

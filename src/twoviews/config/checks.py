@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Nodes that are neither a group nor a single value, and the class of each. The config of a job in a sweep has none of them.
 NODES = {"sweep": "twoviews.sweeps.launching.Options"}
-VIEW = "twoviews.data.views.View"  # the class of each node below augmentation.views
+VIEW = "twoviews.data.draws.View"  # the class of each node below augmentation.views
 
 
 @dataclass(frozen=True)

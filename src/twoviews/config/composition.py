@@ -21,8 +21,10 @@ def register_resolvers() -> None:
         choices = _root_.hydra.runtime.choices
         return f"{choices.method}-{choices.data}-{digest(_root_)}"
 
-    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
-    OmegaConf.register_new_resolver("options", lambda group: ", ".join(options(group)), replace=True)
+    # OmegaConf 2.4, which Hydra 1.4 needs, has a new name for it; in 2.3 that name means something else.
+    register: Any = OmegaConf.register_new_resolver if VERSION_BASE else OmegaConf.register_resolver
+    register("run_name", run_name, replace=True)
+    register("options", lambda group: ", ".join(options(group)), replace=True)
 
 
 def compose(name: str, overrides: list[str]) -> DictConfig | None:

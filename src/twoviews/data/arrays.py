@@ -2,19 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
-from torch import Tensor
-from torch.nn import functional as nnf
+from jaxtyping import Int
 
+from twoviews.data.array_pixels import Scale, Split, chunks_of
 from twoviews.data.images import stratified
 from twoviews.data.layout import SWAPPED
-from twoviews.data.store import Part, Recipe
+from twoviews.data.store import Recipe
 from twoviews.errors import BadInput, nearest
 from twoviews.foreign import regular
 
@@ -23,41 +21,6 @@ LABELS = ("labels", "label", "y", "targets", "target", "train_labels", "y_train"
 TEST_IMAGES = ("test_images", "x_test", "test_x")
 TEST_LABELS = ("test_labels", "y_test", "test_y")
 HELD_OUT = 5  # of a labelled file without test images, one in so many is held out
-CHUNK_BYTES = 2**24
-
-
-@dataclass(frozen=True)
-class Split:
-    """Some images of an array and their labels, as they stand in the file."""
-
-    images: np.ndarray  # [N, H, W, C]
-    labels: np.ndarray | None  # [n], of the rows
-    rows: Int[np.ndarray, "n"]
-    labelled: int = 0  # rows before those whose label is -1, which means that they have none
-
-    def chunks(self) -> Iterator[np.ndarray]:
-        """The images, some megabytes at a time."""
-        step = max(1, CHUNK_BYTES // (self.images[0].size * 8))
-        for start in range(0, len(self.rows), step):
-            yield self.images[self.rows[start : start + step]]
-
-    @cached_property
-    def range(self) -> tuple[np.ndarray, np.ndarray]:
-        """Smallest and largest value of each channel.
-
-        Raises:
-            BadInput: a value is NaN or infinite.
-        """
-        low, high, seen = [], [], 0
-        for chunk in self.chunks():
-            finite = np.isfinite(chunk).all(axis=(1, 2, 3))
-            if not finite.all():
-                first = self.rows[seen + int(np.argmin(finite))]
-                raise BadInput(f"Image {first} (counted from 0) holds NaN or infinite values: replace or remove them.")
-            low.append(chunk.min(axis=(0, 1, 2)))
-            high.append(chunk.max(axis=(0, 1, 2)))
-            seen += len(chunk)
-        return np.min(low, axis=0).astype(np.float64), np.max(high, axis=0).astype(np.float64)
 
 
 def files_of(root: Path) -> list[Path]:
@@ -87,7 +50,7 @@ def recipe(files: list[Path], labels: Path | None, size: int | None) -> Recipe:
     """
     train, test, notes = _splits(files, labels)
     numbers, classes = _classes(train, test, notes)
-    scale = _Scale.of(train, test, notes)
+    scale = Scale.of(train, test, notes)
     height, width, channels = train.images.shape[1:]
     side = size or min(height, width, 224)
     if not height == width == side:
@@ -97,8 +60,8 @@ def recipe(files: list[Path], labels: Path | None, size: int | None) -> Recipe:
         notes.append("No labelled test images: kNN and linear accuracy are left out.")
     else:
         splits["memory"], splits["test"] = (0, train.labelled), (len(train.rows), len(numbers))
-    parts = _parts([train] if test is None else [train, test], scale, side)
-    return Recipe(splits, numbers, classes, channels, side, parts, notes=tuple(notes))
+    chunks = chunks_of([train] if test is None else [train, test], scale, side)
+    return Recipe(splits, numbers, classes, channels, side, chunks, notes=tuple(notes))
 
 
 def _splits(files: list[Path], labels: Path | None) -> tuple[Split, Split | None, list[str]]:
@@ -148,7 +111,7 @@ def _splits(files: list[Path], labels: Path | None) -> tuple[Split, Split | None
 
 
 def _labelled_first(train: Split, notes: list[str]) -> Split:
-    """The split with images of label -1 behind all others; where -1 and one more are all labels, both are classes."""
+    """The split with images of label -1 (none) at the end; if there are only two labels, -1 is one of two classes."""
     count = len(train.rows)
     if train.labels is None or train.labels.dtype.kind != "i":
         return replace(train, labelled=count)
@@ -161,7 +124,7 @@ def _labelled_first(train: Split, notes: list[str]) -> Split:
 
 
 def _held_out(train: Split, name: str) -> tuple[Split, Split | None, list[str]]:
-    """The images without a fifth of each class, and that fifth as test images."""
+    """The training images without a fifth of each class, that fifth as test images, and notes."""
     if train.labels is None:
         return train, None, []
     total = train.labelled
@@ -180,19 +143,19 @@ def _held_out(train: Split, name: str) -> tuple[Split, Split | None, list[str]]:
 
 def _opened(path: Path) -> Mapping:
     """The arrays of a file by name; those of an .npz file are read when they are asked for, by `_array`."""
-    with _readable(path):
+    with _numpy_errors(path):
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         return loaded if path.suffix == ".npz" else {"images": loaded}
 
 
 def _array(arrays: Mapping, key: str, path: Path) -> np.ndarray:
-    with _readable(path):
+    with _numpy_errors(path):
         return arrays[key]
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """What numpy objects to, as a sentence."""
+def _numpy_errors(path: Path) -> Iterator[None]:
+    """Turn numpy's errors about a file into BadInput."""
     try:
         yield
     except ValueError as error:
@@ -206,23 +169,23 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _pick(arrays: Mapping, names: tuple[str, ...], path: Path, used: set[str]) -> np.ndarray | None:
-    """The one array with one of these names, which is used from then on."""
-    found = [key for key in arrays if key.lower() in names]
-    if len(found) > 1:
-        raise BadInput(f"{path} holds both '{found[0]}' and '{found[1]}', which mean the same: keep one.")
-    used.update(found)
-    return _array(arrays, found[0], path) if found else None
+    """The only array with one of these names, whose key is added to `used`; None if there is none."""
+    keys = [key for key in arrays if key.lower() in names]
+    if len(keys) > 1:
+        raise BadInput(f"{path} holds both '{keys[0]}' and '{keys[1]}', which mean the same: keep one.")
+    used.update(keys)
+    return _array(arrays, keys[0], path) if keys else None
 
 
 def _unused(arrays: Mapping, path: Path, used: set[str]) -> list[str]:
-    """The sentence that names what is left alone."""
+    """A sentence that names the arrays that are not used, if there are any."""
     left = [f"'{key}'" for key in arrays if key not in used]
     named = ", ".join(left[:5]) + (" ..." if len(left) > 5 else "")
     return [f"{path.name} holds arrays that are not used: {named}."] if left else []
 
 
 def _checked(images: np.ndarray, labels: np.ndarray | None, path: Path) -> Split:
-    """The arrays as a split, if they have the shapes and kinds that are asked for."""
+    """The arrays as a split, if their shapes and types are valid."""
     shape = images.shape
     if images.dtype.kind not in "buif":
         raise BadInput(f"The images in {path} are of type {images.dtype}: save them as uint8 or float.")
@@ -247,7 +210,7 @@ def _checked(images: np.ndarray, labels: np.ndarray | None, path: Path) -> Split
 
 
 def _classes(train: Split, test: Split | None, notes: list[str]) -> tuple[Int[np.ndarray, "N"], tuple[str, ...]]:
-    """Numbers 0..classes-1 of training and test labels, and what they stand for; all -1 where there are none."""
+    """Labels of training and test images as numbers 0..classes-1, -1 for none, and the names of the classes."""
     if train.labels is None:
         return np.full(len(train.rows), -1), ()
     known = np.unique(train.labels[: train.labelled])
@@ -261,52 +224,3 @@ def _classes(train: Split, test: Split | None, notes: list[str]) -> tuple[Int[np
     if known.dtype.kind not in "iu" or list(known) != list(range(len(known))):
         notes.append(f"Labels: {len(known)} classes, {known[0]} to {known[-1]}, are numbered 0 to {len(known) - 1}.")
     return np.where(none, -1, np.searchsorted(known, given)), tuple(map(str, known))
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """The way from the values in the file to 0..255, taken from the training images."""
-
-    low: Float[np.ndarray, "C"]
-    high: Float[np.ndarray, "C"]
-
-    @staticmethod
-    def of(train: Split, test: Split | None, notes: list[str]) -> "_Scale":
-        kind = train.images.dtype
-        channels = train.images.shape[-1]
-        if kind == np.uint8:
-            return _Scale(np.zeros(channels), np.full(channels, 255.0))
-        low, high = train.range
-        if channels == 3:  # colours keep their balance; measurements of different kinds keep their precision
-            low, high = np.full(3, low.min()), np.full(3, high.max())
-        if (low == high).all():
-            raise BadInput(f"All values of the training images are {low[0]:g}: there is nothing to learn from.")
-        same = (low == low[0]).all() and (high == high[0]).all()
-        ranges = [f"{a:g} to {b:g}" for a, b in zip(low, high, strict=True)]
-        shown = ranges[0] if same else f"{', '.join(ranges[:5])}{' ...' if channels > 5 else ''} by channel"
-        notes.append(f"Values {shown} of the training images ({kind}) become 0 to 255.")
-        if test is not None:
-            outside = sum(int(((chunk < low) | (chunk > high)).sum()) for chunk in test.chunks())
-            if outside:
-                notes.append(f"{outside} values of the test images lie outside that range and are set to its ends.")
-            _ = test.range  # refuses NaN
-        return _Scale(low, high)
-
-    def __call__(self, chunk: np.ndarray) -> UInt8[Tensor, "b C H W"]:
-        if chunk.dtype != np.uint8:
-            width = np.where(self.high > self.low, self.high - self.low, 1)
-            chunk = np.round(np.clip((chunk - self.low) / width, 0, 1) * 255).astype(np.uint8)
-        return torch.from_numpy(np.ascontiguousarray(chunk.transpose(0, 3, 1, 2)))
-
-
-def _parts(splits: list[Split], scale: _Scale, side: int) -> Iterator[Part]:
-    done = 0
-    for split in splits:
-        for chunk in split.chunks():
-            pixels = scale(chunk)
-            count, _, height, width = pixels.shape
-            if not height == width == side:
-                large = nnf.interpolate(pixels.float(), (side, side), mode="bicubic", antialias=True)
-                pixels = large.round().clamp(0, 255).to(torch.uint8)
-            yield Part(torch.arange(done, done + count), pixels, torch.tensor([[height, width]] * count))
-            done += count

@@ -9,7 +9,6 @@ import shutil
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,25 +17,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from twoviews.console import say_on_stderr
-from twoviews.data.files import decode
+from twoviews.data.picture_files import decode
+from twoviews.data.store import Chunk
 from twoviews.errors import BadInput
 
-PREFETCH = 4  # chunks that each worker has ready
-CHUNK = 32  # canvases per unit of work: small, so that all workers share in the first batch
-
-
-class Read(NamedTuple):
-    """What came of decoding some files."""
-
-    pixels: UInt8[Tensor, "b C S S"]
-    sizes: Int[Tensor, "b 2"]  # original height and width in px
-    rows: Int[Tensor, "b"]  # the files these come from
-    broken: list[tuple[int, str]]  # the other files, and what is wrong with them
-    unreadable: str = ""  # the sentence, when a file could not be opened at all
+PREFETCH = 4  # chunks that each worker decodes ahead
+CHUNK_SIZE = 32  # canvases per unit of work: small, so that all workers share in the first batch
 
 
 class Decoded:
-    """Pictures that lie in files and are decoded when they are asked for, by workers that stay.
+    """Picture files that are decoded each time they are read, by worker processes that stay alive.
 
     Args:
         paths: the files.
@@ -53,12 +43,12 @@ class Decoded:
         return len(self.paths)
 
     def subset(self, index: Int[Tensor, "n"]) -> "Decoded":
-        """Those of the pictures that `index` names."""
+        """The pictures of these rows, in this order."""
         paths = [self.paths[row] for row in index.tolist()]
         return Decoded(paths, size=self.size, channels=self.channels, workers=self.workers)
 
-    def read(self, chunks: Iterable[Int[Tensor, "_"]]) -> Iterator[Read]:
-        """What came of decoding each chunk of rows, in order; later chunks are decoded meanwhile.
+    def read(self, chunks: Iterable[Int[Tensor, "_"]]) -> Iterator[Chunk]:
+        """Each chunk of rows, decoded, in order; later chunks are decoded meanwhile.
 
         Raises:
             BadInput: a file could not be opened.
@@ -66,10 +56,10 @@ class Decoded:
         # A second reader, while one is at work, gets workers of its own.
         workers, self._idle = self._idle or _Workers(self), None
         try:
-            for read in workers.run(list(chunks)):
-                if read.unreadable:
-                    raise BadInput(read.unreadable)
-                yield read
+            for chunk in workers.run(list(chunks)):
+                if chunk.unreadable:
+                    raise BadInput(chunk.unreadable)
+                yield chunk
         finally:
             self._idle = workers
 
@@ -79,22 +69,22 @@ class Decoded:
         Raises:
             BadInput: a file that was sound when the data were indexed is not any more.
         """
-        chunks = [part.split(CHUNK) for part in parts]
-        reads = self.read([chunk for part in chunks for chunk in part])
-        for part in chunks:
-            done = [next(reads) for _ in part]
-            for read in done:
-                for row, reason in read.broken:
+        splits = [part.split(CHUNK_SIZE) for part in parts]
+        decoded = self.read([rows for split in splits for rows in split])
+        for split in splits:
+            chunks = [next(decoded) for _ in split]
+            for chunk in chunks:
+                for row, reason in chunk.broken:
                     raise BadInput(f"{self.paths[row]} was a sound picture when the data were indexed, now {reason}.")
-            yield done[0].pixels if len(done) == 1 else torch.cat([read.pixels for read in done])
+            yield chunks[0].pixels if len(chunks) == 1 else torch.cat([chunk.pixels for chunk in chunks])
 
 
 class _Workers:
-    """A DataLoader over `decode` whose list of work is exchanged between passes, so that its processes can stay."""
+    """A DataLoader over `decode` that gets a new list of rows for each pass, so that its processes can stay alive."""
 
     def __init__(self, files: Decoded):
         self.work: list[Tensor] = []
-        piped = files.workers > 0 and not _room(files)
+        piped = files.workers > 0 and not _fits_shared_memory(files)
         self.loader = DataLoader(
             _Decode(files.paths, files.size, files.channels, piped),
             batch_size=None,
@@ -108,29 +98,29 @@ class _Workers:
             generator=torch.Generator(),  # or each pass would draw from the global generator that resuming restores
         )
 
-    def run(self, work: list[Tensor]) -> Iterator[Read]:
+    def run(self, work: list[Tensor]) -> Iterator[Chunk]:
         self.work[:] = work
-        for pixels, sizes, rows, broken, unreadable in self.loader:
-            yield Read(*map(torch.as_tensor, (pixels, sizes, rows)), broken=broken, unreadable=unreadable)  # type: ignore[misc]
+        for rows, pixels, sizes, broken, unreadable in self.loader:
+            yield Chunk(*map(torch.as_tensor, (rows, pixels, sizes)), broken=broken, unreadable=unreadable)  # type: ignore[misc]
 
 
-def _room(files: Decoded) -> bool:
-    """Whether the machine has shared memory for what workers have ready, as small containers have not; says so if not."""
+def _fits_shared_memory(files: Decoded) -> bool:
+    """Whether shared memory can hold the chunks that workers decode ahead; if not, as in small containers, print why."""
     shared = Path("/dev/shm")  # noqa: S108
     if not shared.is_dir():
         return True
-    need = 2 * files.workers * PREFETCH * CHUNK * files.channels * files.size**2  # some is on its way
+    need = 2 * files.workers * PREFETCH * CHUNK_SIZE * files.channels * files.size**2  # twice, for chunks in transit
     free = shutil.disk_usage(shared).free
     if need > free:
         say_on_stderr(
-            f"{shared} has {free / 1e6:,.0f} MB left and {files.workers} workers want {need / 1e6:,.0f} MB: images come from "
+            f"{shared} has {free / 1e6:,.0f} MB left and {files.workers} workers need {need / 1e6:,.0f} MB: images come from "
             "them by pipes, which is slower (a container gets more by --shm-size)."
         )
     return need <= free
 
 
 def worker_trouble(error: RuntimeError) -> str:
-    """A sentence for what torch raises when a process that decodes is gone; empty for other errors."""
+    """A sentence for torch's error when a process that decodes has died; empty for other errors."""
     text = " ".join(str(error).split())
     if not re.search(r"DataLoader worker \(pid|shared memory|ancdata", text):
         return ""
@@ -144,13 +134,13 @@ def worker_trouble(error: RuntimeError) -> str:
 
 @atexit.register
 def _end_workers() -> None:
-    """What hangs on a disk does not hear that it is to end, and would be waited for."""
+    """Kill workers: one that hangs on a disk ignores the request to end, and Python would wait for it."""
     for child in multiprocessing.active_children():
         child.kill()
 
 
-class _Decode(Dataset[Read]):
-    """What a worker process holds.
+class _Decode(Dataset[Chunk]):
+    """Decodes chunks of rows in a worker process.
 
     Args:
         paths: the files.
@@ -162,26 +152,26 @@ class _Decode(Dataset[Read]):
     def __init__(self, paths: list[str], size: int, channels: int, piped: bool):
         self.paths, self.size, self.channels, self.piped = paths, size, channels, piped
 
-    def __getitem__(self, rows: Int[Tensor, "n"]) -> Read:  # the sampler hands out tensors of rows
-        canvases, sizes, good, broken = [], [], [], []
+    def __getitem__(self, rows: Int[Tensor, "n"]) -> Chunk:  # the sampler hands out tensors of rows
+        canvases, sizes, decoded, broken = [], [], [], []
         unreadable = ""
         for row in rows.tolist():
             try:
                 canvas, height_width = decode(self.paths[row], self.size, self.channels)
             except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ValueError ...
-                nowhere = isinstance(error, FileNotFoundError) and Path(self.paths[row]).is_symlink()
-                if isinstance(error, OSError) and error.errno not in (None, errno.ELOOP) and not nowhere:
-                    # No fault of the picture, nor a link that leads nowhere, so not kept as broken.
+                dangling_link = isinstance(error, FileNotFoundError) and Path(self.paths[row]).is_symlink()
+                if isinstance(error, OSError) and error.errno not in (None, errno.ELOOP) and not dangling_link:
+                    # The system's fault, not the picture's, so the store must not record it as broken.
                     unreadable = unreadable or f"{self.paths[row]} cannot be read: {error.strerror}."
                 broken.append((row, " ".join(str(error).replace(repr(self.paths[row]), "").split())))
                 continue
             canvases.append(canvas)
             sizes.append(height_width)
-            good.append(row)
+            decoded.append(row)
         pixels = np.stack(canvases) if canvases else np.empty((0, self.channels, self.size, self.size), np.uint8)
-        arrays = pixels, np.array(sizes, np.int64).reshape(-1, 2), np.array(good, np.int64)
-        kept = arrays if self.piped else map(torch.from_numpy, arrays)
-        return Read(*kept, broken, unreadable)  # type: ignore[arg-type]
+        arrays = np.array(decoded, np.int64), pixels, np.array(sizes, np.int64).reshape(-1, 2)
+        values = arrays if self.piped else map(torch.from_numpy, arrays)
+        return Chunk(*values, broken, unreadable)  # type: ignore[arg-type]
 
 
 def _unchanged(item):
@@ -189,7 +179,7 @@ def _unchanged(item):
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """SLURM and Ctrl-C signal every process of a job; the parent still needs its workers to finish the step."""
+    """Ignore signals: SLURM and Ctrl-C signal every process of a job, and the parent needs its workers to finish the step."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
 

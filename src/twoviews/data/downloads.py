@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from twoviews.console import say_on_stderr
-from twoviews.data.store import Part, Recipe
+from twoviews.data.store import Chunk, Recipe
 from twoviews.errors import BadInput
 from twoviews.files import file_errors
 
-SILENCE_S = 30.0  # a server that says nothing for so long counts as away
+TIMEOUT_S = 30.0  # without an answer of the server
 ANOTHER_FOLDER = "choose another folder with root="
-PART = 1000  # images copied into the store at a time
+CHUNK_SIZE = 1000  # images copied into the store at a time
 
 
 def cifar(kind: str, root: Path, classes: tuple[str, ...]) -> Recipe:
@@ -32,7 +32,7 @@ def cifar(kind: str, root: Path, classes: tuple[str, ...]) -> Recipe:
     pixels = [each.data.transpose(0, 3, 1, 2) for each in (train, test)]
     labels = np.concatenate([train.targets, test.targets])
     splits = {"train": (0, len(train)), "memory": (0, len(train)), "test": (len(train), len(labels))}
-    return Recipe(splits, labels, classes, channels=3, size=32, parts=_parts(pixels))
+    return Recipe(splits, labels, classes, channels=3, size=32, chunks=_chunks(pixels))
 
 
 def stl10(root: Path, classes: tuple[str, ...]) -> Recipe:
@@ -45,17 +45,17 @@ def stl10(root: Path, classes: tuple[str, ...]) -> Recipe:
     labels = np.concatenate([np.asarray(each.labels, np.int64) for each in (labelled, unlabelled, test)])
     known = len(labelled) + len(unlabelled)
     splits = {"train": (0, known), "memory": (0, len(labelled)), "test": (known, len(labels))}
-    parts = _parts([labelled.data, unlabelled.data, test.data])
-    return Recipe(splits, labels, classes, channels=3, size=96, parts=parts)
+    chunks = _chunks([labelled.data, unlabelled.data, test.data])
+    return Recipe(splits, labels, classes, channels=3, size=96, chunks=chunks)
 
 
-def _parts(arrays: list[np.ndarray]) -> Iterator[Part]:
+def _chunks(arrays: list[np.ndarray]) -> Iterator[Chunk]:
     done = 0
     for array in arrays:
-        for start in range(0, len(array), PART):
-            pixels = torch.from_numpy(np.ascontiguousarray(array[start : start + PART]))
+        for start in range(0, len(array), CHUNK_SIZE):
+            pixels = torch.from_numpy(np.ascontiguousarray(array[start : start + CHUNK_SIZE]))
             count, side = len(pixels), pixels.shape[-1]
-            yield Part(torch.arange(done, done + count), pixels, torch.full((count, 2), side))
+            yield Chunk(torch.arange(done, done + count), pixels, torch.full((count, 2), side))
             done += count
 
 
@@ -94,7 +94,7 @@ def _download(known, archive: Path) -> None:
         archive.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=".download-", dir=archive.parent))
     try:
-        socket.setdefaulttimeout(SILENCE_S)
+        socket.setdefaulttimeout(TIMEOUT_S)
         with file_errors(archive.parent, ANOTHER_FOLDER):
             download_url(known.url, beside, known.filename, known.tgz_md5)
             (beside / known.filename).replace(archive)

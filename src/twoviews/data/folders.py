@@ -1,16 +1,15 @@
 """Folders of pictures as a data set: which folder plays which part, and its recipe for the store."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from twoviews.data.decoding import CHUNK, Decoded
-from twoviews.data.files import Tree, class_of, shorter_side, tree
+from twoviews.data.decoding import CHUNK_SIZE, Decoded
 from twoviews.data.layout import doubts, listed, one_class
-from twoviews.data.store import Part, Recipe
+from twoviews.data.picture_files import Tree, class_of, shorter_side, tree
+from twoviews.data.store import Recipe
 from twoviews.errors import BadInput, nearest
 
 LARGEST_CANVAS = 224  # px; from here on pictures are decoded on demand
@@ -174,12 +173,7 @@ def recipe(folders: Folders, size: int, channels: int, workers: int) -> Recipe:
         classes=folders.classes,
         channels=channels,
         size=size,
-        parts=_parts(reader),
+        chunks=reader.read(torch.arange(len(reader)).split(CHUNK_SIZE)),
         keep_pixels=size < LARGEST_CANVAS,
         names=tuple(paths),
     )
-
-
-def _parts(reader: Decoded) -> Iterator[Part]:
-    for read in reader.read(torch.arange(len(reader)).split(CHUNK)):
-        yield Part(read.rows, read.pixels, read.sizes, tuple(read.broken))

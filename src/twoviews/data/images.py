@@ -4,6 +4,7 @@ A *canvas* is a uint8 image [C, S, S] into which a whole picture was resized; it
 beside it, so that crops can be drawn in the geometry of the original. A square picture of side S is its own canvas.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from twoviews.data.decoding import Decoded
+from twoviews.errors import BadInput
 from twoviews.randomness import generator
 
 RAM_LIMIT = 2 * 10**9  # bytes of pixels that are read into memory whole on a CPU; more stays a mapped file
@@ -57,7 +59,7 @@ class Images:
             yield canvas, self.sizes[part], part
 
     def subset(self, index: Int[Tensor, "n"]) -> "Images":
-        """Those of the images that `index` names, in its order."""
+        """The images of these rows, in this order."""
         pixels = self.pixels.subset(index) if isinstance(self.pixels, Decoded) else self.pixels[index]
         labels = None if self.labels is None else self.labels[index]
         paths = None if self.paths is None else [self.paths[row] for row in index.tolist()]
@@ -81,6 +83,22 @@ class ImageData:
     notes: tuple[str, ...]  # sentences that the user should read before the run starts
     resident_bytes: int = 0  # of pixels that `to` has put into the memory of a device
 
+    def with_train_images(self, count: int | None) -> "ImageData":
+        """The data with only this many training images, which keep the shares of the classes; unchanged for None.
+
+        Raises:
+            BadInput: there are fewer training images.
+        """
+        if count is None:
+            return self
+        total = len(self.train)
+        if count > total:
+            raise BadInput(f"train_images={count} is more than there are: at most {total}, or null for all.")
+        train = self.train.subset(stratified(self.train.labels, total, count))
+        note = f"Training on {count} of {total} images; memory and test stay whole."
+        digest = hashlib.blake2b(f"{self.digest} {count}".encode(), digest_size=16).hexdigest()
+        return replace(self, train=train, digest=digest, notes=(*self.notes, note))
+
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data with their pixels in the memory of `device`, where they fit.
 
@@ -88,20 +106,20 @@ class ImageData:
         it is, and batches of it are copied one by one.
         """
         place = torch.device(device)
-        room = torch.cuda.mem_get_info(place)[0] // 2 if place.type == "cuda" else RAM_LIMIT
-        free = room
+        limit = torch.cuda.mem_get_info(place)[0] // 2 if place.type == "cuda" else RAM_LIMIT
+        free = limit
         moved: dict[int, Images] = {}  # train and memory are often one and the same
         for images in (self.train, self.memory, self.test):
             if images is None or isinstance(images.pixels, Decoded) or id(images) in moved:
                 continue
-            if images.pixels.nbytes <= room:
-                room -= images.pixels.nbytes
+            if images.pixels.nbytes <= free:
+                free -= images.pixels.nbytes
                 # On a CPU a mapped file is copied too: reading it piece by piece from a slow disk stalls steps.
                 pixels = images.pixels.to(place, copy=True)
                 moved[id(images)] = replace(images, pixels=pixels)
         splits = {"train": self.train, "memory": self.memory, "test": self.test}
         placed = {key: moved.get(id(images), images) for key, images in splits.items()}
-        return replace(self, **placed, resident_bytes=free - room)
+        return replace(self, **placed, resident_bytes=limit - free)
 
 
 def stratified(labels: Int[Tensor, "N"] | None, total: int, count: int) -> Int[Tensor, "n"]:

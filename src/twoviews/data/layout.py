@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from twoviews.data.files import Tree
+from twoviews.data.picture_files import Tree
 
 # What people call the parts of a data set, in lower case.
 TRAIN = frozenset({"train", "training", "trainset", "train_set"})

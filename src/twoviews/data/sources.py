@@ -14,8 +14,8 @@ import torch
 from twoviews.data import arrays, downloads, folders
 from twoviews.data.contents import contents
 from twoviews.data.decoding import Decoded, cores
-from twoviews.data.files import dark
 from twoviews.data.images import ImageData, Images, stratified
+from twoviews.data.picture_files import dark
 from twoviews.data.store import Recipe, Store, statistics, stored
 from twoviews.errors import BadInput, printable
 from twoviews.foreign import regular
@@ -27,11 +27,11 @@ Workers = Annotated[int, Range(at_least=0, at_most=1000)]
 Means = Annotated[list[Fraction], Length(3, 3)]
 Deviations = Annotated[list[Positive], Length(3, 3)]
 
-NAMED = 5  # broken files
+MAX_NAMED = 5  # broken files in a message
 
 
 def digits(*, train_images: Size | None = None) -> ImageData:
-    """scikit-learn's 1,797 handwritten digits, twice as large and each somewhere else on a black 32 x 32 canvas.
+    """scikit-learn's 1,797 handwritten digits, enlarged twice, each at a random place of a black 32 x 32 canvas.
 
     Unmoved, they are solved by comparing pixels (kNN 98%); moved, there is something to learn (60%). 1,437 are for
     training, 360 for testing. Source: UCI optical recognition of handwritten digits, 8 x 8 px with values 0..16.
@@ -67,7 +67,7 @@ def digits(*, train_images: Size | None = None) -> ImageData:
         digest=hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).hexdigest(),
         notes=(),
     )
-    return _fewer(data, train_images)
+    return data.with_train_images(train_images)
 
 
 def cifar10(
@@ -138,7 +138,7 @@ def _known(
 ) -> ImageData:
     store = stored(cache, name, {"classes": classes}, recipe)
     data = replace(_data(name, store), mean=tuple(mean), std=tuple(std))
-    return _fewer(data, train_images)
+    return data.with_train_images(train_images)
 
 
 def array(
@@ -181,7 +181,7 @@ def array(
         "size": size,
     }
     store = stored(cache, place.stem, key, lambda: arrays.recipe(files, beside, size))
-    return _fewer(_data(place.stem, store), train_images)
+    return _data(place.stem, store).with_train_images(train_images)
 
 
 def folder(
@@ -219,35 +219,37 @@ def folder(
     if root is None:
         raise BadInput("no folder of images is named; name one by root=/path/to/images.")
     place = Path(root).expanduser().absolute()
-    found = folders.find(place, train, memory, test, labels)
-    notes = [*found.notes, *dark(found.train.paths)]
+    trees = folders.find(place, train, memory, test, labels)
+    notes = [*trees.notes, *dark(trees.train.paths)]
     if size is None:
-        size, note = folders.usual_side(found.train)
+        size, note = folders.usual_side(trees.train)
         notes.append(note)
     workers = cores() if workers is None else workers
     key = {
         "size": size,
         "channels": channels,
-        "splits": found.splits,
-        "classes": found.classes,
-        "train_labelled": found.train_labelled,
-        "files": [one.names for one in found.trees],
-        "contents": contents([path for one in found.trees for path in one.paths], cache),
+        "splits": trees.splits,
+        "classes": trees.classes,
+        "train_labelled": trees.train_labelled,
+        "files": [tree.names for tree in trees.trees],
+        "contents": contents([path for tree in trees.trees for path in tree.paths], cache),
     }
-    store = stored(cache, place.name, key, lambda: folders.recipe(found, size, channels, workers))
+    store = stored(cache, place.name, key, lambda: folders.recipe(trees, size, channels, workers))
     notes += _broken(store, max_broken)
-    paths = [path for one in found.trees for path in one.paths]
+    paths = [path for tree in trees.trees for path in tree.paths]
     sound = [paths[row] for row in store.rows.tolist()]
     files = Decoded(sound, size=size, channels=channels, workers=workers)
-    return _fewer(_data(place.name, store, files, notes), train_images)
+    return _data(place.name, store, files, notes).with_train_images(train_images)
 
 
 def _broken(store: Store, max_broken: int) -> list[str]:
-    """The sentence that names the broken files, if they are few enough to go on."""
+    """A sentence that names the broken files, if there are any and no more than allowed."""
     broken = store.meta["broken"]
     if not broken:
         return []
-    named = "; ".join(f"{path} ({reason})" for path, reason in broken[:NAMED]) + (" ..." if len(broken) > NAMED else "")
+    named = "; ".join(f"{path} ({reason})" for path, reason in broken[:MAX_NAMED]) + (
+        " ..." if len(broken) > MAX_NAMED else ""
+    )
     files = f"{len(broken)} broken file{'s' if len(broken) > 1 else ''}"
     if len(broken) > max_broken:
         raise BadInput(
@@ -289,16 +291,3 @@ def _data(name: str, store: Store, files: Decoded | None = None, notes: Sequence
         digest=meta["digest"],
         notes=(*meta["notes"], *notes),
     )
-
-
-def _fewer(data: ImageData, train_images: int | None) -> ImageData:
-    """The same data with only so many training images, as evenly from the classes as they are in all of them."""
-    if train_images is None:
-        return data
-    total = len(data.train)
-    if train_images > total:
-        raise BadInput(f"train_images={train_images} is more than there are: at most {total}, or null for all.")
-    index = stratified(data.train.labels, total, train_images)
-    note = f"Training on {train_images} of {total} images; memory and test stay whole."
-    digest = hashlib.blake2b(f"{data.digest} {train_images}".encode(), digest_size=16).hexdigest()
-    return replace(data, train=data.train.subset(index), digest=digest, notes=(*data.notes, note))

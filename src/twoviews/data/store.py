@@ -11,10 +11,10 @@ so that it is whole or not there; a lock lets one process build it while the oth
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,21 +29,21 @@ FORMAT = 1  # in every key: raise it when the meaning of a store's files changes
 SPARE = 2**24  # bytes wanted beside the pixels, for labels, sizes and the file system's own use
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some images on their way into a store."""
+class Chunk(NamedTuple):
+    """Some images of a listing, read or decoded."""
 
     rows: Int[Tensor, "b"]  # position in the listing
     pixels: UInt8[Tensor, "b C S S"]
-    sizes: Int[Tensor, "b 2"]
-    broken: tuple[tuple[int, str], ...] = ()
+    sizes: Int[Tensor, "b 2"]  # original height and width in px
+    broken: Sequence[tuple[int, str]] = ()  # other rows of the listing, each with the reason why it cannot be decoded
+    unreadable: str = ""  # a sentence, if a file could not be opened at all
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a store is built from.
+    """Everything that a store is built from.
 
-    Splits are ranges of rows [start, stop) of the listing; mean and std are those of the split `train`.
+    Splits are ranges of rows [start, stop) of the listing; mean and std are computed over the split `train`.
     """
 
     splits: dict[str, tuple[int, int]]
@@ -51,7 +51,7 @@ class Recipe:
     classes: tuple[str, ...]
     channels: int
     size: int
-    parts: Iterable[Part]
+    chunks: Iterable[Chunk]
     keep_pixels: bool = True
     names: tuple[str, ...] = ()  # by row, to name broken files
     notes: tuple[str, ...] = ()
@@ -59,7 +59,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Store:
-    """What a store holds; rows are those of the images that were not broken."""
+    """The content of a store; `rows` are the positions in the listing of the images that could be decoded."""
 
     pixels: UInt8[Tensor, "N C S S"] | None
     sizes: Int[Tensor, "N 2"]
@@ -126,16 +126,16 @@ def _write(folder: Path, name: str, recipe: Recipe) -> None:
     # Plain writes: a mapped file on a full disk ends in SIGBUS, a written one in an error that can be said.
     with (folder / "pixels.npy").open("wb") as file, image_progress(title, count) as advance:
         _header(file, (count, *shape))
-        for part in recipe.parts:
-            values = np.ascontiguousarray(part.pixels.numpy()).data
+        for chunk in recipe.chunks:
+            values = np.ascontiguousarray(chunk.pixels.numpy()).data
             hashes.update(values)
             if recipe.keep_pixels:
                 file.write(values)
-            histogram += _histogram(part.pixels[(part.rows >= train[0]) & (part.rows < train[1])])
-            rows.append(part.rows)
-            sizes.append(part.sizes)
-            broken += part.broken
-            advance(len(part.rows) + len(part.broken))
+            histogram += _histogram(chunk.pixels[(chunk.rows >= train[0]) & (chunk.rows < train[1])])
+            rows.append(chunk.rows)
+            sizes.append(chunk.sizes)
+            broken += chunk.broken
+            advance(len(chunk.rows) + len(chunk.broken))
         file.seek(0)
         rows = torch.cat(rows).numpy()
         _header(file, (len(rows), *shape))  # numpy pads headers, so that the first number may change

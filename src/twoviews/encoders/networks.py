@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from twoviews.backbones import Encoder
 from twoviews.config.building import build
+from twoviews.encoder_file import check_finite
 from twoviews.encoders.loaded import Preprocessing
 from twoviews.errors import BadInput
 from twoviews.randomness import seed_of
-from twoviews.run import check_finite
 
 RESNETS = {  # torchvision's and timm's names: kind and number of blocks
     "resnet18": ("basic", [2, 2, 2, 2]),

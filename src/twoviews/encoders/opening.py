@@ -8,6 +8,7 @@ from pathlib import Path
 from twoviews.config.building import build
 from twoviews.config.digest import digest
 from twoviews.data.images import ImageData
+from twoviews.encoder_file import load_encoder
 from twoviews.encoders.libraries import open_timm, open_torchvision
 from twoviews.encoders.loaded import LoadedEncoder, Preprocessing, unknown_images
 from twoviews.encoders.networks import fill, resnet_network
@@ -15,7 +16,7 @@ from twoviews.encoders.run_names import find_run
 from twoviews.encoders.weight_files import SUFFIXES, checkpoint_weights, read_tensors, resnet_weights, split_name
 from twoviews.errors import BadInput, nearest, printable
 from twoviews.foreign import blamed, regular
-from twoviews.run import Run, load_encoder
+from twoviews.run import Run
 
 
 def open_encoder(

@@ -14,16 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from twoviews.backbones import Encoder
-from twoviews.layers import (
-    Queue,
-    check_splits,
-    ema_update,
-    frozen_copy,
-    mlp,
-    shuffled_keys,
-    split_batch_norms,
-    spread,
-)
+from twoviews.batch_norms import check_splits, shuffled_keys, split_batch_norms
+from twoviews.layers import Queue, ema_update, frozen_copy, mlp, spread
 from twoviews.methods.method import Method, Output, Progress, Rows
 from twoviews.ranges import Count, EmaMomentum, Size, Temperature
 

@@ -16,18 +16,10 @@ from torch.nn import functional as nnf
 
 from twoviews import distributed
 from twoviews.backbones import Encoder
+from twoviews.batch_norms import check_splits, shuffled_keys, split_batch_norms
 from twoviews.clusters.kmeans import Clustered, concentration, kmeans
 from twoviews.errors import BadInput
-from twoviews.layers import (
-    Queue,
-    check_splits,
-    ema_update,
-    frozen_copy,
-    mlp,
-    shuffled_keys,
-    split_batch_norms,
-    spread,
-)
+from twoviews.layers import Queue, ema_update, frozen_copy, mlp, spread
 from twoviews.methods.method import Embed, Method, Output, Progress, Rows
 from twoviews.methods.moco import info_nce
 from twoviews.randomness import seed_of

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from twoviews.batch_norms import SplitBatchNorm, SyncBatchNorm
 from twoviews.errors import BadInput
-from twoviews.layers import SplitBatchNorm, SyncBatchNorm
 from twoviews.protocols.classification import bootstrap_interval
 from twoviews.protocols.linear import Linear, Probe
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol

@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from twoviews.backbones import Encoder
+from twoviews.batch_norms import whole_batch_norms
 from twoviews.data.images import Images
 from twoviews.errors import BadInput, nearest
 from twoviews.features import embed
-from twoviews.layers import whole_batch_norms
 from twoviews.optim import LrScaling, sgd
 from twoviews.protocols.classification import accuracies
 from twoviews.protocols.labelled import classifier, crops, labelled, train_classifier

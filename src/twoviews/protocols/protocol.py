@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from twoviews import distributed
+from twoviews import distributed, process_group
 from twoviews.backbones import Encoder
 from twoviews.data.images import ImageData, Images
 from twoviews.errors import BadInput
@@ -143,5 +143,5 @@ def run_protocols(protocols: Mapping[str, Protocol], context: EvaluationContext)
     if distributed.rank() == 0:
         context.shared = False  # the other processes do not take part in what follows
         results |= {name: protocol(context) for name, protocol in protocols.items() if not protocol.together}
-    distributed.wait_for_first()
+    process_group.wait_for_first()
     return results if distributed.rank() == 0 else {}

@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from twoviews.data.decoding import CHUNK, Decoded, cores
-from twoviews.data.files import SUFFIXES, tree
+from twoviews.data.decoding import CHUNK_SIZE, Decoded, cores
 from twoviews.data.images import ImageData, Images
+from twoviews.data.picture_files import SUFFIXES, tree
 from twoviews.errors import BadInput, nearest
 from twoviews.foreign import regular
 from twoviews.protocols.protocol import EvaluationContext
 
-MAX_SEQUENTIAL = 4 * CHUNK  # files that are decoded before worker processes would have started
+MAX_SEQUENTIAL = 4 * CHUNK_SIZE  # files that are decoded before worker processes would have started
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def embed_user_images(paths: list[str], context: EvaluationContext) -> UserImage
     files = Decoded(paths, size=data.size, channels=data.channels, workers=workers)
     broken, positions, sizes = {}, [torch.empty(0, dtype=torch.int64)], [torch.empty(0, 2, dtype=torch.int64)]
     x = [torch.empty(0, context.encoder.out_dim, device=context.device)]
-    for chunk in files.read(torch.arange(len(paths)).split(CHUNK)):
+    for chunk in files.read(torch.arange(len(paths)).split(CHUNK_SIZE)):
         broken.update(chunk.broken)
         if len(chunk.rows):
             x.append(context.embed(Images(chunk.pixels, chunk.sizes, None)))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 
 from twoviews.data.decoding import Decoded
-from twoviews.data.files import dark, decode, shorter_side, tree
+from twoviews.data.picture_files import dark, decode, shorter_side, tree
 from twoviews.errors import BadInput
 
 

@@ -1,0 +1,130 @@
+"""What the user reads about a run: what it will do, and a table of its results at the end."""
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from twoviews import distributed
+from twoviews.assembly import Parts
+from twoviews.backbones import ResNet
+from twoviews.batch_norms import SyncBatchNorm
+from twoviews.config.parameter_names import qualify
+from twoviews.console import Console, duration, in_bytes
+from twoviews.data.rendering import compiled
+from twoviews.fallbacks import slower, unrecorded
+from twoviews.fused_norm import reason_for_plain
+from twoviews.optim import parameter_count
+from twoviews.runtime import format_name
+from twoviews.step import eager_reason
+from twoviews.tracking.metrics import read
+from twoviews.tracking.state import run_page
+
+
+def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
+    """Print what a run will do."""
+    for note in parts.data.notes:
+        console.say(note)
+    for line in (*_data_lines(parts), *_method_lines(parts), *_length_lines(cfg, parts), *_device_lines(parts)):
+        console.say(line)
+    console.say(f"results   {folder}")
+
+
+def _data_lines(parts: Parts) -> Iterator[str]:
+    data = parts.data
+    labelled = f"{len(data.classes)} classes" if data.classes else "no labels"
+    yield (
+        f"data      {data.name}: {len(data.train):,} training images of {data.size}x{data.size} px, "
+        f"{'colour' if data.channels == 3 else f'channels: {data.channels}'}, {labelled}"
+        + (f"; kNN bank {len(data.memory):,}, test {len(data.test):,}" if data.memory and data.test else "")
+        + (f"; {in_bytes(data.resident_bytes)} of pixels in memory" if data.resident_bytes else "")
+    )
+    if not data.test:
+        yield "          without labelled test images there is no kNN or linear accuracy; watch train/spread."
+    counts = Counter(parts.views.sizes)
+    shapes = [
+        f"{count} of {side}x{side} px" if len(counts) > 1 else f"{side}x{side} px" for side, count in counts.items()
+    ]
+    how = "compiled" if compiled(parts.device) else "tensors"
+    yield f"views     {how}, {len(parts.views)} of each image: {' and '.join(shapes)}"
+
+
+def _method_lines(parts: Parts) -> Iterator[str]:
+    yield (
+        f"method    {type(parts.method).__name__}: {parameter_count(parts.method) / 1e6:.2f} million parameters, of which "
+        f"the encoder {parameter_count(parts.method.encoder) / 1e6:.2f}; {parts.method.encoder.out_dim} features"
+    )
+    for note in parts.notes:
+        yield f"          {note}"
+
+
+def _length_lines(cfg: DictConfig, parts: Parts) -> Iterator[str]:
+    steps, size, left_over = len(parts.loader), cfg.batch_size, parts.loader.left_over
+    lr, base, scaling = parts.optimizer.param_groups[0]["lr"], cfg.optimizer.lr, cfg.optimizer.lr_scaling
+    rule = {"linear": f" = {base:g} x {size} / 256", "sqrt": f" = {base:g} x sqrt({size})", "none": ""}[scaling]
+    yield f"lr        {lr:g}{rule} (optimizer.lr={base:g}, lr_scaling={scaling})"
+    left = f"; the other {left_over:,} sit out, different ones each epoch" if left_over else ""
+    yield f"length    {cfg.epochs} epochs of {steps:,} steps of {size}: {steps * size:,} images an epoch{left}"
+
+
+def _device_lines(parts: Parts) -> Iterator[str]:
+    dtype = format_name(parts.runtime.dtype(parts.device))
+    device = (
+        torch.cuda.get_device_name(parts.device)
+        if parts.device.type == "cuda"
+        else f"CPU, threads: {torch.get_num_threads()}"
+    )
+    yield f"device    {device}, {dtype}, processes: {distributed.processes()}"
+    reason, plain = eager_reason(parts.runtime, parts.device), _plain_norms(parts)
+    yield "step      " + ("CUDA graph" if reason is None else f"eager ({qualify(reason)})")
+    fused = plain is None and reason_for_plain(parts.device) is None  # a reason of the device follows in `slower`
+    yield "norms     " + ("fused" if fused else f"plain ({plain})" if plain else "plain")
+    yield from slower(parts.runtime.device, parts.device, norms=plain is None)
+    yield from unrecorded()
+
+
+def _plain_norms(parts: Parts) -> str | None:
+    """Why the settings of a run do not allow fused batch norms; None if they do."""
+    if not isinstance(parts.method.encoder, ResNet):
+        return f"{type(parts.method.encoder).__name__} has norms of its own"
+    if not parts.runtime.channels_last:
+        return "runtime.channels_last=false"
+    if any(isinstance(part, (SyncBatchNorm, nn.SyncBatchNorm)) for part in parts.method.encoder.modules()):
+        return "their statistics are shared by processes"
+    return None
+
+
+def show_result(folder: Path, result: dict[str, Any], console: Console) -> None:
+    """Print the table at the end of a run."""
+
+    def percent(name: str) -> str:
+        return f"{result[name]:.2f} %" if name in result else "-"
+
+    rates = [line["images_per_s"] for line in read(folder) if "images_per_s" in line]
+    rows = {
+        "kNN": percent("knn/top1"),
+        "linear": percent("linear/top1"),
+        "kNN, untrained encoder": percent("baseline/untrained_knn_top1"),
+        "kNN, raw pixels": percent("baseline/pixels_knn_top1"),
+        "images/s": f"{statistics.median(rates):.0f}" if rates else "-",
+        "time": duration(result["seconds"]),
+        "precision": result.get("precision", "-"),
+        "memory": ", ".join(
+            f"{where} {in_bytes(1e6 * result[f'memory/{where}_mb'])}"
+            for where in ("process", "gpu")
+            if f"memory/{where}_mb" in result
+        )
+        or "-",
+    }
+    console.table(f"{folder.name}: {result['state']} after {result['epoch']:.4g} epochs", rows)
+    console.say(f"MLflow: {run_page(folder)}")  # not in the table, which would break a command that is to be copied
+    floor = max(result.get(f"baseline/{name}_knn_top1", 0) for name in ("untrained", "pixels"))
+    if result.get("knn/top1", 100) <= floor:
+        console.say(
+            f"advice: kNN does not beat its baselines ({floor:.1f} %); train longer (epochs=) or change optimizer.lr."
+        )
