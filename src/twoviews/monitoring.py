@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from twoviews import distributed
+from twoviews import distributed, process_group
 from twoviews.backbones import Encoder
 from twoviews.console import Console, duration
 from twoviews.features import Pixels
