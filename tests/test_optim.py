@@ -187,6 +187,13 @@ def test_sgd_is_torchs_on_all_parameters():
     assert all(torch.equal(value, other) for value, other in zip(found, expected, strict=True))
 
 
+def test_adamw_takes_whole_numbers():
+    """beta1=0 on a command line is one, and torch takes two of a kind."""
+    parameters = weights()
+    for weight in run(adamw([{"params": parameters}], 256, 1, "none", 0, 0.99, 0, False), parameters):
+        assert weight.isfinite().all()
+
+
 def test_adamw_is_torchs():
     parameters = weights()
     found = run(adamw([{"params": parameters}], 256, 1.0, "none", 0.9, 0.99, 0.1, False), parameters)

@@ -120,7 +120,7 @@ def adamw(
     return AdamW(
         groups,
         lr=scaled_lr(lr, lr_scaling, batch_size),
-        betas=(beta1, beta2),
+        betas=(float(beta1), float(beta2)),
         weight_decay=weight_decay,
         fused=(fused := _fused(groups)),
         capturable=fused,

@@ -60,14 +60,15 @@ class Length:
 MANY = 10**9  # of anything that is done again and again
 # What memory is needed for: only the data and the machine can say how many are too many (twoviews.memory).
 Size = Annotated[int, Range(at_least=1)]
-Repeats = Annotated[int, Range(at_least=1, at_most=1000)]  # of what is made one after the other: layers, views, draws
+Repeats = Annotated[int, Range(at_least=1, at_most=200)]  # of what is made one after the other: layers, views, draws
 Count = Annotated[int, Range(at_least=1, at_most=MANY)]
 Index = Annotated[int, Range(at_least=0, at_most=MANY)]
 Trials = Annotated[int, Range(at_least=1, at_most=100_000)]
 Seed = Annotated[int, Range(at_least=0)]
 Total = Annotated[int, Range(at_least=0)]  # of what adds up: bytes, steps
-Positive = Annotated[float, Range(above=0)]
-NotNegative = Annotated[float, Range(at_least=0)]
+# Tensors are in float32, which has nothing above 3.4e38; rates are multiplied by the batch size.
+Positive = Annotated[float, Range(above=0, at_most=1e30)]
+NotNegative = Annotated[float, Range(at_least=0, at_most=1e30)]
 Fraction = Annotated[float, Range(at_least=0, at_most=1)]
 Temperature = Annotated[float, Range(above=0, usual="0.05 to 0.5")]
 EmaMomentum = Annotated[float, Range(at_least=0, below=1, usual="0.99 to 0.999")]

@@ -350,7 +350,7 @@ def test_colour_operations_refuse_images_that_are_not_rgb():
         ),
         ({"blur": 1.5}, "blur=1.5 is out of range: it must be at least 0 and at most 1."),
         ({"hue": 0.6}, "hue=0.6 is out of range: it must be at least 0 and at most 0.5."),
-        ({"count": 0}, "count=0 is out of range: it must be at least 1 and at most 1,000."),
+        ({"count": 0}, "count=0 is out of range: it must be at least 1 and at most 200."),
         ({"count": 1.5}, "count=1.5 is not a whole number."),
         ({"flip": "often"}, "flip=often is not a number."),
         ({"flip": True}, "flip=true is not a number."),

@@ -91,7 +91,7 @@ def recorded(uri: str, found: Sequence[Job]) -> None:
 
 
 def test_all_that_can_happen_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = [*SMALL, "epochs=60", "method.temperature=0.1,0.2", "seed=0,1"]
+    arguments = [*SMALL, "epochs=150", "method.temperature=0.1,0.2", "seed=0,1"]
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     # A node for each job, so that each can meet with something else.
     command = [*arguments, *SLURM, f"tracking.uri={uri}", "+hydra.launcher.options.exclusive=true"]

@@ -169,6 +169,7 @@ assert codes == [0] * len(jobs), codes
 def start_at_once(folder: Path, uri: str, count: int) -> None:
     """Jobs that are trained and sent by a process each, all at the same moment: none is lost, none is there twice."""
     sweep = Sweep(folder)
+    uris.trust(uri)
     attach_jobs(sweep, jobs(sweep, uri, count), {"uri": uri, "experiment": "sweeps"})
     done = subprocess.run(
         [sys.executable, "-c", MANY, str(sweep.folder)],

@@ -22,6 +22,7 @@ from twoviews.config.groups import CONF, groups, options
 from twoviews.errors import mistakes, nearest, shown
 
 _FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd")  # of Hydra's command line
+MAX_NAME_BYTES = 255  # of a file on most file systems
 OPTIONAL = ("experiment", "special")  # groups of conf/train.yaml that may have no file
 PLUGINS = ("hydra/launcher", "hydra/sweeper")  # Hydra's own choices of these cannot run the jobs of a sweep
 
@@ -139,7 +140,7 @@ def wrong_choices(arguments: Sequence[str]) -> str:
             continue
         if argument.startswith("+") and isinstance(override.value(), dict):  # keys of the chosen file, not a choice
             continue
-        checked = key in (*OPTIONAL, *PLUGINS) or not _names_files(override.value())
+        checked = key in (*OPTIONAL, *PLUGINS) or not _names_files(override.value()) or _too_long(override)
         if checked and (sentence := unknown_choice(override)):
             return sentence
     return ""
@@ -152,12 +153,18 @@ def _names_files(value: Any) -> bool:
     return value is None or isinstance(value, (str, QuotedString, Sweep, Glob))
 
 
+def _too_long(override: Override) -> bool:
+    """Whether a choice is longer than the name of a file can be, at which Hydra would fail."""
+    return any(len(os.fsencode(f"{value}.yaml")) > MAX_NAME_BYTES for value in _values(override))
+
+
 def unknown_choice(override: Override) -> str:
     """A sentence for the first value of a choice that is not a file of its group; empty if all are."""
     group, known = override.key_or_group, options(override.key_or_group)
     for value in _values(override):
-        if not (CONF / group / f"{value}.yaml").is_file() and not (value == "null" and group in OPTIONAL):
-            return f"{group}={value}: there is no such {group}.{nearest(value, known)} Known: {', '.join(known)}."
+        is_file = not _too_long(override) and (CONF / group / f"{value}.yaml").is_file()
+        if not is_file and not (value == "null" and group in OPTIONAL):
+            return f"{group}={shown(value)}: there is no such {group}.{nearest(value, known)} Known: {', '.join(known)}."
     return ""
 
 

@@ -22,7 +22,7 @@ from twoviews.foreign import regular
 from twoviews.randomness import generator
 from twoviews.ranges import Fraction, Index, Length, Positive, Range, Size
 
-Side = Annotated[int, Range(at_least=8, at_most=2**14)]
+Side = Annotated[int, Range(at_least=8, at_most=4096)]
 Workers = Annotated[int, Range(at_least=0, at_most=1000)]
 Means = Annotated[list[Fraction], Length(3, 3)]
 Deviations = Annotated[list[Positive], Length(3, 3)]
