@@ -7,7 +7,7 @@ from torch import nn
 
 from twoviews.assembly import Parts
 from twoviews.errors import BadInput
-from twoviews.step import Step, Values
+from twoviews.step import TrainStep, Values
 
 SGD = ["optimizer=sgd", "optimizer.lr=0.05", "optimizer.lr_scaling=none"]
 
@@ -19,7 +19,7 @@ def trained(name: str, accumulate: int, steps: int) -> tuple[Parts, list[Values]
     for module in parts.method.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-    step = Step(parts.method, parts.optimizer, parts.runtime, parts.device, print)
+    step = TrainStep(parts.method, parts.optimizer, parts.runtime, parts.device, print)
     shared = {"lr_factor": 1.0, "steps": len(parts.loader), "epochs": 4}
     return parts, [step(batch_of(parts, number), seed=number, step=number, **shared) for number in range(steps)]
 

@@ -34,7 +34,7 @@ from twoviews.protocols import knn
 from twoviews.protocols.knn import KNN
 from twoviews.protocols.linear import Linear
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol, run_protocols
-from twoviews.step import Step
+from twoviews.step import TrainStep
 
 N, D = 8, 5
 
@@ -154,7 +154,7 @@ def train_in_micro_batches(name: str) -> dict[str, object]:
     """Losses of two steps of two micro-batches, and the state after them."""
     parts = build(config(name, "runtime.accumulate=2"))
     parts.method.train()
-    taken = Step(parts.method, parts.optimizer, parts.runtime, parts.device, print)
+    taken = TrainStep(parts.method, parts.optimizer, parts.runtime, parts.device, print)
     shared = {"lr_factor": 1.0, "steps": len(parts.loader), "epochs": 4}
     losses = [taken(batch_of(parts, number), seed=number, step=number, **shared)["loss"] for number in range(2)]
     return {"losses": distributed.mean(torch.stack(losses)), "state": parts.method.state_dict()}

@@ -20,7 +20,7 @@ from twoviews.checkpoints import copied
 from twoviews.console import Console
 from twoviews.loop import Training
 from twoviews.methods.method import Method, Output
-from twoviews.step import EAGER_STEPS, Step, eager_reason
+from twoviews.step import EAGER_STEPS, TrainStep, eager_reason
 
 STEPS = 8
 
@@ -138,7 +138,7 @@ def test_what_cannot_be_captured_trains_eagerly_and_is_said(kind: str, tmp_path:
         one = training(tmp_path, "simsiam")
         method = Keeping(one.method.encoder, kept[kind])
         optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9, fused=True)
-        one.method, one.step = method, Step(method, optimizer, one.runtime, one.device, one.console.say)
+        one.method, one.step = method, TrainStep(method, optimizer, one.runtime, one.device, one.console.say)
         found = stepped(one)
         assert graphs.replays == 0
     reason = {"counting on the host": "two eager steps", "waiting for the device": "_local_scalar_dense"}[kind]
@@ -228,7 +228,7 @@ def test_a_capture_that_fails_leaves_eager_steps_behind(tmp_path: Path, capfd) -
 
     method = Keeping(one.method.encoder, waiting)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9, fused=True)
-    one.method, one.step = method, Step(method, optimizer, one.runtime, one.device, one.console.say)
+    one.method, one.step = method, TrainStep(method, optimizer, one.runtime, one.device, one.console.say)
     losses = [values["loss"] for values in stepped(one)]
     assert "eager (no CUDA graph" in capfd.readouterr().out and len(set(losses)) == STEPS
 

@@ -14,7 +14,7 @@ from twoviews.errors import Stopped
 from twoviews.monitoring import FORECAST_STEPS, Monitor, NotFinite, Throughput, mean_over_processes
 from twoviews.randomness import seed_of
 from twoviews.runtime import format_name
-from twoviews.step import Step, Values
+from twoviews.step import TrainStep, Values
 from twoviews.stop_signal import StopSignal
 from twoviews.tracking.metrics import Metrics
 
@@ -56,7 +56,7 @@ class Training:
         self.optimizer, self.schedule, self.runtime = parts.optimizer, parts.schedule, parts.runtime
         self.embed, self.score_clusters = parts.embed, parts.score
         self.folder, self.metrics, self.console, self.epochs, self.seed = folder, metrics, console, epochs, seed
-        self.step = Step(self.method, self.optimizer, self.runtime, self.device, console.say)
+        self.step = TrainStep(self.method, self.optimizer, self.runtime, self.device, console.say)
         self.dtype = self.step.dtype
         self.checkpoints = Checkpointer(folder, metrics)
         self.step.before_update = self.checkpoints.wait_for_copy

@@ -39,7 +39,7 @@ def eager_reason(runtime: Runtime, device: torch.device) -> str | None:
     return None
 
 
-class Step:
+class TrainStep:
     """Trains a method on one batch at a time.
 
     Args:

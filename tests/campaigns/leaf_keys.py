@@ -64,7 +64,7 @@ from twoviews.errors import BadInput  # noqa: E402
 from twoviews.ranges import Length, Range  # noqa: E402
 from twoviews.runtime import Runtime  # noqa: E402
 from twoviews.signatures import Component, signature  # noqa: E402
-from twoviews.step import Step  # noqa: E402
+from twoviews.step import TrainStep  # noqa: E402
 from twoviews.sweeps.composing import Composer  # noqa: E402
 
 LIMIT = 30  # seconds for a case
@@ -299,7 +299,9 @@ class Campaign:
         except (HydraException, OmegaConfBaseException, ValueError):  # which diagnosis.py puts into a sentence
             self.by_hydra.append((key, text))
             return "said", ""
-        if key.path == "protocol" and text == "[]":  # evaluate.py refuses it when it has the run, and train.py measures nothing
+        if (
+            key.path == "protocol" and text == "[]"
+        ):  # evaluate.py refuses it when it has the run, and train.py measures nothing
             return "said" if key.command == "evaluate" else "taken", ""
         if key.node and text == "{}":  # which is merged, and which the command refuses
             return "said", ""
@@ -380,7 +382,7 @@ class Campaign:
         parts = make_parts(cfg, data, views, runtime, device)
         if key.path.startswith(("method", "augmentation", "optimizer")):
             parts.loader.set_epoch(0)
-            step = Step(parts.method.train(), parts.optimizer, runtime, device, print)
+            step = TrainStep(parts.method.train(), parts.optimizer, runtime, device, print)
             step(next(iter(parts.loader)), seed=0, lr_factor=1.0, step=0, steps=2, epochs=2)
 
 

@@ -164,7 +164,9 @@ def unknown_choice(override: Override) -> str:
     for value in _values(override):
         is_file = not _too_long(override) and (CONF / group / f"{value}.yaml").is_file()
         if not is_file and not (value == "null" and group in OPTIONAL):
-            return f"{group}={shown(value)}: there is no such {group}.{nearest(value, known)} Known: {', '.join(known)}."
+            return (
+                f"{group}={shown(value)}: there is no such {group}.{nearest(value, known)} Known: {', '.join(known)}."
+            )
     return ""
 
 
