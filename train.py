@@ -15,17 +15,17 @@ def main(cfg, folder: Path) -> int:
     if show_if_finished(cfg, folder):
         return 0
 
-    from twoviews.assembly import check_parts, load_data, make_parts, make_views
+    from twoviews.assembly import check_without_data, load_data, make_parts, make_views
     from twoviews.batch_size import find_batch
     from twoviews.console import Console
     from twoviews.loop import Training
     from twoviews.monitoring import NotFinite
     from twoviews.pictures import draw_views
-    from twoviews.run_summary import plan
+    from twoviews.run_summary import print_summary
     from twoviews.stop_signal import StopSignal
 
     with StopSignal() as stop, process_group.group((runtime := build(cfg.runtime)).torch_device()) as device:
-        check_parts(cfg, runtime, device)
+        check_without_data(cfg, runtime, device)
         if cfg.find_batch:
             return find_batch(cfg, device, folder)
         console = Console(quiet=distributed.rank() > 0)
@@ -36,7 +36,7 @@ def main(cfg, folder: Path) -> int:
             console.say(f"views: {folder / 'views.png'}")
             return 0
         parts = make_parts(cfg, data, views, runtime, device)
-        plan(cfg, parts, folder, console)
+        print_summary(cfg, parts, folder, console)
         with Recording(cfg, folder, parts, console) as recording, stop.deferred():
             training = Training(
                 parts, folder=folder, metrics=recording.metrics, console=console, epochs=cfg.epochs, seed=cfg.seed

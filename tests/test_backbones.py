@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision
 
-from twoviews.backbones import BasicBlock, Bottleneck, Encoder, ResNet, Timm, left_over, unseen
+from twoviews.backbones import BasicBlock, Bottleneck, Encoder, ResNet, Timm, unseen, unseen_pixels_note
 from twoviews.errors import BadInput
 
 SHAPES = {
@@ -160,12 +160,12 @@ def test_pixels_that_patches_or_strides_leave_over_are_said(name, size, missing)
     rows, columns = unseen(encoder, 1, size)
     assert rows == columns == by_pixels(encoder.eval(), 1, size) == [*range(size - missing, size)]
     encoder.train()
-    sentence = left_over(encoder, 1, size)
+    sentence = unseen_pixels_note(encoder, 1, size)
     assert encoder.training
     if missing:
         assert f"{size}x{size} px, {missing} row(s) and {missing} column(s)" in sentence and name in sentence
         assert f"images of {size - missing} px have none" in sentence
-        assert left_over(Timm(1, size - missing, name), 1, size - missing) is None
+        assert unseen_pixels_note(Timm(1, size - missing, name), 1, size - missing) is None
     else:
         assert sentence is None
 
@@ -181,7 +181,7 @@ def test_gaps_between_patches_are_said():
         def forward(self, images):
             return self.conv(images).mean((2, 3))
 
-    sentence = left_over(Sparse(), 1, 16)
+    sentence = unseen_pixels_note(Sparse(), 1, 16)
     assert "8 row(s) and 8 column(s) of pixels are not seen by Sparse" in sentence and "another backbone" in sentence
 
 

@@ -19,7 +19,7 @@ from test_configs import composed
 from twoviews import launched
 from twoviews.assembly import describe_data, describe_encoder, load_data, make_parts, make_views
 from twoviews.checkpoints import save_checkpoint
-from twoviews.code import content
+from twoviews.code import copy_digest
 from twoviews.config.building import build
 from twoviews.config.digest import digest
 from twoviews.config.groups import targets
@@ -298,7 +298,7 @@ def test_code_and_launchers_from_elsewhere_are_not_run_again(entry: Call, place:
     refused(entry("sweep", "retry", str(place)), str(place), "launch")
     assert not Path(MADE).exists()
     code = place / "code" / "aa"
-    launched.remember(content(code))
+    launched.remember(copy_digest(code))
     for change in (
         lambda: (code / "src" / "torch.py").write_text(""),
         lambda: (code / "src" / "torch").symlink_to("/"),
@@ -313,7 +313,7 @@ def test_code_and_launchers_from_elsewhere_are_not_run_again(entry: Call, place:
     cache = code / "src" / "__pycache__"
     cache.mkdir()
     (cache / f"torch.{sys.implementation.cache_tag}.pyc").write_text("")
-    assert launched.remembered(content(code)) and not cache.exists()
+    assert launched.remembered(copy_digest(code)) and not cache.exists()
     entry("sweep", "retry", str(place))
     assert Path(MADE).exists(), "what was launched here is run again"
 

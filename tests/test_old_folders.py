@@ -18,7 +18,7 @@ from conftest import Finished
 from safetensors.torch import load_file
 
 from twoviews import launched
-from twoviews.code import content
+from twoviews.code import copy_digest
 
 HERE = Path(__file__).parent
 # What the runs were started with.
@@ -104,7 +104,7 @@ def test_a_sweep_is_shown_and_goes_on_with_the_code_it_had(folders: Path, tmp_pa
     shown = call("status", str(sweep))
     assert shown.returncode == 1 and "2 FINISHED, 2 LOST" in shown.stdout, shown.stdout + shown.stderr
     for what in (
-        content(next((sweep / "code").iterdir())),
+        copy_digest(next((sweep / "code").iterdir())),
         json.dumps(json.loads((sweep / "sweep.json").read_text())["launcher"]),
     ):
         launched.remember(what)

@@ -358,6 +358,7 @@ def build(overrides: list[str], folder: Path):
 
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         cfg = compose("train", overrides)
+    folder.mkdir(parents=True, exist_ok=True)
     runtime = instantiate(cfg.runtime)
     data = load_data(cfg)
     parts = make_parts(cfg, data, make_views(cfg, data), runtime, torch.device("cpu"))

@@ -8,7 +8,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 
-class Searching(Sweeper):
+class SearchSweeper(Sweeper):
     """Runs the search that conf/hydra/sweeper/<name>.yaml names. Hydra's launchers are not used: see twoviews.sweeps.launcher.
 
     Args:
@@ -31,9 +31,9 @@ class Searching(Sweeper):
         """
         from twoviews.config.building import build
         from twoviews.config.checks import check_plugin
-        from twoviews.sweeps.launching import Launch
+        from twoviews.sweeps.launching import SweepCommand
 
         search = build(check_plugin(self._config, "sweeper"))
-        launch = Launch(self._config, lambda overrides: self._loader.load_sweep_config(self._config, overrides))
+        launch = SweepCommand(self._config, lambda overrides: self._loader.load_sweep_config(self._config, overrides))
         if code := search.run(launch, arguments):
             sys.exit(code)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from twoviews import distributed, process_group
-from twoviews.backbones import Encoder, left_over
+from twoviews.backbones import Encoder, unseen_pixels_note
 from twoviews.batch_norms import BatchNorm, sync_batch_norms
 from twoviews.clusters.kmeans import Clustered
 from twoviews.clusters.scores import clustering_scores
@@ -24,7 +24,7 @@ from twoviews.data.loader import Loader
 from twoviews.data.views import Views
 from twoviews.errors import BadInput, mistakes
 from twoviews.features import embed
-from twoviews.foreign import blamed
+from twoviews.foreign import errors_naming
 from twoviews.memory import check_networks, check_views
 from twoviews.methods.method import Method
 from twoviews.protocols.protocol import EvaluationContext
@@ -72,20 +72,20 @@ class Parts:
         return found
 
 
-def check_parts(cfg: DictConfig, runtime: Runtime, device: torch.device) -> None:
+def check_without_data(cfg: DictConfig, runtime: Runtime, device: torch.device) -> None:
     """Build what needs no images, so that mistakes in it are said together and before any image is decoded.
 
     Raises:
         BadInput: with all of them.
     """
     groups = [{"params": [nn.Parameter(torch.zeros(1, 1)), nn.Parameter(torch.zeros(1))]}]
-    colours = {"size": 32, "channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3}  # any will do
+    any_images = {"size": 32, "channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3}  # any will do
     problems = mistakes(
         lambda: runtime.dtype(device),
         lambda: check_batch(cfg, runtime),
         lambda: build(cfg.optimizer, batch_size=cfg.batch_size, _partial_=True)(groups),
         lambda: build(cfg.schedule),
-        lambda: build(cfg.augmentation, **colours),
+        lambda: build(cfg.augmentation, **any_images),
         lambda: uris.resolve(build(cfg.tracking).uri),
         *(partial(build, node) for node in (cfg.get("protocol") or {}).values()),
         *([lambda: build(cfg.data)] if "root" in cfg.data and cfg.data.root is None else []),
@@ -111,7 +111,7 @@ def recorded_data(config: Mapping[str, Any], path: Path) -> ImageData:
     Raises:
         BadInput: it is not there, or config.yaml is damaged.
     """
-    with blamed(path):
+    with errors_naming(path):
         return load_data(OmegaConf.create({"data": config["data"]}))
 
 
@@ -121,7 +121,7 @@ def make_views(cfg: DictConfig, data: ImageData) -> Views:
 
 
 def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime, device: torch.device) -> Parts:
-    """Build the rest and check that the parts fit together.
+    """Build loader, method, optimizer, schedule and protocols, and check that they fit together.
 
     Raises:
         BadInput: they do not, with the value to change.
@@ -151,7 +151,9 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
     check_views(views, cfg.batch_size // distributed.processes(), data.channels, device)
     torch.manual_seed(seed_of(cfg.seed, "initialisation"))
     encoder = _encoder(cfg, data)
-    unseen = [note for size in sorted({data.size, *views.sizes}) if (note := left_over(encoder, data.channels, size))]
+    unseen = [
+        note for size in sorted({data.size, *views.sizes}) if (note := unseen_pixels_note(encoder, data.channels, size))
+    ]
     method, notes = _method(cfg, data, len(views), extra, encoder)
     notes += _seen_in_parts(method, cfg.batch_size, cfg.batch_size // runtime.accumulate)
     if distributed.processes() > 1:

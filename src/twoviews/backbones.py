@@ -264,7 +264,7 @@ def unseen(encoder: Encoder, channels: int, size: int) -> tuple[list[int], list[
     return rows, columns
 
 
-def left_over(encoder: Encoder, channels: int, size: int) -> str | None:
+def unseen_pixels_note(encoder: Encoder, channels: int, size: int) -> str | None:
     """A sentence about the pixels of an image that no feature depends on; None if there are none.
 
     There are some where the side of the image is no multiple of a vision transformer's patches, and where strided

@@ -134,8 +134,12 @@ def check_splits(splits: int, batch_size: int, micro_batch: int, processes: int)
 
 
 @torch.no_grad()
-def shuffled_keys(key_encoder: nn.Module, x: Float[Tensor, "B C H W"], splits: int) -> Float[Tensor, "B D"]:
-    """Unit embeddings by ShuffleBN: keys see other batch-norm company than their queries, over parts and over processes."""
+def encode_keys(key_encoder: nn.Module, x: Float[Tensor, "B C H W"], splits: int) -> Float[Tensor, "B D"]:
+    """Unit embeddings of keys by ShuffleBN, for `splits` above 1.
+
+    The whole batch, over all processes, is encoded in a random order and put back, so that a key and its query share no batch
+    statistics.
+    """
     if splits == 1:
         return nnf.normalize(key_encoder(x).float(), dim=1)
     everything = distributed.gather(x)

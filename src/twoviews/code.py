@@ -52,7 +52,7 @@ def freeze(folder: Path) -> Path:
     digest = _digest(files)
     copy = folder / digest[:8]
     if copy.exists():
-        if content(copy) != digest:
+        if copy_digest(copy) != digest:
             raise BadInput(f"{copy} is not the code that its name stands for; delete it, and it is copied again.")
         return copy
     part = folder / f".{copy.name}.{os.getpid()}"
@@ -73,8 +73,8 @@ def freeze(folder: Path) -> Path:
     return copy
 
 
-def content(copy: Path) -> str:
-    """The digest of a copy of code, after removing compiled files from it; empty if it contains links."""
+def copy_digest(copy: Path) -> str:
+    """The digest of the files of a copy of code; empty if it contains links. Compiled files are removed from it first."""
     paths = sorted(copy.rglob("*"))
     for path in paths:
         if path.name == "__pycache__" and path.is_dir() and not path.is_symlink():

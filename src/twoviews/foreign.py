@@ -196,7 +196,7 @@ def damaged(path: Path, why: object) -> BadInput:
 
 
 @contextmanager
-def blamed(path: Path) -> Iterator[None]:
+def errors_naming(path: Path) -> Iterator[None]:
     """What is wrong with the values of a file that are used here is said with its name."""
     try:
         yield

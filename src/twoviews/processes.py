@@ -9,7 +9,7 @@ REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # without all o
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
-def settle(command: str, sweep: bool) -> None:
+def drop_incomplete_variables(command: str, sweep: bool) -> None:
     """Remove the variables of torchrun from the environment if they are incomplete, so that this is a single process.
 
     Args:

@@ -26,7 +26,7 @@ from twoviews.tracking.metrics import read
 from twoviews.tracking.state import run_page
 
 
-def plan(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
+def print_summary(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
     """Print what a run will do."""
     for note in parts.data.notes:
         console.say(note)

@@ -13,7 +13,7 @@ from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.formatting import counted, short_names, typed
 from twoviews.sweeps.job import LOG, Job, JobState
 from twoviews.sweeps.job_status import CANCEL_SECONDS, status, wait_until_ended
-from twoviews.sweeps.varying_parameters import varying_parameters
+from twoviews.sweeps.varying_parameters import with_varying_parameters
 
 FINISHED, UNFINISHED, ACTIVE = 0, 1, 3  # exit codes; 2 is bad input
 EXIT_CODES = "0 all jobs are finished or pruned, 3 some are queued or running, 1 some are neither, 2 bad input."
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.name is None and (others := [name for name in Sweep.names() if name != sweep.name]):
             more = f" and {len(others) - MAX_SHOWN_NAMES} more" if len(others) > MAX_SHOWN_NAMES else ""
             print(f"the sweep that changed last; others can be named: {', '.join(others[:MAX_SHOWN_NAMES])}{more}")
-        jobs = chosen(varying_parameters(sweep.jobs), getattr(options, "jobs", []))
+        jobs = chosen(with_varying_parameters(sweep.jobs), getattr(options, "jobs", []))
         return options.action(sweep, jobs)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)

@@ -47,7 +47,7 @@ from hydra.errors import HydraException  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from twoviews.assembly import check_parts, make_parts, make_views  # noqa: E402
+from twoviews.assembly import check_without_data, make_parts, make_views  # noqa: E402
 from twoviews.config.building import build  # noqa: E402
 from twoviews.config.checks import (  # noqa: E402
     ROOTS,
@@ -130,7 +130,7 @@ def keys() -> Iterator[Key]:
     for command, root in ROOTS.items():
         for field in fields(root):
             yield Key(command, (), field.name, field.type)
-    yield from _of("train", (), "sweep", "twoviews.sweeps.launching.Options")
+    yield from _of("train", (), "sweep", "twoviews.sweeps.launching.SweepOptions")
     for group in groups():
         if group in ("experiment", "special", "hydra"):
             continue
@@ -367,7 +367,7 @@ class Campaign:
         """What train.py makes of it, and one step."""
         device, runtime = torch.device("cpu"), build(cfg.runtime)
         assert isinstance(runtime, Runtime)
-        check_parts(cfg, runtime, runtime.torch_device())
+        check_without_data(cfg, runtime, runtime.torch_device())
         if key.path.startswith("data."):
             if key.files[0].partition("=")[2] in NOT_BUILT:
                 return

@@ -12,7 +12,7 @@ from fake import FINISH, starts, sweep
 from on_slurm import VALUES, cluster, launcher, quiet_cluster, slurm, states, wait_for  # noqa: F401
 
 from twoviews import launched
-from twoviews.code import content
+from twoviews.code import copy_digest
 from twoviews.errors import BadInput
 from twoviews.sweep import chosen, retry_jobs, show_logs, show_status
 from twoviews.sweep import main as sweep_command
@@ -77,7 +77,7 @@ def test_cancelled_jobs_are_told_apart_and_the_rest_goes_on(tmp_path: Path) -> N
     with Sweep(tmp_path / "s").update() as record:
         record["launcher"] = {"_target_": "twoviews.sweeps.slurm.Slurm", **VALUES}
         launched.remember(json.dumps(record["launcher"], sort_keys=True))
-    launched.remember(content(tmp_path / "s" / "code" / "fake"))
+    launched.remember(copy_digest(tmp_path / "s" / "code" / "fake"))
     assert retry_jobs(Sweep(tmp_path / "s"), chosen(jobs, ["seed=0", "seed=1"])) == 3
     wait_for(lambda: states(jobs)[0] == "FINISHED")
     assert len(starts(jobs[2])) == 1

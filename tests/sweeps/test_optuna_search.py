@@ -20,7 +20,7 @@ from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import JobSpec
 from twoviews.sweeps.job_status import status
 from twoviews.sweeps.launcher import Launcher
-from twoviews.sweeps.launching import Launch
+from twoviews.sweeps.launching import SweepCommand
 from twoviews.sweeps.machine import Local, Pool
 from twoviews.sweeps.optuna_search import Optuna
 from twoviews.sweeps.optuna_study import resumed_trial
@@ -45,8 +45,8 @@ checkpoint(); result("finished", **{{"knn/top1": knn}})
 """
 
 
-class StandInLaunch(Launch):
-    """What the search needs of `Launch`, with stand-ins for trainings."""
+class StandInCommand(SweepCommand):
+    """What the search needs of `SweepCommand`, with stand-ins for trainings."""
 
     def __init__(self, folder: Path, launcher: Launcher, **plan: object):
         self.folder, self.launcher = folder, launcher
@@ -109,7 +109,7 @@ def started(folder: Path) -> dict[str, int]:
 
 def test_a_value_is_the_mean_over_seeds_and_each_job_runs_once(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "s"
-    assert search().run(StandInLaunch(folder, pool()), TYPED) == 0
+    assert search().run(StandInCommand(folder, pool()), TYPED) == 0
     found = trials(folder)
     assert [one.state.name for one in found] == ["COMPLETE"] * 6
     for one in found:
@@ -122,22 +122,22 @@ def test_a_value_is_the_mean_over_seeds_and_each_job_runs_once(tmp_path: Path, c
 
 def test_the_same_command_adds_only_what_is_missing(tmp_path: Path) -> None:
     folder = tmp_path / "s"
-    search(trials=2).run(StandInLaunch(folder, Local()), TYPED)
+    search(trials=2).run(StandInCommand(folder, Local()), TYPED)
     first = [one.params for one in trials(folder)]
-    search(trials=2).run(StandInLaunch(folder, Local()), TYPED)
+    search(trials=2).run(StandInCommand(folder, Local()), TYPED)
     assert [one.params for one in trials(folder)] == first
-    search(trials=4).run(StandInLaunch(folder, Local()), TYPED)
+    search(trials=4).run(StandInCommand(folder, Local()), TYPED)
     found = [one.params["x"] for one in trials(folder)]
     assert found[:2] == [one["x"] for one in first] and len(set(found)) == 4  # not the first proposals again
     assert set(started(folder).values()) == {1}
 
 
 def test_other_values_are_another_study(tmp_path: Path) -> None:
-    search(trials=1).run(StandInLaunch(tmp_path / "s", Local()), TYPED)
+    search(trials=1).run(StandInCommand(tmp_path / "s", Local()), TYPED)
     with pytest.raises(BadInput, match="sweep.name="):
-        search(trials=1).run(StandInLaunch(tmp_path / "s", Local()), ["x=interval(0.0,2.0)", "seed=0,1"])
+        search(trials=1).run(StandInCommand(tmp_path / "s", Local()), ["x=interval(0.0,2.0)", "seed=0,1"])
     with pytest.raises(BadInput, match="nothing to search"):
-        search(trials=1).run(StandInLaunch(tmp_path / "s", Local()), ["seed=0,1"])
+        search(trials=1).run(StandInCommand(tmp_path / "s", Local()), ["seed=0,1"])
 
 
 @pytest.mark.parametrize(
@@ -154,17 +154,17 @@ def test_what_a_trial_means_cannot_change(
     tmp_path: Path, monkeypatch, settings: dict, typed: list[str], what: str
 ) -> None:
     monkeypatch.setattr(Local, "serve", lambda *_: None)  # the study is begun, and no training
-    search().run(StandInLaunch(tmp_path / "s", Local()), TYPED)
+    search().run(StandInCommand(tmp_path / "s", Local()), TYPED)
     with pytest.raises(BadInput, match=rf"is about other {what}: .*sweep\.name="):
-        search(**settings).run(StandInLaunch(tmp_path / "s", Local()), typed)
+        search(**settings).run(StandInCommand(tmp_path / "s", Local()), typed)
     for same in ([*TYPED, "tracking=files"], ["runtime.device=cpu", *TYPED]):
-        search(trials=9).run(StandInLaunch(tmp_path / "s", Local()), same)
+        search(trials=9).run(StandInCommand(tmp_path / "s", Local()), same)
 
 
 @pytest.mark.parametrize("metric", ["knn/topp1", "knn", "kn/top1", "train/loss", "tent/top1", "few_labels/"])
 def test_a_metric_that_nothing_measures_is_refused_before_training(tmp_path: Path, metric: str) -> None:
     with pytest.raises(BadInput, match="Known: train/spread, knn/top1"):
-        search(metric=metric).run(StandInLaunch(tmp_path / "s", Local()), TYPED)
+        search(metric=metric).run(StandInCommand(tmp_path / "s", Local()), TYPED)
     assert not (tmp_path / "s" / "study.db").exists()
 
 
@@ -172,7 +172,7 @@ def test_no_batch_waits_for_its_slowest(tmp_path: Path) -> None:
     """One job is held back until four others are through: with batches of two that would be for ever."""
     folder = tmp_path / "s"
 
-    class Held(StandInLaunch):
+    class Held(StandInCommand):
         def specs(self, combinations) -> list[JobSpec]:
             first = not list(folder.glob("*/point.json"))
             made = super().specs(combinations)
@@ -189,9 +189,9 @@ DRIVER = """
 import os, sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
-from test_study import StandInLaunch, TYPED, pool, search
+from test_optuna_search import StandInCommand, TYPED, pool, search
 os.sched_getaffinity = lambda _: set(range(4))
-sys.exit(search(trials=20, at_once=4).run(StandInLaunch(Path({folder!r}), pool(4), pause=0.15), TYPED))
+sys.exit(search(trials=20, at_once=4).run(StandInCommand(Path({folder!r}), pool(4), pause=0.15), TYPED))
 """
 
 
@@ -221,7 +221,7 @@ def test_killed_and_started_again_no_trial_is_lost_or_doubled(tmp_path: Path, mo
 
 def test_a_collapsed_trial_is_stopped_and_the_report_says_why(tmp_path: Path) -> None:
     folder = tmp_path / "s"
-    launch = StandInLaunch(folder, pool(), collapse=True, pause=0.1)
+    launch = StandInCommand(folder, pool(), collapse=True, pause=0.1)
     assert search(trials=6, prune=True).run(launch, ["x=0.1,0.6", "seed=0,1"]) == 0
     states = {(one.params["x"], one.state.name) for one in trials(folder)}
     assert states == {("0.1", "PRUNED"), ("0.6", "COMPLETE")}
@@ -234,7 +234,7 @@ def test_a_collapsed_trial_is_stopped_and_the_report_says_why(tmp_path: Path) ->
 
 def test_what_was_given_up_is_done_with_and_says_why(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "s"
-    launch = StandInLaunch(folder, pool(), collapse=True, pause=0.1)
+    launch = StandInCommand(folder, pool(), collapse=True, pause=0.1)
     search(trials=6, prune=True).run(launch, ["x=0.1,0.6", "seed=0,1"])
     before, weak = started(folder), [job for job in Sweep(folder).jobs if job.axes["x"] == 0.1]
     with Sweep(folder).update() as record:
@@ -251,7 +251,7 @@ def test_what_was_given_up_is_done_with_and_says_why(tmp_path: Path, capsys) -> 
 
 def test_a_search_that_is_killed_while_it_gives_up_a_trial_gives_it_up_later(tmp_path: Path, monkeypatch) -> None:
     folder = tmp_path / "s"
-    launch = StandInLaunch(folder, pool(), collapse=True, pause=0.1)
+    launch = StandInCommand(folder, pool(), collapse=True, pause=0.1)
     with monkeypatch.context() as killed:
         killed.setattr(Sweep, "mark", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -268,15 +268,15 @@ def test_a_search_that_is_killed_while_it_gives_up_a_trial_gives_it_up_later(tmp
 
 def test_a_trial_below_the_median_is_stopped(tmp_path: Path) -> None:
     folder = tmp_path / "s"
-    launch = StandInLaunch(folder, pool(), behind=True, pause=0.1, epochs=30)
+    launch = StandInCommand(folder, pool(), behind=True, pause=0.1, epochs=30)
     # The first four have to finish before there is a median; the fifth is the weak one.
     assert search(trials=4, prune=True).run(launch, ["x=interval(0.4,0.9)", "seed=0,1"]) == 0
     import optuna
 
     study = optuna.load_study(study_name="s", storage=f"sqlite:///{folder / 'study.db'}")
     study.enqueue_trial({"x": 0.4})
-    weak = StandInLaunch(folder, pool(), pause=0.1, epochs=100)
-    weak.specs = lambda combinations: StandInLaunch.specs(
+    weak = StandInCommand(folder, pool(), pause=0.1, epochs=100)
+    weak.specs = lambda combinations: StandInCommand.specs(
         weak, [[one[0].replace("0.4", "0.1"), one[1]] for one in combinations]
     )
     search(trials=5, prune=True).run(weak, ["x=interval(0.4,0.9)", "seed=0,1"])
@@ -287,13 +287,13 @@ def test_a_trial_below_the_median_is_stopped(tmp_path: Path) -> None:
 
 def test_a_diverged_trial_is_a_bad_one_and_another_failure_is_no_value(tmp_path: Path) -> None:
     diverged = tmp_path / "diverged"
-    search(trials=12, at_once=3).run(StandInLaunch(diverged, pool(), fail="the loss is nan at step 3"), ["x=0.1,0.6"])
+    search(trials=12, at_once=3).run(StandInCommand(diverged, pool(), fail="the loss is nan at step 3"), ["x=0.1,0.6"])
     states = {one.params["x"]: one.state.name for one in trials(diverged)}
     assert states == {"0.1": "PRUNED", "0.6": "COMPLETE"}
     now = {job.axes["x"]: status([job])[job.digest] for job in Sweep(diverged).jobs}
     assert now[0.1].state == "PRUNED" and "diverged: the loss is nan at step 3" in now[0.1].reason
     failed = tmp_path / "failed"
-    search(trials=12, at_once=3).run(StandInLaunch(failed, pool(), fail="out of luck"), ["x=0.1,0.6"])
+    search(trials=12, at_once=3).run(StandInCommand(failed, pool(), fail="out of luck"), ["x=0.1,0.6"])
     states = {one.params["x"]: one.state.name for one in trials(failed)}
     assert states == {"0.1": "FAIL", "0.6": "COMPLETE"}
     reasons = [one.user_attrs["reason"] for one in trials(failed) if one.state.name == "FAIL"]

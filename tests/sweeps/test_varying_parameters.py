@@ -15,7 +15,7 @@ from twoviews.sweeps import varying_parameters as module
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import JobSpec
 from twoviews.sweeps.results import gather
-from twoviews.sweeps.varying_parameters import varying_parameters
+from twoviews.sweeps.varying_parameters import with_varying_parameters
 
 MOCO = """seed: {seed}
 epochs: {epochs}
@@ -51,7 +51,7 @@ def launched(
 
 
 def found(sweep: Sweep) -> list[dict[str, Any]]:
-    return [dict(job.axes) for job in varying_parameters(sweep.jobs)]
+    return [dict(job.axes) for job in with_varying_parameters(sweep.jobs)]
 
 
 def test_what_was_swept_once_and_fixed_once_is_an_axis_of_all(tmp_path: Path, capsys, monkeypatch) -> None:

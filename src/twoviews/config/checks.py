@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 # Nodes that are neither a group nor a single value, and the class of each. The config of a job in a sweep has none of them.
-NODES = {"sweep": "twoviews.sweeps.launching.Options"}
+NODES = {"sweep": "twoviews.sweeps.launching.SweepOptions"}
 VIEW = "twoviews.data.draws.View"  # the class of each node below augmentation.views
 
 

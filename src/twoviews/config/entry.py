@@ -78,7 +78,7 @@ class _Command:
         register_resolvers()
         start_faster(sys.argv[1:])
         try:
-            processes.settle(self.name, sweep=not MULTIRUN.isdisjoint(sys.argv[1:]))
+            processes.drop_incomplete_variables(self.name, sweep=not MULTIRUN.isdisjoint(sys.argv[1:]))
             check_arguments(self.name, sys.argv[1:])
             sys.argv[1:] = hydra_arguments(self.name, sys.argv[1:])
             hydra.main(**VERSION_BASE, config_path=str(CONF), config_name=self.name)(self.job)()
@@ -103,6 +103,8 @@ class _Command:
 
     def job(self, cfg: DictConfig) -> None:
         """Called by Hydra with each configuration that it has composed.
+
+        A sweep of train.py does not come here: its jobs are processes of their own (sweeps/runner.py).
 
         Errors that the user can correct are not raised through Hydra, which would print the command around them, and which
         would skip the other jobs of a sweep.

@@ -22,7 +22,7 @@ class Split:
 
     images: np.ndarray  # [N, H, W, C]
     labels: np.ndarray | None  # [n], of the rows
-    rows: Int[np.ndarray, "n"]
+    rows: Int[np.ndarray, " n"]
     labelled: int = 0  # rows before those whose label is -1, which means that they have none
 
     def chunks(self) -> Iterator[np.ndarray]:
@@ -54,8 +54,8 @@ class Split:
 class Scale:
     """Maps the values in the file to 0..255, by the range of the training images."""
 
-    low: Float[np.ndarray, "C"]
-    high: Float[np.ndarray, "C"]
+    low: Float[np.ndarray, " C"]
+    high: Float[np.ndarray, " C"]
 
     @staticmethod
     def of(train: Split, test: Split | None, notes: list[str]) -> "Scale":

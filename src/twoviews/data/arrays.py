@@ -209,7 +209,7 @@ def _checked(images: np.ndarray, labels: np.ndarray | None, path: Path) -> Split
     return Split(images, labels, np.arange(len(images)))
 
 
-def _classes(train: Split, test: Split | None, notes: list[str]) -> tuple[Int[np.ndarray, "N"], tuple[str, ...]]:
+def _classes(train: Split, test: Split | None, notes: list[str]) -> tuple[Int[np.ndarray, " N"], tuple[str, ...]]:
     """Labels of training and test images as numbers 0..classes-1, -1 for none, and the names of the classes."""
     if train.labels is None:
         return np.full(len(train.rows), -1), ()

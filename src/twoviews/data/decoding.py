@@ -42,12 +42,12 @@ class Decoded:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def subset(self, index: Int[Tensor, "n"]) -> "Decoded":
+    def subset(self, index: Int[Tensor, " n"]) -> "Decoded":
         """The pictures of these rows, in this order."""
         paths = [self.paths[row] for row in index.tolist()]
         return Decoded(paths, size=self.size, channels=self.channels, workers=self.workers)
 
-    def read(self, chunks: Iterable[Int[Tensor, "_"]]) -> Iterator[Chunk]:
+    def read(self, chunks: Iterable[Int[Tensor, " _"]]) -> Iterator[Chunk]:
         """Each chunk of rows, decoded, in order; later chunks are decoded meanwhile.
 
         Raises:
@@ -63,7 +63,7 @@ class Decoded:
         finally:
             self._idle = workers
 
-    def batches(self, parts: Sequence[Int[Tensor, "_"]]) -> Iterator[UInt8[Tensor, "_ C S S"]]:
+    def batches(self, parts: Sequence[Int[Tensor, " _"]]) -> Iterator[UInt8[Tensor, "_ C S S"]]:
         """The canvases of each part, in order.
 
         Raises:
@@ -152,7 +152,7 @@ class _Decode(Dataset[Chunk]):
     def __init__(self, paths: list[str], size: int, channels: int, piped: bool):
         self.paths, self.size, self.channels, self.piped = paths, size, channels, piped
 
-    def __getitem__(self, rows: Int[Tensor, "n"]) -> Chunk:  # the sampler hands out tensors of rows
+    def __getitem__(self, rows: Int[Tensor, " n"]) -> Chunk:  # the sampler hands out tensors of rows
         canvases, sizes, decoded, broken = [], [], [], []
         unreadable = ""
         for row in rows.tolist():

@@ -32,15 +32,15 @@ class Images:
 
     pixels: UInt8[Tensor, "N C S S"] | Decoded
     sizes: Int[Tensor, "N 2"]  # original height and width in px
-    labels: Int[Tensor, "N"] | None  # 0..classes-1
+    labels: Int[Tensor, " N"] | None  # 0..classes-1
     paths: list[str] | None = None  # of the picture files, where they are files
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def batches(
-        self, batch_size: int, index: Int[Tensor, "n"] | None = None
-    ) -> Iterator[tuple[UInt8[Tensor, "b C S S"], Int[Tensor, "b 2"], Int[Tensor, "b"]]]:
+        self, batch_size: int, index: Int[Tensor, " n"] | None = None
+    ) -> Iterator[tuple[UInt8[Tensor, "b C S S"], Int[Tensor, "b 2"], Int[Tensor, " b"]]]:
         """Canvases, original sizes and index of each batch, in the order of `index` (default: all, from the first).
 
         The last batch is as short as it comes out, never left out. Canvases lie where `pixels` does; sizes and
@@ -58,7 +58,7 @@ class Images:
         for canvas, part in zip(canvases, parts, strict=False):
             yield canvas, self.sizes[part], part
 
-    def subset(self, index: Int[Tensor, "n"]) -> "Images":
+    def subset(self, index: Int[Tensor, " n"]) -> "Images":
         """The images of these rows, in this order."""
         pixels = self.pixels.subset(index) if isinstance(self.pixels, Decoded) else self.pixels[index]
         labels = None if self.labels is None else self.labels[index]
@@ -122,7 +122,7 @@ class ImageData:
         return replace(self, **placed, resident_bytes=limit - free)
 
 
-def stratified(labels: Int[Tensor, "N"] | None, total: int, count: int) -> Int[Tensor, "n"]:
+def stratified(labels: Int[Tensor, " N"] | None, total: int, count: int) -> Int[Tensor, " n"]:
     """Sorted index of `count` of `total` images with the shares of the classes kept, the same on every call.
 
     Each class gives its share rounded down; what is missing then comes from the largest remainders.

@@ -18,7 +18,7 @@ class Batch:
     """What a method sees of one step: no labels, so that labels cannot leak."""
 
     views: tuple[Float[Tensor, "B C _h _w"], ...]
-    index: Int[Tensor, "B"]  # rows of the training images
+    index: Int[Tensor, " B"]  # rows of the training images
 
 
 class Loader:

@@ -20,7 +20,7 @@ def resample(
     extent: Float[Tensor, "_ 2"],
     size: int,
     *,
-    flip: Bool[Tensor, "B"] | None = None,
+    flip: Bool[Tensor, " B"] | None = None,
     bleed: bool = False,
 ) -> Float[Tensor, "B C {size} {size}"]:
     """The box of each image at size x size px: bilinear with antialiasing, as two matrix products.
@@ -120,7 +120,7 @@ def grayscale(x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
     return grey(x).expand_as(x)
 
 
-def blur(x: Float[Tensor, "B C H W"], sigma: Float[Tensor, "B"]) -> Float[Tensor, "B C H W"]:
+def blur(x: Float[Tensor, "B C H W"], sigma: Float[Tensor, " B"]) -> Float[Tensor, "B C H W"]:
     """Gaussian blur of standard deviation `sigma` px, the edges reflected; H = W.
 
     The kernel is an odd number of px near a tenth of the side and at least 3, as in SimCLR: 3 at 32 px, 9 at 96 px and
@@ -151,7 +151,7 @@ def solarize(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
 
 
 def normalise(
-    x: Float[Tensor, "B C H W"], mean: Float[Tensor, "C"], std: Float[Tensor, "C"]
+    x: Float[Tensor, "B C H W"], mean: Float[Tensor, " C"], std: Float[Tensor, " C"]
 ) -> Float[Tensor, "B C H W"]:
     """`x` minus the mean, over the standard deviation of each channel; overwrites `x`."""
     return x.sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))

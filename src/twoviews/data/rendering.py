@@ -173,7 +173,7 @@ def normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return pixels.normalise(x, *(t.to(x.device, non_blocking=True) for t in (mean, std)))
 
 
-def _apply(operation: Callable[..., Tensor], x: Tensor, chosen: Bool[Tensor, "B"], *parameters: Tensor) -> None:
+def _apply(operation: Callable[..., Tensor], x: Tensor, chosen: Bool[Tensor, " B"], *parameters: Tensor) -> None:
     """Overwrite the chosen images of `x`. `chosen` is on the CPU, so that nothing waits for the device."""
     rows = chosen.nonzero()[:, 0]
     if len(rows):

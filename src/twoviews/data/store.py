@@ -32,7 +32,7 @@ SPARE = 2**24  # bytes wanted beside the pixels, for labels, sizes and the file 
 class Chunk(NamedTuple):
     """Some images of a listing, read or decoded."""
 
-    rows: Int[Tensor, "b"]  # position in the listing
+    rows: Int[Tensor, " b"]  # position in the listing
     pixels: UInt8[Tensor, "b C S S"]
     sizes: Int[Tensor, "b 2"]  # original height and width in px
     broken: Sequence[tuple[int, str]] = ()  # other rows of the listing, each with the reason why it cannot be decoded
@@ -47,7 +47,7 @@ class Recipe:
     """
 
     splits: dict[str, tuple[int, int]]
-    labels: Int[np.ndarray, "N"]  # by row of the listing, -1: none
+    labels: Int[np.ndarray, " N"]  # by row of the listing, -1: none
     classes: tuple[str, ...]
     channels: int
     size: int
@@ -63,8 +63,8 @@ class Store:
 
     pixels: UInt8[Tensor, "N C S S"] | None
     sizes: Int[Tensor, "N 2"]
-    labels: Int[Tensor, "N"]
-    rows: Int[Tensor, "N"]
+    labels: Int[Tensor, " N"]
+    rows: Int[Tensor, " N"]
     meta: dict[str, Any]
 
 

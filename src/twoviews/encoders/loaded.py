@@ -10,7 +10,7 @@ from twoviews.backbones import Encoder
 from twoviews.config.building import build
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
-from twoviews.foreign import blamed
+from twoviews.foreign import errors_naming
 from twoviews.run import Run
 
 
@@ -75,7 +75,7 @@ class LoadedEncoder:
             return self.prepare(chosen())
         if self.run is None:
             raise unknown_images(self.name)
-        with blamed(self.config_path):
+        with errors_naming(self.config_path):
             return self.prepare(build(self.config["data"]))
 
     def prepare(self, data: ImageData) -> ImageData:

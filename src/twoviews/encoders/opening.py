@@ -15,7 +15,7 @@ from twoviews.encoders.networks import fill, resnet_network
 from twoviews.encoders.run_names import find_run
 from twoviews.encoders.weight_files import SUFFIXES, checkpoint_weights, read_tensors, resnet_weights, split_name
 from twoviews.errors import BadInput, nearest, printable
-from twoviews.foreign import blamed, regular
+from twoviews.foreign import errors_naming, regular
 from twoviews.run import Run
 
 
@@ -109,7 +109,7 @@ def _open_file(path: Path, data: Callable[[], ImageData] | None, chosen: str | N
     if any(key.startswith("method.encoder.") for key in weights) and path.with_name("config.yaml").exists():
         run = Run.existing(path.parent)
         config = run.config()
-        with blamed(path.with_name("config.yaml")):
+        with errors_naming(path.with_name("config.yaml")):
             images = data() if data else build(config["data"])
             encoder = build(config["backbone"], channels=images.channels, image_size=images.size)
         own, notes = checkpoint_weights(weights, list(encoder.state_dict()), path, chosen)

@@ -33,7 +33,7 @@ FOLDER = "evaluation"  # below the run's: for tables and pictures
 
 
 @dataclass
-class Measurements:
+class CombinedResult:
     """What all protocols measured."""
 
     values: dict[str, float] = field(default_factory=dict)  # by name, such as knn/top1
@@ -155,9 +155,9 @@ def _description(data: ImageData) -> dict[str, Any]:
 
 def _measure(
     protocols: Mapping[str, Protocol], context: EvaluationContext, title: str, console: Console
-) -> Measurements:
+) -> CombinedResult:
     """Run all protocols; tables and pictures are written, and tables and notes shown, after each of them."""
-    measured = Measurements()
+    measured = CombinedResult()
     assert context.folder is not None
     for name, protocol in protocols.items():
         try:

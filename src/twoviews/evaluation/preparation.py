@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 
 from omegaconf import DictConfig
 
-from twoviews.backbones import left_over
+from twoviews.backbones import unseen_pixels_note
 from twoviews.config.recorded import recorded_runtime
 from twoviews.console import Console
 from twoviews.data.images import ImageData
 from twoviews.encoders.loaded import LoadedEncoder
 from twoviews.fallbacks import slower
-from twoviews.foreign import blamed
+from twoviews.foreign import errors_naming
 from twoviews.protocols.protocol import EvaluationContext
 
 
@@ -33,12 +33,12 @@ def prepare_evaluation(
     Raises:
         BadInput: the images cannot be loaded, or the encoder cannot take them.
     """
-    with blamed(loaded.config_path):
+    with errors_naming(loaded.config_path):
         runtime, runtime_notes = recorded_runtime(cfg, loaded.config, overrides)
     device = runtime.torch_device()
     runtime.configure_evaluation(device)
     data = loaded.load_data(chosen_data).to(device)
-    unseen = left_over(loaded.encoder, loaded.preprocessing.channels, loaded.preprocessing.image_size)
+    unseen = unseen_pixels_note(loaded.encoder, loaded.preprocessing.channels, loaded.preprocessing.image_size)
     for note in (*loaded.notes, *([unseen] if unseen else []), *runtime_notes, *data.notes):
         console.say(note)
     for sentence in slower(runtime.device, device):

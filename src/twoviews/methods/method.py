@@ -14,8 +14,8 @@ from twoviews.backbones import Encoder
 from twoviews.clusters.kmeans import Clustered
 from twoviews.layers import without_duplicates
 
-# What a module makes of all N training images, [N, D] in the order of their index: in eval mode, without gradient, under
-# the eval transform, in float32, and the same on every process.
+# Computes the outputs of a module for all N training images, [N, D] in the order of their index, in float32: in eval mode,
+# without gradient, under the eval transform, and the same on every process.
 Embed = Callable[[nn.Module], Tensor]
 
 
@@ -24,12 +24,13 @@ Rows = dict[str, Tensor]  # by name, detached, a row for each image
 
 @dataclass(frozen=True)
 class Output:
-    """What one forward pass gives.
+    """The result of a forward pass.
 
     Args:
-        loss: of these images.
-        metrics: numbers worth watching, detached scalars by name.
-        rows: what `after_step` wants to know of these images, such as keys for a queue.
+        loss: mean over these images.
+        metrics: detached scalars on the device, logged as train/<name> every `runtime.log_every` steps: means over
+            micro-batches and processes. Every forward pass has the same names. A `spread` near 0 is reported as collapse.
+        rows: a row per image for `after_step`, which gets those of all micro-batches and processes, such as keys for a queue.
     """
 
     loss: Float[Tensor, ""]
@@ -90,11 +91,17 @@ class Method(nn.Module):
         """Called before the first step of each epoch, counted from 0, with that epoch's seed: an E-step."""
 
     def phase(self, epoch: float) -> Hashable:
-        """Whatever decides which operations a step consists of, when so many epochs are done (fractional)."""
+        """A value that changes when the operations of a step change, as when prototypes stop being frozen; then a new CUDA
+        graph is captured.
+
+        Args:
+            epoch: epochs that are done, fractional.
+        """
         return None
 
     def before_step(self, phase: Hashable) -> None:
-        """Called between the gradients and the optimizer's step, with the step's phase: frozen parameters."""
+        """Called after the backward pass and before the optimizer's step; removes the gradients of what is frozen in this
+        phase, such as SwAV's prototypes."""
 
     def after_step(self, progress: Progress, rows: Rows) -> None:
         """Called after each optimizer step, which `progress` includes: moving averages, queues.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from twoviews.backbones import Encoder
-from twoviews.batch_norms import check_splits, shuffled_keys, split_batch_norms
+from twoviews.batch_norms import check_splits, encode_keys, split_batch_norms
 from twoviews.layers import Queue, ema_update, frozen_copy, mlp, spread
 from twoviews.methods.method import Method, Output, Progress, Rows
 from twoviews.ranges import Count, EmaMomentum, Size, Temperature
@@ -79,7 +79,7 @@ class MoCo(Method):
         return nnf.normalize(self.projector(self.encoder(x)).float(), dim=1)
 
     def _keys(self, x: Tensor) -> Float[Tensor, "B D"]:
-        return shuffled_keys(self.key_encoder, x, self.bn_splits)
+        return encode_keys(self.key_encoder, x, self.bn_splits)
 
     def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
         """Queries of the first view against keys of the second, and the reverse if symmetric."""

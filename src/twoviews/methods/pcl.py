@@ -16,7 +16,7 @@ from torch.nn import functional as nnf
 
 from twoviews import distributed
 from twoviews.backbones import Encoder
-from twoviews.batch_norms import check_splits, shuffled_keys, split_batch_norms
+from twoviews.batch_norms import check_splits, encode_keys, split_batch_norms
 from twoviews.clusters.kmeans import Clustered, concentration, kmeans
 from twoviews.errors import BadInput
 from twoviews.layers import Queue, ema_update, frozen_copy, mlp, spread
@@ -193,7 +193,7 @@ class PCL(Method):
         """InfoNCE of the two views, and once there are clusters ProtoNCE of the first, averaged over clusterings."""
         x1, x2 = views
         q = nnf.normalize(self.projector(self.encoder(x1)).float(), dim=1)
-        k = shuffled_keys(self.key_encoder, x2, self.bn_splits)
+        k = encode_keys(self.key_encoder, x2, self.bn_splits)
         loss = info_nce(q, k, self.queue.rows, self.temperature)
         metrics = {"spread": spread(q)}
         if self.clustered:

@@ -1,4 +1,5 @@
-"""The contract of a protocol: an evaluator of encoders, the same in train.py and in evaluate.py.
+"""The contract of a protocol: an evaluator of encoders, for train.py, which records its values and shows its notes, and for
+evaluate.py, which uses all of its result.
 
 `protocol=` is its name on the command line and in conf/. It gets an `EvaluationContext` and returns an `EvaluationResult`.
 Shapes: N bank images, M test images, F features, C classes.
@@ -110,7 +111,8 @@ class EvaluationResult:
 class Protocol:
     """Abstract: evaluates an encoder.
 
-    `every_epochs` says after how many epochs of a training it is repeated; 0 means once, at the end.
+    Every protocol has the parameter `every_epochs`: it is run each time that many epochs of a training are done, and at its end;
+    0 means only at the end.
     """
 
     every_epochs: int

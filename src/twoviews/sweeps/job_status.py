@@ -44,7 +44,7 @@ def status(jobs: Sequence[Job]) -> Mapping[str, JobState]:
             states[job.digest] = replace(last, slurm_id=own_ids[0], reason="SLURM's controller does not answer")
         else:
             states[job.digest] = _slurm_state(job, state, own_ids[0], known, arrays)
-    return {job.digest: with_marks(job, states[job.digest]) for job in jobs}
+    return {job.digest: with_recorded_end(job, states[job.digest]) for job in jobs}
 
 
 def wait_until_ended(jobs: Sequence[Job], timeout_s: float) -> bool:
@@ -57,8 +57,8 @@ def wait_until_ended(jobs: Sequence[Job], timeout_s: float) -> bool:
     return True
 
 
-def with_marks(job: Job, state: JobState) -> JobState:
-    """The state, or of a job that does not run: PRUNED if a search gave it up, FAILED if the scheduler refused it."""
+def with_recorded_end(job: Job, state: JobState) -> JobState:
+    """The state of a job: unless it runs or has finished, PRUNED if a search gave it up, FAILED if the scheduler refused it."""
     runs = state.state == "RUNNING" or (state.state == "QUEUED" and job.slurm_id and not job.refused)
     if runs or state.state == "FINISHED" or not (job.given_up or job.refused):
         return state

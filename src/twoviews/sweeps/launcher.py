@@ -1,4 +1,4 @@
-"""The contract of launchers, which run the jobs of a sweep."""
+"""The contract of launchers, which run the jobs of a sweep. They are not launcher plugins of Hydra, which run one command."""
 
 import time
 from abc import ABC, abstractmethod

@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from twoviews import foreign, launched
-from twoviews.code import code_state, content, freeze, left_out, no_commit
+from twoviews.code import code_state, copy_digest, freeze, left_out, no_commit
 from twoviews.config.building import build
 from twoviews.config.checks import check_plugin
 from twoviews.config.digest import as_float, flat
@@ -46,7 +46,7 @@ FREE_KEYS = ("hydra", "sweep", "tracking", "runtime", "fresh", "preview", "find_
 
 
 @dataclass(frozen=True)
-class Options:
+class SweepOptions:
     """The node `sweep` of conf/train.yaml.
 
     Args:
@@ -60,7 +60,7 @@ class Options:
     plan: bool
 
 
-class Launch:
+class SweepCommand:
     """One command `train.py -m`, checked before anything is written.
 
     Args:
@@ -75,7 +75,7 @@ class Launch:
         options = cast(dict[str, Any], OmegaConf.to_container(config.sweep))
         if not isinstance(name := options["name"], str | None):
             raise BadInput(f"sweep.name={name} is a number and has to be a name; quote it: 'sweep.name=\"{name}\"'.")
-        self.options, self.console = Options(**options), Console()
+        self.options, self.console = SweepOptions(**options), Console()
         for override in config.hydra.overrides.hydra:
             if not override.lstrip("+~").startswith(_HYDRA_KEYS):
                 raise BadInput(f"{override} would not reach the jobs of a sweep; leave it out, or leave out -m.")
@@ -109,7 +109,7 @@ class Launch:
                 self.console.say(f"code      no commit is recorded: {reason}.")
             copy = freeze(sweep.folder / "code")
             self._frozen = {"cwd": str(Path.cwd()), "code": str(copy)}
-            launched.remember(content(copy))
+            launched.remember(copy_digest(copy))
             launched.remember(json.dumps(self.launcher_config, sort_keys=True))
         specs = [replace(spec, more={**spec.more, **self._frozen}) for spec in specs]
         command, commit = shlex.join(["python", *sys.argv]), code_state()[0]
@@ -147,7 +147,7 @@ class Launch:
             mlflow_sync.flush(sweep, self.console.say)
 
 
-def launch_all(launch: Launch, combinations: Sequence[Sequence[str]]) -> int:
+def launch_all(launch: SweepCommand, combinations: Sequence[Sequence[str]]) -> int:
     """Run the jobs of a sweep that have no result yet; returns the exit code: 0, or 1 if jobs failed.
 
     Args:
@@ -185,7 +185,7 @@ def retry(sweep: Sweep, jobs: Sequence[Job]) -> None:
         BadInput: this user did not launch that code or that launcher: what came from elsewhere is not run.
     """
     launcher, copies = sweep.record["launcher"], {job.description["code"] for job in jobs}
-    known = all(launched.remembered(content(Path(copy))) for copy in copies)
+    known = all(launched.remembered(copy_digest(Path(copy))) for copy in copies)
     if jobs and not (known and launched.remembered(json.dumps(launcher, sort_keys=True))):
         raise BadInput(
             f"{sweep.folder} has code or a launcher that was not launched from here, so nothing of it is run; launch the "

@@ -45,7 +45,7 @@ def attach_jobs(sweep: Sweep, jobs: Sequence[Job], tracking: Mapping[str, Any]) 
             parent = open_parent_run(uri, experiment, sweep.name, key, tags)
         with sweep.update() as record:
             record.update(parent=parent, parent_status="RUNNING")
-    axes = {job.digest: job.axes for job in sweep.jobs}  # the jobs passed may have more: see `varying_parameters`
+    axes = {job.digest: job.axes for job in sweep.jobs}  # the jobs passed may have more: see `with_varying_parameters`
     with ThreadPoolExecutor(WRITER_THREADS) as pool:
         list(pool.map(lambda job: attach_parent(job.folder, uri, experiment, parent, axes[job.digest]), jobs))
 

@@ -12,7 +12,7 @@ from twoviews.errors import BadInput, nearest
 from twoviews.ranges import Count, Index, Trials
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job_status import CANCEL_SECONDS, wait_until_ended
-from twoviews.sweeps.launching import Launch, launch_all
+from twoviews.sweeps.launching import SweepCommand, launch_all
 from twoviews.sweeps.optuna_study import open_study
 from twoviews.sweeps.optuna_trials import SPREAD, TrialRunner
 from twoviews.sweeps.search import Random, Search, search_space
@@ -37,7 +37,7 @@ class Optuna(Search):
     def __init__(self, trials: Trials, draw: Index, metric: str, prune: bool, at_once: Count):
         self.trials, self.draw, self.metric, self.prune, self.at_once = trials, draw, metric, prune, at_once
 
-    def run(self, launch: Launch, arguments: Sequence[str]) -> int:
+    def run(self, launch: SweepCommand, arguments: Sequence[str]) -> int:
         """Return when all trials have ended; 0, or 1 if none of them has a value.
 
         Raises:

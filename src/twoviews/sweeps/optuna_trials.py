@@ -15,7 +15,7 @@ from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.formatting import counted
 from twoviews.sweeps.job import Job, JobState
 from twoviews.sweeps.job_status import status
-from twoviews.sweeps.launching import Launch
+from twoviews.sweeps.launching import SweepCommand
 from twoviews.sweeps.optuna_study import distributions, resumed_trial
 from twoviews.sweeps.search import Interval, SearchSpace
 
@@ -64,7 +64,7 @@ class TrialRunner:
         sweep: where jobs are added.
     """
 
-    def __init__(self, search: "Optuna", study: "optuna.Study", launch: Launch, space: SearchSpace, sweep: Sweep):
+    def __init__(self, search: "Optuna", study: "optuna.Study", launch: SweepCommand, space: SearchSpace, sweep: Sweep):
         self.search, self.study, self.launch, self.space, self.sweep = search, study, launch, space, sweep
         self._say = launch.console.say
         self._running: list[RunningTrial] = []

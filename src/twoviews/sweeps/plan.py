@@ -28,7 +28,7 @@ from twoviews.sweeps.launcher import Launcher
 from twoviews.sweeps.results import FINISHED, gather
 from twoviews.sweeps.runner import train_arguments
 from twoviews.sweeps.slurm import Slurm
-from twoviews.sweeps.varying_parameters import varying_parameters
+from twoviews.sweeps.varying_parameters import with_varying_parameters
 from twoviews.tracking.metrics import read
 
 MAX_MEASURED = 3  # kinds of jobs that are measured; the others are taken to cost as much as the most expensive of these
@@ -177,7 +177,7 @@ def _finished_costs(folder: Path) -> dict[str, Cost]:
         return {}
     sweep, costs = Sweep(folder), {}
     rows = gather(sweep).jobs
-    for job in varying_parameters(sweep.jobs):
+    for job in with_varying_parameters(sweep.jobs):
         row = rows.loc[job.digest]
         if row["state"] == FINISHED and row["epoch"]:
             seconds, width = float(row["seconds"] / row["epoch"]), int(row["width"])

@@ -13,8 +13,8 @@ from twoviews import foreign
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.formatting import text, typed
 from twoviews.sweeps.job import SEED, Job, JobState
-from twoviews.sweeps.job_status import with_marks
-from twoviews.sweeps.varying_parameters import varying_parameters
+from twoviews.sweeps.job_status import with_recorded_end
+from twoviews.sweeps.varying_parameters import with_varying_parameters
 
 DataFrame = Series = Any  # of pandas, which takes long to import
 ACCURACIES = {"knn/top1": "kNN", "linear/top1": "linear"}  # what is compared; configs are ranked by the first measured
@@ -140,13 +140,13 @@ def gather(sweep: Sweep, states: Mapping[str, JobState] | None = None) -> Result
     """
     import pandas as pd
 
-    jobs = varying_parameters(sweep.jobs)
+    jobs = with_varying_parameters(sweep.jobs)
     keys = list(dict.fromkeys(key for job in jobs for key in job.axes))
     curves: dict[str, DataFrame] = {job.digest: pd.DataFrame(job.metrics()) for job in jobs}
     rows = []
     by_config: dict[tuple[str, ...], list[Job]] = {}
     for job in jobs:
-        state = (states or {}).get(job.digest) or with_marks(job, job.state)
+        state = (states or {}).get(job.digest) or with_recorded_end(job, job.state)
         values = {key: text(job.axes[key]) for key in keys if key in job.axes}
         rows.append({SEED: typed(job.axes, SEED), **values, **_row(job, state, curves[job.digest])})
         # By values as they are typed: a 1 of the command line is a 1.0 of a file.

@@ -19,7 +19,7 @@ from twoviews.errors import BadInput
 from twoviews.ranges import Index, Trials
 from twoviews.sweeps.composing import chooses
 from twoviews.sweeps.job import SEED
-from twoviews.sweeps.launching import Launch, launch_all
+from twoviews.sweeps.launching import SweepCommand, launch_all
 
 SIGNIFICANT_DIGITS = 4  # of drawn numbers: enough for a search, and readable
 MAX_REPEATED_DRAWS = 100  # of configs that are known already, in a row, before the space is taken to be used up
@@ -169,7 +169,7 @@ class Search(ABC):
     """Decides which jobs a sweep has; the parameters of the constructor are the keys of conf/hydra/sweeper/<name>.yaml."""
 
     @abstractmethod
-    def run(self, launch: Launch, arguments: Sequence[str]) -> int:
+    def run(self, launch: SweepCommand, arguments: Sequence[str]) -> int:
         """Run the jobs that follow from the overrides and have no result yet; returns the exit code.
 
         Raises:
@@ -181,7 +181,7 @@ class Search(ABC):
 class ListedSearch(Search):
     """A search whose jobs are known in advance."""
 
-    def run(self, launch: Launch, arguments: Sequence[str]) -> int:
+    def run(self, launch: SweepCommand, arguments: Sequence[str]) -> int:
         """Launch all of the jobs together."""
         return launch_all(launch, self.combinations(search_space(arguments)))
 

@@ -86,10 +86,9 @@ def accounting(slurm_ids: Sequence[str]) -> Mapping[str, SlurmState]:
     return states
 
 
-def requeue(slurm_id: str) -> str:
-    """Put a running SLURM job back into the queue; returns an empty string, or the error."""
-    done = _run("scontrol", "requeue", slurm_id)
-    return "" if done.returncode == 0 else done.stderr.strip() or f"scontrol ended with {done.returncode}"
+def requeue(slurm_id: str) -> bool:
+    """Put a running SLURM job back into the queue; returns whether SLURM accepted."""
+    return _run("scontrol", "requeue", slurm_id).returncode == 0
 
 
 def cancel(slurm_ids: Sequence[str]) -> None:

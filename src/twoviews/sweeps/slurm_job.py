@@ -96,7 +96,7 @@ def _requeue(job: Job, state: JobState, slurm_id: str, signals: StopSignals) -> 
             os._exit(0)
         # Written before the request: SLURM kills this process at any moment after it.
         job.write(replace(state, state="QUEUED", reason=f"requeued, {state.reason}"))
-        if not slurm_commands.requeue(slurm_id):
+        if slurm_commands.requeue(slurm_id):
             # Leaving now would end the SLURM job before it is back in the queue.
             signals.wait(KILL_SECONDS)
             os._exit(0)

@@ -17,7 +17,7 @@ from twoviews.sweeps.formatting import typed
 from twoviews.sweeps.job import SEED, Job
 
 
-def varying_parameters(jobs: Sequence[Job]) -> list[Job]:
+def with_varying_parameters(jobs: Sequence[Job]) -> list[Job]:
     """The jobs with the value of every parameter in which they differ among their `axes`, swept or not.
 
     A parameter that the command fixed for all jobs of a launch is one of them if jobs differ in it. Any other, such as a
