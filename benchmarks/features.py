@@ -102,8 +102,8 @@ def case(
 ) -> dict[str, Any]:
     """The row of one path."""
     device, dtype = exact.device, DTYPES[name]
-    features.BATCH[device.type], inference.ALIGNED = size, aligned
-    inference.PREFERRED[device.type] = () if path == "plain" else (path,)
+    features.BATCH[device.type], inference.CHANNEL_MULTIPLE = size, aligned
+    inference.PREFERRED_PATHS[device.type] = () if path == "plain" else (path,)
     inference._reasons.clear()
     torch.backends.cudnn.benchmark = name != "fp32"
     row: dict[str, Any] = {"path": path, "dtype": name, "batch": size, "channels": aligned if path != "plain" else 3}
@@ -142,7 +142,7 @@ def main() -> None:
     device, start = torch.device(given.device), time.perf_counter()
     torch.backends.cudnn.allow_tf32 = False
     data, encoder = random_images(given.images, device), resnet18_cifar(device, given.width)
-    features.BATCH[device.type], inference.PREFERRED[device.type] = 1024, ()
+    features.BATCH[device.type], inference.PREFERRED_PATHS[device.type] = 1024, ()
     exact = embed(encoder, data.train, data, device, torch.float32, channels_last=True)
     title = f"{'path':8}{'dtype':>6}{'batch':>7}{'channels':>10}{'ms':>9}{'host':>9}{'forward':>9}{'first':>9}"
     print(f"{title}{'error':>10}{'cosine':>9}", flush=True)

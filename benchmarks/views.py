@@ -142,7 +142,7 @@ def compare(name: str, count: int, rounds: int) -> list[dict[str, Any]]:
         **peers(images, recipe),
         **kornia(images, recipe),
         "twoviews, tensors": in_tensors,
-        **({"twoviews, compiled": run} if views.kernel.library() else {}),
+        **({"twoviews, compiled": run} if rendering.kernel.library() else {}),
     }
     names, times = list(functions), {one: [] for one in functions}
     for turn in range(rounds):

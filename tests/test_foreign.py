@@ -13,18 +13,18 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL_MOCO, Finished, refused
-from omegaconf import OmegaConf
 from test_configs import composed
 
 from twoviews import launched
-from twoviews.assembly import describe_data, describe_encoder, load_data, make_parts, make_views
+from twoviews.assembly import describe_encoder, load_data, make_parts, make_views
 from twoviews.checkpoints import save_checkpoint
 from twoviews.code import copy_digest
 from twoviews.config.building import build
-from twoviews.config.digest import digest
 from twoviews.config.groups import targets
+from twoviews.encoder_file import save_encoder
 from twoviews.errors import BadInput
 from twoviews.foreign import load
+from twoviews.recording import record_start
 from twoviews.run import Run
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.folder import Sweep
@@ -97,11 +97,11 @@ def clean(tmp_path_factory) -> Path:
     data, device = load_data(cfg), torch.device("cpu")
     parts = make_parts(cfg, data, make_views(cfg, data), build(cfg.runtime), device)
     run = Run(tmp_path_factory.mktemp("clean") / "run")
-    run.begin(OmegaConf.to_container(cfg, resolve=True), digest(cfg), describe_data(data), device)  # type: ignore[arg-type]
+    record_start(run, cfg, parts)
     save_checkpoint(run.folder, {"method": parts.method.state_dict(), "position": {"step": 0}})
     method = {f"method.encoder.{name}": one for name, one in parts.method.encoder.state_dict().items()}
     torch.save(method, run.folder / "weights.pt")
-    run.save_encoder(parts.method.encoder, describe_encoder(cfg, data))
+    save_encoder(run.folder, parts.method.encoder, describe_encoder(cfg, data))
     run.write("result.json", {"state": "interrupted", "step": 0, "epoch": 0.0, "seconds": 1.0})
     (run.folder / "metrics.jsonl").write_text(
         json.dumps({"step": 1, "epoch": 0.1, "time": 1.0, "knn/top1": 5.0}) + "\n"

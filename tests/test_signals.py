@@ -31,7 +31,7 @@ PHASES = {
     "folder": ("twoviews.recording.draw_views", 1, -1),
     "pixels": ("twoviews.monitoring.Pixels", 1, 0),
     "E-step": ("twoviews.methods.moco.MoCo.before_epoch", 2, 4),
-    "measurement": ("twoviews.loop.run_protocols", 3, 8),  # after the two baselines
+    "measurement": ("twoviews.monitoring.run_protocols", 3, 8),  # after the two baselines
 }
 
 

@@ -12,19 +12,20 @@ import pytest
 import torch
 import torchvision
 from conftest import SMALL_MOCO
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from test_configs import composed
 
-from twoviews.assembly import describe_data, describe_encoder, load_data, make_parts, make_views
+from twoviews.assembly import describe_encoder, load_data, make_parts, make_views
 from twoviews.backbones import ResNet, Timm
 from twoviews.checkpoints import save_checkpoint
 from twoviews.config.building import build
-from twoviews.config.digest import digest
 from twoviews.data.sources import digits
+from twoviews.encoder_file import save_encoder
 from twoviews.encoders.opening import open_encoder
 from twoviews.encoders.weight_files import read_tensors
 from twoviews.errors import BadInput
+from twoviews.recording import record_start
 from twoviews.run import Run
 from twoviews.tracking import uris
 from twoviews.tracking.state import run_id, set_target
@@ -38,9 +39,9 @@ def trained(tmp_path_factory) -> Path:
     data, device = load_data(cfg), torch.device("cpu")
     parts = make_parts(cfg, data, make_views(cfg, data), build(cfg.runtime), device)
     run = Run(tmp_path_factory.mktemp("trained") / "outputs" / "run")
-    run.begin(OmegaConf.to_container(cfg, resolve=True), digest(cfg), describe_data(data), torch.device("cpu"))
+    record_start(run, cfg, parts)
     save_checkpoint(run.folder, {"method": parts.method.state_dict(), "position": {"step": 0}})
-    run.save_encoder(parts.method.encoder, describe_encoder(cfg, data))
+    save_encoder(run.folder, parts.method.encoder, describe_encoder(cfg, data))
     run.write("result.json", {"state": "interrupted", "step": 0})
     return run.folder
 
