@@ -40,8 +40,8 @@ ONE_STEP = """
 import os, runpy, sys
 from twoviews.loop import Training
 step = Training.train_step
-def one_step(self, wrapped, batch):
-    step(self, wrapped, batch)
+def one_step(self, batch):
+    step(self, batch)
     os._exit(77)
 Training.train_step = one_step
 sys.argv = sys.argv[1:]

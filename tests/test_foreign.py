@@ -341,7 +341,7 @@ def test_a_store_does_not_choose_where_files_are_written(entry: Call, place: Pat
         database.execute("UPDATE runs SET artifact_uri = ?", (str(Path.cwd() / "home"),))
     (run / "evaluation").mkdir()
     (run / "evaluation" / "evil.py").write_text("")
-    refused(entry("tracking", "sync", str(run)), "which is no folder of that run")
+    refused(entry("tracking", "sync", str(run)), "which is not a folder of that run")
     assert not list((Path.cwd() / "home").iterdir())
 
 

@@ -1,9 +1,7 @@
 """From a checked configuration to the parts of a run, checked against each other."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +15,13 @@ from twoviews.batch_norms import BatchNorm, sync_batch_norms
 from twoviews.clusters.kmeans import Clustered
 from twoviews.clusters.scores import clustering_scores
 from twoviews.code import code_state
-from twoviews.config.building import build
+from twoviews.config.building import build, build_data
 from twoviews.config.parameter_names import qualified_errors, qualify
 from twoviews.data.images import ImageData
 from twoviews.data.loader import Loader
 from twoviews.data.views import Views
 from twoviews.errors import BadInput, mistakes
 from twoviews.features import embed
-from twoviews.foreign import errors_naming
 from twoviews.memory import check_networks, check_views
 from twoviews.methods.method import Method
 from twoviews.protocols.protocol import EvaluationContext
@@ -98,21 +95,10 @@ def load_data(cfg: DictConfig) -> ImageData:
     """The data set of a configuration; with several processes one prepares it and the others wait."""
     if distributed.rank() > 0:
         process_group.wait_for_first()
-    data = build(cfg.data)
-    data = replace(data, notes=tuple(qualify(note, "data") for note in data.notes))
+    data = build_data(cfg.data)
     if distributed.rank() == 0:
         process_group.wait_for_first()
     return data
-
-
-def recorded_data(config: Mapping[str, Any], path: Path) -> ImageData:
-    """The data set that a run was trained on, as its config.yaml at `path` says.
-
-    Raises:
-        BadInput: it is not there, or config.yaml is damaged.
-    """
-    with errors_naming(path):
-        return load_data(OmegaConf.create({"data": config["data"]}))
 
 
 def make_views(cfg: DictConfig, data: ImageData) -> Views:

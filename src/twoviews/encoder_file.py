@@ -36,7 +36,7 @@ def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
     """
     from safetensors import SafetensorError
 
-    from twoviews.config.building import build  # instantiates by Hydra, which nothing else here needs
+    from twoviews.config.building import build  # which importing this file does not need
 
     description_path = path.with_name(DESCRIPTION_FILE)
     foreign.regular(path)

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from twoviews.errors import BadInput
-from twoviews.ranges import Count, Fraction, NotNegative, Positive, Range
+from twoviews.ranges import Count, Fraction, Range
 
+# Parameters are in float32, which has nothing above 3.4e38, and rates are multiplied by the batch size.
+Rate = Annotated[float, Range(above=0, at_most=1e30)]
+Decay = Annotated[float, Range(at_least=0, at_most=1e30)]
 LrScaling = Literal["none", "linear", "sqrt"]
 
 
@@ -80,10 +83,10 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
 def sgd(
     param_groups: list[dict],
     batch_size: Count,
-    lr: Positive,
+    lr: Rate,
     lr_scaling: LrScaling,
     momentum: Annotated[float, Range(at_least=0, below=1, usual="0.9")],
-    weight_decay: NotNegative,
+    weight_decay: Decay,
     exclude_norm_and_bias: bool,
     nesterov: bool = False,
 ) -> torch.optim.Optimizer:
@@ -108,11 +111,11 @@ def sgd(
 def adamw(
     param_groups: list[dict],
     batch_size: Count,
-    lr: Positive,
+    lr: Rate,
     lr_scaling: LrScaling,
     beta1: Annotated[float, Range(at_least=0, below=1, usual="0.9")],
     beta2: Annotated[float, Range(at_least=0, below=1, usual="0.95 to 0.999")],
-    weight_decay: NotNegative,
+    weight_decay: Decay,
     exclude_norm_and_bias: bool,
 ) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay on everything, or all but norms and biases."""
@@ -219,10 +222,10 @@ def _momentum_step(
 def lars(
     param_groups: list[dict],
     batch_size: Count,
-    lr: Positive,
+    lr: Rate,
     lr_scaling: LrScaling,
     momentum: Annotated[float, Range(at_least=0, below=1, usual="0.9")],
-    weight_decay: NotNegative,
+    weight_decay: Decay,
     trust_coefficient: Fraction,
     exclude_norm_and_bias: bool,
 ) -> torch.optim.Optimizer:
@@ -234,10 +237,10 @@ def lars(
 def larc(
     param_groups: list[dict],
     batch_size: Count,
-    lr: Positive,
+    lr: Rate,
     lr_scaling: LrScaling,
     momentum: Annotated[float, Range(at_least=0, below=1, usual="0.9")],
-    weight_decay: NotNegative,
+    weight_decay: Decay,
     trust_coefficient: Fraction,
     exclude_norm_and_bias: bool,
     clip: bool,

@@ -66,9 +66,8 @@ Index = Annotated[int, Range(at_least=0, at_most=MANY)]
 Trials = Annotated[int, Range(at_least=1, at_most=100_000)]
 Seed = Annotated[int, Range(at_least=0)]
 Total = Annotated[int, Range(at_least=0)]  # of what adds up: bytes, steps
-# Tensors are in float32, which has nothing above 3.4e38; rates are multiplied by the batch size.
-Positive = Annotated[float, Range(above=0, at_most=1e30)]
-NotNegative = Annotated[float, Range(at_least=0, at_most=1e30)]
+Positive = Annotated[float, Range(above=0)]
+NotNegative = Annotated[float, Range(at_least=0)]
 Fraction = Annotated[float, Range(at_least=0, at_most=1)]
 Temperature = Annotated[float, Range(above=0, usual="0.05 to 0.5")]
 EmaMomentum = Annotated[float, Range(at_least=0, below=1, usual="0.99 to 0.999")]

@@ -13,6 +13,7 @@ with the points of metrics.jsonl and the files. Prints counts; the exit code is 
 
 import argparse
 import collections
+import contextlib
 import os
 import random
 import shutil
@@ -120,6 +121,15 @@ class Timing:
         self.start, self.end = (first or now) - begin, now - (last or now)
 
 
+def _kill_mirror(folder: Path) -> None:
+    """Kill the process that mirrors a run, which has a session of its own, so that MLflow is not left in peace."""
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (place / "cmdline").read_bytes().decode(errors="replace")
+            if "twoviews.tracking.mirror_process" in words and str(folder) in words:
+                os.kill(int(place.name), signal.SIGKILL)
+
+
 def kill(command: Command, kind: str, timing: Timing, moment: random.Random) -> bool:
     """Start the command and kill it at a moment of this kind; False if it ended before."""
     process = command.start()
@@ -142,6 +152,7 @@ def kill(command: Command, kind: str, timing: Timing, moment: random.Random) -> 
     alive = process.poll() is None
     if alive:
         os.killpg(process.pid, signal.SIGKILL)
+        _kill_mirror(command.folder)
     process.wait()
     return alive
 

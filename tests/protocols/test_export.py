@@ -75,7 +75,7 @@ def test_safetensors_are_opened_again(tmp_path: Path, monkeypatch: pytest.Monkey
     assert Export("safetensors", 0)(made).values["difference"] == 0
     again = open_encoder(str(tmp_path / "export" / "encoder.safetensors"), digits)
     assert all(torch.equal(value, encoder.state_dict()[key]) for key, value in again.encoder.state_dict().items())
-    assert (again.image_size, again.mean) == (32, made.data.mean)
+    assert (again.preprocessing.image_size, again.preprocessing.mean) == (32, made.data.mean)
     model = loaded(tmp_path / "export", "README.json", monkeypatch)
     with torch.no_grad():
         assert torch.equal(model(images(32)), encoder.eval()(images(32)))

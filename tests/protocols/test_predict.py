@@ -248,7 +248,7 @@ def test_embeddings(context: EvaluationContext, photos: Path, tmp_path: Path) ->
     with pytest.raises(BadInput, match="none of them is a sound picture"):
         Embed("test", str(photos / "broken.jpg"), 0)(context)
     context.data = replace(context.data, memory=None, test=None)
-    with pytest.raises(BadInput, match="no labelled images, so no test images; use train"):
+    with pytest.raises(BadInput, match="no labelled images, so no test images; use split=train"):
         Embed("test", None, 0)(context)
     assert Embed("train", None, 0)(context).values["images"] == 40
 

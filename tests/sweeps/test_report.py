@@ -199,13 +199,13 @@ def test_every_picture_is_on_the_page_and_the_seed_is_no_axis(tmp_path: Path) ->
 def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
     """The figures that are drawn, by file name."""
     kept: dict[str, Figure] = {}
-    save = plots.save
+    save = plots.save_figure
 
     def keep(figure: Figure, path: Path) -> None:
         kept[path.name] = figure
         save(figure, path)
 
-    monkeypatch.setattr(plots, "save", keep)
+    monkeypatch.setattr(plots, "save_figure", keep)
     return kept
 
 

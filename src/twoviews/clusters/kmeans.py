@@ -236,7 +236,7 @@ def passes_on(device: torch.device) -> Passes:
 
 def by_faiss() -> Passes:
     """faiss's exact search, for points on the CPU."""
-    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells which instruction sets it has candidates
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it reports which instruction sets it has tried
     import faiss  # here: some builds crash if they are loaded before torch, or hang in a process forked after
 
     faiss.omp_set_num_threads(torch.get_num_threads())  # it counts threads of its own

@@ -2,17 +2,20 @@
 
 import typing
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from twoviews.config.checks import is_node, node_problems, unknown_target
 from twoviews.config.groups import PASSED_BY_PROGRAM, group_of
-from twoviews.config.parameter_names import qualified_errors
+from twoviews.config.parameter_names import qualified_errors, qualify
 from twoviews.errors import BadInput
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from twoviews.data.images import ImageData
 
 
 def build(node: "DictConfig | dict[str, Any]", *, _partial_: bool = False, **arguments: Any) -> Any:
@@ -39,6 +42,12 @@ def build(node: "DictConfig | dict[str, Any]", *, _partial_: bool = False, **arg
             return _call(values, arguments)(*more)
 
     return make if _partial_ else make()
+
+
+def build_data(node: "DictConfig | dict[str, Any]") -> "ImageData":
+    """The data set of a configuration's `data`; parameters in its notes have the group in front, as in data.size=64."""
+    data = build(node)
+    return replace(data, notes=tuple(qualify(note, "data") for note in data.notes))
 
 
 def _plain(node: "DictConfig | dict[str, Any]") -> Any:

@@ -174,9 +174,8 @@ def _remove_if_empty(folder: Path) -> None:
 
 def _file_error(error: OSError) -> str:
     """A sentence for an error of the file system that a user can correct; any other is a defect and is raised again."""
-    sentence = file_error(
-        error, "the run folder or the cache", "choose another folder with hydra.run.dir= or data.cache="
-    )
+    remedy = "choose another folder with hydra.run.dir= or data.cache=; checkpoints that were written are intact"
+    sentence = file_error(error, "the run folder or the cache", remedy)
     if sentence is None:
         raise error
     return sentence

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from twoviews.backbones import Encoder
-from twoviews.config.building import build
+from twoviews.config.building import build_data
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
 from twoviews.foreign import errors_naming
@@ -76,7 +76,7 @@ class LoadedEncoder:
         if self.run is None:
             raise unknown_images(self.name)
         with errors_naming(self.config_path):
-            return self.prepare(build(self.config["data"]))
+            return self.prepare(build_data(self.config["data"]))
 
     def prepare(self, data: ImageData) -> ImageData:
         """The same images in the size and with the channel statistics that the encoder takes.

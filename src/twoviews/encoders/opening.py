@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from twoviews.config.building import build
+from twoviews.config.building import build, build_data
 from twoviews.config.digest import digest
 from twoviews.data.images import ImageData
 from twoviews.encoder_file import load_encoder
@@ -110,7 +110,7 @@ def _open_file(path: Path, data: Callable[[], ImageData] | None, chosen: str | N
         run = Run.existing(path.parent)
         config = run.config()
         with errors_naming(path.with_name("config.yaml")):
-            images = data() if data else build(config["data"])
+            images = data() if data else build_data(config["data"])
             encoder = build(config["backbone"], channels=images.channels, image_size=images.size)
         own, notes = checkpoint_weights(weights, list(encoder.state_dict()), path, chosen)
         fill(encoder, own, path)

@@ -4,14 +4,12 @@ import math
 import os.path
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DPI = 110
 NAME_LENGTH = 34  # most characters of a category beside an axis
 LEGEND_LENGTH = 100  # most characters of a legend entry
 LOG_RATIO = 10.0  # positive values whose largest is so many times the smallest get a logarithmic axis
@@ -20,7 +18,7 @@ MAX_VALUE_TICKS = 12  # more values get the ticks of matplotlib
 NUMBER_CHARACTERS = "0123456789.+-"
 
 
-def new_figure(width: float, height: float, panels: int, sharey: bool = False) -> "tuple[Figure, list[Axes]]":
+def new_panels(width: float, height: float, panels: int, sharey: bool = False) -> "tuple[Figure, list[Axes]]":
     """A figure (inches) with panels side by side, which does not depend on the settings and windows of pyplot."""
     from matplotlib.figure import Figure
 
@@ -62,13 +60,6 @@ def set_numeric_ticks(panel: "Axes", values: Sequence[float]) -> None:
             ticks.append(value)
     panel.set_xticks(ticks, [f"{value:g}" for value in ticks])
     panel.set_xticks([], minor=True)
-
-
-def save(figure: "Figure", path: Path) -> None:
-    """Replace a PNG file."""
-    new = path.with_name(path.name + ".new")
-    figure.savefig(new, format="png", dpi=DPI)
-    new.replace(path)
 
 
 def colours(count: int) -> list[Any]:

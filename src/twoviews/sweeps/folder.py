@@ -109,7 +109,7 @@ class Sweep:
     @property
     def jobs(self) -> list[Job]:
         """The jobs in the order in which they were added."""
-        jobs, known = [], {field.name for field in fields(Job)}
+        jobs, known = [], {field.name for field in fields(Job)} - {"folder"}
         for digest, entry in self.record["points"].items():
             entry = {ATTRIBUTES.get(key, key): value for key, value in entry.items()}
             slurm_id = entry.get("slurm_id")

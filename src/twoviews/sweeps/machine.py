@@ -156,7 +156,7 @@ class Pool(_MachineLauncher):
             return [Slot(f"gpu{gpu}-{share}", {**threads, "CUDA_VISIBLE_DEVICES": gpu}) for gpu, share in shares]
         cores, step = len(os.sched_getaffinity(0)), self.cores_per_job
         if step > cores:
-            raise BadInput(f"cores_per_point={step}, but this machine has {cores} cores; lower it.")
+            raise BadInput(f"hydra.launcher.cores_per_point={step}, but this machine has {cores} cores; lower it.")
         return [Slot(f"cores{first}-{first + step - 1}", threads) for first in range(0, cores - step + 1, step)]
 
 

@@ -80,6 +80,6 @@ class Optuna(Search):
             return
         known = [*certain, *(f"{protocol}/…" for protocol in protocols if protocol not in PROBES)]
         raise BadInput(
-            f"metric={self.metric} is nothing that these trainings measure and that is better when larger."
+            f"hydra.sweeper.metric={self.metric} is nothing that these trainings measure and that is better when larger."
             f"{nearest(self.metric, known)} Known: {', '.join(known)}."
         )

@@ -6,13 +6,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
+from twoviews.figures import save_figure
 from twoviews.sweeps.figures import (
     add_heading,
     add_legend,
     colours,
     file_name,
-    new_figure,
-    save,
+    new_panels,
     set_numeric_ticks,
     shortened,
     shortened_apart,
@@ -66,7 +66,7 @@ def _plot_parameter(path: Path, results: Results, key: str, metrics: Sequence[st
     numeric = all(_is_number(config.axes[key]) for config in shown)
     order = [] if numeric else _ordered_values(_with_keys(results, key), key)
     height = 4.2 if numeric else 1.6 + max(1.2, len(order) * (0.32 + 0.16 * len(lines)))
-    figure, panels = new_figure(5.6 * len(metrics) + (0 if numeric else 1.6), height, len(metrics), sharey=not numeric)
+    figure, panels = new_panels(5.6 * len(metrics) + (0 if numeric else 1.6), height, len(metrics), sharey=not numeric)
     for panel, metric in zip(panels, metrics, strict=True):
         for number, ((label, line), colour) in enumerate(zip(lines.items(), colours(len(lines)), strict=True)):
             points = [(config.axes[key], config) for config in line if len(config.values(metric))]
@@ -93,7 +93,7 @@ def _plot_parameter(path: Path, results: Results, key: str, metrics: Sequence[st
         note += f"; the {MAX_LINES} best of {count} configs of the other parameters"
     add_heading(figure, f"{results.name}: accuracy over {names[key]}", note)
     add_legend(figure, panels[0])
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_numeric(
@@ -165,7 +165,7 @@ def _plot_map(path: Path, results: Results, first: str, second: str, metrics: Se
     longest = max(map(len, shortened_apart(columns).values()))
     width = len(metrics) * (2.4 + max(2.4, 0.62 * len(columns)))
     height = 2.0 + max(1.6, 0.45 * len(rows)) + (0.075 * longest if longest > 6 else 0)
-    figure, panels = new_figure(min(width, 22.0), min(height, 18.0), len(metrics), sharey=True)
+    figure, panels = new_panels(min(width, 22.0), min(height, 18.0), len(metrics), sharey=True)
     for panel, metric in zip(panels, metrics, strict=True):
         cells = np.full((len(rows), len(columns)), np.nan)
         for config in configs:
@@ -191,7 +191,7 @@ def _plot_map(path: Path, results: Results, first: str, second: str, metrics: Se
     if len(results.axes) > 2:
         note += "; the best of the configs that share a cell"
     add_heading(figure, f"{results.name}: {names[first]} and {names[second]}", note)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def _plot_curves(path: Path, results: Results) -> None:
@@ -202,7 +202,7 @@ def _plot_curves(path: Path, results: Results) -> None:
     metrics = [name for name in CURVES if any(name in curve for curve in curves.values())]
     started = [config for config in results.configs if any(digest in curves for digest in config.jobs.index)]
     shown = started[:MAX_LINES]
-    figure, panels = new_figure(5.6 * len(metrics), 4.2, len(metrics))
+    figure, panels = new_panels(5.6 * len(metrics), 4.2, len(metrics))
     for panel, metric in zip(panels, metrics, strict=True):
         for config, colour in zip(shown, colours(len(shown)), strict=True):
             own = [curves[digest] for digest in config.jobs.index if digest in curves and metric in curves[digest]]
@@ -230,7 +230,7 @@ def _plot_curves(path: Path, results: Results) -> None:
         note += f"; the {len(shown)} best of {len(started)} configs"
     add_heading(figure, f"{results.name}: learning curves", note)
     add_legend(figure, panels[0])
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_pixels_line(panel: "Axes", columns: Sequence[Any]) -> None:

@@ -4,6 +4,7 @@ They are made from the files in the sweep folder, at any time, also while jobs r
 parameters without the seed; the jobs of a config differ in the seed alone. Only finished jobs count in means and tests.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -142,13 +143,14 @@ def gather(sweep: Sweep, states: Mapping[str, JobState] | None = None) -> Result
 
     jobs = with_varying_parameters(sweep.jobs)
     keys = list(dict.fromkeys(key for job in jobs for key in job.axes))
-    curves: dict[str, DataFrame] = {job.digest: pd.DataFrame(job.metrics()) for job in jobs}
+    lines = {job.digest: job.metrics() for job in jobs}
+    curves: dict[str, DataFrame] = {digest: pd.DataFrame(each) for digest, each in lines.items()}
     rows = []
     by_config: dict[tuple[str, ...], list[Job]] = {}
     for job in jobs:
         state = (states or {}).get(job.digest) or with_recorded_end(job, job.state)
         values = {key: text(job.axes[key]) for key in keys if key in job.axes}
-        rows.append({SEED: typed(job.axes, SEED), **values, **_row(job, state, curves[job.digest])})
+        rows.append({SEED: typed(job.axes, SEED), **values, **_row(job, state, lines[job.digest])})
         # By values as they are typed: a 1 of the command line is a 1.0 of a file.
         by_config.setdefault(tuple(typed(job.axes, key) for key in keys if key != SEED), []).append(job)
     table: DataFrame = pd.DataFrame(rows, index=[job.digest for job in jobs], columns=None if rows else [*COLUMNS])
@@ -173,10 +175,11 @@ def gather(sweep: Sweep, states: Mapping[str, JobState] | None = None) -> Result
     return Results(sweep.name, table, curves, keys, metrics, axes, configs, metric, comparison)
 
 
-def _row(job: Job, state: JobState, curve: DataFrame) -> dict[str, Any]:
+def _row(job: Job, state: JobState, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A row of the table, without the varying parameters."""
     result, environment = job.result, foreign.load(job.folder / "environment.json")
-    values: dict[str, Any] = curve.ffill().iloc[-1].to_dict() if len(curve) else {}
+    # The last of each name; NaN stays, as the loss of a training that diverged.
+    values: dict[str, Any] = {name: value for line in lines for name, value in line.items()}
     step, epoch = int(values.pop("step", 0)), float(values.pop("epoch", 0.0))
     values.pop("time", None)
     values |= {name: float(value) for name, value in result.items() if name not in _NOT_MEASURED}
@@ -190,19 +193,17 @@ def _row(job: Job, state: JobState, curve: DataFrame) -> dict[str, Any]:
         "reason": " ".join(str(reason).split()),
         "step": step,
         "epoch": epoch,
-        "seconds": float(result["seconds"]) if "seconds" in result else _training_seconds(curve),
+        "seconds": float(result["seconds"]) if "seconds" in result else _training_seconds(lines),
         "device": gpu or "CPU",
         "width": processes if gpu else processes * int(environment.get("threads") or 1),
         "overrides": job.description["overrides"],
     }
 
 
-def _training_seconds(curve: DataFrame) -> float:
+def _training_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
     """The time between the lines of a job without a result, without interruptions."""
-    if not len(curve):
-        return 0.0
-    gaps = curve["time"].diff()
-    return float(gaps[gaps.between(0, MAX_GAP_SECONDS, inclusive="neither")].sum())
+    gaps = (line["time"] - before["time"] for before, line in itertools.pairwise(lines))
+    return float(sum(gap for gap in gaps if 0 < gap < MAX_GAP_SECONDS))
 
 
 def _seed_order(job: Job) -> tuple[bool, float, str]:

@@ -106,7 +106,8 @@ def _started(job: Job, before: JobState, submitted: float, slurm_id: str | None)
         return state
     reason = (
         f"{MAX_STALLED_STARTS} starts in a row ended before they wrote a checkpoint; give it more time (the launcher's "
-        "timeout_min) or write checkpoints more often (checkpoint_seconds at ends of epochs, checkpoint_minutes within them)"
+        "timeout_min) or write checkpoints more often (runtime.checkpoint_seconds at ends of epochs, runtime.checkpoint_minutes "
+        "within them)"
     )
     return replace(state, state="FAILED", ended=time.time(), starts=before.starts, reason=reason)
 
