@@ -274,6 +274,16 @@ def test_files_of_a_sweep(entry: Call, place: Path, file: str, payload: object) 
             harmless(entry, *(["sweep", one, str(place)] for one in reading))
 
 
+def test_keys_of_a_job_that_no_sweep_writes(entry: Call, place: Path) -> None:
+    """They are left out: `folder` is where a job lies, not what its entry says."""
+    path = place / "sweep.json"
+    content = json.loads(path.read_text())
+    content["points"]["aa"] |= {"folder": str(place.parent / MADE), "anything": [1]}
+    path.write_text(json.dumps(content))
+    shown = entry("sweep", "status", str(place))
+    assert shown.code == 1 and "aa" in shown.out and "INTERRUPTED" in shown.out, shown.err
+
+
 @pytest.mark.parametrize("kind", JSON)
 def test_json_that_is_more_than_values(entry: Call, place: Path, kind: str) -> None:
     run = place / "aa"

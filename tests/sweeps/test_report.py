@@ -330,3 +330,13 @@ def test_names_are_the_shortest_that_differ() -> None:
         "a",
         "0.123456789",
     ]
+
+
+def test_the_last_loss_of_a_training_that_diverged_is_no_earlier_one(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, [{"seed": 0, "state": "FAILED"}])
+    lines = [
+        {"step": 1, "epoch": 1, "time": 0.0, "train/loss": 1.5},
+        {"step": 2, "epoch": 2, "time": 1.0, "train/loss": math.nan},
+    ]
+    (sweep.jobs[0].folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert math.isnan(gather(sweep).jobs["train/loss"].iloc[0])
