@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -61,3 +62,18 @@ def test_errors_that_a_user_can_put_right_are_sentences(number, sentence):
 def test_other_errors_stay_as_they_are():
     with pytest.raises(BrokenPipeError), file_errors("/a/b"):
         raise BrokenPipeError(errno.EPIPE, "broken")
+
+
+def test_another_folder_is_no_remedy_for_an_input(tmp_path: Path) -> None:
+    remedy = "choose another folder with cache="
+    with (
+        pytest.raises(BadInput, match="images.npz cannot be used .* make it readable"),
+        file_errors(tmp_path / "cache", remedy),
+    ):
+        (tmp_path / "images.npz").read_bytes()
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(BadInput, match="choose another folder with cache="),
+        file_errors(tmp_path / "file" / "cache", remedy),
+    ):
+        (tmp_path / "file" / "cache").mkdir()

@@ -17,6 +17,9 @@ UNUSABLE = (
 )
 
 
+READABLE = "make it readable and writable"
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace a file so that a crash leaves the old content or the new one, never a part.
 
@@ -60,14 +63,16 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def file_error(error: OSError, path: Path | str, remedy: str = "make it readable and writable") -> str | None:
+def file_error(error: OSError, path: Path | str, remedy: str = READABLE) -> str | None:
     """The sentence for an error that a user can put right; None for any other.
 
     Args:
         error: raised by the system.
         path: named where the error does not name one itself.
-        remedy: what the user can do, such as "choose another folder with data.cache=".
+        remedy: what the user can do about `path` and what is in it, such as "choose another folder with data.cache=".
     """
+    if isinstance(path, Path) and error.filename and not _related(Path(os.fsdecode(error.filename)), path):
+        remedy = READABLE  # an input, say, which another folder for the output would not help
     path = error.filename or path
     if error.errno in FULL:
         return f"no space is left on the device of {path}; free some, or {remedy}."
@@ -79,8 +84,14 @@ def file_error(error: OSError, path: Path | str, remedy: str = "make it readable
     return None
 
 
+def _related(file: Path, path: Path) -> bool:
+    """Whether a file is below a path, or above it."""
+    file, path = file.absolute(), path.absolute()
+    return file.is_relative_to(path) or path.is_relative_to(file)
+
+
 @contextmanager
-def file_errors(path: Path | str, remedy: str = "make it readable and writable") -> Iterator[None]:
+def file_errors(path: Path | str, remedy: str = READABLE) -> Iterator[None]:
     """Turn errors of the file system that a user can put right into BadInput, by `file_error`."""
     try:
         yield
