@@ -49,6 +49,7 @@ def embed(
     dtype: torch.dtype,
     channels_last: bool = False,
     shared: bool = False,
+    batch_size: int | None = None,
 ) -> Float[Tensor, "N D"]:
     """Outputs of a module for all images, in their order, under the eval transform; float32, on the device.
 
@@ -60,12 +61,13 @@ def embed(
         dtype: number format of the forward pass.
         channels_last: memory format of the images.
         shared: each process computes a part, and all get the whole; all must call.
+        batch_size: images per forward pass; None: `BATCH`.
 
     Raises:
         BadInput: an output is not finite.
     """
     rank, processes = (distributed.rank(), distributed.processes()) if shared else (0, 1)
-    size, path = BATCH[device.type], None
+    size, path = batch_size or BATCH[device.type], None
     if channels_last or device.type == "cpu":
         path = choose_path(module, device, dtype, data.size, size)
     # The fused networks of a GPU convert the images themselves.

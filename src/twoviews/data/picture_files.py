@@ -159,22 +159,39 @@ def decode(path: str, size: int, channels: int) -> tuple[UInt8[np.ndarray, "C S 
     Raises:
         Exception: of many kinds, when the file is no sound picture; OSError with an errno when it cannot be read.
     """
+    with _opened(path) as image:
+        original = image.size
+        image.draft(None, (2 * size, 2 * size))  # JPEGs decode to 1/2, 1/4 or 1/8, not below twice the canvas
+        return canvas(image, size, channels, original)
+
+
+def canvas(
+    image: "Image.Image", size: int, channels: int, original: tuple[int, int] | None = None
+) -> tuple[UInt8[np.ndarray, "C S S"], tuple[int, int]]:
+    """A PIL image as `decode` returns those of files.
+
+    Args:
+        image: of any mode that Pillow converts, turned upright by its EXIF data.
+        size: side of the canvas in px.
+        channels: 1 or 3.
+        original: its width and height in px, if it is decoded at a smaller size.
+
+    Raises:
+        Exception: of many kinds, when it cannot be decoded or converted.
+    """
     from PIL import Image
 
-    with _opened(path) as image:
-        width, height = image.size
-        image.draft(None, (2 * size, 2 * size))  # JPEGs decode to 1/2, 1/4 or 1/8, not below twice the canvas
-        image.load()  # of TIFF, Pillow turns the pixels then, and has told the size of the upright picture before
-        orientation = _orientation(image)
-        if orientation >= 5:
-            width, height = height, width
-        upright = image if orientation == 1 else image.transpose(Image.Transpose(TURNS[orientation]))
-        plain = _eight_bit(upright, "RGB" if channels == 3 else "L")
-        if plain.size != (size, size):
-            # Bicubic: the crop resamples the canvas once more, and two bilinear passes blur.
-            plain = plain.resize((size, size), Image.Resampling.BICUBIC)
-        canvas = np.asarray(plain)
-    return canvas.reshape(size, size, channels).transpose(2, 0, 1), (height, width)
+    width, height = original or image.size
+    image.load()  # of TIFF, Pillow turns the pixels then, and has told the size of the upright picture before
+    orientation = _orientation(image)
+    if orientation >= 5:
+        width, height = height, width
+    upright = image if orientation == 1 else image.transpose(Image.Transpose(TURNS[orientation]))
+    plain = _eight_bit(upright, "RGB" if channels == 3 else "L")
+    if plain.size != (size, size):
+        # Bicubic: the crop resamples the canvas once more, and two bilinear passes blur.
+        plain = plain.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(plain).reshape(size, size, channels).transpose(2, 0, 1), (height, width)
 
 
 def _orientation(image) -> int:

@@ -1,0 +1,129 @@
+"""Encoders in Python: the features of the same images are the same, however they are given."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import save_file
+
+import twoviews
+from twoviews.data.images import ImageData, Images
+from twoviews.features import embed
+
+RUN = ROOT / "tests" / "folders" / "v0" / "finished"  # digits, 32 x 32 px, one channel
+
+
+@pytest.fixture(scope="module")
+def digits() -> np.ndarray:
+    """[40, 32, 32] uint8."""
+    return np.random.default_rng(0).integers(0, 256, (40, 32, 32), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> twoviews.PretrainedEncoder:
+    return twoviews.load(RUN, device="cpu")
+
+
+def test_features_are_those_of_an_evaluation(encoder: twoviews.PretrainedEncoder, digits: np.ndarray) -> None:
+    pixels = torch.from_numpy(digits)[:, None]
+    images = Images(pixels, torch.full((40, 2), 32), None)
+    data = ImageData("x", images, None, None, (), 1, 32, encoder.mean, encoder.std, "", ())
+    expected = embed(encoder.loaded.encoder, images, data, torch.device("cpu"), torch.float32)
+    x = encoder.features(digits, progress=False)
+    assert x.dtype == np.float32 and x.shape == (40, encoder.num_features)
+    np.testing.assert_allclose(x, expected.numpy(), rtol=1e-5, atol=1e-6)
+    by_hand = (pixels / 255 - torch.tensor(encoder.mean)) / torch.tensor(encoder.std)
+    with torch.no_grad():
+        np.testing.assert_allclose(encoder.model(by_hand).numpy(), x, rtol=1e-4, atol=1e-5)
+
+
+def test_files_pictures_arrays_and_tensors_are_one(
+    encoder: twoviews.PretrainedEncoder, digits: np.ndarray, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pictures = [Image.fromarray(digit) for digit in digits]
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{number:02}.png")
+    expected = encoder.features(digits)
+    assert "Features: 40 of 40 images" in capfd.readouterr().err
+    paths = encoder.paths(tmp_path)
+    assert [Path(path).name for path in paths] == [f"{number:02}.png" for number in range(40)]
+    tensor = torch.from_numpy(digits)[:, None]
+    for images in (tmp_path, f"{tmp_path}/*.png", paths, pictures, digits[..., None], tensor, tensor / 255):
+        x = encoder.features(images, progress=False, batch_size=7)
+        np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-5)
+    assert capfd.readouterr().err == ""
+    assert encoder.features(pictures[0], progress=False).shape == (1, encoder.num_features)
+    assert isinstance(encoder.features(tensor, progress=False, as_tensor=True), torch.Tensor)
+
+
+def test_larger_images_are_resized(encoder: twoviews.PretrainedEncoder, tmp_path: Path) -> None:
+    picture = Image.effect_mandelbrot((96, 64), (-2, -1.5, 1, 1.5), 50)
+    picture.save(tmp_path / "large.png")
+    one, other = (encoder.features(images, progress=False) for images in (tmp_path / "large.png", picture))
+    np.testing.assert_array_equal(one, other)
+    array = encoder.features(np.asarray(picture)[None], progress=False)  # resized by torch, not by Pillow
+    assert (one * array).sum() / np.linalg.norm(one) / np.linalg.norm(array) > 0.99
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("nothing-there", "no such file or folder"),
+        ([3, None], "images of type NoneType, int are not understood"),
+        (np.zeros((2, 32, 32, 3), np.uint8), r"is no batch of images \[N, H, W, 1\]"),
+        (np.full((2, 32, 32), -1.0), r"have values -1 to -1; give them in \[0, 1\]"),
+        (np.full((2, 32, 32), np.nan), "have values nan to nan"),
+        (np.zeros((2, 32, 32), np.int64), "type int64"),
+        (torch.zeros(32, 32), "is no batch of images"),
+    ],
+)
+def test_what_is_not_understood(encoder: twoviews.PretrainedEncoder, images: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encoder.features(images, progress=False)  # type: ignore[arg-type]
+
+
+def test_a_broken_file_is_named(encoder: twoviews.PretrainedEncoder, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"a\.png cannot be decoded"):
+        encoder.features(tmp_path, progress=False)
+
+
+def test_options_that_do_not_exist(encoder: twoviews.PretrainedEncoder, digits: np.ndarray) -> None:
+    for options, message in (({"precision": "fp16"}, "needs a GPU"), ({"batch_size": 0}, "at least 1")):
+        with pytest.raises(ValueError, match=message):
+            encoder.features(digits, **options)
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        twoviews.lod  # noqa: B018
+    with pytest.raises(ValueError, match="nothing-there"):
+        twoviews.load("nothing-there")
+
+
+def test_weights_of_torchvision_know_their_size_and_statistics(tmp_path: Path) -> None:
+    import torchvision
+
+    save_file(torchvision.models.resnet18().state_dict(), tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match="its images are not known"):
+        twoviews.load(tmp_path / "weights.safetensors")
+
+
+WITHOUT = """
+import sys
+import twoviews
+assert "torch" not in sys.modules and twoviews.__version__
+x = twoviews.load({run!r}).features([*__import__("pathlib").Path({folder!r}).glob("*.png")], progress=False)
+assert x.shape[0] == 2
+found = {{"hydra", "omegaconf", "mlflow", "matplotlib", "pandas"}} & {{*sys.modules}}
+assert not found, found
+"""
+
+
+def test_neither_hydra_nor_mlflow_is_imported(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("L", (32, 32), 9).save(tmp_path / name)
+    script = WITHOUT.format(run=str(RUN), folder=str(tmp_path))
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
