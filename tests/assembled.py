@@ -23,9 +23,12 @@ torch.set_num_threads(1)
 CONF = Path(__file__).parents[1] / "conf"
 # Every method file, and the variants of one that are other code.
 METHODS = {path.stem: [] for path in sorted((CONF / "method").glob("*.yaml"))} | {
+    # Of conf/method, not of conf/special, which is for short trainings on digits.
+    "simclr": ["method.temperature=0.5"],
+    "nnclr": ["method.temperature=0.2"],
     "moco_symmetric": ["method.symmetric=true"],
     "moco_plain_norms": ["method.bn_splits=1"],
-    "simclr_decoupled": ["method.decoupled=true"],
+    "simclr_decoupled": ["method.decoupled=true", "method.temperature=0.5"],
     "pcl_masked": ["method.mask_same_cluster=true"],
     "pcl_drawn": ["method.negative_prototypes=3"],
 }
