@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import twoviews
 from twoviews.data.images import ImageData, Images
@@ -103,12 +103,33 @@ def test_options_that_do_not_exist(encoder: twoviews.PretrainedEncoder, digits: 
         twoviews.load("nothing-there")
 
 
-def test_weights_of_torchvision_know_their_size_and_statistics(tmp_path: Path) -> None:
+def test_weights_of_torchvision_give_its_features(tmp_path: Path) -> None:
     import torchvision
 
     save_file(torchvision.models.resnet18().state_dict(), tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match="its images are not known"):
-        twoviews.load(tmp_path / "weights.safetensors")
+    weights = tmp_path / "weights.safetensors"
+    with pytest.raises(ValueError, match="does not say what images it takes; give image_size="):
+        twoviews.load(weights)
+    with pytest.raises(ValueError, match="give mean= and std=, too"):
+        twoviews.load(weights, image_size=64)
+    statistics = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    encoder = twoviews.load(weights, image_size=64, device="cpu", **statistics)
+    assert (encoder.image_size, encoder.channels, encoder.num_features, encoder.mean) == (
+        64,
+        3,
+        512,
+        statistics["mean"],
+    )
+    image = torch.rand(2, 3, 64, 64)
+    ours, theirs = (
+        encoder.features((image * 255).round().to(torch.uint8), progress=False),
+        torchvision.models.resnet18(),
+    )
+    theirs.load_state_dict(load_file(weights))
+    theirs.fc = torch.nn.Identity()
+    normalized = torchvision.transforms.functional.normalize((image * 255).round() / 255, **statistics)
+    with torch.no_grad():
+        np.testing.assert_allclose(ours, theirs.eval()(normalized).numpy(), rtol=1e-3, atol=1e-4)
 
 
 WITHOUT = """

@@ -10,6 +10,7 @@ Shapes: N images, C channels, S px of a side, F features.
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 import numpy as np
@@ -23,7 +24,7 @@ from twoviews.data.decoding import CHUNK_SIZE, Decoded, cores
 from twoviews.data.images import ImageData, Images
 from twoviews.data.picture_files import canvas
 from twoviews.data.store import Chunk
-from twoviews.encoders.loaded import LoadedEncoder
+from twoviews.encoders.loaded import LoadedEncoder, UnknownImages
 from twoviews.encoders.opening import open_encoder
 from twoviews.errors import BadInput
 from twoviews.features import embed
@@ -43,6 +44,7 @@ def load(
     name: Path,
     *,
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    image_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> "PretrainedEncoder":
@@ -52,16 +54,40 @@ def load(
         name: a run folder, its name, "latest", MLflow's id of a run, a file of weights, "torchvision:<name>:pretrained" or
             "timm:<name>:pretrained", as `run=` of evaluate.py.
         device: where to compute; "auto" is the GPU if there is one.
+        image_size: side of the images in px, for weights that do not say it; such weights are of RGB images.
         mean: per channel, of pixels in [0, 1], for an encoder that is not a run's; None: those that belong to its weights.
         std: as `mean`.
 
     Raises:
-        ValueError: there is no such encoder, it is damaged, or what it takes is not known; or there is no GPU.
+        ValueError: there is no such encoder, it is damaged, or it is not known what images it takes; or there is no GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput('device="cuda", but torch finds no GPU; use device="cpu".')
     place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    return PretrainedEncoder(open_encoder(os.fspath(name), mean=mean, std=std), place)
+    data = None
+    if image_size is not None:
+        if mean is None or std is None:
+            raise BadInput(
+                f"image_size={image_size} is for weights that do not say what they take; give mean= and std=, too."
+            )
+        data = partial(
+            _data, Images(torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, 2, dtype=torch.int64), None)
+        )
+        data = partial(data, channels=3, size=image_size, mean=tuple(mean), std=tuple(std))
+    try:
+        loaded = open_encoder(os.fspath(name), data, mean, std)
+    except UnknownImages:
+        raise BadInput(
+            f"{name} does not say what images it takes; give image_size=, mean= and std=, such as image_size=224, "
+            "mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225) for most networks that were trained on ImageNet."
+        ) from None
+    return PretrainedEncoder(loaded, place)
+
+
+def _data(images: Images, channels: int, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> ImageData:
+    """Images as a data set, which says how they are prepared."""
+    facts = {"memory": None, "test": None, "classes": (), "digest": "", "notes": ()}
+    return ImageData(name="images", train=images, channels=channels, size=size, mean=mean, std=std, **facts)
 
 
 @dataclass(frozen=True)
@@ -158,19 +184,7 @@ class PretrainedEncoder:
 
     def _embedded(self, images: Images, dtype: torch.dtype, batch_size: int | None) -> Float[Tensor, "n F"]:
         wanted = self.loaded.preprocessing
-        data = ImageData(
-            name="images",
-            train=images,
-            memory=None,
-            test=None,
-            classes=(),
-            channels=wanted.channels,
-            size=wanted.image_size,
-            mean=wanted.mean,
-            std=wanted.std,
-            digest="",
-            notes=(),
-        )
+        data = _data(images, wanted.channels, wanted.image_size, wanted.mean, wanted.std)
         return embed(
             self.loaded.encoder, images, data, self.device, dtype, self.device.type == "cuda", batch_size=batch_size
         )

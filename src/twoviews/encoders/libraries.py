@@ -8,7 +8,7 @@ import torch
 
 from twoviews.backbones import Timm
 from twoviews.data.images import ImageData
-from twoviews.encoders.loaded import LoadedEncoder, Preprocessing, unknown_images
+from twoviews.encoders.loaded import LoadedEncoder, Preprocessing, UnknownImages
 from twoviews.encoders.networks import RESNETS, fill, random_network, resnet_network
 from twoviews.encoders.weight_files import read_tensors, resnet_weights
 from twoviews.errors import BadInput, nearest
@@ -114,7 +114,7 @@ def _loaded(title: str, encoder, preprocessing: Preprocessing, notes=()) -> Load
 
 def _of_images(run: str, data: Callable[[], ImageData] | None) -> Preprocessing:
     if data is None:
-        raise unknown_images(run)
+        raise UnknownImages(run)
     return Preprocessing.of_images(data())
 
 

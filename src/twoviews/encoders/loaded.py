@@ -74,7 +74,7 @@ class LoadedEncoder:
         if chosen is not None:
             return self.prepare(chosen())
         if self.run is None:
-            raise unknown_images(self.name)
+            raise UnknownImages(self.name)
         with errors_naming(self.config_path):
             return self.prepare(build_data(self.config["data"]))
 
@@ -97,9 +97,15 @@ class LoadedEncoder:
         return self.run is not None and data.digest == self.run.read("data.json", needed=True)["digest"]
 
 
-def unknown_images(run: Path | str) -> BadInput:
-    """The error for an encoder that is not a run's and needs images."""
-    return BadInput(
-        f"{run} is not the folder of a run, so its images are not known; name them: data=cifar10, or data=folder "
-        "data.root=<pictures>."
-    )
+class UnknownImages(BadInput):
+    """It is not known what images an encoder takes.
+
+    Args:
+        run: what names the encoder, which is not of a run.
+    """
+
+    def __init__(self, run: Path | str):
+        super().__init__(
+            f"{run} is not the folder of a run, so its images are not known; name them: data=cifar10, or data=folder "
+            "data.root=<pictures>."
+        )

@@ -10,7 +10,7 @@ from twoviews.config.digest import digest
 from twoviews.data.images import ImageData
 from twoviews.encoder_file import load_encoder
 from twoviews.encoders.libraries import open_timm, open_torchvision
-from twoviews.encoders.loaded import LoadedEncoder, Preprocessing, unknown_images
+from twoviews.encoders.loaded import LoadedEncoder, Preprocessing, UnknownImages
 from twoviews.encoders.networks import fill, resnet_network
 from twoviews.encoders.run_names import find_run
 from twoviews.encoders.weight_files import SUFFIXES, checkpoint_weights, read_tensors, resnet_weights, split_name
@@ -117,7 +117,7 @@ def _open_file(path: Path, data: Callable[[], ImageData] | None, chosen: str | N
         return LoadedEncoder(encoder, Preprocessing.of_images(images), name, folder, run, tuple(notes))
     own, recipe, channels, notes = resnet_weights(weights, path, chosen)
     if data is None:
-        raise unknown_images(path)
+        raise UnknownImages(path)
     preprocessing = replace(Preprocessing.of_images(data()), channels=channels)
     encoder, preprocessing, more = resnet_network(recipe, preprocessing, own, name)
     return LoadedEncoder(encoder, preprocessing, name, folder, notes=(*notes, *more))
