@@ -32,8 +32,9 @@ setup: .venv/dev  ## make .venv with everything pinned, tests and tools included
 train: .venv/train  ## train: make train ARGS="method=simclr data=cifar10"; the default learns digits in three minutes
 	$(BIN)/python train.py $(ARGS)
 
+# Two files at a time, each on one thread; ARGS="-n 0" takes them one by one.
 test: .venv/dev  ## all tests but those that need a SLURM cluster
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Each on one thread, two at a time; what is timed by the clock, or has a thread of its own, alone.
 bench: .venv/dev  ## benchmarks against other tools, with DATA=<folder of CIFAR-10> whole trainings, too

@@ -104,7 +104,7 @@ def tensors(tree: Any) -> Iterator[torch.Tensor]:
 CLUSTERED = ("pcl_masked", "deepcluster_v2")  # an image between two clusters is in either, as bf16 happens to round
 IN_BF16 = ("moco", "simclr", "swav", *CLUSTERED)
 # Gradients of a loss with weights of 25 are so large that rounding errors grow a thousandfold in each step of the usual rate.
-SMALL_STEPS = {"vicreg": ["optimizer.lr=0.002"]}
+SMALL_STEPS = {"vicreg": ["optimizer.lr=0.002"], "nnclr": ["optimizer.lr=0.1"]}
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,10 @@ DIGITS = [
 SMALL = [*DIGITS, "backbone=tiny", "backbone.width=8", "runtime.device=cpu", "runtime.precision=fp32"]
 SIZES = {
     "moco": ["method.queue_size=192", "method.embed_dim=16", "method.momentum=0.9"],
-    "simclr": ["method.hidden_dim=24", "method.embed_dim=16", "schedule.warmup_epochs=0.1"],
+    "simclr": [
+        *("method.hidden_dim=24", "method.embed_dim=16", "method.temperature=0.5"),
+        *("schedule.warmup_epochs=0.1", "optimizer.lr=1.0"),
+    ],
     "byol": ["method.hidden_dim=24", "method.embed_dim=16", "method.momentum=0.9", "schedule.warmup_epochs=0.1"],
 }
 # Every part of a recipe that the reference expresses in its own way.
