@@ -53,7 +53,8 @@ def test_files_pictures_arrays_and_tensors_are_one(
     paths = encoder.paths(tmp_path)
     assert [Path(path).name for path in paths] == [f"{number:02}.png" for number in range(40)]
     tensor = torch.from_numpy(digits)[:, None]
-    for images in (tmp_path, f"{tmp_path}/*.png", paths, pictures, digits[..., None], tensor, tensor / 255):
+    lists = ([*digits], [*digits[..., None]], [*tensor])
+    for images in (tmp_path, f"{tmp_path}/*.png", paths, pictures, digits[..., None], tensor, tensor / 255, *lists):
         x = encoder.features(images, progress=False, batch_size=7)
         np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-5)
     assert capfd.readouterr().err == ""
@@ -67,6 +68,8 @@ def test_larger_images_are_resized(encoder: twoviews.PretrainedEncoder, tmp_path
     one, other = (encoder.features(images, progress=False) for images in (tmp_path / "large.png", picture))
     np.testing.assert_array_equal(one, other)
     array = encoder.features(np.asarray(picture)[None], progress=False)  # resized by torch, not by Pillow
+    mixed = encoder.features([np.asarray(picture), np.zeros((32, 32), np.uint8)], progress=False)
+    np.testing.assert_allclose(mixed[:1], array, rtol=1e-4, atol=1e-5)
     assert (one * array).sum() / np.linalg.norm(one) / np.linalg.norm(array) > 0.99
 
 
@@ -75,11 +78,14 @@ def test_larger_images_are_resized(encoder: twoviews.PretrainedEncoder, tmp_path
     [
         ("nothing-there", "no such file or folder"),
         ([3, None], "images of type NoneType, int are not understood"),
-        (np.zeros((2, 32, 32, 3), np.uint8), r"is no batch of images \[N, H, W, 1\]"),
+        (3, "images of type int are not understood"),
+        ([], "there are no images"),
+        (np.zeros((2, 32, 32, 3), np.uint8), r"is not \[N, H, W, 1\]"),
+        (np.zeros((2, 1, 32, 32), np.uint8), r"np\.moveaxis\(array, 1, -1\)"),
         (np.full((2, 32, 32), -1.0), r"have values -1 to -1; give them in \[0, 1\]"),
         (np.full((2, 32, 32), np.nan), "have values nan to nan"),
         (np.zeros((2, 32, 32), np.int64), "type int64"),
-        (torch.zeros(32, 32), "is no batch of images"),
+        (torch.zeros(32, 32), r"is not \[N, C, H, W\]; one image is tensor\[None\]"),
     ],
 )
 def test_what_is_not_understood(encoder: twoviews.PretrainedEncoder, images: object, message: str) -> None:

@@ -7,14 +7,13 @@
 Trainings are started by train.py, with a configuration of Hydra.
 """
 
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from twoviews.api import PretrainedEncoder, load
 
 __all__ = ["PretrainedEncoder", "__version__", "load"]
-__version__ = metadata.version("twoviews")
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

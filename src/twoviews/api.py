@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 import numpy as np
@@ -37,7 +38,9 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 CHUNK_BYTES = 2**27  # of pixels that are prepared and encoded at a time
 
 Path = Union[str, "os.PathLike[str]"]
-Pictures = Union[Path, Sequence[Path], "Image", Sequence["Image"], np.ndarray, Tensor]
+Pictures = Union[
+    Path, Sequence[Path], "Image", Sequence["Image"], np.ndarray, Tensor, Sequence[np.ndarray], Sequence[Tensor]
+]
 
 
 def load(
@@ -148,8 +151,8 @@ class PretrainedEncoder:
 
         Args:
             images: a picture file, a folder (all pictures below it, sorted by path) or a pattern such as "photos/*.jpg"; a
-                list of files; a PIL image or a list of them; or an array [N, H, W, C], [N, H, W] or a tensor [N, C, H, W],
-                of uint8 or of floats in [0, 1].
+                list of files; a PIL image or a list of them; an array [N, H, W, C] or [N, H, W], a tensor [N, C, H, W], or a
+                list of arrays [H, W, C] or tensors [C, H, W] of any sizes; of uint8 or of floats in [0, 1].
             batch_size: images per forward pass; None: 128 on a CPU, 1024 on a GPU.
             precision: number format of the forward pass; the features are in float32.
             progress: show it on standard error.
@@ -197,9 +200,17 @@ class PretrainedEncoder:
             return self._of_array(images)
         if isinstance(images, Tensor):
             if images.ndim != 4:
-                raise BadInput(f"a tensor of shape {tuple(images.shape)} is no batch of images [N, C, H, W].")
+                raise BadInput(
+                    f"a tensor of shape {tuple(images.shape)} is not [N, C, H, W]; one image is tensor[None]."
+                )
             return self._of_array(images.detach().movedim(1, -1).cpu().numpy())
-        pictures = [images] if hasattr(images, "getexif") else list(images)  # type: ignore[arg-type]
+        pictures: list[Any] = (
+            [images] if hasattr(images, "getexif") or not isinstance(images, Sequence) else list(images)
+        )
+        if not pictures:
+            raise BadInput("there are no images: the list is empty.")
+        if all(isinstance(picture, (np.ndarray, Tensor)) for picture in pictures):
+            return self._of_arrays(pictures)
         if all(isinstance(picture, (str, os.PathLike)) for picture in pictures):
             return self._of_files([os.fspath(picture) for picture in pictures])  # type: ignore[arg-type]
         if all(hasattr(picture, "getexif") for picture in pictures):
@@ -235,11 +246,27 @@ class PretrainedEncoder:
             pixels = torch.from_numpy(np.stack([pixels for pixels, _ in made]))
             yield Images(pixels, torch.tensor([size for _, size in made]), None)
 
+    def _of_arrays(self, arrays: Sequence[np.ndarray | Tensor]) -> tuple[int, Iterator[Images]]:
+        """Of one image each, which may have sizes of their own: arrays [H, W, C] or [H, W], tensors [C, H, W]."""
+        batches = []
+        for array in arrays:
+            image = array if isinstance(array, np.ndarray) else array.detach().movedim(0, -1).cpu().numpy()
+            batches.append(image[None] if image.ndim == 3 else image[None, ..., None])
+        groups = [
+            np.concatenate([*group]) for _, group in groupby(batches, key=lambda batch: (batch.shape, batch.dtype))
+        ]
+        return len(arrays), chain.from_iterable([self._of_array(group)[1] for group in groups])
+
     def _of_array(self, array: np.ndarray) -> tuple[int, Iterator[Images]]:
-        array = array[..., None] if array.ndim == 3 else array
+        given, array = array, array[..., None] if array.ndim == 3 else array
         if array.ndim != 4 or array.shape[-1] != self.channels:
+            remedy = ""
+            if given.ndim == 3 and given.shape[-1] == self.channels:
+                remedy = "; one image is array[None]"
+            elif given.ndim == 4 and given.shape[1] == self.channels:
+                remedy = "; np.moveaxis(array, 1, -1) brings the channels to the end"
             raise BadInput(
-                f"an array of shape {array.shape} is no batch of images [N, H, W, {self.channels}], which the encoder takes."
+                f"an array of shape {given.shape} is not [N, H, W, {self.channels}], which the encoder takes{remedy}."
             )
         if array.dtype != np.uint8:
             if array.dtype.kind != "f":

@@ -57,14 +57,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def chosen(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
-    """The jobs whose digest begins with one of the names, or that have such a value, as `seed=1`; all if none is given.
+    """The jobs whose digest begins with one of the names, or that have such a value, as `seed=1` or `temperature=0.1` of
+    method.temperature; all if none is given.
 
     Raises:
         BadInput: a name fits no job.
     """
 
     def fits(job: Job, name: str) -> bool:
-        return job.digest.startswith(name) or name in job.label.split(" ") or name == job.label
+        values = job.label.split(" ")
+        short = "=" in name and any(value.endswith(f".{name}") for value in values)
+        return job.digest.startswith(name) or name in values or short or name == job.label
 
     for name in names:
         if not any(fits(job, name) for job in jobs):

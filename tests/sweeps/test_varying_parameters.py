@@ -82,6 +82,8 @@ def test_what_was_swept_once_and_fixed_once_is_an_axis_of_all(tmp_path: Path, ca
     capsys.readouterr()
     assert sweep_command(["logs", str(sweep.folder), "seed=0"]) == 0
     assert capsys.readouterr().out.count("FINISHED") == 3, "what is named is shown, finished or not"
+    assert sweep_command(["logs", str(sweep.folder), "temperature=0.2"]) == 0, "the columns of status have short names"
+    assert capsys.readouterr().out.count("FINISHED") == 1
 
 
 @pytest.mark.parametrize("typed", [True, False], ids=["typed", "default"])
