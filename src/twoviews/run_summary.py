@@ -124,7 +124,7 @@ def show_result(folder: Path, result: dict[str, Any], console: Console) -> None:
     console.table(f"{folder.name}: {result['state']} after {result['epoch']:.4g} epochs", rows)
     console.say(f"MLflow: {run_page(folder)}")  # not in the table, which would break a command that is to be copied
     floor = max(result.get(f"baseline/{name}_knn_top1", 0) for name in ("untrained", "pixels"))
-    if result.get("knn/top1", 100) <= floor:
+    if result["state"] == "finished" and result.get("knn/top1", 100) <= floor:
         console.say(
             f"advice: kNN does not beat its baselines ({floor:.1f} %); train longer (epochs=) or change optimizer.lr."
         )

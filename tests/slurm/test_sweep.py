@@ -91,7 +91,8 @@ def recorded(uri: str, found: Sequence[Job]) -> None:
 
 
 def test_all_that_can_happen_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = [*SMALL, "epochs=150", "method.temperature=0.1,0.2", "seed=0,1"]
+    # Long enough that the first job has not finished before something happens to it.
+    arguments = [*SMALL, "epochs=500", "method.temperature=0.1,0.2", "seed=0,1"]
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     # A node for each job, so that each can meet with something else.
     command = [*arguments, *SLURM, f"tracking.uri={uri}", "+hydra.launcher.options.exclusive=true"]
@@ -113,7 +114,7 @@ def test_all_that_can_happen_leaves_no_trace(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(place)
     assert sweep_command(["status"]) == 3
     again = train(place, *command, "sweep.wait=true")  # attaches to three and submits the cancelled one
-    assert again.wait(300) == 0, (place / "out.txt").read_text()
+    assert again.wait(600) == 0, (place / "out.txt").read_text()
     assert sweep_command(["status"]) == 0
     assert {job.digest for job in jobs(place)} == {job.digest for job in found}
     begun = {job.digest: job.state.starts for job in found}
