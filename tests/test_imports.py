@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from conftest import ROOT, SMALL_MOCO
 
 CODE = """
 import importlib, sys
@@ -19,3 +21,24 @@ def test_imports_neither_hydra_nor_mlflow(module: str) -> None:
         [sys.executable, "-c", CODE, f"twoviews.{module}"], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
+
+
+TRAINING = """
+import runpy, sys
+
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert end.code == 0
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_a_training_does_not_import_the_compiler(tmp_path: Path) -> None:
+    """It would take half as long as torch itself, also where weights are counted before memory is taken for them."""
+    script = f"import sys; sys.argv = [{str(ROOT / 'train.py')!r}, *sys.argv[1:]]\n{TRAINING}"
+    arguments = [*SMALL_MOCO, "epochs=1", "protocol=[]", "hydra.run.dir=run"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "False", done.stdout

@@ -110,17 +110,17 @@ class PretrainedEncoder:
 
     @property
     def num_features(self) -> int:
-        """F."""
+        """Features per image, F."""
         return self.loaded.encoder.out_dim
 
     @property
     def channels(self) -> int:
-        """C."""
+        """Channels of the images that the network takes, C."""
         return self.loaded.preprocessing.channels
 
     @property
     def image_size(self) -> int:
-        """S: images are resized, and the central square of S x S px is taken."""
+        """Side in px of the images that the network takes, S: each is resized, and its central square is taken."""
         return self.loaded.preprocessing.image_size
 
     @property

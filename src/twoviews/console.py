@@ -48,7 +48,7 @@ class ProgressBar:
             self._output.file.flush()
 
     def stop(self) -> None:
-        """Remove the bar."""
+        """End the progress: the bar leaves the terminal, and lines that were printed stay."""
         if self._bar:
             self._bar.stop()
 
@@ -69,13 +69,13 @@ class Console:
         self._said: set[str] = set()
 
     def say(self, sentence: str) -> None:
-        """Print one line."""
+        """Print a sentence for the user as a line of its own, unless the console is quiet."""
         if not self.quiet:
             self._rich.print(_plain(sentence))
             sys.stdout.flush()
 
     def say_once(self, sentence: str) -> None:
-        """Print one line, unless it was printed before."""
+        """Print a sentence, unless this console has printed it before."""
         if sentence not in self._said:
             self._said.add(sentence)
             self.say(sentence)

@@ -139,7 +139,7 @@ class _Input(nn.Module):
         self.channels, self.dtype = channels, dtype
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D H W"]:
-        """D = channels."""
+        """Images in the number format of the network, padded with zeros to its D channels."""
         x = images.to(dtype=self.dtype, memory_format=torch.channels_last)
         missing = self.channels - x.shape[1]
         return nnf.pad(x, (0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last) if missing else x

@@ -4,8 +4,12 @@ import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+from torch.overrides import TorchFunctionMode
 
 from twoviews.console import in_bytes
 from twoviews.data.views import Views
@@ -18,6 +22,17 @@ COPIES = 3  # of a trained weight: the weight, its gradient and the optimizer's 
 
 class TooLarge(BadInput):
     """There is not enough memory for the networks or the views."""
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Leaves out what only changes the values of new tensors, and not their sizes.
+
+    Tensors without memory have no values, and torch would import its compiler for these functions: half a second at each start.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        same = func in (Tensor.normal_, Tensor.uniform_, nnf.normalize)
+        return args[0] if same else func(*args, **(kwargs or {}))
 
 
 def check_networks(make: Callable[[], Method], device: torch.device, sizes: str) -> None:
@@ -33,7 +48,7 @@ def check_networks(make: Callable[[], Method], device: torch.device, sizes: str)
         BadInput: whatever `make` finds wrong.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutValues():
             method = make()
         needed = sum(COPIES * p.nbytes if p.requires_grad else p.nbytes for p in method.parameters())
         needed += sum(buffer.nbytes for buffer in method.buffers())

@@ -62,10 +62,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Constant:
-    """Always 1."""
+    """A learning rate that never changes."""
 
     def __call__(self, epoch: float) -> float:
-        """1."""
+        """The multiplier 1 at every epoch."""
         return 1.0
 
 

@@ -50,7 +50,7 @@ class Model(nn.Module):
         return self.probe.standardised(x.float())
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
-        """Logits."""
+        """Class logits of images by the adapted encoder and its linear classifier."""
         return self.probe.linear(self.features(images))
 
     def batch_norms(self) -> list[_BatchNorm]:
@@ -107,7 +107,7 @@ class Memory:
 
     @property
     def labels(self) -> Int[Tensor, " N"]:
-        """Pseudo-labels."""
+        """Pseudo-labels of the stored features."""
         return self.logits.argmax(1)
 
     def add(self, z: Float[Tensor, "B F"], logits: Float[Tensor, "B K"]) -> None:
@@ -150,7 +150,7 @@ class Adaptation(Protocol):
 
     @property
     def label(self) -> str:
-        """Its name in tables."""
+        """The name of the method in tables."""
         return type(self).__name__.lower()
 
     @classmethod

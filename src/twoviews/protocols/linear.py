@@ -46,7 +46,7 @@ class Probe(nn.Module):
         return (x - self.mean) / self.std
 
     def forward(self, x: Float[Tensor, "N F"]) -> Float[Tensor, "N C"]:
-        """Logits."""
+        """Class logits of features."""
         return self.linear(self.standardised(x))
 
 

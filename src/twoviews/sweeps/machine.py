@@ -124,7 +124,7 @@ class Local(_MachineLauncher):
     """One job after the other, each with the whole machine."""
 
     def slots(self) -> list[Slot]:
-        """One."""
+        """A single slot: jobs run one after the other."""
         return [Slot()]
 
 

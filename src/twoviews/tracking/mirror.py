@@ -117,7 +117,7 @@ class Mirror:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """The id of the process that sends to MLflow."""
         return self._process.pid
 
     def close(self, timeout_s: float | int = 60) -> int:
