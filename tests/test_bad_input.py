@@ -58,6 +58,8 @@ COMMANDS = [
     (["+experiment=typo"], ["no such experiment"]),
     (["experiment=[laptop,typo]", "data=cifar100"], ["experiment=typo"]),
     (["experiment='None'"], ["no such experiment"]),
+    (["experiment=null"], ["no such experiment", "Known: none, "]),
+    (["special=null"], ["no such special", "Known: none, "]),
     (["special=digits_mocoo"], ["no such special", "'digits_moco'"]),
     (["special@_global_=typo"], ["no such special"]),
     (["-m", "experiment=laptop,typo", "seed=0"], ["experiment=typo"]),
