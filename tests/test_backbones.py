@@ -133,6 +133,24 @@ def test_a_model_for_one_size_refuses_views_of_another():
         encoder(torch.zeros(2, 1, 24, 24))
 
 
+def test_vision_transformers_take_crops_of_whole_patches():
+    encoder = Timm(1, 64, "vit_tiny_patch16_224")
+    for size in (32, 48, 64):
+        assert encoder(torch.zeros(2, 1, size, size)).shape == (2, 192)
+    with pytest.raises(BadInput, match="40x40 px"):
+        encoder(torch.zeros(2, 1, 40, 40))
+
+
+def test_the_cifar_stem_is_drawn_as_torch_draws_it():
+    """Uniform within 1 / sqrt(fan in), as where a stem replaces that of an initialised network."""
+    encoder = ResNet(3, 32, "basic", [1, 1], width=64)
+    bound = (3 * 9) ** -0.5
+    assert 0.95 * bound < encoder.conv1.weight.abs().max() <= bound
+    assert encoder.conv1.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    strided = ResNet(3, 32, "basic", [1, 1], width=64, stem="strided")
+    assert strided.conv1.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
+
+
 def by_pixels(encoder, channels: int, size: int) -> list[int]:
     """Rows of which no pixel reaches a feature, found by making each of them NaN in turn."""
     x, rows = torch.zeros(1, channels, size, size), []
