@@ -182,7 +182,7 @@ def test_an_eager_step_has_few_operators(tmp_path: Path) -> None:
     assert len(launched) == 180
 
 
-OPTIMIZERS = {"sgd": "fp32", "lars": "bf16", "larc": "fp16", "adamw": "bf16"}
+OPTIMIZERS = {"sgd": "fp32", "lars": "bf16", "larc": "fp16", "adamw": "bf16", "muon": "bf16"}
 
 
 @pytest.mark.parametrize(("optimizer", "precision"), OPTIMIZERS.items())

@@ -5,7 +5,7 @@ torchvision, so that weights can be exchanged with it; any other architecture co
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -247,7 +247,7 @@ def _timm_model(name: str, image_size: int, options: dict[str, Any]) -> tuple[nn
             model = timm.create_model(name, **size, **options)
         except TypeError:
             continue
-        if "dynamic_img_size" not in size or image_size % model.patch_embed.patch_size[0] == 0:
+        if "dynamic_img_size" not in size or image_size % cast(Any, model).patch_embed.patch_size[0] == 0:
             return model, size
     return timm.create_model(name, **options), {}  # convolutional models take images of any size, and no `img_size`
 
