@@ -4,8 +4,9 @@ import pytest
 import torch
 import torchvision
 
-from twoviews.backbones import BasicBlock, Bottleneck, Encoder, ResNet, Timm, unseen, unseen_pixels_note
+from twoviews.backbones import BasicBlock, Bottleneck, Encoder, ResNet, Timm
 from twoviews.errors import BadInput
+from twoviews.unseen_pixels import unseen, unseen_pixels_note
 
 SHAPES = {
     "resnet18": ("basic", [2, 2, 2, 2]),

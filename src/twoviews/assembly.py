@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from twoviews import distributed, process_group
-from twoviews.backbones import Encoder, unseen_pixels_note
+from twoviews.backbones import Encoder
 from twoviews.batch_norms import BatchNorm, sync_batch_norms
 from twoviews.clusters.kmeans import Clustered
 from twoviews.clusters.scores import clustering_scores
@@ -30,6 +30,7 @@ from twoviews.ranges import Repeats, Size
 from twoviews.runtime import Runtime
 from twoviews.signatures import signature
 from twoviews.tracking import uris
+from twoviews.unseen_pixels import unseen_pixels_note
 
 
 @dataclass
