@@ -19,7 +19,7 @@ from twoviews.backbones import Encoder
 from twoviews.errors import BadInput
 from twoviews.layers import encode_crops, mlp, spread
 from twoviews.methods.method import Collapse, Method, Output
-from twoviews.ranges import Count, Range, Size
+from twoviews.ranges import Range, Size
 
 KNOTS, T_MAX = 17, 3.0  # of the quadrature, as in the authors' code
 
@@ -80,7 +80,7 @@ class LeJEPA(Method):
         encoder: Encoder,
         hidden_dim: Size,
         embed_dim: Size,
-        directions: Count,
+        directions: Annotated[int, Range(at_least=1, at_most=100_000, usual="256 to 4096")],
         sigreg_weight: Annotated[float, Range(above=0, below=1, usual="0.01 to 0.1")],
     ):
         super().__init__()
