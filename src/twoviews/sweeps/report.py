@@ -1,6 +1,7 @@
 """The report of a sweep: a page, a table and plots in its folder, made from the results so far."""
 
 import math
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -61,14 +62,18 @@ def _send(sweep: Sweep, results: Results, files: Sequence[Path], say: Callable[[
     """Send page, files and mean accuracies to MLflow; a failure is said, not raised."""
     done = results.jobs[results.jobs["state"] == FINISHED]
     means = done.reindex(columns=[*ACCURACIES]).mean()
-    metrics = {"jobs/finished": float(len(done)), **{f"mean/{name}": means[name] for name in means.dropna().index}}
+    # By these names MLflow's charts have them behind those of the jobs.
+    metrics = {"sweep/jobs_finished": float(len(done)), **{f"{name}_mean": means[name] for name in means.dropna().index}}
     if results.best:
         estimates = {metric: results.best.estimate(metric) for metric in ACCURACIES}
-        metrics |= {f"best/{metric}": value.mean for metric, value in estimates.items() if value}
+        metrics |= {f"{metric}_best": value.mean for metric, value in estimates.items() if value}
     tags = {f"best.{key}": text(value) for key, value in results.best.axes.items()} if results.best else {}
-    run, tracking, page = sweep.record["parent"], sweep.record["tracking"], _page(sweep, results, {})
+    run, tracking = sweep.record["parent"], sweep.record["tracking"]
+    # The best first: MLflow shows the first lines, the others after a click. Its code blocks do not wrap lines.
+    parts = [_best(results), _configs(results), *_heading(sweep, results).split("\n\n")[1:], _cost(results)]
+    note = re.sub("^    (.+)$", r"`\1`", "\n\n".join([*parts, _failures(sweep, results)]), flags=re.MULTILINE)
     try:
-        log_report(tracking["uri"], tracking["experiment"], run, page, files, metrics, len(done), tags)
+        log_report(tracking["uri"], tracking["experiment"], run, note, files, metrics, len(done), tags)
     except Exception as error:  # whatever fails in MLflow, the report is in the folder
         say(f"MLflow does not have the report ({short_error(error)}); the same command sends it again.")
 

@@ -92,11 +92,13 @@ def run_note(folder: Path) -> str:
     length += [" of ".join(filter(None, (device, host)))] if device else []
     length += [result["precision"]] if "precision" in result else []
     command = _command(folder, environment)
+    baselines = _listed(result, BASELINES)
+    # MLflow shows the first lines, the others after a click.
     parts = [
         ": ".join(filter(None, (title, _results(config, result)))),
-        *([f"kNN of {_listed(result, BASELINES)}"] if _listed(result, BASELINES) else []),
+        f"`{command}`" if command else "",
+        f"kNN of {baselines}" if baselines else "",
         ", ".join(length),
-        f"    {command}" if command else "",
         f"Folder: `{folder.resolve()}`",
     ]
     return "\n\n".join(part for part in parts if part)

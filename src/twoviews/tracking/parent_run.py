@@ -69,7 +69,7 @@ def log_report(
     uri: str | None,
     experiment: str,
     run_id: str,
-    page: str,
+    note: str,
     files: Sequence[Path],
     metrics: Mapping[str, float],
     step: int,
@@ -81,7 +81,7 @@ def log_report(
         uri: the tracking URI.
         experiment: MLflow's experiment.
         run_id: of the parent run.
-        page: the description of the run, in Markdown.
+        note: the description of the run, in Markdown.
         files: become artifacts, in place of earlier versions.
         metrics: values by name; those that MLflow has already are left out.
         step: number of finished jobs.
@@ -97,7 +97,7 @@ def log_report(
     new = [Metric(name, value, now, step) for name, value in metrics.items() if run.data.metrics.get(name) != value]
     filled = [RunTag(mlflow_key(key)[:MAX_KEY_LENGTH], value[:MAX_TAG_LENGTH]) for key, value in tags.items()]
     client.log_batch(run_id, metrics=new, tags=filled, synchronous=True)
-    set_note(client, run, page)
+    set_note(client, run, note)
     for file in files:
         client.log_artifact(run_id, str(file), "report")
 
