@@ -123,10 +123,8 @@ def _command(folder: Path, environment: Mapping[str, Any]) -> str:
     """The command that trains the run; of a job in a sweep, one that trains it by itself. Empty where none is recorded."""
     if overrides := foreign.load(folder / "point.json").get("overrides"):
         words = ["python", "train.py", *(word for word in overrides if not word.startswith("sweep."))]
-        command = shlex.join(words)
-    else:
-        command = environment.get("command", "")
-    return without_secrets(" ".join(command.split()))
+        return shlex.join(map(without_secrets, words))
+    return " ".join(map(without_secrets, environment.get("command", "").split()))
 
 
 def set_note(client: "MlflowClient", run: "Run", text: str) -> None:
