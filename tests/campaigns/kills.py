@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from conftest import SMALL, weights  # noqa: E402
 
+from twoviews.tracking.client import metric_name  # noqa: E402
 from twoviews.tracking.metrics import read  # noqa: E402
 from twoviews.tracking.state import UploadState  # noqa: E402
 

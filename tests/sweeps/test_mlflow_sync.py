@@ -148,7 +148,9 @@ def test_the_parent_has_the_results(tmp_path: Path, uri: str, capsys: pytest.Cap
     parent = MlflowClient(uri).get_run(parent.info.run_id)
     assert (parent.data.metrics["sweep/jobs_finished"], parent.data.metrics["knn/top1_mean"]) == (2, 50)
     note = parent.data.tags["mlflow.note.content"]
-    assert note.startswith("## Best\n\nkNN **50.00 ± 0.00** over 2 seeds") and "| jobs | kNN | training per job |" in note
+    assert (
+        note.startswith("## Best\n\nkNN **50.00 ± 0.00** over 2 seeds") and "| jobs | kNN | training per job |" in note
+    )
     assert "`python train.py -m 'seed=range(2)'`" in note and "\n    " not in note
     files = {file.path for file in MlflowClient(uri).list_artifacts(parent.info.run_id, "report")}
     assert files >= {"report/report.md", "report/report.csv"}

@@ -63,7 +63,10 @@ def _send(sweep: Sweep, results: Results, files: Sequence[Path], say: Callable[[
     done = results.jobs[results.jobs["state"] == FINISHED]
     means = done.reindex(columns=[*ACCURACIES]).mean()
     # By these names MLflow's charts have them behind those of the jobs.
-    metrics = {"sweep/jobs_finished": float(len(done)), **{f"{name}_mean": means[name] for name in means.dropna().index}}
+    metrics = {
+        "sweep/jobs_finished": float(len(done)),
+        **{f"{name}_mean": means[name] for name in means.dropna().index},
+    }
     if results.best:
         estimates = {metric: results.best.estimate(metric) for metric in ACCURACIES}
         metrics |= {f"{metric}_best": value.mean for metric, value in estimates.items() if value}

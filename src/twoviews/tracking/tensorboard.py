@@ -73,6 +73,8 @@ def places(runs: Sequence[Path], out: Path) -> dict[Path, Path]:
         name = UploadState.load(run).tags.get(NAME_TAG, path.name).replace("/", "_")
         place = out / path.with_name(name)
         if place in found:
-            raise BadInput(f"{found[place]} and {run} would both be written to {place}; convert them one by one, --out.")
+            raise BadInput(
+                f"{found[place]} and {run} would both be written to {place}; convert them one by one, --out."
+            )
         found[place] = run
     return {run: place for place, run in found.items()}
