@@ -106,6 +106,7 @@ types: .venv/dev  ## static types
 	$(BIN)/pyright
 
 mlflow: .venv/train  ## MLflow's pages on all runs, at http://127.0.0.1:5000, or ARGS="--port 5001"
+	@echo 'http://127.0.0.1:5000 (or the port in ARGS): choose "Model training" at the top left, which the browser remembers'
 	$(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db $(ARGS)
 
 tracking-server: .venv/train  ## an MLflow server on PostgreSQL for many machines: make tracking-server ARGS="--host 0.0.0.0"

@@ -30,7 +30,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "config.yaml": {
         **dict.fromkeys(("backbone", "data", "method", "optimizer", "protocol", "runtime", "schedule"), _Node),
         "epochs": Count,
-        "tracking": {"uri!": str | None, "experiment!": str, "mirror!": bool},
+        "tracking": {"uri!": str | None, "experiment!": str, "mirror!": bool, "encoder": bool},
     },
     "result.json": {
         "state!": Literal["finished", "interrupted", "failed"],
@@ -42,7 +42,14 @@ FIELDS: dict[str, dict[str, Any]] = {
         "mlflow_run_id": str | None,
         "*": float,
     },
-    "environment.json": {"digest!": str, "processes": Count, "threads": Count, "gpu": str | None, "host": str},
+    "environment.json": {
+        "digest!": str,
+        "processes": Count,
+        "threads": Count,
+        "gpu": str | None,
+        "host": str,
+        "command": str,
+    },
     "data.json": {"name!": str, "digest!": str},
     "encoder.json": {
         "backbone!": _Node,
@@ -69,6 +76,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "command": Sequence[str],
         "parent!": str | None,
         "parent_key": str,
+        "parent_experiment": str,
         "tracking": {"uri!": str | None, "experiment!": str},
     },
     "point.json": {"axes!": _Node, "overrides!": Sequence[str], "choices": _Node, "code": str, "cwd": str},
