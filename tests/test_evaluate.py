@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from conftest import ROOT, SMALL_MOCO, refused, start
 from PIL import Image
@@ -111,6 +112,10 @@ def test_names_that_are_no_utf8(runs: Path, command) -> None:
     assert len(written) == 8 and all(Path(one["image"]).is_file() for one in written)
     assert set(written[0]["probabilities"]) == {"a", "M\\udcfcnze"}
     assert {row["class"] for row in table(folder / "knn_classes.csv")} == {"a", "M\\udcfcnze"}
+    spelt = {path.encode(errors="backslashreplace").decode() for path in np.load(folder / "embeddings.npz")["paths"]}
+    assert len(spelt) == 8 and "ph\\udcf6tos" in min(spelt)
+    assert {row["path"] for row in table(folder / "embeddings.csv")} == spelt
+    assert {*pyarrow.parquet.read_table(folder / "embeddings.parquet")["path"].to_pylist()} == spelt
     for name in ("knn_confusion.png", "knn_classes.png", "neighbours.png", "map.png"):
         assert Image.open(folder / name).format == "PNG"
 
