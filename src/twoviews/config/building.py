@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from twoviews.config.checks import is_node, node_problems, unknown_target
 from twoviews.config.groups import PASSED_BY_PROGRAM, group_of
-from twoviews.config.parameter_names import qualified_errors, qualify
+from twoviews.config.parameter_names import protocol_keys, qualified_errors, qualify
 from twoviews.errors import BadInput
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from twoviews.data.images import ImageData
+    from twoviews.protocols.protocol import Protocol
 
 
 def build(node: "DictConfig | dict[str, Any]", *, _partial_: bool = False, **arguments: Any) -> Any:
@@ -38,6 +39,8 @@ def build(node: "DictConfig | dict[str, Any]", *, _partial_: bool = False, **arg
         raise BadInput(*problems)
 
     def make(*more: Any) -> Any:
+        if group == "protocol":  # only `build_protocol` knows its name
+            return _call(values, arguments)(*more)
         with qualified_errors(group):
             return _call(values, arguments)(*more)
 
@@ -48,6 +51,21 @@ def build_data(node: "DictConfig | dict[str, Any]") -> "ImageData":
     """The data set of a configuration's `data`; parameters in its notes have the group in front, as in data.size=64."""
     data = build(node)
     return replace(data, notes=tuple(qualify(note, "data") for note in data.notes))
+
+
+def build_protocol(name: str, node: "DictConfig | dict[str, Any]") -> "Protocol":
+    """The protocol of a node below `protocol`; its errors and notes have its parameters as they are typed.
+
+    Raises:
+        BadInput: as `build`, with keys such as protocol.finetune.lr=0.1.
+    """
+    from twoviews.protocols.protocol import NamedProtocol
+
+    values = _plain(node)
+    keys = protocol_keys(name, values) if isinstance(values, dict) else {}
+    with qualified_errors(keys=keys):
+        built = build(node)
+    return NamedProtocol(built, partial(qualify, keys=keys))
 
 
 def _plain(node: "DictConfig | dict[str, Any]") -> Any:

@@ -78,7 +78,7 @@ class Embed(Protocol):
         return EvaluationResult({"images": float(len(x)), "features": float(x.shape[1])}, tables=tables, notes=notes)
 
 
-def _write_npz(path: Path, x: Float[Tensor, "N F"], images: Images, classes: Sequence[str]) -> None:
+def _write_npz(path: Path, x: Float[Tensor, "N F"], images: Images, classes: tuple[str, ...]) -> None:
     labels = torch.full((len(x),), -1) if images.labels is None else images.labels.long().cpu()
     with open_atomic(path) as file:
         np.savez(
@@ -90,7 +90,7 @@ def _write_npz(path: Path, x: Float[Tensor, "N F"], images: Images, classes: Seq
         )
 
 
-def _write_table(path: Path, x: Float[Tensor, "N F"], images: Images, classes: Sequence[str]) -> None:
+def _write_table(path: Path, x: Float[Tensor, "N F"], images: Images, classes: tuple[str, ...]) -> None:
     import pyarrow
     import pyarrow.csv
     import pyarrow.parquet

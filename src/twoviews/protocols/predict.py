@@ -86,12 +86,15 @@ class Predict(Protocol):
             BadInput: there are no such pictures, or no labelled images to learn the classes from.
         """
         paths = image_paths(self.images)
-        classes = context.data.classes
         if context.data.memory is None:
             raise BadInput(f"{context.data.name} has no labelled images, so there are no classes to predict.")
         decoded = embed_user_images(paths, context)
-        probe, temperature = self.linear.calibrated(context)
-        probabilities = (probe(decoded.x) / temperature).softmax(1)
+        if context.head is not None:
+            classes, temperature = context.head.classes, 1.0
+            probabilities = context.head.linear.to(context.device)(decoded.x).softmax(1)
+        else:
+            classes, (probe, temperature) = context.data.classes, self.linear.calibrated(context)
+            probabilities = (probe(decoded.x) / temperature).softmax(1)
         distance, test = distances(decoded.x, context.memory), distances(context.test.x, context.memory)
         unlike = percentiles(distance, test)
         rows, full = [], []
@@ -121,6 +124,7 @@ class Predict(Protocol):
             )
         if context.folder is not None:
             content = {
+                "classifier": "linear probe" if context.head is None else "fine-tuned",
                 "linear_probe_on": context.data.name,
                 "temperature": temperature,
                 "test_images": len(test),
