@@ -35,7 +35,7 @@ _ENCODER = {
 # Annotations of what is read from these files, "*" of all other keys; keys that end in "!" must be there.
 FIELDS: dict[str, dict[str, Any]] = {
     "config.yaml": {
-        **dict.fromkeys(("backbone", "data", "method", "optimizer", "protocol", "runtime", "schedule"), _Node),
+        **dict.fromkeys("augmentation backbone data method optimizer protocol runtime schedule".split(), _Node),
         "epochs": Count,
         "tracking": {"uri!": str | None, "experiment!": str, "mirror!": bool},
     },

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from twoviews.protocols.protocol import Protocol
 
 
-def build(node: "DictConfig | dict[str, Any]", *, _partial_: bool = False, **arguments: Any) -> Any:
+def build(node: "DictConfig | dict[str, Any]", *, _partial_: bool = False, _key_: str = "", **arguments: Any) -> Any:
     """The object that a node of a configuration describes.
 
     Args:
         node: values of a group, with the dotted path of a class or function as `_target_`.
         _partial_: return a function that makes the object of further arguments.
+        _key_: dotted key of the node, where it is not the group.
         arguments: passed beside the values of the node.
 
     Raises:
@@ -35,7 +36,7 @@ def build(node: "DictConfig | dict[str, Any]", *, _partial_: bool = False, **arg
     target = str(values.get("_target_")) if isinstance(values, dict) else "None"
     if (group := group_of(target)) is None:
         raise unknown_target(target)
-    if problems := [*node_problems(group, values, (*arguments, *PASSED_BY_PROGRAM.get(group, ())))]:
+    if problems := [*node_problems(_key_ or group, values, (*arguments, *PASSED_BY_PROGRAM.get(group, ())))]:
         raise BadInput(*problems)
 
     def make(*more: Any) -> Any:
@@ -64,7 +65,7 @@ def build_protocol(name: str, node: "DictConfig | dict[str, Any]") -> "Protocol"
     values = _plain(node)
     keys = protocol_keys(name, values) if isinstance(values, dict) else {}
     with qualified_errors(keys=keys):
-        built = build(node)
+        built = build(node, _key_=f"protocol.{name}")
     return NamedProtocol(built, partial(qualify, keys=keys))
 
 

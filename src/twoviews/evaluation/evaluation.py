@@ -119,7 +119,7 @@ def protocol_nodes(cfg: DictConfig, overrides: Sequence[str], recorded: Mapping[
     for name, node in cfg.protocol.items():
         protocol: Protocol = build(node)
         own = of_training.get(name, {}) if name in names else {}
-        taken[name] = {**protocol.settings_from_others(of_training), **own}
+        taken[name] = {**protocol.settings_from_run(recorded), **own}
     return OmegaConf.merge(cfg, {"protocol": taken}, {"protocol": overridden(cfg, overrides, "protocol")}).protocol
 
 

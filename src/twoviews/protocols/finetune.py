@@ -23,11 +23,12 @@ from twoviews.data.images import Images
 from twoviews.encoder_file import describe, is_buildable
 from twoviews.errors import BadInput, nearest
 from twoviews.features import Features, embed
+from twoviews.foreign import short
 from twoviews.optim import LrScaling, sgd
 from twoviews.protocols.classification import accuracies, top1
 from twoviews.protocols.encoder_layers import Layer, layers
 from twoviews.protocols.labelled import Diverged, classifier, crops, labelled, train_classifier
-from twoviews.protocols.linear import Linear, Probe, held_out, temperature
+from twoviews.protocols.linear import Linear, Probe, held_out, linear_of_run, temperature
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import seed_of
 from twoviews.ranges import Count, Fraction, Index, NotNegative, Positive, Range, Seed
@@ -115,9 +116,19 @@ class FineTune(Protocol):
         self.smallest_crop, self.flip, self.seed, self.every_epochs = smallest_crop, flip, seed, every_epochs
 
     @classmethod
-    def settings_from_others(cls, protocols: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """The settings of the run's linear probe."""
-        return {"linear": protocols["linear"]} if "linear" in protocols else {}
+    def settings_from_run(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of the run's linear probe, and crops and flips of its views; of several the one with the largest crops.
+
+        They say what leaves these images what they are: mirrored digits are other signs.
+        """
+        views = (config.get("augmentation") or {}).get("views") or {}
+        if not views:
+            return linear_of_run(config)
+        try:
+            low, _, flip = max((*map(float, view["scale"]), float(view["flip"])) for view in views.values())
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"augmentation.views of the run is none that a run writes ({short(error)}).") from None
+        return {**linear_of_run(config), "smallest_crop": low, "flip": flip}
 
     def trained_layers(self, encoder: Encoder) -> list[Layer]:
         """The layers that are trained; they are put into training mode, and the others are frozen.

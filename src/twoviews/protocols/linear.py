@@ -6,8 +6,8 @@ Shapes: N bank, M queries, F features, C classes.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -107,6 +107,12 @@ def temperature(logits: Float[Tensor, "N C"], y: Int[Tensor, " N"]) -> float:
         return nnf.cross_entropy(logits.double() / math.exp(log_temperature), targets).item()
 
     return math.exp(minimize_scalar(loss, bounds=(math.log(1e-3), math.log(1e3)), method="bounded").x)
+
+
+def linear_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the linear probe of a run's training as those of the parameter `linear`; empty if it had none."""
+    protocols = config.get("protocol") or {}
+    return {"linear": protocols["linear"]} if "linear" in protocols else {}
 
 
 class Linear(Protocol):

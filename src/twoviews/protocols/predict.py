@@ -16,7 +16,7 @@ from twoviews.errors import BadInput
 from twoviews.features import Features
 from twoviews.files import write_atomic
 from twoviews.protocols.knn import neighbours
-from twoviews.protocols.linear import Linear
+from twoviews.protocols.linear import Linear, linear_of_run
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.protocols.user_images import embed_user_images, grey_notes, image_paths
 from twoviews.ranges import Count, Index, NotNegative, Range
@@ -71,9 +71,9 @@ class Predict(Protocol):
         return [*grey_notes(self.images, data), *self.linear.notes(data)]
 
     @classmethod
-    def settings_from_others(cls, protocols: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def settings_from_run(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of the run's linear probe, which predicts."""
-        probe = protocols.get("linear", {})
+        probe = linear_of_run(config).get("linear", {})
         return {key: probe[key] for key in ("weight_decays", "held_out", "iterations", "every_epochs") if key in probe}
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:

@@ -128,11 +128,11 @@ class Protocol:
         return []
 
     @classmethod
-    def settings_from_others(cls, protocols: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Settings that evaluate.py takes from other protocols of the run's training, such as those of its linear probe.
+    def settings_from_run(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that evaluate.py takes from the run's training, such as those of its linear probe.
 
         Args:
-            protocols: settings of each protocol of the training, by its name.
+            config: of the training; empty without a run.
         """
         return {}
 
