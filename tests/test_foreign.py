@@ -277,7 +277,6 @@ def test_heads_that_are_none(entry: Call, place: Path, kind: str) -> None:
 
 
 KEYS = (
-    "augmentation",
     "augmentation.views",
     "runtime.device",
     "data.train_images",

@@ -25,8 +25,8 @@ DEPTH = 20  # of dictionaries and lists in each other; those of conf/ have five
 WHOLE = 2**63  # of a whole number's size
 
 _Node = Mapping[str, Any]
-_ENCODER = {"backbone!": _Node, **dict.fromkeys(("channels!", "image_size!"), Count)}
-_ENCODER |= dict.fromkeys(("mean!", "std!"), Sequence[float])
+_STATISTICS = dict.fromkeys(("mean!", "std!"), Sequence[float])
+_ENCODER = {"backbone!": _Node, "channels!": Count, "image_size!": Count, **_STATISTICS}
 _GROUPS = ("augmentation", "backbone", "data", "method", "optimizer", "protocol", "runtime", "schedule")
 # Annotations of what is read from these files, "*" of all other keys; keys that end in "!" must be there.
 FIELDS: dict[str, dict[str, Any]] = {
