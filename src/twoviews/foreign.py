@@ -84,7 +84,6 @@ REMEDIES = {
     "result.json": "delete it, and the same train.py command goes on from the last checkpoint and writes it again",
     "environment.json": "put the file back that the run wrote, or start over with fresh=true",
     "data.json": "put the file back that the run wrote, or start over with fresh=true",
-    "classifier.json": "put the file back, or run evaluate.py with protocol=finetune again, which writes it",
     "linear_head.json": "delete it, and evaluate.py with protocol=linear writes it again",
     "clusters.json": "delete it, and cluster.py writes it again",
     "sweep.json": "put the file back, or delete it and launch the sweep again, which goes on with its jobs",

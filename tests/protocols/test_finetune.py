@@ -215,7 +215,7 @@ def test_the_learning_rate_is_chosen_on_images_that_were_held_out(monkeypatch):
     monkeypatch.setattr(FineTune, "trained", trained)
     made = tuned.fitted(context, context.memory, context.data.memory)
     held = len(held_out(context.memory.y, 0.1)[1])
-    assert seen == [(0.3, 200 - held, 0.25), (1e-9, 200 - held, 0.25), (0.3, 200, 1.0)]
+    assert seen == [(0.3, 200 - held, 0.5), (1e-9, 200 - held, 0.5), (0.3, 200, 1.0)]
     assert made.lr == 0.3 and made.temperature != 1
 
 

@@ -153,8 +153,7 @@ class Adaptation(Protocol):
         """The name of the method in tables."""
         return type(self).__name__.lower()
 
-    @classmethod
-    def settings_from_run(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of the run's linear probe."""
         return linear_of_run(config)
 

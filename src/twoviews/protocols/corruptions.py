@@ -38,8 +38,7 @@ class Corruptions(Protocol):
     seed: Seed
     every_epochs: Index
 
-    @classmethod
-    def settings_from_run(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of the run's linear probe."""
         return linear_of_run(config)
 

@@ -6,8 +6,8 @@ Shapes: N memory images, F features, C classes.
 """
 
 import statistics
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Int
@@ -81,6 +81,10 @@ class FewLabels(Protocol):
         self.shares, self.per_class, self.draws = list(shares), list(per_class), draws
         self.weight_decays, self.held_out, self.iterations = list(weight_decays), held_out, iterations
         self.finetune, self.seed, self.every_epochs = finetune, seed, every_epochs
+
+    def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of fine-tuning."""
+        return {} if self.finetune is None else {"finetune": self.finetune.settings_from_run(config)}
 
     def settings(self, context: EvaluationContext) -> dict[str, tuple[Int[Tensor, " C"], str]]:
         """For each setting by name: the number of images of each class, and a note for the user.

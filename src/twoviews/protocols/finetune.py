@@ -36,7 +36,7 @@ from twoviews.runtime import autocast
 from twoviews.schedule import Cosine
 
 STEPS = 20  # an epoch, at least, where the batch size is not given
-CHOICE = 0.25  # length of the trainings that choose the learning rate, as a share of the final one
+CHOICE = 0.5  # length of the trainings that choose the learning rate, as a share of the final one
 
 
 def default_batch_size(images: int) -> int:
@@ -115,8 +115,7 @@ class FineTune(Protocol):
         self.momentum, self.weight_decay = momentum, weight_decay
         self.smallest_crop, self.flip, self.seed, self.every_epochs = smallest_crop, flip, seed, every_epochs
 
-    @classmethod
-    def settings_from_run(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of the run's linear probe, and crops and flips of its views; of several the one with the largest crops.
 
         They say what leaves these images what they are: mirrored digits are other signs.

@@ -70,8 +70,7 @@ class Predict(Protocol):
         """A sentence each if colours are lost, and if nothing can be held out."""
         return [*grey_notes(self.images, data), *self.linear.notes(data)]
 
-    @classmethod
-    def settings_from_run(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of the run's linear probe, which predicts."""
         probe = linear_of_run(config).get("linear", {})
         return {key: probe[key] for key in ("weight_decays", "held_out", "iterations", "every_epochs") if key in probe}

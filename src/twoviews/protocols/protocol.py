@@ -127,8 +127,7 @@ class Protocol:
         """Sentences that the user should read before these images are evaluated."""
         return []
 
-    @classmethod
-    def settings_from_run(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Settings that evaluate.py takes from the run's training, such as those of its linear probe.
 
         Args:
