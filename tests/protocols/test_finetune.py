@@ -200,7 +200,7 @@ def test_it_begins_as_the_linear_probe_and_is_not_worse():
     torch.testing.assert_close(head(context.memory.x), probe(context.memory.x), rtol=1e-3, atol=1e-3)
     learnt = protocol(linear=LINEAR, lr=[0.01, 0.05], epochs=8, batch_size=None)(context)
     assert learnt.values["top1"] >= frozen > 20
-    assert learnt.values["lr"] in (0.01, 0.05) and f"lr={learnt.values['lr']:g} was chosen" in learnt.notes[0]
+    assert (f"lr={learnt.values['lr']:g} was chosen" in learnt.notes[0]) == (learnt.values["lr"] > 0)
 
 
 def test_the_learning_rate_is_chosen_on_images_that_were_held_out(monkeypatch):
