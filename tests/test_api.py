@@ -175,7 +175,7 @@ def classified(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings |= {"momentum": 0.9, "weight_decay": 0.0, "smallest_crop": 0.6, "flip": 0.0, "unfreeze_from": None}
     settings |= {"layer_decay": 1.0, "seed": 0, "every_epochs": 0}
     linear = Linear([1e-2], 0.2, 50, 0)
-    for name, protocol in {"linear": linear, "finetune": FineTune(linear, **settings)}.items():
+    for name, protocol in {"linear": linear, "finetune": FineTune(linear=linear, **settings)}.items():
         context = EvaluationContext(loaded.encoder, small, torch.device("cpu"), torch.float32)
         context.folder = folder / "evaluation" / f"{name}-0"
         context.folder.mkdir(parents=True)

@@ -90,14 +90,12 @@ class FineTune(Protocol):
 
     def __init__(
         self,
-        linear: Linear | None,
         unfreeze_from: str | None,
         layer_decay: Annotated[float, Range(above=0, at_most=1, usual="0.65 to 1")],
         epochs: Count,
         warmup_epochs: NotNegative,
         batch_size: Annotated[int, Range(at_least=2)] | None,
         lr: Positive | Sequence[Positive],
-        held_out: Annotated[float, Range(above=0, below=1, usual="0.1")],
         lr_scaling: Literal["none", "linear"],
         momentum: Annotated[float, Range(at_least=0, below=1, usual="0.9")],
         weight_decay: NotNegative,
@@ -105,6 +103,8 @@ class FineTune(Protocol):
         flip: Fraction,
         seed: Seed,
         every_epochs: Index,
+        linear: Linear | None = None,  # this and held_out are missing in configurations of version 0.1.0
+        held_out: Annotated[float, Range(above=0, below=1, usual="0.1")] = 0.1,
     ):
         if warmup_epochs > epochs:
             raise BadInput(f"warmup_epochs={warmup_epochs:g} is longer than the training of {epochs} epochs; use less.")
