@@ -13,6 +13,7 @@ from PIL import Image
 # (arguments, what the sentence names: the key, the value, the limit or the remedy)
 COMMANDS = [
     (["metod=simclr"], ["metod", "'method'"]),
+    (["--help", "method"], ["'method' is a group", "method=<choice>", "barlow, byol"]),
     (["method=simclrr"], ["simclrr", "'simclr'", "byol"]),
     (["backbone=resnet19"], ["resnet19", "resnet18"]),
     (["optimizer.lrr=0.1"], ["optimizer", "lrr", "'optimizer.lr'"]),

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from twoviews.console import image_progress
+from twoviews.console import progress_of
 from twoviews.data.decoding import CHUNK_SIZE, Decoded, cores
 from twoviews.data.images import ImageData, Images
 from twoviews.data.picture_files import canvas
@@ -173,7 +173,7 @@ class PretrainedEncoder:
             raise BadInput(f"batch_size={batch_size} is out of range: it must be at least 1.")
         count, chunks = self._prepared(images)
         rows = [torch.empty(0, self.num_features, device=self.device)]
-        with image_progress("Features", count if progress else 0) as advance:
+        with progress_of("Features", count if progress else 0, at_end=progress) as advance:
             for chunk in chunks:
                 rows.append(self._embedded(chunk, PRECISIONS[precision], batch_size))
                 if progress:

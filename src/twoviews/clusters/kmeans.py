@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from twoviews import distributed, process_group
+from twoviews.console import progress_of
 from twoviews.errors import BadInput
 from twoviews.randomness import generator
 from twoviews.ranges import Count, NotNegative
@@ -118,10 +119,12 @@ def kmeans(
             rows = torch.randperm(len(points), generator=drawn)[: k * max_points_per_centroid].to(x.device)
             sample = points[rows]
             begin = begin if begin is None or begin.is_floating_point() else begin[rows]
-        search = _Search(sample, k, spherical, passes, drawn)
-        warm = None if begin is None else search.warm(begin)
-        candidates = [search.steps(search.cold() if warm is None else warm, iterations, tolerance)]
-        candidates += [search.steps(search.cold(), iterations, tolerance) for _ in range((nredo or starts(k)) - 1)]
+        redo = nredo or starts(k)
+        with progress_of(f"k-means of {len(sample):,} points, k = {k}", redo * iterations, "iterations") as advance:
+            search = _Search(sample, k, spherical, passes, drawn, advance)
+            warm = None if begin is None else search.warm(begin)
+            candidates = [search.steps(search.cold() if warm is None else warm, iterations, tolerance)]
+            candidates += [search.steps(search.cold(), iterations, tolerance) for _ in range(redo - 1)]
         lowest = min(inertia for inertia, _, _ in candidates)
         # The first, and not whichever rounding puts ahead, so that CPUs and GPUs choose alike.
         _, centroids, steps = next(result for result in candidates if result[0] - lowest <= tolerance * abs(lowest))
@@ -159,6 +162,7 @@ class _Search:
     spherical: bool
     passes: Passes
     drawn: torch.Generator  # on the CPU, wherever the points are
+    advance: Callable[[int], None]  # takes the number of iterations just done, or left out
 
     def warm(self, start: Int[Tensor, " N"] | Float[Tensor, "K D"]) -> Int[Tensor, " N"] | None:
         """The assignment of a warm start; None if its means have a larger inertia than K points drawn at random.
@@ -199,6 +203,7 @@ class _Search:
             # The only wait for a GPU in a step without empty clusters.
             before, (inertia, empty) = inertia, torch.stack((power + rest, (sizes == 0).sum().double())).tolist()
             if step == iterations or before - inertia <= tolerance * inertia:
+                self.advance(iterations - step)
                 break
             c = c + OVERRELAXATION * (m - c) if step > 0 else m.clone()
             if empty:
@@ -206,6 +211,7 @@ class _Search:
                 c[(sizes == 0).nonzero()[: len(rows), 0]] = self.x[rows]
             c = nnf.normalize(c, dim=1) if self.spherical else c
             assignment = self.passes.nearest(self.x, c)[1]
+            self.advance(1)
         return inertia, m, step
 
     def _means(

@@ -95,6 +95,8 @@ class PCL(Method):
 
     within_batch = "prototypes of other images"
 
+    queue_within_data = True
+
     def __init__(
         self,
         encoder: Encoder,
