@@ -173,7 +173,7 @@ class PretrainedEncoder:
             raise BadInput(f"batch_size={batch_size} is out of range: it must be at least 1.")
         count, chunks = self._prepared(images)
         rows = [torch.empty(0, self.num_features, device=self.device)]
-        with progress_of("Features", count if progress else 0, at_end=progress) as advance:
+        with progress_of("Features", count if progress else 0, "images", at_end=progress) as advance:
             for chunk in chunks:
                 rows.append(self._embedded(chunk, PRECISIONS[precision], batch_size))
                 if progress:

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from twoviews.errors import printable
@@ -25,11 +25,14 @@ class _Bars(Progress):
     """Bars of one terminal, one below the other; a clock beside each moves also while the work reports nothing."""
 
     def __init__(self, output: RichConsole):
-        percent = TextColumn("{task.percentage:.0f}%")
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), percent, TimeElapsedColumn())
+        # On a narrow terminal the line gives way.
+        shortened = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        line = TextColumn("{task.description}", markup=False, table_column=shortened)
+        left = TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True))
+        columns = (line, BarColumn(bar_width=10), TaskProgressColumn(), left, TimeElapsedColumn())
         # What is printed meanwhile goes above the bars, unless it goes into a file.
         redirected = {"redirect_stdout": sys.stdout.isatty(), "redirect_stderr": sys.stderr.isatty()}
-        super().__init__(*columns, console=output, transient=True, **redirected)
+        super().__init__(*columns, console=output, transient=True, expand=True, **redirected)
 
     def get_renderables(self) -> Iterator[RenderableType]:
         """The bars of work that takes longer than HIDDEN_SECONDS."""
@@ -43,7 +46,7 @@ class ProgressBar:
 
     Args:
         output: the bar or the lines go there.
-        total: units of work.
+        total: units of work; None: it is done in one piece.
         done: units done before.
         title: shown until the first update.
         wait: print no plain line in the first PLAIN_SECONDS.
@@ -51,7 +54,7 @@ class ProgressBar:
 
     _bars: _Bars | None = None  # of this process
 
-    def __init__(self, output: RichConsole, total: int, done: int = 0, title: str = "", wait: bool = False):
+    def __init__(self, output: RichConsole, total: int | None, done: int = 0, title: str = "", wait: bool = False):
         self._output, self._total, self._first, self._began_at = output, total, done, time.monotonic()
         self._printed_at, self.printed = self._began_at if wait else -PLAIN_SECONDS, False
         self._task: TaskID | None = None
@@ -59,7 +62,7 @@ class ProgressBar:
             if ProgressBar._bars is None:
                 ProgressBar._bars = _Bars(output)
                 ProgressBar._bars.start()
-            self._task = ProgressBar._bars.add_task(title, total=total, completed=done)
+            self._task = ProgressBar._bars.add_task(title, total=total, completed=done, left="")
 
     def update(self, done: int, line: str, left: float | None = None, important: bool = False) -> None:
         """Show that `done` units are done.
@@ -73,15 +76,16 @@ class ProgressBar:
         now = time.monotonic()
         if self._task is None and not important and now - self._printed_at < PLAIN_SECONDS:
             return
+        rest = (self._total or done) - done
         if left is None and done > self._first and now - self._began_at >= FORECAST_SECONDS:
-            left = (self._total - done) * (now - self._began_at) / (done - self._first)
-        line += f"  {duration(left)} left" if left is not None and done < self._total else ""
+            left = rest * (now - self._began_at) / (done - self._first)
+        shown = f"{duration(left)} left" if left is not None and rest else ""
         if self._task is None:
             self._printed_at, self.printed = now, True
-            self._output.print(_plain(line))
+            self._output.print(_plain(f"{line}  {shown}".rstrip()))
             self._output.file.flush()
         elif ProgressBar._bars is not None:
-            ProgressBar._bars.update(self._task, completed=done, description=line)
+            ProgressBar._bars.update(self._task, completed=done, description=printable(line), left=shown)
 
     def stop(self) -> None:
         """End the progress: the bar leaves the terminal, and lines that were printed stay."""
@@ -171,13 +175,13 @@ class Console:
 
 @contextmanager
 def progress_of(
-    title: str, total: int, unit: str = "images", *, at_end: bool = False
+    title: str, total: int | None = None, unit: str = "", *, at_end: bool = False
 ) -> Iterator[Callable[[int], None]]:
     """Progress of a part of the work, on standard error; yields a function that takes the number of units just done.
 
     Args:
         title: what is done.
-        total: units of work.
+        total: units of work; None: it is done in one piece, and only a terminal shows that it goes on.
         unit: what they are.
         at_end: print a plain line at the end even if none was needed before.
     """
@@ -190,8 +194,8 @@ def progress_of(
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        last = done >= total and (at_end or bar.printed)
-        bar.update(done, f"{title}: {done:,} of {total:,} {unit}", important=last)
+        last = done >= (total or 0) and (at_end or bar.printed)
+        bar.update(done, f"{title}: {done:,} of {total or done:,} {unit}", important=last)
 
     try:
         yield advance

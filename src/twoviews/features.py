@@ -84,7 +84,7 @@ def embed(
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     # Processes get whole batches, so that each image is in the same batch, and rounded alike, for any number of them.
     own = torch.arange(len(images)).split(size)[rank::processes]
-    shown = progress_of(title, sum(map(len, own))) if title else contextlib.nullcontext(lambda _: None)
+    shown = progress_of(title, sum(map(len, own)), "images") if title else contextlib.nullcontext(lambda _: None)
     with torch.autocast(device.type, enabled=False), shown as advance:
         rows_of_own = torch.cat([torch.empty(0, dtype=torch.int64), *own]) if processes > 1 else None
         for pixels, sizes, index in images.batches(size, rows_of_own):

@@ -190,11 +190,11 @@ def test_a_killed_build_leaves_no_store_and_the_next_run_builds(tmp_path):
 
 def test_progress_is_plain_lines_and_silent_on_other_ranks(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
-    with progress_of("Decoding x", 10, at_end=True) as advance:
+    with progress_of("Decoding x", 10, "images", at_end=True) as advance:
         advance(6)
         advance(4)
     assert capsys.readouterr().err == "Decoding x: 10 of 10 images\n"
     monkeypatch.setenv("RANK", "1")
-    with progress_of("Decoding x", 10, at_end=True) as advance:
+    with progress_of("Decoding x", 10, "images", at_end=True) as advance:
         advance(10)
     assert capsys.readouterr().err == ""

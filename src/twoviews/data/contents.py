@@ -33,7 +33,7 @@ def contents(paths: Sequence[str], cache: str) -> str:
         return known.read_text()
     started, digest = time.time(), hashlib.blake2b(digest_size=16)
     shown = (
-        progress_of("Reading", len(paths), at_end=True)
+        progress_of("Reading", len(paths), "images", at_end=True)
         if len(paths) > CHUNK
         else contextlib.nullcontext(lambda _: None)
     )

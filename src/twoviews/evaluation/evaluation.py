@@ -161,7 +161,7 @@ def _measure(
     assert context.folder is not None
     for name, protocol in protocols.items():
         try:
-            with progress_of(f"protocol {name}", 1, "protocols"):
+            with progress_of(f"protocol {name}"):
                 result = protocol(context)
                 values, intervals = _write(name, result, context, f"{title}, {name}")
         except BaseException:
