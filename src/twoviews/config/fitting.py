@@ -74,7 +74,7 @@ def fit_to_data(cfg: DictConfig, images: int, processes: int, fixed: Set[str]) -
 
 def _batch(cfg: DictConfig, images: int, processes: int, largest: int) -> int:
     """The power of two that leaves STEPS_PER_EPOCH steps, as a multiple of the parts that a batch is cut into."""
-    parts = math.lcm(cfg.method.get("bn_splits") or 1, processes * cfg.runtime.accumulate)
+    parts = cfg.runtime.accumulate * math.lcm(cfg.method.get("bn_splits") or 1, processes)
     wanted = 2 ** int(math.log2(max(1, images // STEPS_PER_EPOCH)))
     return min(largest, max(2 * parts, wanted // parts * parts))
 
