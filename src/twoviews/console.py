@@ -30,9 +30,15 @@ class _Bars(Progress):
         line = TextColumn("{task.description}", markup=False, table_column=shortened)
         left = TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True))
         columns = (line, BarColumn(bar_width=10), TaskProgressColumn(), left, TimeElapsedColumn())
-        # What is printed meanwhile goes above the bars, unless it goes into a file.
-        redirected = {"redirect_stdout": sys.stdout.isatty(), "redirect_stderr": sys.stderr.isatty()}
-        super().__init__(*columns, console=output, transient=True, expand=True, **redirected)
+        super().__init__(
+            *columns,
+            console=output,
+            transient=True,
+            expand=True,
+            # What is printed meanwhile goes above the bars, unless it goes into a file.
+            redirect_stdout=sys.stdout.isatty(),
+            redirect_stderr=sys.stderr.isatty(),
+        )
 
     def get_renderables(self) -> Iterator[RenderableType]:
         """The bars of work that takes longer than HIDDEN_SECONDS."""

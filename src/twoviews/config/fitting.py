@@ -80,5 +80,5 @@ def _batch(cfg: DictConfig, images: int, processes: int, largest: int) -> int:
 
 
 def _values(cfg: DictConfig) -> dict[str, Any]:
-    own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     return cast(dict[str, Any], OmegaConf.to_container(own, resolve=True))
