@@ -7,7 +7,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 unexport PYTHONDONTWRITEBYTECODE  # the tests start Python hundreds of times: 2.5 instead of 6 seconds each with compiled files
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-hydra14 test-slurm bench bench-gpu gpu-check lint types lock mlflow tracking-server clean
+.PHONY: help setup train suggestions test test-hydra14 test-slurm bench bench-gpu gpu-check lint types lock mlflow tracking-server clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,8 +29,16 @@ setup: .venv/dev  ## make .venv with everything pinned, tests and tools included
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
 	@touch $@
 
-train: .venv/train  ## train: make train ARGS="method=simclr data=cifar10"; the default learns digits in three minutes
+train: .venv/train  ## train: make train ARGS="method=simclr data=cifar10"; the default learns digits in two minutes
 	$(BIN)/python train.py $(ARGS)
+	@$(if $(ARGS),,$(MAKE) --no-print-directory suggestions)
+
+suggestions:  # what `make train` ends with; tests/test_suggestions.py runs them
+	@echo 'What to try next:'
+	@echo '  $(BIN)/python evaluate.py run=latest protocol=map              # a picture of what the encoder takes for similar'
+	@echo '  $(BIN)/python train.py method=simclr                           # another method'
+	@echo '  $(BIN)/python train.py data=folder data.root=photos            # images of yours: photos/train/<class>, photos/test/<class>'
+	@echo '  make mlflow                                                # all runs side by side, at http://127.0.0.1:5000'
 
 # Two files at a time, each on one thread; ARGS="-n 0" takes them one by one.
 test: .venv/dev  ## all tests but those that need a SLURM cluster
@@ -112,11 +120,12 @@ mlflow: .venv/train  ## MLflow's pages on all runs, at http://127.0.0.1:5000, or
 tracking-server: .venv/train  ## an MLflow server on PostgreSQL for many machines: make tracking-server ARGS="--host 0.0.0.0"
 	$(BIN)/python -m twoviews.tracking serve $(ARGS)
 
-lock: .venv/bin/uv  ## pin the newest versions that fit together
-	cd requirements && for name in uv train dev hydra14; do \
-		../$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url --upgrade \
-			$$name.in -o $$name.txt $$([ $$name = dev ] && echo "-c train.txt") \
-			$$([ $$name = hydra14 ] && echo "--prerelease allow --no-deps"); done
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url --upgrade
+lock: .venv/bin/uv  ## pin the newest versions within the ranges of pyproject.toml that fit together
+	$(COMPILE) --group uv -o requirements/uv.txt
+	$(COMPILE) pyproject.toml --group build -o requirements/train.txt
+	$(COMPILE) pyproject.toml --group build --group dev -c requirements/train.txt -o requirements/dev.txt
+	$(COMPILE) --group hydra14 --prerelease allow --no-deps -o requirements/hydra14.txt
 
 clean:  ## remove the environment; runs and data stay
 	rm -rf .venv

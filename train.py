@@ -17,6 +17,7 @@ def main(cfg, folder: Path) -> int:
 
     from twoviews.assembly import check_without_data, load_data, make_parts, make_views
     from twoviews.batch_size import find_batch
+    from twoviews.config.fitting import fit_to_data, keys_set_by_user
     from twoviews.console import Console
     from twoviews.loop import Training
     from twoviews.monitoring import NotFinite
@@ -30,6 +31,9 @@ def main(cfg, folder: Path) -> int:
             return find_batch(cfg, device, folder)
         console = Console(quiet=distributed.rank() > 0)
         data = load_data(cfg).to(device)
+        fitted = fit_to_data(cfg, len(data.train), distributed.processes(), fixed=keys_set_by_user(folder))
+        for note in (*data.notes, *fitted):
+            console.say(note)
         views = make_views(cfg, data)
         if cfg.preview:
             draw_views(folder / "views.png", data.train, views, cfg.seed)

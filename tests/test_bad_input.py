@@ -13,6 +13,7 @@ from PIL import Image
 # (arguments, what the sentence names: the key, the value, the limit or the remedy)
 COMMANDS = [
     (["metod=simclr"], ["metod", "'method'"]),
+    (["--help", "method"], ["'method' is a group", "method=<choice>", "barlow, byol"]),
     (["method=simclrr"], ["simclrr", "'simclr'", "byol"]),
     (["backbone=resnet19"], ["resnet19", "resnet18"]),
     (["optimizer.lrr=0.1"], ["optimizer", "lrr", "'optimizer.lr'"]),
@@ -78,7 +79,7 @@ COMMANDS = [
     (["simclr"], ["write augmentation=simclr or method=simclr"]),
     (["simclr", "-m"], ["write augmentation=simclr or method=simclr"]),
     (["experiment=laptop", "optimizer.lrr=1"], ["optimizer.lr", "lrr"]),
-    (["schedule.warmup_epochs=100"], ["warmup_epochs=100", "60"]),
+    (["schedule.warmup_epochs=200"], ["warmup_epochs=200", "100 epochs"]),
     (["data=folder", "data.root=2024"], ["data.root=2024"]),
     (["method=null"], ["method"]),
     (["method=simsiam", "batch_size=1"], ["batch_size=2"]),

@@ -289,6 +289,13 @@ def test_two_processes_train_like_one(precision: str, tmp_path: Path) -> None:
         assert (first[name] - second[name]).norm() <= share * first[name].norm() + 1e-4, name
 
 
+@pytest.mark.parametrize("name", ["train", "evaluate", "cluster"])
+def test_help_shows_values_and_no_classes(command, name: str) -> None:
+    done = command(name, "--help")
+    assert done.code == 0 and "channels_last: true" in done.out
+    assert "_target_" not in done.out
+
+
 @pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("epochs=many", 2), ("optimizer.lrr=1", 2)])
 def test_nothing_heavy_is_imported_before_a_configuration_is_right(argument: str, code: int, tmp_path: Path) -> None:
     command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), argument]

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from twoviews.classifier_file import Head, find_head
-from twoviews.console import image_progress
+from twoviews.console import progress_of
 from twoviews.data.images import ImageData, Images
 from twoviews.encoders.loaded import LoadedEncoder, UnknownImages
 from twoviews.encoders.opening import open_encoder
@@ -196,7 +196,7 @@ class PretrainedEncoder:
             raise BadInput(f"batch_size={batch_size} is out of range: it must be at least 1.")
         count, chunks = self._preparation.of(images)
         rows = [torch.empty(0, self.num_features, device=self.device)]
-        with image_progress("Features", count if progress else 0) as advance:
+        with progress_of("Features", count if progress else 0, "images", at_end=progress) as advance:
             for chunk in chunks:
                 rows.append(self._embedded(chunk, PRECISIONS[precision], batch_size))
                 if progress:

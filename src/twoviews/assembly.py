@@ -56,7 +56,8 @@ class Parts:
     def embed(self, module: nn.Module) -> Float[Tensor, "N D"]:
         """What a module makes of all training images, at the size of the views, as PCL's code does with its 224 px."""
         dtype, data = self.runtime.dtype(self.device), replace(self.data, size=max(self.views.sizes))
-        return embed(module, data.train, data, self.device, dtype, self.runtime.channels_last, shared=True)
+        title = f"features of {data.name} for the E-step"
+        return embed(module, data.train, data, self.device, dtype, self.runtime.channels_last, True, title=title)
 
     def score(self, clustered: Clustered) -> dict[str, float]:
         """How clusterings of the training images agree with their labels and with the epoch before."""

@@ -7,50 +7,101 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.console import RenderableType
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from twoviews.errors import printable
 
 PLAIN_SECONDS = 10.0  # between two progress lines where the output is not a terminal
+HIDDEN_SECONDS = 1.0  # a bar appears later: most of the work inside a training is done before
+FORECAST_SECONDS = 2.0  # of work, from which the time that is left is estimated
 ROWS = 40  # the most that are shown of a table
 FILE_WIDTH = 200  # characters per line where the output is not a terminal
 
 
+class _Bars(Progress):
+    """Bars of one terminal, one below the other; a clock beside each moves also while the work reports nothing."""
+
+    def __init__(self, output: RichConsole):
+        # On a narrow terminal the line gives way.
+        shortened = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        line = TextColumn("{task.description}", markup=False, table_column=shortened)
+        left = TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True))
+        columns = (line, BarColumn(bar_width=10), TaskProgressColumn(), left, TimeElapsedColumn())
+        super().__init__(
+            *columns,
+            console=output,
+            transient=True,
+            expand=True,
+            # What is printed meanwhile goes above the bars, unless it goes into a file.
+            redirect_stdout=sys.stdout.isatty(),
+            redirect_stderr=sys.stderr.isatty(),
+        )
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """The bars of work that takes longer than HIDDEN_SECONDS."""
+        yield self.make_tasks_table([task for task in self.tasks if (task.elapsed or 0) >= HIDDEN_SECONDS])
+
+
 class ProgressBar:
-    """Progress of long work: a bar at a terminal, elsewhere a plain line every PLAIN_SECONDS.
+    """Progress of long work: a bar at a terminal, elsewhere a plain line every PLAIN_SECONDS; with the time that is left.
+
+    Bars may be nested: they share a display, because two would overwrite each other.
 
     Args:
         output: the bar or the lines go there.
-        total: units of work.
+        total: units of work; None: it is done in one piece.
         done: units done before.
+        title: shown until the first update.
         wait: print no plain line in the first PLAIN_SECONDS.
     """
 
-    def __init__(self, output: RichConsole, total: int, done: int = 0, wait: bool = False):
-        self._output, self._total, self._printed_at = output, total, time.monotonic() if wait else -PLAIN_SECONDS
-        self._bar: Progress | None = None
-        if output.is_terminal:
-            percent = TextColumn("{task.percentage:.0f}%")
-            columns = (TextColumn("{task.description}"), BarColumn(), percent, TimeRemainingColumn())
-            self._bar = Progress(*columns, console=output, transient=True)
-            self._bar.start()
-            self._bar.add_task("", total=total, completed=done)
+    _bars: _Bars | None = None  # of this process
 
-    def update(self, done: int, line: str, important: bool = False) -> None:
-        """Show that `done` units are done; an important plain line is printed whenever it comes."""
-        if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=done, description=line)
-        elif important or time.monotonic() - self._printed_at >= PLAIN_SECONDS:
-            self._printed_at = time.monotonic()
-            self._output.print(_plain(line))
+    def __init__(self, output: RichConsole, total: int | None, done: int = 0, title: str = "", wait: bool = False):
+        self._output, self._total, self._first, self._began_at = output, total, done, time.monotonic()
+        self._printed_at, self.printed = self._began_at if wait else -PLAIN_SECONDS, False
+        self._task: TaskID | None = None
+        if output.is_terminal:
+            if ProgressBar._bars is None:
+                ProgressBar._bars = _Bars(output)
+                ProgressBar._bars.start()
+            self._task = ProgressBar._bars.add_task(title, total=total, completed=done, left="")
+
+    def update(self, done: int, line: str, left: float | None = None, important: bool = False) -> None:
+        """Show that `done` units are done.
+
+        Args:
+            done: of `total`.
+            line: what else is known.
+            left: seconds until the end; None: as for the units that are done.
+            important: print a plain line whenever it comes.
+        """
+        now = time.monotonic()
+        if self._task is None and not important and now - self._printed_at < PLAIN_SECONDS:
+            return
+        rest = (self._total or done) - done
+        if left is None and done > self._first and now - self._began_at >= FORECAST_SECONDS:
+            left = rest * (now - self._began_at) / (done - self._first)
+        shown = f"{duration(left)} left" if left is not None and rest else ""
+        if self._task is None:
+            self._printed_at, self.printed = now, True
+            self._output.print(_plain(f"{line}  {shown}".rstrip()))
             self._output.file.flush()
+        elif ProgressBar._bars is not None:
+            ProgressBar._bars.update(self._task, completed=done, description=printable(line), left=shown)
 
     def stop(self) -> None:
         """End the progress: the bar leaves the terminal, and lines that were printed stay."""
-        if self._bar:
-            self._bar.stop()
+        bars = ProgressBar._bars
+        if self._task is not None and bars is not None:
+            bars.remove_task(self._task)
+            if not bars.tasks:
+                bars.stop()
+                ProgressBar._bars = None
+        self._task = None
 
 
 class Console:
@@ -85,11 +136,11 @@ class Console:
         if not self.quiet:
             self._progress = ProgressBar(self._rich, steps, done)
 
-    def progress(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
-        """Show how far the training is, and some values by name."""
+    def progress(self, step: int, epoch: float, values: Mapping[str, float], left: float | None) -> None:
+        """Show how far the training is, some values by name, and the seconds that are left, if they are known."""
         if self._progress and values:
             numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            self._progress.update(step, f"epoch {epoch:.2f}  step {step}  {numbers}")
+            self._progress.update(step, f"epoch {epoch:.2f}  step {step}  {numbers}", left)
 
     def stop(self) -> None:
         """End the progress of a training."""
@@ -129,17 +180,28 @@ class Console:
 
 
 @contextmanager
-def image_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Progress of work on images, on standard error; yields a function that takes the number of images just done."""
+def progress_of(
+    title: str, total: int | None = None, unit: str = "", *, at_end: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Progress of a part of the work, on standard error; yields a function that takes the number of units just done.
+
+    Args:
+        title: what is done.
+        total: units of work; None: it is done in one piece, and only a terminal shows that it goes on.
+        unit: what they are.
+        at_end: print a plain line at the end even if none was needed before.
+    """
     if not _is_first_process():
         yield lambda count: None
         return
-    bar, done = ProgressBar(RichConsole(stderr=True, highlight=False, soft_wrap=True), total, wait=True), 0
+    output = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+    bar, done = ProgressBar(output, total, title=title, wait=True), 0
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        bar.update(done, f"{title}: {done} of {total} images", important=done >= total)
+        last = done >= (total or 0) and (at_end or bar.printed)
+        bar.update(done, f"{title}: {done:,} of {total or done:,} {unit}", important=last)
 
     try:
         yield advance

@@ -1,5 +1,6 @@
 """Features of whole sets of images under the eval transform. Shapes: N images, D features."""
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as nnf
 
 from twoviews import distributed
 from twoviews.backbones import Encoder
+from twoviews.console import progress_of
 from twoviews.data.images import ImageData, Images, sent
 from twoviews.data.views import eval_view
 from twoviews.errors import BadInput
@@ -50,6 +52,7 @@ def embed(
     channels_last: bool = False,
     shared: bool = False,
     batch_size: int | None = None,
+    title: str = "",
 ) -> Float[Tensor, "N D"]:
     """Outputs of a module for all images, in their order, under the eval transform; float32, on the device.
 
@@ -62,6 +65,7 @@ def embed(
         channels_last: memory format of the images.
         shared: each process computes a part, and all get the whole; all must call.
         batch_size: images per forward pass; None: `BATCH`.
+        title: shown with the progress; empty: no progress is shown.
 
     Raises:
         BadInput: an output is not finite.
@@ -80,7 +84,8 @@ def embed(
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     # Processes get whole batches, so that each image is in the same batch, and rounded alike, for any number of them.
     own = torch.arange(len(images)).split(size)[rank::processes]
-    with torch.autocast(device.type, enabled=False):
+    shown = progress_of(title, sum(map(len, own)), "images") if title else contextlib.nullcontext(lambda _: None)
+    with torch.autocast(device.type, enabled=False), shown as advance:
         rows_of_own = torch.cat([torch.empty(0, dtype=torch.int64), *own]) if processes > 1 else None
         for pixels, sizes, index in images.batches(size, rows_of_own):
             batch = eval_view(sent(pixels, device), sizes, size=data.size, crop=1.0, mean=data.mean, std=data.std)
@@ -95,6 +100,7 @@ def embed(
                 x = torch.zeros(len(images), rows.shape[1], device=device)
             first = int(index[0])
             x[first : first + len(index)] = rows
+            advance(len(index))
     if shared:  # fewer batches than processes leave some without any
         width = distributed.largest(0 if x is None else x.shape[1], device)
         x = distributed.total(torch.zeros(len(images), width, device=device) if x is None else x)

@@ -97,8 +97,8 @@ class Monitor:
         self._context, self._protocols, self._metrics, self._console = context, protocols, metrics, console
         self._epochs, self._device = epochs, device
         self.latest: dict[str, float] = {}
-        self._forecasted = False
         self._collapses = [SPREAD_COLLAPSE, *collapses]  # without those that the user was warned of
+        self._epoch_seconds: float | None = None  # of training steps, as forecast
         self._knn_seconds = 0.0
 
     def log(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
@@ -107,7 +107,7 @@ class Monitor:
         if self._metrics:
             self._metrics.log(step, epoch, values)
         shown = {name: self.latest[key] for name, key in PROGRESS_VALUES.items() if key in self.latest}
-        self._console.progress(step, epoch, shown)
+        self._console.progress(step, epoch, shown, self._seconds_left(epoch))
 
     def advise(self, values: Mapping[str, float], epoch: float) -> None:
         """Warn, once for each metric, when the embeddings collapse.
@@ -123,26 +123,29 @@ class Monitor:
                 self._console.say(f"advice: train/{collapse.metric} is {value:.3f}: {collapse.advice}")
 
     def forecast(self, images_per_s: float, images: int, epoch: float) -> None:
-        """Say, once, how long the rest of the run will take.
+        """Renew the forecast of how long the rest of the run will take, and say it the first time.
 
         Args:
             images_per_s: of the training steps.
             images: of an epoch.
             epoch: epochs done, fractional.
         """
-        if self._forecasted:
-            return
-        self._forecasted = True
-        epoch_seconds = images / images_per_s
+        first, self._epoch_seconds = self._epoch_seconds is None, images / images_per_s
+        if first:
+            self._console.say(
+                f"{images_per_s:.0f} images/s: an epoch takes {duration(self._epoch_seconds)}, the rest of the run about "
+                f"{duration(self._seconds_left(epoch) or 0)}."
+            )
+
+    def _seconds_left(self, epoch: float) -> float | None:
+        """Of training and evaluations after `epoch` epochs; None before the first forecast."""
+        if self._epoch_seconds is None:
+            return None
         intervals = [protocol.every_epochs for protocol in self._protocols.values() if protocol.every_epochs]
         evaluation_seconds = len(intervals) * self._knn_seconds
         left = self._epochs - epoch
-        seconds = left * (epoch_seconds + self.latest.get("time/e_step", 0))
-        seconds += left / min(intervals, default=self._epochs) * evaluation_seconds
-        self._console.say(
-            f"{images_per_s:.0f} images/s: an epoch takes {duration(epoch_seconds)}, the rest of the run about "
-            f"{duration(seconds)}."
-        )
+        seconds = left * (self._epoch_seconds + self.latest.get("time/e_step", 0))
+        return seconds + left / min(intervals, default=self._epochs) * evaluation_seconds
 
     def baselines(self, encoder: Encoder) -> dict[str, float]:
         """KNN accuracy of the untrained encoder and of raw pixels; a method that does not beat both has learnt nothing.

@@ -28,8 +28,6 @@ from twoviews.tracking.state import run_page
 
 def print_summary(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
     """Print what a run will do."""
-    for note in parts.data.notes:
-        console.say(note)
     for line in (*_data_lines(parts), *_method_lines(parts), *_length_lines(cfg, parts), *_device_lines(parts)):
         console.say(line)
     console.say(f"results   {folder}")

@@ -14,9 +14,10 @@ from hydra._internal.hydra import Hydra
 from twoviews.config.hydra_internals import start_faster
 
 def parameters():  # the first three of each; Hydra 1.4 has more
-    return [[*inspect.signature(getattr(Hydra, name)).parameters][:3] for name in ("get_mode", "format_config_groups")]
+    names = ("get_mode", "format_config_groups", "get_help")
+    return [[*inspect.signature(getattr(Hydra, name)).parameters][:3] for name in names]
 
-expected = [["self", "config_name", "overrides"], ["self", "predicate", "compact"]]
+expected = [["self", "config_name", "overrides"], ["self", "predicate", "compact"], ["self", "help_cfg", "cfg"]]
 assert parameters() == expected, parameters()
 start_faster(["hydra.mode=MULTIRUN", "--hydra-help"])
 assert parameters() == expected

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from twoviews.console import image_progress
+from twoviews.console import progress_of
 from twoviews.data.store import Chunk, Recipe, stored
 from twoviews.errors import BadInput
 
@@ -190,11 +190,11 @@ def test_a_killed_build_leaves_no_store_and_the_next_run_builds(tmp_path):
 
 def test_progress_is_plain_lines_and_silent_on_other_ranks(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
-    with image_progress("Decoding x", 10) as advance:
+    with progress_of("Decoding x", 10, "images", at_end=True) as advance:
         advance(6)
         advance(4)
     assert capsys.readouterr().err == "Decoding x: 10 of 10 images\n"
     monkeypatch.setenv("RANK", "1")
-    with image_progress("Decoding x", 10) as advance:
+    with progress_of("Decoding x", 10, "images", at_end=True) as advance:
         advance(10)
     assert capsys.readouterr().err == ""

@@ -46,7 +46,9 @@ def test_a_share_that_leaves_a_class_without_an_image_is_raised_and_said():
 
 
 def test_more_than_a_class_has_is_refused():
-    with pytest.raises(BadInput, match=r"per_class=\[50\] has 50, but class '2' has (\d+) memory images; use at most \1"):
+    with pytest.raises(
+        BadInput, match=r"per_class=\[50\] has 50, but class '2' has (\d+) memory images; use at most \1"
+    ):
         protocol([], [50])(context(pixels(0, 300), pixels(500, 600)))
 
 

@@ -7,6 +7,7 @@ ten steps end lower than the best of five times twenty plain ones (benchmarks/km
 Shapes: N points, D dimensions, K clusters. Letters: c centroids, m means.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as nnf
 
 from twoviews import distributed, process_group
 from twoviews.clusters.passes import Passes, passes_on, sizes_of
+from twoviews.console import progress_of
 from twoviews.errors import BadInput
 from twoviews.randomness import generator
 from twoviews.ranges import Count, NotNegative
@@ -107,8 +109,10 @@ def kmeans(
             rows = torch.randperm(len(points), generator=drawn)[: k * max_points_per_centroid].to(x.device)
             sample = points[rows]
             begin = begin if begin is None or begin.is_floating_point() else begin[rows]
-        search = _Search(sample, k, spherical, passes, drawn)
-        centroids, steps = search.best(begin, nredo or starts(k), iterations, tolerance)
+        redo = nredo or starts(k)
+        with progress_of(f"k-means of {len(sample):,} points, k = {k}", redo * iterations, "iterations") as advance:
+            search = _Search(sample, k, spherical, passes, drawn, advance)
+            centroids, steps = search.best(begin, redo, iterations, tolerance)
         assignment = passes.nearest(points, centroids)[1]
         # Not that of `nearest`, which has few digits where it is small.
         distance = (points - centroids[assignment]).square().sum(1)
@@ -143,6 +147,7 @@ class _Search:
     spherical: bool
     passes: Passes
     drawn: torch.Generator  # on the CPU, wherever the points are
+    advance: Callable[[int], None]  # takes the number of iterations just done, or left out
 
     def best(
         self, start: Tensor | None, count: int, iterations: int, tolerance: float
@@ -195,6 +200,7 @@ class _Search:
             # The only wait for a GPU in a step without empty clusters.
             before, (inertia, empty) = inertia, torch.stack((power + rest, (sizes == 0).sum().double())).tolist()
             if step == iterations or before - inertia <= tolerance * inertia:
+                self.advance(iterations - step)
                 break
             c = c + OVERRELAXATION * (m - c) if step > 0 else m.clone()
             if empty:
@@ -202,6 +208,7 @@ class _Search:
                 c[(sizes == 0).nonzero()[: len(rows), 0]] = self.x[rows]
             c = nnf.normalize(c, dim=1) if self.spherical else c
             assignment = self.passes.nearest(self.x, c)[1]
+            self.advance(1)
         return inertia, m, step
 
     def _means(

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from twoviews.config.digest import flat
+from twoviews.config.digest import REDUCED_FROM, flat
 from twoviews.config.groups import CONF, PASSED_BY_PROGRAM, PLUGIN_KEYS, groups, options, targets
 from twoviews.errors import BadInput, nearest, shown
 from twoviews.ranges import Count, Fraction, Range, Seed, Size, Temperature
@@ -86,7 +86,7 @@ def check(name: str, cfg: "DictConfig | dict[str, Any]") -> None:
     chosen = [key for key in content if key not in root and key in known]
     nodes = [key for key in content if key in NODES]
     annotations = {key: Parameter(annotation, required=True) for key, annotation in root.items()}
-    problems = [*_key_problems("", content, annotations, [*root, *chosen, *nodes])]
+    problems = [*_key_problems("", content, annotations, [*root, *chosen, *nodes, REDUCED_FROM])]
     for group in _NEEDED[name]:
         if content.get(group) is None:
             problems.append(f"{group}=null leaves nothing to work with; choose one of: {', '.join(options(group))}.")

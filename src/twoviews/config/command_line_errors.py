@@ -94,8 +94,10 @@ def _sweep_without_multirun(overrides: Sequence[Override], arguments: Sequence[s
 
 def _unreadable(name: str, argument: str, content: Any) -> str:
     """A sentence for a word that is not an override, with the override that was probably meant."""
+    if argument in groups():
+        return f"'{argument}' is a group; write {argument}=<choice>, with one of: {', '.join(options(argument))}."
     choices = [f"{group}={argument}" for group in groups() if argument in options(group)]
-    leaves = flat(content or {})
+    leaves = {key: value for key, value in flat(content or {}).items() if not key.startswith("hydra.")}
     known = [key for key in leaves if key == argument] or [key for key in leaves if key.endswith(f".{argument}")]
     keys = [f"{key}={'true' if leaves[key] is False else shown(leaves[key])}" for key in known]
     run = [_quoted("run", argument)] if name != "train" and (_is_run(argument) or "=" not in argument) else []

@@ -24,10 +24,16 @@ NOT_IN_DIGEST = (
     "data.cache",
 )
 
+REDUCED_FROM = "reduced_from"  # node of a run's configuration: by dotted key, values that were too large for its images
+
 
 def digest(cfg: "DictConfig | dict[str, Any]") -> str:
     """Eight hex digits that change with every value of a configuration that can change the result of a run."""
-    values = {key: value for key, value in flat(_plain(cfg)).items() if not key.startswith(NOT_IN_DIGEST)}
+    values = flat(_plain(cfg))
+    values |= {
+        key.removeprefix(f"{REDUCED_FROM}."): values.pop(key) for key in [*values] if key.startswith(REDUCED_FROM)
+    }
+    values = {key: value for key, value in values.items() if not key.startswith(NOT_IN_DIGEST)}
     if any(key.startswith("runtime.") for key in values):  # the configuration of a run
         values.setdefault("runtime.compile", False)  # a former option: runs that did not use it keep their names
     numbers = {key: as_float(value) for key, value in values.items()}

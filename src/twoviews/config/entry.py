@@ -20,7 +20,7 @@ from twoviews.config.command_line import MULTIRUN, check_arguments, hydra_argume
 from twoviews.config.command_line_errors import diagnose
 from twoviews.config.composition import VERSION_BASE, register_resolvers
 from twoviews.config.groups import CONF
-from twoviews.config.hydra_internals import start_faster
+from twoviews.config.hydra_internals import hide_classes, start_faster
 from twoviews.config.parameter_names import qualify
 from twoviews.config.recorded import add_missing_runtime
 from twoviews.errors import BadInput, Stopped, shown, without_secrets
@@ -77,6 +77,7 @@ class _Command:
         self.exit_codes, self.composed = [], False
         register_resolvers()
         start_faster(sys.argv[1:])
+        hide_classes()
         try:
             processes.drop_incomplete_variables(self.name, sweep=not MULTIRUN.isdisjoint(sys.argv[1:]))
             check_arguments(self.name, sys.argv[1:])

@@ -5,7 +5,8 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]  # of the checkout
-CONF = ROOT / "conf"
+_PACKAGED = Path(__file__).resolve().parents[1] / "conf"  # of a package that `pip install .` made
+CONF = _PACKAGED if _PACKAGED.is_dir() else ROOT / "conf"
 
 # The key of conf/hydra/<kind>/*.yaml that names a class of this package; of a sweeper, `_target_` names the plugin of Hydra.
 PLUGIN_KEYS = {"launcher": "_target_", "sweeper": "search"}

@@ -1,13 +1,18 @@
 """Private parts of Hydra, all that this project uses; tests/config/test_hydra_internals.py fails when a release moves them.
 
-Why each: Hydra has no public way to parse its own options without running a job, and none to start faster.
+Why each: Hydra has no public way to parse its own options without running a job, none to start faster, and none to leave
+lines out of what --help shows.
 """
 
 import argparse
+import re
 from collections.abc import Sequence
+from typing import Any
 
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
+
+_get_help = Hydra.get_help
 
 
 def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -30,3 +35,12 @@ def start_faster(arguments: Sequence[str]) -> None:
         Hydra.get_mode = lambda *_, **__: None
     if "--hydra-help" not in arguments:
         Hydra.format_config_groups = lambda *_, **__: ""
+
+
+def hide_classes() -> None:
+    """Leave the classes that the program builds out of what --help shows: they are not for users to choose."""
+
+    def without_classes(self: Hydra, *arguments: Any, **more: Any) -> str:
+        return re.sub(r"^ *_target_: .*\n", "", _get_help(self, *arguments, **more), flags=re.MULTILINE)
+
+    Hydra.get_help = without_classes

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from twoviews.console import image_progress
+from twoviews.console import progress_of
 from twoviews.files import write_atomic
 
 # A file that was written so short a time ago may be written again without a change of its times, which are multiples of
@@ -32,7 +32,11 @@ def contents(paths: Sequence[str], cache: str) -> str:
     with contextlib.suppress(OSError):
         return known.read_text()
     started, digest = time.time(), hashlib.blake2b(digest_size=16)
-    shown = image_progress("Reading", len(paths)) if len(paths) > CHUNK else contextlib.nullcontext(lambda _: None)
+    shown = (
+        progress_of("Reading", len(paths), "images", at_end=True)
+        if len(paths) > CHUNK
+        else contextlib.nullcontext(lambda _: None)
+    )
     with ThreadPoolExecutor(READERS) as pool, shown as advance:
         for start in range(0, len(paths), CHUNK):
             some = paths[start : start + CHUNK]

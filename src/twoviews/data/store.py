@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from twoviews.console import image_progress, in_bytes, say_on_stderr
+from twoviews.console import in_bytes, progress_of, say_on_stderr
 from twoviews.errors import BadInput
 from twoviews.files import file_errors, sync
 
@@ -124,7 +124,7 @@ def _write(folder: Path, name: str, recipe: Recipe) -> None:
     rows, sizes, broken = [], [], []
     title = f"{'Decoding' if recipe.keep_pixels else 'Checking'} {name}"
     # Plain writes: a mapped file on a full disk ends in SIGBUS, a written one in an error that can be said.
-    with (folder / "pixels.npy").open("wb") as file, image_progress(title, count) as advance:
+    with (folder / "pixels.npy").open("wb") as file, progress_of(title, count, "images", at_end=True) as advance:
         _header(file, (count, *shape))
         for chunk in recipe.chunks:
             values = np.ascontiguousarray(chunk.pixels.numpy()).data

@@ -12,7 +12,7 @@ from twoviews.backbones import Encoder
 from twoviews.config.building import build, build_protocol
 from twoviews.config.digest import digest, flat
 from twoviews.config.recorded import overridden
-from twoviews.console import Console
+from twoviews.console import Console, progress_of
 from twoviews.data.images import ImageData
 from twoviews.encoders.loaded import LoadedEncoder
 from twoviews.encoders.projection import projected
@@ -161,12 +161,13 @@ def _measure(
     assert context.folder is not None
     for name, protocol in protocols.items():
         try:
-            result = protocol(context)
+            with progress_of(f"protocol {name}"):
+                result = protocol(context)
+                values, intervals = _write(name, result, context, f"{title}, {name}")
         except BaseException:
             if not any(context.folder.iterdir()):  # a refused command leaves nothing behind
                 context.folder.rmdir()
             raise
-        values, intervals = _write(name, result, context, f"{title}, {name}")
         for table, rows in result.tables.items():
             console.rows(f"{name}: {table}", rows)
         for note in result.notes:

@@ -80,9 +80,8 @@ class Method(nn.Module):
     # What the loss of an image takes from the other images of its forward pass, such as "negatives", for a sentence to the
     # user of micro-batches; None: nothing, the loss is a mean over images.
     within_batch: str | None = None
-    collapses: Sequence[
-        Collapse
-    ] = ()  # beside that of the `spread`; the user is warned of each once, after the first epoch
+    collapses: Sequence[Collapse] = ()  # beside that of the `spread`; the user is warned of each once, after an epoch
+    queue_within_data: bool = False  # whether queue_size, where there is one, is at most the number of training images
 
     def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
         """The loss of a batch, or of a micro-batch; `index` says which training images it holds."""

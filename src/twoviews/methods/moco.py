@@ -47,6 +47,8 @@ class MoCo(Method):
             1 is ordinary batch norm. The original gets the same from its GPUs, and loses accuracy without.
     """
 
+    queue_within_data = True
+
     def __init__(
         self,
         encoder: Encoder,

@@ -95,6 +95,8 @@ class PCL(Method):
 
     within_batch = "prototypes of other images"
 
+    queue_within_data = True
+
     def __init__(
         self,
         encoder: Encoder,
@@ -136,7 +138,8 @@ class PCL(Method):
         """Queue, parts of the micro-batch and clusters against the data; room for the assignments."""
         self.queue.check(batch_size, 1, train_images)
         check_splits(self.bn_splits, batch_size, micro_batch, processes)
-        ks = self.clusters or [max(2, train_images // images) for images in IMAGES_PER_CLUSTER]
+        usual = (max(2, train_images // images) for images in IMAGES_PER_CLUSTER)
+        ks = self.clusters or [*dict.fromkeys(usual)]  # of few images they would be the same
         if max(ks) > train_images:
             raise BadInput(
                 f"clusters={ks} asks for more clusters than there are training images; use at most {train_images}."

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from twoviews import distributed
+from twoviews.console import progress_of
 from twoviews.data.images import ImageData
 from twoviews.features import Features
 from twoviews.protocols.classification import accuracies, mask_zeros
@@ -57,8 +58,11 @@ def knn_scores(
     Needs the memory of `neighbours` beside the result. With `shared` each process computes a part, and all get the whole.
     """
     scores = torch.zeros(len(queries), classes, device=queries.device)
-    for which, nearest, labels in neighbours(queries, bank, k, shared):
-        scores[which].scatter_add_(1, labels, votes(nearest, temperature))
+    own = -(-len(queries) // (distributed.processes() if shared else 1))
+    with progress_of("kNN", own, "images") as advance:
+        for which, nearest, labels in neighbours(queries, bank, k, shared):
+            scores[which].scatter_add_(1, labels, votes(nearest, temperature))
+            advance(len(labels))
     return distributed.total(scores) if shared else scores
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from twoviews.console import progress_of
 from twoviews.data.images import Images
 from twoviews.data.loader import Loader
 from twoviews.data.views import Views
@@ -79,20 +80,22 @@ def train_classifier(
     form = torch.channels_last if context.channels_last else torch.contiguous_format
     rates = [group["lr"] for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(context.device.type, enabled=context.dtype == torch.float16)
-    for epoch in range(epochs):
-        loader.set_epoch(epoch)
-        for step, batch in enumerate(loader):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * schedule(epoch + step / len(loader))
-            with torch.enable_grad():
-                scores = logits(batch.views[0].to(memory_format=form))
-                loss = nnf.cross_entropy(scores.float(), labels[batch.index])
-                scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-        if not loss.isfinite():
-            raise Diverged(
-                f"training on labelled images diverged in epoch {epoch + 1} (loss {loss.item()}) with a learning rate of "
-                f"{max(rates):g}; use a smaller lr for this protocol, for example {max(rates) / 10:g}."
-            )
+    with progress_of("training on labelled images", epochs * len(loader), "steps") as advance:
+        for epoch in range(epochs):
+            loader.set_epoch(epoch)
+            for step, batch in enumerate(loader):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * schedule(epoch + step / len(loader))
+                with torch.enable_grad():
+                    scores = logits(batch.views[0].to(memory_format=form))
+                    loss = nnf.cross_entropy(scores.float(), labels[batch.index])
+                    scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                advance(1)
+            if not loss.isfinite():
+                raise Diverged(
+                    f"training on labelled images diverged in epoch {epoch + 1} (loss {loss.item()}) with a learning rate of "
+                    f"{max(rates):g}; use a smaller lr for this protocol, for example {max(rates) / 10:g}."
+                )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from twoviews.classifier_file import Head, as_head, save_head
+from twoviews.console import progress_of
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
 from twoviews.features import Features
@@ -171,13 +172,16 @@ class Linear(Protocol):
         rest, chooses = held_out(y, self.held_out)
         best, chosen, scale = -1.0, self.weight_decays[0], 1.0
         needed = len(chooses) and (calibrate or len(self.weight_decays) > 1)
-        for weight_decay in self.weight_decays if needed else []:
-            logits = fit(x[rest], y[rest], classes, weight_decay, self.iterations)(x[chooses])
-            accuracy = top1(logits, y[chooses])
-            if accuracy > best:
-                best, chosen = accuracy, weight_decay
-                scale = temperature(logits, y[chooses]) if calibrate else 1.0
-        return Probe(mean, std, fit(x, y, classes, chosen, self.iterations)), chosen, scale
+        candidates = self.weight_decays if needed else []
+        with progress_of("linear classifier", len(candidates) + 1, "fits") as advance:
+            for weight_decay in candidates:
+                logits = fit(x[rest], y[rest], classes, weight_decay, self.iterations)(x[chooses])
+                accuracy = top1(logits, y[chooses])
+                if accuracy > best:
+                    best, chosen = accuracy, weight_decay
+                    scale = temperature(logits, y[chooses]) if calibrate else 1.0
+                advance(1)
+            return Probe(mean, std, fit(x, y, classes, chosen, self.iterations)), chosen, scale
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1 on the test images and the weight decay it was reached with; the calibrated classifier is saved."""

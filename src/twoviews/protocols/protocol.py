@@ -66,7 +66,8 @@ class EvaluationContext:
 
     def embed(self, images: Images, shared: bool = False) -> Float[Tensor, "N F"]:
         """Features of images that have the size of `data`, as `twoviews.features.embed` computes them."""
-        return embed(self.encoder, images, self.data, self.device, self.dtype, self.channels_last, shared)
+        title = f"features of {self.data.name}"
+        return embed(self.encoder, images, self.data, self.device, self.dtype, self.channels_last, shared, title=title)
 
     def images(self, split: str) -> Images:
         """The images of a split: train, memory or test.
