@@ -1,26 +1,107 @@
-"""Matplotlib figures without pyplot, whose global settings and windows have no part in them."""
+"""Figures of matplotlib and sheets of images as files, at the width and resolution of a printed page."""
 
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
+from twoviews.errors import printable
 from twoviews.files import open_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
-DPI = 110
+WIDTH = 7.0  # inches, of the text on a page; narrower figures keep the sizes of their letters
+# Fonts are embedded as TrueType, as conferences and journals ask for; a $ in a name is no formula.
+STYLE: dict[str, Any] = {
+    **{"font.size": 8, "axes.titlesize": 8, "figure.titlesize": 9, "legend.fontsize": 7, "legend.frameon": False},
+    **{"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "lines.markersize": 4, "lines.linewidth": 1.2},
+    **{"pdf.fonttype": 42, "savefig.dpi": 200, "text.parse_math": False},
+}
+BASELINES = {  # name in metrics.jsonl: name, style of the line
+    "baseline/untrained_knn_top1": ("untrained encoder", ":"),
+    "baseline/pixels_knn_top1": ("raw pixels", "--"),
+}
+_formats = ["png"]
 
 
-def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
-    """A figure with one plot, in inches."""
+def set_formats(format: Literal["png", "pdf"] | Sequence[Literal["png", "pdf"]] = "png") -> None:
+    """Choose the files of every picture that this process draws from now on: the node `pictures` of the configuration.
+
+    Args:
+        format: png, pdf or both.
+    """
+    _formats[:] = [format] if isinstance(format, str) else dict.fromkeys(format)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of a picture with the chosen formats, whatever the suffix of `path`."""
+    return [path.with_suffix(f".{kind}") for kind in _formats]
+
+
+@contextmanager
+def drawing(
+    path: Path,
+    height: float,
+    *,
+    width: float = WIDTH,
+    panels: tuple[int, int] = (1, 1),
+    title: str = "",
+    note: str = "",
+    **options: Any,
+) -> "Iterator[tuple[Figure, list[Axes]]]":
+    """A figure and its panels to draw into; it is written when the block ends without an error.
+
+    It does not depend on the settings and windows of pyplot, which have no part in it.
+
+    Args:
+        path: of the picture; its suffix is that of the chosen formats.
+        height: in inches.
+        width: in inches.
+        panels: rows and columns.
+        title: above all panels.
+        note: below the title.
+        options: of `Figure.subplots`.
+    """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        lines = [*textwrap.wrap(printable(title), int(width * 15)), *textwrap.wrap(note, int(width * 17))]
+        if lines:
+            figure.suptitle("\n".join(lines))
+        yield figure, list(figure.subplots(*panels, squeeze=False, **options).flat)
+        save_figure(figure, path)
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure as PNG."""
-    with open_atomic(path) as file:
-        figure.savefig(file, format="png", dpi=DPI)
+    """Write a figure in the chosen formats; the same figure makes the same bytes."""
+    for file in files_of(path):
+        with open_atomic(file) as stream:
+            metadata = {"CreationDate": None} if file.suffix == ".pdf" else None
+            figure.savefig(stream, format=file.suffix[1:], metadata=metadata)
+
+
+def save_sheet(sheet: "Image", path: Path) -> None:
+    """Write a sheet of images in the chosen formats, as wide as a page."""
+    for file in files_of(path):
+        with open_atomic(file) as stream:
+            sheet.save(stream, format=file.suffix[1:].upper(), resolution=sheet.width / WIDTH)
+
+
+def draw_baselines(axis: "Axes", values: dict[str, float]) -> None:
+    """Draw the kNN accuracy of each of `BASELINES` as a horizontal line; one outside of the limits is in the legend only."""
+    limits = axis.get_ylim()
+    for name, (label, style) in BASELINES.items():
+        if name in values:
+            side = (
+                ""
+                if limits[0] <= values[name] <= limits[1]
+                else f" ({'below' if values[name] < limits[0] else 'above'})"
+            )
+            axis.axhline(values[name], color="grey", linestyle=style, label=f"{label}: {values[name]:.1f}{side}")
+    axis.set_ylim(limits)

@@ -21,7 +21,7 @@ from twoviews.files import write_atomic
 from twoviews.locks import FolderLock, lock_for_training
 from twoviews.loop import Training
 from twoviews.pictures import draw_curves, draw_views
-from twoviews.run import Run
+from twoviews.run import Run, training_title
 from twoviews.run_summary import show_result
 from twoviews.runtime import format_name, peak_memory
 from twoviews.stop_signal import StopSignal
@@ -148,7 +148,8 @@ class Recording:
                 save_encoder(folder, training.method.encoder, describe_encoder(self.cfg, self.parts.data))
             assert self.metrics
             if self.metrics.flush():
-                draw_curves(folder / "curves.png", read(folder))
+                title = training_title(self.cfg, self.parts.data.name, training.epoch)
+                draw_curves(folder / "curves.png", read(folder), title)
             # The last of all files: with it the run counts as finished, and nothing would add a file that is missing.
             result = self._write_result(training, "finished" if finished else "interrupted")
             with contextlib.suppress(Stopped), contextlib.nullcontext() if stop.number else stop.at_once():

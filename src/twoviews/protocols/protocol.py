@@ -49,6 +49,7 @@ class EvaluationContext:
     ):
         self.encoder, self.data, self.device, self.dtype = encoder, data, device, dtype
         self.channels_last, self.folder, self.shared = channels_last, folder, shared
+        self.title = "encoder"  # what is evaluated, for the titles of pictures
 
     @cached_property
     def memory(self) -> Features:
