@@ -18,6 +18,7 @@ def main(cfg, folder: Path) -> int:
     from twoviews.assembly import check_without_data, load_data, make_parts, make_views
     from twoviews.batch_size import find_batch
     from twoviews.console import Console
+    from twoviews.figures import files_of
     from twoviews.loop import Training
     from twoviews.monitoring import NotFinite
     from twoviews.pictures import draw_views
@@ -33,7 +34,7 @@ def main(cfg, folder: Path) -> int:
         views = make_views(cfg, data)
         if cfg.preview:
             draw_views(folder / "views.png", data.train, views, cfg.seed)
-            console.say(f"views: {folder / 'views.png'}")
+            console.say(f"views: {', '.join(map(str, files_of(folder / 'views.png')))}")
             return 0
         parts = make_parts(cfg, data, views, runtime, device)
         print_summary(cfg, parts, folder, console)

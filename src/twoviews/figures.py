@@ -1,7 +1,7 @@
 """Figures of matplotlib and sheets of images as files, at the width and resolution of a printed page."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,7 @@ BASELINES = {  # name in metrics.jsonl: name, style of the line
     "baseline/untrained_knn_top1": ("untrained encoder", ":"),
     "baseline/pixels_knn_top1": ("raw pixels", "--"),
 }
+MAX_SPAN = 5.0  # percent points between baselines; with more, a line at the mean would be of no run
 _formats = ["png"]
 
 
@@ -40,6 +41,19 @@ def set_formats(format: Literal["png", "pdf"] | Sequence[Literal["png", "pdf"]] 
 def files_of(path: Path) -> list[Path]:
     """The files of a picture with the chosen formats, whatever the suffix of `path`."""
     return [path.with_suffix(f".{kind}") for kind in _formats]
+
+
+def training_title(config: Mapping[str, Any], data: str, epoch: float | None) -> str:
+    """What was trained, for pictures and tables, such as "MoCo on digits, 8 epochs".
+
+    Args:
+        config: of the run.
+        data: name of its images.
+        epoch: that the training came to; None: it is not known.
+    """
+    method, epochs = str(config["method"].get("_target_", "?")).rpartition(".")[2], config.get("epochs", 0)
+    length = f"{epoch:.3g} of {epochs} epochs" if epoch is not None and epoch < epochs else f"{epochs} epochs"
+    return printable(f"{method} on {data}, {length if epochs != 1 else length[:-1]}")
 
 
 @contextmanager
@@ -90,18 +104,35 @@ def save_sheet(sheet: "Image", path: Path) -> None:
     """Write a sheet of images in the chosen formats, as wide as a page."""
     for file in files_of(path):
         with open_atomic(file) as stream:
-            sheet.save(stream, format=file.suffix[1:].upper(), resolution=sheet.width / WIDTH)
+            sheet.save(stream, format=file.suffix[1:].upper(), resolution=sheet.width / WIDTH, quality=95)
 
 
-def draw_baselines(axis: "Axes", values: dict[str, float]) -> None:
-    """Draw the kNN accuracy of each of `BASELINES` as a horizontal line; one outside of the limits is in the legend only."""
-    limits = axis.get_ylim()
+def draw_baselines(axis: "Axes", values: Mapping[str, Sequence[float]], upright: bool = True) -> None:
+    """Draw the kNN accuracy of each of `BASELINES` as a line; one outside of the limits is in the legend only.
+
+    Args:
+        axis: a panel whose limits are set.
+        values: of one run or more, in percent, by the names in metrics.jsonl. The line is at their mean; there is none if
+            they differ by more than MAX_SPAN.
+        upright: whether accuracy goes up, and not to the right.
+    """
+    low, high = axis.get_ylim() if upright else axis.get_xlim()
     for name, (label, style) in BASELINES.items():
-        if name in values:
-            side = (
-                ""
-                if limits[0] <= values[name] <= limits[1]
-                else f" ({'below' if values[name] < limits[0] else 'above'})"
-            )
-            axis.axhline(values[name], color="grey", linestyle=style, label=f"{label}: {values[name]:.1f}{side}")
-    axis.set_ylim(limits)
+        known = values.get(name, ())
+        if known and max(known) - min(known) <= MAX_SPAN:
+            value = sum(known) / len(known)
+            side = " (lower)" if value < low else " (higher)" if value > high else ""
+            look = {"color": "grey", "linestyle": style, "label": f"{label}: {value:.1f}{side}"}
+            if side:
+                axis.plot([], [], **look)
+            else:
+                (axis.axhline if upright else axis.axvline)(value, **look)
+
+
+def merged_legend(figure: "Figure", panels: "Sequence[Axes]") -> None:
+    """Write one legend for all panels below them, in as many columns as the longest entry allows."""
+    entries = {label: one for axis in panels for one, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if entries:
+        columns = int(figure.get_figwidth() * 16 / (max(map(len, entries)) + 7))
+        columns = max(1, min(len(entries), columns))
+        figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns)

@@ -115,7 +115,7 @@ def draw_curves(path: Path, lines: Iterable[Mapping[str, float]], title: str) ->
     """
     lines = list(lines)
     last = max((line["epoch"] for line in lines), default=0)
-    baselines = {name: line[name] for line in lines for name in BASELINES if name in line}
+    baselines = {name: [line[name]] for line in lines for name in BASELINES if name in line}
     with drawing(path, 4.6, panels=(2, 2), title=title) as (_, axes):
         for axis, (name, heading) in zip(axes, PANELS.items(), strict=True):
             points = [(line["epoch"], line[name]) for line in lines if name in line]
@@ -127,15 +127,15 @@ def draw_curves(path: Path, lines: Iterable[Mapping[str, float]], title: str) ->
             else:
                 _write_single(axis, points, baselines if name == "knn/top1" else {})
             if name == "knn/top1" and baselines and len(points) > 1:
-                values = [*(value for _, value in points), *baselines.values()]
+                values = [*(value for _, value in points), *(one for known in baselines.values() for one in known)]
                 axis.set_ylim(min(values) - 2, max(values) + 2)
                 draw_baselines(axis, baselines)
                 axis.legend()
 
 
-def _write_single(axis: "Axes", points: list[tuple[float, float]], baselines: dict[str, float]) -> None:
+def _write_single(axis: "Axes", points: list[tuple[float, float]], baselines: Mapping[str, list[float]]) -> None:
     """Write into a panel, in place of a curve, what was measured at no more than one epoch."""
     text = "not measured" if not points else "{1:.4g} at epoch {0:g}, measured once".format(*points[0])
-    others = [f"{label}: {baselines[name]:.4g}" for name, (label, _) in BASELINES.items() if name in baselines]
+    others = [f"{label}: {baselines[name][0]:.4g}" for name, (label, _) in BASELINES.items() if name in baselines]
     axis.text(0.5, 0.5, "\n".join([text, *others]), transform=axis.transAxes, ha="center", va="center")
     axis.set_axis_off()

@@ -17,11 +17,12 @@ from twoviews.console import Console
 from twoviews.encoder_file import WEIGHTS_FILE, save_encoder
 from twoviews.environment import environment
 from twoviews.errors import BadInput, Stopped
+from twoviews.figures import training_title
 from twoviews.files import write_atomic
 from twoviews.locks import FolderLock, lock_for_training
 from twoviews.loop import Training
 from twoviews.pictures import draw_curves, draw_views
-from twoviews.run import Run, training_title
+from twoviews.run import Run
 from twoviews.run_summary import show_result
 from twoviews.runtime import format_name, peak_memory
 from twoviews.stop_signal import StopSignal

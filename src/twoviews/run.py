@@ -1,7 +1,6 @@
 """A run is a folder that rebuilds itself: `Run` reads and writes its files. What trains into it is in recording.py."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +8,12 @@ from twoviews import foreign
 from twoviews.backbones import Encoder
 from twoviews.checkpoints import has_checkpoint
 from twoviews.encoder_file import DESCRIPTION_FILE, WEIGHTS_FILE, load_encoder
-from twoviews.errors import BadInput, nearest, printable
+from twoviews.errors import BadInput, nearest
+from twoviews.figures import training_title
 from twoviews.files import write_atomic
 from twoviews.locks import locked_for_upload
 
 REQUIRED_GROUPS = ("backbone", "data", "method", "tracking")  # in every config.yaml
-
-
-def training_title(config: Mapping[str, Any], data: str, epoch: float | None) -> str:
-    """What was trained, for pictures and tables, such as "MoCo on digits, 8 epochs".
-
-    Args:
-        config: of the run.
-        data: name of its images.
-        epoch: that the training came to; None: it is not known.
-    """
-    method, epochs = str(config["method"].get("_target_", "?")).rpartition(".")[2], config.get("epochs", 0)
-    length = f"{epoch:.3g} of {epochs} epochs" if epoch is not None and epoch < epochs else f"{epochs} epochs"
-    return printable(f"{method} on {data}, {length if epochs != 1 else length[:-1]}")
 
 
 class Run:

@@ -7,6 +7,12 @@ from collections.abc import Mapping, Sequence
 Rows = Sequence[Mapping[str, object]]
 
 
+def span(values: Sequence[float]) -> str:
+    """Equal numbers as one with two digits, others as "41.94 to 46.11"."""
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return low if low == high else f"{low} to {high}"
+
+
 def as_csv(rows: Rows) -> str:
     """The rows as comma-separated values, numbers in full."""
     text = io.StringIO()

@@ -13,7 +13,7 @@ from twoviews.evaluation.differences import differences, labels
 from twoviews.evaluation.pictures import Measured, draw_comparison
 from twoviews.figures import BASELINES, files_of
 from twoviews.files import write_atomic
-from twoviews.tables import as_csv, as_latex, as_markdown
+from twoviews.tables import as_csv, as_latex, as_markdown, span
 from twoviews.tracking.client import short_error
 from twoviews.tracking.parent_run import log_files
 
@@ -138,9 +138,8 @@ def short_table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
     for baseline, (label, _) in BASELINES.items():
         known = [one.baselines[baseline] for one in evaluations.values() if baseline in one.baselines]
         if known and "knn/top1" in shown:
-            low, high = f"{min(known):.2f}", f"{max(known):.2f}"
             row = dict.fromkeys(rows[0], "")
-            rows.append({**row, next(iter(row)): label, "knn/top1": low if low == high else f"{low} to {high}"})
+            rows.append({**row, next(iter(row)): label, "knn/top1": span(known)})
     return rows
 
 

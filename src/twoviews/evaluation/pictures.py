@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from twoviews.errors import printable
-from twoviews.figures import BASELINES, WIDTH, draw_baselines, drawing
+from twoviews.figures import BASELINES, WIDTH, draw_baselines, drawing, merged_legend
 from twoviews.protocols.classification import CONFIDENCE_PERCENT
 from twoviews.protocols.protocol import TableRow
 
@@ -110,13 +110,15 @@ def draw_knn_curve(
     points = [(line["epoch"], line["knn/top1"]) for line in lines if "knn/top1" in line]
     if len(points) < 2:
         return False
-    baselines = {name: line[name] for line in lines for name in BASELINES if name in line}
+    baselines = {name: [line[name]] for line in lines for name in BASELINES if name in line}
     with drawing(path, 4, title=title) as (_, (axis,)):
         axis.plot(*zip(*points, strict=True), marker="o", label="this run")
         axis.annotate(f"{points[-1][1]:.1f}", points[-1], xytext=(4, 5), textcoords="offset points")
         for name, curve in published.items():
             axis.plot(*zip(*curve, strict=True), marker="s", linestyle="--", color="black", label=name)
-        seen = [value for curve in (points, *published.values()) for _, value in curve] + [*baselines.values()]
+        seen = [value for curve in (points, *published.values()) for _, value in curve] + [
+            *(one for known in baselines.values() for one in known)
+        ]
         axis.set(xlabel="epoch", ylabel="kNN top-1, %", ylim=(min(seen) - 2, max(seen) + 3))
         draw_baselines(axis, baselines)
         # Of published curves the epochs of this run.
@@ -154,8 +156,7 @@ def draw_comparison(path: Path, metrics: Mapping[str, Sequence[Measured]], label
             panel.margins(x=0.08)
         panels[0].set_yticks(range(runs), [_short(label) for label in labels])
         panels[0].set_ylim(runs - 0.5, -0.5)
-        if handles := {label: one for p in panels for one, label in zip(*p.get_legend_handles_labels(), strict=True)}:
-            figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
+        merged_legend(figure, panels)
 
 
 def _intervals(axis: "Axes", values: Sequence[float], ends: Sequence[tuple[float, float]], marker: str) -> None:

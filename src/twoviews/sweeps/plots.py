@@ -1,152 +1,133 @@
 """Plots of a sweep: accuracy over each parameter, over two parameters as a map, and the learning curves."""
 
 import math
+import os.path
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any
 
-from twoviews.figures import save_figure
-from twoviews.sweeps.figures import (
-    add_heading,
-    add_legend,
-    colours,
-    file_name,
-    new_panels,
-    set_numeric_ticks,
-    shortened,
-    shortened_apart,
-)
+from twoviews.figures import draw_baselines, drawing, merged_legend
 from twoviews.sweeps.formatting import short_names, text, typed
-from twoviews.sweeps.results import ACCURACIES, CONFIDENCE, ConfigResults, Estimate, Results
+from twoviews.sweeps.results import ACCURACIES, CONFIDENCE, ConfigResults, Results, estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MAX_LINES = 8  # configs of the other parameters that have a line of their own: the best
+MAX_LINES = 8  # configs of the other parameters that have a colour of their own: the best
 MAX_NUMBERED_CELLS = 12  # maps with more rows or columns have no numbers in their cells
-CURVES = {"knn/top1": "kNN accuracy, %", "train/spread": "spread (1 even, 0 collapsed)"}
-PIXELS_KNN = "baseline/pixels_knn_top1"
+MAX_VALUE_TICKS = 12  # more numbers get the ticks of matplotlib
+NAME_LENGTH = 30  # most characters of a value beside an axis
+NUMBER_CHARACTERS = "0123456789.+-"
+LOG_RATIO = 10.0  # positive values whose largest is so many times the smallest get a logarithmic axis
+TICK_DISTANCE = 0.07  # share of an axis between two tick labels that do not touch
+SHIFT_PT = 6.0  # between configs with the same value
+CURVES = {"knn/top1": "kNN accuracy, %", "train/spread": "spread of projections (0: collapsed)"}
+WHISKERS = f"whiskers: {CONFIDENCE}% t-interval of the mean, an arrow where it leaves the axis"
 
 
 def plot_all(folder: Path, results: Results) -> dict[str, Path]:
     """Write every plot that the results allow into a folder; returns the files by title."""
     names, paths = short_names(results.axes), {}
     for key in results.axes:
-        configs = _with_keys(results, key)
-        if (metrics := _measured(configs)) and len(_ordered_values(configs, key)) > 1:
-            path = folder / f"axis_{file_name(names[key])}.png"
-            _plot_parameter(path, results, key, metrics)
-            paths[f"Accuracy over {names[key]}"] = path
+        if len(_ordered_values(_measured(results, key), key)) > 1:
+            paths[f"Accuracy over {names[key]}"] = path = folder / f"axis_{_file_name(names[key])}.png"
+            _plot_parameter(path, results, key)
     for first, second in combinations(results.axes, 2):
-        configs = _with_keys(results, first, second)
-        if (metrics := _measured(configs)) and _fills_map(configs, first, second):
-            path = folder / f"map_{file_name(names[first])}_{file_name(names[second])}.png"
-            _plot_map(path, results, first, second, metrics)
+        if _fills_map(_measured(results, first, second), first, second):
+            path = folder / f"map_{_file_name(names[first])}_{_file_name(names[second])}.png"
             paths[f"Accuracy over {names[first]} and {names[second]}"] = path
-    if any(name in curve for curve in results.curves.values() for name in CURVES):
-        path = folder / "learning.png"
-        _plot_curves(path, results)
-        paths["Learning curves"] = path
+            _plot_map(path, results, first, second)
+    if metrics := [name for name in CURVES if not results.measured_once(name)]:
+        paths["Learning curves"] = path = folder / "learning.png"
+        _plot_curves(path, results, metrics)
     return paths
 
 
-def _plot_parameter(path: Path, results: Results, key: str, metrics: Sequence[str]) -> None:
-    """A panel for each accuracy: means over seeds with their bands, a line for each config of the other parameters."""
-    others, names = [other for other in results.axes if other != key], short_names(results.axes)
-    measured = [config for config in _with_keys(results, key) if _measured([config])]
+def _plot_parameter(path: Path, results: Results, key: str) -> None:
+    """A panel for each accuracy: seeds as dots and their means with intervals, a colour for each config of the others."""
+    others, configs = [other for other in results.axes if other != key], _measured(results, key)
     lines: dict[str, list[ConfigResults]] = {}
-    for config in measured:
+    for config in configs:
         lines.setdefault(_label(results, config, others), []).append(config)
     count = len(lines)
     # In a random search no two configs agree in the other parameters, so there is nothing to join.
     joined = count == 1 or any(len(line) > 1 for line in lines.values())
-    lines = dict(list(lines.items())[:MAX_LINES]) if joined else {"": measured}
+    lines = dict(list(lines.items())[:MAX_LINES]) if joined else {"": configs}
     shown = [config for line in lines.values() for config in line]
-    numeric = all(_is_number(config.axes[key]) for config in shown)
-    order = [] if numeric else _ordered_values(_with_keys(results, key), key)
-    height = 4.2 if numeric else 1.6 + max(1.2, len(order) * (0.32 + 0.16 * len(lines)))
-    figure, panels = new_panels(5.6 * len(metrics) + (0 if numeric else 1.6), height, len(metrics), sharey=not numeric)
-    for panel, metric in zip(panels, metrics, strict=True):
-        for number, ((label, line), colour) in enumerate(zip(lines.items(), colours(len(lines)), strict=True)):
-            points = [(config.axes[key], config) for config in line if len(config.values(metric))]
-            if numeric:
-                _draw_numeric(panel, points, metric, colour, label, joined)
-            else:
-                shift = 0.5 * ((number + 0.5) / len(lines) - 0.5)
-                places = [(order.index(text(value)) + shift, config) for value, config in points]
-                _draw_categorical(panel, places, metric, colour, label, with_seeds=joined)
-        title = f"{ACCURACIES[metric]} accuracy, %"
-        if numeric:
-            set_numeric_ticks(panel, sorted({float(config.axes[key]) for config in shown}))
-            panel.set(xlabel=key, ylabel=title)
-        else:
-            panel.set_yticks(range(len(order)), list(shortened_apart(order).values()))
-            panel.set_ylim(len(order) - 0.5, -0.5)
-            panel.set(xlabel=title)
-        _set_limits(panel, shown, metric, "y" if numeric else "x")
-        panel.grid(alpha=0.3)
-    if not numeric:
-        panels[0].set_ylabel(shortened(key))
-    note = f"mean over seeds, {'band' if numeric and joined else 'bar'}: {CONFIDENCE}% t-interval; small dots: seeds"
+    numeric, order = all(_is_number(config.axes[key]) for config in shown), _ordered_values(shown, key)
+    metrics = [name for name in ACCURACIES if any(len(config.values(name)) for config in shown)]
+    seeds = max(len(config.values(name)) for config in shown for name in metrics)
+    note = f"dots: seeds; line: mean; {WHISKERS}" if seeds > 1 else "dots: jobs, one seed each"
     if joined and count > MAX_LINES:
         note += f"; the {MAX_LINES} best of {count} configs of the other parameters"
-    add_heading(figure, f"{results.name}: accuracy over {names[key]}", note)
-    add_legend(figure, panels[0])
-    save_figure(figure, path)
+    height = 3.2 if numeric else 1.4 + len(order) * (0.2 + SHIFT_PT / 72 * len(lines))
+    heading = {"title": f"{results.title}: accuracy over {short_names(results.axes)[key]}", "note": note}
+    options = {"panels": (1, len(metrics)), "sharey": not numeric, **heading}
+    with drawing(path, min(height, 9.5), **options) as (figure, panels):
+        for panel, metric in zip(panels, metrics, strict=True):
+            limits = _limits([config.values(metric).tolist() for config in shown])
+            for number, (label, line) in enumerate(lines.items()):
+                style = {"color": f"C{number % 10}", "shift": SHIFT_PT * (number - (len(lines) - 1) / 2)}
+                places = [float(c.axes[key]) if numeric else order.index(text(c.axes[key])) for c in line]
+                for place, config in sorted(zip(places, line, strict=True), key=lambda one: one[0]):
+                    _draw_seeds(panel, place, config.values(metric).tolist(), limits, upright=numeric, **style)
+                if label:
+                    panel.plot([], [], marker="o", linestyle="", color=style["color"], label=label)
+            if numeric:
+                _set_numeric_ticks(panel, sorted({float(config.axes[key]) for config in shown}))
+                panel.set(xlabel=key, ylabel=f"{ACCURACIES[metric]} accuracy, %", ylim=limits)
+            else:
+                panel.set_yticks(range(len(order)), [*_shortened_apart(order).values()])
+                panel.set(xlabel=f"{ACCURACIES[metric]} accuracy, %", xlim=limits, ylim=(len(order) - 0.5, -0.5))
+            if metric == "knn/top1":
+                draw_baselines(panel, results.baselines, upright=numeric)
+        if not numeric:
+            panels[0].set_ylabel(_shortened(key))
+        merged_legend(figure, panels)
 
 
-def _draw_numeric(
-    panel: "Axes", points: list[tuple[Any, ConfigResults]], metric: str, colour: Any, label: str, joined: bool
-) -> None:
-    """A line with a band, or markers with bars if they are not joined."""
-    points = sorted(points, key=lambda point: float(point[0]))
-    x, estimates = [float(value) for value, _ in points], [_estimate(config, metric) for _, config in points]
-    means, halves = [value.mean for value in estimates], [value.half for value in estimates]
-    if joined:
-        panel.plot(x, means, marker="o", markersize=5, color=colour, label=label or None)
-        low, high = ([mean + sign * half for mean, half in zip(means, halves, strict=True)] for sign in (-1, 1))
-        panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        # One seed has no interval: the band is open there, and a value between two such ones gets a bar instead.
-        finite = [False, *map(math.isfinite, halves), False]
-        for place, half in enumerate(halves):
-            if finite[place + 1] and not (finite[place] or finite[place + 2]):
-                panel.errorbar(x[place], means[place], half, color=colour, alpha=0.5, capsize=3)
-    else:
-        bars = [half if math.isfinite(half) else 0.0 for half in halves]
-        panel.errorbar(x, means, bars, fmt="o", markersize=5, color=colour, elinewidth=1, capsize=2)
-    for place, (_, config) in zip(x, points, strict=True):
-        seeds = config.values(metric)
-        if len(seeds) > 1:
-            panel.scatter([place] * len(seeds), seeds, s=7, color=colour, alpha=0.6, linewidths=0)
-
-
-def _draw_categorical(
+def _draw_seeds(
     panel: "Axes",
-    places: list[tuple[float, ConfigResults]],
-    metric: str,
-    colour: Any,
-    label: str,
-    with_seeds: bool,
+    place: float,
+    values: Sequence[float],
+    limits: tuple[float, float],
+    *,
+    color: str,
+    shift: float,
+    upright: bool,
 ) -> None:
-    """Horizontal bars around markers, one at each place of the vertical axis."""
-    for number, (place, config) in enumerate(places):
-        value, seeds = _estimate(config, metric), config.values(metric)
-        bar = value.half if math.isfinite(value.half) else 0.0
-        style = {"fmt": "o", "markersize": 5, "color": colour, "capsize": 3}
-        panel.errorbar(value.mean, place, xerr=bar, label=(label or None) if number == 0 else None, **style)
-        if len(seeds) > 1 and with_seeds:
-            panel.scatter(seeds, [place + 0.08] * len(seeds), s=7, color=colour, alpha=0.6, linewidths=0)
+    """Draw the values of one config at a place of the parameter's axis, shifted by some points."""
+    from matplotlib.transforms import ScaledTranslation
+
+    x, y = (shift / 72, 0) if upright else (0, shift / 72)
+    figure: Any = panel.figure
+    moved = panel.transData + ScaledTranslation(x, -y, figure.dpi_scale_trans)
+
+    def put(along: Sequence[float], marker: str = "", **style: Any) -> None:
+        both = [place] * len(along), along
+        xy = both if upright else both[::-1]
+        panel.plot(*xy, **{"color": color, "marker": marker, "transform": moved, "linestyle": "", **style})
+
+    bar, low_arrow, high_arrow = ("_", "v", "^") if upright else ("|", "<", ">")
+    put(values, "o", markersize=4.5, alpha=0.7, markeredgewidth=0)
+    if len(values) < 2:
+        return
+    found = estimate(values)
+    assert found
+    ends = found.mean - found.half, found.mean + found.half
+    put([found.mean], bar, markersize=11, markeredgewidth=1.6)
+    put([max(ends[0], limits[0]), min(ends[1], limits[1])], linestyle="-", linewidth=0.8)
+    put([max(ends[0], limits[0])], bar if ends[0] >= limits[0] else low_arrow, markersize=5, clip_on=False)
+    put([min(ends[1], limits[1])], bar if ends[1] <= limits[1] else high_arrow, markersize=5, clip_on=False)
 
 
-def _set_limits(panel: "Axes", configs: Sequence[ConfigResults], metric: str, along: Literal["x", "y"]) -> None:
-    """Limits around all seeds and the intervals of at least three; that of two may be wider than all the rest."""
-    estimates = [value for config in configs if (value := config.estimate(metric))]
-    values = [value for config in configs for value in config.values(metric)]
-    values += [value.mean + sign * value.half for value in estimates if value.count > 2 for sign in (-1, 1)]
-    margin = max(0.05 * (max(values) - min(values)), 0.5)
-    limits = (max(0.0, min(values) - margin), min(100.0, max(values) + margin))
-    (panel.set_ylim if along == "y" else panel.set_xlim)(*limits)
+def _limits(seeds: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Limits around all seeds with room for usual intervals; that of two seeds may be wider than all the rest."""
+    values = [value for each in seeds for value in each]
+    room = 0.5 if max(map(len, seeds)) > 1 else 0.1
+    margin = max(room * (max(values) - min(values)), 0.5)
+    return max(0.0, min(values) - margin), min(100.0, max(values) + margin)
 
 
 def _fills_map(configs: Sequence[ConfigResults], first: str, second: str) -> bool:
@@ -156,126 +137,148 @@ def _fills_map(configs: Sequence[ConfigResults], first: str, second: str) -> boo
     return min(len(rows), len(columns)) > 1 and len(cells) >= 0.5 * len(rows) * len(columns)
 
 
-def _plot_map(path: Path, results: Results, first: str, second: str, metrics: Sequence[str]) -> None:
+def _plot_map(path: Path, results: Results, first: str, second: str) -> None:
     """Means over seeds by two parameters; the best of the configs that share a cell."""
-    import numpy as np
-
-    configs, names = _with_keys(results, first, second), short_names(results.axes)
-    rows, columns = _ordered_values(configs, first), _ordered_values(configs, second)
-    longest = max(map(len, shortened_apart(columns).values()))
-    width = len(metrics) * (2.4 + max(2.4, 0.62 * len(columns)))
-    height = 2.0 + max(1.6, 0.45 * len(rows)) + (0.075 * longest if longest > 6 else 0)
-    figure, panels = new_panels(min(width, 22.0), min(height, 18.0), len(metrics), sharey=True)
-    for panel, metric in zip(panels, metrics, strict=True):
-        cells = np.full((len(rows), len(columns)), np.nan)
-        for config in configs:
-            if value := config.estimate(metric):
-                cell = rows.index(text(config.axes[first])), columns.index(text(config.axes[second]))
-                cells[cell] = np.nanmax([cells[cell], value.mean])
-        panel.set_facecolor("#dddddd")
-        figure.colorbar(panel.imshow(cells, cmap="viridis", aspect="auto"), ax=panel, shrink=0.9)
-        panel.set_title(f"{ACCURACIES[metric]} accuracy, %", fontsize=10)
-        panel.set_xticks(range(len(columns)), list(shortened_apart(columns).values()))
-        if longest > 6:
-            panel.tick_params(axis="x", labelrotation=90)
-        panel.set_yticks(range(len(rows)), list(shortened_apart(rows).values()))
-        panel.set_xlabel(shortened(second))
-        if max(len(rows), len(columns)) <= MAX_NUMBERED_CELLS:
-            middle = (np.nanmin(cells) + np.nanmax(cells)) / 2
-            for (row, column), mean in np.ndenumerate(cells):
-                if not math.isnan(mean):
-                    style: Any = {"ha": "center", "va": "center", "fontsize": 8}
-                    panel.text(column, row, f"{mean:.1f}", color="black" if mean > middle else "white", **style)
-    panels[0].set_ylabel(shortened(first))
-    note = "mean over seeds; grey: no finished job"
-    if len(results.axes) > 2:
-        note += "; the best of the configs that share a cell"
-    add_heading(figure, f"{results.name}: {names[first]} and {names[second]}", note)
-    save_figure(figure, path)
-
-
-def _plot_curves(path: Path, results: Results) -> None:
-    """KNN accuracy and spread over epochs: a colour for each of the best configs, a thin line for each job."""
     import pandas as pd
 
-    curves = {digest: curve for digest, curve in results.curves.items() if len(curve)}
-    metrics = [name for name in CURVES if any(name in curve for curve in curves.values())]
-    started = [config for config in results.configs if any(digest in curves for digest in config.jobs.index)]
+    configs, names = _measured(results, first, second), short_names(results.axes)
+    rows, columns = (_ordered_values(configs, key) for key in (first, second))
+    metrics = [name for name in ACCURACIES if any(len(config.values(name)) for config in configs)]
+    note = "mean over seeds; grey: no finished job"
+    note += "; the best of the configs that share a cell" if len(results.axes) > 2 else ""
+    longest = max(map(len, _shortened_apart(columns).values()))
+    height = 1.4 + max(1.2, 0.3 * len(rows)) + (0.07 * longest if longest > 6 else 0)
+    heading = {"title": f"{results.title}: {names[first]} and {names[second]}", "note": note}
+    options = {"panels": (1, len(metrics)), "sharey": True, **heading}
+    with drawing(path, min(height, 9.5), **options) as (figure, panels):
+        for panel, metric in zip(panels, metrics, strict=True):
+            means = [
+                (text(c.axes[first]), text(c.axes[second]), c.values(metric).mean()) for c in configs
+            ]  # NaN where it was not measured
+            table = (
+                pd.DataFrame(means)
+                .pivot_table(index=0, columns=1, values=2, aggfunc="max")
+                .reindex(rows, columns=columns)
+            )
+            cells = table.to_numpy(float)
+            panel.set_facecolor("#dddddd")
+            figure.colorbar(panel.imshow(cells, cmap="viridis", aspect="auto"), ax=panel, shrink=0.9)
+            panel.set(title=f"{ACCURACIES[metric]} accuracy, %", xlabel=_shortened(second))
+            panel.set_xticks(
+                range(len(columns)), [*_shortened_apart(columns).values()], rotation=90 if longest > 6 else 0
+            )
+            panel.set_yticks(range(len(rows)), [*_shortened_apart(rows).values()])
+            panel.grid(visible=False)
+            if max(len(rows), len(columns)) <= MAX_NUMBERED_CELLS:
+                middle = (table.min(axis=None) + table.max(axis=None)) / 2
+                for row, column in zip(*(~table.isna()).to_numpy().nonzero(), strict=True):
+                    colour = "black" if cells[row, column] > middle else "white"
+                    panel.text(column, row, f"{cells[row, column]:.1f}", color=colour, ha="center", va="center")
+        panels[0].set_ylabel(_shortened(first))
+
+
+def _plot_curves(path: Path, results: Results, metrics: Sequence[str]) -> None:
+    """Values over epochs: a colour for each of the best configs, a thin line for each job."""
+    import pandas as pd
+
+    started = [config for config in results.configs if any(len(results.curves[job]) for job in config.jobs.index)]
     shown = started[:MAX_LINES]
-    figure, panels = new_panels(5.6 * len(metrics), 4.2, len(metrics))
-    for panel, metric in zip(panels, metrics, strict=True):
-        for config, colour in zip(shown, colours(len(shown)), strict=True):
-            own = [curves[digest] for digest in config.jobs.index if digest in curves and metric in curves[digest]]
-            own = [curve[curve[metric].abs() < math.inf].groupby("epoch")[metric].last() for curve in own]
-            for line in own if len(own) > 1 else ():
-                marker = "." if len(line) == 1 else None  # or it would be invisible
-                panel.plot(line.index, line, color=colour, alpha=0.4, linewidth=0.8, marker=marker)
-            # As far as all seeds go: a mean over fewer seeds would jump without anything having happened.
-            seeds: Any = pd.concat(own, axis=1) if own else pd.DataFrame()
-            means = seeds.mean(axis=1)[(count := seeds.count(axis=1)) == count.max()]
-            marker = "o" if len(means) == 1 or metric == "knn/top1" and len(means) < 30 else None
-            label = _label(results, config, results.axes) or None
-            panel.plot(means.index, means, color=colour, marker=marker, markersize=3.5, label=label)
-        panel.set(xlabel="epoch", ylabel=CURVES[metric])
-        last = max(curve["epoch"].max() for curve in curves.values())
-        panel.set_xlim(0, 1.03 * last if last else None)
-        panel.grid(alpha=0.3)
-        if metric == "knn/top1":
-            _draw_pixels_line(panel, [curve[PIXELS_KNN] for curve in curves.values() if PIXELS_KNN in curve])
-        else:
-            panel.set_ylim(0, max(1.02, panel.get_ylim()[1]))
     several = any(len(config.jobs) > 1 for config in shown)
     note = "thick: mean, as far as all started seeds go; thin: each seed" if several else "a line for each job"
-    if len(started) > len(shown):
-        note += f"; the {len(shown)} best of {len(started)} configs"
-    add_heading(figure, f"{results.name}: learning curves", note)
-    add_legend(figure, panels[0])
-    save_figure(figure, path)
+    note += f"; the {len(shown)} best of {len(started)} configs" if len(started) > len(shown) else ""
+    heading = {"title": f"{results.title}: learning curves", "note": note}
+    with drawing(path, 3.2, panels=(1, len(metrics)), **heading) as (figure, panels):
+        for panel, metric in zip(panels, metrics, strict=True):
+            for number, config in enumerate(shown):
+                curves = [curve for job in config.jobs.index if metric in (curve := results.curves[job])]
+                own = [curve[curve[metric].abs() < math.inf].groupby("epoch")[metric].last() for curve in curves]
+                seeds: Any = pd.concat(own, axis=1) if own else pd.DataFrame()
+                for name in range(seeds.shape[1] if seeds.shape[1] > 1 else 0):
+                    panel.plot(seeds.iloc[:, name].dropna(), color=f"C{number}", alpha=0.4, linewidth=0.7)
+                # As far as all seeds go: a mean over fewer seeds would jump without anything having happened.
+                means = seeds.mean(axis=1)[(count := seeds.count(axis=1)) == count.max()]
+                marker = "o" if metric == "knn/top1" and len(means) < 30 else None
+                label = _label(results, config, results.axes) or None
+                panel.plot(means, color=f"C{number}", marker=marker, markersize=3, label=label)
+            last = max(curve["epoch"].max() for curve in results.curves.values() if len(curve))
+            panel.set(xlabel="epoch", ylabel=CURVES[metric], xlim=(0, 1.03 * last or None))
+            if metric == "knn/top1":
+                low, high = panel.get_ylim()
+                known = [value for values in results.baselines.values() for value in values]
+                panel.set_ylim(
+                    min([low, *(value - 1 for value in known)]), max([high, *(value + 1 for value in known)])
+                )
+                draw_baselines(panel, results.baselines, upright=True)
+            else:
+                panel.set_ylim(0, max(1.02, panel.get_ylim()[1]))
+        merged_legend(figure, panels)
 
 
-def _draw_pixels_line(panel: "Axes", columns: Sequence[Any]) -> None:
-    """The kNN accuracy on raw pixels as a dashed line, if all jobs have the same."""
-    values = [value for column in columns for value in column.dropna()]
-    if not values or max(values) - min(values) >= 0.01:
-        return
-    panel.axhline(values[0], color="grey", linestyle="--", linewidth=1)
-    style: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right", "va": "top"}
-    panel.annotate("raw pixels", (0.99, values[0]), xytext=(0, -3), fontsize=8, color="grey", **style)
+def _measured(results: Results, *keys: str) -> list[ConfigResults]:
+    """Configs that have all of these parameters and an accuracy, the best first."""
+    having = [config for config in results.configs if config.axes.keys() >= {*keys}]
+    return [config for config in having if any(len(config.values(name)) for name in ACCURACIES)]
 
 
-def _with_keys(results: Results, *keys: str) -> list[ConfigResults]:
-    """Configs that have all of these parameters, the best first."""
-    return [config for config in results.configs if config.axes.keys() >= {*keys}]
-
-
-def _measured(configs: Sequence[ConfigResults]) -> list[str]:
-    """The accuracies that any of these configs has."""
-    return [name for name in ACCURACIES if any(len(config.values(name)) for config in configs)]
-
-
-def _estimate(config: ConfigResults, metric: str) -> Estimate:
-    value = config.estimate(metric)
-    assert value
-    return value
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _ordered_values(configs: Sequence[ConfigResults], key: str) -> list[str]:
     """Each value of a parameter once, as text: numbers by size, then the others by name."""
     values = {text(config.axes[key]): config.axes[key] for config in configs}
-    numbers = sorted((name for name, value in values.items() if _is_number(value)), key=lambda name: values[name])
-    return numbers + sorted(name for name in values if name not in numbers)
+    return sorted(values, key=lambda one: (0, values[one], "") if _is_number(values[one]) else (1, 0, one))
 
 
 def _label(results: Results, config: ConfigResults, keys: Sequence[str]) -> str:
     """The values of these parameters for a legend, such as "temperature=0.1, lr=0.03"."""
     names, parts = short_names(results.axes), []
     for key in keys:
+        having = [other for other in results.configs if key in other.axes]
         value = typed(config.axes, key)
-        parts.append(
-            f"{names[key]}={shortened_apart(_ordered_values(_with_keys(results, key), key)).get(value, value)}"
-        )
+        parts.append(f"{names[key]}={_shortened_apart(_ordered_values(having, key)).get(value, value)}")
     return ", ".join(parts)
+
+
+def _set_numeric_ticks(panel: "Axes", values: Sequence[float]) -> None:
+    """Set a tick at each value (sorted) that has room for its label, on a logarithmic axis if the values span it."""
+    logarithmic = values[0] > 0 and values[-1] / values[0] >= LOG_RATIO
+    position, value_at = (math.log, math.exp) if logarithmic else (float, float)
+    low, high = position(values[0]), position(values[-1])
+    panel.set_xscale("log" if logarithmic else "linear")
+    panel.set_xlim(value_at(low - 0.12 * (high - low)), value_at(high + 0.12 * (high - low)))
+    if len(values) > MAX_VALUE_TICKS:
+        return
+    ticks: list[float] = []
+    for value in values:
+        distance = TICK_DISTANCE * max(1.0, len(f"{value:g}") / 4)
+        if not ticks or (position(value) - position(ticks[-1])) / (high - low) > distance:
+            ticks.append(value)
+    panel.set_xticks(ticks, [f"{value:g}" for value in ticks])
+    panel.set_xticks([], minor=True)
+
+
+def _file_name(name: str) -> str:
+    """A name with underscores for everything that is unusual in names of files."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+
+
+def _shortened(name: str) -> str:
+    """The name, or its two ends: names often differ at the end."""
+    end = (NAME_LENGTH - 1) // 2
+    return name if len(name) <= NAME_LENGTH else f"{name[:end]}…{name[-end:]}"
+
+
+def _shortened_apart(names: Sequence[str]) -> dict[str, str]:
+    """Each name shortened; if two become equal by that, without the beginning and the end that all share."""
+    short = {name: _shortened(name) for name in names}
+    if len(set(short.values())) == len(short):
+        return short
+    start = len(os.path.commonprefix(list(short)))
+    end = len(os.path.commonprefix([name[start:][::-1] for name in short]))
+    first = next(iter(short))
+    while start and first[start - 1] in NUMBER_CHARACTERS:  # numbers are kept whole: 0.05 and 0.03 differ in one digit
+        start -= 1
+    while end and first[len(first) - end] in NUMBER_CHARACTERS:
+        end -= 1
+    return {name: _shortened(f"…{name[start : len(name) - end]}…") for name in short}
