@@ -107,26 +107,22 @@ def save_sheet(sheet: "Image", path: Path) -> None:
             sheet.save(stream, format=file.suffix[1:].upper(), resolution=sheet.width / WIDTH, quality=95)
 
 
-def draw_baselines(axis: "Axes", values: Mapping[str, Sequence[float]], upright: bool = True) -> None:
+def draw_baselines(axis: "Axes", values: Mapping[str, Sequence[float]]) -> None:
     """Draw the kNN accuracy of each of `BASELINES` as a line; one outside of the limits is in the legend only.
 
     Args:
         axis: a panel whose limits are set.
         values: of one run or more, in percent, by the names in metrics.jsonl. The line is at their mean; there is none if
             they differ by more than MAX_SPAN.
-        upright: whether accuracy goes up, and not to the right.
     """
-    low, high = axis.get_ylim() if upright else axis.get_xlim()
+    low, high = axis.get_ylim()
     for name, (label, style) in BASELINES.items():
         known = values.get(name, ())
         if known and max(known) - min(known) <= MAX_SPAN:
             value = sum(known) / len(known)
             side = " (lower)" if value < low else " (higher)" if value > high else ""
             look = {"color": "grey", "linestyle": style, "label": f"{label}: {value:.1f}{side}"}
-            if side:
-                axis.plot([], [], **look)
-            else:
-                (axis.axhline if upright else axis.axvline)(value, **look)
+            axis.plot([], [], **look) if side else axis.axhline(value, **look)
 
 
 def merged_legend(figure: "Figure", panels: "Sequence[Axes]") -> None:

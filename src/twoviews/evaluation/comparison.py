@@ -1,7 +1,7 @@
 """Evaluations of several runs as one table and one picture, in which the runs are called by what differs in them."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,10 @@ def compare(evaluations: Mapping[str, Evaluation], folder: Path, console: Consol
     rows = short_table(evaluations)
     write_atomic(folder / "comparison.csv", as_csv(table(evaluations)))
     write_atomic(folder / "comparison.md", page(evaluations))
-    write_atomic(folder / "comparison.tex", as_latex(rows, shown))
+    write_atomic(folder / "comparison.tex", as_latex(rows, [column_name(name) for name in shown]))
     files = [folder / f"comparison.{kind}" for kind in ("csv", "md", "tex")]
     if shown:
-        measured = {
-            label: [_measured(evaluations[run], name) for run in order] for name, label in _axis_labels(shown).items()
-        }
+        measured = {column_name(name): [_measured(evaluations[run], name) for run in order] for name in shown}
         draw_comparison(folder / "comparison.png", measured, [names[run] for run in order], _title(evaluations))
         files += files_of(folder / "comparison.png")
     console.rows(f"{_title(evaluations)}, the best first", rows)
@@ -133,20 +131,20 @@ def short_table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
     for run in ordered(evaluations):
         one = evaluations[run]
         row: Row = {key: differing[run][key] for key in keys} if apart else {"run": names[run]}
-        row |= {name: _cell(one, name) for name in shown}
+        row |= {column_name(name): _cell(one, name) for name in shown}
         rows.append(row | {name: _plain(one.settings.get(name, "")) for name in settings})
     for baseline, (label, _) in BASELINES.items():
         known = [one.baselines[baseline] for one in evaluations.values() if baseline in one.baselines]
         if known and "knn/top1" in shown:
             row = dict.fromkeys(rows[0], "")
-            rows.append({**row, next(iter(row)): label, "knn/top1": span(known)})
+            rows.append({**row, next(iter(row)): label, column_name("knn/top1"): span(known)})
     return rows
 
 
 def page(evaluations: Mapping[str, Evaluation]) -> str:
     """Markdown: the short table, what does not differ, and which run is which."""
     names, order = run_labels(evaluations), ordered(evaluations)
-    parts = [as_markdown(short_table(evaluations), headlines(evaluations))]
+    parts = [as_markdown(short_table(evaluations), [column_name(name) for name in headlines(evaluations)])]
     parts.append("In brackets: 95 % intervals over test images. comparison.csv has all values.")
     if shared := [f"{name} = {found[0]}" for name, found in _settings(evaluations).items() if len(found) == 1]:
         parts.append(f"The same for all: {', '.join(shared)}.")
@@ -164,17 +162,18 @@ def _settings(evaluations: Mapping[str, Evaluation]) -> dict[str, list[str]]:
 
 
 def _title(evaluations: Mapping[str, Evaluation]) -> str:
-    titles = {one.title for one in evaluations.values()}
+    """What all runs have in common, and their number."""
+    parts = [one.title.split(", ") for one in evaluations.values()]
+    shared = ", ".join(part for part in parts[0] if all(part in other for other in parts))
     data = {str(one.settings.get("data", "")) for one in evaluations.values()}
-    shared = (
-        titles.pop() if len(titles) == 1 else "images of " + data.pop() if len(data) == 1 and "" not in data else ""
-    )
+    shared = shared or ("images of " + data.pop() if len(data) == 1 and "" not in data else "")
     return ": ".join(filter(None, (printable(shared), f"{len(evaluations)} runs")))
 
 
-def _axis_labels(names: Sequence[str]) -> dict[str, str]:
-    known = {"knn/top1": "kNN top-1, %", "linear/top1": "linear top-1, %"}
-    return {name: known.get(name) or (name.replace("/top1", " top-1, %")) for name in names}
+def column_name(name: str) -> str:
+    """The name of a value in tables to read."""
+    known = {"knn/top1": "kNN, %", "linear/top1": "linear, %"}
+    return known.get(name) or name.replace("/top1", ", %")
 
 
 def _measured(evaluation: Evaluation, name: str) -> Measured:

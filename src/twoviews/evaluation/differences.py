@@ -39,6 +39,7 @@ def differences(configs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dic
             explained = len({*by_group}) == len({*zip(by_group, column, strict=True)}) if groups else False
             follows = column in roots or (explained and not key.startswith(ALWAYS))
             (following if follows else shown).append(key)
+    shown.sort(key="seed".__eq__)  # the last, as it says least
     names = short_names(shown)
     return {run: {names[key]: _typed(one, key) for key in shown} for run, one in values.items()}, following
 

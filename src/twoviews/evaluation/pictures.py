@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
@@ -12,9 +12,6 @@ from twoviews.errors import printable
 from twoviews.figures import BASELINES, WIDTH, draw_baselines, drawing, merged_legend
 from twoviews.protocols.classification import CONFIDENCE_PERCENT
 from twoviews.protocols.protocol import TableRow
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 MAX_NUMBERED_CLASSES = 20  # with more, the cells of a confusion matrix have no numbers
 MAX_NAME = 40  # characters of a name beside an axis
@@ -63,20 +60,11 @@ def draw_per_class(path: Path, rows: Sequence[TableRow], title: str) -> None:
         title: above the plot.
     """
     known = sorted((row for row in rows if row["images"]), key=lambda row: -float(row["accuracy"]))
-    values = [float(row["accuracy"]) for row in known]
-    total = sum(int(row["images"]) for row in known)
-    mean = sum(value * int(row["images"]) for value, row in zip(values, known, strict=True)) / total
-    with drawing(path, min(9.5, 1.2 + 0.2 * len(known)), title=title) as (_, (axis,)):
-        axis.barh(range(len(known)), values, color="#7fa8d1")
-        _intervals(axis, values, [(float(row["low"]), float(row["high"])) for row in known], "none")
-        if len(known) <= MAX_TICKS:
-            for place, value in enumerate(values):
-                style: Any = {"textcoords": "offset points", "va": "center", "fontsize": 7}
-                axis.annotate(f"{value:.1f}", (0, place), xytext=(4, 0), **style)
-        axis.axvline(mean, color="black", linestyle="--", linewidth=1)
-        axis.set_yticks(*_ticks([f"{row['class']} ({row['images']:,})" for row in known]))
-        explained = f"accuracy, %, with {CONFIDENCE_PERCENT} % intervals; dashed: of all images, {mean:.1f}"
-        axis.set(xlabel=explained, xlim=(0, 100), ylim=(len(known) - 0.5, -0.5))
+    images = [int(row["images"]) for row in known]
+    measured = [Measured(float(row["accuracy"]), (float(row["low"]), float(row["high"]))) for row in known]
+    mean = sum(one.value * count for one, count in zip(measured, images, strict=True)) / sum(images)
+    labels = [f"{row['class']} ({count:,})" for row, count in zip(known, images, strict=True)]
+    draw_comparison(path, {"accuracy of the class (images), %": measured}, labels, title, mean)
 
 
 def published_curve(config: Mapping[str, Any]) -> dict[str, Sequence[tuple[float, float]]]:
@@ -127,8 +115,14 @@ def draw_knn_curve(
     return True
 
 
-def draw_comparison(path: Path, metrics: Mapping[str, Sequence[Measured]], labels: Sequence[str], title: str) -> None:
-    """Draw some numbers of several runs, a panel each, as dots with intervals, the first run on top.
+def draw_comparison(
+    path: Path,
+    metrics: Mapping[str, Sequence[Measured]],
+    labels: Sequence[str],
+    title: str,
+    mean: float | None = None,
+) -> None:
+    """Draw some numbers of several runs or classes, a panel each, as dots with intervals, the first on top.
 
     The axes go as far as what was measured goes, and not from 0 to 100.
 
@@ -137,41 +131,36 @@ def draw_comparison(path: Path, metrics: Mapping[str, Sequence[Measured]], label
         metrics: what each run measured, by the name and unit of the number.
         labels: of the runs.
         title: above the panels.
+        mean: where a dashed line is.
     """
-    runs = len(labels)
-    options = {"panels": (1, len(metrics)), "sharey": True, "title": title}
-    with drawing(path, min(9.5, 1.5 + 0.24 * runs), **options) as (figure, panels):
+    height = min(9.5, 1.5 + 0.2 * len(labels))
+    with drawing(path, height, panels=(1, len(metrics)), sharey=True, title=title) as (figure, panels):
         for panel, (name, measured) in zip(panels, metrics.items(), strict=True):
-            has_interval = any(one.interval for one in measured)
-            ends = [one.interval or (one.value, one.value) for one in measured]
-            _intervals(panel, [one.value for one in measured], ends, "o")
+            values, ends = [one.value for one in measured], [one.interval or (one.value,) * 2 for one in measured]
+            widths = [
+                (max(0.0, one.value - low), max(0.0, high - one.value))
+                for one, (low, high) in zip(measured, ends, strict=True)
+            ]
+            style: Any = {"fmt": "o", "ecolor": "#7fa8d1", "elinewidth": 1.5}
+            panel.errorbar(values, range(len(values)), xerr=[*zip(*widths, strict=True)], **style)
             for baseline, (label, _) in BASELINES.items():
                 known = [
                     (one.baselines[baseline], row) for row, one in enumerate(measured) if baseline in one.baselines
                 ]
+                marker = "|" if "untrained" in baseline else "x"
                 if known:
-                    marker = {"marker": "|" if "untrained" in baseline else "x", "color": "grey"}
-                    panel.plot(*zip(*known, strict=True), linestyle="", label=label, **marker)
-            panel.set_xlabel(name + (f" ({CONFIDENCE_PERCENT} % interval)" if has_interval else ""))
-            panel.margins(x=0.08)
-        panels[0].set_yticks(range(runs), [_short(label) for label in labels])
-        panels[0].set_ylim(runs - 0.5, -0.5)
+                    panel.plot(*zip(*known, strict=True), marker, color="black", label=label)
+            if mean is not None:
+                panel.axvline(mean, color="black", linestyle="--", linewidth=1, label=f"all: {mean:.1f}")
+            interval = f", with {CONFIDENCE_PERCENT} % intervals" if any(one.interval for one in measured) else ""
+            panel.set_xlabel(name + interval)
+        panels[0].set_yticks(*_ticks(labels))
+        panels[0].set_ylim(len(labels) - 0.5, -0.5)
         merged_legend(figure, panels)
-
-
-def _intervals(axis: "Axes", values: Sequence[float], ends: Sequence[tuple[float, float]], marker: str) -> None:
-    """Draw horizontal intervals in rows from the top, with a marker at each value; NaN is not drawn."""
-    below = [max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)]
-    above = [max(0.0, high - value) for value, (_, high) in zip(values, ends, strict=True)]
-    style: Any = {"fmt": marker, "color": "black" if marker == "none" else "C0", "ecolor": "black"}
-    axis.errorbar(values, range(len(values)), xerr=(below, above), capsize=2, elinewidth=1, **style)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"
 
 
 def _ticks(names: Sequence[str]) -> tuple[list[int], list[str]]:
     """Positions and texts of at most MAX_TICKS ticks at equal distances."""
     places = list(range(0, len(names), -(-len(names) // MAX_TICKS)))
-    return places, [_short(printable(names[place])) for place in places]
+    shown = [printable(names[place]) for place in places]
+    return places, [name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…" for name in shown]
