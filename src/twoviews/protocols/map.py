@@ -44,9 +44,7 @@ class Map(Protocol):
         algorithm: Literal["tsne", "umap"] = "tsne",
     ):
         if algorithm == "umap" and find_spec("umap") is None:
-            raise BadInput(
-                "protocol.map.algorithm=umap needs umap-learn; run `pip install umap-learn`, or use algorithm=tsne."
-            )
+            raise BadInput("algorithm=umap needs umap-learn; run `pip install umap-learn`, or use algorithm=tsne.")
         self.split, self.algorithm, self.seed, self.every_epochs = split, algorithm, seed, every_epochs
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
@@ -88,8 +86,9 @@ def draw_map(
     colours, names = _colours(len(classes)), [printable(name)[:MAX_NAME] for name in classes]
     # The page is as high as the points need at its width, so that they fill it at one scale.
     extent = (plane.max(0).values - plane.min(0).values).clamp(min=1e-9)
-    columns = max(1, min(len(names), int(100 / (max(map(len, names), default=1) + 4))))
-    legend = 0.16 * -(-len(names) // columns) if y is not None else 0
+    points = 7 if len(names) <= 20 else 6  # size of the letters of the legend
+    columns = max(1, min(len(names), int(800 / points / (max(map(len, names), default=1) + 4))))
+    legend = points / 45 * -(-len(names) // columns) if y is not None else 0
     height = WIDTH * min(1.3, max(0.5, float(extent[1] / extent[0]))) + legend + 0.5
     heading = f"{title}: {len(plane):,} images, {NAMES[algorithm]}"
     with drawing(path, height, title=heading) as (figure, (axis,)):
@@ -99,11 +98,12 @@ def draw_map(
         axis.scatter(plane[:, 0], plane[:, 1], s=size, linewidths=0, color=shown)
         if y is not None:
             handles = [axis.scatter([], [], s=24, linewidths=0, color=colour) for colour in colours]
-            figure.legend(handles, names, loc="outside lower center", ncols=columns, handletextpad=0.1, columnspacing=1)
+            style: Any = {"loc": "outside lower center", "handletextpad": 0.1, "columnspacing": 1}
+            figure.legend(handles, names, ncols=columns, fontsize=points, **style)
             for label in y.unique().tolist() if len(names) > MAX_PLAIN_CLASSES else ():
                 _write_name(axis, plane[y == label].median(0).values.tolist(), names[label], colours[label])
         axis.set(xticks=[], yticks=[])
-        axis.set_aspect("equal", adjustable="datalim")
+        axis.set_aspect("equal", adjustable="box")
         axis.margins(0.02)
 
 
