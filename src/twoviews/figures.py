@@ -25,6 +25,7 @@ BASELINES = {  # name in metrics.jsonl: name, style of the line
     "baseline/untrained_knn_top1": ("untrained encoder", ":"),
     "baseline/pixels_knn_top1": ("raw pixels", "--"),
 }
+TRIAL_HEIGHT = 40.0  # inches; it has room for all that stands around the panels
 MAX_SPAN = 5.0  # percent points between baselines; with more, a line at the mean would be of no run
 _formats = ["png"]
 
@@ -73,8 +74,8 @@ def drawing(
 
     Args:
         path: of the picture; its suffix is that of the chosen formats.
-        height: in inches.
-        width: in inches.
+        height: of a panel, in inches. Titles, legend and names beside the axes make the figure as high as they need.
+        width: of the figure, in inches.
         panels: rows and columns.
         title: above all panels.
         note: below the title.
@@ -84,11 +85,14 @@ def drawing(
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        lines = [*textwrap.wrap(printable(title), int(width * 15)), *textwrap.wrap(note, int(width * 17))]
-        if lines:
-            figure.suptitle("\n".join(lines))
-        yield figure, list(figure.subplots(*panels, squeeze=False, **options).flat)
+        figure = Figure(figsize=(width, TRIAL_HEIGHT), layout="constrained")
+        length = int(width * 13)
+        figure.suptitle("\n".join([*textwrap.wrap(printable(title), length), *textwrap.wrap(note, length)]))
+        axes = list(figure.subplots(*panels, squeeze=False, **options).flat)
+        yield figure, axes
+        figure.draw_without_rendering()
+        more = height - axes[0].get_position(original=True).height * TRIAL_HEIGHT
+        figure.set_figheight(TRIAL_HEIGHT + more * panels[0])
         save_figure(figure, path)
 
 

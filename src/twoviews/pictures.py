@@ -116,7 +116,7 @@ def draw_curves(path: Path, lines: Iterable[Mapping[str, float]], title: str) ->
     lines = list(lines)
     last = max((line["epoch"] for line in lines), default=0)
     baselines = {name: [line[name]] for line in lines for name in BASELINES if name in line}
-    with drawing(path, 4.6, panels=(2, 2), title=title) as (_, axes):
+    with drawing(path, 1.6, panels=(2, 2), title=title) as (_, axes):
         for axis, (name, heading) in zip(axes, PANELS.items(), strict=True):
             points = [(line["epoch"], line[name]) for line in lines if name in line]
             axis.set(title=heading, xlabel="epoch", xlim=(0, 1.03 * last or 1))

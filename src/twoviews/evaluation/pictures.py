@@ -37,7 +37,7 @@ def draw_confusion(path: Path, confusion: Int[Tensor, "C C"], classes: Sequence[
     count = len(classes)
     shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     side = min(WIDTH, 3.0 + 0.3 * count)
-    with drawing(path, side - 0.6, width=side, title=title) as (figure, (axis,)):
+    with drawing(path, side - 1.6, width=side, title=title) as (figure, (axis,)):
         picture = axis.imshow(100 * shares.numpy(), cmap="Blues", vmin=0, vmax=100)
         figure.colorbar(picture, ax=axis, label="share of the class, %", shrink=0.8)
         places, names = _ticks(classes)
@@ -99,7 +99,7 @@ def draw_knn_curve(
     if len(points) < 2:
         return False
     baselines = {name: [line[name]] for line in lines for name in BASELINES if name in line}
-    with drawing(path, 4, title=title) as (_, (axis,)):
+    with drawing(path, 3, title=title) as (_, (axis,)):
         axis.plot(*zip(*points, strict=True), marker="o", label="this run")
         axis.annotate(f"{points[-1][1]:.1f}", points[-1], xytext=(4, 5), textcoords="offset points")
         for name, curve in published.items():
@@ -133,7 +133,7 @@ def draw_comparison(
         title: above the panels.
         mean: where a dashed line is.
     """
-    height = min(9.5, 1.5 + 0.2 * len(labels))
+    height = min(8.0, 0.3 + 0.2 * len(labels))
     with drawing(path, height, panels=(1, len(metrics)), sharey=True, title=title) as (figure, panels):
         for panel, (name, measured) in zip(panels, metrics.items(), strict=True):
             values, ends = [one.value for one in measured], [one.interval or (one.value,) * 2 for one in measured]

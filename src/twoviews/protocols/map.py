@@ -88,8 +88,7 @@ def draw_map(
     extent = (plane.max(0).values - plane.min(0).values).clamp(min=1e-9)
     points = 7 if len(names) <= 20 else 6  # size of the letters of the legend
     columns = max(1, min(len(names), int(800 / points / (max(map(len, names), default=1) + 4))))
-    legend = points / 45 * -(-len(names) // columns) if y is not None else 0
-    height = WIDTH * min(1.3, max(0.5, float(extent[1] / extent[0]))) + legend + 0.5
+    height = WIDTH * min(1.3, max(0.5, float(extent[1] / extent[0])))
     heading = f"{title}: {len(plane):,} images, {NAMES[algorithm]}"
     with drawing(path, height, title=heading) as (figure, (axis,)):
         # In the order of the draw, so that no class covers another.

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 MAX_LINES = 8  # configs of the other parameters that have a colour of their own: the best
 MAX_VALUES = 12  # of a parameter: up to so many stand at equal distances, and cells of a map have numbers
-LINE_LENGTH = 24  # characters of a value on one line
+LINE_LENGTH = 32  # characters of a value on one line
 LOG_RATIO = 10.0  # many positive values whose largest is so many times the smallest get a logarithmic axis
 SHIFT_PT = 6.0  # between configs with the same value
-CURVES = {"knn/top1": "kNN accuracy, %", "train/spread": "spread of projections (0: collapsed)"}
+CURVES = {"knn/top1": "kNN accuracy, %", "train/spread": "spread of projections"}
 WHISKERS = f"whiskers: {CONFIDENCE}% t-interval of the mean, an arrow where it leaves the axis"
 
 
@@ -62,8 +62,7 @@ def _plot_parameter(path: Path, results: Results, key: str) -> None:
         f"; the {MAX_LINES} best of {count} configs of the other parameters" if grouped and count > MAX_LINES else ""
     )
     heading = {"title": f"{results.title}: accuracy over {names[key]}", "note": note}
-    height = 3.0 + 0.12 * sum(1 + label.count("\n") for label in lines)
-    with drawing(path, height, panels=(1, len(metrics)), **heading) as (figure, panels):
+    with drawing(path, 2.2, panels=(1, len(metrics)), **heading) as (figure, panels):
         for panel, metric in zip(panels, metrics, strict=True):
             limits = _limits([config.values(metric).tolist() for config in shown])
             for number, (label, line) in enumerate(lines.items()):
@@ -121,7 +120,8 @@ def _plot_map(path: Path, results: Results, first: str, second: str) -> None:
     note = "mean over seeds; grey: no finished job"
     note += "; the best of the configs that share a cell" if len(results.axes) > 2 else ""
     heading = {"title": f"{results.title}: {names[first]} and {names[second]}", "note": note}
-    metrics, height = _metrics(configs), min(9.0, 2.8 + 0.3 * len(rows))
+    metrics, lines = _metrics(configs), max(1 + len(row) // LINE_LENGTH for row in rows)
+    height = min(8.0, max(1.2, len(rows) * (0.15 + 0.13 * lines)))
     with drawing(path, height, panels=(1, len(metrics)), sharey=True, **heading) as (figure, panels):
         for panel, metric in zip(panels, metrics, strict=True):
             means = [(text(c.axes[first]), text(c.axes[second]), c.values(metric).mean()) for c in configs]
@@ -149,8 +149,9 @@ def _plot_curves(path: Path, results: Results, metrics: Sequence[str]) -> None:
     several = any(len(config.jobs) > 1 for config in shown)
     note = "thick: mean, as far as all started seeds go; thin: each seed" if several else "a line for each job"
     note += f"; the {len(shown)} best of {len(started)} configs" if len(started) > len(shown) else ""
+    note += "; a spread of 1 is even, 0 is collapsed" if "train/spread" in metrics else ""
     heading = {"title": f"{results.title}: learning curves", "note": note}
-    with drawing(path, 3.4, panels=(1, len(metrics)), **heading) as (figure, panels):
+    with drawing(path, 2.4, panels=(1, len(metrics)), **heading) as (figure, panels):
         for panel, metric in zip(panels, metrics, strict=True):
             for number, config in enumerate(shown):
                 curves = [curve for job in config.jobs.index if metric in (curve := results.curves[job])]
