@@ -1,4 +1,4 @@
-"""Tables as text: comma-separated values, Markdown and LaTeX. A table is a list of rows with equal keys, its columns."""
+"""Tables as text: comma-separated values, Markdown and LaTeX. A table is a list of rows, whose keys are the columns."""
 
 import csv
 import io
@@ -14,16 +14,17 @@ def span(values: Sequence[float]) -> str:
 
 
 def as_csv(rows: Rows) -> str:
-    """The rows as comma-separated values, numbers in full."""
+    """The rows as comma-separated values, numbers in full; what a row does not have is an empty cell."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, [*columns], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
 
 def as_markdown(rows: Rows, numbers: Sequence[str] = ()) -> str:
-    """A Markdown table of at least one row; the columns named in `numbers` are aligned at the right."""
+    """A Markdown table of at least one row, all with the same keys; the columns named in `numbers` are aligned at the right."""
     lines = [[*rows[0]], *([str(cell) for cell in row.values()] for row in rows)]
     text = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines]
     rule = "|" + "".join("---:|" if name in numbers else "---|" for name in rows[0])
@@ -31,7 +32,7 @@ def as_markdown(rows: Rows, numbers: Sequence[str] = ()) -> str:
 
 
 def as_latex(rows: Rows, numbers: Sequence[str] = ()) -> str:
-    """A LaTeX table of at least one row, for the package booktabs, with all special characters escaped."""
+    """A LaTeX table as `as_markdown` takes it, for the package booktabs, with all special characters escaped."""
     import pandas as pd
 
     form = "".join("r" if name in numbers else "l" for name in rows[0])

@@ -90,30 +90,18 @@ def run_labels(evaluations: Mapping[str, Evaluation]) -> dict[str, str]:
 
 
 def table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
-    """A row for each run, with equal keys: run, what differs in the trainings, values each with its ends (" low", " high"),
-    baselines, settings; "" where it has none.
-
-    Columns stand in the order in which the runs first name them.
-    """
+    """All that is known of each run: its name, what differs in the trainings, values each with its ends (" low", " high"),
+    baselines, settings."""
     differing, _ = differences({run: one.config for run, one in evaluations.items()})
-    values = _names(evaluation.values for evaluation in evaluations.values())
-    bounded = set(_names(evaluation.intervals for evaluation in evaluations.values()))
-    baselines = _names(evaluation.baselines for evaluation in evaluations.values())
-    settings = _names(evaluation.settings for evaluation in evaluations.values())
     rows = []
     for run in ordered(evaluations):
         one = evaluations[run]
-        row: Row = {
-            "run": run,
-            **{f"run.{key}": differing.get(run, {}).get(key, "") for key in _names(differing.values())},
-        }
-        for name in values:
-            row[name] = one.values.get(name, "")
-            if name in bounded:
-                row[f"{name} low"], row[f"{name} high"] = one.intervals.get(name, ("", ""))
-        row |= {name: one.baselines.get(name, "") for name in baselines}
-        row |= {name: _plain(one.settings[name]) if name in one.settings else "" for name in settings}
-        rows.append(row)
+        row: Row = {"run": run, **{f"run.{key}": value for key, value in differing.get(run, {}).items()}}
+        for name, value in one.values.items():
+            row[name] = value
+            if name in one.intervals:
+                row[f"{name} low"], row[f"{name} high"] = one.intervals[name]
+        rows.append(row | dict(one.baselines) | {name: _plain(value) for name, value in one.settings.items()})
     return rows
 
 
