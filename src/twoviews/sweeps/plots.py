@@ -75,7 +75,11 @@ def _plot_parameter(path: Path, results: Results, key: str) -> None:
             panel.set(xlabel=_wrapped(key, 48), ylabel=f"{ACCURACIES[metric]} accuracy, %", ylim=limits)
             if scaled:
                 values = [float(config.axes[key]) for config in shown]
-                panel.set_xscale("log" if 0 < min(values) * LOG_RATIO <= max(values) else "linear")
+                low, high = min(values), max(values)
+                logarithmic = 0 < low * LOG_RATIO <= high
+                room = (high / low) ** 0.05 if logarithmic else 0.05 * (high - low)
+                panel.set_xlim((low / room, high * room) if logarithmic else (low - room, high + room))
+                panel.set_xscale("log" if logarithmic else "linear")
             else:
                 _set_names(panel, order, "x")
                 panel.set_xlim(-0.5, len(order) - 0.5)
