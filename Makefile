@@ -7,7 +7,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 unexport PYTHONDONTWRITEBYTECODE  # the tests start Python hundreds of times: 2.5 instead of 6 seconds each with compiled files
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slurm bench bench-gpu gpu-check lint types lock mlflow tracking-server clean
+.PHONY: help setup train test test-hydra14 test-slurm bench bench-gpu gpu-check lint types lock mlflow tracking-server clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,16 @@ train: .venv/train  ## train: make train ARGS="method=simclr data=cifar10"; the 
 # Two files at a time, each on one thread; ARGS="-n 0" takes them one by one.
 test: .venv/dev  ## all tests but those that need a SLURM cluster
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+HYDRA14_TESTS = tests/config tests/test_configs.py tests/test_bad_input.py tests/sweeps/test_composing.py tests/sweeps/test_search.py
+
+.venv/hydra14: .venv/dev requirements/hydra14.txt
+	rm -rf $@
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no-deps --target $@ -r requirements/hydra14.txt
+	@touch $@
+
+test-hydra14: .venv/hydra14  ## tests of command lines with the newest candidate of Hydra 1.4
+	PYTHONPATH=$(CURDIR)/.venv/hydra14 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(HYDRA14_TESTS) $(ARGS)
 
 # Each on one thread, two at a time; what is timed by the clock, or has a thread of its own, alone.
 bench: .venv/dev  ## benchmarks against other tools, with DATA=<folder of CIFAR-10> whole trainings, too
@@ -96,15 +106,17 @@ types: .venv/dev  ## static types
 	$(BIN)/pyright
 
 mlflow: .venv/train  ## MLflow's pages on all runs, at http://127.0.0.1:5000, or ARGS="--port 5001"
+	@echo 'http://127.0.0.1:5000 (or the port in ARGS): choose "Model training" at the top left, which the browser remembers'
 	$(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db $(ARGS)
 
 tracking-server: .venv/train  ## an MLflow server on PostgreSQL for many machines: make tracking-server ARGS="--host 0.0.0.0"
 	$(BIN)/python -m twoviews.tracking serve $(ARGS)
 
 lock: .venv/bin/uv  ## pin the newest versions that fit together
-	cd requirements && for name in uv train dev; do \
+	cd requirements && for name in uv train dev hydra14; do \
 		../$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url --upgrade \
-			$$name.in -o $$name.txt $$([ $$name = dev ] && echo "-c train.txt"); done
+			$$name.in -o $$name.txt $$([ $$name = dev ] && echo "-c train.txt") \
+			$$([ $$name = hydra14 ] && echo "--prerelease allow --no-deps"); done
 
 clean:  ## remove the environment; runs and data stay
 	rm -rf .venv

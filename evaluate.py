@@ -13,7 +13,7 @@ def main(cfg, folder: Path) -> int:
     from hydra.core.hydra_config import HydraConfig
 
     from twoviews.assembly import load_data
-    from twoviews.config.building import build
+    from twoviews.config.building import build_protocol
     from twoviews.console import Console
     from twoviews.encoders.opening import open_encoder
     from twoviews.encoders.run_names import expand_runs
@@ -24,7 +24,7 @@ def main(cfg, folder: Path) -> int:
 
     if "protocol" not in cfg:
         raise BadInput("protocol=[] leaves nothing to measure; choose one or more, such as protocol=[knn,linear].")
-    if problems := mistakes(*(partial(build, node) for node in cfg.protocol.values())):
+    if problems := mistakes(*(partial(build_protocol, name, node) for name, node in cfg.protocol.items())):
         raise BadInput(*problems)
     console, overrides, evaluations = Console(), HydraConfig.get().overrides.task, {}
     data = cache(lambda: load_data(cfg)) if "data" in cfg else None

@@ -25,7 +25,8 @@ from recording import record, seconds
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from twoviews.clusters.kmeans import kmeans, passes_on
+from twoviews.clusters.kmeans import kmeans
+from twoviews.clusters.passes import passes_on
 
 POINTS, DIM = 1_281_167, 128
 CLUSTERS = 25_000, 50_000, 100_000

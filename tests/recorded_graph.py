@@ -93,10 +93,11 @@ def patch_graphs(patch: pytest.MonkeyPatch) -> None:
 @contextlib.contextmanager
 def recorded_graphs() -> Iterator[type[RecordedGraph]]:
     """Within it, steps on the CPU are captured as they would be on a GPU."""
-    from twoviews import optim, step
+    from twoviews import muon, optim, step
 
     with pytest.MonkeyPatch.context() as patch:
         patch_graphs(patch)
         patch.setattr(step, "eager_reason", lambda runtime, device: None)
-        patch.setattr(optim, "_fused", lambda groups: True)
+        for module in (optim, muon):
+            patch.setattr(module, "is_fused", lambda groups: True)
         yield RecordedGraph

@@ -1,7 +1,9 @@
 """Encoders in Python: the features of the same images are the same, however they are given."""
 
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import twoviews
+from twoviews.data import sources
 from twoviews.data.images import ImageData, Images
+from twoviews.encoders.opening import open_encoder
 from twoviews.features import embed
+from twoviews.protocols.finetune import FineTune
+from twoviews.protocols.linear import Linear
+from twoviews.protocols.protocol import EvaluationContext
 
 RUN = ROOT / "tests" / "folders" / "v0" / "finished"  # digits, 32 x 32 px, one channel
 
@@ -154,3 +161,74 @@ def test_neither_hydra_nor_mlflow_is_imported(tmp_path: Path) -> None:
         Image.new("L", (32, 32), 9).save(tmp_path / name)
     script = WITHOUT.format(run=str(RUN), folder=str(tmp_path))
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def classified(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the run, evaluated by a linear probe and fine-tuned, as evaluate.py does it."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    shutil.copytree(RUN, folder)
+    loaded = open_encoder(str(folder))
+    small = sources.digits()
+    small = loaded.prepare(replace(small, memory=small.memory.subset(torch.arange(200))))
+    settings = {"epochs": 1, "warmup_epochs": 0, "batch_size": 64, "lr": 0.1, "held_out": 0.1, "lr_scaling": "none"}
+    settings |= {"momentum": 0.9, "weight_decay": 0.0, "smallest_crop": 0.6, "flip": 0.0, "unfreeze_from": None}
+    settings |= {"layer_decay": 1.0, "seed": 0, "every_epochs": 0}
+    linear = Linear([1e-2], 0.2, 50, 0)
+    for name, protocol in {"linear": linear, "finetune": FineTune(linear=linear, **settings)}.items():
+        context = EvaluationContext(loaded.encoder, small, torch.device("cpu"), torch.float32)
+        context.folder = folder / "evaluation" / f"{name}-0"
+        context.folder.mkdir(parents=True)
+        result = protocol(context)
+        assert result.probabilities is not None
+        np.save(folder / f"{name}.npy", result.probabilities.argmax(1).numpy())
+    return folder
+
+
+@pytest.mark.parametrize(("suffix", "protocol"), [("", "linear"), (":finetune", "finetune")])
+def test_classes_are_those_of_the_evaluation(classified: Path, suffix: str, protocol: str) -> None:
+    encoder = twoviews.load(f"{classified}{suffix}", device="cpu")
+    pixels = sources.digits().test.pixels
+    names, probabilities = encoder.classify(pixels, progress=False)
+    assert encoder.classes == tuple("0123456789") and probabilities.shape == (360, 10)
+    assert (
+        [int(name) for name in names]
+        == probabilities.argmax(1).tolist()
+        == np.load(classified / f"{protocol}.npy").tolist()
+    )
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
+    assert probabilities.dtype == np.float32
+    x = encoder.features(pixels, progress=False, as_tensor=True)
+    np.testing.assert_allclose(encoder.classifier(x).softmax(1).numpy(), probabilities, rtol=1e-4, atol=1e-6)
+    assert encoder.classify(pixels[:2], progress=False, as_tensor=True).probabilities.shape == (2, 10)
+
+
+def test_the_fine_tuned_encoder_is_another_one(classified: Path) -> None:
+    pixels = sources.digits().test.pixels[:5]
+    files = (f"{classified}:finetune", classified / "evaluation" / "finetune-0" / "classifier.safetensors")
+    one, other = (twoviews.load(name, device="cpu").features(pixels, progress=False) for name in files)
+    np.testing.assert_array_equal(one, other)
+    assert not np.allclose(one, twoviews.load(classified, device="cpu").features(pixels, progress=False))
+
+
+def test_a_classifier_of_another_encoder_is_none_of_this_one(classified: Path, tmp_path: Path) -> None:
+    """As when a run goes on after it was evaluated."""
+    folder = tmp_path / "run"
+    shutil.copytree(classified, folder)
+    weights = load_file(folder / "encoder.safetensors")
+    changed = {name: value * 1.5 if "conv1" in name else value for name, value in weights.items()}
+    save_file(changed, folder / "encoder.safetensors")
+    encoder = twoviews.load(folder, device="cpu")
+    assert encoder.classes == () and encoder.classifier is None
+    with pytest.raises(
+        ValueError, match=rf"python evaluate.py run={folder} protocol=linear.*load \"{folder}:finetune\""
+    ):
+        encoder.classify(np.zeros((1, 32, 32), np.uint8))
+
+
+def test_without_a_classifier_the_command_is_told(encoder: twoviews.PretrainedEncoder) -> None:
+    assert encoder.classes == ()
+    with pytest.raises(ValueError, match=r"has no classifier yet; `python evaluate.py run=.*finished protocol=linear`"):
+        encoder.classify(np.zeros((1, 32, 32), np.uint8))
+    with pytest.raises(ValueError, match="has no fine-tuned classifier; `python evaluate.py run=.* protocol=finetune`"):
+        twoviews.load(f"{RUN}:finetune")

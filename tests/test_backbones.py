@@ -4,8 +4,9 @@ import pytest
 import torch
 import torchvision
 
-from twoviews.backbones import BasicBlock, Bottleneck, Encoder, ResNet, Timm, unseen, unseen_pixels_note
+from twoviews.backbones import BasicBlock, Bottleneck, Encoder, ResNet, Timm
 from twoviews.errors import BadInput
+from twoviews.unseen_pixels import unseen, unseen_pixels_note
 
 SHAPES = {
     "resnet18": ("basic", [2, 2, 2, 2]),
@@ -131,6 +132,24 @@ def test_a_model_for_one_size_refuses_views_of_another():
     assert encoder(torch.zeros(2, 1, 32, 32)).shape == (2, 192)
     with pytest.raises(BadInput, match=r"24x24 px.*size=null"):
         encoder(torch.zeros(2, 1, 24, 24))
+
+
+def test_vision_transformers_take_crops_of_whole_patches():
+    encoder = Timm(1, 64, "vit_tiny_patch16_224")
+    for size in (32, 48, 64):
+        assert encoder(torch.zeros(2, 1, size, size)).shape == (2, 192)
+    with pytest.raises(BadInput, match="40x40 px"):
+        encoder(torch.zeros(2, 1, 40, 40))
+
+
+def test_the_cifar_stem_is_drawn_as_torch_draws_it():
+    """Uniform within 1 / sqrt(fan in), as where a stem replaces that of an initialised network."""
+    encoder = ResNet(3, 32, "basic", [1, 1], width=64)
+    bound = (3 * 9) ** -0.5
+    assert 0.95 * bound < encoder.conv1.weight.abs().max() <= bound
+    assert encoder.conv1.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    strided = ResNet(3, 32, "basic", [1, 1], width=64, stem="strided")
+    assert strided.conv1.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
 
 
 def by_pixels(encoder, channels: int, size: int) -> list[int]:

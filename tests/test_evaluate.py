@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from conftest import ROOT, SMALL_MOCO, refused, start
 from PIL import Image
@@ -98,6 +99,40 @@ def test_classes_of_own_pictures(runs: Path, command) -> None:
     refused(command("evaluate", f"run={runs / '0'}", "protocol=predict", "images=photo"), "photos")
 
 
+def test_a_fine_tuned_encoder_is_evaluated_predicts_and_is_exported(runs: Path, command) -> None:
+    shutil.copytree(runs / "0", "run", ignore=shutil.ignore_patterns("evaluation*"))
+    refused(command("evaluate", "run=run:finetune"), "python evaluate.py run=run protocol=finetune")
+    few = ("protocol.finetune.epochs=1", "protocol.finetune.lr=[0.05,0.1]", "protocol.finetune.batch_size=128")
+    done = command("evaluate", "run=run", "protocol=[linear,finetune]", *few)
+    assert done.code == 0, done.err
+    folder = evaluation(Path("run"), "linear+finetune")
+    assert {"classifier.safetensors", "classifier.json", "linear_head.safetensors"} <= {
+        path.name for path in folder.iterdir()
+    }
+    measured = json.loads((folder / "evaluation.json").read_text())
+    assert measured["protocol"]["finetune"]["flip"] == 0  # as the digits' views have it
+    Image.fromarray((load_digits().images[0] * 15).astype(np.uint8)).resize((40, 40)).save("photo.png")
+    protocols = (
+        "protocol=[knn_small,predict,export,duplicates]",
+        "images=photo.png",
+        "protocol.duplicates.threshold=0.99",
+    )
+    done = command("evaluate", "run=run:finetune", *protocols)
+    assert done.code == 0, done.out + done.err
+    (tuned,) = Path("outputs").glob("evaluation-*/evaluation/*")
+    (row,) = table(tuned / "predictions.csv")
+    assert (
+        row["class"] in "0123456789"
+        and json.loads((tuned / "predictions.json").read_text())["classifier"] == "fine-tuned"
+    )
+    assert (tuned / "export" / "classifier.safetensors").exists()
+    rows = table(tuned / "duplicates.csv")
+    assert rows and all(float(row["cosine"]) >= 0.99 for row in rows) and (tuned / "duplicates.png").exists()
+    assert json.loads(Path("run/evaluation.json").read_text()) == measured  # the run's own numbers stay
+    refused(command("evaluate", "run=run:finetune", "feature=projection"), "feature=projection")
+    refused(command("evaluate", f"run={folder / 'linear_head.safetensors'}"), "name the run")
+
+
 def test_names_that_are_no_utf8(runs: Path, command) -> None:
     pixels = load_digits()
     for part, first, count in ((b"train", 0, 12), (b"test", 100, 4)):
@@ -116,6 +151,10 @@ def test_names_that_are_no_utf8(runs: Path, command) -> None:
     assert len(written) == 8 and all(Path(one["image"]).is_file() for one in written)
     assert set(written[0]["probabilities"]) == {"a", "M\\udcfcnze"}
     assert {row["class"] for row in table(folder / "knn_classes.csv")} == {"a", "M\\udcfcnze"}
+    spelt = {path.encode(errors="backslashreplace").decode() for path in np.load(folder / "embeddings.npz")["paths"]}
+    assert len(spelt) == 8 and "ph\\udcf6tos" in min(spelt)
+    assert {row["path"] for row in table(folder / "embeddings.csv")} == spelt
+    assert {*pyarrow.parquet.read_table(folder / "embeddings.parquet")["path"].to_pylist()} == spelt
     for name in ("knn_confusion.png", "knn_classes.png", "neighbours.png", "map.png"):
         assert Image.open(folder / name).format == "PNG"
 

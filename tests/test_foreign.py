@@ -15,13 +15,15 @@ import yaml
 from conftest import SMALL_MOCO, Finished, refused
 from test_configs import composed
 
+import twoviews
 from twoviews import launched
 from twoviews.assembly import describe_encoder, load_data, make_parts, make_views
 from twoviews.checkpoints import save_checkpoint
+from twoviews.classifier_file import as_head, save_classifier, save_head
 from twoviews.code import copy_digest
 from twoviews.config.building import build
 from twoviews.config.groups import targets
-from twoviews.encoder_file import save_encoder
+from twoviews.encoder_file import describe, save_encoder
 from twoviews.errors import BadInput
 from twoviews.foreign import load
 from twoviews.recording import record_start
@@ -102,6 +104,12 @@ def clean(tmp_path_factory) -> Path:
     method = {f"method.encoder.{name}": one for name, one in parts.method.encoder.state_dict().items()}
     torch.save(method, run.folder / "weights.pt")
     save_encoder(run.folder, parts.method.encoder, describe_encoder(cfg, data))
+    for name in ("finetune-0", "linear-0"):
+        (run.folder / "evaluation" / name).mkdir(parents=True)
+    encoder = parts.method.encoder
+    head = as_head(torch.zeros(10, encoder.out_dim), torch.zeros(10), data.classes)
+    save_classifier(run.folder / "evaluation" / "finetune-0", encoder, head, describe(encoder, data))
+    save_head(run.folder / "evaluation" / "linear-0", head, encoder, data.size, (data.mean, data.std))
     run.write("result.json", {"state": "interrupted", "step": 0, "epoch": 0.0, "seconds": 1.0})
     (run.folder / "metrics.jsonl").write_text(
         json.dumps({"step": 1, "epoch": 0.1, "time": 1.0, "knn/top1": 5.0}) + "\n"
@@ -185,12 +193,23 @@ def with_encoder(run: Path) -> list[list[str]]:
     ]
 
 
+def with_classifier(run: Path) -> list[list[str]]:
+    """Commands that read classifier.json."""
+    return [
+        ["evaluate", f"run={run}:finetune"],
+        ["evaluate", f"run={run / 'evaluation' / 'finetune-0' / 'classifier.safetensors'}", "protocol=export"],
+        ["evaluate", f"run={run}:finetune", "protocol=predict", "images=."],
+        ["cluster", f"run={run}:finetune", "clusters=[5]"],
+    ]
+
+
 def with_config(run: Path) -> list[list[str]]:
     """Commands that read config.yaml."""
     return [
         ["evaluate", f"run={run}"],
         ["evaluate", f"run={run / 'weights.pt'}"],
         ["evaluate", f"run={run}", "feature=projection"],
+        ["evaluate", f"run={run}", "protocol=finetune"],
         ["cluster", f"run={run}", "clusters=[5]"],
         ["train", *SMALL_MOCO, "seed=7", f"hydra.run.dir={run}"],
         ["train", f"--config-path={run}", "--config-name=config", f"hydra.run.dir={run}", "hydra.output_subdir=null"],
@@ -222,7 +241,43 @@ def test_encoder_json(entry: Call, place: Path, number: int) -> None:
         harmless(entry, next(commands))
 
 
+@each_payload
+def test_classifier_json(entry: Call, place: Path, number: int) -> None:
+    path = place / "aa" / "evaluation" / "finetune-0" / "classifier.json"
+    clean = path.read_text()
+    commands = itertools.cycle(with_classifier(place / "aa"))
+    for put in [put for key in ("backbone", "backbone.width") for put in nodes(key)]:
+        put(content := json.loads(clean), filled(PAYLOADS[number]))
+        path.write_text(json.dumps(content))
+        harmless(entry, next(commands))
+
+
+@pytest.mark.parametrize("kind", ["json", "classes", "pickle", "pipe", "link"])
+def test_heads_that_are_none(entry: Call, place: Path, kind: str) -> None:
+    """Those of a linear evaluation, which twoviews.load reads; and the weights of a classifier."""
+    run = place / "aa"
+    assert twoviews.load(run, device="cpu").classes == tuple("0123456789")
+    for json_file in (
+        run / "evaluation" / "linear-0" / "linear_head.json",
+        run / "evaluation/finetune-0/classifier.json",
+    ):
+        weights = json_file.with_suffix(".safetensors")
+        if kind == "json":
+            json_file.write_text('{"a":' * 50_000)
+        elif kind == "classes":
+            json_file.write_text(json.dumps({**json.loads(json_file.read_text()), "classes": ["0"]}))
+        elif kind == "pickle":
+            torch.save({"weight": torch.zeros(1), "bias": Path.touch}, weights)
+        else:
+            weights.unlink()
+            os.mkfifo(weights) if kind == "pipe" else weights.symlink_to("/dev/zero")
+    with pytest.raises(BadInput, match="linear_head|classifier"):
+        _ = twoviews.load(run, device="cpu").classes
+    harmless(entry, ["evaluate", f"run={run}:finetune"])
+
+
 KEYS = (
+    "augmentation.views",
     "runtime.device",
     "data.train_images",
     "protocol.linear.iterations",

@@ -25,7 +25,7 @@ from twoviews import batch_size
 from twoviews.assembly import Parts, load_data, make_parts, make_views
 from twoviews.backbones import ResNet
 from twoviews.checkpoints import load_checkpoint
-from twoviews.clusters import kmeans
+from twoviews.clusters import kmeans, passes
 from twoviews.config.building import build
 from twoviews.console import Console
 from twoviews.data import kernel_cuda, rendering
@@ -56,7 +56,7 @@ SMALL = {
 def in_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Views, and k-means by products, here and there alike."""
     monkeypatch.setenv("TWOVIEWS_KERNEL", "0")
-    monkeypatch.setattr(kmeans, "passes_on", lambda device: kmeans.by_products())
+    monkeypatch.setattr(kmeans, "passes_on", lambda device: passes.by_products())
 
 
 def training(folder: Path, cfg: DictConfig, restored: dict[str, Any] | None = None) -> Training:
@@ -182,7 +182,7 @@ def test_an_eager_step_has_few_operators(tmp_path: Path) -> None:
     assert len(launched) == 180
 
 
-OPTIMIZERS = {"sgd": "fp32", "lars": "bf16", "larc": "fp16", "adamw": "bf16"}
+OPTIMIZERS = {"sgd": "fp32", "lars": "bf16", "larc": "fp16", "adamw": "bf16", "muon": "bf16"}
 
 
 @pytest.mark.parametrize(("optimizer", "precision"), OPTIMIZERS.items())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from twoviews.muon import muon, orthogonalised
 from twoviews.optim import LARC, LARS, adamw, larc, lars, scaled_lr, sgd
 
 RATES = [0.5, 0.5, 0.05, 0.7]  # the schedule changes the rate between steps
@@ -204,6 +205,7 @@ def test_adamw_is_torchs():
 
 UNSHIELDED = """
 import sys, torch
+from twoviews.muon import muon, orthogonalised
 from twoviews.optim import LARC, LARS, LBFGS, SGD, AdamW
 
 for kind, numbers in ((SGD, {}), (AdamW, {}), (LBFGS, {}), (LARS, (0.1, 0.9, 0.1, 0.1)), (LARC, (0.1, 0.9, 0.1, 0.1))):
@@ -227,3 +229,49 @@ sys.exit("torch._dynamo" in sys.modules)
 def test_no_optimizer_imports_the_compiler():
     """It takes as long as all other torch, between the command and the first step."""
     assert subprocess.run([sys.executable, "-c", UNSHIELDED]).returncode == 0
+
+
+def test_muon_against_torch():
+    """torch.optim.Muon rounds to bf16, which the iteration nearly forgets; it takes matrices, as which filters are viewed."""
+    ours = [weight for weight in weights() if weight.ndim > 1 and weight.any()]
+    theirs = [nn.Parameter(weight.detach().flatten(1).clone()) for weight in ours]
+    drawn = torch.Generator().manual_seed(1)
+    optimizer = muon(
+        [{"params": ours}], 256, 0.1, "none", momentum=0.9, iterations=5, beta1=0.9, beta2=0.999, weight_decay=0.5
+    )
+    options = {"nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
+    reference = torch.optim.Muon(theirs, lr=0.1, momentum=0.9, weight_decay=0.5, ns_steps=5, **options)
+    for _ in range(4):
+        for own, other in zip(ours, theirs, strict=True):
+            own.grad = torch.randn(own.shape, generator=drawn)
+            other.grad = own.grad.flatten(1).clone()
+        optimizer.step()
+        reference.step()
+        for own, other in zip(ours, theirs, strict=True):
+            assert own.grad is not None
+            torch.testing.assert_close(own.flatten(1), other, atol=5e-3, rtol=0)
+
+
+def test_muon_takes_adamw_for_norms_and_biases():
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    optimizer = muon([{"params": list(layers[0].parameters())}], 256, 0.1, "none", 0.9, 5, 0.9, 0.99, weight_decay=0.5)
+    vectors = [p for p in layers[1].parameters() if p.ndim == 1]
+    reference = torch.optim.AdamW(vectors, lr=0.1, betas=(0.9, 0.99), weight_decay=0.0)
+    for _ in range(3):
+        for own, other in zip(layers[0].parameters(), layers[1].parameters(), strict=True):
+            own.grad = torch.randn_like(own)
+            other.grad = own.grad.clone()
+        optimizer.step()
+        reference.step()
+    for own, other in zip(layers[0].parameters(), layers[1].parameters(), strict=True):
+        assert torch.equal(own, other) == (own.ndim == 1)
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one():
+    torch.manual_seed(0)
+    for shape in ((3, 8, 30), (2, 30, 8), (1, 1, 5)):
+        values = torch.linalg.svdvals(orthogonalised(torch.randn(shape), 5, torch.float32))
+        assert values.min() > 0.6 and values.max() < 1.3
+    assert not orthogonalised(torch.zeros(1, 4, 4), 5, torch.float32).any()

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,16 @@ def test_rules(tmp_path: Path) -> None:
         assert part in broken
 
 
-@pytest.mark.parametrize(("accuracies", "reached"), [((49.0, 50.0, 51.0), True), ((49.9, 49.9, 50.0), False)])
-def test_the_mean_decides(accuracies: tuple[float, ...], reached: bool) -> None:
+@pytest.mark.parametrize(
+    ("accuracies", "reached"),
+    [((49.0, 50.0, 51.0), False), ((50.1, 50.2, 50.3), True), ((50.0, 51.0, 52.0), False), ((49.7, 49.8, 49.9), False)],
+)
+def test_a_test_over_seeds_decides(accuracies: tuple[float, ...], reached: bool) -> None:
     found = speedrun.summary(50, [{"knn_top1": one, "seconds": 60.0 + one} for one in accuracies])
     assert found["reached"] is reached
+    t = (statistics.mean(accuracies) - 50) / (statistics.stdev(accuracies) / 3**0.5)
+    # Of Student's t with two degrees of freedom.
+    assert found["p_value"] == pytest.approx((1 - t / (2 + t * t) ** 0.5) / 2)
     assert found["knn_mean"] == pytest.approx(sum(accuracies) / 3)
     assert found["seconds_deviation"] == pytest.approx(found["knn_deviation"])
 
@@ -77,14 +84,14 @@ def test_the_ladder_names_every_rung_and_its_command(tmp_path: Path, monkeypatch
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     assert [line.split("|")[2].strip() for line in table.ladder().splitlines()[2:]] == ["open"] * 4
     rows = [
-        {"seed": seed, "knn_top1": 80.0 + seed, "seconds": 99.0, "whole_command_s": 1, "whole_command_cpu_s": 0.5}
+        {"seed": seed, "knn_top1": 82.0 + seed, "seconds": 99.0, "whole_command_s": 1, "whole_command_cpu_s": 0.5}
         for seed in speedrun.SEEDS
     ]
     facts = {"rows": rows, **speedrun.summary(80, rows), "hardware": "a core, 1 thread(s)", "commit": "0123456789"}
     about = {"changed": False, "date": "2026-01-02", "command": "python benchmarks/speedrun.py 80"}
     (tmp_path / "speedrun_80.json").write_text(json.dumps({**facts, **about}))
     (line,) = [line for line in table.ladder().splitlines() if line.startswith("| 80 %")]
-    for part in ("99.0 ± 0.0", "81.00 ± 1.00: 80.00, 81.00, 82.00", "got 50 %", "0123456", "`speedrun.py 80`"):
+    for part in ("99.0 ± 0.0", "83.00 ± 1.00: 82.00, 83.00, 84.00", "got 50 %", "0123456", "`speedrun.py 80`"):
         assert part in line
     assert table.ladder().count("open") == 3
 

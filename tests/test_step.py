@@ -82,7 +82,13 @@ def test_replayed_steps_do_what_eager_ones_do(name: str, tmp_path: Path) -> None
 # SimSiam keeps one learning rate off the schedule; BYOL's moving average changes its momentum.
 @pytest.mark.parametrize(
     ("name", "optimizer"),
-    [("simsiam", "adamw"), ("byol", "lars"), ("simsiam", "larc"), ("byol", "larc optimizer.clip=true")],
+    [
+        ("simsiam", "adamw"),
+        ("byol", "lars"),
+        ("simsiam", "larc"),
+        ("byol", "larc optimizer.clip=true"),
+        ("simsiam", "muon"),
+    ],
 )
 def test_with_every_optimizer(name: str, optimizer: str, tmp_path: Path) -> None:
     compare(tmp_path, name, *f"optimizer={optimizer}".split(), "schedule.warmup_epochs=1")
@@ -202,7 +208,8 @@ def test_on_a_gpu(name: str, precision: str, tmp_path: Path, capfd) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("name", "optimizer"), [("simsiam", "adamw"), ("byol", "lars"), ("simsiam", "larc"), ("swav", "sgd")]
+    ("name", "optimizer"),
+    [("simsiam", "adamw"), ("byol", "lars"), ("simsiam", "larc"), ("swav", "sgd"), ("simsiam", "muon")],
 )
 def test_every_optimizer_on_a_gpu(name: str, optimizer: str, tmp_path: Path) -> None:
     losses = []

@@ -242,7 +242,8 @@ def test_a_finished_run_is_whole(run):
         *("views.png", "curves.png"),
     }
     assert "mlartifacts" in found.info.artifact_uri
-    assert re.search(rf"mlflow ui .*sqlite:///.* http://127.*/#/experiments/\d+/runs/{run_id(run)}", run_page(run))
+    place = rf"/#/experiments/\d+/runs/{run_id(run)}\?workflowType=machine_learning$"
+    assert re.search(rf"mlflow ui .*sqlite:///.* http://127\.0\.0\.1:5000{place}", run_page(run))
 
 
 def test_only_what_the_checkpoint_holds_is_sent_and_nothing_doubles_after_resume(run):
@@ -635,7 +636,8 @@ def test_a_server_that_dies_and_comes_back_has_every_point_once(tmp_path, server
     assert [file.path for file in client_of(run).list_artifacts(run_id(run))] == ["result.json", "views.png"]
     assert sum("takes nothing now (it does not answer)" in line for line in said) == 1
     assert sum("takes values again" in line for line in said) == 1
-    assert run_page(run) == f"{server.uri}/#/experiments/{UploadState.load(run).experiment_id}/runs/{run_id(run)}"
+    place = f"/#/experiments/{UploadState.load(run).experiment_id}/runs/{run_id(run)}?workflowType=machine_learning"
+    assert run_page(run) == server.uri + place
 
 
 ENDING = """

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from twoviews.run import Run
+from twoviews.tracking.client import metric_name
 from twoviews.tracking.metrics import read
 
 NAMES = {
@@ -145,11 +146,15 @@ def test_mlflow_has_everything(finished: Path) -> None:
     assert stored.info.status == "FINISHED"
     assert stored.data.params["method.temperature"] == "0.1" and stored.data.params["data.train_images"] == "256"
     for name in NAMES:
-        history = client.get_metric_history(stored.info.run_id, name)
+        history = client.get_metric_history(stored.info.run_id, metric_name(name))
         written = [(line["step"], line[name]) for line in read(run) if name in line]
         assert [(point.step, point.value) for point in history] == written
     artifacts = {artifact.path for artifact in client.list_artifacts(stored.info.run_id)}
     assert artifacts >= {"config.yaml", "environment.json", "views.png", "curves.png", "result.json"}
+    assert artifacts >= {"encoder.safetensors", "encoder.json"}
+    note = stored.data.tags["mlflow.note.content"]
+    assert "**MoCo** on **digits**: kNN **" in note and "method.temperature=0.1" not in note
+    assert json.loads((run / "environment.json").read_text())["command"] in note
 
 
 def test_evaluate_gives_the_number_of_the_training(finished: Path, command) -> None:

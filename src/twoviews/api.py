@@ -3,44 +3,35 @@
     import twoviews
     encoder = twoviews.load("outputs/moco-cifar10-1a2b3c4d")
     x = encoder.features("photos")  # [N, F]
+    names, probabilities = encoder.classify("photos")  # after evaluate.py with protocol=linear or finetune
 
-Shapes: N images, C channels, S px of a side, F features.
+Shapes: N images, C channels, S px of a side, F features, K classes.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain, groupby
-from typing import TYPE_CHECKING, Any, Literal, Union
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as nnf
 
+from twoviews.classifier_file import Head, find_head
 from twoviews.console import image_progress
-from twoviews.data.decoding import CHUNK_SIZE, Decoded, cores
 from twoviews.data.images import ImageData, Images
-from twoviews.data.picture_files import canvas
-from twoviews.data.store import Chunk
 from twoviews.encoders.loaded import LoadedEncoder, UnknownImages
 from twoviews.encoders.opening import open_encoder
 from twoviews.errors import BadInput
 from twoviews.features import embed
-from twoviews.protocols.user_images import MAX_SEQUENTIAL, image_paths
+from twoviews.prepared_images import ImagePreparation, Path, Pictures
+from twoviews.protocols.user_images import image_paths
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CHUNK_BYTES = 2**27  # of pixels that are prepared and encoded at a time
-
-Path = Union[str, "os.PathLike[str]"]
-Pictures = Union[
-    Path, Sequence[Path], "Image", Sequence["Image"], np.ndarray, Tensor, Sequence[np.ndarray], Sequence[Tensor]
-]
 
 
 def load(
@@ -55,7 +46,8 @@ def load(
 
     Args:
         name: a run folder, its name, "latest", MLflow's id of a run, a file of weights, "torchvision:<name>:pretrained" or
-            "timm:<name>:pretrained", as `run=` of evaluate.py.
+            "timm:<name>:pretrained", as `run=` of evaluate.py. With ":finetune" behind the run it is the encoder that
+            protocol=finetune has trained further, with its classifier.
         device: where to compute; "auto" is the GPU if there is one.
         image_size: side of the images in px, for weights that do not say it; such weights are of RGB images.
         mean: per channel, of pixels in [0, 1], for an encoder that is not a run's; None: those that belong to its weights.
@@ -84,7 +76,7 @@ def load(
             f"{name} does not say what images it takes; give image_size=, mean= and std=, such as image_size=224, "
             "mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225) for most networks that were trained on ImageNet."
         ) from None
-    return PretrainedEncoder(loaded, place)
+    return PretrainedEncoder(loaded, place, os.fspath(name))
 
 
 def _data(images: Images, channels: int, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> ImageData:
@@ -93,20 +85,51 @@ def _data(images: Images, channels: int, size: int, mean: tuple[float, ...], std
     return ImageData(name="images", train=images, channels=channels, size=size, mean=mean, std=std, **facts)
 
 
+class Predictions(NamedTuple):
+    """Classes of images."""
+
+    names: list[str]  # of the most probable class of each image, N
+    probabilities: (
+        Any  # [N, K] float32, columns in the order of the encoder's `classes`; an array, or a tensor on the device
+    )
+
+
 @dataclass(frozen=True)
 class PretrainedEncoder:
     """An encoder with the preparation of images that it was trained with; made by `load`."""
 
     loaded: LoadedEncoder
     device: torch.device
+    name: str  # as it was given to `load`
 
     def __post_init__(self) -> None:
         self.model.to(self.device).eval()
+
+    @cached_property
+    def _head(self) -> Head | None:
+        """The classifier of its features: of the fine-tuning, or of the newest linear evaluation of this encoder."""
+        if self.loaded.head is not None:
+            return self.loaded.head
+        return find_head(self.loaded.folder, self.loaded.encoder, self.image_size, (self.mean, self.std))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes that `classify` tells apart; empty without a classifier."""
+        return () if self._head is None else self._head.classes
+
+    @property
+    def classifier(self) -> nn.Linear | None:
+        """The layer [K, F] that makes logits of features; None without a classifier."""
+        return None if self._head is None else self._head.linear.to(self.device)
 
     @property
     def model(self) -> nn.Module:
         """The network in eval mode: normalized images [N, C, S, S] -> [N, F]."""
         return self.loaded.encoder
+
+    @property
+    def _preparation(self) -> ImagePreparation:
+        return ImagePreparation(self.image_size, self.channels)
 
     @property
     def num_features(self) -> int:
@@ -171,7 +194,7 @@ class PretrainedEncoder:
             raise BadInput('precision="fp16" needs a GPU; use "bf16" or "fp32".')
         if batch_size is not None and batch_size < 1:
             raise BadInput(f"batch_size={batch_size} is out of range: it must be at least 1.")
-        count, chunks = self._prepared(images)
+        count, chunks = self._preparation.of(images)
         rows = [torch.empty(0, self.num_features, device=self.device)]
         with image_progress("Features", count if progress else 0) as advance:
             for chunk in chunks:
@@ -180,6 +203,48 @@ class PretrainedEncoder:
                     advance(len(chunk))
         x = torch.cat(rows)
         return x if as_tensor else x.cpu().numpy()
+
+    def classify(
+        self,
+        images: Pictures,
+        *,
+        batch_size: int | None = None,
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        progress: bool = True,
+        as_tensor: bool = False,
+    ) -> Predictions:
+        """The most probable class of each image, and the probabilities of all classes.
+
+        They come from the classifier of protocol=finetune, if the encoder was loaded with ":finetune", otherwise from the
+        newest linear probe (protocol=linear) of this encoder, whichever data set that was of. They are calibrated on images
+        that were held out, and hold for images like those; an image of something else gets one of these classes, too.
+
+        Args:
+            images: as in `features`, and likewise the others.
+            batch_size: images per forward pass.
+            precision: number format of the forward pass.
+            progress: show it on standard error.
+            as_tensor: probabilities as a tensor on the device in place of an array.
+
+        Returns:
+            names: [N], of the most probable classes.
+            probabilities: [N, K], float32, rows sum to 1; columns in the order of `classes`.
+
+        Raises:
+            ValueError: the encoder has no classifier; or as in `features`.
+        """
+        if (layer := self.classifier) is None:
+            data = "" if self.loaded.run else " data=<labelled images>"
+            finetune = f' or protocol=finetune (then load "{self.name}:finetune")' if self.loaded.run else ""
+            raise BadInput(
+                f"{self.name} has no classifier yet; `python evaluate.py run={self.name}{data} protocol=linear` makes one of "
+                f"its features{finetune}."
+            )
+        x = self.features(images, batch_size=batch_size, precision=precision, progress=progress, as_tensor=True)
+        with torch.no_grad():
+            probabilities = layer(x).softmax(1)
+        names = [self.classes[number] for number in probabilities.argmax(1).tolist()]
+        return Predictions(names, probabilities if as_tensor else probabilities.cpu().numpy())
 
     def paths(self, images: Path) -> list[str]:
         """The files that `features` reads for a folder or a pattern, in its order."""
@@ -191,117 +256,6 @@ class PretrainedEncoder:
         return embed(
             self.loaded.encoder, images, data, self.device, dtype, self.device.type == "cuda", batch_size=batch_size
         )
-
-    def _prepared(self, images: Pictures) -> tuple[int, Iterator[Images]]:
-        """How many images there are, and some of them at a time as canvases of the encoder's size."""
-        if isinstance(images, (str, os.PathLike)):
-            return self._of_files(self.paths(images))
-        if isinstance(images, np.ndarray):
-            return self._of_array(images)
-        if isinstance(images, Tensor):
-            if images.ndim != 4:
-                raise BadInput(
-                    f"a tensor of shape {tuple(images.shape)} is not [N, C, H, W]; one image is tensor[None]."
-                )
-            return self._of_array(images.detach().movedim(1, -1).cpu().numpy())
-        pictures: list[Any] = (
-            [images] if hasattr(images, "getexif") or not isinstance(images, Sequence) else list(images)
-        )
-        if not pictures:
-            raise BadInput("there are no images: the list is empty.")
-        if all(isinstance(picture, (np.ndarray, Tensor)) for picture in pictures):
-            return self._of_arrays(pictures)
-        if all(isinstance(picture, (str, os.PathLike)) for picture in pictures):
-            return self._of_files([os.fspath(picture) for picture in pictures])  # type: ignore[arg-type]
-        if all(hasattr(picture, "getexif") for picture in pictures):
-            return len(pictures), self._of_pil(pictures)
-        kinds = sorted({type(picture).__name__ for picture in pictures})
-        raise BadInput(
-            f"images of type {', '.join(kinds)} are not understood; give files, PIL images, an array [N, H, W, C] or a tensor "
-            "[N, C, H, W]."
-        )
-
-    def _of_files(self, paths: list[str]) -> tuple[int, Iterator[Images]]:
-        workers = 0 if len(paths) <= MAX_SEQUENTIAL else cores()
-        files = Decoded(paths, size=self.image_size, channels=self._picture_channels(), workers=workers)
-
-        def chunks() -> Iterator[Images]:
-            waiting: list[Chunk] = []
-            for chunk in files.read(torch.arange(len(paths)).split(CHUNK_SIZE)):
-                for number, reason in chunk.broken:
-                    raise BadInput(f"{paths[number]} cannot be decoded ({reason}); leave it out.")
-                waiting.append(chunk)
-                if len(waiting) * CHUNK_SIZE >= self._at_a_time or chunk.rows[-1] + 1 == len(paths):
-                    yield Images(
-                        torch.cat([each.pixels for each in waiting]), torch.cat([each.sizes for each in waiting]), None
-                    )
-                    waiting.clear()
-
-        return len(paths), chunks()
-
-    def _of_pil(self, pictures: Sequence[Any]) -> Iterator[Images]:
-        channels = self._picture_channels()
-        for start in range(0, len(pictures), self._at_a_time):
-            made = [canvas(picture, self.image_size, channels) for picture in pictures[start : start + self._at_a_time]]
-            pixels = torch.from_numpy(np.stack([pixels for pixels, _ in made]))
-            yield Images(pixels, torch.tensor([size for _, size in made]), None)
-
-    def _of_arrays(self, arrays: Sequence[np.ndarray | Tensor]) -> tuple[int, Iterator[Images]]:
-        """Of one image each, which may have sizes of their own: arrays [H, W, C] or [H, W], tensors [C, H, W]."""
-        batches = []
-        for array in arrays:
-            image = array if isinstance(array, np.ndarray) else array.detach().movedim(0, -1).cpu().numpy()
-            batches.append(image[None] if image.ndim == 3 else image[None, ..., None])
-        groups = [
-            np.concatenate([*group]) for _, group in groupby(batches, key=lambda batch: (batch.shape, batch.dtype))
-        ]
-        return len(arrays), chain.from_iterable([self._of_array(group)[1] for group in groups])
-
-    def _of_array(self, array: np.ndarray) -> tuple[int, Iterator[Images]]:
-        given, array = array, array[..., None] if array.ndim == 3 else array
-        if array.ndim != 4 or array.shape[-1] != self.channels:
-            remedy = ""
-            if given.ndim == 3 and given.shape[-1] == self.channels:
-                remedy = "; one image is array[None]"
-            elif given.ndim == 4 and given.shape[1] == self.channels:
-                remedy = "; np.moveaxis(array, 1, -1) brings the channels to the end"
-            raise BadInput(
-                f"an array of shape {given.shape} is not [N, H, W, {self.channels}], which the encoder takes{remedy}."
-            )
-        if array.dtype != np.uint8:
-            if array.dtype.kind != "f":
-                raise BadInput(f"images of type {array.dtype} are not understood; give uint8, or floats in [0, 1].")
-            if array.size and not (array.min() >= 0 and array.max() <= 1):  # also NaN
-                raise BadInput(
-                    f"float images have values {array.min():g} to {array.max():g}; give them in [0, 1], not normalized."
-                )
-
-        def chunks() -> Iterator[Images]:
-            for start in range(0, len(array), self._at_a_time):
-                part = array[start : start + self._at_a_time]
-                if part.dtype != np.uint8:
-                    part = np.round(part * 255).astype(np.uint8)
-                pixels = torch.from_numpy(
-                    np.array(np.moveaxis(part, -1, 1), order="C")
-                )  # a copy, as it may be read-only
-                sizes = torch.tensor([[*part.shape[1:3]]] * len(part))
-                if not part.shape[1] == part.shape[2] == self.image_size:  # as data=array
-                    side = (self.image_size, self.image_size)
-                    resized = nnf.interpolate(pixels.float(), side, mode="bicubic", antialias=True)
-                    pixels = resized.round().clamp(0, 255).to(torch.uint8)
-                yield Images(pixels, sizes, None)
-
-        return len(array), chunks()
-
-    @property
-    def _at_a_time(self) -> int:
-        """Images that are prepared at a time."""
-        return max(CHUNK_SIZE, CHUNK_BYTES // (self.channels * self.image_size**2))
-
-    def _picture_channels(self) -> int:
-        if self.channels not in (1, 3):
-            raise BadInput(f"the encoder takes {self.channels} channels, and pictures have 1 or 3; give an array.")
-        return self.channels
 
     def to(self, device: str) -> "PretrainedEncoder":
         """The encoder on another device, such as "cpu"."""

@@ -10,12 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from twoviews import distributed, process_group
-from twoviews.backbones import Encoder, unseen_pixels_note
+from twoviews.backbones import Encoder
 from twoviews.batch_norms import BatchNorm, sync_batch_norms
 from twoviews.clusters.kmeans import Clustered
 from twoviews.clusters.scores import clustering_scores
 from twoviews.code import code_state
-from twoviews.config.building import build, build_data
+from twoviews.config.building import build, build_data, build_protocol
 from twoviews.config.parameter_names import qualified_errors, qualify
 from twoviews.data.images import ImageData
 from twoviews.data.loader import Loader
@@ -30,6 +30,7 @@ from twoviews.ranges import Repeats, Size
 from twoviews.runtime import Runtime
 from twoviews.signatures import signature
 from twoviews.tracking import uris
+from twoviews.unseen_pixels import unseen_pixels_note
 
 
 @dataclass
@@ -84,7 +85,7 @@ def check_without_data(cfg: DictConfig, runtime: Runtime, device: torch.device) 
         lambda: build(cfg.schedule),
         lambda: build(cfg.augmentation, **any_images),
         lambda: uris.resolve(build(cfg.tracking).uri),
-        *(partial(build, node) for node in (cfg.get("protocol") or {}).values()),
+        *(partial(build_protocol, str(name), node) for name, node in (cfg.get("protocol") or {}).items()),
         *([lambda: build(cfg.data)] if "root" in cfg.data and cfg.data.root is None else []),
     )
     if problems:
@@ -145,7 +146,7 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
     if distributed.processes() > 1:
         sync_batch_norms(method, device)
     method.to(device, memory_format=torch.channels_last if runtime.channels_last else torch.contiguous_format)
-    protocols = {name: build(node) for name, node in (cfg.get("protocol") or {}).items()}
+    protocols = {name: build_protocol(str(name), node) for name, node in (cfg.get("protocol") or {}).items()}
     protocols = {name: one for name, one in protocols.items() if data.test or not one.needs_labels}
     optimizer = build(cfg.optimizer, batch_size=cfg.batch_size, _partial_=True)(method.param_groups())
     return Parts(

@@ -5,7 +5,7 @@ torchvision, so that weights can be exchanged with it; any other architecture co
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -94,8 +94,10 @@ class ResNet(Encoder):
         block: "basic" or "bottleneck".
         depths: blocks in each of the stages; the first keeps the resolution, each other one halves it.
         width: channels of the first stage; each stage doubles them.
-        stem: "cifar" is a 3x3 convolution of stride 1 without pooling, "strided" the same with stride 2; "imagenet" a 7x7
-            convolution of stride 2 and a max-pool.
+        stem: "cifar" is a 3x3 convolution of stride 1 without pooling, whose weights are drawn as torch draws them (std 0.11
+            for RGB; MoCo's CIFAR demo, solo-learn and lightly put it in place of an initialised one); "strided" the same
+            with stride 2, drawn as the other convolutions (std 0.06 for a width of 64); "imagenet" a 7x7 convolution of
+            stride 2 and a max-pool.
         zero_init_residual: the last norm of each block starts at zero, so each block starts as its shortcut.
 
     Raises:
@@ -149,11 +151,11 @@ class ResNet(Encoder):
                 inputs = stage_width * kind.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.out_dim = inputs
-        self._initialise(zero_init_residual)
+        self._initialise(stem, zero_init_residual)
 
-    def _initialise(self, zero_init_residual: bool) -> None:
+    def _initialise(self, stem: str, zero_init_residual: bool) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and not (module is self.conv1 and stem == "cifar"):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if zero_init_residual:
             for module in self.modules():
@@ -197,16 +199,8 @@ class Timm(Encoder):
         options: dict[str, Any] = {"num_classes": 0, "in_chans": channels, "pretrained": False}
         if drop_path_rate:
             options["drop_path_rate"] = drop_path_rate
-        self.options: dict[str, Any] = {
-            "num_classes": 0,
-            "in_chans": channels,
-        }  # for timm.create_model, beside the name
         try:
-            try:
-                self.model = timm.create_model(name, img_size=image_size, **options)
-                self.options["img_size"] = image_size
-            except TypeError:  # convolutional models take images of any size and no `img_size`
-                self.model = timm.create_model(name, **options)
+            self.model, size = _timm_model(name, image_size, options)
             with torch.no_grad():
                 features = self.model.eval()(torch.zeros(1, channels, image_size, image_size))
         except TypeError as error:
@@ -215,10 +209,12 @@ class Timm(Encoder):
             ) from error
         except (RuntimeError, AssertionError, ValueError) as error:
             raise BadInput(
-                f"name={name} cannot take {image_size}x{image_size} images ({_first_line(error)}); choose another "
+                f"name={name} cannot take {image_size}x{image_size} images ({first_line(error)}); choose another "
                 "model or size=."
             ) from error
         self.model.train()
+        # For timm.create_model, beside the name.
+        self.options: dict[str, Any] = {"num_classes": 0, "in_chans": channels, **size}
         if features.ndim != 2:
             raise BadInput(f"name={name} gives features of shape {tuple(features.shape)}, not one vector an image.")
         self.out_dim = features.shape[1]
@@ -239,60 +235,23 @@ class Timm(Encoder):
             ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _timm_model(name: str, image_size: int, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """A model for images of this size, and the options that say so.
+
+    Vision transformers resize their position embeddings to crops of other sizes if images consist of whole patches.
+    """
+    import timm
+
+    for size in ({"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}):
+        try:
+            model = timm.create_model(name, **size, **options)
+        except TypeError:
+            continue
+        if "dynamic_img_size" not in size or image_size % cast(Any, model).patch_embed.patch_size[0] == 0:
+            return model, size
+    return timm.create_model(name, **options), {}  # convolutional models take images of any size, and no `img_size`
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its class."""
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def unseen(encoder: Encoder, channels: int, size: int) -> tuple[list[int], list[int]]:
-    """Rows and columns of pixels that no feature depends on.
-
-    Args:
-        encoder: on the CPU; afterwards in the mode that it was in.
-        channels: C of the images.
-        size: H = W in px.
-    """
-    training = encoder.training
-    x = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    try:
-        features = encoder.eval()(x)
-    finally:
-        encoder.train(training)
-    # NaN goes everywhere that a gradient can go, past weights that begin at 0 too, as those of residual branches do.
-    gradient = torch.autograd.grad(features, x, torch.full_like(features, torch.nan))[0]
-    seen = (gradient != 0).any(1)[0]  # [H, W]
-    rows, columns = ((~seen.any(axis)).nonzero()[:, 0].tolist() for axis in (1, 0))
-    return rows, columns
-
-
-def unseen_pixels_note(encoder: Encoder, channels: int, size: int) -> str | None:
-    """A sentence about the pixels of an image that no feature depends on; None if there are none.
-
-    There are some where the side of the image is no multiple of a vision transformer's patches, and where strided
-    convolutions without padding end before the image does. Those of a ResNet have padding and reach every pixel.
-
-    Args:
-        encoder: on the CPU.
-        channels: C of the images.
-        size: H = W in px.
-
-    Raises:
-        BadInput: the encoder cannot take images of this size.
-    """
-    if isinstance(encoder, ResNet):
-        return None
-    name = encoder.recipe.get("name", type(encoder).__name__)
-    try:
-        rows, columns = unseen(encoder, channels, size)
-    except RuntimeError as error:
-        raise BadInput(
-            f"{name} cannot take {size}x{size} images ({_first_line(error)}); choose another backbone or size."
-        ) from error
-    if not rows and not columns:
-        return None
-    fitting = size - len(rows)
-    at_the_end = rows == columns == [*range(fitting, size)]
-    remedy = f"images of {fitting} px have none" if at_the_end else "choose another backbone"
-    return (
-        f"warning: of images of {size}x{size} px, {len(rows)} row(s) and {len(columns)} column(s) of pixels are not seen by "
-        f"{name}, whose patches or strides leave them over; {remedy}."
-    )

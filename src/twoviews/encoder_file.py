@@ -5,14 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from twoviews import foreign
 from twoviews.backbones import Encoder
+from twoviews.data.images import ImageData
 from twoviews.errors import BadInput, system_reason
 from twoviews.files import write_atomic
 
 WEIGHTS_FILE, DESCRIPTION_FILE = "encoder.safetensors", "encoder.json"
+# What files that do not fit together raise.
+LOADING_ERRORS = (BadInput, SafetensorError, RuntimeError, KeyError, TypeError, ValueError)
 
 
 def save_encoder(folder: Path, encoder: Encoder, description: Mapping[str, Any]) -> None:
@@ -34,31 +38,58 @@ def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
     Raises:
         BadInput: the two files do not make an encoder.
     """
-    from safetensors import SafetensorError
-
-    from twoviews.config.building import build  # which importing this file does not need
-
-    description_path = path.with_name(DESCRIPTION_FILE)
     foreign.regular(path)
-    description = foreign.load(description_path, needed=True)
+    description = foreign.load(path.with_name(DESCRIPTION_FILE), needed=True)
     try:
-        sizes = {"channels": description["channels"], "image_size": description["image_size"]}
-        encoder = build(description["backbone"], **sizes)
-        if not isinstance(encoder, Encoder):
-            raise TypeError("the backbone is not an encoder")
-        encoder.load_state_dict(weights := read_weights(path))
-        if not len(description["mean"]) == len(description["std"]) == description["channels"]:
-            raise TypeError("mean and std do not have a number for each channel")
-        check_finite(weights)
+        encoder = encoder_of(description, read_weights(path))
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({system_reason(error)}); make it readable.") from error
-    except (BadInput, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())
         raise BadInput(
             f"{path} and {DESCRIPTION_FILE} beside it do not make an encoder: {reason[:200]}; put the files back that the run "
             "wrote, or delete both and result.json, and the same train.py command writes them again from its last checkpoint."
         ) from error
     return encoder, description
+
+
+def encoder_of(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Encoder:
+    """The encoder that a description, see `describe`, says how to build, with these weights.
+
+    Raises:
+        BadInput, RuntimeError, KeyError, TypeError, ValueError: they do not fit, or a weight is not finite.
+    """
+    from twoviews.config.building import build  # which importing this file does not need
+
+    sizes = {"channels": description["channels"], "image_size": description["image_size"]}
+    encoder = build(description["backbone"], **sizes)
+    if not isinstance(encoder, Encoder):
+        raise TypeError("the backbone is not an encoder")
+    encoder.load_state_dict(weights)
+    if not len(description["mean"]) == len(description["std"]) == description["channels"]:
+        raise TypeError("mean and std do not have a number for each channel")
+    check_finite(weights)
+    return encoder
+
+
+def is_buildable(encoder: Encoder) -> bool:
+    """Whether the encoder's recipe builds all of it, not only the network inside it, as in front of a projector."""
+    cls = type(encoder)
+    return getattr(encoder, "recipe", {}).get("_target_") == f"{cls.__module__}.{cls.__qualname__}"
+
+
+def describe(encoder: Encoder, data: ImageData) -> dict[str, Any]:
+    """How to build an encoder and to prepare its images, as plain values."""
+    return {
+        "backbone": encoder.recipe,
+        "channels": data.channels,
+        "image_size": data.size,
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "classes": list(data.classes),
+        "data": data.name,
+        "features": encoder.out_dim,
+    }
 
 
 def weight_file(weights: Mapping[str, Tensor]) -> bytes:

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import shlex
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 
 from twoviews import distributed
 from twoviews.data import rendering
+from twoviews.errors import without_secrets
 
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "mlflow", "numpy")
 
@@ -26,8 +29,16 @@ def environment(device: torch.device) -> dict[str, Any]:
         "processes": distributed.processes(),
         "gpu": gpu,
         "cuda": torch.version.cuda if gpu else None,
+        "command": _command(),
         "views": "compiled" if rendering.compiled(device) else "tensors",
     }
+
+
+def _command() -> str:
+    """The command of this training, without what may be credentials."""
+    count = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    launcher = ["torchrun", "--nproc-per-node", count] if count != "1" else ["python"]
+    return shlex.join([*launcher, *map(without_secrets, sys.argv)])
 
 
 def _version(package: str) -> str | None:

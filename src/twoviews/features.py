@@ -99,10 +99,15 @@ def embed(
         width = distributed.largest(0 if x is None else x.shape[1], device)
         x = distributed.total(torch.zeros(len(images), width, device=device) if x is None else x)
     assert x is not None
-    if broken := int((~x.isfinite().all(1)).sum()):
+    _check_finite(x, dtype)
+    return x
+
+
+def _check_finite(x: Float[Tensor, "N D"], dtype: torch.dtype) -> None:
+    broken = int((~x.isfinite().all(1)).sum())
+    if broken:
         precision = "" if dtype == torch.float32 else f", or runtime.precision=fp32 in place of {format_name(dtype)}"
         raise BadInput(
             f"the features of {broken} of {len(x)} images are not finite: use weights of before the training diverged (a lower "
             f"optimizer.lr may keep it from that){precision}."
         )
-    return x

@@ -25,12 +25,15 @@ DEPTH = 20  # of dictionaries and lists in each other; those of conf/ have five
 WHOLE = 2**63  # of a whole number's size
 
 _Node = Mapping[str, Any]
+_STATISTICS = dict.fromkeys(("mean!", "std!"), Sequence[float])
+_ENCODER = {"backbone!": _Node, "channels!": Count, "image_size!": Count, **_STATISTICS}
+_GROUPS = ("augmentation", "backbone", "data", "method", "optimizer", "protocol", "runtime", "schedule")
 # Annotations of what is read from these files, "*" of all other keys; keys that end in "!" must be there.
 FIELDS: dict[str, dict[str, Any]] = {
     "config.yaml": {
-        **dict.fromkeys(("backbone", "data", "method", "optimizer", "protocol", "runtime", "schedule"), _Node),
+        **dict.fromkeys(_GROUPS, _Node),
         "epochs": Count,
-        "tracking": {"uri!": str | None, "experiment!": str, "mirror!": bool},
+        "tracking": {"uri!": str | None, "experiment!": str, "mirror!": bool, "encoder": bool},
     },
     "result.json": {
         "state!": Literal["finished", "interrupted", "failed"],
@@ -42,15 +45,18 @@ FIELDS: dict[str, dict[str, Any]] = {
         "mlflow_run_id": str | None,
         "*": float,
     },
-    "environment.json": {"digest!": str, "processes": Count, "threads": Count, "gpu": str | None, "host": str},
-    "data.json": {"name!": str, "digest!": str},
-    "encoder.json": {
-        "backbone!": _Node,
-        "channels!": Count,
-        "image_size!": Count,
-        "mean!": Sequence[float],
-        "std!": Sequence[float],
+    "environment.json": {
+        "digest!": str,
+        "processes": Count,
+        "threads": Count,
+        "gpu": str | None,
+        "host": str,
+        "command": str,
     },
+    "data.json": {"name!": str, "digest!": str},
+    "encoder.json": _ENCODER,
+    "classifier.json": {**_ENCODER, "classes!": Sequence[str]},
+    "linear_head.json": {"encoder!": str, "classes!": Sequence[str]},
     "clusters.json": {"settings!": _Node, "scores!": _Node},
     "sweep.json": {
         "axes!": {"*": Sequence[Any]},
@@ -69,6 +75,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "command": Sequence[str],
         "parent!": str | None,
         "parent_key": str,
+        "parent_experiment": str,
         "tracking": {"uri!": str | None, "experiment!": str},
     },
     "point.json": {"axes!": _Node, "overrides!": Sequence[str], "choices": _Node, "code": str, "cwd": str},
@@ -85,6 +92,7 @@ REMEDIES = {
     "result.json": "delete it, and the same train.py command goes on from the last checkpoint and writes it again",
     "environment.json": "put the file back that the run wrote, or start over with fresh=true",
     "data.json": "put the file back that the run wrote, or start over with fresh=true",
+    "linear_head.json": "delete it, and evaluate.py with protocol=linear writes it again",
     "clusters.json": "delete it, and cluster.py writes it again",
     "sweep.json": "put the file back, or delete it and launch the sweep again, which goes on with its jobs",
     "point.json": "put the file back, or launch the sweep again, which writes it again",

@@ -60,7 +60,9 @@ class Training:
         self.dtype = self.step.dtype
         self.checkpoints = Checkpointer(folder, metrics)
         self.step.before_update = self.checkpoints.wait_for_copy
-        self.monitor = Monitor(parts.evaluation_context, parts.protocols, metrics, console, epochs, self.device)
+        self.monitor = Monitor(
+            *(parts.evaluation_context, parts.protocols, metrics, console, epochs, self.device), parts.method.collapses
+        )
         self.position = Position()
         self.whole = True  # False during an E-step, which changes the method step by step
         self._started_at, self._saved_at, self._saved_step = time.monotonic(), -math.inf, -1
@@ -240,7 +242,7 @@ class Training:
         except NotFinite as error:
             raise self._not_finite(str(error)) from None
         images_per_s = self._throughput.measure(self.position.step)
-        self.monitor.advise(numbers.get("train/spread", 1.0), self.epoch)
+        self.monitor.advise(numbers, self.epoch)
         self._log({**numbers, "lr": self.lr, "images_per_s": images_per_s})
         if self.position.step - self._first_step >= FORECAST_STEPS:
             images = len(self.loader) * self.loader.batch_size

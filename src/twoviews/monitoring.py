@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ from twoviews import distributed, process_group
 from twoviews.backbones import Encoder
 from twoviews.console import Console, duration
 from twoviews.features import Pixels
+from twoviews.methods.method import Collapse
 from twoviews.protocols.protocol import EvaluationContext, Protocol, run_protocols
 from twoviews.runtime import peak_memory
 from twoviews.step import Values
@@ -26,7 +27,12 @@ PROGRESS_VALUES = {  # name in the progress line: name in metrics.jsonl
     "img/s": "images_per_s",
     "kNN": "knn/top1",
 }
-COLLAPSED_SPREAD = 0.1  # of the embeddings, where 1 is even; below it the user gets advice
+SPREAD_COLLAPSE = Collapse(
+    "spread",
+    "1 is even, 0 is one point, so the embeddings are collapsing. Lower the learning rate, check in views.png that the views "
+    "are not too alike, and give the batch norms larger batches.",
+    below=0.1,
+)
 
 
 class NotFinite(ArithmeticError):
@@ -75,6 +81,7 @@ class Monitor:
         console: shows progress and messages.
         epochs: length of the training.
         device: whose peak memory is logged at the end.
+        collapses: what the metrics of the method are when its embeddings collapse.
     """
 
     def __init__(
@@ -85,11 +92,13 @@ class Monitor:
         console: Console,
         epochs: int,
         device: torch.device,
+        collapses: Sequence[Collapse] = (),
     ):
         self._context, self._protocols, self._metrics, self._console = context, protocols, metrics, console
         self._epochs, self._device = epochs, device
         self.latest: dict[str, float] = {}
-        self._advised = self._forecasted = False
+        self._forecasted = False
+        self._collapses = [SPREAD_COLLAPSE, *collapses]  # without those that the user was warned of
         self._knn_seconds = 0.0
 
     def log(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
@@ -100,15 +109,18 @@ class Monitor:
         shown = {name: self.latest[key] for name, key in PROGRESS_VALUES.items() if key in self.latest}
         self._console.progress(step, epoch, shown)
 
-    def advise(self, spread: float, epoch: float) -> None:
-        """Warn, once, when the embeddings collapse."""
-        if spread < COLLAPSED_SPREAD and epoch >= 1 and not self._advised:
-            self._advised = True
-            self._console.say(
-                f"advice: the embeddings' spread is {spread:.3f} (1 is even, 0 is one point): they are collapsing. Lower "
-                "the learning rate, check in views.png that the views are not too alike, and give the batch norms larger "
-                "batches."
-            )
+    def advise(self, values: Mapping[str, float], epoch: float) -> None:
+        """Warn, once for each metric, when the embeddings collapse.
+
+        Args:
+            values: of a step, by their names in metrics.jsonl.
+            epoch: epochs done, fractional; in the first one embeddings of most methods are narrow.
+        """
+        for collapse in [*self._collapses] if epoch >= 1 else ():
+            value = values.get(f"train/{collapse.metric}", math.nan)
+            if value < collapse.below or value > collapse.above:
+                self._collapses.remove(collapse)
+                self._console.say(f"advice: train/{collapse.metric} is {value:.3f}: {collapse.advice}")
 
     def forecast(self, images_per_s: float, images: int, epoch: float) -> None:
         """Say, once, how long the rest of the run will take.

@@ -6,18 +6,13 @@ paper states it, with the rule (`lr_scaling`) that makes the learning rate of th
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from twoviews.errors import BadInput
-from twoviews.ranges import Count, Fraction, Range
-
-# Parameters are in float32, which has nothing above 3.4e38, and rates are multiplied by the batch size.
-Rate = Annotated[float, Range(above=0, at_most=1e30)]
-Decay = Annotated[float, Range(at_least=0, at_most=1e30)]
-LrScaling = Literal["none", "linear", "sqrt"]
+from twoviews.ranges import Count, Decay, Fraction, LrScaling, Range, Rate
 
 
 def scaled_lr(lr: float, scaling: LrScaling, batch_size: int) -> float:
@@ -49,7 +44,7 @@ class Optimizer(torch.optim.Optimizer):
     load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
 
-def _fused(groups: list[dict]) -> bool:
+def is_fused(groups: list[dict]) -> bool:
     """Whether one kernel shall update many parameters: on GPUs, where it takes learning rates from the device, too."""
     return groups[0]["params"][0].is_cuda
 
@@ -104,7 +99,7 @@ def sgd(
         momentum=momentum,
         weight_decay=weight_decay,
         nesterov=nesterov,
-        fused=_fused(groups),
+        fused=is_fused(groups),
     )
 
 
@@ -125,7 +120,7 @@ def adamw(
         lr=scaled_lr(lr, lr_scaling, batch_size),
         betas=(float(beta1), float(beta2)),
         weight_decay=weight_decay,
-        fused=(fused := _fused(groups)),
+        fused=(fused := is_fused(groups)),
         capturable=fused,
     )
 

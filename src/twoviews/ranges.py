@@ -71,6 +71,10 @@ NotNegative = Annotated[float, Range(at_least=0)]
 Fraction = Annotated[float, Range(at_least=0, at_most=1)]
 Temperature = Annotated[float, Range(above=0, usual="0.05 to 0.5")]
 EmaMomentum = Annotated[float, Range(at_least=0, below=1, usual="0.99 to 0.999")]
+# Parameters are in float32, which has nothing above 3.4e38, and rates are multiplied by the batch size.
+Rate = Annotated[float, Range(above=0, at_most=1e30)]
+Decay = Annotated[float, Range(at_least=0, at_most=1e30)]
+LrScaling = Literal["none", "linear", "sqrt"]
 Severity = Annotated[int, Range(at_least=1, at_most=5)]
 Corruption = Literal[
     "gaussian_noise",

@@ -46,7 +46,7 @@ def show_if_finished(cfg: DictConfig, folder: Path) -> bool:
         console.say("this run is finished; fresh=true would start it over.")
         if tracking.mirror:
             tracking.check(optional=True, say=console.say)
-            set_target(folder, tracking.uri, tracking.experiment)
+            set_target(folder, tracking.uri, tracking.experiment, encoder=tracking.encoder)
             if not is_uploaded(folder):  # it was killed, or MLflow did not answer, before the end was sent
                 flush(folder, mirror=True, say=console.say)
         show_result(folder, result, console)

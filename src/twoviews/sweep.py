@@ -163,11 +163,12 @@ def retry_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
 
 def collect_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
     """Send what MLflow lacks of the jobs, and the ends of the jobs and of the sweep."""
-    from twoviews.sweeps.mlflow_sync import collect
+    from twoviews.sweeps.mlflow_sync import collect, sweep_page
 
     left = collect(sweep, jobs)
     sent = f"{len(jobs) - left:,} of {counted(len(jobs), 'job')}"
     print(f"{sweep.name}: in MLflow are {sent}, run {sweep.record['parent']}")
+    print(f"MLflow: {sweep_page(sweep)}")
     return 1 if left else 0
 
 

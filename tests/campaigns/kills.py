@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from conftest import SMALL, weights  # noqa: E402
 
+from twoviews.tracking.client import metric_name  # noqa: E402
 from twoviews.tracking.metrics import read  # noqa: E402
 from twoviews.tracking.state import UploadState  # noqa: E402
 
@@ -194,14 +195,15 @@ def wrong_in_mlflow(command: Command) -> list[str]:
         return [f"MLflow has the runs {runs}"]
     found = []
     lines = [
-        (int(line["step"]), key, value)
+        (int(line["step"]), metric_name(key), value)
         for line in read(command.run)
         for key, value in line.items()
         if key not in ("time", "step", "epoch")
     ]
     # What was measured anew after it had been sent, such as the speed, has the value of the first time there.
-    steady = [(step, key, value) for step, key, value, _ in stored if key not in MEASURED_ANEW]
-    if sorted(steady) != sorted(one for one in lines if one[1] not in MEASURED_ANEW):
+    anew = {metric_name(key) for key in MEASURED_ANEW}
+    steady = [(step, key, value) for step, key, value, _ in stored if key not in anew]
+    if sorted(steady) != sorted(one for one in lines if one[1] not in anew):
         found.append("MLflow has other points")
     if sorted((step, key) for step, key, *_ in stored) != sorted((step, key) for step, key, _ in lines):
         found.append("MLflow lacks points, or has some twice")

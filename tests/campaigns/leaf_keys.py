@@ -13,7 +13,7 @@ the annotation of the parameter that it goes to, by a few lines of their own. It
     accepted     values that the annotation excludes, and that were taken nonetheless
     refused      values that the annotation allows, and that were called wrong by the comparison with it
     unclear      messages of more than one line for a mistake, of more than 1,000 characters, or without the key
-    hangs        cases that took longer than 30 seconds
+    hangs        cases that took longer than 60 seconds
 
 `accepted.txt` (--table) lists every accepted value of every key, for a person to look through.
 """
@@ -67,7 +67,7 @@ from twoviews.signatures import Component, signature  # noqa: E402
 from twoviews.step import TrainStep  # noqa: E402
 from twoviews.sweeps.composing import Composer  # noqa: E402
 
-LIMIT = 30  # seconds for a case
+LIMIT = 60  # seconds for a case; images of 4096 px take twenty on an idle core
 TEXT = 1000  # characters of a message
 AGAIN = 4  # values of a key whose parameter another file has given all values to
 VALUES = [
@@ -336,13 +336,13 @@ class Campaign:
             self.composers[place] = Composer(lambda overrides: composed(key.command, overrides))
         content = self.composers[place]([*key.files, *self._small(key), override]).content
 
-        def build() -> None:
+        def build_rest() -> None:
             if key.command == "train":
                 self._train(key, OmegaConf.create(dict(content)))
             for node in content.get("protocol", {}).values():
                 build(node)
 
-        return _select(content, key.path.split(".")), lambda: check(key.command, content), build
+        return _select(content, key.path.split(".")), lambda: check(key.command, content), build_rest
 
     def _small(self, key: Key) -> list[str]:
         if key.command != "train":

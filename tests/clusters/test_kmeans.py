@@ -13,16 +13,17 @@ from sklearn.feature_extraction.image import extract_patches_2d
 from torch.nn import functional as nnf
 
 from twoviews.clusters import kmeans as module
+from twoviews.clusters import passes
 from twoviews.clusters.kmeans import Clusters, concentration, kmeans
 from twoviews.errors import BadInput
 
 
 @pytest.fixture(autouse=True, params=["faiss", "products"])
-def passes(request, monkeypatch) -> None:
+def by(request, monkeypatch) -> None:
     """Both ways of going through the points have to pass everything here; the second is that of GPUs."""
     if request.param == "products":
-        monkeypatch.setattr(module, "passes_on", lambda device: module.by_products())
-        monkeypatch.setattr(module, "CHUNK_BYTES", 40_000)  # some hundred points
+        monkeypatch.setattr(module, "passes_on", lambda device: passes.by_products())
+        monkeypatch.setattr(passes, "CHUNK_BYTES", 40_000)  # some hundred points
 
 
 def digits() -> torch.Tensor:
@@ -259,7 +260,7 @@ def test_faiss_says_nothing(capfd):
 def by_both(x: torch.Tensor, k: int, monkeypatch, **options) -> list[Clusters]:
     """By faiss and by products."""
     found = []
-    for one in (module.by_faiss, module.by_products):
+    for one in (passes.by_faiss, passes.by_products):
         monkeypatch.setattr(module, "passes_on", lambda device, one=one: one())
         found.append(kmeans(x, k, **options))
     return found
@@ -285,7 +286,7 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("passes", ["products"], indirect=True)
+@pytest.mark.parametrize("by", ["products"], indirect=True)
 @pytest.mark.parametrize("spherical", [False, True])
 @pytest.mark.parametrize("name", POINTS)
 def test_products_find_the_clusters_of_faiss(name, spherical, monkeypatch):
@@ -311,13 +312,13 @@ def test_products_find_the_clusters_of_faiss(name, spherical, monkeypatch):
         start = one.assignment
 
 
-@pytest.mark.parametrize("passes", ["products"], indirect=True)
+@pytest.mark.parametrize("by", ["products"], indirect=True)
 @pytest.mark.parametrize("name", POINTS)
 def test_one_pass_of_products_is_that_of_faiss(name):
     make, k = POINTS[name]
     x = make()
     c = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:k]] + 0.01
-    ours, theirs = module.by_products(), module.by_faiss()
+    ours, theirs = passes.by_products(), passes.by_faiss()
     distance, assignment = ours.nearest(x, c)
     wanted, nearest = theirs.nearest(x, c)
     squared = torch.cdist(x.double(), c.double()).square()
@@ -336,14 +337,14 @@ def test_products_tell_points_apart_that_lie_in_one_direction():
     x = nnf.normalize(torch.ones(12) + 0.01 * torch.randn(3000, 12, generator=torch.Generator().manual_seed(0)), dim=1)
     c = x[:200] + 1e-4
     squared = torch.cdist(x.double(), c.double()).square()
-    distance, assignment = module.by_products().nearest(x, c)
+    distance, assignment = passes.by_products().nearest(x, c)
     nearest = squared.amin(1)
     assert squared.max() < 0.01
     torch.testing.assert_close(distance.double(), nearest, rtol=0, atol=1e-6 * squared.max().item())
     assert (squared.gather(1, assignment[:, None])[:, 0] - nearest).max() < 1e-6 * squared.max()
 
 
-@pytest.mark.parametrize("passes", ["products"], indirect=True)
+@pytest.mark.parametrize("by", ["products"], indirect=True)
 def test_a_step_waits_for_the_gpu_once():
     x, steps = unit(3000), (2, 5)
     start = kmeans(x, 10, seed=0, iterations=1).assignment
@@ -369,7 +370,7 @@ def test_products_are_in_full_precision_and_leave_the_setting_alone(monkeypatch)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        module.by_products().nearest(x, x[:5])
+        passes.by_products().nearest(x, x[:5])
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -386,7 +387,7 @@ def clusterings() -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("passes", ["faiss"], indirect=True)
+@pytest.mark.parametrize("by", ["faiss"], indirect=True)
 def test_two_processes_get_what_one_does(tmp_path):
     for found in in_processes(2, tmp_path, clusterings):
         for value, expected in zip(found, clusterings(), strict=True):

@@ -1,9 +1,13 @@
 """Parameters in messages, with the group that they are typed with."""
 
 import pytest
+from omegaconf import OmegaConf
+from test_configs import composed
+from test_labelled import small
 
-from twoviews.config.building import build
+from twoviews.config.building import build, build_protocol
 from twoviews.config.parameter_names import qualified_errors, qualify
+from twoviews.data.sources import digits
 from twoviews.errors import BadInput
 
 
@@ -41,3 +45,47 @@ def test_errors_are_qualified_and_keep_their_class() -> None:
 def test_a_part_that_refuses_a_value_is_told_by_its_key() -> None:
     with pytest.raises(BadInput, match=r"^schedule\.warmup_epochs=3 "):
         build({"_target_": "twoviews.schedule.Cosine", "epochs": 2, "warmup_epochs": 3})
+
+
+PROTOCOLS = {
+    "linear": ({"weight_decays": []}, "protocol.linear.weight_decays=[] is an empty list"),
+    "finetune": ({"warmup_epochs": 99}, "protocol.finetune.warmup_epochs=99 is longer than the training of 20 epochs"),
+    "few_labels": (
+        {"shares": [], "per_class": []},
+        "protocol.few_labels.shares=[] and protocol.few_labels.per_class=[]",
+    ),
+    "few_labels_finetune": (
+        {"finetune.warmup_epochs": 99},
+        "protocol.few_labels.finetune.warmup_epochs=99 is longer than the training of 60 epochs",
+    ),
+    "linear_sgd": ({"learning_rates": []}, "protocol.linear_sgd.learning_rates=[] is an empty list"),
+}
+
+
+@pytest.mark.parametrize("choice", PROTOCOLS)
+def test_protocols_are_told_by_their_keys(choice: str) -> None:
+    changes, sentence = PROTOCOLS[choice]
+    ((name, node),) = composed(f"protocol=[{choice}]").protocol.items()
+    for key, value in changes.items():
+        OmegaConf.update(node, key, value)
+    with pytest.raises(BadInput) as caught:
+        build_protocol(name, node)
+    assert sentence in str(caught.value)
+
+
+def test_what_a_protocol_says_while_it_works_has_its_keys_too() -> None:
+    ((name, node),) = composed("protocol=[knn]", "protocol.knn.k=5000").protocol.items()
+    assert build_protocol(name, node).notes(digits())[0].startswith("protocol.knn.k=5000 is more than the 1,437 images")
+    context = small(20)
+    ((name, node),) = composed("protocol=[finetune]", "protocol.finetune.unfreeze_from=layer9").protocol.items()
+    with pytest.raises(BadInput, match=r"^protocol\.finetune\.unfreeze_from=layer9 is no layer"):
+        build_protocol(name, node)(context)
+    node["unfreeze_from"], node["epochs"], node["lr"], node["batch_size"] = None, 1, 0.1, 64
+    notes = build_protocol(name, node)(context).notes
+    assert notes == ["protocol.finetune.batch_size=64 is larger than the 20 images: batches have 20."]
+
+
+def test_keys_that_evaluate_has_for_all_protocols_stay_short() -> None:
+    ((name, node),) = composed("protocol=[predict]", "run=x", name="evaluate").protocol.items()
+    with pytest.raises(BadInput, match="^images= names no pictures"):
+        build_protocol(name, node)(small(20))

@@ -35,6 +35,15 @@ def test_nested_settings_are_those_of_the_run() -> None:
         found = settings(asked, run=run)
         assert found["tent"] == run["protocol"]["tent"]
         assert found["corruptions"]["severities"] == [3] and found["corruptions"]["images"] == 60
+    tuned = settings("protocol=[finetune]", run=run)["finetune"]
+    assert tuned["linear"]["iterations"] == 7
+    scales = [view["scale"][0] for view in run["augmentation"]["views"].values()]
+    assert tuned["smallest_crop"] in scales and tuned["flip"] == 0  # of the digits
+    assert settings("protocol=[finetune]", "protocol.finetune.flip=0.3", run=run)["finetune"]["flip"] == 0.3
+    few = settings("protocol=[few_labels_finetune]", run=run)["few_labels"]["finetune"]
+    assert few["flip"] == 0 and few["epochs"] == 60 and few["lr"] == 0.05
+    assert settings("protocol=[few_labels]", run=run)["few_labels"]["finetune"] is None
+    assert settings("protocol=[finetune]", run={})["finetune"]["flip"] == 0.5
     assert settings("protocol=[tent]", "protocol.tent.images=8", run=run)["tent"] == {
         **run["protocol"]["tent"],
         "images": 8,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from twoviews.backbones import Encoder, ResNet, Timm
+from twoviews.classifier_file import as_head
 from twoviews.data.images import ImageData
 from twoviews.data.sources import digits
 from twoviews.data.views import eval_view
@@ -105,7 +106,7 @@ def test_refusals_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         Export("onnx", 0)(small)
     monkeypatch.undo()
     monkeypatch.setattr(export, "load_encoder", lambda path: (ResNet(1, 32, "basic", [1, 1, 1], width=8), {}))
-    with pytest.raises(BadInput, match="features of the exported file differ by .* so it was not kept"):
+    with pytest.raises(BadInput, match="outputs of the exported file differ by .* so it was not kept"):
         Export("safetensors", 0)(small)
     assert not list(tmp_path.iterdir())
     small.folder = None
@@ -124,3 +125,39 @@ def test_onnx_takes_batches_of_any_size(tmp_path: Path) -> None:
     for count in (1, 2, 7):
         (found,) = session.run(["features"], {"images": images(32)[:count].numpy()})
         torch.testing.assert_close(torch.from_numpy(found), expected[:count], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("format", "encoder", "description"),
+    [
+        ("torchvision", lambda: resnet("cifar", 32), "torchvision_resnet18.json"),
+        ("timm", lambda: Timm(1, 32, "vit_tiny_patch16_224"), "timm_vit_tiny_patch16_224.json"),
+        ("safetensors", lambda: ResNet(1, 32, "basic", [1, 1], width=8), "README.json"),
+    ],
+)
+def test_a_classifier_is_exported_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, encoder, description: str
+) -> None:
+    made = context(encoder(), tmp_path)
+    width = made.encoder.out_dim
+    made.head = as_head(torch.randn(10, width), torch.randn(10), made.data.classes)
+    assert Export(format, 0)(made).values["difference"] < 1e-3
+    assert json.loads((tmp_path / "export" / description).read_text())["classes"] == [*made.data.classes]
+    model = loaded(tmp_path / "export", description, monkeypatch)
+    with torch.no_grad():
+        expected = made.head.linear(made.encoder.eval()(images(32)))
+        torch.testing.assert_close(model(images(32)), expected, rtol=1e-3, atol=1e-3)
+    if format == "safetensors":
+        again = open_encoder(str(tmp_path / "export" / "classifier.safetensors"))
+        assert again.head is not None and again.head.classes == made.data.classes
+
+
+def test_a_classifier_in_onnx_gives_logits(tmp_path: Path) -> None:
+    import onnxruntime
+
+    made = context(resnet("cifar", 32, (1, 1)), tmp_path)
+    made.head = as_head(torch.randn(10, made.encoder.out_dim), torch.randn(10), made.data.classes)
+    assert Export("onnx", 0)(made).values["difference"] < 1e-3
+    session = onnxruntime.InferenceSession(str(tmp_path / "export" / "classifier.onnx"))
+    (found,) = session.run(["logits"], {"images": images(32)[:3].numpy()})
+    assert found.shape == (3, 10)

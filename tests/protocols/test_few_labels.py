@@ -10,7 +10,7 @@ from test_labelled import same, small, state
 from test_linear import context, pixels
 
 from twoviews.errors import BadInput
-from twoviews.protocols import few_labels
+from twoviews.features import Features
 from twoviews.protocols.few_labels import FewLabels, drawn, quota
 from twoviews.protocols.linear import Linear
 
@@ -18,13 +18,6 @@ from twoviews.protocols.linear import Linear
 def protocol(shares, per_class, **changes) -> FewLabels:
     numbers = {"draws": 3, "weight_decays": [0.01], "held_out": 0.2, "iterations": 200, "finetune": None}
     return FewLabels(shares, per_class, **{**numbers, "seed": 0, "every_epochs": 0, **changes})
-
-
-@pytest.fixture(autouse=True)
-def features_are_enough(monkeypatch):
-    """The probe needs no images; `context` of test_linear has none."""
-    known = few_labels.labelled
-    monkeypatch.setattr(few_labels, "labelled", lambda j: known(j) if hasattr(j.data, "memory") else (None, None))
 
 
 def test_draws_are_stratified_distinct_and_a_function_of_their_key():
@@ -53,7 +46,9 @@ def test_a_share_that_leaves_a_class_without_an_image_is_raised_and_said():
 
 
 def test_more_than_a_class_has_is_refused():
-    with pytest.raises(BadInput, match=r"per_class has 50, but class '2' has (\d+) memory images; use at most \1"):
+    with pytest.raises(
+        BadInput, match=r"per_class=\[50\] has 50, but class '2' has (\d+) memory images; use at most \1"
+    ):
         protocol([], [50])(context(pixels(0, 300), pixels(500, 600)))
 
 
@@ -104,8 +99,9 @@ def test_fine_tuning_of_each_draw_stands_beside_the_probe():
     found = []
     for draw in range(2):
         index = drawn(subject.memory.y, torch.full((10,), 5), 0, "5_per_class", draw)
-        model, _ = tuning.fitted(subject, subject.data.memory.subset(index), "5_per_class", draw)
-        scores = tuning.scores(subject, model)
+        few = Features(subject.memory.x[index], subject.memory.y[index])
+        made = tuning.fitted(subject, few, subject.data.memory.subset(index), "5_per_class", draw)
+        scores = tuning.scores(subject, made.model, subject.data.test)
         found.append(100 * (scores.argmax(1) == subject.test.y).float().mean().item())
     assert result.values["finetune_top1_5_per_class"] == pytest.approx(statistics.mean(found))
     assert result.values["finetune_top1_5_per_class_std"] == pytest.approx(statistics.stdev(found))
@@ -114,5 +110,5 @@ def test_fine_tuning_of_each_draw_stands_beside_the_probe():
 
 @pytest.mark.parametrize("changes", [{"shares": []}, {"weight_decays": []}])
 def test_what_leaves_nothing_to_do_is_refused(changes):
-    with pytest.raises(BadInput, match=r"protocol\.few_labels\."):
+    with pytest.raises(BadInput, match=r"(shares|weight_decays)=\[\]"):
         protocol(**{"shares": [0.1], "per_class": [], **changes})

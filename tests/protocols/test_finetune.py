@@ -11,17 +11,21 @@ from torch.nn import functional as nnf
 from twoviews import distributed, optim
 from twoviews.backbones import ResNet, Timm
 from twoviews.batch_norms import SplitBatchNorm, SyncBatchNorm, split_batch_norms, sync_batch_norms
+from twoviews.classifier_file import load_classifier
 from twoviews.errors import BadInput
-from twoviews.features import embed
+from twoviews.features import Features, embed
 from twoviews.protocols import finetune
 from twoviews.protocols.classification import accuracies
-from twoviews.protocols.finetune import FineTune, layers
+from twoviews.protocols.encoder_layers import layers
+from twoviews.protocols.finetune import FineTune, default_batch_size
 from twoviews.protocols.labelled import classifier, crops, labelled
+from twoviews.protocols.linear import Linear, held_out
 from twoviews.randomness import seed_of
 
 
 def protocol(**changes) -> FineTune:
-    numbers = {"unfreeze_from": None, "layer_decay": 1.0, "epochs": 2, "warmup_epochs": 0, "batch_size": 40, "lr": 0.05}
+    numbers = {"linear": None, "unfreeze_from": None, "layer_decay": 1.0, "epochs": 2, "warmup_epochs": 0}
+    numbers |= {"batch_size": 40, "lr": 0.05, "held_out": 0.1}
     numbers |= {"lr_scaling": "none", "momentum": 0.9, "weight_decay": 1e-3, "smallest_crop": 0.6, "flip": 0.0}
     return FineTune(**{**numbers, "seed": 0, "every_epochs": 0, **changes})
 
@@ -63,7 +67,7 @@ def test_learning_rates_are_the_closed_form(unfreeze_from, scales, monkeypatch):
 def test_it_is_the_loop_that_one_would_write():
     context = small(100)  # 100 / 40: two batches an epoch
     tuned = protocol(layer_decay=0.5)
-    model, notes = tuned.fitted(context, labelled(context)[0])
+    made = tuned.fitted(context, context.memory, labelled(context)[0])
     seed = seed_of(0, "finetune")
     loader, _ = crops(context, labelled(context)[0], 40, 0.6, 0.0, seed)
     encoder, head = copy.deepcopy(context.encoder).train(), classifier(16, 10, context.device, seed)
@@ -83,9 +87,9 @@ def test_it_is_the_loop_that_one_would_write():
             nnf.cross_entropy(head(encoder(batch.views[0])), context.data.memory.labels[batch.index]).backward()
             optimizer.step()
             cosine.step()
-    assert notes == []
+    assert made.notes == [] and made.temperature == 1
     for name, value in nn.Sequential(encoder, head).state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(made.model.state_dict()[name], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -113,8 +117,9 @@ def test_the_runs_own_encoder_is_untouched(training):
 )
 def test_only_what_is_unfrozen_changes(unfreeze_from, frozen):
     context = small(80)
-    model, _ = protocol(unfreeze_from=unfreeze_from, weight_decay=0.1).fitted(context, labelled(context)[0])
-    before, after = state(context.encoder), state(model[0])
+    tuned = protocol(unfreeze_from=unfreeze_from, weight_decay=0.1)
+    made = tuned.fitted(context, context.memory, labelled(context)[0])
+    before, after = state(context.encoder), state(made.encoder)
     kept = {name for name in before if torch.equal(before[name], after[name])}
     # Running statistics of norms, too.
     names = [name for name in before if name.split(".")[0] in (frozen + ["bn1"] if frozen else [])]
@@ -123,7 +128,9 @@ def test_only_what_is_unfrozen_changes(unfreeze_from, frozen):
 
 
 def test_an_unknown_layer_is_refused_with_the_known_ones():
-    with pytest.raises(BadInput, match=r"unfreeze_from=layer9 is no layer .* Did you mean .*conv1, layer1.0, layer2.0"):
+    with pytest.raises(
+        BadInput, match=r"^unfreeze_from=layer9 is no layer .* Did you mean .*conv1, layer1.0, layer2.0"
+    ):
         protocol(unfreeze_from="layer9")(small(20))
 
 
@@ -135,8 +142,8 @@ def test_warm_up_longer_than_the_training_is_refused():
 def test_accuracies_are_those_of_the_probabilities():
     context = small(80)
     result = protocol(epochs=1)(context)
-    assert result.values == accuracies(result.probabilities, context.data.test.labels.long())
-    assert set(result.values) == {"top1", "top5"}
+    assert result.values == {**accuracies(result.probabilities, context.data.test.labels.long()), "lr": 0.05}
+    assert set(result.values) == {"top1", "top5", "lr"}
     torch.testing.assert_close(result.probabilities.sum(1), torch.ones(100))
 
 
@@ -152,9 +159,10 @@ def test_half_precision_of_the_forward_pass_is_the_judgeds(monkeypatch):
 def test_scores_are_of_the_eval_transform_and_mode():
     context = small(80)
     tuned = protocol()
-    model, _ = tuned.fitted(context, labelled(context)[0])
-    x = embed(model[0], context.data.test, context.data, context.device, context.dtype)
-    torch.testing.assert_close(tuned.scores(context, model), model[1](x).detach(), rtol=1e-4, atol=1e-5)
+    made = tuned.fitted(context, context.memory, labelled(context)[0])
+    x = embed(made.encoder, context.data.test, context.data, context.device, context.dtype)
+    scores = tuned.scores(context, made.model, context.data.test)
+    torch.testing.assert_close(scores, made.head(x).detach(), rtol=1e-4, atol=1e-5)
     assert finetune.embed is embed
 
 
@@ -175,5 +183,75 @@ def test_a_training_in_several_processes_is_measured_by_one(change, monkeypatch)
     monkeypatch.setattr(distributed, "processes", lambda: 2)
     found = protocol(batch_size=36)(other)
     assert torch.equal(found.probabilities, expected.probabilities)
-    model, _ = protocol(epochs=1).fitted(other, labelled(other)[0])
-    assert not [part for part in model.modules() if isinstance(part, SplitBatchNorm | SyncBatchNorm | nn.SyncBatchNorm)]
+    made = protocol(epochs=1).fitted(other, other.memory, labelled(other)[0])
+    assert not [
+        part for part in made.model.modules() if isinstance(part, SplitBatchNorm | SyncBatchNorm | nn.SyncBatchNorm)
+    ]
+
+
+LINEAR = Linear([1e-2], 0.2, 50, 0)
+
+
+def test_it_begins_as_the_linear_probe_and_is_not_worse():
+    context = small(400)
+    (probe, _), frozen = LINEAR.probe(context), LINEAR(context).values["top1"]
+    tuned = protocol(linear=LINEAR, lr=1e-12, epochs=1)
+    encoder, head, _ = tuned.trained(context, context.data.memory, 1e-12, probe)
+    torch.testing.assert_close(head(context.memory.x), probe(context.memory.x), rtol=1e-3, atol=1e-3)
+    learnt = protocol(linear=LINEAR, lr=[0.01, 0.05], epochs=8, batch_size=None)(context)
+    assert learnt.values["top1"] >= frozen > 20
+    assert (f"lr={learnt.values['lr']:g} was chosen" in learnt.notes[0]) == (learnt.values["lr"] > 0)
+
+
+def test_the_learning_rate_is_chosen_on_images_that_were_held_out(monkeypatch):
+    context, seen = small(200), []
+    tuned = protocol(lr=[0.3, 1e-9], epochs=4, batch_size=32, smallest_crop=1.0)
+    known = FineTune.trained
+
+    def trained(self, context, images, lr, *more, **options):
+        seen.append((lr, len(images), options.get("length", 1.0)))
+        return known(self, context, images, lr, *more, **options)
+
+    monkeypatch.setattr(FineTune, "trained", trained)
+    made = tuned.fitted(context, context.memory, context.data.memory)
+    held = len(held_out(context.memory.y, 0.1)[1])
+    assert seen == [(0.3, 200 - held, 0.5), (1e-9, 200 - held, 0.5), (0.3, 200, 1.0)]
+    assert made.lr == 0.3 and made.temperature != 1
+
+
+def test_rates_that_spoil_the_encoder_leave_the_linear_probe():
+    context = small(200)
+    made = protocol(linear=LINEAR, lr=[1e4, 1e38])(context)
+    assert made.values["lr"] == 0 and "the encoder is unchanged" in made.notes[0]
+    assert made.values["top1"] == LINEAR(context).values["top1"]
+    with pytest.raises(BadInput, match=r"all of lr=\[1e\+37, 1e\+38\] diverge"):
+        protocol(lr=[1e37, 1e38])(context)
+
+
+def test_one_image_of_a_class_chooses_nothing():
+    context = small(200)
+    rows = torch.stack([(context.memory.y == label).nonzero()[0, 0] for label in range(10)])
+    few = context.data.memory.subset(rows)
+    made = protocol(lr=[0.05, 0.5], epochs=1).fitted(
+        context, Features(context.memory.x[rows], context.memory.y[rows]), few
+    )
+    assert made.lr == 0.05 and "lr=0.05 is used" in made.notes[-1]
+
+
+@pytest.mark.parametrize(("images", "expected"), [(10, 16), (1437, 64), (5000, 128), (50_000, 256)])
+def test_small_data_have_small_batches(images, expected):
+    assert default_batch_size(images) == expected
+
+
+def test_the_classifier_is_saved_and_gives_the_same_probabilities(tmp_path):
+    context = small(200)
+    context.folder = tmp_path
+    result = protocol(linear=LINEAR, lr=[0.02, 0.05], epochs=4)(context)
+    assert {path.name for path in tmp_path.iterdir()} == {"classifier.safetensors", "classifier.json"}
+    encoder, head, description = load_classifier(tmp_path / "classifier.safetensors")
+    assert head.classes == context.data.classes and description["image_size"] == 32
+    x = embed(encoder, context.data.test, context.data, context.device, context.dtype)
+    p = head.linear(x).softmax(1)
+    assert torch.equal(p.argmax(1), result.probabilities.argmax(1))
+    scale = (p.log().std(1) / result.probabilities.log().std(1)).double()  # 1 / temperature, of all images alike
+    assert scale.std() < 1e-3 * scale.mean()

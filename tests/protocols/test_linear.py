@@ -25,7 +25,7 @@ def context(memory: Features, test: Features) -> EvaluationContext:
     """Features that are already there."""
     data = SimpleNamespace(classes=tuple("0123456789"))
     found = EvaluationContext.__new__(EvaluationContext)
-    found.encoder, found.data = Pixels(1, 8), data
+    found.encoder, found.data, found.folder = Pixels(1, 8), data, None
     found.__dict__.update(memory=memory, test=test)
     return found
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
@@ -30,6 +31,7 @@ from twoviews.protocols.predict import Predict
 from twoviews.protocols.protocol import EvaluationContext
 
 LINEAR = {"weight_decays": [1e-3], "held_out": 0.1, "iterations": 30, "every_epochs": 0}
+FORMATS = ["npz", "parquet", "csv"]
 KINDS = ("alpha.png", "broken.jpg", "cmyk.jpg", "deep.tif", "palette.gif", "photo.jpg", "turned.jpg")
 
 
@@ -232,7 +234,7 @@ def test_predict_refuses(context: EvaluationContext, photos: Path) -> None:
 
 
 def test_embeddings(context: EvaluationContext, photos: Path, tmp_path: Path) -> None:
-    assert Embed("test", None, 0)(context).values == {"images": 10, "features": 16}
+    assert Embed("test", None, FORMATS, 0)(context).values == {"images": 10, "features": 16}
     saved = np.load(tmp_path / "embeddings.npz", allow_pickle=False)
     assert saved["features"].dtype == np.float32 and (saved["features"] == context.test.x.numpy()).all()
     assert saved["labels"].tolist() == context.data.test.labels.tolist() and saved["classes"].tolist() == [
@@ -240,17 +242,32 @@ def test_embeddings(context: EvaluationContext, photos: Path, tmp_path: Path) ->
         "flower",
     ]
     assert saved["paths"].tolist() == context.data.test.paths
-    found = Embed("test", str(photos), 0)(context)
+    columns = {"path": context.data.test.paths, "label": saved["labels"], "class": saved["classes"][saved["labels"]]}
+    for table in (pandas.read_parquet(tmp_path / "embeddings.parquet"), pandas.read_csv(tmp_path / "embeddings.csv")):
+        assert [*table] == [*columns, *(f"feature_{number}" for number in range(16))]
+        assert {name: table[name].tolist() for name in columns} == {name: [*rows] for name, rows in columns.items()}
+        assert (table.iloc[:, 3:].to_numpy(np.float32) == saved["features"]).all()
+    found = Embed("test", str(photos), FORMATS, 0)(context)
     saved = np.load(tmp_path / "embeddings.npz", allow_pickle=False)
     assert [Path(path).name for path in saved["paths"]] == [name for name in KINDS if name != "broken.jpg"]
     assert saved["labels"].tolist() == [-1] * 6 and len(saved["features"]) == 6
+    for table in (pandas.read_parquet(tmp_path / "embeddings.parquet"), pandas.read_csv(tmp_path / "embeddings.csv")):
+        assert table["path"].tolist() == saved["paths"].tolist()
+        assert table["label"].isna().all() and table["class"].isna().all()
     assert Path(found.tables["broken"][0]["image"]).name == "broken.jpg"
     with pytest.raises(BadInput, match="none of them is a sound picture"):
-        Embed("test", str(photos / "broken.jpg"), 0)(context)
+        Embed("test", str(photos / "broken.jpg"), FORMATS, 0)(context)
     context.data = replace(context.data, memory=None, test=None)
     with pytest.raises(BadInput, match="no labelled images, so no test images; use split=train"):
-        Embed("test", None, 0)(context)
-    assert Embed("train", None, 0)(context).values["images"] == 40
+        Embed("test", None, FORMATS, 0)(context)
+    for name in ("npz", "parquet", "csv"):
+        (tmp_path / f"embeddings.{name}").unlink()
+    context.dtype = torch.bfloat16
+    found = Embed("train", None, ["csv"], 0)(context)
+    assert found.values["images"] == 40 and found.notes == [
+        "embeddings were computed in bfloat16 and are stored as float32."
+    ]
+    assert [path.name for path in tmp_path.glob("embeddings*")] == ["embeddings.csv"]
 
 
 def test_nearest_rows_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ import pytest
 from twoviews.errors import BadInput
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps import mlflow_sync
+from twoviews.sweeps.background_report import BackgroundReport, is_due
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobSpec, JobState
 from twoviews.sweeps.mlflow_sync import attach_jobs, flush, pending
 from twoviews.tracking import uris
+from twoviews.tracking.__main__ import main as tracking_command
 from twoviews.tracking.metrics import Metrics
 from twoviews.tracking.state import set_target
 from twoviews.tracking.upload import upload
@@ -75,8 +78,8 @@ def test_collect_brings_jobs_below_one_parent_and_nothing_twice(
     assert sweep_command(["collect", "s"]) == 0
     assert sweep_command(["collect", "s"]) == 0
     found = {run.info.run_name: run for run in runs(uri)}
-    assert found.keys() == {"s", "00000000", "00000001"}, "a job that never began has no run"
-    parent, one, killed = found["s"], found["00000000"], found["00000001"]
+    assert found.keys() == {"s", "seed=0 t@x=0.5", "seed=1 t@x=0.5"}, "a job that never began has no run"
+    parent, one, killed = found["s"], found["seed=0 t@x=0.5"], found["seed=1 t@x=0.5"]
     assert sweep.record["parent"] == parent.info.run_id
     for child in (one, killed):
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
@@ -99,6 +102,78 @@ def test_a_parent_whose_id_was_not_written_down_is_found_again(tmp_path: Path, u
         record["parent"] = None  # killed in between
     attach_jobs(sweep, made, tracking)
     assert sweep.record["parent"] == parent and len(runs(uri)) == 1
+
+
+def test_a_job_that_begins_while_mlflow_is_away_has_its_name_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    sweep = Sweep(tmp_path / "s")
+    (job,) = jobs(sweep, uri, 1)
+    attach_jobs(sweep, [job], {"uri": uri, "experiment": "sweeps"})
+    with monkeypatch.context() as away:
+        away.setattr("twoviews.tracking.upload.connect", lambda *_: pytest.fail("MLflow is asked"))
+        trained(job)
+    assert tracking_command(["sync", str(job.folder)]) == 0
+    assert {run.info.run_name for run in runs(uri)} == {"s", "seed=0 t@x=0.5"}
+
+
+def test_names_follow_what_later_launches_vary(tmp_path: Path, uri: str) -> None:
+    sweep, tracking = Sweep(tmp_path / "s"), {"uri": uri, "experiment": "sweeps"}
+    for lr in ("0.1", "0.2"):  # fixed in each launch
+        config = CONFIG.format(uri=uri, seed=0) + f"optimizer:\n  lr: {lr}\n"
+        spec = JobSpec(f"a{lr[-1]}", {"seed": 0}, ["seed=0", f"optimizer.lr={lr}"], config, {"choices": {}})
+        (job,) = sweep.add([spec], command=f"python train.py -m seed=0 optimizer.lr={lr}")
+        attach_jobs(sweep, [job], tracking)
+        trained(job)
+        upload(job.folder, closed=True)
+        names = {run.info.run_name for run in runs(uri)}
+    assert names == {"s", "seed=0", "seed=0 lr=0.2"}
+    flush(sweep, print)
+    assert {run.info.run_name for run in runs(uri)} == {"s", "seed=0 lr=0.1", "seed=0 lr=0.2"}
+
+
+def test_the_parent_has_the_results(tmp_path: Path, uri: str, capsys: pytest.CaptureFixture) -> None:
+    from mlflow import MlflowClient
+
+    sweep = Sweep(tmp_path / "s")
+    made = jobs(sweep, uri, 2)
+    trained(made[0])
+    assert sweep_command(["collect", str(sweep.folder)]) == 0
+    assert "?workflowType=machine_learning" in capsys.readouterr().out
+    parent = next(run for run in runs(uri) if run.info.run_name == "s")
+    assert (parent.data.metrics["sweep/jobs_finished"], parent.data.metrics["knn/top1_best"]) == (1, 50)
+    assert "1 of 2 jobs finished" in parent.data.tags["mlflow.note.content"]
+    trained(made[1])
+    flush(sweep, print)
+    parent = MlflowClient(uri).get_run(parent.info.run_id)
+    assert (parent.data.metrics["sweep/jobs_finished"], parent.data.metrics["knn/top1_mean"]) == (2, 50)
+    note = parent.data.tags["mlflow.note.content"]
+    assert (
+        note.startswith("## Result\n\nkNN **50.00 (2 equal seeds)** over 2 seeds")
+        and "| jobs | kNN | training per job |" in note
+    )
+    assert "`python train.py -m 'seed=range(2)'`" in note and "\n    " not in note
+    files = {file.path for file in MlflowClient(uri).list_artifacts(parent.info.run_id, "report")}
+    assert files >= {"report/report.md", "report/report.csv"}
+
+
+def test_the_report_grows_while_jobs_run(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.nice", lambda _: 0)  # or it waits for whatever else this machine does
+    sweep, growing = Sweep(tmp_path / "s"), BackgroundReport()
+    made = jobs(sweep, uri, 2)
+    trained(made[0])
+    growing.update(sweep)
+    growing.stop()
+    assert not (sweep.folder / "report.md").exists(), "it has no page in MLflow"
+    attach_jobs(sweep, made, {"uri": uri, "experiment": "sweeps"})
+    growing.update(sweep)
+    end = time.monotonic() + 240
+    while not (parent := next(run for run in runs(uri) if run.info.run_name == "s")).data.metrics:
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.5)
+    assert parent.data.metrics["sweep/jobs_finished"] == 1 and parent.info.status == "RUNNING"
+    assert not is_due(sweep)
+    growing.stop()
 
 
 def test_a_run_that_was_there_before_becomes_a_child(tmp_path: Path, uri: str) -> None:
@@ -130,7 +205,9 @@ def test_what_mlflow_has_is_not_sent_again(tmp_path: Path, uri: str, monkeypatch
     for job in made:
         trained(job)
     flush(sweep, said.append)
-    assert said == [] and not pending(sweep) and {run.info.status for run in runs(uri)} == {"FINISHED"}
+    assert all(line.startswith(("Result: ", "report: ")) for line in said)
+    assert not pending(sweep) and {run.info.status for run in runs(uri)} == {"FINISHED"}
+    said.clear()
     with monkeypatch.context() as nothing_new:
         nothing_new.setattr(mlflow_sync, "collect", lambda *_: pytest.fail("MLflow is asked"))
         flush(sweep, said.append)
@@ -181,7 +258,7 @@ def start_at_once(folder: Path, uri: str, count: int) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = runs(uri)
     children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == sweep.record["parent"]]
-    names = [f"{seed:08x}" for seed in range(count)]
+    names = sorted(f"seed={seed} t@x=0.5" for seed in range(count))
     assert len(found) == count + 1 and sorted(str(run.info.run_name) for run in children) == names
     for child in children:
         assert history(uri, child.info.run_id) == [1, 2, 3, 4, 5] and child.info.status == "FINISHED"

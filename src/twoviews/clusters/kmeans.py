@@ -7,9 +7,6 @@ ten steps end lower than the best of five times twenty plain ones (benchmarks/km
 Shapes: N points, D dimensions, K clusters. Letters: c centroids, m means.
 """
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,25 +15,17 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from twoviews import distributed, process_group
+from twoviews.clusters.passes import Passes, passes_on, sizes_of
 from twoviews.errors import BadInput
 from twoviews.randomness import generator
 from twoviews.ranges import Count, NotNegative
 
 OVERRELAXATION = 1.9
 WARM_START_SAMPLE = 2_000  # points by which a warm start is compared with a cold one
-CHUNK_BYTES = 128 * 2**20  # of products of points and centroids held in memory
 # Of the default nredo: on digits one start with k = 8 or 10 ended up to 6.5 % above the best inertia known, the best of ten
 # 0.4 %. Ten starts of 8 clusters cost no more than one clustering into 80.
 MAX_STARTS, MAX_CLUSTERS_IN_ALL_STARTS = 10, 80
 CONCENTRATION_RATIO = 10  # at most, of a concentration to their mean or of the mean to it
-
-
-@dataclass(frozen=True)
-class Passes:
-    """The two computations over all points, implemented for one kind of device."""
-
-    nearest: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # x, c -> squared distance [N], nearest centroid [N]
-    sums: Callable[[Tensor, Tensor, int], Tensor]  # x, assignment, K -> sum of the rows of each cluster [K, D]
 
 
 @dataclass(frozen=True)
@@ -51,7 +40,7 @@ class Clusters:
     @property
     def sizes(self) -> Int[Tensor, " K"]:
         """Number of points in each cluster."""
-        return _sizes(self.assignment, len(self.centroids))
+        return sizes_of(self.assignment, len(self.centroids))
 
     @property
     def inertia(self) -> float:
@@ -119,12 +108,7 @@ def kmeans(
             sample = points[rows]
             begin = begin if begin is None or begin.is_floating_point() else begin[rows]
         search = _Search(sample, k, spherical, passes, drawn)
-        warm = None if begin is None else search.warm(begin)
-        candidates = [search.steps(search.cold() if warm is None else warm, iterations, tolerance)]
-        candidates += [search.steps(search.cold(), iterations, tolerance) for _ in range((nredo or starts(k)) - 1)]
-        lowest = min(inertia for inertia, _, _ in candidates)
-        # The first, and not whichever rounding puts ahead, so that CPUs and GPUs choose alike.
-        _, centroids, steps = next(result for result in candidates if result[0] - lowest <= tolerance * abs(lowest))
+        centroids, steps = search.best(begin, nredo or starts(k), iterations, tolerance)
         assignment = passes.nearest(points, centroids)[1]
         # Not that of `nearest`, which has few digits where it is small.
         distance = (points - centroids[assignment]).square().sum(1)
@@ -159,6 +143,18 @@ class _Search:
     spherical: bool
     passes: Passes
     drawn: torch.Generator  # on the CPU, wherever the points are
+
+    def best(
+        self, start: Tensor | None, count: int, iterations: int, tolerance: float
+    ) -> tuple[Float[Tensor, "K D"], int]:
+        """Centroids of the best of several starts, and the number of steps to them; all but the one from `start` are cold."""
+        warm = None if start is None else self.warm(start)
+        candidates = [self.steps(self.cold() if warm is None else warm, iterations, tolerance)]
+        candidates += [self.steps(self.cold(), iterations, tolerance) for _ in range(count - 1)]
+        lowest = min(inertia for inertia, _, _ in candidates)
+        # The first, and not whichever rounding puts ahead, so that CPUs and GPUs choose alike.
+        _, centroids, steps = next(result for result in candidates if result[0] - lowest <= tolerance * abs(lowest))
+        return centroids, steps
 
     def warm(self, start: Int[Tensor, " N"] | Float[Tensor, "K D"]) -> Int[Tensor, " N"] | None:
         """The assignment of a warm start; None if its means have a larger inertia than K points drawn at random.
@@ -212,7 +208,7 @@ class _Search:
         self, assignment: Int[Tensor, " N"]
     ) -> tuple[Float[Tensor, "K D"], Int[Tensor, " K"], Float[Tensor, ""]]:
         """Means (unit vectors if spherical), sizes, and the inertia about the means minus the sum of |x|^2."""
-        sizes, total = _sizes(assignment, self.k), self.passes.sums(self.x, assignment, self.k)
+        sizes, total = sizes_of(assignment, self.k), self.passes.sums(self.x, assignment, self.k)
         m = nnf.normalize(total, dim=1) if self.spherical else total / sizes.clamp(min=1)[:, None]
         return m, sizes, (sizes * m.double().square().sum(1) - 2 * (m.double() * total).sum(1)).sum()
 
@@ -224,77 +220,6 @@ class _Search:
         at = torch.arange(count) + torch.rand(count, generator=self.drawn, dtype=torch.double)
         rows = torch.searchsorted(reach, at / count * reach[-1], right=True)
         return rows.clamp(max=len(distance) - 1).unique().to(distance.device)
-
-
-def passes_on(device: torch.device) -> Passes:
-    """The implementation for a device: faiss on a CPU, matrix products on a GPU.
-
-    faiss's own search on a GPU is such a product as well, and needs a build of its own with libraries of CUDA 12.
-    """
-    return by_products() if device.type == "cuda" else by_faiss()
-
-
-def by_faiss() -> Passes:
-    """faiss's exact search, for points on the CPU."""
-    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it reports which instruction sets it has tried
-    import faiss  # here: some builds crash if they are loaded before torch, or hang in a process forked after
-
-    faiss.omp_set_num_threads(torch.get_num_threads())  # it counts threads of its own
-
-    def nearest(x: Float[Tensor, "N D"], c: Float[Tensor, "K D"]) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
-        index = faiss.IndexFlatL2(x.shape[1])
-        index.add(c.numpy())
-        distance, assignment = index.search(x.numpy(), 1)
-        return torch.from_numpy(distance[:, 0]), torch.from_numpy(assignment[:, 0])
-
-    def sums(x: Float[Tensor, "N D"], assignment: Int[Tensor, " N"], k: int) -> Float[Tensor, "{k} D"]:
-        return x.new_zeros(k, x.shape[1]).index_add_(0, assignment, x)
-
-    return Passes(nearest, sums)
-
-
-def by_products() -> Passes:
-    """Matrix products in float32 without TF32, and sums over sorted rows; for any device, without synchronizing with it.
-
-    Up to CHUNK_BYTES of products are in memory. No sum depends on the order of threads: rows are added in the order that
-    they have in `x`, as on a CPU.
-    """
-
-    def nearest(x: Float[Tensor, "N D"], c: Float[Tensor, "K D"]) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
-        # About their mean, because |x|^2 - 2 x c + |c|^2 has few digits where all lie in one direction, as young embeddings do.
-        centre = x.mean(0)
-        c, near, which = c - centre, [], []
-        half = c.square().sum(1) / -2
-        with _full_precision():
-            for rows in x.split(max(1, CHUNK_BYTES // (4 * len(c)))):
-                rows = rows - centre
-                value, number = torch.addmm(half, rows, c.T).max(dim=1)  # x c - |c|^2 / 2
-                near.append(rows.square().sum(1) - 2 * value)
-                which.append(number)
-        return torch.cat(near).clamp_(min=0), torch.cat(which)
-
-    def sums(x: Float[Tensor, "N D"], assignment: Int[Tensor, " N"], k: int) -> Float[Tensor, "{k} D"]:
-        order = assignment.argsort(stable=True)
-        lengths = _sizes(assignment, k)
-        return torch.segment_reduce(x[order], "sum", lengths=lengths, axis=0, unsafe=True)  # unsafe: no check, no wait
-
-    return Passes(nearest, sums)
-
-
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """Products of float32 on a GPU without TF32, whose 10 bits of mantissa would move points between clusters."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _sizes(assignment: Int[Tensor, " N"], k: int) -> Int[Tensor, " {k}"]:
-    """Number of points in each cluster; bincount would synchronize with the device."""
-    return assignment.new_zeros(k).index_add_(0, assignment, torch.ones_like(assignment))
 
 
 def concentration(clusters: Clusters, temperature: float) -> Float[Tensor, " K"]:

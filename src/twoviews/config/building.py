@@ -9,21 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 from twoviews.config.checks import is_node, node_problems, unknown_target
 from twoviews.config.groups import PASSED_BY_PROGRAM, group_of
-from twoviews.config.parameter_names import qualified_errors, qualify
+from twoviews.config.parameter_names import protocol_keys, qualified_errors, qualify
 from twoviews.errors import BadInput
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from twoviews.data.images import ImageData
+    from twoviews.protocols.protocol import Protocol
 
 
-def build(node: "DictConfig | dict[str, Any]", *, _partial_: bool = False, **arguments: Any) -> Any:
+def build(node: "DictConfig | dict[str, Any]", *, _partial_: bool = False, _key_: str = "", **arguments: Any) -> Any:
     """The object that a node of a configuration describes.
 
     Args:
         node: values of a group, with the dotted path of a class or function as `_target_`.
         _partial_: return a function that makes the object of further arguments.
+        _key_: dotted key of the node, where it is not the group.
         arguments: passed beside the values of the node.
 
     Raises:
@@ -34,10 +36,12 @@ def build(node: "DictConfig | dict[str, Any]", *, _partial_: bool = False, **arg
     target = str(values.get("_target_")) if isinstance(values, dict) else "None"
     if (group := group_of(target)) is None:
         raise unknown_target(target)
-    if problems := [*node_problems(group, values, (*arguments, *PASSED_BY_PROGRAM.get(group, ())))]:
+    if problems := [*node_problems(_key_ or group, values, (*arguments, *PASSED_BY_PROGRAM.get(group, ())))]:
         raise BadInput(*problems)
 
     def make(*more: Any) -> Any:
+        if group == "protocol":  # only `build_protocol` knows its name
+            return _call(values, arguments)(*more)
         with qualified_errors(group):
             return _call(values, arguments)(*more)
 
@@ -48,6 +52,21 @@ def build_data(node: "DictConfig | dict[str, Any]") -> "ImageData":
     """The data set of a configuration's `data`; parameters in its notes have the group in front, as in data.size=64."""
     data = build(node)
     return replace(data, notes=tuple(qualify(note, "data") for note in data.notes))
+
+
+def build_protocol(name: str, node: "DictConfig | dict[str, Any]") -> "Protocol":
+    """The protocol of a node below `protocol`; its errors and notes have its parameters as they are typed.
+
+    Raises:
+        BadInput: as `build`, with keys such as protocol.finetune.lr=0.1.
+    """
+    from twoviews.protocols.protocol import NamedProtocol
+
+    values = _plain(node)
+    keys = protocol_keys(name, values) if isinstance(values, dict) else {}
+    with qualified_errors(keys=keys):
+        built = build(node, _key_=f"protocol.{name}")
+    return NamedProtocol(built, partial(qualify, keys=keys))
 
 
 def _plain(node: "DictConfig | dict[str, Any]") -> Any:

@@ -23,7 +23,7 @@ from twoviews.errors import mistakes, nearest, shown
 
 _FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd")  # of Hydra's command line
 MAX_NAME_BYTES = 255  # of a file on most file systems
-OPTIONAL = ("experiment", "special")  # groups of conf/train.yaml that may have no file
+OPTIONAL = ("experiment", "special")  # groups of conf/train.yaml that may have no file: "none"
 PLUGINS = ("hydra/launcher", "hydra/sweeper")  # Hydra's own choices of these cannot run the jobs of a sweep
 
 
@@ -160,10 +160,11 @@ def _too_long(override: Override) -> bool:
 
 def unknown_choice(override: Override) -> str:
     """A sentence for the first value of a choice that is not a file of its group; empty if all are."""
-    group, known = override.key_or_group, options(override.key_or_group)
+    group = override.key_or_group
+    known = [*(["none"] if group in OPTIONAL else []), *options(group)]
     for value in _values(override):
         is_file = not _too_long(override) and (CONF / group / f"{value}.yaml").is_file()
-        if not is_file and not (value == "null" and group in OPTIONAL):
+        if not is_file and value not in known:
             return (
                 f"{group}={shown(value)}: there is no such {group}.{nearest(value, known)} Known: {', '.join(known)}."
             )

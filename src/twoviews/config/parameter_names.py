@@ -5,8 +5,9 @@ it. Who builds and runs them puts the group in front.
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from twoviews.config.groups import PASSED_BY_PROGRAM, PLUGIN_KEYS, groups, targets
 from twoviews.errors import BadInput
@@ -16,9 +17,12 @@ from twoviews.signatures import signature
 _PARAMETER = re.compile(r"(?<![\w.$/:-])([a-z_]\w*)((?:\.[\w<>]+)*=)")
 _WITHOUT_PREFIX = ("protocol", "hydra", "experiment", "special")  # groups with several nodes, or with none of their own
 _ROOT_KEYS = ("seed", "epochs", "batch_size", "fresh", "preview", "find_batch")
+_OF_ALL_PROTOCOLS = ("images", "format")  # evaluate.py has them as keys of its own, from which protocols take them
 
 
-def qualify(sentence: str, group: str = "", root: Collection[str] = _ROOT_KEYS) -> str:
+def qualify(
+    sentence: str, group: str = "", root: Collection[str] = _ROOT_KEYS, keys: Mapping[str, str] | None = None
+) -> str:
     """A sentence with the group in front of each parameter.
 
     Args:
@@ -26,10 +30,13 @@ def qualify(sentence: str, group: str = "", root: Collection[str] = _ROOT_KEYS) 
         group: of the object whose message it is: a parameter of this group is not looked for in others. Other parameters
             are left as they are if several groups have them.
         root: keys of the configuration itself, which are in no group.
+        keys: as they are typed, of the parameters of the object itself, see `protocol_keys`; before all others.
     """
 
     def full(match: re.Match[str]) -> str:
         name, rest = match.groups()
+        if keys and name in keys:
+            return f"{keys[name]}{rest}"
         if group and name in parameters(group):
             return f"{_prefix(group)}{name}{rest}"
         if name in root:
@@ -40,13 +47,29 @@ def qualify(sentence: str, group: str = "", root: Collection[str] = _ROOT_KEYS) 
     return _PARAMETER.sub(full, sentence)
 
 
+def protocol_keys(name: str, node: Mapping[str, Any]) -> dict[str, str]:
+    """How the parameters of a protocol are typed, by their names: lr is protocol.finetune.lr.
+
+    Args:
+        name: of the protocol, which can be given to two files of conf/protocol in turn.
+        node: its configuration; parameters of a node inside it are those that the protocol itself does not have.
+    """
+    keys = {key: f"protocol.{name}.{key}" for key in node if key not in ("_target_", *_OF_ALL_PROTOCOLS)}
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            keys = protocol_keys(f"{name}.{key}", value) | keys
+    return keys
+
+
 @contextmanager
-def qualified_errors(group: str = "", root: Collection[str] = _ROOT_KEYS) -> Iterator[None]:
+def qualified_errors(
+    group: str = "", root: Collection[str] = _ROOT_KEYS, keys: Mapping[str, str] | None = None
+) -> Iterator[None]:
     """Pass on BadInput with its messages qualified, and every other exception as it is."""
     try:
         yield
     except BadInput as error:
-        error.args = ("\n".join(qualify(message, group, root) for message in error.messages),)
+        error.args = ("\n".join(qualify(message, group, root, keys) for message in error.messages),)
         raise
 
 

@@ -101,22 +101,10 @@ def render(
         x = out if plain else torch.empty(blocks, channels, size, size, device=images.device)
         other = torch.empty_like(x) if blurred else x
         form = [FORMS[dtype], int(memory_format == torch.channels_last)]
-        arguments = [
-            images,
-            drawn[first:],
-            count,
-            channels,
-            side,
-            size,
-            int(bleed),
-            solarize_from,
-            *form,
-            other,
-            x,
-            out,
-        ]
-        shared_mem = shared_bytes(side, size, widest)
+        shape = [count, channels, side, size, int(bleed), solarize_from]
+        arguments = [images, drawn[first:], *shape, *form, other, x, out]
         with torch.cuda.device_of(images):
+            shared_mem = shared_bytes(side, size, widest)
             kernel(grid=(blocks, 1, 1), block=(THREADS, 1, 1), args=arguments, shared_mem=shared_mem)
         made += out.split(count)
         first += views

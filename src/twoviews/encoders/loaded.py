@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from twoviews.backbones import Encoder
+from twoviews.classifier_file import Head
 from twoviews.config.building import build_data
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
@@ -46,6 +47,7 @@ class LoadedEncoder:
     folder: Path  # for results: the run's, or one that need not exist yet
     run: Run | None = None  # that it is from, also if one file of the run was named; None: from elsewhere
     notes: tuple[str, ...] = ()  # sentences that the user should read
+    head: Head | None = None  # the classifier of its features, of a fine-tuned one
 
     @cached_property
     def config(self) -> dict[str, Any]:

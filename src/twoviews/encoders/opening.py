@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from twoviews.classifier_file import CLASSIFIER_FILE, EVALUATIONS, HEAD_FILE, load_classifier, newest_classifier
 from twoviews.config.building import build, build_data
 from twoviews.config.digest import digest
 from twoviews.data.images import ImageData
@@ -18,6 +19,8 @@ from twoviews.errors import BadInput, nearest, printable
 from twoviews.foreign import errors_naming, regular
 from twoviews.run import Run
 
+FINE_TUNED = "finetune"  # behind the name of a run, as the protocol is called
+
 
 def open_encoder(
     run: str,
@@ -29,8 +32,9 @@ def open_encoder(
 
     Args:
         run: a run folder, its name, "latest", MLflow's id of a run, a file of weights, or "torchvision:<name>" or
-            "timm:<name>", with random weights or, with ":pretrained" behind, those that are on this machine. Behind a file
-            of several encoders, such as a student and its teacher, ":<name>" chooses one.
+            "timm:<name>", with random weights or, with ":pretrained" behind, those that are on this machine. Behind a run
+            ":finetune" is its newest fine-tuned encoder with the classifier. Behind a file of several encoders, such as a
+            student and its teacher, ":<name>" chooses one.
         data: loads images, for an encoder whose channels and size are those of its images; called only if they are needed.
         mean: per channel, of pixels in [0, 1], for an encoder that is not a run's; None: those that belong to its weights,
             or where that is not known those of the images.
@@ -72,6 +76,9 @@ def _open(run: str, data: Callable[[], ImageData] | None) -> LoadedEncoder:
                 f"run={run}: what follows the name can only be :pretrained, run={library}:{name}:pretrained."
             )
         return (open_torchvision if library == "torchvision" else open_timm)(name, bool(pretrained), data)
+    name, _, part = run.rpartition(":")
+    if part == FINE_TUNED and name and Path(name).suffix not in SUFFIXES:
+        return _open_fine_tuned(name)
     path, chosen = split_name(run)
     if not path.is_dir():
         regular(path)
@@ -90,6 +97,28 @@ def _open(run: str, data: Callable[[], ImageData] | None) -> LoadedEncoder:
     return LoadedEncoder(encoder, preprocessing, printable(path.resolve().name), opened.folder, opened)
 
 
+def _open_fine_tuned(run: str) -> LoadedEncoder:
+    """The newest fine-tuned encoder of a run."""
+    folder = find_run(run) or Path(run).expanduser()
+    if (path := newest_classifier(Run.existing(folder).folder)) is None:
+        raise BadInput(
+            f"run={run}:{FINE_TUNED}: {folder} has no fine-tuned classifier; `python evaluate.py run={run} protocol=finetune` "
+            "makes one."
+        )
+    return _open_classifier(path)
+
+
+def _open_classifier(path: Path) -> LoadedEncoder:
+    """A fine-tuned encoder with its classifier, which belongs to a run if it lies among the run's evaluations."""
+    encoder, head, description = load_classifier(path)
+    preprocessing, (name, folder), run = Preprocessing.of_description(description), _name_and_folder(path, None), None
+    place = path.resolve().parents[2]
+    if path.resolve().parents[1].name == EVALUATIONS and (place / "config.yaml").exists():
+        run = Run.existing(place)
+        name = f"{printable(place.name)}-{FINE_TUNED}"
+    return LoadedEncoder(encoder, preprocessing, name, folder, run, head=head)
+
+
 def _open_file(path: Path, data: Callable[[], ImageData] | None, chosen: str | None) -> LoadedEncoder:
     """Weights from anywhere; those in a run folder are built as its config.yaml says.
 
@@ -99,6 +128,10 @@ def _open_file(path: Path, data: Callable[[], ImageData] | None, chosen: str | N
         chosen: name of one of several encoders in the file.
     """
     name, folder = _name_and_folder(path, chosen)
+    if path.name == HEAD_FILE:
+        raise BadInput(f"run={path} is a classifier of a run's features alone; name the run, whose features it takes.")
+    if path.name == CLASSIFIER_FILE:
+        return _open_classifier(path)
     if path.suffix == ".safetensors" and path.with_name("encoder.json").exists():
         if chosen is not None:
             raise BadInput(f"run={path}:{chosen}: {path.name} holds one encoder; use run={path}.")

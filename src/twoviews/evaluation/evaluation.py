@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from twoviews.backbones import Encoder
-from twoviews.config.building import build
+from twoviews.config.building import build, build_protocol
 from twoviews.config.digest import digest, flat
 from twoviews.config.recorded import overridden
 from twoviews.console import Console
@@ -69,7 +69,7 @@ def evaluate(
     encoder, prefix = _encoder(loaded, cfg.feature)
     context.encoder = encoder.to(context.device)
     nodes = protocol_nodes(cfg, overrides, loaded.config)
-    protocols = {str(name): build(node) for name, node in nodes.items()}
+    protocols = {str(name): build_protocol(str(name), node) for name, node in nodes.items()}
     for note in [note for protocol in protocols.values() for note in protocol.notes(data)]:
         console.say(note)
     run_result = loaded.run.read("result.json") if loaded.run else {}
@@ -131,7 +131,7 @@ def protocol_nodes(cfg: DictConfig, overrides: Sequence[str], recorded: Mapping[
     for name, node in cfg.protocol.items():
         protocol: Protocol = build(node)
         own = of_training.get(name, {}) if name in names else {}
-        taken[name] = {**protocol.settings_from_others(of_training), **own}
+        taken[name] = {**protocol.settings_from_run(recorded), **own}
     return OmegaConf.merge(cfg, {"protocol": taken}, {"protocol": overridden(cfg, overrides, "protocol")}).protocol
 
 
@@ -139,7 +139,7 @@ def _encoder(loaded: LoadedEncoder, feature: str) -> tuple[Encoder, str]:
     """The encoder to evaluate, and the prefix of the names of its values."""
     if feature == "backbone":
         return loaded.encoder, ""
-    if loaded.run is None:
+    if loaded.run is None or loaded.head is not None:
         raise BadInput(f"feature=projection needs a run, and {loaded.name} is a network alone; use feature=backbone.")
     return projected(loaded.encoder, loaded.run), "projection/"
 

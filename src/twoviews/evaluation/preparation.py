@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 from omegaconf import DictConfig
 
-from twoviews.backbones import unseen_pixels_note
 from twoviews.config.recorded import recorded_runtime
 from twoviews.console import Console
 from twoviews.data.images import ImageData
@@ -12,6 +11,7 @@ from twoviews.encoders.loaded import LoadedEncoder
 from twoviews.fallbacks import slower
 from twoviews.foreign import errors_naming
 from twoviews.protocols.protocol import EvaluationContext
+from twoviews.unseen_pixels import unseen_pixels_note
 
 
 def prepare_evaluation(
@@ -48,4 +48,5 @@ def prepare_evaluation(
     dtype = runtime.evaluation_dtype(device)
     context = EvaluationContext(loaded.encoder.to(device), data, device, dtype, runtime.channels_last)
     context.title = loaded.title
+    context.head = loaded.head
     return context

@@ -15,7 +15,7 @@ from twoviews import distributed
 from twoviews.backbones import Encoder
 from twoviews.errors import BadInput
 from twoviews.layers import centred, mlp, spread
-from twoviews.methods.method import Method, Output
+from twoviews.methods.method import Collapse, Method, Output
 from twoviews.ranges import NotNegative, Positive, Range, Size
 
 
@@ -54,6 +54,14 @@ class BarlowTwins(Method):
     """
 
     within_batch = "correlations"
+    collapses = (
+        Collapse(
+            "redundancy",
+            "all dimensions of the embeddings say nearly the same (1 is entirely). Raise off_diagonal_weight, or lower the "
+            "learning rate.",
+            above=0.9,
+        ),
+    )
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from torch.nn import functional as nnf
 from twoviews.backbones import Encoder
 from twoviews.errors import BadInput
 from twoviews.layers import ema_update, encode_crops, frozen_copy, rising_momentum, spread, targets
-from twoviews.methods.method import Method, Output, Progress, Rows
+from twoviews.methods.method import Collapse, Method, Output, Progress, Rows
 from twoviews.ranges import EmaMomentum, Index, NotNegative, Range, Repeats, Size, Temperature
 
 TeacherTemperature = Annotated[float, Range(above=0, usual="0.04 to 0.07")]
@@ -96,6 +96,20 @@ class DINO(Method):
     """
 
     views = None
+    collapses = (
+        Collapse(
+            "teacher_entropy",
+            "the teacher gives nearly the same even distribution for every image (1 is entirely). Lower teacher_temperature, or "
+            "raise center_momentum.",
+            above=0.99,
+        ),
+        Collapse(
+            "prototype_entropy",
+            "the teacher gives all images the same few prototypes (0 is one). Lower center_momentum, or raise "
+            "teacher_temperature.",
+            below=0.2,
+        ),
+    )
     center: Tensor  # [K], C
     temperature: Tensor  # [], the teacher's in this step
 

@@ -18,8 +18,8 @@ from twoviews import distributed
 from twoviews.backbones import Encoder
 from twoviews.errors import BadInput
 from twoviews.layers import encode_crops, mlp, spread
-from twoviews.methods.method import Method, Output
-from twoviews.ranges import Count, Range, Size
+from twoviews.methods.method import Collapse, Method, Output
+from twoviews.ranges import Range, Size
 
 KNOTS, T_MAX = 17, 3.0  # of the quadrature, as in the authors' code
 
@@ -66,13 +66,21 @@ class LeJEPA(Method):
 
     views = None
     within_batch = "characteristic functions"
+    collapses = (
+        Collapse(
+            "std",
+            "the embeddings' dimensions should have a standard deviation of about 1, and they hardly vary. Raise "
+            "sigreg_weight, or use larger batches.",
+            below=0.1,
+        ),
+    )
 
     def __init__(
         self,
         encoder: Encoder,
         hidden_dim: Size,
         embed_dim: Size,
-        directions: Count,
+        directions: Annotated[int, Range(at_least=1, at_most=100_000, usual="256 to 4096")],
         sigreg_weight: Annotated[float, Range(above=0, below=1, usual="0.01 to 0.1")],
     ):
         super().__init__()
@@ -106,5 +114,6 @@ class LeJEPA(Method):
         regularity = sigreg(z, random_directions(z.shape[2], self.directions, z.device))
         agreement = invariance(z, z_global)
         loss = self.sigreg_weight * regularity + (1 - self.sigreg_weight) * agreement
-        metrics = {"spread": spread(z[0]), "sigreg": regularity.detach(), "invariance": agreement.detach()}
-        return Output(loss, metrics)
+        # About 1 when embeddings are Gaussian, 0 when all are equal; the spread is of directions only.
+        terms = {"sigreg": regularity, "invariance": agreement, "std": z[0].std(0).mean()}
+        return Output(loss, {"spread": spread(z[0]), **{name: term.detach() for name, term in terms.items()}})

@@ -4,6 +4,7 @@ A method is a module whose forward pass is its loss. It never sees labels, the c
 the loop never looks into it. No method derives from another: a variant of a paper is a file of its own.
 """
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -39,6 +40,23 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Collapse:
+    """Values of a metric that mean that embeddings have lost what tells images apart.
+
+    Args:
+        metric: its name in `Output.metrics`.
+        advice: what such a value means, and what to change.
+        below: values below it mean collapse.
+        above: values above it mean collapse.
+    """
+
+    metric: str
+    advice: str
+    below: float = -math.inf
+    above: float = math.inf
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far training has come: float64 scalars on the device, which a captured step reads anew at each replay."""
 
@@ -62,6 +80,9 @@ class Method(nn.Module):
     # What the loss of an image takes from the other images of its forward pass, such as "negatives", for a sentence to the
     # user of micro-batches; None: nothing, the loss is a mean over images.
     within_batch: str | None = None
+    collapses: Sequence[
+        Collapse
+    ] = ()  # beside that of the `spread`; the user is warned of each once, after the first epoch
 
     def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
         """The loss of a batch, or of a micro-batch; `index` says which training images it holds."""

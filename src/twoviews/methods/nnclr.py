@@ -17,7 +17,7 @@ from twoviews import distributed
 from twoviews.backbones import Encoder
 from twoviews.errors import BadInput
 from twoviews.layers import Queue, mlp, spread
-from twoviews.methods.method import Method, Output, Progress, Rows
+from twoviews.methods.method import Collapse, Method, Output, Progress, Rows
 from twoviews.ranges import Size, Temperature
 
 
@@ -61,6 +61,14 @@ class NNCLR(Method):
     """
 
     within_batch = "negatives"
+    collapses = (
+        Collapse(
+            "distinct_neighbours",
+            "most images of a batch have the same few nearest neighbours, so that there is little to learn from. Raise "
+            "queue_size, or lower the learning rate.",
+            below=0.05,
+        ),
+    )
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from twoviews import distributed
 from twoviews.backbones import Encoder
 from twoviews.errors import BadInput
 from twoviews.layers import Queue, encode_crops, mlp, spread
-from twoviews.methods.method import Method, Output, Progress, Rows
+from twoviews.methods.method import Collapse, Method, Output, Progress, Rows
 from twoviews.ranges import NotNegative, Range, Repeats, Size, Temperature
 
 
@@ -76,6 +76,13 @@ class SwAV(Method):
 
     views = None
     within_batch = "codes"
+    collapses = (
+        Collapse(
+            "code_entropy",
+            "every image belongs to all prototypes alike (1 is entirely), so that codes say nothing. Lower epsilon.",
+            above=0.99,
+        ),
+    )
     started: Tensor  # [], whether the queue fills
     queued: Tensor  # [], images queued since then
 

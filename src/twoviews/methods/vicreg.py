@@ -15,7 +15,7 @@ from torch.nn import functional as nnf
 from twoviews import distributed
 from twoviews.backbones import Encoder
 from twoviews.layers import centred, mlp, spread
-from twoviews.methods.method import Method, Output
+from twoviews.methods.method import Collapse, Method, Output
 from twoviews.ranges import NotNegative, Positive, Range, Size
 
 
@@ -51,6 +51,14 @@ class VICReg(Method):
     """
 
     within_batch = "variances, covariances"
+    collapses = (
+        Collapse(
+            "std",
+            "the embeddings' dimensions should have a standard deviation of about 1, and they hardly vary. Raise "
+            "variance_weight, or lower the learning rate.",
+            below=0.1,
+        ),
+    )
 
     def __init__(
         self,

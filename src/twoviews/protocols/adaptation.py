@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from twoviews.batch_norms import SplitBatchNorm, SyncBatchNorm
 from twoviews.errors import BadInput
 from twoviews.protocols.classification import bootstrap_interval
-from twoviews.protocols.linear import Linear, Probe
+from twoviews.protocols.linear import Linear, Probe, linear_of_run
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.protocols.streams import Classify, Streams, headline
 from twoviews.ranges import Corruption, Count, Index, Range, Seed, Severity
@@ -153,10 +153,9 @@ class Adaptation(Protocol):
         """The name of the method in tables."""
         return type(self).__name__.lower()
 
-    @classmethod
-    def settings_from_others(cls, protocols: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of the run's linear probe."""
-        return {"linear": protocols["linear"]} if "linear" in protocols else {}
+        return linear_of_run(config)
 
     def start(self, model: Model) -> Classify:
         """A classifier for one stream, which may change `model`."""

@@ -12,7 +12,7 @@ import torch
 
 from twoviews.features import BATCH
 from twoviews.protocols.adaptation import Model
-from twoviews.protocols.linear import Linear
+from twoviews.protocols.linear import Linear, linear_of_run
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.protocols.streams import Streams, headline
 from twoviews.ranges import Corruption, Count, Index, Seed, Severity
@@ -38,10 +38,9 @@ class Corruptions(Protocol):
     seed: Seed
     every_epochs: Index
 
-    @classmethod
-    def settings_from_others(cls, protocols: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of the run's linear probe."""
-        return {"linear": protocols["linear"]} if "linear" in protocols else {}
+        return linear_of_run(config)
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1 is the mean over corruptions and severities; `clean` the accuracy on the same images as they are.

@@ -1,34 +1,52 @@
-"""Write features to a file for other programs: embeddings.npz of a split, or of the user's own images.
+"""Write features to files for other programs: embeddings.npz, .parquet and .csv of a split, or of the user's own images.
 
 Shapes: N images, F features.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from twoviews.data.images import ImageData
-from twoviews.errors import BadInput
+from twoviews.data.images import ImageData, Images
+from twoviews.errors import BadInput, printable
 from twoviews.files import open_atomic
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.protocols.user_images import embed_user_images, grey_notes, image_paths
 from twoviews.ranges import Index
+from twoviews.runtime import format_name
+
+Format = Literal["npz", "parquet", "csv"]
 
 
 class Embed(Protocol):
-    """Writes embeddings.npz: features [N, F] float32, labels [N] (-1: none), paths [N] ("": no file), classes.
+    """Writes the features of images, with their paths, labels and class names.
+
+    embeddings.npz holds features [N, F] float32, labels [N] (-1: none), paths [N] ("": no file) and classes, the names by
+    label. embeddings.parquet and embeddings.csv hold a row for each image, with the columns path, label, class (empty where
+    there are none), feature_0, feature_1, …; bytes of a path that are not UTF-8 are spelt out in them, such as \\udcfc.
 
     Args:
         split: train, memory or test; the last two are labelled, where there are any.
         images: in place of the split a picture file, a folder of them, or a pattern.
+        formats: of the files.
         every_epochs: how often it is done in training; 0 is at the end only.
     """
 
     needs_labels = False
 
-    def __init__(self, split: Literal["train", "memory", "test"], images: str | None, every_epochs: Index):
-        self.split, self.images, self.every_epochs = split, images, every_epochs
+    def __init__(
+        self,
+        split: Literal["train", "memory", "test"],
+        images: str | None,
+        formats: Sequence[Format],
+        every_epochs: Index,
+    ):
+        self.split, self.images, self.formats, self.every_epochs = split, images, list(formats), every_epochs
 
     def notes(self, data: ImageData) -> list[str]:
         """A sentence if colours are lost."""
@@ -51,13 +69,40 @@ class Embed(Protocol):
         if not len(x):
             raise BadInput(f"images={self.images}: none of them is a sound picture ({tables['broken'][0]['broken']}).")
         if context.folder is not None:
-            labels = torch.full((len(x),), -1) if images.labels is None else images.labels.long().cpu()
-            with open_atomic(context.folder / "embeddings.npz") as file:
-                np.savez(
-                    file,
-                    features=x.cpu().numpy(),
-                    labels=labels.numpy(),
-                    paths=np.array(images.paths or [""] * len(x)),
-                    classes=np.array(context.data.classes, dtype=str),
-                )
-        return EvaluationResult({"images": float(len(x)), "features": float(x.shape[1])}, tables=tables)
+            for kind in self.formats:
+                write = {"npz": _write_npz, "parquet": _write_table, "csv": _write_table}[kind]
+                write(context.folder / f"embeddings.{kind}", x.cpu(), images, context.data.classes)
+        notes = []
+        if context.dtype != torch.float32:
+            notes = [f"embeddings were computed in {format_name(context.dtype)} and are stored as float32."]
+        return EvaluationResult({"images": float(len(x)), "features": float(x.shape[1])}, tables=tables, notes=notes)
+
+
+def _write_npz(path: Path, x: Float[Tensor, "N F"], images: Images, classes: tuple[str, ...]) -> None:
+    labels = torch.full((len(x),), -1) if images.labels is None else images.labels.long().cpu()
+    with open_atomic(path) as file:
+        np.savez(
+            file,
+            features=x.numpy(),
+            labels=labels.numpy(),
+            paths=np.array(images.paths or [""] * len(x)),
+            classes=np.array(classes, dtype=str),
+        )
+
+
+def _write_table(path: Path, x: Float[Tensor, "N F"], images: Images, classes: tuple[str, ...]) -> None:
+    import pyarrow
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    labels = None if images.labels is None else images.labels.tolist()
+    names = None if labels is None else [printable(classes[label]) for label in labels]
+    columns = {
+        "path": pyarrow.array([printable(name) for name in images.paths or [""] * len(x)], pyarrow.string()),
+        "label": pyarrow.nulls(len(x), pyarrow.int64()) if labels is None else pyarrow.array(labels, pyarrow.int64()),
+        "class": pyarrow.nulls(len(x), pyarrow.string()) if names is None else pyarrow.array(names, pyarrow.string()),
+        **{f"feature_{number}": column for number, column in enumerate(np.ascontiguousarray(x.numpy().T))},
+    }
+    table = pyarrow.table(columns)
+    with open_atomic(path) as file:
+        (pyarrow.parquet.write_table if path.suffix == ".parquet" else pyarrow.csv.write_csv)(table, file)

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -14,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from twoviews.backbones import Encoder, ResNet, Timm
+from twoviews.classifier_file import CLASSIFIER_FILE, load_classifier, save_classifier
 from twoviews.data.views import eval_view
-from twoviews.encoder_file import load_encoder, weight_file
+from twoviews.encoder_file import DESCRIPTION_FILE, WEIGHTS_FILE, describe, load_encoder, weight_file
 from twoviews.encoders.networks import RESNETS
 from twoviews.errors import BadInput
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
@@ -23,12 +25,15 @@ from twoviews.ranges import Index
 
 COMPARED_IMAGES = 32
 TOLERANCE = 1e-4  # of a feature, or of the largest feature where that is above 1
+LOGITS = "[B, C] logits of the classes, in their order; softmax makes them probabilities"
 NOTE = "The stem is one for small images: replace conv1 and maxpool as shown before loading the weights."
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
 class Export(Protocol):
     """Writes the encoder to the folder export, with a description of how to load it and how to prepare its images.
+
+    Of a fine-tuned encoder it is the classifier: its outputs are logits in place of features.
 
     Args:
         format: "torchvision" and "timm" are weights for their networks of the same name, "safetensors" is read by
@@ -42,7 +47,7 @@ class Export(Protocol):
         self.format, self.every_epochs = format, every_epochs
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
-        """The value `difference` is the largest one between a feature of the encoder and of the exported file.
+        """The value `difference` is the largest one between an output of the network and of the exported file.
 
         Raises:
             BadInput: the format has no such network or needs what is not installed, or the difference is too large.
@@ -50,16 +55,17 @@ class Export(Protocol):
         if context.folder is None:
             raise BadInput("protocol=export writes files and is for evaluate.py: evaluate.py run=... protocol=export.")
         encoder = copy.deepcopy(context.encoder).cpu().float().eval()
-        images = _images(context)
+        images, head = _images(context), None if context.head is None else copy.deepcopy(context.head.linear).cpu()
+        network = encoder if head is None else nn.Sequential(encoder, head)
         write = {"torchvision": _torchvision, "timm": _timm, "safetensors": _safetensors, "onnx": _onnx}[self.format]
         with TemporaryDirectory(dir=context.folder, prefix="export.") as place, torch.no_grad():
-            expected = encoder(images)
-            name, load, loaded = write(encoder, context, Path(place), images)
+            expected = network(images)
+            name, load, loaded = write(encoder, head, context, Path(place), images)
             difference = (loaded - expected).abs().max().item()
             largest = expected.abs().max().item()
             if not difference <= TOLERANCE * max(1.0, largest):
                 raise BadInput(
-                    f"format={self.format}: features of the exported file differ by {difference:.2g} from the encoder's "
+                    f"format={self.format}: outputs of the exported file differ by {difference:.2g} from the network's "
                     f"(at most {TOLERANCE * max(1.0, largest):.2g} is rounding), so it was not kept."
                 )
             data = context.data
@@ -72,6 +78,7 @@ class Export(Protocol):
                 "mean": list(data.mean),
                 "std": list(data.std),
                 "features": context.encoder.out_dim,
+                **({} if context.head is None else {"output": LOGITS, "classes": list(context.head.classes)}),
                 "largest_difference": difference,
                 "compared_images": len(images),
             }
@@ -136,39 +143,56 @@ def _loaded(
     return model.eval()(images)
 
 
+def _layer(head: nn.Linear | None) -> str:
+    """The code of the last layer."""
+    return "torch.nn.Identity()" if head is None else f"torch.nn.Linear({head.in_features}, {head.out_features})"
+
+
 def _torchvision(
-    encoder: Encoder, context: EvaluationContext, place: Path, images: Tensor
+    encoder: Encoder, head: nn.Linear | None, context: EvaluationContext, place: Path, images: Tensor
 ) -> tuple[str, list[str], Tensor]:
     import torchvision
 
     name, stem = _library_name(encoder, "torchvision")
     file = f"torchvision_{name}.pth"
-    torch.save(encoder.state_dict(), place / file)
+    torch.save({**encoder.state_dict(), **_named("fc", head)}, place / file)
     model = torchvision.models.get_model(name, weights=None)
-    model.fc = nn.Identity()
+    model.fc = nn.Identity() if head is None else nn.Linear(head.in_features, head.out_features)
     modules, lines = _stem(stem, context.data.channels)
     load = [
         "import torch, torchvision",
         f"model = torchvision.models.{name}()",
         *lines,
-        "model.fc = torch.nn.Identity()",
+        f"model.fc = {_layer(head)}",
         f'model.load_state_dict(torch.load("{file}", weights_only=True))',
         "model.eval()",
     ]
     return file, load, _loaded(model, modules, torch.load(place / file, weights_only=True), images)
 
 
-def _timm(encoder: Encoder, context: EvaluationContext, place: Path, images: Tensor) -> tuple[str, list[str], Tensor]:
+def _named(layer: str, head: nn.Linear | None) -> dict[str, Tensor]:
+    """Weights of the head with the names that they have in a library's network."""
+    return {} if head is None else {f"{layer}.{name}": value for name, value in head.state_dict().items()}
+
+
+def _timm(
+    encoder: Encoder, head: nn.Linear | None, context: EvaluationContext, place: Path, images: Tensor
+) -> tuple[str, list[str], Tensor]:
     import timm
     from safetensors.torch import load_file
 
-    options: dict[str, Any] = {"num_classes": 0}
+    options: dict[str, Any] = {}
     if isinstance(encoder, Timm):
         name, options, weights = encoder.recipe["name"], encoder.options, encoder.model.state_dict()
         modules, lines = [None, None], []
     else:
         (name, stem), weights = _library_name(encoder, "timm"), encoder.state_dict()
         modules, lines = _stem(stem, context.data.channels)
+    options = {**options, "num_classes": 0 if head is None else head.out_features}
+    layer = timm.models.get_pretrained_cfg_value(name, "classifier")
+    if head is not None and not isinstance(layer, str):
+        raise BadInput(f"format=timm: {name} has no single layer as its classifier; use format=safetensors or onnx.")
+    weights = {**weights, **_named(str(layer), head)}
     file = f"timm_{name}.safetensors"
     (place / file).write_bytes(weight_file(weights))
     load = [
@@ -183,21 +207,24 @@ def _timm(encoder: Encoder, context: EvaluationContext, place: Path, images: Ten
 
 
 def _safetensors(
-    encoder: Encoder, context: EvaluationContext, place: Path, images: Tensor
+    encoder: Encoder, head: nn.Linear | None, context: EvaluationContext, place: Path, images: Tensor
 ) -> tuple[str, list[str], Tensor]:
-    data, file = context.data, "encoder.safetensors"
+    description = describe(encoder, context.data)
+    if context.head is not None and head is not None:
+        save_classifier(place, encoder, replace(context.head, linear=head), description)
+        load = [
+            "import torch",
+            "from pathlib import Path",
+            "from twoviews.classifier_file import load_classifier",
+            f'encoder, head, _ = load_classifier(Path("{CLASSIFIER_FILE}"))',
+            "model = torch.nn.Sequential(encoder, head.linear)",
+            "model.eval()",
+        ]
+        again, head_again, _ = load_classifier(place / CLASSIFIER_FILE)
+        return CLASSIFIER_FILE, load, head_again.linear(again.eval()(images))
+    file = WEIGHTS_FILE
     (place / file).write_bytes(weight_file(encoder.state_dict()))
-    description = {
-        "backbone": encoder.recipe,
-        "channels": data.channels,
-        "image_size": data.size,
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "classes": list(data.classes),
-        "data": data.name,
-        "features": encoder.out_dim,
-    }
-    (place / "encoder.json").write_text(json.dumps(description, indent=2) + "\n")
+    (place / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
     load = [
         "from pathlib import Path",
         "from twoviews.encoder_file import load_encoder",
@@ -207,24 +234,26 @@ def _safetensors(
     return file, load, load_encoder(place / file)[0].eval()(images)
 
 
-def _onnx(encoder: Encoder, context: EvaluationContext, place: Path, images: Tensor) -> tuple[str, list[str], Tensor]:
+def _onnx(
+    encoder: Encoder, head: nn.Linear | None, context: EvaluationContext, place: Path, images: Tensor
+) -> tuple[str, list[str], Tensor]:
     missing = [name for name in ONNX if importlib.util.find_spec(name) is None]
     if missing:
         raise BadInput(
             f"format=onnx needs {', '.join(missing)}, which this environment lacks; install with `.venv/bin/uv pip install "
             f"--python .venv/bin/python {' '.join(missing)}`."
         )
-    file = "encoder.onnx"
+    file, output = ("encoder.onnx", "features") if head is None else ("classifier.onnx", "logits")
     batch: Any = torch.export.Dim("batch", min=1)
     torch.onnx.export(
-        encoder,
+        encoder if head is None else nn.Sequential(encoder, head).eval(),
         (images[:2],),
         place / file,
         dynamo=True,
         verbose=False,
         external_data=False,
         input_names=["images"],
-        output_names=["features"],
+        output_names=[output],
         dynamic_shapes=({0: batch},),
     )
     onnxruntime: Any = importlib.import_module("onnxruntime")  # no part of the pinned environment
@@ -232,6 +261,6 @@ def _onnx(encoder: Encoder, context: EvaluationContext, place: Path, images: Ten
     load = [
         "import onnxruntime",
         f'session = onnxruntime.InferenceSession("{file}")',
-        'features = session.run(["features"], {"images": images})[0]',
+        f'{output} = session.run(["{output}"], {{"images": images}})[0]',
     ]
     return file, load, torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])

@@ -6,8 +6,8 @@ Shapes: N memory images, F features, C classes.
 """
 
 import statistics
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Int
@@ -73,14 +73,18 @@ class FewLabels(Protocol):
         every_epochs: Index,
     ):
         if not [*shares, *per_class]:
-            raise BadInput("protocol.few_labels.shares=[] and per_class=[] leave nothing to do; use shares=[0.01,0.1].")
+            raise BadInput("shares=[] and per_class=[] leave nothing to do; use shares=[0.01,0.1].")
         if not weight_decays:
-            raise BadInput("protocol.few_labels.weight_decays=[] leaves nothing to choose from; use [0] for none.")
+            raise BadInput("weight_decays=[] leaves nothing to choose from; use weight_decays=[0] for none.")
         if finetune is not None and not isinstance(finetune, FineTune):
-            raise BadInput("protocol.few_labels.finetune is null or comes with protocol=few_labels_finetune.")
+            raise BadInput("finetune= is null or comes with protocol=few_labels_finetune.")
         self.shares, self.per_class, self.draws = list(shares), list(per_class), draws
         self.weight_decays, self.held_out, self.iterations = list(weight_decays), held_out, iterations
         self.finetune, self.seed, self.every_epochs = finetune, seed, every_epochs
+
+    def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of fine-tuning."""
+        return {} if self.finetune is None else {"finetune": self.finetune.settings_from_run(config)}
 
     def settings(self, context: EvaluationContext) -> dict[str, tuple[Int[Tensor, " C"], str]]:
         """For each setting by name: the number of images of each class, and a note for the user.
@@ -98,7 +102,7 @@ class FewLabels(Protocol):
             if count > members.min():
                 least = int(members.argmin())
                 raise BadInput(
-                    f"protocol.few_labels.per_class has {count}, but class '{names[least]}' has {members[least]} memory images; "
+                    f"per_class={self.per_class} has {count}, but class '{names[least]}' has {members[least]} memory images; "
                     f"use at most {members[least]}."
                 )
             settings[f"{count}_per_class"] = torch.full_like(members, count), ""
@@ -119,12 +123,21 @@ class FewLabels(Protocol):
         held_out_top1 = [top1(linear(x[chooses]), y[chooses]) for linear in fits]
         return self.weight_decays[held_out_top1.index(max(held_out_top1))]
 
+    def _finetuned(self, context: EvaluationContext, index: Tensor, probe: Probe, *key: int | str) -> Tensor:
+        """Logits of the test images after fine-tuning on some of the memory images, from their probe if `linear` is set."""
+        assert self.finetune is not None
+        memory, test = labelled(context)
+        rows = index.to(context.memory.y.device)
+        few = Features(context.memory.x[rows], context.memory.y[rows])
+        start = None if self.finetune.linear is None else probe
+        model = self.finetune.fitted(context, few, memory.subset(index), *key, probe=start).model
+        return self.finetune.scores(context, model, test)
+
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1_<setting> and top1_<setting>_std of the probe, the same after finetune_, and all as a table.
 
         top1 is the first setting's.
         """
-        memory, _ = labelled(context)
         classes, y = len(context.data.classes), context.test.y
         values: dict[str, float] = {}
         rows: list[dict[str, float | int | str]] = []
@@ -132,12 +145,11 @@ class FewLabels(Protocol):
             accuracies_of_draws: dict[str, list[dict[str, float]]] = {"": [], "finetune_": []}
             for draw in range(self.draws):
                 index = drawn(context.memory.y, counts, self.seed, name, draw)
-                accuracies_of_draws[""].append(
-                    accuracies(self.probe(context.memory, index, classes)(context.test.x), y)
-                )
+                probe = self.probe(context.memory, index, classes)
+                accuracies_of_draws[""].append(accuracies(probe(context.test.x), y))
                 if self.finetune:
-                    model, _ = self.finetune.fitted(context, memory.subset(index), name, draw)
-                    accuracies_of_draws["finetune_"].append(accuracies(self.finetune.scores(context, model), y))
+                    scores = self._finetuned(context, index, probe, name, draw)
+                    accuracies_of_draws["finetune_"].append(accuracies(scores, y))
             for prefix, draws in accuracies_of_draws.items():
                 if not draws:
                     continue

@@ -5,9 +5,12 @@ and Bao et al., "BEiT", arXiv:2106.08254 (app. H).
 Shapes: B images of a batch.
 """
 
+import contextlib
 import copy
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -15,66 +18,67 @@ from torch import Tensor, nn
 
 from twoviews.backbones import Encoder
 from twoviews.batch_norms import whole_batch_norms
+from twoviews.classifier_file import as_head, save_classifier
 from twoviews.data.images import Images
+from twoviews.encoder_file import describe, is_buildable
 from twoviews.errors import BadInput, nearest
-from twoviews.features import embed
+from twoviews.features import Features, embed
+from twoviews.foreign import short
 from twoviews.optim import LrScaling, sgd
-from twoviews.protocols.classification import accuracies
-from twoviews.protocols.labelled import classifier, crops, labelled, train_classifier
+from twoviews.protocols.classification import accuracies, top1
+from twoviews.protocols.encoder_layers import Layer, layers
+from twoviews.protocols.labelled import Diverged, classifier, crops, labelled, train_classifier
+from twoviews.protocols.linear import Linear, Probe, held_out, linear_of_run, temperature
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import seed_of
 from twoviews.ranges import Count, Fraction, Index, NotNegative, Positive, Range, Seed
 from twoviews.runtime import autocast
 from twoviews.schedule import Cosine
 
-
-@dataclass
-class Layer:
-    """A part of an encoder that has its own learning rate."""
-
-    name: str  # of its first module, such as layer4.0
-    modules: list[nn.Module]
-    parameters: list[nn.Parameter]
+STEPS = 20  # an epoch, at least, where the batch size is not given
+CHOICE = 0.5  # length of the trainings that choose the learning rate, as a share of the final one
 
 
-def layers(encoder: Encoder) -> list[Layer]:
-    """The children of the encoder from input to output, those of a Sequential one by one.
+def default_batch_size(images: int) -> int:
+    """256, or the smaller power of two, not below 16, that makes an epoch of at least STEPS steps."""
+    return min(256, max(16, 2 ** math.floor(math.log2(max(1, images / STEPS)))))
 
-    Modules that have no matrix of weights (norms, activations, pooling) belong to the layer before them, parameters of
-    the encoder itself (a class token, position embeddings) to the first. An encoder around one model (timm's) has the
-    layers of that model.
-    """
-    model: nn.Module = encoder
-    while len(children := dict(model.named_children())) == 1 and not list(model.parameters(recurse=False)):
-        (model,) = children.values()
-    if not children:  # a single layer in itself
-        return [Layer("", [model], list(model.parameters()))]
-    all_layers: list[Layer] = []
-    for name, child in children.items():
-        parts = {name: child}
-        if isinstance(child, nn.Sequential | nn.ModuleList) and len(child):
-            parts = {f"{name}.{number}": part for number, part in enumerate(child)}
-        for path, part in parts.items():
-            if all_layers and all(p.ndim <= 1 for p in part.parameters()):
-                all_layers[-1].modules.append(part)
-                all_layers[-1].parameters += part.parameters()
-            else:
-                all_layers.append(Layer(path, [part], list(part.parameters())))
-    all_layers[0].parameters += model.parameters(recurse=False)
-    return all_layers
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A fine-tuned encoder with its classifier."""
+
+    encoder: Encoder
+    head: nn.Linear  # [C, F], on its features
+    lr: float  # that it was trained with; 0: none was better than the linear probe, and that is the classifier
+    temperature: float  # that calibrates its logits; 1 where no images were held out
+    notes: list[str]  # sentences for the user
+
+    @property
+    def model(self) -> nn.Sequential:
+        """Images to logits."""
+        return nn.Sequential(self.encoder, self.head)
 
 
 class FineTune(Protocol):
     """Accuracy of the encoder after training it with a linear classifier; the run's own encoder is not touched.
 
+    The classifier begins as a linear probe of the features, as in Kumar et al., "Fine-Tuning can Distort Pretrained Features
+    and Underperform Out-of-Distribution", arXiv:2202.10054 (LP-FT). evaluate.py keeps network and classifier as
+    classifier.safetensors.
+
     Args:
+        linear: how the probe is fitted that the classifier begins as; null: random weights, as in most published recipes.
         unfreeze_from: the first layer to train, such as "layer4" or "layer4.1"; what comes before stays frozen and in
             eval mode; null: all are trained.
         layer_decay: the learning rate of the l-th layer from the output (the classifier is 0) is lr * layer_decay^l.
         epochs: passes over the memory images.
         warmup_epochs: of linear warm-up, before half a cosine.
-        batch_size: images a step; clamped to the memory images.
-        lr: learning rate of the classifier.
+        batch_size: images a step; clamped to the memory images; null: 256, or the smaller power of two, not below 16, that
+            makes an epoch of at least `STEPS` steps.
+        lr: learning rate of the classifier; of several, the one with the best accuracy on held-out memory images after
+            trainings of `CHOICE` of the length, unless the linear probe is still better there.
+        held_out: share of the memory images that chooses.
         lr_scaling: "linear" means lr * batch_size / 256, with the batch size that is used.
         momentum: of SGD.
         weight_decay: on everything that is trained.
@@ -90,8 +94,8 @@ class FineTune(Protocol):
         layer_decay: Annotated[float, Range(above=0, at_most=1, usual="0.65 to 1")],
         epochs: Count,
         warmup_epochs: NotNegative,
-        batch_size: Annotated[int, Range(at_least=2)],
-        lr: Positive,
+        batch_size: Annotated[int, Range(at_least=2)] | None,
+        lr: Positive | Sequence[Positive],
         lr_scaling: Literal["none", "linear"],
         momentum: Annotated[float, Range(at_least=0, below=1, usual="0.9")],
         weight_decay: NotNegative,
@@ -99,16 +103,31 @@ class FineTune(Protocol):
         flip: Fraction,
         seed: Seed,
         every_epochs: Index,
+        linear: Linear | None = None,  # this and held_out are missing in configurations of version 0.1.0
+        held_out: Annotated[float, Range(above=0, below=1, usual="0.1")] = 0.1,
     ):
         if warmup_epochs > epochs:
-            raise BadInput(
-                f"protocol.finetune.warmup_epochs={warmup_epochs:g} is longer than the training of {epochs} epochs; use less."
-            )
-        self.unfreeze_from, self.layer_decay, self.epochs = unfreeze_from, layer_decay, epochs
-        self.warmup_epochs, self.batch_size, self.lr = warmup_epochs, batch_size, lr
+            raise BadInput(f"warmup_epochs={warmup_epochs:g} is longer than the training of {epochs} epochs; use less.")
+        self.linear, self.unfreeze_from, self.layer_decay, self.epochs = linear, unfreeze_from, layer_decay, epochs
+        self.warmup_epochs, self.batch_size, self.held_out = warmup_epochs, batch_size, held_out
+        self.lr = list(lr) if isinstance(lr, Sequence) else [lr]
         self.lr_scaling: LrScaling = lr_scaling
         self.momentum, self.weight_decay = momentum, weight_decay
         self.smallest_crop, self.flip, self.seed, self.every_epochs = smallest_crop, flip, seed, every_epochs
+
+    def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of the run's linear probe, and crops and flips of its views; of several the one with the largest crops.
+
+        They say what leaves these images what they are: mirrored digits are other signs.
+        """
+        views = (config.get("augmentation") or {}).get("views") or {}
+        if not views:
+            return linear_of_run(config)
+        try:
+            low, _, flip = max((*map(float, view["scale"]), float(view["flip"])) for view in views.values())
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"augmentation.views of the run is none that a run writes ({short(error)}).") from None
+        return {**linear_of_run(config), "smallest_crop": low, "flip": flip}
 
     def trained_layers(self, encoder: Encoder) -> list[Layer]:
         """The layers that are trained; they are put into training mode, and the others are frozen.
@@ -123,7 +142,7 @@ class FineTune(Protocol):
             if not named:
                 close = nearest(self.unfreeze_from, names)
                 raise BadInput(
-                    f"protocol.finetune.unfreeze_from={self.unfreeze_from} is no layer of this encoder.{close} Layers: "
+                    f"unfreeze_from={self.unfreeze_from} is no layer of this encoder.{close} Layers: "
                     f"{', '.join(names)}; null trains all."
                 )
             begin = named[0]
@@ -143,16 +162,41 @@ class FineTune(Protocol):
         ]
         return [*groups, {"params": list(head.parameters()), "scale": 1.0}]
 
-    def fitted(self, context: EvaluationContext, images: Images, *key: int | str) -> tuple[nn.Sequential, list[str]]:
-        """A copy of the encoder with a classifier, trained on these images, and notes for the user; a function of `key`."""
+    def trained(
+        self,
+        context: EvaluationContext,
+        images: Images,
+        lr: float,
+        probe: Probe | None,
+        *key: int | str,
+        length: float = 1.0,
+    ) -> tuple[Encoder, nn.Linear, list[str]]:
+        """A copy of the encoder with a classifier, trained on these images, and notes for the user; a function of `key`.
+
+        Args:
+            context: of the encoder.
+            images: labelled.
+            lr: learning rate of the classifier, before `lr_scaling`.
+            probe: what the classifier begins as; None: random weights.
+            key: of the random numbers.
+            length: of the training, as a share of `epochs`.
+
+        Raises:
+            Diverged: the loss became infinite or not a number.
+        """
         encoder = copy.deepcopy(context.encoder)
         whole_batch_norms(encoder)  # as evaluate.py has them; and other processes would never answer
         if context.channels_last:
             encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         trained, seed = self.trained_layers(encoder), seed_of(self.seed, "finetune", *key)
-        loader, notes = crops(context, images, self.batch_size, self.smallest_crop, self.flip, seed)
-        head = classifier(encoder.out_dim, len(context.data.classes), context.device, seed)
-        numbers = (loader.batch_size, self.lr, self.lr_scaling, self.momentum, self.weight_decay)
+        batch_size = self.batch_size or default_batch_size(len(images))
+        loader, notes = crops(context, images, batch_size, self.smallest_crop, self.flip, seed)
+        classes = context.data.classes
+        if probe is None:
+            head = classifier(encoder.out_dim, len(classes), context.device, seed)
+        else:
+            head = probe.head(classes).linear.requires_grad_(True)
+        numbers = (loader.batch_size, lr, self.lr_scaling, self.momentum, self.weight_decay)
         optimizer = sgd(self.rates(trained, head), *numbers, exclude_norm_and_bias=False)
         for group in optimizer.param_groups:
             group["lr"] *= group["scale"]
@@ -165,20 +209,83 @@ class FineTune(Protocol):
         devices = [context.device] if context.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)  # of dropout, which takes no generator
-            schedule = Cosine(self.epochs, self.warmup_epochs)
-            train_classifier(logits, loader, optimizer, schedule, self.epochs, context)
-        return model, notes
+            epochs = math.ceil(length * self.epochs)
+            schedule = Cosine(epochs, length * self.warmup_epochs)
+            train_classifier(logits, loader, optimizer, schedule, epochs, context)
+        return encoder, head, notes
 
-    def scores(self, context: EvaluationContext, model: nn.Module) -> Float[Tensor, "M C"]:
-        """Logits of the test images under the eval transform."""
-        test = labelled(context)[1]
-        return embed(model, test, context.data, context.device, context.dtype, context.channels_last)
+    def fitted(
+        self, context: EvaluationContext, memory: Features, images: Images, *key: int | str, probe: Probe | None = None
+    ) -> FineTuned:
+        """The encoder after fine-tuning on these images with the best of the learning rates; a function of `key`.
+
+        Args:
+            context: of the encoder.
+            memory: features and labels of the images.
+            images: labelled.
+            key: of the random numbers.
+            probe: what the classifier begins as; None: what `linear` makes of `memory`.
+        """
+        classes = len(context.data.classes)
+        if probe is None and self.linear is not None:
+            probe = self.linear.fitted(memory, classes)[0]
+        lr, temperature, notes = self._chosen(context, memory, images, *key)
+        if lr or probe is None:
+            encoder, head, more = self.trained(context, images, lr, probe, *key)
+            return FineTuned(encoder, head, lr, temperature, [*more, *notes])
+        encoder = copy.deepcopy(context.encoder)
+        whole_batch_norms(encoder)
+        return FineTuned(encoder, probe.head(context.data.classes).linear, lr, temperature, notes)
+
+    def _chosen(
+        self, context: EvaluationContext, memory: Features, images: Images, *key: int | str
+    ) -> tuple[float, float, list[str]]:
+        """The learning rate that is best on held-out images, 0 if the probe is better there; its temperature, and notes."""
+        rest, chooses = (index.cpu() for index in held_out(memory.y, self.held_out))
+        if len(self.lr) == 1:
+            return self.lr[0], 1.0, []
+        if not len(chooses):
+            note = f"each class has one labelled image, so none is held out to choose a learning rate: lr={self.lr[0]:g} is used."
+            return self.lr[0], 1.0, [note]
+        here = memory.x.device
+        known, labels = Features(memory.x[rest.to(here)], memory.y[rest.to(here)]), memory.y[chooses.to(here)]
+        logits: dict[float, Tensor] = {}
+        probe = None
+        if self.linear is not None:
+            probe = self.linear.fitted(known, len(context.data.classes))[0]
+            logits[0.0] = probe(memory.x[chooses.to(here)])
+        for lr in self.lr:
+            with contextlib.suppress(Diverged):
+                encoder, head, _ = self.trained(context, images.subset(rest), lr, probe, "choice", *key, length=CHOICE)
+                logits[lr] = self.scores(context, nn.Sequential(encoder, head), images.subset(chooses))
+        if not logits:
+            raise BadInput(f"all of lr={self.lr} diverge; use smaller ones, such as lr={min(self.lr) / 10:g}.")
+        found = {lr: top1(scores, labels) for lr, scores in logits.items()}
+        best = max(found, key=lambda lr: (found[lr], lr > 0, -lr))
+        if best:
+            note = (
+                f"lr={best:g} was chosen, with an accuracy of {found[best]:.2f} % on {len(chooses):,} held-out images."
+            )
+        else:
+            note = (
+                f"none of lr={self.lr} is better than the linear probe, which has {found[best]:.2f} % on {len(chooses):,} "
+                "held-out images, so the classifier is that probe and the encoder is unchanged."
+            )
+        return best, temperature(logits[best], labels), [note]
+
+    def scores(self, context: EvaluationContext, model: nn.Module, images: Images) -> Float[Tensor, "M C"]:
+        """Logits of images under the eval transform."""
+        return embed(model, images, context.data, context.device, context.dtype, context.channels_last)
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
-        """top1 and top5 on the test images."""
+        """top1 and top5 on the test images, and the learning rate; the calibrated classifier is saved."""
         memory, test = labelled(context)
-        model, notes = self.fitted(context, memory)
-        scores = self.scores(context, model)
+        tuned = self.fitted(context, context.memory, memory)
+        scores = self.scores(context, tuned.model, test)
         assert test.labels is not None
         labels = test.labels.to(context.device).long()
-        return EvaluationResult(accuracies(scores, labels), scores.softmax(1), notes=notes)
+        if context.folder is not None and is_buildable(tuned.encoder):
+            weight, bias = (value.detach() / tuned.temperature for value in (tuned.head.weight, tuned.head.bias))
+            head = as_head(weight, bias, context.data.classes)
+            save_classifier(context.folder, tuned.encoder, head, describe(tuned.encoder, context.data))
+        return EvaluationResult({**accuracies(scores, labels), "lr": tuned.lr}, scores.softmax(1), notes=tuned.notes)

@@ -84,7 +84,7 @@ class KNN(Protocol):
 
     def notes(self, data: ImageData) -> list[str]:
         """A sentence if k is clamped."""
-        return clamped_notes(self.k, data, "protocol.knn.k")
+        return clamped_notes(self.k, data, "k")
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1, and top5 of more than five classes, of the encoder's features (before any projector), in percent."""

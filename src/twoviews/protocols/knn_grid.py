@@ -37,14 +37,12 @@ class KNNGrid(Protocol):
 
     def __init__(self, ks: Sequence[Count], temperatures: Sequence[Temperature], every_epochs: Index):
         if not ks or not temperatures:
-            raise BadInput(
-                f"protocol.knn_grid: ks={list(ks)} and temperatures={list(temperatures)} are no grid; each needs a number."
-            )
+            raise BadInput(f"ks={list(ks)} and temperatures={list(temperatures)} are no grid; each needs a number.")
         self.ks, self.temperatures, self.every_epochs = sorted(set(ks)), sorted(set(temperatures)), every_epochs
 
     def notes(self, data: ImageData) -> list[str]:
         """A sentence if the largest k is clamped."""
-        return clamped_notes(self.ks[-1], data, "protocol.knn_grid.ks")
+        return clamped_notes(self.ks[-1], data, "ks")
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """k<k>_t<temperature>_top1 and _top5 in percent, and the same as the table `grid`.

@@ -57,6 +57,10 @@ def crops(
     return Loader(images, views, batch_size=min(batch_size, len(images)), seed=seed, device=context.device), notes
 
 
+class Diverged(BadInput):
+    """The loss of a training became infinite or not a number."""
+
+
 def train_classifier(
     logits: Callable[[Float[Tensor, "B _ _h _w"]], Float[Tensor, "B C"]],
     loader: Loader,
@@ -68,7 +72,7 @@ def train_classifier(
     """Train for some epochs with cross-entropy; the learning rate of each group is multiplied by the schedule's factor.
 
     Raises:
-        BadInput: the loss became infinite or not a number.
+        Diverged: the loss became infinite or not a number.
     """
     assert loader.images.labels is not None
     labels = loader.images.labels.to(context.device).long()
@@ -88,7 +92,7 @@ def train_classifier(
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
         if not loss.isfinite():
-            raise BadInput(
+            raise Diverged(
                 f"training on labelled images diverged in epoch {epoch + 1} (loss {loss.item()}) with a learning rate of "
                 f"{max(rates):g}; use a smaller lr for this protocol, for example {max(rates) / 10:g}."
             )

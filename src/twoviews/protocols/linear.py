@@ -6,16 +6,18 @@ Shapes: N bank, M queries, F features, C classes.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from twoviews.classifier_file import Head, as_head, save_head
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
+from twoviews.features import Features
 from twoviews.optim import LBFGS
 from twoviews.protocols.classification import top1
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
@@ -48,6 +50,12 @@ class Probe(nn.Module):
     def forward(self, x: Float[Tensor, "N F"]) -> Float[Tensor, "N C"]:
         """Class logits of features."""
         return self.linear(self.standardised(x))
+
+    @torch.no_grad()
+    def head(self, classes: Sequence[str], temperature: float = 1.0) -> Head:
+        """A linear layer on the features themselves whose outputs are the logits divided by a temperature."""
+        weight = self.linear.weight / self.std
+        return as_head(weight / temperature, (self.linear.bias - weight @ self.mean) / temperature, classes)
 
 
 def fit(x: Float[Tensor, "N F"], y: Int[Tensor, " N"], classes: int, weight_decay: float, iterations: int) -> nn.Linear:
@@ -101,6 +109,12 @@ def temperature(logits: Float[Tensor, "N C"], y: Int[Tensor, " N"]) -> float:
     return math.exp(minimize_scalar(loss, bounds=(math.log(1e-3), math.log(1e3)), method="bounded").x)
 
 
+def linear_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the linear probe of a run's training as those of the parameter `linear`; empty if it had none."""
+    protocols = config.get("protocol") or {}
+    return {"linear": protocols["linear"]} if "linear" in protocols else {}
+
+
 class Linear(Protocol):
     """Accuracy of softmax regression on standardised features.
 
@@ -122,9 +136,7 @@ class Linear(Protocol):
         every_epochs: Index,
     ):
         if not weight_decays:
-            raise BadInput(
-                "protocol.linear.weight_decays=[] leaves nothing to choose from; use [0] for no weight decay."
-            )
+            raise BadInput("weight_decays=[] leaves nothing to choose from; use weight_decays=[0] for no weight decay.")
         self.weight_decays, self.held_out = list(weight_decays), held_out
         self.iterations, self.every_epochs = iterations, every_epochs
 
@@ -139,16 +151,21 @@ class Linear(Protocol):
 
     def probe(self, context: EvaluationContext) -> tuple[Probe, float]:
         """The classifier, and the weight decay that was chosen for it, without use of the test images."""
-        return self._fitted(context, calibrate=False)[:2]
+        return self.fitted(context.memory, len(context.data.classes))[:2]
 
     def calibrated(self, context: EvaluationContext) -> tuple[Probe, float]:
         """The classifier, and the temperature that calibrates the one which was fitted without the held-out images."""
-        probe, _, temperature = self._fitted(context, calibrate=True)
+        probe, _, temperature = self.fitted(context.memory, len(context.data.classes), calibrate=True)
         return probe, temperature
 
-    def _fitted(self, context: EvaluationContext, calibrate: bool) -> tuple[Probe, float, float]:
-        """The classifier, its weight decay, and its temperature, which is 1 where it is not to be calibrated."""
-        classes, memory = len(context.data.classes), context.memory
+    def fitted(self, memory: Features, classes: int, calibrate: bool = False) -> tuple[Probe, float, float]:
+        """A classifier of these features, its weight decay, and its temperature, which is 1 where it is not to be calibrated.
+
+        Args:
+            memory: what it learns from, and is chosen and calibrated on.
+            classes: C.
+            calibrate: find the temperature, see `temperature`.
+        """
         mean, std = memory.x.mean(0), memory.x.std(0) + 1e-6
         x, y = (memory.x - mean) / std, memory.y
         rest, chooses = held_out(y, self.held_out)
@@ -163,7 +180,11 @@ class Linear(Protocol):
         return Probe(mean, std, fit(x, y, classes, chosen, self.iterations)), chosen, scale
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
-        """top1 on the test images and the weight decay it was reached with."""
-        probe, weight_decay = self.probe(context)
+        """top1 on the test images and the weight decay it was reached with; the calibrated classifier is saved."""
+        data, save = context.data, context.folder is not None
+        probe, weight_decay, scale = self.fitted(context.memory, len(data.classes), calibrate=save)
         scores = probe(context.test.x)
+        if context.folder is not None:
+            head = probe.head(data.classes, scale)
+            save_head(context.folder, head, context.encoder, data.size, (data.mean, data.std))
         return EvaluationResult({"top1": top1(scores, context.test.y), "weight_decay": weight_decay}, scores.softmax(1))

@@ -116,7 +116,7 @@ class LinearSGD(Protocol):
     ):
         for name, candidates in (("learning_rates", learning_rates), ("weight_decays", weight_decays)):
             if not candidates:
-                raise BadInput(f"protocol.linear_sgd.{name}=[] leaves nothing to choose from; give one number or more.")
+                raise BadInput(f"{name}=[] leaves nothing to choose from; give one number or more.")
         self.learning_rates, self.weight_decays, self.held_out = list(learning_rates), list(weight_decays), held_out
         self.momentum, self.batch_size, self.epochs, self.seed = momentum, batch_size, epochs, seed
         self.every_epochs = every_epochs
@@ -146,9 +146,7 @@ class LinearSGD(Protocol):
             rows.append({**pair, "held_out_top1": top1(scores, y[chooses]), "held_out_loss": loss})
         rows.sort(key=lambda row: (row["held_out_loss"] == math.inf, -row["held_out_top1"], row["held_out_loss"]))
         if rows[0]["held_out_loss"] == math.inf:
-            raise BadInput(
-                f"all of protocol.linear_sgd.learning_rates={self.learning_rates} diverge; use smaller ones, such as [0.001]."
-            )
+            raise BadInput(f"all of learning_rates={self.learning_rates} diverge; use smaller ones, such as [0.001].")
         best = rows[0]["learning_rate"], rows[0]["weight_decay"]
         return Probe(mean, std, self._sgd(x, y, classes, [best]).linear(0)), rows
 

@@ -16,7 +16,7 @@ from twoviews.errors import BadInput
 from twoviews.features import Features
 from twoviews.files import write_atomic
 from twoviews.protocols.knn import neighbours
-from twoviews.protocols.linear import Linear
+from twoviews.protocols.linear import Linear, linear_of_run
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.protocols.user_images import embed_user_images, grey_notes, image_paths
 from twoviews.ranges import Count, Index, NotNegative, Range
@@ -70,10 +70,9 @@ class Predict(Protocol):
         """A sentence each if colours are lost, and if nothing can be held out."""
         return [*grey_notes(self.images, data), *self.linear.notes(data)]
 
-    @classmethod
-    def settings_from_others(cls, protocols: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of the run's linear probe, which predicts."""
-        probe = protocols.get("linear", {})
+        probe = linear_of_run(config).get("linear", {})
         return {key: probe[key] for key in ("weight_decays", "held_out", "iterations", "every_epochs") if key in probe}
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
@@ -86,12 +85,15 @@ class Predict(Protocol):
             BadInput: there are no such pictures, or no labelled images to learn the classes from.
         """
         paths = image_paths(self.images)
-        classes = context.data.classes
         if context.data.memory is None:
             raise BadInput(f"{context.data.name} has no labelled images, so there are no classes to predict.")
         decoded = embed_user_images(paths, context)
-        probe, temperature = self.linear.calibrated(context)
-        probabilities = (probe(decoded.x) / temperature).softmax(1)
+        if context.head is not None:
+            classes, temperature = context.head.classes, 1.0
+            probabilities = context.head.linear.to(context.device)(decoded.x).softmax(1)
+        else:
+            classes, (probe, temperature) = context.data.classes, self.linear.calibrated(context)
+            probabilities = (probe(decoded.x) / temperature).softmax(1)
         distance, test = distances(decoded.x, context.memory), distances(context.test.x, context.memory)
         unlike = percentiles(distance, test)
         rows, full = [], []
@@ -121,6 +123,7 @@ class Predict(Protocol):
             )
         if context.folder is not None:
             content = {
+                "classifier": "linear probe" if context.head is None else "fine-tuned",
                 "linear_probe_on": context.data.name,
                 "temperature": temperature,
                 "test_images": len(test),

@@ -5,8 +5,8 @@ evaluate.py, which uses all of its result.
 Shapes: N bank images, M test images, F features, C classes.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from twoviews import distributed, process_group
 from twoviews.backbones import Encoder
+from twoviews.classifier_file import Head
 from twoviews.data.images import ImageData, Images
 from twoviews.errors import BadInput
 from twoviews.features import Features, embed
@@ -35,6 +36,7 @@ class EvaluationContext:
         channels_last: memory format of the images.
         folder: where protocols put their files; None: they write none.
         shared: all processes compute the features together, so all must ask for them; otherwise each computes alone.
+        head: a classifier of the features that belongs to the encoder, as to a fine-tuned one.
     """
 
     def __init__(
@@ -46,10 +48,12 @@ class EvaluationContext:
         channels_last: bool = False,
         folder: Path | None = None,
         shared: bool = False,
+        head: Head | None = None,
     ):
         self.encoder, self.data, self.device, self.dtype = encoder, data, device, dtype
         self.channels_last, self.folder, self.shared = channels_last, folder, shared
         self.title = "encoder"  # what is evaluated, for the titles of pictures
+        self.head = head
 
     @cached_property
     def memory(self) -> Features:
@@ -124,18 +128,47 @@ class Protocol:
         """Sentences that the user should read before these images are evaluated."""
         return []
 
-    @classmethod
-    def settings_from_others(cls, protocols: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Settings that evaluate.py takes from other protocols of the run's training, such as those of its linear probe.
+    def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that evaluate.py takes from the run's training, such as those of its linear probe.
 
         Args:
-            protocols: settings of each protocol of the training, by its name.
+            config: of the training; empty without a run.
         """
         return {}
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """Evaluate the encoder, which is left as it was."""
         raise NotImplementedError
+
+
+class NamedProtocol(Protocol):
+    """A protocol of a configuration, whose messages name parameters as they are typed there.
+
+    Args:
+        protocol: that evaluates; its messages have its own names of the parameters, such as lr=0.1.
+        qualify: makes a sentence for the user of such a message.
+    """
+
+    def __init__(self, protocol: Protocol, qualify: Callable[[str], str]):
+        self.protocol, self._qualify, self.every_epochs = protocol, qualify, protocol.every_epochs
+        self.needs_labels, self.together = protocol.needs_labels, protocol.together
+
+    def notes(self, data: ImageData) -> list[str]:
+        """Those of the protocol."""
+        return [*map(self._qualify, self.protocol.notes(data))]
+
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
+        """Evaluate the encoder by the protocol.
+
+        Raises:
+            BadInput: as the protocol does.
+        """
+        try:
+            result = self.protocol(context)
+        except BadInput as error:
+            error.args = ("\n".join(map(self._qualify, error.messages)),)
+            raise
+        return replace(result, notes=[*map(self._qualify, result.notes)])
 
 
 def run_protocols(protocols: Mapping[str, Protocol], context: EvaluationContext) -> dict[str, EvaluationResult]:

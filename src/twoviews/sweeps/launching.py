@@ -252,6 +252,8 @@ def print_end(sweep: Sweep, digests: set[str], console: Console) -> int:
     name = shlex.quote(sweep.name)
     if active:
         console.say(f"`python -m twoviews.sweep status {name}` shows their states.")
+    if place := mlflow_sync.sweep_page(sweep):
+        console.say(f"MLflow: {place}")
     if failed:
         console.say(
             f"{counted(len(failed), 'job')} did not finish; `python -m twoviews.sweep logs {name} <job>` shows the output of "

@@ -24,6 +24,7 @@ from twoviews.console import Console, duration
 from twoviews.errors import BadInput
 from twoviews.ranges import Count
 from twoviews.sweeps import runner
+from twoviews.sweeps.background_report import BackgroundReport
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import LOG, Job
 from twoviews.sweeps.job_status import status
@@ -207,7 +208,7 @@ class _Work:
         self._limit = min(launcher.at_once or sys.maxsize, len(self._slots))
         self._queue: deque[tuple[int, Job]] = deque()
         self._running: list[tuple[int, Job, Slot, subprocess.Popen]] = []
-        self._signal = 0
+        self._signal, self._report = 0, BackgroundReport()
 
     def run(self, source: JobSource, total: str = "") -> None:
         """Return when all jobs have ended.
@@ -224,6 +225,7 @@ class _Work:
         try:
             self._loop(source)
         finally:
+            self._report.stop()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         if self._signal:
@@ -261,6 +263,7 @@ class _Work:
             self._running.remove(entry)
             slot.release()
             self._console.say(f"[{number}{self._total}] {job.label}: {_outcome(job)}")
+            self._report.update(Sweep(job.folder.parent))
 
     def _fill_slots(self) -> None:
         busy = [slot for _, _, slot, _ in self._running]

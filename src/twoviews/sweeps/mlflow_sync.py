@@ -9,14 +9,17 @@ from typing import Any
 from filelock import FileLock
 
 from twoviews import foreign
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, system_reason
 from twoviews.sweeps.folder import WRITER_THREADS, Sweep
+from twoviews.sweeps.formatting import short_names, text
 from twoviews.sweeps.job import Job, JobState
 from twoviews.sweeps.job_status import status
+from twoviews.sweeps.varying_parameters import with_varying_parameters
+from twoviews.tracking import uris
 from twoviews.tracking.client import short_error
 from twoviews.tracking.metrics import METRICS_FILE
 from twoviews.tracking.parent_run import attach_parent, end_parent_run, open_parent_run, value_tags
-from twoviews.tracking.state import new_run_key
+from twoviews.tracking.state import new_run_key, page
 from twoviews.tracking.upload import is_uploaded, pending_values, upload
 
 LOCK_SECONDS = 120.0  # longest wait for another process that opens the parent run
@@ -42,18 +45,31 @@ def attach_jobs(sweep: Sweep, jobs: Sequence[Job], tracking: Mapping[str, Any]) 
         key, tags = record["parent_key"], {"twoviews.sweep": sweep.name, "folder": str(sweep.folder)}
         tags.update(command="\n".join(sweep.commands), **value_tags(record["axes"]))
         with _mlflow_errors():
-            parent = open_parent_run(uri, experiment, sweep.name, key, tags)
+            parent, experiment_id = open_parent_run(uri, experiment, sweep.name, key, tags)
         with sweep.update() as record:
-            record.update(parent=parent, parent_status="RUNNING")
-    axes = {job.digest: job.axes for job in sweep.jobs}  # the jobs passed may have more: see `with_varying_parameters`
+            record.update(parent=parent, parent_experiment=experiment_id, parent_status="RUNNING")
+    varying = {job.digest: job for job in with_varying_parameters(sweep.jobs)}
+    names = short_names(dict.fromkeys(key for job in varying.values() for key in job.axes))
+
+    def attach(digest: str) -> None:
+        job = varying[digest]
+        name = " ".join(f"{names[key]}={text(value)}" for key, value in job.axes.items()) or digest
+        attach_parent(job.folder, uri, experiment, parent, name, job.axes)
+
     with ThreadPoolExecutor(WRITER_THREADS) as pool:
-        list(pool.map(lambda job: attach_parent(job.folder, uri, experiment, parent, axes[job.digest]), jobs))
+        list(pool.map(attach, [job.digest for job in jobs]))
 
 
-def collect(sweep: Sweep, jobs: Sequence[Job]) -> int:
+def collect(sweep: Sweep, jobs: Sequence[Job], say: Callable[[str], None] = print) -> int:
     """Send what MLflow lacks of these jobs, nothing twice; returns the number of jobs of which something is left.
 
-    Runs of jobs that are not active are ended as result.json says, or as killed; the parent run is ended with the last.
+    Runs of jobs that are not active are ended as result.json says, or as killed; the parent run gets a report, and is ended
+    with the last job.
+
+    Args:
+        sweep: its jobs may be running.
+        jobs: those to send.
+        say: called with sentences for the user.
 
     Raises:
         BadInput: MLflow does not answer.
@@ -68,14 +84,34 @@ def collect(sweep: Sweep, jobs: Sequence[Job]) -> int:
         try:
             upload(job.folder, closed=not states[job.digest].active)
         except Exception as error:  # an error in one folder must not stop the others
-            print(f"{job.digest} {job.label}: {pending_values(job.folder)} numbers left ({short_error(error)})")
+            say(f"{job.digest} {job.label}: {pending_values(job.folder)} numbers left ({short_error(error)})")
             left += 1
     if end := _parent_status([*states.values()]):
         with _mlflow_errors():
             end_parent_run(tracking["uri"], tracking["experiment"], sweep.record["parent"], end)
         with sweep.update() as record:
             record["parent_status"] = end
+    _report(sweep, states, say)
     return left
+
+
+def _report(sweep: Sweep, states: Mapping[str, JobState], say: Callable[[str], None]) -> None:
+    """Make the report, which goes to the parent run; what fails is said, as the results are in the folders."""
+    from twoviews.sweeps.report import report  # which takes long to import
+
+    try:
+        report(sweep, states, say)
+    except (BadInput, OSError) as error:
+        reason = system_reason(error) if isinstance(error, OSError) else str(error)
+        say(f"there is no report ({reason}); `python -m twoviews.sweep report {shlex.quote(sweep.name)}` makes it.")
+
+
+def sweep_page(sweep: Sweep) -> str | None:
+    """How to see the parent run: its address, or the command that serves MLflow's pages; None where there is none."""
+    record = sweep.record
+    if not (record["parent"] and "parent_experiment" in record):
+        return None
+    return page(uris.resolve(record["tracking"]["uri"]), record["parent_experiment"], record["parent"])
 
 
 def flush(sweep: Sweep, say: Callable[[str], None]) -> None:
@@ -84,7 +120,7 @@ def flush(sweep: Sweep, say: Callable[[str], None]) -> None:
     if not states or any(state.active for state in states) or not pending(sweep):
         return
     try:
-        left = collect(sweep, sweep.jobs)
+        left = collect(sweep, sweep.jobs, say)
     except BadInput as error:
         left = 1
         say(f"error: {error}")

@@ -1,6 +1,7 @@
 """The report of a sweep: a page, a table and plots in its folder, made from the results so far."""
 
 import math
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -25,8 +26,8 @@ from twoviews.sweeps.results import (
     gather,
 )
 from twoviews.tables import as_latex, as_markdown, span
-from twoviews.tracking import uris
-from twoviews.tracking.client import connect, short_error
+from twoviews.tracking.client import short_error
+from twoviews.tracking.parent_run import log_report
 
 NOT_FAILED = ("QUEUED", "RUNNING", "INTERRUPTED", "PRUNED", FINISHED)
 MAX_ROWS = 40  # of a table on the page; the CSV has all
@@ -60,27 +61,30 @@ def report(
         accuracies = ", ".join(f"{name} {value}" for name, value in _accuracies(results.best).items())
         say(f"{_verdict(results, results.best).rstrip('.')}: {label}{accuracies}")
     say(f"report: {page}")
-    if sweep.record["parent"]:
+    if sweep.record["parent"] and "tracking" in sweep.record:
         _send(sweep, results, files, say)
     return results
 
 
 def _send(sweep: Sweep, results: Results, files: Sequence[Path], say: Callable[[str], None]) -> None:
-    """Send the files and the means of the best config to MLflow; a failure is said, not raised."""
-    run, finished = sweep.record["parent"], int((results.jobs["state"] == FINISHED).sum())
-    metrics = {"jobs/finished": float(finished)}
+    """Send page, files and mean accuracies to MLflow; a failure is said, not raised."""
+    done = results.jobs[results.jobs["state"] == FINISHED]
+    means = done.reindex(columns=[*ACCURACIES]).mean()
+    # By these names MLflow's charts have them behind those of the jobs.
+    metrics = {
+        "sweep/jobs_finished": float(len(done)),
+        **{f"{name}_mean": means[name] for name in means.dropna().index},
+    }
     if results.best:
         estimates = {metric: results.best.estimate(metric) for metric in ACCURACIES}
-        metrics |= {f"best/{metric}": value.mean for metric, value in estimates.items() if value}
+        metrics |= {f"{metric}_best": value.mean for metric, value in estimates.items() if value}
+    tags = {f"best.{key}": text(value) for key, value in results.best.axes.items()} if results.best else {}
+    run, tracking = sweep.record["parent"], sweep.record["tracking"]
+    # The best first: MLflow shows the first lines, the others after a click. Its code blocks do not wrap lines.
+    parts = [_best(results), _configs(results), *_heading(sweep, results).split("\n\n")[1:], _cost(results)]
+    note = re.sub("^    (.+)$", r"`\1`", "\n\n".join([*parts, _failures(sweep, results)]), flags=re.MULTILINE)
     try:
-        tracking = sweep.record["tracking"]
-        client, _ = connect(uris.resolve(tracking["uri"]), tracking["experiment"])
-        for file in files:
-            client.log_artifact(run, str(file), "report")
-        for name, value in metrics.items():
-            client.log_metric(run, name, value, step=finished)
-        for key, value in results.best.axes.items() if results.best else ():
-            client.set_tag(run, f"best.{key}", text(value))
+        log_report(tracking["uri"], tracking["experiment"], run, note, files, metrics, len(done), tags)
     except Exception as error:  # whatever fails in MLflow, the report is in the folder
         say(f"MLflow does not have the report ({short_error(error)}); the same command sends it again.")
 

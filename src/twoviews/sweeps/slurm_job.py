@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from twoviews.sweeps import runner, slurm_commands
+from twoviews.sweeps.background_report import is_due
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobState
 from twoviews.sweeps.job_status import RESUME_HINT, status
@@ -106,7 +107,7 @@ def _requeue(job: Job, state: JobState, slurm_id: str, signals: StopSignals) -> 
 
 
 def _tell_mlflow(job: Job) -> None:
-    """Send the end of a job whose training could not send it, and the end of the sweep after its last active job.
+    """Send the end of a job whose training could not send it, the report, and the end of the sweep after its last job.
 
     What fails here can be done by `python -m twoviews.sweep collect`.
     """
@@ -117,6 +118,8 @@ def _tell_mlflow(job: Job) -> None:
         command = ["twoviews.sweep", "collect", str(sweep.folder)]
     elif not job.result:
         command = ["twoviews.tracking", "sync", str(job.folder)]
+    elif is_due(sweep):
+        command = ["twoviews.sweep", "report", str(sweep.folder)]
     else:
         return
     words = [sys.executable, "-m", *command]

@@ -66,7 +66,8 @@ def _values(job: Job, description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _choices(description: Mapping[str, Any]) -> dict[str, Any]:
-    return {group: choice for group, choice in description.get("choices", {}).items() if _changes_results(group)}
+    choices = description.get("choices", {}).items()
+    return {group: choice or "none" for group, choice in choices if _changes_results(group)}  # null in version 0.1.0
 
 
 @cache

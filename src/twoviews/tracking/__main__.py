@@ -1,6 +1,7 @@
-"""`python -m twoviews.tracking`: send run folders to MLflow later, or again; run an MLflow server for many machines."""
+"""`python -m twoviews.tracking`: send run folders to MLflow later, or again; an MLflow server for many machines; TensorBoard."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,13 +16,14 @@ from twoviews.tracking.upload import pending_values, upload
 
 DEFAULT_FOLDERS = ("outputs", "multirun")
 DONE, PENDING, BAD_INPUT = 0, 1, 2
+RUNS_HELP = "a run, or a folder with runs, such as a sweep; default: all in outputs/ and multirun/"
 EXIT_CODES = "Exit code: 0 everything is in MLflow, 1 something is left, 2 bad input."
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m twoviews.tracking", epilog=EXIT_CODES)
-    commands = parser.add_subparsers(required=True, metavar="sync or serve")
+    commands = parser.add_subparsers(required=True, metavar="sync, tensorboard or serve")
     sync = commands.add_parser(
         "sync",
         help="send what MLflow does not have",
@@ -33,6 +35,14 @@ def main(arguments: list[str] | None = None) -> int:
     sync.add_argument("--uri", help="MLflow's tracking URI; default: the run's own tracking.uri")
     sync.add_argument("--experiment", help="MLflow's experiment; default: the run's own tracking.experiment")
     sync.set_defaults(command=_sync)
+    convert = commands.add_parser(
+        "tensorboard",
+        help="write TensorBoard's event files",
+        description="Convert metrics.jsonl of runs to TensorBoard's event files; again replaces them.",
+    )
+    convert.add_argument("folders", nargs="*", type=Path, metavar="folder", help=RUNS_HELP)
+    convert.add_argument("--out", type=Path, default=Path("tensorboard"), help="a folder for each run is made in it")
+    convert.set_defaults(command=_tensorboard)
     serve = commands.add_parser(
         "serve",
         help="an MLflow server on PostgreSQL",
@@ -61,6 +71,26 @@ def _sync(options: argparse.Namespace) -> int:
     if options.uri:
         uris.check_reachable(options.uri)
     return max(sync_folder(folder, options.uri, options.experiment) for folder in _folders(options.folders))
+
+
+def _tensorboard(options: argparse.Namespace) -> int:
+    from twoviews.tracking import tensorboard
+
+    tensorboard.require_tensorboard()
+    runs = [run for folder in options.folders for run in _runs_in(folder)] or _folders([])
+    for run, place in tensorboard.places(list(dict.fromkeys(runs)), options.out).items():
+        foreign.refuse_links(run)
+        print(f"{run}: {tensorboard.convert(run, place):,} values written to {place}", flush=True)
+    print(f"tensorboard --logdir {shlex.quote(str(options.out))}")
+    return DONE
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The run folders in a folder, or the folder itself if it is one."""
+    runs = [folder] if (folder / METRICS_FILE).is_file() else sorted(path.parent for path in folder.rglob(METRICS_FILE))
+    if not runs:
+        raise BadInput(f"{folder} is no run folder and has none in it (no {METRICS_FILE}); name one, or none for all.")
+    return runs
 
 
 def _serve(options: argparse.Namespace) -> int:

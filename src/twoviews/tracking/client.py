@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import getpass
 import importlib.metadata
 import logging
 import os
@@ -31,6 +32,10 @@ MAX_KEY_LENGTH, MAX_PARAM_LENGTH, MAX_TAG_LENGTH, MAX_DATASET_DIGEST_LENGTH = 25
 MAX_PARAMS_PER_CALL, MAX_VALUES_PER_CALL = 100, 1000
 ERROR_LOG, NO_ANSWER = "mlflow.log", "it does not answer"
 MAX_ERROR_LENGTH = 300  # characters of an error in a message
+# MLflow has a section of charts for each beginning of a metric's name, in alphabetical order. With these names kNN, linear
+# accuracy and the losses come first.
+METRIC_NAMES = {"baseline/pixels_knn_top1": "knn/top1_pixels", "baseline/untrained_knn_top1": "knn/top1_untrained"}
+METRIC_PREFIXES = {"e_step/": "train/e_step/", "memory/": "train/memory/"}
 SQLITE_SUFFIXES = ("-journal", "-wal", "-shm")  # of SQLite's own files beside a database
 SQLITE_TIMEOUT_S = 60.0
 DATABASE_LOCK_TIMEOUT_S = 300.0  # MLflow takes seconds to make its tables
@@ -72,6 +77,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("PGCONNECT_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # those of its pages for language models
     for name in ("alembic", "git", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -214,7 +220,7 @@ def get_or_create_run(
     before = RETRIES.get()
     RETRIES.set(0)  # MLflow's client would repeat the request, whether the first one made a run or not
     try:
-        return client.create_run(experiment_id, tags={RUN_KEY_TAG: key, **tags}, **options)
+        return client.create_run(experiment_id, tags={RUN_KEY_TAG: key, "mlflow.user": _user(), **tags}, **options)
     finally:
         RETRIES.set(before)
 
@@ -224,6 +230,20 @@ def runs_with_key(client: "MlflowClient", experiment_id: str, key: str) -> "list
     return client.search_runs(
         [experiment_id], f"tags.`{RUN_KEY_TAG}` = '{key}'", order_by=["attributes.start_time ASC"]
     )
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # no variable names one, and the system does not know the id, as in containers
+        return "unknown"
+
+
+def metric_name(name: str) -> str:
+    """The name in MLflow of a metric of metrics.jsonl; the same for most."""
+    prefix = next((prefix for prefix in METRIC_PREFIXES if name.startswith(prefix)), "")
+    renamed = METRIC_PREFIXES[prefix] + name.removeprefix(prefix) if prefix else name
+    return METRIC_NAMES.get(name, renamed)
 
 
 def mlflow_key(text: str) -> str:

@@ -21,10 +21,11 @@ from twoviews.errors import BadInput
 from twoviews.tracking import uris
 from twoviews.tracking.client import NO_ANSWER, short_error
 from twoviews.tracking.state import UploadState, saved_at, set_target
-from twoviews.tracking.upload import is_uploaded, pending_values
+from twoviews.tracking.upload import is_uploaded, pending_artifact_bytes, pending_values
 
 FLUSH_TIMEOUT_S = 120.0
 POLL_SECONDS = 0.1
+SLOW_BYTES_PER_S = 5e6  # at which a server has to take the encoder: it answers when it has all of it
 LISTENER_TIMEOUT_S = 5.0  # for the last messages of a process that has ended
 SOURCES = Path(__file__).resolve().parents[2]  # of this package; in a sweep it is the code that was launched
 # The mirror must outlive these signals, which SLURM sends to all processes of a job, to send the end of the run.
@@ -39,11 +40,13 @@ class Tracking:
         uri: MLflow's tracking URI, `sqlite:///<path>` or a server's address; None is mlflow.db at the root of the checkout.
         experiment: MLflow's experiment.
         mirror: send while the run goes on; otherwise by `python -m twoviews.tracking sync`.
+        encoder: send the weights of the encoder, too, at the end.
     """
 
     uri: str | None
     experiment: str
     mirror: bool
+    encoder: bool = True  # configurations of earlier versions lack it
 
     def check(self, optional: bool, say: Callable[[str], None] = print) -> None:
         """Refuse at the start of a run what would fail later.
@@ -71,7 +74,7 @@ class Tracking:
 
     def start(self, folder: Path, say: Callable[[str], None] = print) -> "Mirror | None":
         """Start the mirror of `folder`; None where the configuration wants none. Only one process of a run calls this."""
-        set_target(folder, self.uri, self.experiment)
+        set_target(folder, self.uri, self.experiment, encoder=self.encoder)
         try:
             return Mirror(folder, say) if self.mirror else None
         except OSError as error:  # no process can be started; the training goes on
@@ -123,8 +126,8 @@ class Mirror:
     def close(self, timeout_s: float | int = 60) -> int:
         """Send the rest and the final status from result.json; returns the number of values that MLflow does not have.
 
-        Waits `timeout_s` seconds at most, and no more than `ANSWER_TIMEOUT_S` for a silent server; then says how to send
-        the rest later.
+        Waits `timeout_s` seconds at most, and for a silent server no more than `ANSWER_TIMEOUT_S`, with the time that the encoder
+        may take; then says how to send the rest later.
         """
         assert self._process.stdin
         try:
@@ -152,7 +155,8 @@ class Mirror:
             now = saved_at(self._folder)  # changes with each answer
             if is_file or now != saved or not self._imported:
                 saved, answered_at = now, time.monotonic()
-            if time.monotonic() > answered_at + uris.ANSWER_TIMEOUT_S:
+            silent_s = time.monotonic() - answered_at - uris.ANSWER_TIMEOUT_S
+            if silent_s > 0 and silent_s > pending_artifact_bytes(self._folder) / SLOW_BYTES_PER_S:
                 break
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(POLL_SECONDS)

@@ -1,16 +1,20 @@
 """A sweep in MLflow: a parent run, made before any job begins, with the jobs' runs as its children."""
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from twoviews.tracking import uris
-from twoviews.tracking.client import MAX_KEY_LENGTH, MAX_TAG_LENGTH, connect, get_or_create_run, mlflow_key
-from twoviews.tracking.state import PARENT_TAG, set_target
+from twoviews.tracking.client import MAX_KEY_LENGTH, MAX_TAG_LENGTH, connect, get_or_create_run, mlflow_key, shortened
+from twoviews.tracking.description import set_note
+from twoviews.tracking.state import NAME_TAG, PARENT_TAG, set_target
 
 
-def open_parent_run(uri: str | None, experiment: str, name: str, key: str, tags: Mapping[str, str]) -> str:
-    """MLflow's id of the parent run, which is made once however often this is called and gets the status RUNNING.
+def open_parent_run(uri: str | None, experiment: str, name: str, key: str, tags: Mapping[str, str]) -> tuple[str, str]:
+    """MLflow's ids of the parent run and its experiment; the run is made once however often this is called.
+
+    It gets the status RUNNING.
 
     Args:
         uri: the tracking URI.
@@ -31,7 +35,7 @@ def open_parent_run(uri: str | None, experiment: str, name: str, key: str, tags:
         run_id, tags=[RunTag(key, value[:MAX_TAG_LENGTH]) for key, value in tags.items()], synchronous=True
     )
     client.update_run(run_id, status="RUNNING")
-    return run_id
+    return run_id, experiment_id
 
 
 def end_parent_run(uri: str | None, experiment: str, run_id: str, status: str) -> None:
@@ -53,7 +57,7 @@ def log_files(
         BadInput: the experiment was deleted in MLflow.
         MlflowException: MLflow does not answer or refuses.
     """
-    run_id = open_parent_run(uri, experiment, name, key, tags)
+    run_id, _ = open_parent_run(uri, experiment, name, key, tags)
     client, _ = connect(uris.resolve(uri), experiment)
     for file in files:
         client.log_artifact(run_id, str(file))
@@ -61,9 +65,49 @@ def log_files(
     return run_id
 
 
-def attach_parent(folder: Path, uri: str | None, experiment: str, parent: str, values: Mapping[str, Any]) -> None:
-    """Record in a run folder its target, its parent run and its varying values, which become tags."""
-    set_target(folder, uri, experiment, {PARENT_TAG: parent, **value_tags(values)})
+def log_report(
+    uri: str | None,
+    experiment: str,
+    run_id: str,
+    note: str,
+    files: Sequence[Path],
+    metrics: Mapping[str, float],
+    step: int,
+    tags: Mapping[str, str],
+) -> None:
+    """Send the report of a sweep to its parent run.
+
+    Args:
+        uri: the tracking URI.
+        experiment: MLflow's experiment.
+        run_id: of the parent run.
+        note: the description of the run, in Markdown.
+        files: become artifacts, in place of earlier versions.
+        metrics: values by name; those that MLflow has already are left out.
+        step: number of finished jobs.
+        tags: of the run.
+
+    Raises:
+        MlflowException: MLflow does not answer or refuses.
+    """
+    client, _ = connect(uris.resolve(uri), experiment)
+    from mlflow.entities import Metric, RunTag
+
+    run, now = client.get_run(run_id), int(time.time() * 1000)
+    new = [Metric(name, value, now, step) for name, value in metrics.items() if run.data.metrics.get(name) != value]
+    filled = [RunTag(mlflow_key(key)[:MAX_KEY_LENGTH], value[:MAX_TAG_LENGTH]) for key, value in tags.items()]
+    client.log_batch(run_id, metrics=new, tags=filled, synchronous=True)
+    set_note(client, run, note)
+    for file in files:
+        client.log_artifact(run_id, str(file), "report")
+
+
+def attach_parent(
+    folder: Path, uri: str | None, experiment: str, parent: str, name: str, values: Mapping[str, Any]
+) -> None:
+    """Record in a run folder its target, its parent run, its name and its varying values, which become tags."""
+    names = {NAME_TAG: shortened(name, MAX_KEY_LENGTH)}
+    set_target(folder, uri, experiment, {PARENT_TAG: parent, **names, **value_tags(values)})
 
 
 def value_tags(values: Mapping[str, Any]) -> dict[str, str]:

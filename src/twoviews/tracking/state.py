@@ -20,6 +20,8 @@ from twoviews.signatures import complaint
 from twoviews.tracking import uris
 
 PARENT_TAG = "mlflow.parentRunId"  # MLflow nests runs by this tag
+WORKFLOW = "workflowType=machine_learning"  # without it MLflow's pages are those for language models
+NAME_TAG = "mlflow.runName"  # setting it renames a run
 
 
 @dataclass
@@ -35,7 +37,8 @@ class UploadState:
         sent_bytes: of metrics.jsonl.
         status: the status that was sent last.
         files: [mtime in ns, size in bytes] of each artifact that was sent.
-        tags: of the run; in a sweep the parent's id and the varying values.
+        tags: of the run; in a sweep the parent's id, the job's name and the varying values.
+        encoder: send the weights of the encoder, too.
         already: names by step of values that were sent and then cut off metrics.jsonl, because an earlier checkpoint is
             resumed. They are computed again, not always to the last digit (images_per_s never is), and must not be sent twice.
     """
@@ -49,6 +52,7 @@ class UploadState:
     status: str = ""
     files: dict[str, list[int]] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    encoder: bool = True
     already: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
@@ -70,7 +74,10 @@ class UploadState:
 
     def save(self, folder: Path) -> None:
         """Replace tracking.json."""
-        write_atomic(folder / "tracking.json", json.dumps(asdict(self), indent=1))
+        content = asdict(self)
+        if self.encoder:  # code that a sweep froze before there was this key refuses it
+            del content["encoder"]
+        write_atomic(folder / "tracking.json", json.dumps(content, indent=1))
 
     @property
     def tracking_uri(self) -> str:
@@ -94,7 +101,13 @@ def saved_at(folder: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def set_target(folder: Path, uri: str | None, experiment: str, tags: Mapping[str, str] | None = None) -> None:
+def set_target(
+    folder: Path,
+    uri: str | None,
+    experiment: str,
+    tags: Mapping[str, str] | None = None,
+    encoder: bool | None = None,
+) -> None:
     """Record where `folder` is to be sent, as a user asked for; a target other than before gets the whole run.
 
     Args:
@@ -102,6 +115,7 @@ def set_target(folder: Path, uri: str | None, experiment: str, tags: Mapping[str
         uri: the tracking URI, which is trusted from now on; None is the default one.
         experiment: MLflow's experiment.
         tags: of the run; None leaves them as they are.
+        encoder: whether the weights of the encoder are sent; None leaves it as it is.
 
     Raises:
         BadInput: MLflow cannot use the URI.
@@ -113,6 +127,7 @@ def set_target(folder: Path, uri: str | None, experiment: str, tags: Mapping[str
         if (uris.resolve(uri), experiment) != (state.tracking_uri, state.experiment):
             state.forget_run()
         state.uri, state.experiment = None if uri is None else uris.resolve(uri), experiment
+        state.encoder = state.encoder if encoder is None else encoder
         if tags is not None and state.tags != tags:
             # Without a status, the next upload opens the run, also one that MLflow has already, and sets its tags.
             state.tags, state.status = dict(tags), ""
@@ -162,8 +177,12 @@ def run_page(folder: Path) -> str:
     state = UploadState.load(folder)
     if not state.run_id:
         return f"python -m twoviews.tracking sync {shlex.quote(str(folder))}"
-    uri = state.tracking_uri
-    place = f"/#/experiments/{state.experiment_id}/runs/{state.run_id}"
+    return page(state.tracking_uri, state.experiment_id, state.run_id)
+
+
+def page(uri: str, experiment_id: str | None, run_id: str) -> str:
+    """How to see a run of this complete tracking URI, as `run_page`."""
+    place = f"/#/experiments/{experiment_id}/runs/{run_id}?{WORKFLOW}"
     if uri.startswith("http"):
         return uri + place
     command = os.path.relpath(Path(sys.executable).with_name("mlflow"))

@@ -7,9 +7,7 @@ Only MLflow's client is used, never its fluent interface, and every call can be 
 import contextlib
 import json
 import os
-import platform
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
@@ -19,20 +17,17 @@ from twoviews.errors import BadInput
 from twoviews.files import write_atomic
 from twoviews.locks import locked_for_upload
 from twoviews.tracking.client import (
-    MAX_DATASET_DIGEST_LENGTH,
     MAX_KEY_LENGTH,
-    MAX_PARAM_LENGTH,
-    MAX_PARAMS_PER_CALL,
-    MAX_TAG_LENGTH,
     MAX_VALUES_PER_CALL,
     connect,
     get_or_create_run,
-    mlflow_key,
+    metric_name,
     runs_with_key,
     shortened,
 )
+from twoviews.tracking.description import describe
 from twoviews.tracking.metrics import METRICS_FILE, POSITION_KEYS, durable_bytes, lines
-from twoviews.tracking.state import UploadState, new_run_key
+from twoviews.tracking.state import NAME_TAG, UploadState, new_run_key
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,7 +40,8 @@ DESCRIPTION_FILES = (
     "commit.txt",
 )  # parameters and tags come from these
 ARTIFACT_FILES = (*DESCRIPTION_FILES, "diff.patch", "encoder.json", "result.json")
-ARTIFACT_PATTERNS = ("*.png", "clusters*.json", "clusters*.npz", "evaluation/**/*.*")
+ENCODER_FILE = "encoder.safetensors"  # the largest artifact, sent last
+ARTIFACT_PATTERNS = ("*.png", "*.pdf", "clusters*.json", "clusters*.npz", "evaluation/**/*.*")
 MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # by "state" of result.json
 
 
@@ -73,8 +69,8 @@ def upload(folder: Path, closed: bool) -> int:
         _write_run_id(folder, run.info.run_id)
         changed = _changed_artifacts(folder, state)
         _check_artifact_folder(run)
-        if changed.keys() & set(DESCRIPTION_FILES):
-            _describe(client, run, folder)
+        if status != state.status or changed.keys() & {*DESCRIPTION_FILES, "result.json"}:
+            describe(client, run, folder)
         sent = _send_values(client, run.info.run_id, folder, state, limit)
         if status != state.status:
             _send_status(client, run.info.run_id, folder, state, status)
@@ -89,6 +85,14 @@ def upload(folder: Path, closed: bool) -> int:
 def is_uploaded(folder: Path) -> bool:
     """Whether MLflow has all of a run that nobody trains any more, its status included; without asking MLflow."""
     return _is_current(folder, UploadState.load(folder), closed=True, limit=None)
+
+
+def pending_artifact_bytes(folder: Path) -> int:
+    """Size of the artifacts that MLflow does not have of a run whose end it has; 0 before."""
+    state = UploadState.load(folder)
+    if state.status not in MLFLOW_STATUS.values():
+        return 0
+    return sum(size for _, size in _changed_artifacts(folder, state).values())
 
 
 def pending_values(folder: Path) -> int:
@@ -128,10 +132,9 @@ def _open_run(client: "MlflowClient", experiment_id: str, folder: Path, state: U
     state.run_key = state.run_key or new_run_key()
     state.save(folder)
     first = next((line["time"] for _, line in lines(folder / METRICS_FILE)), time.time())
-    tags = {"mlflow.user": os.environ.get("USER", "unknown"), **state.tags}
-    name = shortened(folder.resolve().name, MAX_KEY_LENGTH)
+    name = state.tags.get(NAME_TAG) or shortened(folder.resolve().name, MAX_KEY_LENGTH)
     run = get_or_create_run(
-        client, experiment_id, state.run_key, tags=tags, run_name=name, start_time=int(first * 1000)
+        client, experiment_id, state.run_key, tags=state.tags, run_name=name, start_time=int(first * 1000)
     )
     state.run_id, state.experiment_id, state.status = run.info.run_id, experiment_id, run.info.status
     state.save(folder)
@@ -170,42 +173,6 @@ def _check_artifact_folder(run: "Run") -> None:
 # ---------------------------------------------------------------------------------------------------------------- content
 
 
-def _describe(client: "MlflowClient", run: "Run", folder: Path) -> None:
-    """Send parameters, tags and data set. MLflow never changes a parameter: a new value becomes the tag changed.<key>."""
-    from mlflow.entities import Dataset, DatasetInput, Param, RunTag
-
-    config, data, environment = (
-        foreign.load(folder / name) for name in ("config.yaml", "data.json", "environment.json")
-    )
-    params, known = dict(_flat(config)), run.data.params
-    tags = {
-        "folder": str(folder.resolve()),
-        "host": environment.get("host", platform.node()),
-        "method": config.get("method", {}).get("_target_", "").rpartition(".")[0].rpartition(".")[2],
-        "data": data.get("name", ""),
-        "data.digest": data.get("digest", ""),
-        "mlflow.source.name": "train.py",
-        "mlflow.source.git.commit": _text(folder / "commit.txt"),
-    }
-    for key, value in params.items():
-        if known.get(key, value) != value or f"changed.{key}" in run.data.tags:
-            tags[f"changed.{key}"] = value
-    new = [Param(key, value) for key, value in params.items() if key not in known]
-    for start in range(0, len(new), MAX_PARAMS_PER_CALL):
-        client.log_batch(run.info.run_id, params=new[start : start + MAX_PARAMS_PER_CALL], synchronous=True)
-    filled = [
-        RunTag(shortened(key, MAX_KEY_LENGTH), shortened(str(value), MAX_TAG_LENGTH))
-        for key, value in tags.items()
-        if value
-    ]
-    for start in range(0, len(filled), MAX_PARAMS_PER_CALL):
-        client.log_batch(run.info.run_id, tags=filled[start : start + MAX_PARAMS_PER_CALL], synchronous=True)
-    if data.get("name") and data.get("digest"):
-        digest = str(data["digest"])[:MAX_DATASET_DIGEST_LENGTH]
-        dataset = Dataset(data["name"], digest, source_type="local", source=json.dumps({"name": data["name"]}))
-        client.log_inputs(run.info.run_id, [DatasetInput(dataset, [])])
-
-
 def _send_values(client: "MlflowClient", run_id: str, folder: Path, state: UploadState, limit: int | None) -> int:
     """Send the lines that end at byte `limit` or before; the number of values sent."""
     from mlflow.entities import Metric
@@ -226,7 +193,7 @@ def _send_values(client: "MlflowClient", run_id: str, folder: Path, state: Uploa
             flush()
             batch = []
         # NaN is stored as NaN, an infinity as the largest double: MLflow's own rule.
-        batch.extend(Metric(name, float(line[name]), stamp, step) for name in names)
+        batch.extend(Metric(metric_name(name), float(line[name]), stamp, step) for name in names)
         sent += len(names)
         state.sent_bytes = end
         if already:
@@ -257,23 +224,11 @@ def _status(folder: Path, closed: bool) -> str:
 def _changed_artifacts(folder: Path, state: UploadState) -> dict[str, list[int]]:
     """[mtime in ns, bytes] by name of the artifacts of which MLflow does not have the present version."""
     matching = sorted(path for pattern in ARTIFACT_PATTERNS for path in folder.glob(pattern) if path.is_file())
+    # That of an interrupted run is not the trained one, and the seconds after a signal are for the values.
+    trained = state.encoder and foreign.load(folder / "result.json").get("state") == "finished"
     stamps = {}
-    for path in [*(folder / name for name in ARTIFACT_FILES), *matching]:
+    for path in [*(folder / name for name in ARTIFACT_FILES), *matching, *([folder / ENCODER_FILE] if trained else ())]:
         with contextlib.suppress(FileNotFoundError):
             stat = path.stat()
             stamps[path.relative_to(folder).as_posix()] = [stat.st_mtime_ns, stat.st_size]
     return {name: stamp for name, stamp in stamps.items() if state.files.get(name) != stamp}
-
-
-def _flat(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, value as on the command line) of every leaf, shortened to MLflow's limits."""
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, default=str)
-            yield shortened(mlflow_key(f"{prefix}{key}"), MAX_KEY_LENGTH), shortened(text, MAX_PARAM_LENGTH)
-
-
-def _text(path: Path) -> str:
-    return path.read_text(errors="replace").strip() if path.is_file() else ""

@@ -1,0 +1,154 @@
+"""Classifiers in files: classifier.safetensors, a network and the linear layer on its features, and linear_head.safetensors,
+such a layer alone; the JSON file beside each has the names of the classes.
+
+Both are written into the folder of an evaluation, the first by protocol=finetune, the second by protocol=linear.
+Shapes: N images, F features, C classes.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from twoviews import foreign
+from twoviews.backbones import Encoder
+from twoviews.encoder_file import LOADING_ERRORS, check_finite, encoder_of, read_weights, weight_file
+from twoviews.errors import BadInput, system_reason
+from twoviews.files import write_atomic
+
+CLASSIFIER_FILE, HEAD_FILE = "classifier.safetensors", "linear_head.safetensors"
+EVALUATIONS = "evaluation"  # the folder of a run's evaluations
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear classifier of features."""
+
+    linear: nn.Linear  # [C, F]; the softmax of its outputs are the probabilities
+    classes: tuple[str, ...]  # names by output, C
+
+
+def as_head(weight: Tensor, bias: Tensor, classes: Sequence[str]) -> Head:
+    """A head with these weights [C, F] and biases [C], which are not trained further."""
+    linear = nn.Linear(weight.shape[1], len(weight), device="meta").to_empty(device=weight.device)
+    linear.load_state_dict({"weight": weight, "bias": bias})
+    return Head(linear.requires_grad_(False), tuple(classes))
+
+
+def save_classifier(folder: Path, encoder: Encoder, head: Head, description: Mapping[str, Any]) -> None:
+    """Write classifier.safetensors and classifier.json.
+
+    Args:
+        folder: that gets them.
+        encoder: the network before the head.
+        head: the classifier of its features.
+        description: how to build the encoder and to prepare its images, as `encoder_file.describe` gives it.
+    """
+    weights = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    weights |= {f"head.{name}": value for name, value in head.linear.state_dict().items()}
+    write_atomic(folder / CLASSIFIER_FILE, weight_file(weights))
+    _write_description(folder / CLASSIFIER_FILE, {**description, "classes": list(head.classes)})
+
+
+def load_classifier(path: Path) -> tuple[Encoder, Head, dict[str, Any]]:
+    """The network and the head of a classifier.safetensors, and the content of classifier.json beside it.
+
+    Raises:
+        BadInput: the two files do not make a classifier.
+    """
+    foreign.regular(path)
+    description = foreign.load(path.with_suffix(".json"), needed=True)
+    with _loading(path, "a classifier"):
+        weights = read_weights(path)
+        encoder = encoder_of(description, _below("encoder.", weights))
+        return encoder, _head_of(description, _below("head.", weights), encoder.out_dim), description
+
+
+def newest_classifier(folder: Path) -> Path | None:
+    """The classifier.safetensors that was written last by an evaluation of the encoder in this folder; None: there is none."""
+    return next((path for path in _newest(folder, CLASSIFIER_FILE)), None)
+
+
+def save_head(folder: Path, head: Head, encoder: Encoder, size: int, statistics: Sequence[Sequence[float]]) -> None:
+    """Write linear_head.safetensors and linear_head.json, which says by a digest whose features they classify.
+
+    Args:
+        folder: that gets them.
+        head: the classifier.
+        encoder: whose features it classifies.
+        size: of the images in px.
+        statistics: mean and std, per channel, that the images are normalised with.
+    """
+    write_atomic(folder / HEAD_FILE, weight_file(head.linear.state_dict()))
+    digest = _digest(encoder, size, statistics)
+    _write_description(folder / HEAD_FILE, {"encoder": digest, "classes": list(head.classes)})
+
+
+def find_head(folder: Path, encoder: Encoder, size: int, statistics: Sequence[Sequence[float]]) -> Head | None:
+    """The head of these features that an evaluation has written last; None: there is none.
+
+    Args:
+        folder: of the encoder's run or, without a run, of its results.
+        encoder: as in `save_head`, and likewise the others.
+        size: of the images in px.
+        statistics: mean and std.
+
+    Raises:
+        BadInput: the files of a head are damaged.
+    """
+    digest = None
+    for path in _newest(folder, HEAD_FILE):
+        digest = digest or _digest(encoder, size, statistics)
+        description = foreign.load(path.with_suffix(".json"))
+        if description.get("encoder") == digest:
+            foreign.regular(path)
+            with _loading(path, "a linear classifier"):
+                return _head_of(description, read_weights(path), encoder.out_dim)
+    return None
+
+
+def _newest(folder: Path, name: str) -> list[Path]:
+    paths = [path for path in folder.glob(f"{EVALUATIONS}/*/{name}") if path.with_suffix(".json").exists()]
+    return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _write_description(weights: Path, content: Mapping[str, Any]) -> None:
+    write_atomic(weights.with_suffix(".json"), json.dumps(content, indent=2) + "\n")
+
+
+def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def _head_of(description: Mapping[str, Any], weights: Mapping[str, Tensor], features: int) -> Head:
+    classes = description["classes"]
+    if weights["weight"].shape != (len(classes), features) or weights["bias"].shape != (len(classes),):
+        raise ValueError(f"the head is not one of {features} features and {len(classes)} classes")
+    check_finite(weights)
+    return as_head(weights["weight"].float(), weights["bias"].float(), classes)
+
+
+def _digest(encoder: Encoder, size: int, statistics: Sequence[Sequence[float]]) -> str:
+    content = hashlib.blake2b(f"{size} {[[*map(float, each)] for each in statistics]}".encode(), digest_size=16)
+    for name, value in encoder.state_dict().items():
+        content.update(name.encode())
+        content.update(value.detach().cpu().contiguous().numpy().data)
+    return content.hexdigest()
+
+
+@contextmanager
+def _loading(path: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({system_reason(error)}); make it readable.") from error
+    except LOADING_ERRORS as error:
+        raise BadInput(
+            f"{path} and {path.with_suffix('.json').name} beside it do not make {what}: {foreign.short(error)}; put the files "
+            "back that evaluate.py wrote, or delete both and run the evaluation again, which writes them."
+        ) from error

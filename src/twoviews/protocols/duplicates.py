@@ -1,0 +1,179 @@
+"""Near-duplicates: pairs of images whose features are almost the same, within each split and across them.
+
+Test images that are in the training images as well make accuracies too high: Barz and Denzler, "Do We Train on Test Data?
+Purging CIFAR of Near-Duplicates", arXiv:1902.00423. What counts as near depends on the encoder; the sheet shows it.
+Shapes: N images of all splits, F features, P pairs.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from twoviews.data.images import Images
+from twoviews.protocols.duplicates_sheet import DuplicatePair, draw_duplicates
+from twoviews.protocols.neighbours import nearest_rows
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol, TableRow
+from twoviews.ranges import Count, Index, Range
+
+SPLITS = ("train", "memory", "test")
+EXACT_COSINE = 0.999  # equal pixels have equal features but for rounding, so only pairs above it are compared by pixels
+
+
+@dataclass(frozen=True)
+class SplitImages:
+    """Images of a split that are compared."""
+
+    name: str
+    images: Images  # the whole split
+    rows: Int[Tensor, " n"]  # which of them
+
+
+def digests(images: Images, rows: Int[Tensor, " n"]) -> list[bytes]:
+    """A digest of the pixels of each of these images."""
+    return [
+        hashlib.blake2b(canvas.numpy().tobytes(), digest_size=16).digest()
+        for canvases, _, _ in images.batches(256, rows)
+        for canvas in canvases.cpu()
+    ]
+
+
+def _identities(images: Images) -> list[tuple[str | bytes, int]]:
+    """For each image what tells it from the others: its path or, without files, its pixels and how often they came before."""
+    if images.paths is not None:
+        return [(path, 0) for path in images.paths]
+    seen: Counter[bytes] = Counter()
+    identities = []
+    for digest in digests(images, torch.arange(len(images))):
+        identities.append((digest, seen[digest]))
+        seen[digest] += 1
+    return identities
+
+
+def compared_splits(context: EvaluationContext) -> tuple[list[SplitImages], int]:
+    """The splits that there are, and how many memory images were left out because they are training images."""
+    data = context.data
+    splits = [SplitImages("train", data.train, torch.arange(len(data.train)))]
+    shared = 0
+    if data.memory is data.train:
+        shared = len(data.train)
+    elif data.memory is not None:
+        training = {*_identities(data.train)}
+        rows = [row for row, identity in enumerate(_identities(data.memory)) if identity not in training]
+        shared = len(data.memory) - len(rows)
+        splits += [SplitImages("memory", data.memory, torch.tensor(rows))] if rows else []
+    if data.test is not None:
+        splits.append(SplitImages("test", data.test, torch.arange(len(data.test))))
+    return splits, shared
+
+
+class Duplicates(Protocol):
+    """A table of pairs of images whose features have a cosine of at least a threshold, and duplicates.png, a sheet of some.
+
+    Memory images that are training images, as usual, are compared as training images only.
+
+    Args:
+        threshold: of the cosine.
+        k: of each image the k most similar others are compared.
+        every_epochs: how often it is done in training; 0 is at the end only.
+    """
+
+    needs_labels = False
+
+    def __init__(
+        self,
+        threshold: Annotated[float, Range(above=0, below=1, usual="0.9 to 0.99")],
+        k: Annotated[Count, Range(at_most=1000)],
+        every_epochs: Index,
+    ):
+        self.threshold, self.k, self.every_epochs = threshold, k, every_epochs
+
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
+        """Numbers of pairs: `pairs` of all, `exact` of these with equal pixels, and <split> within and <split>_<other> across.
+
+        `test_duplicated` is the share of test images, in percent, with a near-duplicate in train or memory.
+        """
+        splits, shared = compared_splits(context)
+        features = {split.name: context.split(split.name)[1] for split in splits}
+        x = torch.cat([features[split.name][split.rows.to(context.device)] for split in splits])
+        first, second, cosines, full = self._pairs(x)
+        pairs = _described(splits, first, second, cosines)
+        names = [split.name for split in splits]
+        relations = [*names, *(f"{one}_{other}" for place, one in enumerate(names) for other in names[place + 1 :])]
+        counts = Counter(pair.relation for pair in pairs)
+        values = {"pairs": len(pairs), "exact": sum(pair.exact for pair in pairs)}
+        values |= {relation: counts[relation] for relation in relations}
+        values = {name: float(value) for name, value in values.items()}
+        if context.data.test is not None:
+            leaked = {pair.second for pair in pairs if pair.splits[1] == "test" != pair.splits[0]}
+            values["test_duplicated"] = 100 * len(leaked) / len(context.data.test)
+        if context.folder is not None and pairs:
+            images = {split.name: split.images for split in splits}
+            draw_duplicates(context.folder / "duplicates.png", images, pairs, context.data.classes, self.threshold)
+        tables = {"duplicates": [_row(pair, context) for pair in pairs]}
+        return EvaluationResult(values, tables=tables, notes=self._notes(len(x), shared, full))
+
+    def _pairs(self, x: Float[Tensor, "N F"]) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"], Float[Tensor, " P"], int]:
+        """Both rows of each pair, the smaller first, and their cosine, the largest first; how many rows have k others."""
+        if len(x) < 2:
+            return torch.empty(0).long(), torch.empty(0).long(), torch.empty(0), 0
+        cosines, rows = nearest_rows(x, x, self.k, torch.arange(len(x), device=x.device))
+        near = cosines >= self.threshold
+        query, place = near.nonzero().T
+        found = torch.stack([query, rows[query, place]]).sort(dim=0).values
+        unique, inverse = found.unique(dim=1, return_inverse=True)
+        values = torch.zeros(unique.shape[1]).scatter_reduce_(0, inverse, cosines[query, place], "amax")
+        order = values.argsort(descending=True, stable=True)
+        full = int(near.all(1).sum()) if self.k < len(x) - 1 else 0
+        return unique[0][order], unique[1][order], values[order], full
+
+    def _notes(self, images: int, shared: int, full: int) -> list[str]:
+        notes = []
+        if shared:
+            notes.append(f"{shared:,} memory images are training images, and are compared as those.")
+        if full:
+            notes.append(
+                f"{full:,} of {images:,} images have {self.k} near-duplicates or more, of which the {self.k} nearest are listed; "
+                "raise threshold= if these are only similar, k= if they are copies."
+            )
+        return notes
+
+
+def _described(
+    splits: Sequence[SplitImages], first: Int[Tensor, " P"], second: Int[Tensor, " P"], cosines: Float[Tensor, " P"]
+) -> list[DuplicatePair]:
+    """Pairs of rows of all splits as pairs of images of a split each; those with equal pixels are marked."""
+    names = [split.name for split in splits for _ in range(len(split.rows))]
+    rows = torch.cat([split.rows for split in splits]).tolist()
+    offset, pixels = 0, {}
+    likely = cosines >= EXACT_COSINE
+    candidates = torch.cat([first[likely], second[likely]]).unique()
+    for split in splits:
+        mine = candidates[(candidates >= offset) & (candidates < offset + len(split.rows))]
+        pixels |= dict(zip(mine.tolist(), digests(split.images, split.rows[mine - offset]), strict=True))
+        offset += len(split.rows)
+    return [
+        DuplicatePair(
+            splits=(names[one], names[other]),
+            first=rows[one],
+            second=rows[other],
+            cosine=cosine,
+            exact=one in pixels and pixels[one] == pixels.get(other),
+        )
+        for one, other, cosine in zip(first.tolist(), second.tolist(), cosines.tolist(), strict=True)
+    ]
+
+
+def _row(pair: DuplicatePair, context: EvaluationContext) -> TableRow:
+    row: TableRow = {"cosine": round(pair.cosine, 4), "exact": "yes" if pair.exact else ""}
+    for prefix, split, number in (("", pair.splits[0], pair.first), ("other_", pair.splits[1], pair.second)):
+        images: Images = getattr(context.data, split)
+        row[f"{prefix}split"] = split
+        row[f"{prefix}image"] = images.paths[number] if images.paths else f"{number}"
+        row[f"{prefix}class"] = "" if images.labels is None else context.data.classes[int(images.labels[number])]
+    return row

@@ -1,0 +1,170 @@
+"""What MLflow is told about a run beside its metrics: parameters, tags, data set, and a description in words."""
+
+import json
+import platform
+import shlex
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twoviews import foreign
+from twoviews.errors import without_secrets
+from twoviews.tracking.client import (
+    MAX_DATASET_DIGEST_LENGTH,
+    MAX_KEY_LENGTH,
+    MAX_PARAM_LENGTH,
+    MAX_PARAMS_PER_CALL,
+    MAX_TAG_LENGTH,
+    mlflow_key,
+    shortened,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+SIGNATURE = "\n\n<!-- twoviews "  # before the digest of a description
+MAX_NOTE_LENGTH = MAX_TAG_LENGTH - 100
+NOTE_TAG = "mlflow.note.content"  # MLflow shows this tag as the description of a run, in Markdown
+ACCURACIES = {"knn/top1": "kNN", "linear/top1": "linear"}
+BASELINES = {"baseline/pixels_knn_top1": "raw pixels", "baseline/untrained_knn_top1": "the untrained encoder"}
+
+
+def describe(client: "MlflowClient", run: "Run", folder: Path) -> None:
+    """Send parameters, tags, data set and description.
+
+    MLflow never changes a parameter: a new value becomes the tag changed.<key>.
+    """
+    from mlflow.entities import Dataset, DatasetInput, Param, RunTag
+
+    config, data, environment = (
+        foreign.load(folder / name) for name in ("config.yaml", "data.json", "environment.json")
+    )
+    params, known = dict(_flat(config)), run.data.params
+    tags = {
+        "folder": str(folder.resolve()),
+        "host": environment.get("host", platform.node()),
+        "method": config.get("method", {}).get("_target_", "").rpartition(".")[0].rpartition(".")[2],
+        "data": data.get("name", ""),
+        "data.digest": data.get("digest", ""),
+        "mlflow.source.name": "train.py",
+        "mlflow.source.git.commit": _text(folder / "commit.txt"),
+    }
+    for key, value in params.items():
+        if known.get(key, value) != value or f"changed.{key}" in run.data.tags:
+            tags[f"changed.{key}"] = value
+    new = [Param(key, value) for key, value in params.items() if key not in known]
+    for start in range(0, len(new), MAX_PARAMS_PER_CALL):
+        client.log_batch(run.info.run_id, params=new[start : start + MAX_PARAMS_PER_CALL], synchronous=True)
+    filled = [
+        RunTag(shortened(key, MAX_KEY_LENGTH), shortened(str(value), MAX_TAG_LENGTH))
+        for key, value in tags.items()
+        if value
+    ]
+    for start in range(0, len(filled), MAX_PARAMS_PER_CALL):
+        client.log_batch(run.info.run_id, tags=filled[start : start + MAX_PARAMS_PER_CALL], synchronous=True)
+    if data.get("name") and data.get("digest"):
+        digest = str(data["digest"])[:MAX_DATASET_DIGEST_LENGTH]
+        dataset = Dataset(data["name"], digest, source_type="local", source=json.dumps({"name": data["name"]}))
+        client.log_inputs(run.info.run_id, [DatasetInput(dataset, [])])
+    set_note(client, run, run_note(folder))
+
+
+# ------------------------------------------------------------------------------------------------------------ description
+
+
+def run_note(folder: Path) -> str:
+    """A run in some lines of Markdown: method, data, results, length, command and folder.
+
+    Args:
+        folder: of the run; files that are missing are left out.
+    """
+    config, data, environment, result = (
+        foreign.load(folder / name) for name in ("config.yaml", "data.json", "environment.json", "result.json")
+    )
+    method, name = config.get("method", {}).get("_target_", "").rpartition(".")[2], data.get("name", "")
+    title = " on ".join(f"**{part}**" for part in (method, name) if part) or f"**{folder.name}**"
+    length = [f"{config['epochs']} epochs"] if "epochs" in config else []
+    length += [f"{key.replace('_', ' ')} {config[key]}" for key in ("batch_size", "seed") if key in config]
+    device = environment.get("gpu") or ("CPU" if environment else "")
+    host = environment.get("host", "")
+    length += [" of ".join(filter(None, (device, host)))] if device else []
+    length += [result["precision"]] if "precision" in result else []
+    command = _command(folder, environment)
+    baselines = _listed(result, BASELINES)
+    # MLflow shows the first lines, the others after a click.
+    parts = [
+        ": ".join(filter(None, (title, _results(config, result)))),
+        f"`{command}`" if command else "",
+        f"kNN of {baselines}" if baselines else "",
+        ", ".join(length),
+        f"Folder: `{folder.resolve()}`",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _results(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """What the training ended with, as part of a sentence; empty while it goes on."""
+    if not result:
+        return ""
+    accuracies = ", ".join(f"{name} **{result[key]:.2f} %**" for key, name in ACCURACIES.items() if key in result)
+    of = f" of {config['epochs']}" if result["state"] != "finished" and "epochs" in config else ""
+    after = f"{result['state']} after {result['epoch']:.4g}{of} epochs" if "epoch" in result else result["state"]
+    reason = f" ({without_secrets(result['reason'])})" if result.get("reason") else ""
+    return ", ".join(filter(None, (accuracies, after + reason)))
+
+
+def _listed(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}: {values[key]:.2f} %" for key, name in names.items() if key in values)
+
+
+def _command(folder: Path, environment: Mapping[str, Any]) -> str:
+    """The command that trains the run; of a job in a sweep, one that trains it by itself. Empty where none is recorded."""
+    if overrides := foreign.load(folder / "point.json").get("overrides"):
+        words = ["python", "train.py", *(word for word in overrides if not word.startswith("sweep."))]
+        return shlex.join(map(without_secrets, words))
+    return " ".join(map(without_secrets, environment.get("command", "").split()))
+
+
+def set_note(client: "MlflowClient", run: "Run", text: str) -> None:
+    """Set the description of a run, unless a user has edited it in MLflow.
+
+    What is written here ends with a digest of itself, in a comment that MLflow does not show.
+
+    Args:
+        client: of the server.
+        run: as the server has it.
+        text: in Markdown; lines beyond MLflow's limit are left out.
+    """
+    before = run.data.tags.get(NOTE_TAG, "")
+    written, _, digest = before.rpartition(SIGNATURE)
+    if before and digest != _signature(written):
+        return
+    lines = text.encode(errors="backslashreplace").decode().split("\n")
+    while len("\n".join(lines)) > MAX_NOTE_LENGTH:
+        lines[-2:] = ["…"]
+    text = "\n".join(lines)
+    if text != written:
+        client.set_tag(run.info.run_id, NOTE_TAG, f"{text}{SIGNATURE}{_signature(text)}")
+
+
+def _signature(text: str) -> str:
+    return f"{sha256(text.encode()).hexdigest()[:16]} -->"
+
+
+# ------------------------------------------------------------------------------------------------------------- parameters
+
+
+def _flat(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, value as on the command line) of every leaf, shortened to MLflow's limits."""
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            yield shortened(mlflow_key(f"{prefix}{key}"), MAX_KEY_LENGTH), shortened(text, MAX_PARAM_LENGTH)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace").strip() if path.is_file() else ""

@@ -1,0 +1,81 @@
+"""Advice when embeddings collapse: each method recognises its own way of it, and says nothing of sound embeddings."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from assembled import METHODS, batch_of, build, config
+from torch import nn
+
+from twoviews.console import Console
+from twoviews.methods.method import Method, Output
+from twoviews.monitoring import Monitor
+
+
+def forward(method: Method, parts) -> Output:
+    """Of 32 images, both views the same."""
+    batches = [batch_of(parts, number) for number in range(2)]
+    views = [torch.cat([batch.views[0] for batch in batches])] * 2
+    return method(views, torch.cat([batch.index for batch in batches]))
+
+
+def advice(method: Method, output: Output, monkeypatch, epoch: float = 1.0) -> list[str]:
+    said: list[str] = []
+    monkeypatch.setattr(Console, "say", lambda self, message: said.append(message))
+    monitor = Monitor(lambda encoder: None, {}, None, Console(), 1, torch.device("cpu"), method.collapses)
+    values = {f"train/{name}": value.item() for name, value in output.metrics.items()}
+    monitor.advise(values, epoch)
+    monitor.advise(values, epoch)
+    return said
+
+
+def equal(last: nn.Linear | nn.BatchNorm1d) -> None:
+    """All images have one embedding."""
+    nn.init.zeros_(last.weight)
+    if last.bias is not None:
+        nn.init.ones_(last.bias)
+
+
+@torch.no_grad()
+def one_direction(method) -> None:
+    """All dimensions of an embedding say the same."""
+    weight = method.projector[-1].weight
+    weight.copy_(weight[:1].expand_as(weight))
+
+
+@torch.no_grad()
+def even_teacher(method) -> None:
+    method.teacher_prototypes.weight.copy_(method.teacher_prototypes.weight[:1].expand(12, -1))
+
+
+@torch.no_grad()
+def one_prototype(method) -> None:
+    method.center[0] = -10
+
+
+CAUSES: list[tuple[str, str, Callable]] = [
+    ("vicreg", "std", lambda method: equal(method.projector[-1])),
+    ("lejepa", "std", lambda method: equal(method.projector[-1])),
+    ("barlow", "redundancy", one_direction),
+    ("nnclr", "distinct_neighbours", lambda method: equal(method.projector[-1])),
+    ("swav", "code_entropy", lambda method: equal(method.projector[-1])),
+    ("dino", "teacher_entropy", even_teacher),
+    ("dino", "prototype_entropy", one_prototype),
+    ("byol", "spread", lambda method: equal(method.projector[-1])),
+]
+
+
+@pytest.mark.parametrize(("name", "metric", "cause"), CAUSES, ids=[f"{name}-{metric}" for name, metric, _ in CAUSES])
+def test_collapse_is_said_once(name, metric, cause, monkeypatch):
+    parts = build(config(name))
+    cause(parts.method)
+    output = forward(parts.method, parts)
+    (line,) = [line for line in advice(parts.method, output, monkeypatch) if f"train/{metric} is " in line]
+    assert line.startswith("advice: ")
+    assert advice(parts.method, output, monkeypatch, epoch=0.9) == []  # in the first epoch embeddings may be narrow
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "supervised"])
+def test_declared_metrics_exist(name):
+    parts = build(config(name))
+    assert {collapse.metric for collapse in parts.method.collapses} <= {*forward(parts.method, parts).metrics}
