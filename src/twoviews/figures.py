@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 WIDTH = 7.0  # inches, of the text on a page; narrower figures keep the sizes of their letters
 # Fonts are embedded as TrueType, as conferences and journals ask for; a $ in a name is no formula.
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     **{"font.size": 8, "axes.titlesize": 8, "figure.titlesize": 9, "legend.fontsize": 7, "legend.frameon": False},
     **{"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "lines.markersize": 4, "lines.linewidth": 1.2},
     **{"pdf.fonttype": 42, "savefig.dpi": 200, "text.parse_math": False},
@@ -125,7 +125,7 @@ def draw_baselines(axis: "Axes", values: Mapping[str, Sequence[float]]) -> None:
         if known and max(known) - min(known) <= MAX_SPAN:
             value = sum(known) / len(known)
             side = " (lower)" if value < low else " (higher)" if value > high else ""
-            look = {"color": "grey", "linestyle": style, "label": f"{label}: {value:.1f}{side}"}
+            look: Any = {"color": "grey", "linestyle": style, "label": f"{label}: {value:.1f}{side}"}
             axis.plot([], [], **look) if side else axis.axhline(value, **look)
 
 

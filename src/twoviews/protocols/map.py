@@ -45,7 +45,8 @@ class Map(Protocol):
     ):
         if algorithm == "umap" and find_spec("umap") is None:
             raise BadInput("algorithm=umap needs umap-learn; run `pip install umap-learn`, or use algorithm=tsne.")
-        self.split, self.algorithm, self.seed, self.every_epochs = split, algorithm, seed, every_epochs
+        self.algorithm: Literal["tsne", "umap"] = algorithm
+        self.split, self.seed, self.every_epochs = split, seed, every_epochs
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """The value `images` is the number of images in the split."""

@@ -61,7 +61,7 @@ def _plot_parameter(path: Path, results: Results, key: str) -> None:
     note += (
         f"; the {MAX_LINES} best of {count} configs of the other parameters" if grouped and count > MAX_LINES else ""
     )
-    heading = {"title": f"{results.title}: accuracy over {names[key]}", "note": note}
+    heading: Any = {"title": f"{results.title}: accuracy over {names[key]}", "note": note}
     with drawing(path, 2.2, panels=(1, len(metrics)), **heading) as (figure, panels):
         for panel, metric in zip(panels, metrics, strict=True):
             limits = _limits([config.values(metric).tolist() for config in shown])
@@ -123,7 +123,7 @@ def _plot_map(path: Path, results: Results, first: str, second: str) -> None:
     rows, columns = (_ordered_values(configs, key) for key in (first, second))
     note = "mean over seeds; grey: no finished job"
     note += "; the best of the configs that share a cell" if len(results.axes) > 2 else ""
-    heading = {"title": f"{results.title}: {names[first]} and {names[second]}", "note": note}
+    heading: Any = {"title": f"{results.title}: {names[first]} and {names[second]}", "note": note}
     metrics, lines = _metrics(configs), max(1 + len(row) // LINE_LENGTH for row in rows)
     height = min(8.0, max(1.2, len(rows) * (0.15 + 0.13 * lines)))
     with drawing(path, height, panels=(1, len(metrics)), sharey=True, **heading) as (figure, panels):
@@ -139,7 +139,7 @@ def _plot_map(path: Path, results: Results, first: str, second: str) -> None:
             _set_names(panel, rows, "y")
             panel.grid(visible=False)
             for row, column in zip(*(cells == cells).nonzero(), strict=True) if cells.size <= MAX_VALUES**2 else ():
-                colour = "black" if image.norm(cells[row, column]) > 0.5 else "white"
+                colour = "black" if cells[row, column] > sum(image.get_clim()) / 2 else "white"
                 panel.text(column, row, f"{cells[row, column]:.1f}", color=colour, ha="center", va="center")
         panels[0].set_ylabel(_wrapped(first, 40))
 
@@ -154,7 +154,7 @@ def _plot_curves(path: Path, results: Results, metrics: Sequence[str]) -> None:
     note = "thick: mean, as far as all started seeds go; thin: each seed" if several else "a line for each job"
     note += f"; the {len(shown)} best of {len(started)} configs" if len(started) > len(shown) else ""
     note += "; a spread of 1 is even, 0 is collapsed" if "train/spread" in metrics else ""
-    heading = {"title": f"{results.title}: learning curves", "note": note}
+    heading: Any = {"title": f"{results.title}: learning curves", "note": note}
     with drawing(path, 2.4, panels=(1, len(metrics)), **heading) as (figure, panels):
         for panel, metric in zip(panels, metrics, strict=True):
             for number, config in enumerate(shown):
