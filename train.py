@@ -19,6 +19,7 @@ def main(cfg, folder: Path) -> int:
     from twoviews.batch_size import find_batch
     from twoviews.config.fitting import fit_to_data, keys_set_by_user
     from twoviews.console import Console
+    from twoviews.figures import files_of
     from twoviews.loop import Training
     from twoviews.monitoring import NotFinite
     from twoviews.pictures import draw_views
@@ -37,7 +38,7 @@ def main(cfg, folder: Path) -> int:
         views = make_views(cfg, data)
         if cfg.preview:
             draw_views(folder / "views.png", data.train, views, cfg.seed)
-            console.say(f"views: {folder / 'views.png'}")
+            console.say(f"views: {', '.join(map(str, files_of(folder / 'views.png')))}")
             return 0
         parts = make_parts(cfg, data, views, runtime, device)
         print_summary(cfg, parts, folder, console)

@@ -62,7 +62,9 @@ def mirror(run: Path, uri: str, experiment: str) -> None:
 def test_files_scores_and_names(run: Path, command) -> None:
     done = command("cluster", f"run={run}", "clusters=[20,5]")
     assert done.code == 0, done.err
-    assert "k = 5" in done.out and "k = 20" in done.out and str(run) in done.out
+    head, *rows = [re.findall(r"[^│┃\s]+", line) for line in done.out.splitlines() if line[:1] in "│┃" and line]
+    assert head[0] == "k" and "nmi," in head and [row[0] for row in rows] == ["5", "20"], "a row for each k"
+    assert str(run) in done.out
     written = json.loads((run / "clusters.json").read_text())
     assert list(written["scores"]) == ["5", "20"] and written["settings"]["images"] == 256
     data = digits(train_images=256)

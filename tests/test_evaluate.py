@@ -62,7 +62,9 @@ def test_numbers_tables_and_pictures_beside_the_run(runs: Path, command) -> None
     files = {path.name for path in folder.iterdir()}
     for name in ("knn", "linear"):
         assert files >= {f"{name}_confusion.png", f"{name}_classes.png", f"{name}_classes.csv"}
-    assert (run / "evaluation" / "knn_curve.png").exists()
+    assert not (run / "evaluation" / "knn_curve.png").exists()  # measured once, after the only epoch
+    assert "MoCo on digits, 1 epoch: kNN bank" in done.out
+    assert "kNN of raw pixels" in done.out and "of the features; train/spread is of the projections" in done.out
     rows = table(folder / "knn_classes.csv")
     hits = sum(int(row["images"]) * float(row["accuracy"]) for row in rows) / 360
     assert hits == pytest.approx(found["knn/top1"])
@@ -78,7 +80,10 @@ def test_several_runs_in_one_table(runs: Path, command) -> None:
     for row in rows:
         found = json.loads((runs / row["run"] / "evaluation.json").read_text())
         assert float(row["knn/top1"]) == found["knn/top1"]
-    assert "| 0 |" in (folder / "comparison.md").read_text() and (folder / "comparison.png").exists()
+    assert [row["run.seed"] for row in rows] == [row["run"] for row in rows]
+    page = (folder / "comparison.md").read_text()
+    assert page.startswith("| seed | kNN, % |") and "| raw pixels | " in page and "- seed=1: `1`" in page
+    assert "\\midrule" in (folder / "comparison.tex").read_text() and (folder / "comparison.png").exists()
 
 
 def test_classes_of_own_pictures(runs: Path, command) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, SMALL_MOCO, start, weights
+from conftest import ROOT, SMALL, SMALL_MOCO, refused, start, weights
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -170,9 +170,11 @@ def test_evaluate_gives_the_number_of_the_training(finished: Path, command) -> N
 
 
 def test_preview_only_draws(command) -> None:
-    done = command("train", *SMALL, "preview=true", "hydra.run.dir=run")
+    done = command("train", *SMALL, "preview=true", "hydra.run.dir=run", "pictures.format=[png,pdf]")
     assert done.code == 0, done.err
-    assert [path.name for path in Path("run").iterdir()] == ["views.png"]
+    assert sorted(path.name for path in Path("run").iterdir()) == ["views.pdf", "views.png"]
+    assert "views.png" in done.out and "views.pdf" in done.out
+    refused(command("train", *SMALL, "preview=true", "pictures.format=gif"), "pictures.format=gif", "png, pdf")
 
 
 def test_bfloat16(command) -> None:

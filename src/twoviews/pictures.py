@@ -11,10 +11,11 @@ from torch import Tensor
 from twoviews.data.images import Images
 from twoviews.data.views import Views, eval_view
 from twoviews.errors import printable
-from twoviews.files import open_atomic
+from twoviews.figures import BASELINES, draw_baselines, drawing, save_sheet
 from twoviews.randomness import generator
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from PIL.Image import Image
     from PIL.ImageFont import FreeTypeFont
 
@@ -23,12 +24,21 @@ LARGEST_SIDE = 128  # px; larger images on a sheet are reduced to it
 IMAGES = 10
 GAP = 8  # px, between images on a sheet
 TEXT = 16  # px
-GREY, RED = (110, 110, 110), (220, 40, 40)
+GREY, RED, GREEN = (110, 110, 110), (220, 40, 40), (0, 130, 60)
+PANELS = {  # of curves.png
+    "train/loss": "loss",
+    "knn/top1": "kNN accuracy, %",
+    "train/spread": "spread of the projections (1 even, 0 collapsed)",
+    "lr": "learning rate",
+}
 
 
 def draw_views(path: Path, images: Images, views: Views, seed: int) -> None:
-    """Draw some training images, a row each: the stored image first, then its views as the method gets them."""
-    from PIL import Image
+    """Draw some training images, a row each: the stored image, then its views as the method gets them.
+
+    All columns have the same scale, so that a view of fewer pixels is smaller, as it is for the network.
+    """
+    from PIL import Image, ImageDraw
 
     chosen = torch.randperm(len(images), generator=generator(seed, "picture"))[:IMAGES]
     pixels, sizes, _ = next(iter(images.batches(len(chosen), chosen)))
@@ -36,25 +46,26 @@ def draw_views(path: Path, images: Images, views: Views, seed: int) -> None:
     made = views(pixels, views.draw(sizes, generator(seed, "picture of views")))
     mean, std = views.mean[:, None, None], views.std[:, None, None]
     columns = [pixels.float() / 255, *(view * std + mean for view in made)]
-    tiles = [torch.stack([enlarged(image) for image in column]) for column in columns]
-    side = max(tile.shape[1] for tile in tiles)
-    gap = 4
-    sheet = torch.full(
-        (len(chosen) * (side + gap) + gap, len(tiles) * (side + gap) + 3 * gap, 3), 255, dtype=torch.uint8
-    )
-    for x, column in enumerate(tiles):
-        for y, tile in enumerate(column):
-            # A wider gap sets the original apart from its views.
-            top, left = gap + y * (side + gap), gap + x * (side + gap) + (2 * gap if x else 0)
-            sheet[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
-    with open_atomic(path) as file:
-        Image.fromarray(sheet.numpy()).save(file, format="PNG")
+    side = max(column.shape[-1] for column in columns)
+    factor = max(1, -(-SHOWN_SIDE // side))
+    headings = ["image", *(f"view {number}" for number in range(1, len(columns)))]
+    left, top, step = GAP, 2 * (TEXT + 6), side * factor + GAP
+    face, bold = font("DejaVuSans"), font("DejaVuSans-Bold")
+    # A wider gap sets the image apart from its views.
+    sheet = Image.new("RGB", (left + len(columns) * step + 2 * GAP, top + len(chosen) * step), "white")
+    draw = ImageDraw.Draw(sheet)
+    for heading, column in zip(headings, columns, strict=True):
+        draw.text((left, 2), fitted(heading, bold, step), "black", bold)
+        draw.text((left, TEXT + 4), fitted(f"{column.shape[-1]} px", face, step), GREY, face)
+        for row, image in enumerate(column):
+            sheet.paste(Image.fromarray(enlarged(image, factor).numpy()), (left, top + row * step))
+        left += step + (2 * GAP if heading == "image" else 0)
+    save_sheet(sheet, path)
 
 
-def enlarged(image: Float[Tensor, "C H W"]) -> UInt8[Tensor, "h w 3"]:
+def enlarged(image: Float[Tensor, "C H W"], factor: int) -> UInt8[Tensor, "h w 3"]:
     """An image with values in [0, 1] as RGB, enlarged by a whole factor; other than three channels become their grey mean."""
     colour = image if len(image) == 3 else image.mean(0, keepdim=True).expand(3, -1, -1)
-    factor = max(1, -(-SHOWN_SIDE // image.shape[1]))
     large = colour.clamp(0, 1).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
     return (large * 255).round().byte().permute(1, 2, 0)
 
@@ -68,7 +79,7 @@ def squares(images: Images, index: list[int]) -> "dict[int, Image]":
         channels, side = canvases.shape[1], canvases.shape[-1]
         whole = eval_view(canvases.cpu(), sizes, size=side, crop=1.0, mean=(0.0,) * channels, std=(1.0,) * channels)
         for image, square in zip(batch.tolist(), whole, strict=True):
-            picture = Image.fromarray(enlarged(square).numpy())
+            picture = Image.fromarray(enlarged(square, max(1, -(-SHOWN_SIDE // side))).numpy())
             picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
             found[image] = picture
     return found
@@ -92,42 +103,39 @@ def fitted(text: str, face: "FreeTypeFont", width: float) -> str:
     return text + "…"
 
 
-def draw_curves(path: Path, lines: Iterable[Mapping[str, float]]) -> None:
-    """Draw loss, kNN accuracy with its baselines, spread and learning rate over epochs, from lines of metrics.jsonl."""
-    import matplotlib
+def draw_curves(path: Path, lines: Iterable[Mapping[str, float]], title: str) -> None:
+    """Draw loss, kNN accuracy with its baselines, spread and learning rate over epochs.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    What was measured once is written in its panel: a curve needs two measurements.
 
+    Args:
+        path: of the picture.
+        lines: of metrics.jsonl.
+        title: above the panels.
+    """
     lines = list(lines)
-
-    def curve(name: str) -> tuple[list[float], list[float]]:
-        points = [(line["epoch"], line[name]) for line in lines if name in line]
-        return [x for x, _ in points], [y for _, y in points]
-
-    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
-    panels = {
-        "train/loss": "loss",
-        "knn/top1": "kNN accuracy, %",
-        "train/spread": "spread (1 even, 0 collapsed)",
-        "lr": "learning rate",
-    }
     last = max((line["epoch"] for line in lines), default=0)
-    for axis, (name, title) in zip(axes, panels.items(), strict=True):
-        x, y = curve(name)
-        axis.plot(x, y, marker="o" if len(x) < 30 else None, markersize=3)
-        axis.set(title=title, xlabel="epoch", xlim=(0, 1.03 * last if last else None))
-        axis.grid(alpha=0.3)
-    for name, style, label in (
-        ("baseline/untrained_knn_top1", ":", "untrained encoder"),
-        ("baseline/pixels_knn_top1", "--", "raw pixels"),
-    ):
-        _, values = curve(name)
-        if values:
-            axes[1].axhline(values[0], color="grey", linestyle=style, label=label)
-    if axes[1].get_legend_handles_labels()[0]:
-        axes[1].legend()
-    axes[2].set_ylim(0, max(1.02, axes[2].get_ylim()[1]))
-    with open_atomic(path) as file:
-        figure.savefig(file, format="png", dpi=110)
-    pyplot.close(figure)
+    baselines = {name: [line[name]] for line in lines for name in BASELINES if name in line}
+    with drawing(path, 1.6, panels=(2, 2), title=title) as (_, axes):
+        for axis, (name, heading) in zip(axes, PANELS.items(), strict=True):
+            points = [(line["epoch"], line[name]) for line in lines if name in line]
+            axis.set(title=heading, xlabel="epoch", xlim=(0, 1.03 * last or 1))
+            if len(points) > 1:
+                axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3)
+                if name == "train/spread":
+                    axis.set_ylim(0, max(1.02, axis.get_ylim()[1]))
+            else:
+                _write_single(axis, points, baselines if name == "knn/top1" else {})
+            if name == "knn/top1" and baselines and len(points) > 1:
+                values = [*(value for _, value in points), *(one for known in baselines.values() for one in known)]
+                axis.set_ylim(min(values) - 2, max(values) + 2)
+                draw_baselines(axis, baselines)
+                axis.legend()
+
+
+def _write_single(axis: "Axes", points: list[tuple[float, float]], baselines: Mapping[str, list[float]]) -> None:
+    """Write into a panel, in place of a curve, what was measured at no more than one epoch."""
+    text = "not measured" if not points else "{1:.4g} at epoch {0:g}, measured once".format(*points[0])
+    others = [f"{label}: {baselines[name][0]:.4g}" for name, (label, _) in BASELINES.items() if name in baselines]
+    axis.text(0.5, 0.5, "\n".join([text, *others]), transform=axis.transAxes, ha="center", va="center")
+    axis.set_axis_off()

@@ -17,6 +17,7 @@ from twoviews.console import Console
 from twoviews.encoder_file import WEIGHTS_FILE, save_encoder
 from twoviews.environment import environment
 from twoviews.errors import BadInput, Stopped
+from twoviews.figures import training_title
 from twoviews.files import write_atomic
 from twoviews.locks import FolderLock, lock_for_training
 from twoviews.loop import Training
@@ -148,7 +149,8 @@ class Recording:
                 save_encoder(folder, training.method.encoder, describe_encoder(self.cfg, self.parts.data))
             assert self.metrics
             if self.metrics.flush():
-                draw_curves(folder / "curves.png", read(folder))
+                title = training_title(self.cfg, self.parts.data.name, training.epoch)
+                draw_curves(folder / "curves.png", read(folder), title)
             # The last of all files: with it the run counts as finished, and nothing would add a file that is missing.
             result = self._write_result(training, "finished" if finished else "interrupted")
             with contextlib.suppress(Stopped), contextlib.nullcontext() if stop.number else stop.at_once():

@@ -9,6 +9,7 @@ from twoviews.backbones import Encoder
 from twoviews.checkpoints import has_checkpoint
 from twoviews.encoder_file import DESCRIPTION_FILE, WEIGHTS_FILE, load_encoder
 from twoviews.errors import BadInput, nearest
+from twoviews.figures import training_title
 from twoviews.files import write_atomic
 from twoviews.locks import locked_for_upload
 
@@ -74,6 +75,15 @@ class Run:
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Replace a JSON file of the run."""
         write_atomic(self.folder / name, json.dumps(content, indent=2) + "\n")
+
+    def title(self) -> str:
+        """See `training_title`.
+
+        Raises:
+            BadInput: a file of the run is damaged.
+        """
+        config, data = self.config(), self.read("data.json")
+        return training_title(config, data.get("name", "its images"), self.read("result.json").get("epoch"))
 
     def encoder(self) -> Encoder:
         """The trained encoder.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from twoviews import foreign
 from twoviews.console import ROWS, Console, duration
 from twoviews.errors import BadInput, nearest, system_reason
+from twoviews.figures import set_formats
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.formatting import counted, short_names, typed
 from twoviews.sweeps.job import LOG, Job, JobState
@@ -37,8 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
         sub.add_argument("name", nargs="?", help="a sweep's name below multirun/, or its folder")
         if command in ("logs", "retry", "cancel"):
             sub.add_argument("jobs", nargs="*", help="digests, or parts such as seed=1; without one all")
+        if command == "report":
+            formats = {"nargs": "+", "choices": ("png", "pdf"), "default": ["png"]}
+            sub.add_argument("--format", help="of the plots: png (the default), pdf or both", **formats)
         sub.set_defaults(action=action)
     options = parser.parse_args(arguments)
+    set_formats(getattr(options, "format", "png"))
     try:
         sweep = Sweep.existing(options.name)
         if options.name is None and (others := [name for name in Sweep.names() if name != sweep.name]):
@@ -205,7 +210,7 @@ def write_report(sweep: Sweep, jobs: Sequence[Job]) -> int:
 COMMANDS: dict[str, tuple[Callable[[Sweep, Sequence[Job]], int], str]] = {
     "status": (show_status, "show all jobs"),
     "logs": (show_logs, "show the output of jobs: those named, or those that failed"),
-    "report": (write_report, "write report.md, report.csv and plots of the results so far"),
+    "report": (write_report, "write report.md, report.csv, report.tex and plots of the results so far"),
     "collect": (collect_jobs, "send results that MLflow lacks: of jobs run with tracking=files, of killed jobs"),
     "retry": (retry_jobs, "run the jobs again that stopped without a result"),
     "cancel": (cancel_jobs, "stop the jobs that are queued or running"),

@@ -5,7 +5,9 @@ import io
 from pathlib import Path
 
 from twoviews.console import Console
-from twoviews.evaluation.comparison import Evaluation, as_csv, as_markdown, compare, headline, ordered, table
+from twoviews.evaluation.comparison import Evaluation, compare, headlines, ordered, page, short_table, table
+from twoviews.evaluation.differences import differences, labels
+from twoviews.tables import as_csv, as_latex
 from twoviews.tracking.client import connect
 from twoviews.tracking.uris import trust
 
@@ -22,10 +24,10 @@ RUNS = {
 
 
 def test_order_and_headline():
-    assert headline(RUNS) == "knn/top1"
+    assert headlines(RUNS) == ["knn/top1", "linear/top1"]
     assert ordered(RUNS) == ["moco", "simclr", "untrained|resnet18", "unlabelled"]
-    assert headline({"a": Evaluation({"health/rankme": 3.0})}) == "health/rankme"
-    assert headline({}) is None and table({}) == []
+    assert headlines({"a": Evaluation({"health/rankme": 3.0})}) == ["health/rankme"]
+    assert headlines({}) == [] and table({}) == []
     same = {name: Evaluation({"knn/top1": 50.0}) for name in ("c", "a", "b")}
     assert ordered({"nan": Evaluation({"knn/top1": float("nan")}), **same}) == ["c", "a", "b", "nan"]
 
@@ -46,17 +48,86 @@ def test_csv_has_every_number_and_empty_cells_for_the_others():
 
 
 def test_markdown():
-    lines = as_markdown(RUNS).splitlines()
-    assert lines[0] == (
-        "| run | health/rankme | knn/top1 | knn/top5 | linear/top1 | linear/weight_decay | knn.k | knn.temperature |"
-    )
-    assert lines[2] == "| moco |  | 82.50 |  | 88.00 | 0.0001 | 200 |  |"
-    assert lines[3] == "| simclr | 60.00 | 80.25 [79.50, 81.00] | 99.00 |  |  | 200 | 0.1 |"
-    assert lines[4].startswith("| untrained\\|resnet18 |  | 34.00 |")
-    assert len(lines) == 6
+    lines = page(RUNS).splitlines()
+    assert lines[0] == "| run | kNN, % | linear, % | knn.k | knn.temperature |"
+    assert lines[2:5] == [
+        "| moco | 82.50 | 88.00 | 200 |  |",
+        "| simclr | 80.25 [79.50, 81.00] |  | 200 | 0.1 |",
+        "| untrained\\|resnet18 | 34.00 |  | 200 | 0.07 |",
+    ]
     two = {name: RUNS[name] for name in ("simclr", "untrained|resnet18")}
-    assert as_markdown(two).splitlines()[-1] == "The same for all: knn.k = 200."
-    assert "knn.k" not in as_markdown(two).splitlines()[0]
+    assert "The same for all: knn.k = 200." in page(two).splitlines()
+    assert "knn.k" not in page(two).splitlines()[0]
+
+
+def config(target: str = "moco.MoCo", seed: int = 0, lr: float = 0.1, blur: float = 0.0, **method: float) -> dict:
+    return {
+        "seed": seed,
+        "epochs": 4,
+        "method": {"_target_": f"twoviews.methods.{target}", **method},
+        "optimizer": {"lr": lr},
+        "augmentation": {"views": {"both": {"blur": blur}}},
+        "schedule": {"epochs": 4},
+        "protocol": {"knn": {"k": seed}},
+        "tracking": {"uri": f"{seed}"},
+    }
+
+
+def test_runs_are_called_by_what_differs_in_them():
+    two = {"a": config(seed=0, temperature=0.1), "b": config(seed=1, temperature=0.2)}
+    titles = {"a": "a", "b": "b", "timm:x": "timm:x"}
+    assert labels(two, titles) == {"a": "temperature=0.1, seed=0", "b": "temperature=0.2, seed=1", "timm:x": "timm:x"}
+    # What a method brings along is no difference of its own; other keys of a class that both have are.
+    methods = {
+        "a": config(temperature=0.1),
+        "b": config("simclr.SimCLR", blur=0.5),
+        "c": config("simclr.SimCLR", seed=1, blur=0.5),
+    }
+    found, following = differences(methods)
+    assert found == {
+        "a": {"method": "MoCo", "seed": "0"},
+        "b": {"method": "SimCLR", "seed": "0"},
+        "c": {"method": "SimCLR", "seed": "1"},
+    }
+    assert following == ["augmentation.views.both.blur"]
+    rates = {"a": config(lr=0.1), "b": config(lr=0.2), "c": {**config(lr=0.2), "epochs": 8, "schedule": {"epochs": 8}}}
+    found, following = differences(rates)
+    assert found["c"] == {"epochs": "8", "lr": "0.2"} and following == ["schedule.epochs"]
+    same = {"a": config(), "b": config()}
+    assert labels(same, {"a": "MoCo on digits", "b": "MoCo on digits"}) == {
+        "a": "MoCo on digits (a)",
+        "b": "MoCo on digits (b)",
+    }
+
+
+def test_the_table_of_a_paper_has_what_differs_and_baselines():
+    baselines = (
+        {"baseline/untrained_knn_top1": 41.94, "baseline/pixels_knn_top1": 60.28},
+        {"baseline/untrained_knn_top1": 46.11},
+    )
+    runs = {
+        name: Evaluation(
+            {"knn/top1": 50.0 + number, "knn/f1": 3.0, "linear/top1": 60.0},
+            {"knn/top1": (48.0, 53.0)},
+            title="MoCo on digits, 4 epochs",
+            config=config(seed=number),
+            baselines=baselines[number],
+        )
+        for number, name in enumerate(("moco-digits-1a", "moco-digits-2b"))
+    }
+    rows = short_table(runs)
+    assert rows == [
+        {"seed": "1", "kNN, %": "51.00 [48.00, 53.00]", "linear, %": "60.00"},
+        {"seed": "0", "kNN, %": "50.00 [48.00, 53.00]", "linear, %": "60.00"},
+        {"seed": "untrained encoder", "kNN, %": "41.94 to 46.11", "linear, %": ""},
+        {"seed": "raw pixels", "kNN, %": "60.28", "linear, %": ""},
+    ]
+    latex = as_latex(rows, ["kNN, %"])
+    assert "\\begin{tabular}{lrl}" in latex and "kNN, \\%" in latex and "\\toprule" in latex
+    assert "- seed=1: `moco-digits-2b`" in page(runs)
+    assert [row["run.seed"] for row in table(runs)] == ["1", "0"] and table(runs)[1][
+        "baseline/pixels_knn_top1"
+    ] == 60.28
 
 
 def test_a_comparison_is_one_run_of_mlflow_however_often_it_is_made(tmp_path: Path) -> None:
@@ -68,7 +139,7 @@ def test_a_comparison_is_one_run_of_mlflow_however_often_it_is_made(tmp_path: Pa
     (run,) = client.search_runs([experiment])
     assert run.info.run_name == "comparison of 2 runs" and run.info.status == "FINISHED"
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
-        f"comparison.{k}" for k in ("csv", "md", "png")
+        f"comparison.{k}" for k in ("csv", "md", "tex", "png")
     }
     text = Path(client.download_artifacts(run.info.run_id, "comparison.csv", str(tmp_path))).read_text()
     assert "60.0" in text and "50.0" not in text

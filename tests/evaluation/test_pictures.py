@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from twoviews.evaluation import pictures
+from twoviews import figures
 from twoviews.evaluation.pictures import (
     MOCO_DEMO,
+    Measured,
     draw_comparison,
     draw_confusion,
     draw_knn_curve,
@@ -40,13 +41,13 @@ LINES = [
 @pytest.fixture
 def drawn(monkeypatch):
     """The last figure that was saved, as an object."""
-    kept, save = [], pictures.save_figure
+    kept, save = [], figures.save_figure
 
     def keep(figure, path):
         kept.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(pictures, "save_figure", keep)
+    monkeypatch.setattr(figures, "save_figure", keep)
     return kept
 
 
@@ -82,11 +83,11 @@ def test_confusion(classes, tmp_path, drawn):
 def test_per_class(tmp_path, drawn):
     p, labels = probabilities(10)
     found = classification_scores(p[labels != 4], labels[labels != 4], list("abcdefghij"))
-    draw_per_class(tmp_path / "bars.png", found.per_class, "A")
+    draw_per_class(tmp_path / "classes.png", found.per_class, "A")
     axis = drawn[-1].axes[0]
-    widths = [bar.get_width() for bar in axis.patches]
-    assert widths == sorted((row["accuracy"] for row in found.per_class if row["images"]), reverse=True)
-    assert "e (0)" not in [tick.get_text() for tick in axis.get_yticklabels()] and len(widths) == 9
+    values = axis.lines[0].get_xdata().tolist()
+    assert values == sorted((row["accuracy"] for row in found.per_class if row["images"]), reverse=True)
+    assert "e (0)" not in [tick.get_text() for tick in axis.get_yticklabels()] and len(values) == 9
     assert found.values["top1"] == pytest.approx(axis.lines[-1].get_xdata()[0])
 
 
@@ -99,7 +100,8 @@ def test_knn_curve(tmp_path, drawn):
         list(point) for point in MOCO_DEMO
     ]
     assert lines["raw pixels: 35.4"].get_ydata()[0] == 35.4
-    assert not draw_knn_curve(tmp_path / "none.png", LINES[:1], {}, "nothing")
+    for count in (1, 2):  # not measured, and measured once
+        assert not draw_knn_curve(tmp_path / "none.png", LINES[:count], {}, "no curve")
     assert not (tmp_path / "none.png").exists()
 
 
@@ -116,10 +118,35 @@ def test_published_curve_is_of_that_recipe_alone():
 
 
 def test_comparison(tmp_path, drawn):
-    values, intervals = {"moco": 82.5, "a long name of a run": 40.0}, {"moco": (81.0, 83.5)}
-    twice(tmp_path, lambda path: draw_comparison(path, values, intervals, "kNN top-1, %", "runs"))
-    axis = drawn[-1].axes[0]
-    assert [bar.get_width() for bar in axis.patches] == [82.5, 40.0]
-    ends = axis.collections[0].get_segments()
-    assert ends[0][:, 0].tolist() == pytest.approx([81.0, 83.5]) and ends[1][:, 0].tolist() == [40.0, 40.0]
-    assert axis.get_ylim()[0] > axis.get_ylim()[1]  # the first on top
+    baselines = {"baseline/untrained_knn_top1": 40.0, "baseline/pixels_knn_top1": 60.0}
+    knn = [Measured(82.5, (81.0, 83.5), baselines), Measured(41.0), Measured(float("nan"))]
+    linear = [Measured(90.0), Measured(50.0), Measured(30.0)]
+    labels = ["seed=0", "seed=1", "torchvision:resnet18"]
+    twice(tmp_path, lambda path: draw_comparison(path, {"kNN, %": knn, "linear, %": linear}, labels, "runs"))
+    first, second = drawn[-1].axes
+    assert first.lines[0].get_xdata()[:2].tolist() == [82.5, 41.0] and second.lines[0].get_xdata().tolist() == [
+        90,
+        50,
+        30,
+    ]
+    ends = first.collections[0].get_segments()
+    assert ends[0][:, 0].tolist() == pytest.approx([81.0, 83.5]) and ends[1][:, 0].tolist() == [41.0, 41.0]
+    assert first.get_ylim()[0] > first.get_ylim()[1], "the first on top"
+    assert [tick.get_text() for tick in first.get_yticklabels()] == labels
+    assert first.get_xlim()[0] > 30, "the axis begins where the data do"
+    assert [text.get_text() for text in drawn[-1].legends[0].get_texts()] == ["untrained encoder", "raw pixels"]
+    assert first.get_xlabel() == "kNN, %, with 95 % intervals" and second.get_xlabel() == "linear, %"
+
+
+def test_formats_and_size_of_print(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "_formats", ["png"])
+    figures.set_formats(["pdf", "png"])
+    for _ in range(2):
+        draw_comparison(tmp_path / "a.png", {"kNN, %": [Measured(50.0)]}, ["costs $5 and $6"], "a title")
+        files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert sorted(files) == ["a.pdf", "a.png"]
+    assert files["a.pdf"] == (tmp_path / "a.pdf").read_bytes() and b"CreationDate" not in files["a.pdf"]
+    assert b"/MediaBox [ 0 0 504 " in files["a.pdf"] and b"/Subtype /Type3" not in files["a.pdf"]  # 7 inches; TrueType
+    assert Image.open(tmp_path / "a.png").width == 1400
+    figures.save_sheet(Image.new("RGB", (700, 300)), tmp_path / "sheet.png")
+    assert b"504" in (tmp_path / "sheet.pdf").read_bytes() and Image.open(tmp_path / "sheet.png").size == (700, 300)

@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom, bootstrap
+from scipy.stats import binom, binomtest, bootstrap
 from sklearn import metrics
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from twoviews.errors import BadInput
 from twoviews.protocols import classification
 from twoviews.protocols.classification import (
+    accuracy_interval,
     bootstrap_interval,
     bootstrap_intervals,
     calibration_error,
@@ -151,6 +152,15 @@ def test_intervals_of_accuracies_are_those_of_the_binomial_distribution():
     assert found[1].tolist() == [100, 100]
 
 
+@pytest.mark.parametrize("value", [0.0, 100.0])
+def test_where_all_or_none_are_right_the_interval_has_a_width(value):
+    low, high = accuracy_interval(torch.full((30,), value))
+    exact = binomtest(30 if value else 0, 30).proportion_ci(0.95, method="exact")
+    assert (low, high) == pytest.approx((100 * exact.low, 100 * exact.high)) and high - low > 10
+    mixed = torch.tensor([0.0, 100.0] * 20)
+    assert accuracy_interval(mixed) == bootstrap_interval(mixed)
+
+
 def test_intervals_of_rows_are_those_of_each_row_alone():
     rows = torch.rand(3, 200, generator=torch.Generator().manual_seed(4))
     expected = torch.tensor([bootstrap_interval(row, seed=5) for row in rows], dtype=torch.float64)
@@ -168,4 +178,4 @@ def test_what_is_not_finite_is_named():
 def test_one_class_alone():
     found = classification_scores(torch.ones(4, 1), torch.zeros(4, dtype=torch.long), ("digit",))
     assert found.values == {"top1": 100, "precision": 100, "recall": 100, "f1": 100, "ece": 0}
-    assert found.intervals == {"top1": (100, 100)}
+    assert found.intervals == {"top1": (pytest.approx(100 * 0.025**0.25), 100)}  # Clopper-Pearson, of four images

@@ -149,7 +149,8 @@ def test_the_parent_has_the_results(tmp_path: Path, uri: str, capsys: pytest.Cap
     assert (parent.data.metrics["sweep/jobs_finished"], parent.data.metrics["knn/top1_mean"]) == (2, 50)
     note = parent.data.tags["mlflow.note.content"]
     assert (
-        note.startswith("## Best\n\nkNN **50.00 ± 0.00** over 2 seeds") and "| jobs | kNN | training per job |" in note
+        note.startswith("## Result\n\nkNN **50.00 (2 equal seeds)** over 2 seeds")
+        and "| jobs | kNN | training per job |" in note
     )
     assert "`python train.py -m 'seed=range(2)'`" in note and "\n    " not in note
     files = {file.path for file in MlflowClient(uri).list_artifacts(parent.info.run_id, "report")}
@@ -204,7 +205,7 @@ def test_what_mlflow_has_is_not_sent_again(tmp_path: Path, uri: str, monkeypatch
     for job in made:
         trained(job)
     flush(sweep, said.append)
-    assert all(line.startswith(("best: ", "report: ")) for line in said)
+    assert all(line.startswith(("Result: ", "report: ")) for line in said)
     assert not pending(sweep) and {run.info.status for run in runs(uri)} == {"FINISHED"}
     said.clear()
     with monkeypatch.context() as nothing_new:

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
 
-from twoviews.sweeps import plots
+from twoviews import figures as figure_files
+from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.formatting import counted, short_names, text
 from twoviews.sweeps.job import Job, JobSpec, JobState
@@ -81,7 +82,7 @@ def test_best_is_the_mean_over_seeds_with_the_command_to_run_it(tmp_path: Path) 
     assert "6 of 6 jobs finished." in text_ and "missing" not in text_ and "Failures" not in text_
     assert "**temperature=0.2**: kNN **51.00 ± 2.48**, linear **51.67 ± 5.17** over 3 seeds, by kNN accuracy" in text_
     assert "python train.py method=moco method.temperature=0.2 seed=0\n" in text_
-    assert "By linear accuracy the best is temperature=0.1: 56.67 ± 5.17." in text_
+    assert "By linear accuracy the highest is temperature=0.1: 56.67 ± 5.17." in text_
     assert f"    {TYPED}" in text_
     assert "| CPU | 6 finished | 0.6 | core-hours (threads x hours) |" in text_  # 6 x 180 s x 2 threads
     assert "| training per job |" in text_ and "Of training, without the starts of programs." in text_
@@ -116,7 +117,7 @@ def test_paired_test_is_scipys_over_common_seeds(tmp_path: Path) -> None:
         ([(0, 50.0, 40.0)], "They differ by 10.00 on the one seed that both have; a paired test needs two"),
         ([(0, 50.0, None), (1, None, 40.0)], "no seed in common"),
         ([(0, 50.0, 40.0), (1, 51.0, 41.0)], "They differ by 10.00 on every common seed"),
-        ([(0, 50.0, 40.0), (1, 52.0, 41.0)], "over 2 seeds: the best is ahead by 10.50 ± 6.35, p = 0.03. With fewer"),
+        ([(0, 50.0, 40.0), (1, 52.0, 41.0)], "over 2 seeds: the first is ahead by 10.50 ± 6.35, p = 0.03. With fewer"),
     ],
 )
 def test_too_few_seeds_are_said(tmp_path: Path, seeds: list, sentence: str) -> None:
@@ -199,13 +200,13 @@ def test_every_picture_is_on_the_page_and_the_seed_is_no_axis(tmp_path: Path) ->
 def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
     """The figures that are drawn, by file name."""
     kept: dict[str, Figure] = {}
-    save = plots.save_figure
+    save = figure_files.save_figure
 
     def keep(figure: Figure, path: Path) -> None:
         kept[path.name] = figure
         save(figure, path)
 
-    monkeypatch.setattr(plots, "save_figure", keep)
+    monkeypatch.setattr(figure_files, "save_figure", keep)
     return kept
 
 
@@ -260,41 +261,105 @@ def test_names_do_not_overlap(tmp_path: Path, figures: dict[str, Figure], first:
     assert {name: overlaps(figure) for name, figure in figures.items() if overlaps(figure)} == {}
 
 
-def test_an_axis_over_decades_is_logarithmic(tmp_path: Path, figures: dict[str, Figure]) -> None:
-    jobs = [{"lr": lr, "t": t, "seed": s, "knn": 50.0 + s} for lr in (0.001, 0.1) for t in (0.1, 0.2) for s in (0, 1)]
-    report(sweep_of(tmp_path / "s", jobs))
+def test_few_values_stand_at_equal_distances_and_many_over_decades_are_logarithmic(
+    tmp_path: Path, figures: dict[str, Figure]
+) -> None:
+    jobs = [{"lr": lr, "seed": s, "knn": 50.0 + s} for lr in (0.1, 0.001, 0.0011) for s in (0, 1)]
+    report(sweep_of(tmp_path / "few", jobs))
+    axis = figures["axis_lr.png"].axes[0]
+    assert [one.get_text() for one in axis.get_xticklabels()] == ["0.001", "0.0011", "0.1"]
+    assert axis.get_xticks().tolist() == [0, 1, 2]
+    report(sweep_of(tmp_path / "many", [{"lr": 0.001 * 1.5**i, "seed": 0, "knn": 50.0} for i in range(20)]))
     assert figures["axis_lr.png"].axes[0].get_xscale() == "log"
-    assert figures["axis_t.png"].axes[0].get_xscale() == "linear"
-    assert [one.get_text() for one in figures["axis_t.png"].axes[0].get_xticklabels()] == ["0.1", "0.2"]
 
 
-def test_band_is_the_interval_and_open_where_there_is_one_seed(tmp_path: Path, figures: dict[str, Figure]) -> None:
+def marks(axis: Any, marker: str) -> list[tuple[float, float]]:
+    """The points of a panel with a marker."""
+    return [tuple(point) for line in axis.lines if line.get_marker() == marker for point in line.get_xydata()]
+
+
+def whiskers(axis: Any) -> list[list[float]]:
+    return [line.get_ydata().tolist() for line in axis.lines if line.get_linestyle() == "-"]
+
+
+def test_seeds_are_dots_around_their_mean_with_its_interval(tmp_path: Path, figures: dict[str, Figure]) -> None:
     jobs = [{"t": t, "seed": s, "knn": 50.0 + 10 * t + s} for t in (1, 2, 3, 4) for s in (0, 1, 2) if t < 4 or not s]
     report(sweep_of(tmp_path / "s", jobs))
     axis = figures["axis_t.png"].axes[0]
-    band = axis.collections[0].get_paths()[0].vertices
+    assert sorted(y for _, y in marks(axis, "o")) == [60, 61, 62, 70, 71, 72, 80, 81, 82, 90], "one of a single seed"
     half = 4.302652729911275 / math.sqrt(3)
-    assert band[:, 0].max() == 3  # type: ignore[index]
-    assert band[band[:, 0] == 1][:, 1].max() == pytest.approx(61 + half)  # type: ignore[index]
-    assert [round(float(y), 6) for y in axis.lines[0].get_ydata()] == [61, 71, 81, 90]  # type: ignore[union-attr]
+    assert sorted(whiskers(axis)) == [pytest.approx([mean - half, mean + half]) for mean in (61, 71, 81)]
+    assert not marks(axis, "v") and not marks(axis, "^")
 
 
-def test_learning_curves_share_their_epochs_and_a_seed_with_one_number_is_seen(
+def test_the_interval_of_two_seeds_does_not_set_the_limits_and_arrows_mark_where_it_leaves(
     tmp_path: Path, figures: dict[str, Figure]
 ) -> None:
+    jobs = [{"t": t, "seed": s, "knn": 50.0 + 2 * t + s} for t in (1, 2) for s in (0, 1)]
+    report(sweep_of(tmp_path / "s", jobs))
+    axis = figures["axis_t.png"].axes[0]
+    low, high = axis.get_ylim()
+    assert (low, high) == pytest.approx((50.5, 56.5)), "seeds from 52 to 55, and half of that on either side"
+    assert whiskers(axis) == [pytest.approx([low, high])] * 2, "± 6.35 is cut"
+    assert [y for _, y in marks(axis, "v")] == pytest.approx([low] * 2)
+    assert [y for _, y in marks(axis, "^")] == pytest.approx([high] * 2)
+    assert "raw pixels: 20.0 (lower)" in [one.get_text() for one in figures["axis_t.png"].legends[0].get_texts()]
+
+
+def test_what_was_measured_once_is_no_curve(tmp_path: Path, figures: dict[str, Figure]) -> None:
     sweep = sweep_of(tmp_path / "s", [{"seed": s, "knn": 50.0 + s} for s in (0, 1)])
     for job in sweep.jobs:
         lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
         for line in lines[:-1]:
             del line["knn/top1"]
         (job.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report(sweep)
-    knn, spread = figures["learning.png"].axes
-    assert knn.get_xlim() == spread.get_xlim() == pytest.approx((0, 4), abs=0.2)
+    text_ = page(sweep)
+    (spread,) = figures["learning.png"].axes
+    assert spread.get_xlim() == pytest.approx((0, 4), abs=0.2) and "projections" in spread.get_ylabel()
     assert spread.get_ylim() == pytest.approx((0, 1), abs=0.05) and spread.get_ylim()[1] >= 1
-    single = [line for line in knn.lines if len(line.get_xdata()) == 1]  # type: ignore[arg-type]
-    assert sorted(str(line.get_marker()) for line in single) == [".", ".", "o"], "two seeds and their mean"
-    assert all(line.get_marker() == "None" for line in spread.lines), "four jobs make a line"
+    assert "knn/top1: measured at one epoch, so there is no learning curve" in text_
+    for job in sweep.jobs:
+        last = (job.folder / "metrics.jsonl").read_text().splitlines()[-1]
+        (job.folder / "metrics.jsonl").write_text(last + "\n")
+    figures.clear()
+    assert "knn/top1 and train/spread: measured at one epoch" in page(sweep) and "learning.png" not in figures
+
+
+@pytest.mark.parametrize(
+    ("knn", "heading"),
+    [
+        ({1: (15.0, 16.0), 2: (18.0, 19.5)}, "No config beats the baselines"),  # raw pixels: 20
+        ({1: (15.0, 16.0)}, "The baselines are not beaten"),
+        ({1: (50.0, 51.0)}, "Result"),
+        ({1: (50.0, 51.0), 2: (50.0, 51.0)}, "A tie"),
+        ({1: (50.0,), 2: (55.0,)}, "Highest, by one seed each"),
+        ({1: (50.0, 55.0, 51.0), 2: (53.0, 52.0, 54.0)}, "No clear best"),
+        ({1: (50.0, 51.0, 52.0), 2: (60.0, 61.0, 62.5)}, "Best"),
+    ],
+)
+def test_the_heading_says_what_the_ranking_is_worth(tmp_path: Path, knn: dict, heading: str) -> None:
+    jobs = [{"a": a, "seed": s, "knn": value} for a, values in knn.items() for s, value in enumerate(values)]
+    text_ = page(sweep_of(tmp_path / "s", jobs))
+    assert f"\n## {heading}\n" in text_ and "Baselines, kNN: raw pixels 20.00." in text_
+
+
+def test_equal_seeds_have_no_interval_of_no_width(tmp_path: Path) -> None:
+    same = [{"a": 1, "seed": s, "knn": 50.0 + s, "linear": 43.33} for s in (0, 1)]
+    text_ = page(sweep_of(tmp_path / "s", same))
+    assert "linear **43.33 (2 equal seeds)**" in text_ and "± 0.00" not in text_
+
+
+def test_tables_and_plots_for_a_paper(tmp_path: Path, capsys) -> None:
+    sweep = sweep_of(
+        tmp_path / "s", [{**job, "a_b": "50 %"} for job in GRID[:1]] + [{**job, "a_b": "x"} for job in GRID[1:]]
+    )
+    assert sweep_command(["report", str(sweep.folder), "--format", "pdf"]) == 0
+    figure_files.set_formats("png")
+    latex = (sweep.folder / "report.tex").read_text()
+    assert "\\toprule" in latex and "50 \\%" in latex and "a\\_b" in latex and "51.00 $\\pm$ 2.48" in latex
+    made = {path.name for path in sweep.folder.iterdir() if path.suffix in (".png", ".pdf")}
+    assert "learning.pdf" in made and not [name for name in made if name.endswith("png")]
+    assert "[Learning curves](learning.pdf)" in (sweep.folder / "report.md").read_text()
 
 
 def test_random_search_is_drawn_as_jobs(tmp_path: Path, figures: dict[str, Figure]) -> None:

@@ -28,7 +28,7 @@ from twoviews.tracking.metrics import log_metrics
 from twoviews.tracking.mirror import flush
 from twoviews.tracking.state import run_page
 
-SHOWN_LAST = ("largest", "smallest", "empty")  # of the scores, in the table on the console
+PERCENT = ("nmi", "ari", "accuracy", "purity")  # of the scores; they come first in the table on the console
 
 
 def cluster_images(
@@ -61,17 +61,17 @@ def cluster_images(
     precision = format_name(context.dtype)
     console.say(f"features of {len(images):,} images of {data.name}, split {cfg.split}, in {precision}")
     x = nnf.normalize(context.embed(images), dim=1)  # kNN and PCL compare directions, too
-    stem, scores, shown = file_stem(data, cfg.split, own=chosen_data is None), {}, {}
+    stem, scores, shown = file_stem(data, cfg.split, own=chosen_data is None), {}, []
     for k in counts:
         # Until they stop to improve: a clustering is made once here, not every epoch.
         clusters = kmeans(x, k, seed=seed_of(cfg.seed, k), nredo=cfg.nredo, iterations=50, tolerance=1e-4)
         save_clusters(folder / f"{stem}_{k}.npz", clusters, concentration(clusters, cfg.temperature), images.paths)
-        title = f"{printable(folder.name)}: {len(x):,} images of {data.name} ({cfg.split}) in {k} clusters"
+        title = f"{printable(loaded.title)}: {len(x):,} images of {data.name} ({cfg.split}) in {k} clusters"
         draw_clusters(folder / f"{stem}_{k}.png", images, clusters, data.classes, title)
         values = clustering_scores(x, clusters, labels=images.labels, previous=None, seed=cfg.seed)
         scores[k] = values
-        names = sorted(values, key=SHOWN_LAST.__contains__)
-        shown[f"k = {k}"] = ", ".join(f"{name} {values[name]:.4g}" for name in names)
+        names = sorted(values, key=lambda name: name not in PERCENT)
+        shown.append({"k": k} | {f"{name}, %" if name in PERCENT else name: values[name] for name in names})
     settings = {
         **{"data": data.name, "digest": data.digest, "split": cfg.split, "images": len(images)},
         **{"features": x.shape[1], "step": loaded.run.read("result.json").get("step") if loaded.run else None},
@@ -85,11 +85,10 @@ def cluster_images(
         flat = {f"{stem}/k{k}/{name}": value for k, values in scores.items() for name, value in values.items()}
         log_metrics(folder, flat)
         flush(folder, loaded.config["tracking"]["mirror"], console.say)
-    title = f"{folder.name}: {len(x):,} images of {data.name} (nmi, ari, accuracy and purity in percent)"
-    console.table(title, shown)
+    console.rows(f"{loaded.title}: {len(x):,} images of {data.name}, split {cfg.split}", shown)
     if loaded.in_run_folder:
         console.say(f"MLflow: {run_page(folder)}")
-    console.say(f"written to {folder}: {stem}.json, and _<k>.npz and _<k>.png for each k")
+    console.say(f"written to {folder}: {stem}.json, and for each k {stem}_<k>.npz and a picture")
 
 
 def file_stem(data: ImageData, split: str, own: bool) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twoviews.clusters.kmeans import Clusters
 from twoviews.data.images import Images
-from twoviews.files import open_atomic
+from twoviews.figures import save_sheet
 from twoviews.pictures import GAP, GREY, RED, fitted, font, squares
 
 MAX_ROWS = 20  # clusters
@@ -71,7 +71,7 @@ def draw_clusters(path: Path, images: Images, clusters: Clusters, classes: Seque
     cluster's commonest class have a red frame; else from the tightest to the loosest.
 
     Args:
-        path: of the PNG.
+        path: of the picture.
         images: what was clustered.
         clusters: of all `images`.
         classes: names by label.
@@ -104,8 +104,7 @@ def draw_clusters(path: Path, images: Images, clusters: Clusters, classes: Seque
             sheet.paste(pictures[image], (left, top))
             if labels is not None and labels[image] != row.majority:
                 draw.rectangle((left - 3, top - 3, left + side + 2, top + side + 2), outline=RED, width=3)
-    with open_atomic(path) as file:
-        sheet.save(file, format="PNG")
+    save_sheet(sheet, path)
 
 
 def _explanation(shown: int, there: int, labelled: bool) -> str:

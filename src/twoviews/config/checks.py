@@ -14,8 +14,8 @@ from twoviews.signatures import Parameter, complaint, signature, unusable
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-# Nodes that are neither a group nor a single value, and the class of each. The config of a job in a sweep has none of them.
-NODES = {"sweep": "twoviews.sweeps.launching.SweepOptions"}
+# Nodes that are neither a group nor a single value, and the class or function of each. Runs of earlier versions lack them.
+NODES = {"sweep": "twoviews.sweeps.launching.SweepOptions", "pictures": "twoviews.figures.set_formats"}
 VIEW = "twoviews.data.draws.View"  # the class of each node below augmentation.views
 
 

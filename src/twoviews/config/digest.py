@@ -14,6 +14,7 @@ NOT_IN_DIGEST = (
     "preview",
     "find_batch",
     "sweep",
+    "pictures",
     "tracking",
     "runtime.log_every",
     "runtime.checkpoint_seconds",

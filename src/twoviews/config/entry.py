@@ -24,6 +24,7 @@ from twoviews.config.hydra_internals import hide_classes, start_faster
 from twoviews.config.parameter_names import qualify
 from twoviews.config.recorded import add_missing_runtime
 from twoviews.errors import BadInput, Stopped, shown, without_secrets
+from twoviews.figures import set_formats
 from twoviews.files import file_error
 
 BAD_INPUT = 2  # exit code for mistakes that the user can correct
@@ -141,6 +142,7 @@ class _Command:
         if self.name == "train" and "method" not in HydraConfig.get().runtime.choices:  # read from a run's config.yaml
             add_missing_runtime(cfg)
         check(self.name, cfg)
+        set_formats(**cfg.get("pictures", {}))
         if self.name == "train":  # the other commands read no folder of this name
             foreign.refuse_links(folder)
         if sys.stdout.isatty():

@@ -54,6 +54,11 @@ class LoadedEncoder:
         """The run's configuration; empty without a run."""
         return self.run.config() if self.run else {}
 
+    @cached_property
+    def title(self) -> str:
+        """Method, data and epochs of the run; without one, the name."""
+        return self.run.title() if self.run else self.name
+
     @property
     def in_run_folder(self) -> bool:
         """Whether results go into the folder of the run, and to MLflow with it."""

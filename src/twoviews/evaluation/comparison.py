@@ -1,18 +1,24 @@
-"""Evaluations of several runs as one table, for a spreadsheet and for a page."""
+"""Evaluations of several runs as one table and one picture, in which the runs are called by what differs in them."""
 
-import csv
 import hashlib
-import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from twoviews.config.digest import digest
 from twoviews.console import Console
-from twoviews.evaluation.pictures import draw_comparison
+from twoviews.errors import printable
+from twoviews.evaluation.differences import differences, labels
+from twoviews.evaluation.pictures import Measured, draw_comparison
+from twoviews.figures import BASELINES, files_of
 from twoviews.files import write_atomic
+from twoviews.tables import as_csv, as_latex, as_markdown, span
 from twoviews.tracking.client import short_error
 from twoviews.tracking.parent_run import log_files
+
+MAX_PANELS = 4  # of the picture
+NAN = float("nan")
 
 
 @dataclass(frozen=True)
@@ -23,107 +29,147 @@ class Evaluation:
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of some of the values
     settings: Mapping[str, object] = field(default_factory=dict)  # of the protocols, such as knn.k
     mirror: tuple[str | None, str] | None = None  # MLflow's store and experiment of the run; None: it is not mirrored
+    title: str = ""  # method, data and epochs
+    config: Mapping[str, Any] = field(default_factory=dict)  # of the training; empty without a run
+    baselines: Mapping[str, float] = field(default_factory=dict)  # kNN, as in metrics.jsonl, where they are comparable
 
 
 Row = dict[str, float | int | str]
 
 
 def compare(evaluations: Mapping[str, Evaluation], folder: Path, console: Console) -> None:
-    """Show the runs side by side, and write comparison.csv, comparison.md and comparison.png, in MLflow a run of its own.
+    """Show the runs side by side, and write comparison.csv, .md, .tex and a picture, in MLflow a run of its own.
 
     The files go into a folder below `folder`, another one for other runs or settings.
     """
     how = {run: dict(one.settings) for run, one in evaluations.items()}
     folder = folder / f"comparison-{digest(how)}"
     folder.mkdir(parents=True, exist_ok=True)
-    name, order = headline(evaluations), ordered(evaluations)
+    order, names, shown = ordered(evaluations), run_labels(evaluations), headlines(evaluations)
+    rows = short_table(evaluations)
     write_atomic(folder / "comparison.csv", as_csv(table(evaluations)))
-    write_atomic(folder / "comparison.md", as_markdown(evaluations))
-    having = [run for run in order if name in evaluations[run].values]
-    if name is not None:
-        values = {run: evaluations[run].values[name] for run in having}
-        intervals = {run: evaluations[run].intervals[name] for run in having if name in evaluations[run].intervals}
-        draw_comparison(folder / "comparison.png", values, intervals, name, f"{len(values)} runs")
-    console.table(f"{len(order)} runs by {name}", {run: _cell(evaluations[run], name) if name else "" for run in order})
-    console.say(f"written to {folder}: comparison.csv, comparison.md and comparison.png")
+    write_atomic(folder / "comparison.md", page(evaluations))
+    write_atomic(folder / "comparison.tex", as_latex(rows, [column_name(name) for name in shown]))
+    files = [folder / f"comparison.{kind}" for kind in ("csv", "md", "tex")]
+    if shown:
+        measured = {column_name(name): [_measured(evaluations[run], name) for run in order] for name in shown}
+        draw_comparison(folder / "comparison.png", measured, [names[run] for run in order], _title(evaluations))
+        files += files_of(folder / "comparison.png")
+    console.rows(f"{_title(evaluations)}, the best first", rows)
+    console.say(f"written to {folder}: {', '.join(file.name for file in files)}")
     where = next((one.mirror for one in evaluations.values() if one.mirror), None)
     if where:
         key = hashlib.blake2b(repr(sorted(evaluations)).encode(), digest_size=16).hexdigest()
-        files = [
-            folder / f"comparison.{kind}" for kind in ("csv", "md", "png") if (folder / f"comparison.{kind}").exists()
-        ]
         try:
             log_files(*where, f"comparison of {len(order)} runs", key, {"runs": ", ".join(order)}, files)
         except Exception as error:  # whatever is wrong with MLflow, the results are in the folder
             console.say(f"MLflow does not have the comparison ({short_error(error)}); the same command sends it.")
 
 
-def headline(evaluations: Mapping[str, Evaluation]) -> str | None:
-    """The first value that is an accuracy, else the first one; None where nothing was measured."""
+def headlines(evaluations: Mapping[str, Evaluation]) -> list[str]:
+    """The accuracy of each protocol, or other values where there is none; at most MAX_PANELS."""
     names = _names(evaluation.values for evaluation in evaluations.values())
-    return next((name for name in names if name.endswith("top1")), names[0] if names else None)
+    return [name for name in names if name.endswith("/top1")][:MAX_PANELS] or names[:MAX_PANELS]
 
 
 def ordered(evaluations: Mapping[str, Evaluation]) -> list[str]:
-    """Names of the runs, the best headline first; those without it come last, and equals stay as they were."""
-    name = headline(evaluations)
+    """Names of the runs, the best first headline first; those without it come last, and equals stay as they were."""
+    name = next(iter(headlines(evaluations)), None)
 
     def key(run: str) -> float:
-        value = evaluations[run].values.get(name, float("nan")) if name else float("nan")
+        value = evaluations[run].values.get(name, NAN) if name else NAN
         return -value if value == value else float("inf")  # NaN is no number to be ordered by
 
     return sorted(evaluations, key=key)
 
 
-def table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
-    """A row for each run, with equal keys: run, values each with its ends (" low", " high"), settings; "" where it has none.
+def run_labels(evaluations: Mapping[str, Evaluation]) -> dict[str, str]:
+    """See `labels`."""
+    titles = {run: run if one.config or not one.title else one.title for run, one in evaluations.items()}
+    return labels({run: one.config for run, one in evaluations.items()}, titles)
 
-    Columns stand in the order in which the runs first name them.
-    """
-    values = _names(evaluation.values for evaluation in evaluations.values())
-    bounded = set(_names(evaluation.intervals for evaluation in evaluations.values()))
-    settings = _names(evaluation.settings for evaluation in evaluations.values())
+
+def table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
+    """All that is known of each run: its name, what differs in the trainings, values each with its ends (" low", " high"),
+    baselines, settings."""
+    differing, _ = differences({run: one.config for run, one in evaluations.items()})
     rows = []
     for run in ordered(evaluations):
         one = evaluations[run]
-        row: Row = {"run": run}
-        for name in values:
-            row[name] = one.values.get(name, "")
-            if name in bounded:
-                row[f"{name} low"], row[f"{name} high"] = one.intervals.get(name, ("", ""))
-        row.update({name: _plain(one.settings[name]) if name in one.settings else "" for name in settings})
-        rows.append(row)
+        row: Row = {"run": run, **{f"run.{key}": value for key, value in differing.get(run, {}).items()}}
+        for name, value in one.values.items():
+            row[name] = value
+            if name in one.intervals:
+                row[f"{name} low"], row[f"{name} high"] = one.intervals[name]
+        rows.append(row | dict(one.baselines) | {name: _plain(value) for name, value in one.settings.items()})
     return rows
 
 
-def as_csv(rows: list[Row]) -> str:
-    """The rows as comma-separated values, numbers in full."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else ["run"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def short_table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
+    """A row for each run: what differs in the trainings, the headlines with their intervals, and settings that differ.
 
-
-def as_markdown(evaluations: Mapping[str, Evaluation]) -> str:
-    """A table to read: values with their intervals in brackets, settings that differ, and below it those that do not."""
-    values = _names(evaluation.values for evaluation in evaluations.values())
-    settings: dict[str, set[str]] = {name: set() for name in _names(one.settings for one in evaluations.values())}
-    for name, found in settings.items():
-        found |= {str(_plain(one.settings[name])) if name in one.settings else "" for one in evaluations.values()}
-    shared = {name: found.pop() for name, found in settings.items() if len(found) == 1}
-    differing = [name for name in settings if name not in shared]
-    lines = [["run", *values, *differing], ["---", *["---:"] * len(values), *["---"] * len(differing)]]
+    Rows with the kNN accuracy of raw pixels and of the untrained encoders follow, where they are known.
+    """
+    differing, _ = differences({run: one.config for run, one in evaluations.items()})
+    keys, shown, names = _names(differing.values()), headlines(evaluations), run_labels(evaluations)
+    # Columns for what differs, if that tells all runs apart.
+    apart = keys and len({tuple(one.items()) for one in differing.values()}) == len(evaluations)
+    settings = [name for name, found in _settings(evaluations).items() if len(found) > 1]
+    rows: list[Row] = []
     for run in ordered(evaluations):
         one = evaluations[run]
-        shown = [str(_plain(one.settings[name])) if name in one.settings else "" for name in differing]
-        lines.append([run, *(_cell(one, name) for name in values), *shown])
-    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
-    same = ", ".join(f"{name} = {value}" for name, value in shared.items())
-    return text + (f"\nThe same for all: {same}.\n" if same else "")
+        row: Row = {key: differing[run][key] for key in keys} if apart else {"run": names[run]}
+        row |= {column_name(name): _cell(one, name) for name in shown}
+        rows.append(row | {name: _plain(one.settings.get(name, "")) for name in settings})
+    for baseline, (label, _) in BASELINES.items():
+        known = [one.baselines[baseline] for one in evaluations.values() if baseline in one.baselines]
+        if known and "knn/top1" in shown:
+            row = dict.fromkeys(rows[0], "")
+            rows.append({**row, next(iter(row)): label, column_name("knn/top1"): span(known)})
+    return rows
 
 
-def _names(mappings) -> list[str]:
+def page(evaluations: Mapping[str, Evaluation]) -> str:
+    """Markdown: the short table, what does not differ, and which run is which."""
+    names, order = run_labels(evaluations), ordered(evaluations)
+    parts = [as_markdown(short_table(evaluations), [column_name(name) for name in headlines(evaluations)])]
+    parts.append("In brackets: 95 % intervals over test images. comparison.csv has all values.")
+    if shared := [f"{name} = {found[0]}" for name, found in _settings(evaluations).items() if len(found) == 1]:
+        parts.append(f"The same for all: {', '.join(shared)}.")
+    if following := differences({run: one.config for run, one in evaluations.items()})[1]:
+        parts.append(f"The trainings also differ in what follows from that: {', '.join(following)}.")
+    parts.append("\n".join(f"- {names[run]}: `{run}`" for run in order if names[run] != run))
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _settings(evaluations: Mapping[str, Evaluation]) -> dict[str, list[str]]:
+    """The different values of each setting of the protocols, "" among them where a run has none."""
+    names = _names(one.settings for one in evaluations.values())
+    found = {name: [str(_plain(one.settings.get(name, ""))) for one in evaluations.values()] for name in names}
+    return {name: [*dict.fromkeys(values)] for name, values in found.items()}
+
+
+def _title(evaluations: Mapping[str, Evaluation]) -> str:
+    """What all runs have in common, and their number."""
+    parts = [one.title.split(", ") for one in evaluations.values()]
+    shared = ", ".join(part for part in parts[0] if all(part in other for other in parts))
+    data = {str(one.settings.get("data", "")) for one in evaluations.values()}
+    shared = shared or ("images of " + data.pop() if len(data) == 1 and "" not in data else "")
+    return ": ".join(filter(None, (printable(shared), f"{len(evaluations)} runs")))
+
+
+def column_name(name: str) -> str:
+    """The name of a value in tables to read."""
+    known = {"knn/top1": "kNN, %", "linear/top1": "linear, %"}
+    return known.get(name) or name.replace("/top1", ", %")
+
+
+def _measured(evaluation: Evaluation, name: str) -> Measured:
+    baselines = evaluation.baselines if name == "knn/top1" else {}
+    return Measured(evaluation.values.get(name, NAN), evaluation.intervals.get(name), baselines)
+
+
+def _names(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for mapping in mappings for name in mapping))
 
 

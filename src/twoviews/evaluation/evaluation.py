@@ -17,13 +17,15 @@ from twoviews.data.images import ImageData
 from twoviews.encoders.loaded import LoadedEncoder
 from twoviews.encoders.projection import projected
 from twoviews.errors import BadInput
-from twoviews.evaluation.comparison import Evaluation, as_csv
+from twoviews.evaluation.comparison import Evaluation
 from twoviews.evaluation.pictures import draw_confusion, draw_knn_curve, draw_per_class, published_curve
 from twoviews.evaluation.preparation import prepare_evaluation
+from twoviews.figures import BASELINES
 from twoviews.files import write_atomic
 from twoviews.protocols.classification import classification_scores
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.runtime import format_name
+from twoviews.tables import as_csv
 from twoviews.tracking.metrics import log_metrics, read
 from twoviews.tracking.mirror import flush
 from twoviews.tracking.state import UploadState
@@ -83,7 +85,7 @@ def evaluate(
         settings |= {"mean": list(loaded.preprocessing.mean), "std": list(loaded.preprocessing.std)}
     folder = context.folder = loaded.folder / FOLDER / prefix / f"{'+'.join(protocols)}-{digest(settings)}"
     folder.mkdir(parents=True, exist_ok=True)
-    measured = _measure(protocols, context, loaded.name, console)
+    measured = _measure(protocols, context, console)
     content = json.dumps({**measured.values, "intervals": measured.intervals, **settings}, indent=2) + "\n"
     for path in (folder / "evaluation.json", *([] if prefix else [loaded.folder / "evaluation.json"])):
         write_atomic(path, content)
@@ -92,7 +94,9 @@ def evaluate(
             loaded, {f"evaluation/{prefix}{name}": value for name, value in measured.values.items()}, console
         )
     banks = f"kNN bank {len(data.memory or ()):,}, test {len(data.test or ()):,} images of {data.name}"
-    console.table(f"{loaded.name}: {banks}", measured.shown)
+    baselines = _baselines(loaded, data, protocol_settings)
+    measured.shown |= {f"kNN of {BASELINES[name][0]}": f"{value:.2f} %" for name, value in baselines.items()}
+    console.table(f"{loaded.title}: {banks}", measured.shown)
     flat_settings = {f"protocol.{key}": value for key, value in flat(protocol_settings).items()}
     flat_settings = {k: value for k, value in flat_settings.items() if not k.endswith(("_target_", "every_epochs"))}
     if len(flat_settings) <= MAX_SHOWN:
@@ -100,7 +104,15 @@ def evaluate(
     console.say(f"written, with all settings, to {folder}")
     state = {key: run_result[key] for key in ("state", "epoch") if key in run_result}
     shown_settings = {**flat_settings, "data": data.name, "digest": data.digest, **state}
-    return Evaluation(measured.values, measured.intervals, shown_settings, _mlflow_experiment(loaded))
+    return Evaluation(
+        measured.values,
+        measured.intervals,
+        shown_settings,
+        _mlflow_experiment(loaded),
+        loaded.title,
+        loaded.config,
+        baselines,
+    )
 
 
 def protocol_nodes(cfg: DictConfig, overrides: Sequence[str], recorded: Mapping[str, Any]) -> DictConfig:
@@ -143,6 +155,14 @@ def _warn_of_training(name: str, run_result: Mapping[str, Any], precision: str, 
         )
 
 
+def _baselines(loaded: LoadedEncoder, data: ImageData, settings: Any) -> dict[str, float]:
+    """KNN of raw pixels and of the untrained encoder from the run's training, if kNN is measured here in the same way."""
+    same = loaded.in_run_folder and loaded.trained_on(data) and "knn" in settings
+    if not same or settings["knn"] != (loaded.config.get("protocol") or {}).get("knn"):
+        return {}
+    return {name: line[name] for line in read(loaded.folder) for name in BASELINES if name in line}
+
+
 def _description(data: ImageData) -> dict[str, Any]:
     return {
         "name": data.name,
@@ -153,9 +173,7 @@ def _description(data: ImageData) -> dict[str, Any]:
     }
 
 
-def _measure(
-    protocols: Mapping[str, Protocol], context: EvaluationContext, title: str, console: Console
-) -> CombinedResult:
+def _measure(protocols: Mapping[str, Protocol], context: EvaluationContext, console: Console) -> CombinedResult:
     """Run all protocols; tables and pictures are written, and tables and notes shown, after each of them."""
     measured = CombinedResult()
     assert context.folder is not None
@@ -163,7 +181,7 @@ def _measure(
         try:
             with progress_of(f"protocol {name}"):
                 result = protocol(context)
-                values, intervals = _write(name, result, context, f"{title}, {name}")
+                values, intervals = _write(name, result, context, f"{context.title}: {name} on {context.data.name}")
         except BaseException:
             if not any(context.folder.iterdir()):  # a refused command leaves nothing behind
                 context.folder.rmdir()
@@ -176,6 +194,8 @@ def _measure(
         measured.intervals |= intervals
         if len(result.values) <= MAX_SHOWN:
             measured.shown |= {key: _shown(key, value, intervals.get(key)) for key, value in values.items()}
+        if "health/spread" in measured.shown:
+            measured.shown["health/spread"] += ", of the features; train/spread is of the projections"
         if result.advice:
             measured.shown[f"{name}/advice"] = result.advice
     return measured
@@ -204,7 +224,7 @@ def _write(
 def _record_in_run(loaded: LoadedEncoder, values: Mapping[str, float], console: Console) -> None:
     """Add values to the run's metrics and to its MLflow run, and draw the kNN curve of its training."""
     curve = loaded.folder / FOLDER / "knn_curve.png"
-    draw_knn_curve(curve, read(loaded.folder), published_curve(loaded.config), loaded.name)
+    draw_knn_curve(curve, read(loaded.folder), published_curve(loaded.config), loaded.title)
     log_metrics(loaded.folder, values)
     flush(loaded.folder, loaded.config["tracking"]["mirror"], console.say)
 

@@ -47,5 +47,6 @@ def prepare_evaluation(
         console.say("warning: these are not the images of the run (their digest differs), so the numbers are not its.")
     dtype = runtime.evaluation_dtype(device)
     context = EvaluationContext(loaded.encoder.to(device), data, device, dtype, runtime.channels_last)
+    context.title = loaded.title
     context.head = loaded.head
     return context

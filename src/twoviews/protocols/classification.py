@@ -26,7 +26,7 @@ class ClassificationScores:
     """Scores of the classifications of one protocol, in percent."""
 
     values: dict[str, float]
-    intervals: dict[str, tuple[float, float]]  # of top1 and top5: see `bootstrap_interval`
+    intervals: dict[str, tuple[float, float]]  # of top1 and top5: see `accuracy_interval`
     per_class: list[TableRow]  # a row for each class, also for one without test images
     confusion: Int[Tensor, "C C"]  # images, [class, predicted class]
 
@@ -103,13 +103,13 @@ def classification_scores(
     rows: list[TableRow] = []
     for number, name in enumerate(classes):
         own, nan = hits["top1"][labels == number], float("nan")
-        low, high = bootstrap_interval(own, seed) if len(own) else (nan, nan)
+        low, high = accuracy_interval(own, seed) if len(own) else (nan, nan)
         row: TableRow = {"class": name, "images": len(own), "accuracy": own.mean().item(), "low": low, "high": high}
         row |= {key: float(columns[key][number]) if len(own) else nan for key in ("precision", "f1", "roc_auc")}
         rows.append(row)
     return ClassificationScores(
         values,
-        {name: bootstrap_interval(hit, seed) for name, hit in hits.items()},
+        {name: accuracy_interval(hit, seed) for name, hit in hits.items()},
         rows,
         torch.from_numpy(confusion_matrix(labels, predicted, labels=numbers)),
     )
@@ -158,3 +158,15 @@ def bootstrap_interval(scores: Float[Tensor, " M"], seed: int = 0) -> tuple[floa
     """Both ends of the interval of `bootstrap_intervals` for a single row."""
     low, high = bootstrap_intervals(scores[None], seed)[0].tolist()
     return low, high
+
+
+def accuracy_interval(hits: Float[Tensor, " M"], seed: int = 0) -> tuple[float, float]:
+    """The interval of an accuracy in percent, of hits that are 0 or 100.
+
+    That of `bootstrap_interval`; where all hits are equal, whose resamples are too, that of Clopper and Pearson (1934), which
+    is exact for shares: no error in 30 images does not say that there is none in others.
+    """
+    if not (hits == hits[0]).all():
+        return bootstrap_interval(hits, seed)
+    reach = 100 * (1 - ((1 - CONFIDENCE_PERCENT / 100) / 2) ** (1 / len(hits)))
+    return (100 - reach, 100.0) if hits[0] else (0.0, reach)

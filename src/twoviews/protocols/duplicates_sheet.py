@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twoviews.data.images import Images
-from twoviews.files import open_atomic
+from twoviews.figures import save_sheet
 from twoviews.pictures import GAP, GREY, RED, TEXT, fitted, font, squares
 
 MAX_PAIRS, COLUMNS = 40, 4
@@ -40,7 +40,7 @@ def draw_duplicates(
     """Draw the pairs of `shown_pairs` with their cosine, splits and classes; pairs of two classes have a red frame.
 
     Args:
-        path: of the PNG.
+        path: of the picture.
         images: of each split.
         pairs: at least one, the most similar first.
         classes: names by label.
@@ -85,5 +85,4 @@ def draw_duplicates(
         draw.text(line, f"{pair.cosine:.4f}", "black" if pair.exact else GREY, bold if pair.exact else face)
         if min(labels) >= 0 and labels[0] != labels[1]:
             draw.rectangle((left - 3, top - 3, left + 2 * side + GAP + 2, top + side + 2), outline=RED, width=3)
-    with open_atomic(path) as file:
-        sheet.save(file, format="PNG")
+    save_sheet(sheet, path)

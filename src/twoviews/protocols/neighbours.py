@@ -102,7 +102,7 @@ class Neighbours(Protocol):
         empty = dict.fromkeys(("rank", "neighbour", "class", "cosine"), "")
         table += [{"image": name, **empty, "broken": why} for name, why in broken]
         if context.folder is not None and made:
-            title = f"the nearest of {len(train):,} training images of {data.name}"
+            title = f"{context.title}: the nearest of {len(train):,} training images of {data.name}"
             draw_neighbours(context.folder / "neighbours.png", shown, train, made, data.classes, title)
         values = {"images": float(len(made)), "broken": float(len(broken))}
         if made and shown.labels is not None and train.labels is not None:

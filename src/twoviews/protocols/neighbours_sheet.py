@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twoviews.data.images import Images
-from twoviews.files import open_atomic
-from twoviews.pictures import GAP, GREY, RED, TEXT, fitted, font, squares
+from twoviews.figures import save_sheet
+from twoviews.pictures import GAP, GREEN, GREY, RED, TEXT, fitted, font, squares
 
 MAX_ROWS, MAX_COLUMNS = 20, 10  # images, and neighbours of each
 HEADING_PX, LINE_PX = 66, TEXT + 6  # heights
@@ -28,10 +28,11 @@ def draw_neighbours(
 ) -> None:
     """Draw a row for each of at most MAX_ROWS images: the image, and after a gap its nearest training images.
 
-    The class and the cosine are written below each neighbour. Neighbours of another class have a red frame.
+    Below each neighbour stand its class, after a green ✓ if it is that of the image and else a red ✗, and the cosine; below
+    the image its name and its class. Neighbours of another class have a red frame.
 
     Args:
-        path: of the PNG.
+        path: of the picture.
         images: that `rows` are about.
         train: the training images.
         rows: at least one.
@@ -50,7 +51,7 @@ def draw_neighbours(
     face, bold = font("DejaVuSans"), font("DejaVuSans-Bold")
     explanation = "left: the image; then its nearest, with the cosine between their features"
     if any(row.label >= 0 for row in shown) and train.labels is not None:
-        explanation += "; red frame: of another class"
+        explanation += "; ✓ of the same class, ✗ and red frame: of another"
     if len(rows) > len(shown):
         explanation = f"{len(shown)} of {len(rows):,} images; {explanation}"
     width = max(start + columns * wide, round(max(bold.getlength(title), face.getlength(explanation))) + 2 * GAP)
@@ -68,10 +69,11 @@ def draw_neighbours(
             left = start + place * wide
             sheet.paste(neighbours[image], (left, top))
             label = -1 if train.labels is None else int(train.labels[image])
-            draw.text((left, top + side + 2), f"{cosine:.3f}", GREY, face)
+            draw.text((left, top + side + 2), f"cos {cosine:.3f}", GREY, face)
             if label >= 0:
-                draw.text((left, top + side + 2 + LINE_PX), fitted(classes[label], face, side), "black", face)
-                if row.label not in (-1, label):
+                mark, colour = ("", "black") if row.label < 0 else ("✓ ", GREEN) if row.label == label else ("✗ ", RED)
+                text = fitted(f"{mark}{classes[label]}", face, side)
+                draw.text((left, top + side + 2 + LINE_PX), text, colour, face)
+                if colour == RED:
                     draw.rectangle((left - 3, top - 3, left + side + 2, top + side + 2), outline=RED, width=3)
-    with open_atomic(path) as file:
-        sheet.save(file, format="PNG")
+    save_sheet(sheet, path)

@@ -52,6 +52,7 @@ class EvaluationContext:
     ):
         self.encoder, self.data, self.device, self.dtype = encoder, data, device, dtype
         self.channels_last, self.folder, self.shared = channels_last, folder, shared
+        self.title = "encoder"  # what is evaluated, for the titles of pictures
         self.head = head
 
     @cached_property

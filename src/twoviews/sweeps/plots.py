@@ -1,281 +1,215 @@
 """Plots of a sweep: accuracy over each parameter, over two parameters as a map, and the learning curves."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any
 
-from twoviews.figures import save_figure
-from twoviews.sweeps.figures import (
-    add_heading,
-    add_legend,
-    colours,
-    file_name,
-    new_panels,
-    set_numeric_ticks,
-    shortened,
-    shortened_apart,
-)
-from twoviews.sweeps.formatting import short_names, text, typed
-from twoviews.sweeps.results import ACCURACIES, CONFIDENCE, ConfigResults, Estimate, Results
+from twoviews.figures import draw_baselines, drawing, merged_legend
+from twoviews.sweeps.formatting import short_names, text
+from twoviews.sweeps.results import ACCURACIES, CONFIDENCE, ConfigResults, Results, estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MAX_LINES = 8  # configs of the other parameters that have a line of their own: the best
-MAX_NUMBERED_CELLS = 12  # maps with more rows or columns have no numbers in their cells
-CURVES = {"knn/top1": "kNN accuracy, %", "train/spread": "spread (1 even, 0 collapsed)"}
-PIXELS_KNN = "baseline/pixels_knn_top1"
+MAX_LINES = 8  # configs of the other parameters that have a colour of their own: the best
+MAX_VALUES = 12  # of a parameter: up to so many stand at equal distances, and cells of a map have numbers
+LINE_LENGTH = 32  # characters of a value on one line
+LOG_RATIO = 10.0  # many positive values whose largest is so many times the smallest get a logarithmic axis
+SHIFT_PT = 6.0  # between configs with the same value
+CURVES = {"knn/top1": "kNN accuracy, %", "train/spread": "spread of projections"}
+WHISKERS = f"whiskers: {CONFIDENCE}% t-interval of the mean, an arrow where it leaves the axis"
 
 
 def plot_all(folder: Path, results: Results) -> dict[str, Path]:
     """Write every plot that the results allow into a folder; returns the files by title."""
     names, paths = short_names(results.axes), {}
     for key in results.axes:
-        configs = _with_keys(results, key)
-        if (metrics := _measured(configs)) and len(_ordered_values(configs, key)) > 1:
-            path = folder / f"axis_{file_name(names[key])}.png"
-            _plot_parameter(path, results, key, metrics)
-            paths[f"Accuracy over {names[key]}"] = path
+        if len(_ordered_values(_measured(results, key), key)) > 1:
+            paths[f"Accuracy over {names[key]}"] = path = folder / f"axis_{_file_name(names[key])}.png"
+            _plot_parameter(path, results, key)
     for first, second in combinations(results.axes, 2):
-        configs = _with_keys(results, first, second)
-        if (metrics := _measured(configs)) and _fills_map(configs, first, second):
-            path = folder / f"map_{file_name(names[first])}_{file_name(names[second])}.png"
-            _plot_map(path, results, first, second, metrics)
+        configs = _measured(results, first, second)
+        cells = {(text(config.axes[first]), text(config.axes[second])) for config in configs}
+        rows, columns = (len(_ordered_values(configs, key)) for key in (first, second))
+        if min(rows, columns) > 1 and len(cells) >= 0.5 * rows * columns:  # a map that is not nearly empty
+            path = folder / f"map_{_file_name(names[first])}_{_file_name(names[second])}.png"
             paths[f"Accuracy over {names[first]} and {names[second]}"] = path
-    if any(name in curve for curve in results.curves.values() for name in CURVES):
-        path = folder / "learning.png"
-        _plot_curves(path, results)
-        paths["Learning curves"] = path
+            _plot_map(path, results, first, second)
+    if metrics := [name for name in CURVES if not results.measured_once(name)]:
+        paths["Learning curves"] = path = folder / "learning.png"
+        _plot_curves(path, results, metrics)
     return paths
 
 
-def _plot_parameter(path: Path, results: Results, key: str, metrics: Sequence[str]) -> None:
-    """A panel for each accuracy: means over seeds with their bands, a line for each config of the other parameters."""
-    others, names = [other for other in results.axes if other != key], short_names(results.axes)
-    measured = [config for config in _with_keys(results, key) if _measured([config])]
-    lines: dict[str, list[ConfigResults]] = {}
-    for config in measured:
-        lines.setdefault(_label(results, config, others), []).append(config)
-    count = len(lines)
-    # In a random search no two configs agree in the other parameters, so there is nothing to join.
-    joined = count == 1 or any(len(line) > 1 for line in lines.values())
-    lines = dict(list(lines.items())[:MAX_LINES]) if joined else {"": measured}
+def _plot_parameter(path: Path, results: Results, key: str) -> None:
+    """A panel for each accuracy: seeds as dots and their means with intervals, a colour for each config of the others."""
+    others, configs = [other for other in results.axes if other != key], _measured(results, key)
+    names, lines = short_names(results.axes), {}
+    for config in configs:
+        lines.setdefault(config.label(others, names), []).append(config)
+    # In a random search no two configs agree in the other parameters, and all have one colour.
+    grouped, count = len(lines) == 1 or any(len(line) > 1 for line in lines.values()), len(lines)
+    lines = dict(list(lines.items())[:MAX_LINES]) if grouped else {"": configs}
     shown = [config for line in lines.values() for config in line]
-    numeric = all(_is_number(config.axes[key]) for config in shown)
-    order = [] if numeric else _ordered_values(_with_keys(results, key), key)
-    height = 4.2 if numeric else 1.6 + max(1.2, len(order) * (0.32 + 0.16 * len(lines)))
-    figure, panels = new_panels(5.6 * len(metrics) + (0 if numeric else 1.6), height, len(metrics), sharey=not numeric)
-    for panel, metric in zip(panels, metrics, strict=True):
-        for number, ((label, line), colour) in enumerate(zip(lines.items(), colours(len(lines)), strict=True)):
-            points = [(config.axes[key], config) for config in line if len(config.values(metric))]
-            if numeric:
-                _draw_numeric(panel, points, metric, colour, label, joined)
+    order, metrics = _ordered_values(shown, key), _metrics(shown)
+    scaled = len(order) > MAX_VALUES and all(_is_number(config.axes[key]) for config in shown)
+    seeds = max(len(config.values(name)) for config in shown for name in metrics)
+    note = f"dots: seeds; line: mean; {WHISKERS}" if seeds > 1 else "dots: jobs, one seed each"
+    note += (
+        f"; the {MAX_LINES} best of {count} configs of the other parameters" if grouped and count > MAX_LINES else ""
+    )
+    heading: Any = {"title": f"{results.title}: accuracy over {names[key]}", "note": note}
+    with drawing(path, 2.2, panels=(1, len(metrics)), **heading) as (figure, panels):
+        for panel, metric in zip(panels, metrics, strict=True):
+            limits = _limits([config.values(metric).tolist() for config in shown])
+            for number, (label, line) in enumerate(lines.items()):
+                color, shift = f"C{number % 10}", SHIFT_PT * (number - (len(lines) - 1) / 2)
+                for config in line:
+                    place = float(config.axes[key]) if scaled else order.index(text(config.axes[key]))
+                    _draw_seeds(panel, place, config.values(metric).tolist(), limits, color, shift)
+                if label:
+                    panel.plot([], [], marker="o", linestyle="", color=color, label=_wrapped(label, 100))
+            panel.set(xlabel=_wrapped(key, 48), ylabel=f"{ACCURACIES[metric]} accuracy, %", ylim=limits)
+            if scaled:
+                values = [float(config.axes[key]) for config in shown]
+                low, high = min(values), max(values)
+                logarithmic = 0 < low * LOG_RATIO <= high
+                room = (high / low) ** 0.05 if logarithmic else 0.05 * (high - low)
+                panel.set_xlim((low / room, high * room) if logarithmic else (low - room, high + room))
+                panel.set_xscale("log" if logarithmic else "linear")
             else:
-                shift = 0.5 * ((number + 0.5) / len(lines) - 0.5)
-                places = [(order.index(text(value)) + shift, config) for value, config in points]
-                _draw_categorical(panel, places, metric, colour, label, with_seeds=joined)
-        title = f"{ACCURACIES[metric]} accuracy, %"
-        if numeric:
-            set_numeric_ticks(panel, sorted({float(config.axes[key]) for config in shown}))
-            panel.set(xlabel=key, ylabel=title)
-        else:
-            panel.set_yticks(range(len(order)), list(shortened_apart(order).values()))
-            panel.set_ylim(len(order) - 0.5, -0.5)
-            panel.set(xlabel=title)
-        _set_limits(panel, shown, metric, "y" if numeric else "x")
-        panel.grid(alpha=0.3)
-    if not numeric:
-        panels[0].set_ylabel(shortened(key))
-    note = f"mean over seeds, {'band' if numeric and joined else 'bar'}: {CONFIDENCE}% t-interval; small dots: seeds"
-    if joined and count > MAX_LINES:
-        note += f"; the {MAX_LINES} best of {count} configs of the other parameters"
-    add_heading(figure, f"{results.name}: accuracy over {names[key]}", note)
-    add_legend(figure, panels[0])
-    save_figure(figure, path)
+                _set_names(panel, order, "x")
+                panel.set_xlim(-0.5, len(order) - 0.5)
+            if metric == "knn/top1":
+                draw_baselines(panel, results.baselines)
+        merged_legend(figure, panels)
 
 
-def _draw_numeric(
-    panel: "Axes", points: list[tuple[Any, ConfigResults]], metric: str, colour: Any, label: str, joined: bool
+def _draw_seeds(
+    panel: "Axes", place: float, values: Sequence[float], limits: tuple[float, float], color: str, shift: float
 ) -> None:
-    """A line with a band, or markers with bars if they are not joined."""
-    points = sorted(points, key=lambda point: float(point[0]))
-    x, estimates = [float(value) for value, _ in points], [_estimate(config, metric) for _, config in points]
-    means, halves = [value.mean for value in estimates], [value.half for value in estimates]
-    if joined:
-        panel.plot(x, means, marker="o", markersize=5, color=colour, label=label or None)
-        low, high = ([mean + sign * half for mean, half in zip(means, halves, strict=True)] for sign in (-1, 1))
-        panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        # One seed has no interval: the band is open there, and a value between two such ones gets a bar instead.
-        finite = [False, *map(math.isfinite, halves), False]
-        for place, half in enumerate(halves):
-            if finite[place + 1] and not (finite[place] or finite[place + 2]):
-                panel.errorbar(x[place], means[place], half, color=colour, alpha=0.5, capsize=3)
-    else:
-        bars = [half if math.isfinite(half) else 0.0 for half in halves]
-        panel.errorbar(x, means, bars, fmt="o", markersize=5, color=colour, elinewidth=1, capsize=2)
-    for place, (_, config) in zip(x, points, strict=True):
-        seeds = config.values(metric)
-        if len(seeds) > 1:
-            panel.scatter([place] * len(seeds), seeds, s=7, color=colour, alpha=0.6, linewidths=0)
+    """Draw the values of one config at a place of the parameter's axis, shifted by some points."""
+    from matplotlib.transforms import ScaledTranslation
+
+    figure: Any = panel.figure
+    moved = panel.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
+    style: Any = {"color": color, "transform": moved, "linestyle": ""}
+    panel.plot([place] * len(values), values, "o", markersize=4.5, alpha=0.7, markeredgewidth=0, **style)
+    if len(values) > 1 and (found := estimate(values)):
+        low, high = found.mean - found.half, found.mean + found.half
+        ends = max(low, limits[0]), min(high, limits[1])
+        panel.plot([place], [found.mean], "_", markersize=11, markeredgewidth=1.6, **style)
+        panel.plot([place, place], ends, **{**style, "linestyle": "-", "linewidth": 0.8})
+        for end, marker in zip(ends, ("_" if low == ends[0] else "v", "_" if high == ends[1] else "^"), strict=True):
+            panel.plot([place], [end], marker, markersize=5, clip_on=False, **style)
 
 
-def _draw_categorical(
-    panel: "Axes",
-    places: list[tuple[float, ConfigResults]],
-    metric: str,
-    colour: Any,
-    label: str,
-    with_seeds: bool,
-) -> None:
-    """Horizontal bars around markers, one at each place of the vertical axis."""
-    for number, (place, config) in enumerate(places):
-        value, seeds = _estimate(config, metric), config.values(metric)
-        bar = value.half if math.isfinite(value.half) else 0.0
-        style = {"fmt": "o", "markersize": 5, "color": colour, "capsize": 3}
-        panel.errorbar(value.mean, place, xerr=bar, label=(label or None) if number == 0 else None, **style)
-        if len(seeds) > 1 and with_seeds:
-            panel.scatter(seeds, [place + 0.08] * len(seeds), s=7, color=colour, alpha=0.6, linewidths=0)
+def _limits(seeds: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Limits around all seeds with room for usual intervals; that of two seeds may be wider than all the rest."""
+    values = [value for each in seeds for value in each]
+    room = 0.5 if max(map(len, seeds)) > 1 else 0.1
+    margin = max(room * (max(values) - min(values)), 0.5)
+    return max(0.0, min(values) - margin), min(100.0, max(values) + margin)
 
 
-def _set_limits(panel: "Axes", configs: Sequence[ConfigResults], metric: str, along: Literal["x", "y"]) -> None:
-    """Limits around all seeds and the intervals of at least three; that of two may be wider than all the rest."""
-    estimates = [value for config in configs if (value := config.estimate(metric))]
-    values = [value for config in configs for value in config.values(metric)]
-    values += [value.mean + sign * value.half for value in estimates if value.count > 2 for sign in (-1, 1)]
-    margin = max(0.05 * (max(values) - min(values)), 0.5)
-    limits = (max(0.0, min(values) - margin), min(100.0, max(values) + margin))
-    (panel.set_ylim if along == "y" else panel.set_xlim)(*limits)
-
-
-def _fills_map(configs: Sequence[ConfigResults], first: str, second: str) -> bool:
-    """Whether at least half of the cells of a map of these parameters belong to a config."""
-    cells = {(text(config.axes[first]), text(config.axes[second])) for config in configs}
-    rows, columns = {row for row, _ in cells}, {column for _, column in cells}
-    return min(len(rows), len(columns)) > 1 and len(cells) >= 0.5 * len(rows) * len(columns)
-
-
-def _plot_map(path: Path, results: Results, first: str, second: str, metrics: Sequence[str]) -> None:
+def _plot_map(path: Path, results: Results, first: str, second: str) -> None:
     """Means over seeds by two parameters; the best of the configs that share a cell."""
-    import numpy as np
-
-    configs, names = _with_keys(results, first, second), short_names(results.axes)
-    rows, columns = _ordered_values(configs, first), _ordered_values(configs, second)
-    longest = max(map(len, shortened_apart(columns).values()))
-    width = len(metrics) * (2.4 + max(2.4, 0.62 * len(columns)))
-    height = 2.0 + max(1.6, 0.45 * len(rows)) + (0.075 * longest if longest > 6 else 0)
-    figure, panels = new_panels(min(width, 22.0), min(height, 18.0), len(metrics), sharey=True)
-    for panel, metric in zip(panels, metrics, strict=True):
-        cells = np.full((len(rows), len(columns)), np.nan)
-        for config in configs:
-            if value := config.estimate(metric):
-                cell = rows.index(text(config.axes[first])), columns.index(text(config.axes[second]))
-                cells[cell] = np.nanmax([cells[cell], value.mean])
-        panel.set_facecolor("#dddddd")
-        figure.colorbar(panel.imshow(cells, cmap="viridis", aspect="auto"), ax=panel, shrink=0.9)
-        panel.set_title(f"{ACCURACIES[metric]} accuracy, %", fontsize=10)
-        panel.set_xticks(range(len(columns)), list(shortened_apart(columns).values()))
-        if longest > 6:
-            panel.tick_params(axis="x", labelrotation=90)
-        panel.set_yticks(range(len(rows)), list(shortened_apart(rows).values()))
-        panel.set_xlabel(shortened(second))
-        if max(len(rows), len(columns)) <= MAX_NUMBERED_CELLS:
-            middle = (np.nanmin(cells) + np.nanmax(cells)) / 2
-            for (row, column), mean in np.ndenumerate(cells):
-                if not math.isnan(mean):
-                    style: Any = {"ha": "center", "va": "center", "fontsize": 8}
-                    panel.text(column, row, f"{mean:.1f}", color="black" if mean > middle else "white", **style)
-    panels[0].set_ylabel(shortened(first))
-    note = "mean over seeds; grey: no finished job"
-    if len(results.axes) > 2:
-        note += "; the best of the configs that share a cell"
-    add_heading(figure, f"{results.name}: {names[first]} and {names[second]}", note)
-    save_figure(figure, path)
-
-
-def _plot_curves(path: Path, results: Results) -> None:
-    """KNN accuracy and spread over epochs: a colour for each of the best configs, a thin line for each job."""
     import pandas as pd
 
-    curves = {digest: curve for digest, curve in results.curves.items() if len(curve)}
-    metrics = [name for name in CURVES if any(name in curve for curve in curves.values())]
-    started = [config for config in results.configs if any(digest in curves for digest in config.jobs.index)]
-    shown = started[:MAX_LINES]
-    figure, panels = new_panels(5.6 * len(metrics), 4.2, len(metrics))
-    for panel, metric in zip(panels, metrics, strict=True):
-        for config, colour in zip(shown, colours(len(shown)), strict=True):
-            own = [curves[digest] for digest in config.jobs.index if digest in curves and metric in curves[digest]]
-            own = [curve[curve[metric].abs() < math.inf].groupby("epoch")[metric].last() for curve in own]
-            for line in own if len(own) > 1 else ():
-                marker = "." if len(line) == 1 else None  # or it would be invisible
-                panel.plot(line.index, line, color=colour, alpha=0.4, linewidth=0.8, marker=marker)
-            # As far as all seeds go: a mean over fewer seeds would jump without anything having happened.
-            seeds: Any = pd.concat(own, axis=1) if own else pd.DataFrame()
-            means = seeds.mean(axis=1)[(count := seeds.count(axis=1)) == count.max()]
-            marker = "o" if len(means) == 1 or metric == "knn/top1" and len(means) < 30 else None
-            label = _label(results, config, results.axes) or None
-            panel.plot(means.index, means, color=colour, marker=marker, markersize=3.5, label=label)
-        panel.set(xlabel="epoch", ylabel=CURVES[metric])
-        last = max(curve["epoch"].max() for curve in curves.values())
-        panel.set_xlim(0, 1.03 * last if last else None)
-        panel.grid(alpha=0.3)
-        if metric == "knn/top1":
-            _draw_pixels_line(panel, [curve[PIXELS_KNN] for curve in curves.values() if PIXELS_KNN in curve])
-        else:
-            panel.set_ylim(0, max(1.02, panel.get_ylim()[1]))
+    configs, names = _measured(results, first, second), short_names(results.axes)
+    rows, columns = (_ordered_values(configs, key) for key in (first, second))
+    note = "mean over seeds; grey: no finished job"
+    note += "; the best of the configs that share a cell" if len(results.axes) > 2 else ""
+    heading: Any = {"title": f"{results.title}: {names[first]} and {names[second]}", "note": note}
+    metrics, lines = _metrics(configs), max(1 + len(row) // LINE_LENGTH for row in rows)
+    height = min(8.0, max(1.2, len(rows) * (0.15 + 0.13 * lines)))
+    with drawing(path, height, panels=(1, len(metrics)), sharey=True, **heading) as (figure, panels):
+        for panel, metric in zip(panels, metrics, strict=True):
+            means = [(text(c.axes[first]), text(c.axes[second]), c.values(metric).mean()) for c in configs]
+            table = pd.DataFrame(means).pivot_table(index=0, columns=1, values=2, aggfunc="max")
+            cells = table.reindex(index=rows, columns=columns).to_numpy(float)
+            panel.set_facecolor("#dddddd")
+            image = panel.imshow(cells, cmap="viridis", aspect="auto")
+            figure.colorbar(image, ax=panel, shrink=0.9)
+            panel.set(title=f"{ACCURACIES[metric]} accuracy, %", xlabel=_wrapped(second, 40))
+            _set_names(panel, columns, "x")
+            _set_names(panel, rows, "y")
+            panel.grid(visible=False)
+            for row, column in zip(*(cells == cells).nonzero(), strict=True) if cells.size <= MAX_VALUES**2 else ():
+                colour = "black" if cells[row, column] > sum(image.get_clim()) / 2 else "white"
+                panel.text(column, row, f"{cells[row, column]:.1f}", color=colour, ha="center", va="center")
+        panels[0].set_ylabel(_wrapped(first, 40))
+
+
+def _plot_curves(path: Path, results: Results, metrics: Sequence[str]) -> None:
+    """Values over epochs: a colour for each of the best configs, a thin line for each job."""
+    import pandas as pd
+
+    started = [config for config in results.configs if any(len(results.curves[job]) for job in config.jobs.index)]
+    shown, names = started[:MAX_LINES], short_names(results.axes)
     several = any(len(config.jobs) > 1 for config in shown)
     note = "thick: mean, as far as all started seeds go; thin: each seed" if several else "a line for each job"
-    if len(started) > len(shown):
-        note += f"; the {len(shown)} best of {len(started)} configs"
-    add_heading(figure, f"{results.name}: learning curves", note)
-    add_legend(figure, panels[0])
-    save_figure(figure, path)
+    note += f"; the {len(shown)} best of {len(started)} configs" if len(started) > len(shown) else ""
+    note += "; a spread of 1 is even, 0 is collapsed" if "train/spread" in metrics else ""
+    heading: Any = {"title": f"{results.title}: learning curves", "note": note}
+    with drawing(path, 2.4, panels=(1, len(metrics)), **heading) as (figure, panels):
+        for panel, metric in zip(panels, metrics, strict=True):
+            for number, config in enumerate(shown):
+                curves = [curve for job in config.jobs.index if metric in (curve := results.curves[job])]
+                own = [curve[curve[metric].abs() < math.inf].groupby("epoch")[metric].last() for curve in curves]
+                for seed in own if len(own) > 1 else ():
+                    panel.plot(seed, color=f"C{number}", alpha=0.4, linewidth=0.7)
+                # As far as all seeds go: a mean over fewer seeds would jump without anything having happened.
+                seeds: Any = pd.concat(own, axis=1) if own else pd.DataFrame()
+                means = seeds.mean(axis=1)[(count := seeds.count(axis=1)) == count.max()]
+                marker = "o" if metric == "knn/top1" and len(means) < 30 else None
+                label = _wrapped(config.label(results.axes, names), 100) or None
+                panel.plot(means, color=f"C{number}", marker=marker, markersize=3, label=label)
+            last = max(curve["epoch"].max() for curve in results.curves.values() if len(curve))
+            panel.set(xlabel="epoch", ylabel=CURVES[metric], xlim=(0, 1.03 * last or None))
+            if metric == "knn/top1":
+                limits = [*panel.get_ylim(), *(value for values in results.baselines.values() for value in values)]
+                panel.set_ylim(min(limits) - 1, max(limits) + 1)
+                draw_baselines(panel, results.baselines)
+            else:
+                panel.set_ylim(0, max(1.02, panel.get_ylim()[1]))
+        merged_legend(figure, panels)
 
 
-def _draw_pixels_line(panel: "Axes", columns: Sequence[Any]) -> None:
-    """The kNN accuracy on raw pixels as a dashed line, if all jobs have the same."""
-    values = [value for column in columns for value in column.dropna()]
-    if not values or max(values) - min(values) >= 0.01:
-        return
-    panel.axhline(values[0], color="grey", linestyle="--", linewidth=1)
-    style: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right", "va": "top"}
-    panel.annotate("raw pixels", (0.99, values[0]), xytext=(0, -3), fontsize=8, color="grey", **style)
+def _measured(results: Results, *keys: str) -> list[ConfigResults]:
+    """Configs that have all of these parameters and an accuracy, the best first."""
+    return [config for config in results.configs if config.axes.keys() >= {*keys} and _metrics([config])]
 
 
-def _with_keys(results: Results, *keys: str) -> list[ConfigResults]:
-    """Configs that have all of these parameters, the best first."""
-    return [config for config in results.configs if config.axes.keys() >= {*keys}]
-
-
-def _measured(configs: Sequence[ConfigResults]) -> list[str]:
+def _metrics(configs: Sequence[ConfigResults]) -> list[str]:
     """The accuracies that any of these configs has."""
     return [name for name in ACCURACIES if any(len(config.values(name)) for config in configs)]
 
 
-def _estimate(config: ConfigResults, metric: str) -> Estimate:
-    value = config.estimate(metric)
-    assert value
-    return value
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _ordered_values(configs: Sequence[ConfigResults], key: str) -> list[str]:
     """Each value of a parameter once, as text: numbers by size, then the others by name."""
     values = {text(config.axes[key]): config.axes[key] for config in configs}
-    numbers = sorted((name for name, value in values.items() if _is_number(value)), key=lambda name: values[name])
-    return numbers + sorted(name for name in values if name not in numbers)
+    return sorted(values, key=lambda one: (0, values[one], "") if _is_number(values[one]) else (1, 0, one))
 
 
-def _label(results: Results, config: ConfigResults, keys: Sequence[str]) -> str:
-    """The values of these parameters for a legend, such as "temperature=0.1, lr=0.03"."""
-    names, parts = short_names(results.axes), []
-    for key in keys:
-        value = typed(config.axes, key)
-        parts.append(
-            f"{names[key]}={shortened_apart(_ordered_values(_with_keys(results, key), key)).get(value, value)}"
-        )
-    return ", ".join(parts)
+def _set_names(panel: "Axes", names: Sequence[str], along: str) -> None:
+    """Set a tick for each name at 0, 1, …, with long names on several lines, and on a horizontal axis upright."""
+    labels = [_wrapped(name, LINE_LENGTH) for name in names]
+    upright = along == "x" and max(map(len, labels)) * len(labels) > 40
+    (panel.set_xticks if along == "x" else panel.set_yticks)(range(len(names)), labels, rotation=90 if upright else 0)
+
+
+def _wrapped(name: str, length: int) -> str:
+    return "\n".join(textwrap.wrap(name, length))
+
+
+def _file_name(name: str) -> str:
+    """A name with underscores for everything that is unusual in names of files."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)

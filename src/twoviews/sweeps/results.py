@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from twoviews import foreign
+from twoviews.figures import BASELINES, training_title
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.formatting import text, typed
 from twoviews.sweeps.job import SEED, Job, JobState
@@ -36,6 +37,8 @@ class Estimate:
     count: int
 
     def __str__(self) -> str:
+        if self.count > 1 and self.half < 1e-6 * (1 + abs(self.mean)):  # ± 0.00 would pass for certainty
+            return f"{self.mean:.2f} ({self.count} equal seeds)"
         return f"{self.mean:.2f}" + (f" ± {self.half:.2f}" if math.isfinite(self.half) else "")
 
 
@@ -75,6 +78,11 @@ class ConfigResults:
         """The mean over seeds of a metric; None if no finished job has it."""
         return estimate(self.values(metric).tolist())
 
+    @property
+    def floor(self) -> float:
+        """The highest kNN accuracy of a baseline, over the means of its jobs; NaN if none is known."""
+        return self.jobs.reindex(columns=[*BASELINES]).mean().max()
+
     def label(self, keys: Sequence[str], names: Mapping[str, str]) -> str:
         """The values of these parameters, if it has them, such as "temperature=0.1, lr=0.03"."""
         return ", ".join(f"{names[key]}={text(self.axes[key])}" for key in keys if key in self.axes)
@@ -82,13 +90,13 @@ class ConfigResults:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The best config against the next best, paired by seed.
+    """A config against another one, paired by seed.
 
     Args:
-        best: the best config.
-        second: the next best.
+        best: the first config.
+        second: the other.
         seeds: seeds that both have.
-        difference: mean advantage of the best over these seeds; None without any.
+        difference: mean advantage of the first over these seeds; None without any.
         p: two-sided p-value of the paired t-test; NaN if there is nothing to test.
     """
 
@@ -105,6 +113,7 @@ class Results:
 
     Args:
         name: of the sweep.
+        title: method, data and epochs, where all jobs share them, else the name.
         jobs: a row for each job by digest, with `COLUMNS`, the parameters as they are typed, and the last value of each
             metric, which is final if the job is finished.
         curves: the lines of metrics.jsonl by digest.
@@ -117,6 +126,7 @@ class Results:
     """
 
     name: str
+    title: str
     jobs: DataFrame
     curves: Mapping[str, DataFrame]
     parameters: Sequence[str]
@@ -125,6 +135,16 @@ class Results:
     configs: Sequence[ConfigResults]
     metric: str | None
     comparison: Comparison | None
+
+    @property
+    def baselines(self) -> dict[str, list[float]]:
+        """The kNN accuracies of raw pixels and of untrained encoders in all jobs, by their names in metrics.jsonl."""
+        return {name: self.jobs[name].dropna().tolist() for name in BASELINES if name in self.metrics}
+
+    def measured_once(self, metric: str) -> bool:
+        """Whether no job has measured a metric at two epochs or more, so that there is no curve of it."""
+        having = [curve.loc[curve[metric].notna(), "epoch"] for curve in self.curves.values() if metric in curve]
+        return all(epochs.nunique() < 2 for epochs in having)
 
     @property
     def best(self) -> ConfigResults | None:
@@ -171,8 +191,11 @@ def gather(sweep: Sweep, states: Mapping[str, JobState] | None = None) -> Result
     if metric:
         # A config with fewer seeds than others may be lucky: it is ranked when it has as many.
         configs.sort(key=lambda config: (-len(config.values(metric)), -(config.estimate(metric) or NO_ESTIMATE).mean))
-    comparison = _compare(configs, metric) if metric else None
-    return Results(sweep.name, table, curves, keys, metrics, axes, configs, metric, comparison)
+    measured = [config for config in configs if metric and len(config.values(metric))]
+    comparison = compare(measured[0], measured[1], metric) if metric and len(measured) > 1 else None
+    return Results(
+        sweep.name, _title(sweep, jobs, keys), table, curves, keys, metrics, axes, configs, metric, comparison
+    )
 
 
 def _row(job: Job, state: JobState, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -211,14 +234,19 @@ def _seed_order(job: Job) -> tuple[bool, float, str]:
     return (False, float(seed), "") if isinstance(seed, (int, float)) else (True, 0.0, str(seed))
 
 
-def _compare(configs: Sequence[ConfigResults], metric: str) -> Comparison | None:
+def _title(sweep: Sweep, jobs: Sequence[Job], keys: Sequence[str]) -> str:
+    config: dict[str, Any] = foreign.load(jobs[0].folder / "config.yaml") if jobs else {}
+    if "method" not in config or {"method", "data", "epochs"} & {*keys}:
+        return sweep.name
+    data = foreign.load(jobs[0].folder / "data.json").get("name", "its images")
+    return training_title(config, data, None)
+
+
+def compare(best: ConfigResults, second: ConfigResults, metric: str) -> Comparison:
+    """Two configs by their values of a metric over the seeds that both have."""
     import pandas as pd
     from scipy import stats
 
-    measured = [config for config in configs if len(config.values(metric))]
-    if len(measured) < 2:
-        return None
-    best, second = measured[:2]
     pairs = pd.concat([best.values(metric), second.values(metric)], axis=1, join="inner").to_numpy()
     seeds = [seed for seed in best.values(metric).index if seed in second.values(metric).index]
     differences = [first - other for first, other in pairs]

@@ -41,7 +41,7 @@ DESCRIPTION_FILES = (
 )  # parameters and tags come from these
 ARTIFACT_FILES = (*DESCRIPTION_FILES, "diff.patch", "encoder.json", "result.json")
 ENCODER_FILE = "encoder.safetensors"  # the largest artifact, sent last
-ARTIFACT_PATTERNS = ("*.png", "clusters*.json", "clusters*.npz", "evaluation/**/*.*")
+ARTIFACT_PATTERNS = ("*.png", "*.pdf", "clusters*.json", "clusters*.npz", "evaluation/**/*.*")
 MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # by "state" of result.json
 
 
