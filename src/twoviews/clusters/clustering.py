@@ -16,7 +16,7 @@ from twoviews import foreign
 from twoviews.clusters.kmeans import Clusters, concentration, kmeans
 from twoviews.clusters.scores import clustering_scores
 from twoviews.clusters.sheet import draw_clusters
-from twoviews.console import Console
+from twoviews.console import Console, progress_of
 from twoviews.data.images import ImageData
 from twoviews.encoders.loaded import LoadedEncoder
 from twoviews.errors import BadInput, printable
@@ -62,16 +62,18 @@ def cluster_images(
     console.say(f"features of {len(images):,} images of {data.name}, split {cfg.split}, in {precision}")
     x = nnf.normalize(context.embed(images), dim=1)  # kNN and PCL compare directions, too
     stem, scores, shown = file_stem(data, cfg.split, own=chosen_data is None), {}, []
-    for k in counts:
-        # Until they stop to improve: a clustering is made once here, not every epoch.
-        clusters = kmeans(x, k, seed=seed_of(cfg.seed, k), nredo=cfg.nredo, iterations=50, tolerance=1e-4)
-        save_clusters(folder / f"{stem}_{k}.npz", clusters, concentration(clusters, cfg.temperature), images.paths)
-        title = f"{printable(loaded.title)}: {len(x):,} images of {data.name} ({cfg.split}) in {k} clusters"
-        draw_clusters(folder / f"{stem}_{k}.png", images, clusters, data.classes, title)
-        values = clustering_scores(x, clusters, labels=images.labels, previous=None, seed=cfg.seed)
-        scores[k] = values
-        names = sorted(values, key=lambda name: name not in PERCENT)
-        shown.append({"k": k} | {f"{name}, %" if name in PERCENT else name: values[name] for name in names})
+    with progress_of("clusterings", len(counts), "values of k") as advance:
+        for k in counts:
+            # Until they stop to improve: a clustering is made once here, not every epoch.
+            clusters = kmeans(x, k, seed=seed_of(cfg.seed, k), nredo=cfg.nredo, iterations=50, tolerance=1e-4)
+            save_clusters(folder / f"{stem}_{k}.npz", clusters, concentration(clusters, cfg.temperature), images.paths)
+            title = f"{printable(loaded.title)}: {len(x):,} images of {data.name} ({cfg.split}) in {k} clusters"
+            draw_clusters(folder / f"{stem}_{k}.png", images, clusters, data.classes, title)
+            values = clustering_scores(x, clusters, labels=images.labels, previous=None, seed=cfg.seed)
+            scores[k] = values
+            names = sorted(values, key=lambda name: name not in PERCENT)
+            shown.append({"k": k} | {f"{name}, %" if name in PERCENT else name: values[name] for name in names})
+            advance(1)
     settings = {
         **{"data": data.name, "digest": data.digest, "split": cfg.split, "images": len(images)},
         **{"features": x.shape[1], "step": loaded.run.read("result.json").get("step") if loaded.run else None},

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from twoviews.console import progress_of
 from twoviews.data.decoding import CHUNK_SIZE, Decoded
 from twoviews.data.layout import doubts, listed, one_class
 from twoviews.data.picture_files import Tree, class_of, shorter_side, tree
@@ -73,8 +72,7 @@ def find(root: Path, train: str | None, memory: str | None, test: str | None, la
         there = listed(one.name for one in root.iterdir() if one.is_dir())
         raise BadInput(f"{root} has the folders {there}, but no 'train': name the training images by train=.")
     start = places["train"] or root
-    with progress_of(f"listing the files of {root}"):
-        trees: dict[Path | None, Tree] = {path: tree(path) for path in {start, *places.values()} if path}
+    trees: dict[Path | None, Tree] = {path: tree(path) for path in {start, *places.values()} if path}
     found = _agree(trees[start], trees.get(places["memory"]), trees.get(places["test"]), labels)
     notes = [*found.notes, *doubts(root, places, found.train, found.test)]
     if test is None and places["test"] == root / "test" and (root / "val").is_dir():

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 
+from twoviews.console import progress_of
 from twoviews.data import arrays, downloads, folders
 from twoviews.data.contents import contents
 from twoviews.data.decoding import Decoded, cores
@@ -219,11 +220,12 @@ def folder(
     if root is None:
         raise BadInput("no folder of images is named; name one by root=/path/to/images.")
     place = Path(root).expanduser().absolute()
-    trees = folders.find(place, train, memory, test, labels)
-    notes = [*trees.notes, *dark(trees.train.paths)]
-    if size is None:
-        size, note = folders.usual_side(trees.train)
-        notes.append(note)
+    with progress_of(f"looking through {place}"):
+        trees = folders.find(place, train, memory, test, labels)
+        notes = [*trees.notes, *dark(trees.train.paths)]
+        if size is None:
+            size, note = folders.usual_side(trees.train)
+            notes.append(note)
     workers = cores() if workers is None else workers
     key = {
         "size": size,
