@@ -54,7 +54,7 @@ def test_jobs_know_the_values_of_their_axes_and_equal_ones_are_one() -> None:
     assert chosen.axes == {"method": "simclr", "backbone.depths": [1, 1]}
     json.dumps(chosen.axes)
     groups = chosen.more["choices"]
-    assert (groups["method"], groups["data"], groups["experiment"]) == ("simclr", "digits", None)
+    assert (groups["method"], groups["data"], groups["experiment"]) == ("simclr", "digits", "none")
     assert not [group for group in groups if group.startswith("hydra") or "@" in group]
 
 
