@@ -2,7 +2,8 @@
 
     python benchmarks/table.py
 
-Reads benchmarks/results/*.json, of which every benchmark writes its own, and writes benchmarks/results/speed.png, and the tables into docs/speed.md, docs/results.md and speedrun.md, between the two comments that name this file there.
+Reads benchmarks/results/*.json, of which every benchmark writes its own, and writes benchmarks/results/speed.png, and the tables
+into docs/speed.md, docs/results.md and benchmarks/speedrun.md, between the two comments that name this file there.
 """
 
 import json
@@ -234,8 +235,9 @@ def steps() -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     size = facts["rows"][0]["batch_size"]
-    what = f"\nTraining steps of {size} images on one {facts['machine']}, views included ({facts['date']}, torch {facts['torch']}, "
-    return f"{what}{facts['precision']}, `{facts['command'].rpartition('benchmarks/')[2]}`):\n\n" + "\n".join(lines) + "\n"
+    how = f"{facts['date']}, torch {facts['torch']}, {facts['precision']}, `{facts['command'].rpartition('benchmarks/')[2]}`"
+    what = f"Training steps of {size} images on one {facts['machine']}, views included ({how})"
+    return f"\n{what}:\n\n" + "\n".join(lines) + "\n"
 
 
 def accuracies() -> str:

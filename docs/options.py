@@ -95,9 +95,9 @@ def described(target: str) -> dict[str, str]:
     inherited: dict[str, str] = {}
     for base in found.bases if isinstance(found, ast.ClassDef) else ():
         for node in tree.body:
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("twoviews."):
-                if any(alias.name == ast.unparse(base) for alias in node.names):
-                    inherited |= described(f"{node.module}.{ast.unparse(base)}")
+            names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom) and ast.unparse(base) in names and "twoviews." in f"{node.module}.":
+                inherited |= described(f"{node.module}.{ast.unparse(base)}")
     return inherited | own
 
 
@@ -121,7 +121,9 @@ def comments(path: Path) -> dict[str, str]:
             elif above and not match[2]:
                 found.setdefault(match[1], above.strip())
             above = ""
-        elif key and line.startswith("# ") and found[key].count(" ") > 12:  # a sentence that does not fit beside its key
+        elif (
+            key and line.startswith("# ") and found[key].count(" ") > 12
+        ):  # a sentence that does not fit beside its key
             found[key] += " " + line[2:]
         elif not line.startswith("#"):
             key, above = "", ""
@@ -176,7 +178,9 @@ def _sentence(text: str) -> str:
     """With a capital letter, unless it begins with a name or a formula."""
     text = re.sub(r"\bNone(?=:| is| for)", "null", _cell(text).rstrip("."))
     word = text.split(" ")[0]
-    return (text if re.search(r"[._=*]|^(none|true|false)\b", word) else text[:1].upper() + text[1:]) + "." if text else ""
+    return (
+        (text if re.search(r"[._=*]|^(none|true|false)\b", word) else text[:1].upper() + text[1:]) + "." if text else ""
+    )
 
 
 def rows(
