@@ -121,7 +121,8 @@ class Command:
 
 def pages() -> list[Path]:
     """The pages whose commands are checked."""
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    others = ("README.md", "CONTRIBUTING.md", "benchmarks/speedrun.md")
+    return [*(ROOT / name for name in others), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands(path: Path) -> Iterator[Command]:
@@ -219,9 +220,10 @@ def shortened(command: Command) -> list[str]:
     """The words of a command that is run, a training shortened."""
     words = ["python" if word == "python3" else word for word in command.words]
     if command.entry == "train" and not {"--help", "--cfg"} & set(words):
-        words += [word for word in SHORTER if word != "data.train_images=64" or "--" not in words]
+        words += SHORTER
         method = next((word.partition("=")[2] for word in reversed(words) if word.startswith("method=")), "moco")
         words += [SMALL_QUEUE] if method in ("moco", "moco_v1", "moco_v2", "pcl", "nnclr") else []
+        words += [] if "backbone=timm" in words else ["backbone.width=8"]
         words += ["method.clusters=[4]"] if method in ("pcl", "deepcluster_v2") else []
     for pattern, override in EVALUATED_SHORTER.items():
         if command.entry == "evaluate" and (found := re.search(pattern, command.text)):
@@ -294,10 +296,27 @@ class Copy:
     def runs(self) -> None:
         """Two small runs and a sweep, which other commands name."""
         for name, seed in (("example", 0), ("other", 1)):
-            small = [*SHORTER, "tracking=files", SMALL_QUEUE, f"seed={seed}", f"hydra.run.dir=outputs/{name}"]
+            small = [
+                *SHORTER,
+                "backbone.width=8",
+                "tracking=files",
+                SMALL_QUEUE,
+                f"seed={seed}",
+                f"hydra.run.dir=outputs/{name}",
+            ]
             done = self.run(["python", "train.py", *small])
             assert done.returncode == 0, done.stderr
-        sweep = ["python", "train.py", "-m", *SHORTER, "tracking=files", SMALL_QUEUE, "seed=0,1", "sweep.name=example"]
+        sweep = [
+            "python",
+            "train.py",
+            "-m",
+            *SHORTER,
+            "backbone.width=8",
+            "tracking=files",
+            SMALL_QUEUE,
+            "seed=0,1",
+            "sweep.name=example",
+        ]
         done = self.run(sweep)
         assert done.returncode == 0, done.stderr
 
