@@ -19,10 +19,11 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 
 from twoviews.config.checks import NODES, ROOTS, VIEW
-from twoviews.config.groups import CONF, PASSED_BY_PROGRAM, PLUGIN_KEYS, ROOT
+from twoviews.config.groups import CONF, PASSED_BY_PROGRAM, PLUGIN_KEYS
 from twoviews.ranges import MANY, Corruption, Length, Range
 from twoviews.signatures import Component, signature
 
+ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "options.md"
 GROUPS = {
     "method": "The loss. Each method is one paper.",
@@ -40,8 +41,9 @@ GROUPS = {
 HEADER = """# Options
 
 This page is written by `make docs` from the code, and a test compares it with the code. Choices are written as
-`method=simclr`, values as `method.temperature=0.1`. [How the groups fit together](../CONTRIBUTING.md#words) and the words used
-here are in the glossary. Where the files of a group have different defaults, each is listed with the choices that have it.
+`method=simclr`, values as `method.temperature=0.1`. Words such as bank and protocol are in the
+[glossary](../CONTRIBUTING.md#words). Where the files of a group have different defaults, each is listed with the choices that have
+it.
 
     python train.py --help                            # the groups, and every value as it is with these choices
     python train.py method=byol --cfg job --resolve   # the whole configuration of a run
