@@ -221,6 +221,9 @@ def shortened(command: Command) -> list[str]:
     words = ["python" if word == "python3" else word for word in command.words]
     if command.entry == "train" and not {"--help", "--cfg"} & set(words):
         words += SHORTER
+        words += (
+            [] if "tracking" in command.text else ["tracking=files"]
+        )  # MLflow takes longer to start than these trainings
         method = next((word.partition("=")[2] for word in reversed(words) if word.startswith("method=")), "moco")
         words += [SMALL_QUEUE] if method in ("moco", "moco_v1", "moco_v2", "pcl", "nnclr") else []
         words += [] if "backbone=timm" in words else ["backbone.width=8"]

@@ -42,8 +42,8 @@ HEADER = """# Options
 
 This page is written by `make docs` from the code, and a test compares it with the code. Choices are written as
 `method=simclr`, values as `method.temperature=0.1`. Words such as bank and protocol are in the
-[glossary](../CONTRIBUTING.md#words). Where the files of a group have different defaults, each is listed with the choices that have
-it.
+[glossary](../CONTRIBUTING.md#words). Where the files of a group have different defaults, each is listed with the choices that
+have it.
 
     python train.py --help                            # the groups, and every value as it is with these choices
     python train.py method=byol --cfg job --resolve   # the whole configuration of a run
