@@ -37,7 +37,8 @@ PROGRAM = re.compile(
 )
 SHORTER = ("epochs=1", "data.train_images=64", "batch_size=16", "runtime.device=cpu", "runtime.log_every=2")
 SMALL_QUEUE = "method.queue_size=32"
-TIMEOUT_S = 300
+WITH_QUEUE = ("moco", "moco_v1", "moco_v2", "pcl", "nnclr")
+TIMEOUT_S = 900
 
 # Names in commands that stand for something of the reader's: what takes their place here.
 PLACEHOLDERS = {
@@ -220,14 +221,14 @@ def shortened(command: Command) -> list[str]:
     """The words of a command that is run, a training shortened."""
     words = ["python" if word == "python3" else word for word in command.words]
     if command.entry == "train" and not {"--help", "--cfg"} & set(words):
-        words += SHORTER
-        words += (
-            [] if "tracking" in command.text else ["tracking=files"]
-        )  # MLflow takes longer to start than these trainings
+        own_batch = "batch_size=" in command.text  # needs as many images, and a queue for them
+        words += [word for word in SHORTER if not (own_batch and word.startswith(("batch_size", "data.train_images")))]
         method = next((word.partition("=")[2] for word in reversed(words) if word.startswith("method=")), "moco")
-        words += [SMALL_QUEUE] if method in ("moco", "moco_v1", "moco_v2", "pcl", "nnclr") else []
-        words += [] if "backbone=timm" in words else ["backbone.width=8"]
+        words += [SMALL_QUEUE] if method in WITH_QUEUE and not own_batch else []
         words += ["method.clusters=[4]"] if method in ("pcl", "deepcluster_v2") else []
+        words += [] if "backbone=timm" in words else ["backbone.width=8"]
+        # MLflow takes longer to start than these trainings.
+        words += [] if "tracking" in command.text else ["tracking=files"]
     for pattern, override in EVALUATED_SHORTER.items():
         if command.entry == "evaluate" and (found := re.search(pattern, command.text)):
             words.append(override.format(found[0]))
