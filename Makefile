@@ -7,7 +7,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 unexport PYTHONDONTWRITEBYTECODE  # the tests start Python hundreds of times: 2.5 instead of 6 seconds each with compiled files
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train suggestions test test-hydra14 test-slurm bench bench-gpu gpu-check lint types lock mlflow tracking-server clean
+.PHONY: help setup train suggestions test test-hydra14 test-slurm bench bench-gpu gpu-check lint types docs docs-check lock mlflow tracking-server clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -112,6 +112,13 @@ lint: .venv/dev  ## style and format
 
 types: .venv/dev  ## static types
 	$(BIN)/pyright
+
+docs: .venv/dev  ## write the pages that are made from the code and from results of benchmarks
+	$(BIN)/python docs/options.py
+	$(BIN)/python benchmarks/table.py
+
+docs-check: .venv/dev  ## run the commands of README and docs in a copy of the checkout; ARGS="sweeps" for one page
+	OMP_NUM_THREADS=1 $(BIN)/python docs/check.py $(ARGS)
 
 mlflow: .venv/train  ## MLflow's pages on all runs, at http://127.0.0.1:5000, or ARGS="--port 5001"
 	@echo 'http://127.0.0.1:5000 (or the port in ARGS): choose "Model training" at the top left, which the browser remembers'

@@ -2,8 +2,8 @@
 
     python benchmarks/table.py
 
-Reads benchmarks/results/*.json, of which every benchmark writes its own, and writes benchmarks/results/speed.md and
-speed.png, and the tables into README.md and speedrun.md, between the two comments that name this file there.
+Reads benchmarks/results/*.json, of which every benchmark writes its own, and writes benchmarks/results/speed.png, and the tables
+into docs/speed.md, docs/results.md and benchmarks/speedrun.md, between the two comments that name this file there.
 """
 
 import json
@@ -221,6 +221,45 @@ def recorded(name: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def steps() -> str:
+    """Markdown of benchmarks/step.py; empty before it was run."""
+    if not (facts := recorded("step")):
+        return ""
+    lines = ["| method | ms a step | images/s | share of the floor |", "|---|---|---|---|"]
+    for row in facts["rows"]:
+        cells = (
+            f"`{row['method']}`",
+            f"{1e3 * row['step_seconds']:.1f}",
+            f"{round(row['images_per_s'], -2):,.0f}",
+            f"{100 * row['of_floor_sum']:.0f} %",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    size = facts["rows"][0]["batch_size"]
+    how = f"{facts['date']}, torch {facts['torch']}, {facts['precision']}, `{facts['command'].rpartition('benchmarks/')[2]}`"
+    what = f"Training steps of {size} images on one {facts['machine']}, views included ({how})"
+    return f"\n{what}:\n\n" + "\n".join(lines) + "\n"
+
+
+def accuracies() -> str:
+    """Markdown of benchmarks/reference.py: kNN of ours and of an implementation made of lightly's parts."""
+    head = ("method and network", "seeds", "features, ours", "reference", "difference")
+    head = (*head, "projections, ours", "reference", "difference", "machine")
+    lines, commands = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], []
+    for path in sorted(RESULTS.glob("reference*.json")):
+        facts = json.loads(path.read_text())
+        network = next((word[9:] for word in facts["command"].split() if word.startswith("backbone=")), "")
+        for method, summary in facts["summary"].items():
+            cells = [f"`{method}`, `{network}`", str(summary["seeds"])]
+            for kind in ("features", "projections"):
+                one, half = summary[kind], summary[kind]["half_interval"] if summary["seeds"] > 2 else None
+                shown = f"{one['difference']:+.2f}" + (f" ± {half:.2f}" if half else "")
+                cells += [f"{one['ours']:.2f}", f"{one['reference']:.2f}", shown]
+            processor = facts["processor"] if facts["machine"].startswith("x86") else facts["machine"]
+            lines.append(f"| {' | '.join(cells)} | {processor}, {facts['precision']} |")
+        commands.append(f"    {facts['command']}")
+    return "\n".join(lines) + "\n\n" + "\n".join(commands) + "\n"
+
+
 def growth() -> str:
     """Markdown of benchmarks/growth.py; empty before it was run."""
     if not (facts := recorded("growth")):
@@ -285,6 +324,16 @@ def ladder() -> str:
     return "\n".join(lines) + "\n"
 
 
+def speed(found: list[tuple[dict[str, Any], Line]]) -> str:
+    """Markdown of everything that was timed."""
+    return table(found) + steps() + growth() + large_kmeans()
+
+
+def between(text: str) -> str:
+    """What stands between the two comments of a page."""
+    return text.partition(f"{BEGIN}\n")[2].partition(END)[0]
+
+
 def write_between(path: Path, text: str) -> None:
     """Put it between the two comments, if they are there."""
     before, begin, rest = path.read_text().partition(BEGIN)
@@ -335,10 +384,9 @@ def _bars(axis: "Axes", lines: list[Line], title: str) -> None:
 def main() -> None:
     """Write them all."""
     found = list(results())
-    text = table(found) + growth() + large_kmeans()
-    (RESULTS / "speed.md").write_text(text)
     draw(RESULTS / "speed.png", [line for _, line in found])
-    write_between(ROOT / "README.md", text)
+    for name, text in {"speed": speed(found), "results": accuracies()}.items():
+        write_between(ROOT / "docs" / f"{name}.md", text)
     write_between(ROOT / "benchmarks" / "speedrun.md", ladder())
     missed = [line.what for _, line in found if not line.reached]
     print(f"{len(found)} comparisons, {len(missed)} targets missed{': ' if missed else ''}{'; '.join(missed)}")

@@ -1,6 +1,5 @@
 """Every file of every group composes, passes the check and builds; names follow from configurations as promised."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -181,10 +180,3 @@ def test_top_level_has_the_files_that_the_readme_maps() -> None:
             or path.name in text
             or path.stem in ("distributed", "ranges", "errors", "randomness", "pictures", "console")
         ), path
-
-
-@pytest.mark.parametrize("group", ["method", "backbone", "data", "protocol", "augmentation", "optimizer", "schedule"])
-def test_the_readme_lists_every_choice(group: str) -> None:
-    (row,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{group}` |")]
-    listed = set(re.findall(r"`(\w+)", row))
-    assert {path.stem for path in (CONF / group).glob("*.yaml")} <= listed
