@@ -27,14 +27,12 @@ WHOLE = 2**63  # of a whole number's size
 _Node = Mapping[str, Any]
 _STATISTICS = dict.fromkeys(("mean!", "std!"), Sequence[float])
 _ENCODER = {"backbone!": _Node, "channels!": Count, "image_size!": Count, **_STATISTICS}
+_TRACKING = {"uri!": str | None, "experiment!": str, "mirror!": bool, "encoder": bool}
+_MACHINE = {"gpu": str | None, "host": str, "command": str}
 _GROUPS = ("augmentation", "backbone", "data", "method", "optimizer", "protocol", "runtime", "schedule")
 # Annotations of what is read from these files, "*" of all other keys; keys that end in "!" must be there.
 FIELDS: dict[str, dict[str, Any]] = {
-    "config.yaml": {
-        **dict.fromkeys(_GROUPS, _Node),
-        "epochs": Count,
-        "tracking": {"uri!": str | None, "experiment!": str, "mirror!": bool, "encoder": bool},
-    },
+    "config.yaml": {**dict.fromkeys(_GROUPS, _Node), "epochs": Count, "tracking": _TRACKING},
     "result.json": {
         "state!": Literal["finished", "interrupted", "failed"],
         "step": Total,
@@ -45,14 +43,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "mlflow_run_id": str | None,
         "*": float,
     },
-    "environment.json": {
-        "digest!": str,
-        "processes": Count,
-        "threads": Count,
-        "gpu": str | None,
-        "host": str,
-        "command": str,
-    },
+    "environment.json": {"digest!": str, **dict.fromkeys(("processes", "threads"), Count), **_MACHINE},
     "data.json": {"name!": str, "digest!": str},
     "encoder.json": _ENCODER,
     "classifier.json": {**_ENCODER, "classes!": Sequence[str]},
