@@ -404,7 +404,7 @@ def test_a_store_does_not_choose_where_files_are_written(entry: Call, place: Pat
     (Path.cwd() / "home").mkdir()
     with sqlite3.connect(run / "mlflow.db") as database:
         database.execute("UPDATE runs SET artifact_uri = ?", (str(Path.cwd() / "home"),))
-    (run / "evaluation").mkdir()
+    (run / "evaluation").mkdir(exist_ok=True)
     (run / "evaluation" / "evil.py").write_text("")
     refused(entry("tracking", "sync", str(run)), "which is not a folder of that run")
     assert not list((Path.cwd() / "home").iterdir())
