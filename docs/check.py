@@ -68,11 +68,6 @@ REASONS = {
     r"hydra/sweeper=optuna": "a search of minutes; the tests of sweeps do it",
     r"twoviews.tracking tensorboard|protocol=duplicates|pictures.format|protocol=finetune": "a test of its own runs it",
 }
-# Commands of pages that were written before the code: they are skipped until the file is there.
-BEFORE_THE_CODE = {
-    "protocol=duplicates": "conf/protocol/duplicates.yaml",
-    "twoviews.tracking tensorboard": "src/twoviews/tracking/tensorboard.py",
-}
 EVALUATED_SHORTER = {  # settings of protocols that would take minutes
     r"linear_(moco|simsiam|swav)\b": "protocol.{0}.epochs=1",
     r"\bfew_labels_finetune\b": "protocol.few_labels.finetune.epochs=1",
@@ -313,8 +308,6 @@ class Copy:
 def checked(command: Command, copy: Copy | None) -> tuple[str, str]:
     """What was done with a command ("run", "composed", "make -n", "looked up"), and what is wrong with it, if anything."""
     words = command.words
-    if any(text in command.text and not (ROOT / file).exists() for text, file in BEFORE_THE_CODE.items()):
-        return "skipped", ""
     if copy and not command.reason and words[0] != "make":
         (copy.folder / "outputs" / "example" / "config.yaml").touch()  # run=latest
         done = copy.run(shortened(command))
