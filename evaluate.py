@@ -13,7 +13,6 @@ def main(cfg, folder: Path) -> int:
     from hydra.core.hydra_config import HydraConfig
 
     from twoviews.assembly import load_data
-    from twoviews.config.building import build_protocol
     from twoviews.console import Console
     from twoviews.encoders.opening import open_encoder
     from twoviews.encoders.run_names import expand_runs
@@ -21,6 +20,7 @@ def main(cfg, folder: Path) -> int:
     from twoviews.evaluation.comparison import compare
     from twoviews.evaluation.evaluation import evaluate
     from twoviews.locks import locked_for_evaluation
+    from twoviews.protocols.named import build_protocol
 
     if "protocol" not in cfg:
         raise BadInput("protocol=[] leaves nothing to measure; choose one or more, such as protocol=[knn,linear].")

@@ -92,9 +92,9 @@ def test_every_recipe_has_a_row_with_the_number_of_its_header() -> None:
         header = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
         for number in re.findall(r"\d+(?:[.]\d+)?(?= %)", published):
             assert number in re.findall(r"\d+(?:[.]\d+)?", header), path
-        assert (
-            f"epochs: {epochs}\n" in path.read_text()
-            or yaml.safe_load(path.read_text())["defaults"][0] in ("moco_cifar10", "simsiam_cifar10_fastsiam")
+        assert f"epochs: {epochs}\n" in path.read_text() or yaml.safe_load(path.read_text())["defaults"][0] in (
+            "moco_cifar10",
+            "simsiam_cifar10_fastsiam",
         )
         assert ours.strip(), path
     assert not found

@@ -15,7 +15,7 @@ from twoviews.batch_norms import BatchNorm, sync_batch_norms
 from twoviews.clusters.kmeans import Clustered
 from twoviews.clusters.scores import clustering_scores
 from twoviews.code import code_state
-from twoviews.config.building import build, build_data, build_protocol
+from twoviews.config.building import build, build_data
 from twoviews.config.parameter_names import qualified_errors, qualify
 from twoviews.data.images import ImageData
 from twoviews.data.loader import Loader
@@ -24,6 +24,7 @@ from twoviews.errors import BadInput, mistakes
 from twoviews.features import embed
 from twoviews.memory import check_networks, check_views
 from twoviews.methods.method import Method
+from twoviews.protocols.named import build_protocol
 from twoviews.protocols.protocol import EvaluationContext
 from twoviews.randomness import seed_of
 from twoviews.ranges import Repeats, Size

@@ -5,10 +5,11 @@ from omegaconf import OmegaConf
 from test_configs import composed
 from test_labelled import small
 
-from twoviews.config.building import build, build_protocol
+from twoviews.config.building import build
 from twoviews.config.parameter_names import qualified_errors, qualify
 from twoviews.data.sources import digits
 from twoviews.errors import BadInput
+from twoviews.protocols.named import build_protocol
 
 
 @pytest.mark.parametrize(

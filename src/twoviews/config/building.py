@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from twoviews.config.checks import is_node, node_problems, unknown_target
 from twoviews.config.groups import PASSED_BY_PROGRAM, group_of
-from twoviews.config.parameter_names import protocol_keys, qualified_errors, qualify
+from twoviews.config.parameter_names import qualified_errors, qualify
 from twoviews.errors import BadInput
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from twoviews.data.images import ImageData
-    from twoviews.protocols.protocol import Protocol
 
 
 def build(node: "DictConfig | dict[str, Any]", *, _partial_: bool = False, _key_: str = "", **arguments: Any) -> Any:
@@ -32,7 +31,7 @@ def build(node: "DictConfig | dict[str, Any]", *, _partial_: bool = False, _key_
         BadInput: no file of conf/ names this `_target_`, a value does not fit its signature, or the object refuses it; the
             message has the keys as they are typed, such as method.queue_size=16.
     """
-    values = _plain(node)
+    values = plain(node)
     target = str(values.get("_target_")) if isinstance(values, dict) else "None"
     if (group := group_of(target)) is None:
         raise unknown_target(target)
@@ -40,7 +39,7 @@ def build(node: "DictConfig | dict[str, Any]", *, _partial_: bool = False, _key_
         raise BadInput(*problems)
 
     def make(*more: Any) -> Any:
-        if group == "protocol":  # only `build_protocol` knows its name
+        if group == "protocol":  # only `build_protocol` (protocols/named.py) knows its name
             return _call(values, arguments)(*more)
         with qualified_errors(group):
             return _call(values, arguments)(*more)
@@ -54,22 +53,8 @@ def build_data(node: "DictConfig | dict[str, Any]") -> "ImageData":
     return replace(data, notes=tuple(qualify(note, "data") for note in data.notes))
 
 
-def build_protocol(name: str, node: "DictConfig | dict[str, Any]") -> "Protocol":
-    """The protocol of a node below `protocol`; its errors and notes have its parameters as they are typed.
-
-    Raises:
-        BadInput: as `build`, with keys such as protocol.finetune.lr=0.1.
-    """
-    from twoviews.protocols.protocol import NamedProtocol
-
-    values = _plain(node)
-    keys = protocol_keys(name, values) if isinstance(values, dict) else {}
-    with qualified_errors(keys=keys):
-        built = build(node, _key_=f"protocol.{name}")
-    return NamedProtocol(built, partial(qualify, keys=keys))
-
-
-def _plain(node: "DictConfig | dict[str, Any]") -> Any:
+def plain(node: "DictConfig | dict[str, Any]") -> Any:
+    """A node as nested dictionaries and lists, with its interpolations resolved."""
     if isinstance(node, dict):
         return node
     from omegaconf import DictConfig, OmegaConf

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from twoviews.backbones import Encoder
-from twoviews.config.building import build, build_protocol
+from twoviews.config.building import build
 from twoviews.config.digest import digest, flat
 from twoviews.config.recorded import overridden
 from twoviews.console import Console, progress_of
@@ -23,6 +23,7 @@ from twoviews.evaluation.preparation import prepare_evaluation
 from twoviews.figures import BASELINES
 from twoviews.files import write_atomic
 from twoviews.protocols.classification import classification_scores
+from twoviews.protocols.named import build_protocol
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.runtime import format_name
 from twoviews.tables import as_csv

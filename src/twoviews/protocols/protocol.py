@@ -5,8 +5,8 @@ evaluate.py, which uses all of its result.
 Shapes: N bank images, M test images, F features, C classes.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -140,36 +140,6 @@ class Protocol:
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """Evaluate the encoder, which is left as it was."""
         raise NotImplementedError
-
-
-class NamedProtocol(Protocol):
-    """A protocol of a configuration, whose messages name parameters as they are typed there.
-
-    Args:
-        protocol: that evaluates; its messages have its own names of the parameters, such as lr=0.1.
-        qualify: makes a sentence for the user of such a message.
-    """
-
-    def __init__(self, protocol: Protocol, qualify: Callable[[str], str]):
-        self.protocol, self._qualify, self.every_epochs = protocol, qualify, protocol.every_epochs
-        self.needs_labels, self.together = protocol.needs_labels, protocol.together
-
-    def notes(self, data: ImageData) -> list[str]:
-        """Those of the protocol."""
-        return [*map(self._qualify, self.protocol.notes(data))]
-
-    def __call__(self, context: EvaluationContext) -> EvaluationResult:
-        """Evaluate the encoder by the protocol.
-
-        Raises:
-            BadInput: as the protocol does.
-        """
-        try:
-            result = self.protocol(context)
-        except BadInput as error:
-            error.args = ("\n".join(map(self._qualify, error.messages)),)
-            raise
-        return replace(result, notes=[*map(self._qualify, result.notes)])
 
 
 def run_protocols(protocols: Mapping[str, Protocol], context: EvaluationContext) -> dict[str, EvaluationResult]:
