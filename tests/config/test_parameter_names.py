@@ -1,9 +1,9 @@
 """Parameters in messages, with the group that they are typed with."""
 
 import pytest
+from contexts import small
 from omegaconf import OmegaConf
 from test_configs import composed
-from test_labelled import small
 
 from twoviews.config.building import build
 from twoviews.config.parameter_names import qualified_errors, qualify

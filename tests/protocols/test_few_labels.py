@@ -4,9 +4,10 @@ import statistics
 
 import pytest
 import torch
+from contexts import small
 from sklearn.linear_model import LogisticRegression
 from test_finetune import protocol as finetune
-from test_labelled import same, small, state
+from test_labelled import same, state
 from test_linear import context, pixels
 
 from twoviews.errors import BadInput

@@ -6,35 +6,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from contexts import small
 from hydra import compose, initialize_config_dir
 from sklearn.datasets import load_digits
 from sklearn.metrics import top_k_accuracy_score
 from torch import nn
 
-from twoviews.backbones import ResNet
 from twoviews.config.building import build
 from twoviews.config.checks import check
-from twoviews.data.sources import digits
 from twoviews.data.views import eval_view
 from twoviews.errors import BadInput
 from twoviews.protocols.classification import accuracies
 from twoviews.protocols.finetune import FineTune
 from twoviews.protocols.labelled import classifier, crops, labelled, train_classifier
 from twoviews.protocols.linear_augmented import LinearAugmented
-from twoviews.protocols.protocol import EvaluationContext
 from twoviews.schedule import Constant
-
-
-def small(memory: int = 200, test: int = 100, seed: int = 0) -> EvaluationContext:
-    """A network of random weights, with running statistics of its own, and some digits."""
-    data = digits()
-    memory_images, test_images = data.memory.subset(torch.arange(memory)), data.test.subset(torch.arange(test))
-    data = replace(data, train=memory_images, memory=memory_images, test=test_images)
-    torch.manual_seed(seed)
-    encoder = ResNet(1, 32, "basic", [1, 1], width=8, stem="strided")
-    with torch.no_grad():
-        encoder(torch.randn(64, 1, 32, 32) * 2)
-    return EvaluationContext(encoder, data, torch.device("cpu"), torch.float32)
 
 
 def state(module: nn.Module) -> dict[str, torch.Tensor]:

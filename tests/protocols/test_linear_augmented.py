@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_labelled import same, small, state
+from contexts import small
+from test_labelled import same, state
 from torch import nn
 from torch.nn import functional as nnf
 
