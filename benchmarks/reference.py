@@ -113,8 +113,9 @@ def residual_network(recipe: DictConfig, channels: int, size: int, splits: int) 
                 layers.append(kind(features, width, 2 if stage and not block else 1, splits))
                 features = width * kind.expansion
         network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    stem = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and not (module is stem and recipe.stem == "cifar"):  # as ours
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return network, features
 

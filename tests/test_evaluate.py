@@ -64,7 +64,9 @@ def test_numbers_tables_and_pictures_beside_the_run(runs: Path, command) -> None
         assert files >= {f"{name}_confusion.png", f"{name}_classes.png", f"{name}_classes.csv"}
     assert not (run / "evaluation" / "knn_curve.png").exists()  # measured once, after the only epoch
     assert "MoCo on digits, 1 epoch: kNN bank" in done.out
-    assert "kNN of raw pixels" in done.out and "of the features; train/spread is of the projections" in done.out
+    assert (
+        "kNN of raw pixels" in done.out and done.out.count("of the features; train/spread is of the projections") == 1
+    )
     rows = table(folder / "knn_classes.csv")
     hits = sum(int(row["images"]) * float(row["accuracy"]) for row in rows) / 360
     assert hits == pytest.approx(found["knn/top1"])

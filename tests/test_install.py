@@ -36,7 +36,7 @@ def test_the_ranges_contain_the_pinned_versions(python: str) -> None:
 
 def test_no_address_of_a_package_index_is_in_the_lock_files() -> None:
     files = sorted((ROOT / "requirements").iterdir())
-    assert [path.name for path in files] == ["dev.txt", "train.txt", "uv.txt"]
+    assert [path.name for path in files] == ["dev.txt", "hydra14.txt", "train.txt", "uv.txt"]
     assert not [path.name for path in files if "://" in path.read_text()]
 
 

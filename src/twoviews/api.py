@@ -235,10 +235,10 @@ class PretrainedEncoder:
         """
         if (layer := self.classifier) is None:
             data = "" if self.loaded.run else " data=<labelled images>"
-            finetune = f' or protocol=finetune (then load "{self.name}:finetune")' if self.loaded.run else ""
+            finetune = f' With protocol=finetune, load "{self.name}:finetune" afterwards.' if self.loaded.run else ""
             raise BadInput(
-                f"{self.name} has no classifier yet; `python evaluate.py run={self.name}{data} protocol=linear` makes one of "
-                f"its features{finetune}."
+                f"{self.name} has no classifier yet; train one by `python evaluate.py run={self.name}{data} "
+                f"protocol=linear`.{finetune}"
             )
         x = self.features(images, batch_size=batch_size, precision=precision, progress=progress, as_tensor=True)
         with torch.no_grad():

@@ -64,7 +64,9 @@ class Muon(AdamW):
         by_shape: dict[torch.Size, list[Tensor]] = {}
         for weight in weights:
             if "momentum_buffer" not in self.state[weight]:
-                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+                # AdamW expects the step of each parameter that has a state when it loads one.
+                empty = {"momentum_buffer": torch.zeros_like(weight), "step": torch.zeros((), device=weight.device)}
+                self.state[weight].update(empty)
             by_shape.setdefault(weight.shape, []).append(weight)
         momentum = group["momentum"]
         dtype = torch.bfloat16 if weights and weights[0].is_cuda else torch.float32

@@ -23,7 +23,7 @@ def context(bank: int = 400) -> EvaluationContext:
     """An untrained network, which finds some of the classes."""
     data = digits()
     data = replace(data, memory=data.memory.subset(torch.arange(bank)), test=data.test.subset(torch.arange(150)))
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # without equal cosines, of which each k may take others
     return EvaluationContext(ResNet(1, 32, "basic", [1, 1], width=8), data, torch.device("cpu"), torch.float32)
 
 

@@ -63,7 +63,8 @@ def diagnose(name: str, arguments: Sequence[str], error: Exception | None = None
     if rest is not None:
         problems += mistakes(lambda: _check(name, rest))
         problems = [problem for problem in problems if not problem.startswith(unknown)]
-        if any("; write run=" in problem for problem in problems):
+        typed = any(override.key_or_group == "run" for override in overrides)
+        if typed or any("; write run=" in problem for problem in problems):
             problems = [problem for problem in problems if not problem.startswith("run is not set")]
         problems = [*dict.fromkeys(problems)]
     return problems or [" ".join(str(error).split())]

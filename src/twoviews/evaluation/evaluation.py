@@ -159,7 +159,8 @@ def _warn_of_training(name: str, run_result: Mapping[str, Any], precision: str, 
 def _baselines(loaded: LoadedEncoder, data: ImageData, settings: Any) -> dict[str, float]:
     """KNN of raw pixels and of the untrained encoder from the run's training, if kNN is measured here in the same way."""
     same = loaded.in_run_folder and loaded.trained_on(data) and "knn" in settings
-    if not same or settings["knn"] != (loaded.config.get("protocol") or {}).get("knn"):
+    of_training = (loaded.config.get("protocol") or {}).get("knn") or {}
+    if not same or {**settings["knn"], "every_epochs": 0} != {**of_training, "every_epochs": 0}:
         return {}
     return {name: line[name] for line in read(loaded.folder) for name in BASELINES if name in line}
 
@@ -195,8 +196,6 @@ def _measure(protocols: Mapping[str, Protocol], context: EvaluationContext, cons
         measured.intervals |= intervals
         if len(result.values) <= MAX_SHOWN:
             measured.shown |= {key: _shown(key, value, intervals.get(key)) for key, value in values.items()}
-        if "health/spread" in measured.shown:
-            measured.shown["health/spread"] += ", of the features; train/spread is of the projections"
         if result.advice:
             measured.shown[f"{name}/advice"] = result.advice
     return measured

@@ -77,7 +77,7 @@ def draw_duplicates(
             x, of_split = left + place * (side + GAP), images[split]
             sheet.paste(tiles[split][row], (x, top))
             name = Path(of_split.paths[row]).name if of_split.paths else f"{row}"
-            draw.text((x, top + side + 2), fitted(f"{split} {name}", face, side), GREY, face)
+            draw.text((x, top + side + 2), fitted(f"{name} ({split})", face, side), GREY, face)
             labels.append(-1 if of_split.labels is None else int(of_split.labels[row]))
             if labels[-1] >= 0:
                 draw.text((x, top + side + 2 + LINE_PX), fitted(names[labels[-1]], face, side), "black", face)

@@ -263,4 +263,4 @@ def _onnx(
         f'session = onnxruntime.InferenceSession("{file}")',
         f'{output} = session.run(["{output}"], {{"images": images}})[0]',
     ]
-    return file, load, torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
+    return file, load, torch.from_numpy(session.run([output], {"images": images.numpy()})[0])

@@ -134,7 +134,8 @@ class Health(Protocol):
             "positive_similarity": positive,
             "negative_similarity": negative,
         }
-        return EvaluationResult(values, advice=advice(values))
+        note = "health/spread is that of the features; train/spread is of the projections."
+        return EvaluationResult(values, notes=[note], advice=advice(values))
 
     def _views(self, context: EvaluationContext, images: Images) -> tuple[Float[Tensor, "N F"], Float[Tensor, "N F"]]:
         """Features of two random views of each image; the encoder is in eval mode."""

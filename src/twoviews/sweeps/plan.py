@@ -203,7 +203,7 @@ def _measured(spec: JobSpec, console: Console) -> Cost:
     with tempfile.TemporaryDirectory(prefix="twoviews-plan-") as name:
         folder, started = Path(name), time.time()
         (folder / "config.yaml").write_text(spec.config)
-        (folder / "point.json").write_text(json.dumps({"overrides": list(spec.overrides)}))
+        (folder / "point.json").write_text(json.dumps({"axes": dict(spec.axes), "overrides": list(spec.overrides)}))
         command = [sys.executable, str(ROOT / "train.py"), *train_arguments(folder), "tracking.mirror=false"]
         with (folder / LOG).open("w") as log:
             child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
