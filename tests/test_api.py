@@ -228,7 +228,9 @@ def test_a_classifier_of_another_encoder_is_none_of_this_one(classified: Path, t
 
 def test_without_a_classifier_the_command_is_told(encoder: twoviews.PretrainedEncoder) -> None:
     assert encoder.classes == ()
-    with pytest.raises(ValueError, match=r"has no classifier yet; train one by `python evaluate.py run=.*finished protocol=linear`"):
+    with pytest.raises(
+        ValueError, match=r"has no classifier yet; train one by `python evaluate.py .*finished protocol=linear`"
+    ):
         encoder.classify(np.zeros((1, 32, 32), np.uint8))
     with pytest.raises(ValueError, match="has no fine-tuned classifier; `python evaluate.py run=.* protocol=finetune`"):
         twoviews.load(f"{RUN}:finetune")
