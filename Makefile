@@ -29,7 +29,7 @@ setup: .venv/dev  ## make .venv with everything pinned, tests and tools included
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
 	@touch $@
 
-train: .venv/train  ## train: make train ARGS="method=simclr data=cifar10"; the default learns digits in two minutes
+train: .venv/train  ## train: make train ARGS="method=simclr data=cifar10"; the default learns digits in some minutes
 	$(BIN)/python train.py $(ARGS)
 	@$(if $(ARGS),,$(MAKE) --no-print-directory suggestions)
 
