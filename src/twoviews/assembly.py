@@ -20,6 +20,7 @@ from twoviews.config.parameter_names import qualified_errors, qualify
 from twoviews.data.images import ImageData
 from twoviews.data.loader import Loader
 from twoviews.data.views import Views
+from twoviews.encoder_file import describe_backbone
 from twoviews.errors import BadInput, mistakes
 from twoviews.features import embed
 from twoviews.memory import check_networks, check_views
@@ -235,16 +236,8 @@ def _sizes(cfg: DictConfig) -> str:
 
 def describe_encoder(cfg: DictConfig, data: ImageData) -> dict[str, Any]:
     """What encoder.json says beside the weights: how to build the network and how to feed it."""
-    return {
-        "backbone": OmegaConf.to_container(cfg.backbone, resolve=True),
-        "channels": data.channels,
-        "image_size": data.size,
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "classes": list(data.classes),
-        "data": data.name,
-        "commit": code_state()[0],
-    }
+    backbone = OmegaConf.to_container(cfg.backbone, resolve=True)
+    return {**describe_backbone(backbone, data), "commit": code_state()[0]}
 
 
 def describe_data(data: ImageData) -> dict[str, Any]:

@@ -80,15 +80,24 @@ def is_buildable(encoder: Encoder) -> bool:
 
 def describe(encoder: Encoder, data: ImageData) -> dict[str, Any]:
     """How to build an encoder and to prepare its images, as plain values."""
+    return {**describe_backbone(encoder.recipe, data), "features": encoder.out_dim}
+
+
+def describe_backbone(backbone: Any, data: ImageData) -> dict[str, Any]:
+    """The same of a network that need not be built.
+
+    Args:
+        backbone: its node of a configuration, as plain values.
+        data: whose images it takes.
+    """
     return {
-        "backbone": encoder.recipe,
+        "backbone": backbone,
         "channels": data.channels,
         "image_size": data.size,
         "mean": list(data.mean),
         "std": list(data.std),
         "classes": list(data.classes),
         "data": data.name,
-        "features": encoder.out_dim,
     }
 
 

@@ -84,7 +84,7 @@ def ordered(evaluations: Mapping[str, Evaluation]) -> list[str]:
 
 
 def run_labels(evaluations: Mapping[str, Evaluation]) -> dict[str, str]:
-    """See `labels`."""
+    """A short name for each run, of what its training has otherwise than those of the others; by the run's name."""
     titles = {run: run if one.config or not one.title else one.title for run, one in evaluations.items()}
     return labels({run: one.config for run, one in evaluations.items()}, titles)
 

@@ -76,12 +76,8 @@ def evaluate(
     run_result = loaded.run.read("result.json") if loaded.run else {}
     _warn_of_training(loaded.name, run_result, precision, console)
     protocol_settings = OmegaConf.to_container(nodes, resolve=True)
-    settings = {
-        "data": _description(data),
-        "protocol": protocol_settings,
-        "precision": precision,
-        "step": run_result.get("step"),
-    }
+    settings = {"data": _description(data), "protocol": protocol_settings, "precision": precision}
+    settings["step"] = run_result.get("step")
     if loaded.preprocessing.statistics is not None:  # a run's are in its encoder.json
         settings |= {"mean": list(loaded.preprocessing.mean), "std": list(loaded.preprocessing.std)}
     folder = context.folder = loaded.folder / FOLDER / prefix / f"{'+'.join(protocols)}-{digest(settings)}"
@@ -91,9 +87,8 @@ def evaluate(
     for path in (folder / "evaluation.json", *([] if prefix else [loaded.folder / "evaluation.json"])):
         write_atomic(path, content)
     if loaded.in_run_folder:
-        _record_in_run(
-            loaded, {f"evaluation/{prefix}{name}": value for name, value in measured.values.items()}, console
-        )
+        recorded = {f"evaluation/{prefix}{name}": value for name, value in measured.values.items()}
+        _record_in_run(loaded, recorded, console)
     banks = f"kNN bank {len(data.memory or ()):,}, test {len(data.test or ()):,} images of {data.name}"
     baselines = _baselines(loaded, data, protocol_settings)
     measured.shown |= {f"kNN of {BASELINES[name][0]}": f"{value:.2f} %" for name, value in baselines.items()}
@@ -105,15 +100,8 @@ def evaluate(
     console.say(f"written, with all settings, to {folder}")
     state = {key: run_result[key] for key in ("state", "epoch") if key in run_result}
     shown_settings = {**flat_settings, "data": data.name, "digest": data.digest, **state}
-    return Evaluation(
-        measured.values,
-        measured.intervals,
-        shown_settings,
-        _mlflow_experiment(loaded),
-        loaded.title,
-        loaded.config,
-        baselines,
-    )
+    about = (_mlflow_experiment(loaded), loaded.title, loaded.config, baselines)
+    return Evaluation(measured.values, measured.intervals, shown_settings, *about)
 
 
 def protocol_nodes(cfg: DictConfig, overrides: Sequence[str], recorded: Mapping[str, Any]) -> DictConfig:

@@ -83,7 +83,7 @@ class FewLabels(Protocol):
         self.finetune, self.seed, self.every_epochs = finetune, seed, every_epochs
 
     def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of fine-tuning."""
+        """The settings that fine-tuning takes from the run; empty without fine-tuning."""
         return {} if self.finetune is None else {"finetune": self.finetune.settings_from_run(config)}
 
     def settings(self, context: EvaluationContext) -> dict[str, tuple[Int[Tensor, " C"], str]]:

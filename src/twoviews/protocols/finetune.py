@@ -56,7 +56,7 @@ class FineTuned:
 
     @property
     def model(self) -> nn.Sequential:
-        """Images to logits."""
+        """Encoder and classifier as one module, images [B, C, H, W] to logits [B, K]."""
         return nn.Sequential(self.encoder, self.head)
 
 

@@ -61,7 +61,7 @@ class Slot:
         return True
 
     def release(self) -> None:
-        """Give the lease back."""
+        """Release the lock that `acquire` took, so that another process may use this slot."""
         if self.lease:
             self.lease.release()
 
