@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,17 @@ def _data_lines(parts: Parts) -> Iterator[str]:
     )
     if not data.test:
         yield "          without labelled test images there is no kNN or linear accuracy; watch train/spread."
-    counts = Counter(parts.views.sizes)
-    shapes = [
+    how, small = "compiled" if compiled(parts.device) else "tensors", parts.loader.small_views
+    yield f"views     {how}, {len(parts.views)} of each image: {_shapes(parts.views.sizes)}" + (
+        f"; in the first {small.epochs} epochs {_shapes(parts.views.scaled_sizes(small.scale))}" if small.epochs else ""
+    )
+
+
+def _shapes(sizes: Sequence[int]) -> str:
+    counts = Counter(sizes)
+    return " and ".join(
         f"{count} of {side}x{side} px" if len(counts) > 1 else f"{side}x{side} px" for side, count in counts.items()
-    ]
-    how = "compiled" if compiled(parts.device) else "tensors"
-    yield f"views     {how}, {len(parts.views)} of each image: {' and '.join(shapes)}"
+    )
 
 
 def _method_lines(parts: Parts) -> Iterator[str]:
