@@ -144,9 +144,7 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
     torch.manual_seed(seed_of(cfg.seed, "initialisation"))
     encoder = _encoder(cfg, data)
     sizes = {data.size, *views.sizes, *(views.scaled_sizes(small.scale) if small.epochs else ())}
-    unseen = [
-        note for size in sorted(sizes) if (note := unseen_pixels_note(encoder, data.channels, size))
-    ]
+    unseen = [note for size in sorted(sizes) if (note := unseen_pixels_note(encoder, data.channels, size))]
     method, notes = _method(cfg, data, len(views), extra, encoder)
     notes += _seen_in_parts(method, cfg.batch_size, cfg.batch_size // runtime.accumulate)
     if distributed.processes() > 1:
