@@ -53,6 +53,16 @@ def one_prototype(method) -> None:
     method.center[0] = -10
 
 
+def test_forecast_counts_epochs_of_smaller_views_by_their_pixels(monkeypatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Console, "say", lambda self, message: said.append(message))
+    monitor = Monitor(
+        *(lambda encoder: None, {}, None, Console(), 100, torch.device("cpu")), small_epochs=60, small_cost=0.25
+    )
+    monitor.forecast(images_per_s=100, images=1000, epoch=20)  # 10 s an epoch, and 40 s an epoch from 60 on
+    assert said == ["100 images/s: an epoch takes 10 s, the rest of the run about 33 min 20 s."]  # 40 x 10 + 40 x 40
+
+
 CAUSES: list[tuple[str, str, Callable]] = [
     ("vicreg", "std", lambda method: equal(method.projector[-1])),
     ("lejepa", "std", lambda method: equal(method.projector[-1])),

@@ -44,9 +44,11 @@ def _data_lines(parts: Parts) -> Iterator[str]:
     )
     if not data.test:
         yield "          without labelled test images there is no kNN or linear accuracy; watch train/spread."
-    how, small = "compiled" if compiled(parts.device) else "tensors", parts.loader.small_views
+    how, loader = "compiled" if compiled(parts.device) else "tensors", parts.loader
     yield f"views     {how}, {len(parts.views)} of each image: {_shapes(parts.views.sizes)}" + (
-        f"; in the first {small.epochs} epochs {_shapes(parts.views.scaled_sizes(small.scale))}" if small.epochs else ""
+        f"; in the first {loader.small_epochs} epochs {_shapes(parts.views.scaled_sizes(loader.small_scale))}"
+        if loader.small_epochs
+        else ""
     )
 
 
