@@ -33,7 +33,7 @@ class SmallViews:
     """
 
     share: Fraction = 0.0
-    scale: Annotated[float, Range(above=0, at_most=1)] = 0.667
+    scale: Annotated[float, Range(above=0, at_most=1)] = 0.75
 
 
 class Loader:
