@@ -327,7 +327,7 @@ def test_a_killed_run_is_closed_by_sync(run, capsys):
     training = subprocess.Popen([sys.executable, "-c", code, run], stdout=-1)
     training.stdout.readline()
     assert main(["sync", str(run)]) == 1
-    assert "1 values sent, still training: 1 values follow" in capsys.readouterr().out
+    assert "1 value sent, still training: 1 value to follow" in capsys.readouterr().out
     assert client_of(run).get_run(run_id(run)).info.status == "RUNNING"
     training.kill()
     training.wait()
