@@ -19,7 +19,6 @@ from twoviews.console import Console, duration, in_bytes
 from twoviews.data.rendering import compiled
 from twoviews.errors import counted
 from twoviews.fallbacks import slower, unrecorded
-from twoviews.figures import BASELINES
 from twoviews.fused_norm import reason_for_plain
 from twoviews.optim import parameter_count
 from twoviews.protocols.units import MAX_SHOWN, with_unit
@@ -134,8 +133,8 @@ def show_result(folder: Path, result: dict[str, Any], protocols: Iterable[str], 
     console.table(f"{folder.name}: {result['state']} after {counted(result['epoch'], 'epoch', '.4g')}", rows)
     console.say(f"MLflow: {run_page(folder)}")  # not in the table, which would break a command that is to be copied
     knn = result.get("knn/top1", 100.0)
-    floors = {label: result.get(name, 0.0) for name, (label, _) in BASELINES.items()}
-    ahead = [f"{label} ({floor:.2f} %)" for label, floor in floors.items() if knn <= floor]
+    floors = {"the untrained encoder": "baseline/untrained_knn_top1", "raw pixels": "baseline/pixels_knn_top1"}
+    ahead = [f"{label} ({result[name]:.2f} %)" for label, name in floors.items() if knn <= result.get(name, 0.0)]
     if result["state"] == "finished" and ahead:
         console.say(
             f"advice: kNN ({knn:.2f} %) does not beat that of {' and '.join(ahead)}; train longer (epochs=) or change "

@@ -378,6 +378,8 @@ def test_one_of_something_is_no_plural() -> None:
         "2 jobs",
         "2,000 jobs",
     ]
+    assert counted(1, "class") == "1 class" and counted(2, "class") == "2 classes"
+    assert counted(1.0, "epoch", ".4g") == "1 epoch" and counted(1.5, "epoch", ".4g") == "1.5 epochs"
 
 
 def test_names_are_the_shortest_that_differ() -> None:
