@@ -60,7 +60,7 @@ def test_advice_names_the_baselines_that_are_not_beaten(capfd, tmp_path: Path, k
         ("predict/images", 1.0, "1 image"),
         ("predict/temperature", 1.23456, "1.235"),
         ("duplicates/pairs", 1.0, "1 pair"),
-        ("duplicates/train_test", 12.0, "12 pairs"),
+        ("duplicates/train_test", 1200.0, "1,200 pairs"),
         ("duplicates/test_duplicated", 1.0, "1.00 % of the test images"),
         ("health/uniformity", -2.5, "-2.5 nats"),
         ("finetune/lr", 0.05, "0.05"),

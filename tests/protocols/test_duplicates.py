@@ -52,7 +52,9 @@ def test_pairs_are_those_of_a_loop(copied: ImageData, tmp_path: Path) -> None:
     leaked = {row["other_image"] for row in rows if row["split"] == "train" and row["other_split"] == "test"}
     assert found.values["test_duplicated"] == pytest.approx(100 * len(leaked) / 60)
     assert found.notes[0] == "300 memory images are training images, and are compared as those."
-    assert f"{len(rows) - 2} pairs by cosine alone: " in found.notes[1] and "raise threshold=0.9 " in found.notes[1]
+    assert (
+        f"{len(rows) - 2} pairs by cosine alone: " in found.notes[1] and "raise threshold= (now 0.9)" in found.notes[1]
+    )
     assert rows[0]["class"] == copied.classes[int(copied.train.labels[7])] == rows[0]["other_class"] or rows[0]["exact"]
     assert Image.open(tmp_path / "duplicates.png").width > 400
 

@@ -143,7 +143,8 @@ class Duplicates(Protocol):
         of_two = f", {mixed:,} of them of two classes, which copies rarely are" if mixed else ""
         return (
             f"{counted(len(near), 'pair')} by cosine alone{of_two}: to a weak encoder images that are merely alike are near, "
-            f"too. If the last pairs in duplicates.png are no copies, raise threshold={self.threshold:g} or use another encoder."
+            f"too. If the last pairs in duplicates.png are no copies, raise threshold= (now {self.threshold:g}) or use another "
+            "encoder."
         )
 
     def _notes(self, images: int, shared: int, full: int) -> list[str]:

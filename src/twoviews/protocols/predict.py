@@ -151,6 +151,6 @@ def _warning(far: int, pictures: int, test: int) -> list[str]:
         return []
     return [
         f"warning: {far:,} of {counted(pictures, 'picture')} {'are' if far > 1 else 'is'} farther from the training images than "
-        f"{FAR_PERCENTILE:g} % of the {test:,} test images (column distance_percentile): what they show may be none of the "
+        f"{FAR_PERCENTILE:g} % of the {test:,} test images (column distance_percentile): such a picture may show none of the "
         "classes, whatever the probability."
     ]

@@ -29,7 +29,7 @@ def with_unit(name: str, value: float, interval: tuple[float, float] | None = No
         interval: its ends.
     """
     of = unit(name)
-    text = f"{value:.2f}" if of.startswith("%") else f"{value:.0f}" if float(value).is_integer() else f"{value:.4g}"
+    text = f"{value:.2f}" if of.startswith("%") else f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
     if value == 1 and not of.startswith("%"):
         of = of.removesuffix("s")
     text = f"{text} {of}".rstrip()
