@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from twoviews.assembly import make_parts, make_views
 from twoviews.config.building import build
 from twoviews.config.checks import check
+from twoviews.config.composition import register_resolvers
 from twoviews.config.digest import digest
 from twoviews.data.images import ImageData, Images
 from twoviews.errors import BadInput
@@ -19,6 +20,7 @@ CONF = ROOT / "conf"
 
 
 def composed(*overrides: str, name: str = "train"):
+    register_resolvers()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         return compose(name, list(overrides))
 

@@ -85,6 +85,19 @@ def test_collapse_is_said_once(name, metric, cause, monkeypatch):
     assert advice(parts.method, output, monkeypatch, epoch=0.9) == []  # in the first epoch embeddings may be narrow
 
 
+def test_knn_of_the_last_epoch_is_always_said(capfd):
+    console = Console()
+    monitor = Monitor(lambda encoder: None, {}, None, console, 2, torch.device("cpu"))
+    console.start(20, 0)
+    monitor.log(1, 0.1, {"train/loss": 3.0})  # a line; the next would come ten seconds later
+    monitor.log(10, 1.0, {"knn/top1": 40.0})
+    monitor.log(20, 2.0, {"train/loss": 2.0})
+    monitor.log(20, 2.0, {"knn/top1": 50.0})
+    console.stop()
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 2 and "epoch 2.00" in lines[1] and "loss 2  kNN 50" in lines[1]
+
+
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "supervised"])
 def test_declared_metrics_exist(name):
     parts = build(config(name))

@@ -112,7 +112,8 @@ class Monitor:
         if self._metrics:
             self._metrics.log(step, epoch, values)
         shown = {name: self.latest[key] for name, key in PROGRESS_VALUES.items() if key in self.latest}
-        self._console.progress(step, epoch, shown, self._seconds_left(epoch))
+        at_end = epoch >= self._epochs and "train/loss" not in values  # of the last evaluation, not of the last step
+        self._console.progress(step, epoch, shown, self._seconds_left(epoch), important=at_end)
 
     def advise(self, values: Mapping[str, float], epoch: float) -> None:
         """Warn, once for each metric, when the embeddings collapse.
