@@ -64,14 +64,14 @@ class Parts:
 
     def score(self, clustered: Clustered) -> dict[str, float]:
         """How clusterings of the training images agree with their labels and with the epoch before."""
-        labels, index, found = self.data.train.labels, clustered.index, {}
+        labels, index, scores = self.data.train.labels, clustered.index, {}
         if labels is not None and index is not None:
             labels = labels[index.to(labels.device)]
         for name, clusters in clustered.clusters.items():
             previous = clustered.previous.get(name)
             values = clustering_scores(clustered.x, clusters, labels=labels, previous=previous, seed=self.loader.seed)
-            found.update({f"e_step/{name}/{key}": value for key, value in values.items()})
-        return found
+            scores.update({f"e_step/{name}/{key}": value for key, value in values.items()})
+        return scores
 
 
 def check_without_data(cfg: DictConfig, runtime: Runtime, device: torch.device) -> None:
@@ -154,7 +154,7 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
         sync_batch_norms(method, device)
     method.to(device, memory_format=torch.channels_last if runtime.channels_last else torch.contiguous_format)
     protocols = {name: build_protocol(str(name), node) for name, node in (cfg.get("protocol") or {}).items()}
-    protocols = {name: one for name, one in protocols.items() if data.test or not one.needs_labels}
+    protocols = {name: protocol for name, protocol in protocols.items() if data.test or not protocol.needs_labels}
     optimizer = build(cfg.optimizer, batch_size=cfg.batch_size, _partial_=True)(method.param_groups())
     return Parts(
         runtime=runtime,
@@ -169,7 +169,7 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
         notes=[
             *(qualify(note, "backbone") for note in unseen),
             *notes,
-            *(note for one in protocols.values() for note in one.notes(data)),
+            *(note for protocol in protocols.values() for note in protocol.notes(data)),
         ],
     )
 
@@ -227,15 +227,15 @@ def _method(
 
 def _sizes(cfg: DictConfig) -> str:
     """The values of backbone and method that memory is needed for, the largest first."""
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for group in ("backbone", "method"):
         parameters = signature(cfg[group]._target_)
-        found |= {
+        sizes |= {
             f"{group}.{key}": value
             for key, value in cfg[group].items()
             if isinstance(value, int) and parameters[key].annotation in (Size, Repeats)
         }
-    return ", ".join(f"{key}={found[key]}" for key in sorted(found, key=found.__getitem__, reverse=True)[:3])
+    return ", ".join(f"{key}={sizes[key]}" for key in sorted(sizes, key=sizes.__getitem__, reverse=True)[:3])
 
 
 def describe_encoder(cfg: DictConfig, data: ImageData) -> dict[str, Any]:

@@ -189,25 +189,25 @@ def _try(content: dict[str, Any], free: int, scratch: Path, answer: Connection) 
     if device.type == "cpu":
         limits = [
             kib(Path("/proc/self/status"), "VmData") + free,
-            *(one for one in (soft, hard) if one != resource.RLIM_INFINITY),
+            *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY),
         ]
         resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
     try:
-        found = _two_steps(cfg, runtime, device, scratch)
+        trial = _two_steps(cfg, runtime, device, scratch)
     except TooLarge as error:
-        found = Trial(cfg.batch_size, failed=str(error))
+        trial = Trial(cfg.batch_size, failed=str(error))
     except BadInput as error:
-        found = Trial(cfg.batch_size, refused=qualify(str(error)))
+        trial = Trial(cfg.batch_size, refused=qualify(str(error)))
     except no_memory as error:
-        found = Trial(cfg.batch_size, failed=shorten(str(error) or type(error).__name__, 100))
+        trial = Trial(cfg.batch_size, failed=shorten(str(error) or type(error).__name__, 100))
     except RuntimeError as error:  # of the libraries beside torch's allocator
         if not ran_out(error):
             raise
-        found = Trial(cfg.batch_size, failed=shorten(str(error), 100))
+        trial = Trial(cfg.batch_size, failed=shorten(str(error), 100))
     except OSError as error:
-        found = Trial(cfg.batch_size, failed=str(error)) if error.errno == errno.ENOMEM else error
+        trial = Trial(cfg.batch_size, failed=str(error)) if error.errno == errno.ENOMEM else error
     resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-    answer.send(found)
+    answer.send(trial)
 
 
 def _two_steps(cfg: DictConfig, runtime: Runtime, device: torch.device, scratch: Path) -> Trial:

@@ -78,8 +78,8 @@ def counted(count: float, noun: str, form: str = ",") -> str:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """ " Did you mean 'x'?" for the closest of `names`, or an empty string when none is close."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.55)
-    return f" Did you mean '{found[0]}'?" if found else ""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.55)
+    return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def system_reason(error: OSError) -> str:

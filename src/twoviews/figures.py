@@ -131,7 +131,9 @@ def draw_baselines(axis: "Axes", values: Mapping[str, Sequence[float]]) -> None:
 
 def merged_legend(figure: "Figure", panels: "Sequence[Axes]") -> None:
     """Write one legend for all panels below them, in as many columns as the longest entry allows."""
-    entries = {label: one for axis in panels for one, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    entries = {
+        label: handle for axis in panels for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     if entries:
         columns = int(figure.get_figwidth() * 16 / (max(map(len, entries)) + 7))
         columns = max(1, min(len(entries), columns))

@@ -284,7 +284,7 @@ def _impure(path: str, value: Any, group: str, literal: bool, depth: int) -> str
                 return wrong
         return ""
     if isinstance(value, list):
-        return next(filter(None, (_impure(path, one, group, literal, depth - 1) for one in value)), "")
+        return next(filter(None, (_impure(path, item, group, literal, depth - 1) for item in value)), "")
     if isinstance(value, str):
         return f"{path[:60]!r} is the interpolation {short(value)}" if literal and "${" in value else ""
     if isinstance(value, int):

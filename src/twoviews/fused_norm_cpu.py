@@ -48,7 +48,7 @@ class Compiled:
             getattr(library, name).argtypes = [*shares, ctypes.POINTER(_Layer), *pointers, *others]
 
     def _run(self, name: str, layer: _Layer, *arguments: Tensor | float | None) -> None:
-        given = [one.data_ptr() if isinstance(one, Tensor) else one for one in arguments]
+        given = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
         function = getattr(self.library, name)
         if name.startswith("finish"):
             function(layer, *given)

@@ -133,7 +133,7 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     taken = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
     if taken is None:  # what also counts the program that started this one, where that is larger
         taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    found = {"memory/process_mb": taken * 1024 / 1e6}
+    peaks = {"memory/process_mb": taken * 1024 / 1e6}
     if device.type == "cuda":
-        found["memory/gpu_mb"] = torch.cuda.max_memory_reserved(device) / 1e6
-    return found
+        peaks["memory/gpu_mb"] = torch.cuda.max_memory_reserved(device) / 1e6
+    return peaks

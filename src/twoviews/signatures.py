@@ -43,10 +43,14 @@ def complaint(value: Any, annotation: Any) -> str:
     if origin is Annotated:
         return complaint(value, arguments[0]) or _out_of_range(value, arguments[1:])
     if origin in (types.UnionType, typing.Union):
-        complaints = {one: complaint(value, one) for one in arguments}
+        complaints = {argument: complaint(value, argument) for argument in arguments}
         if "" in complaints.values():
             return ""
-        alike = [one for one in arguments if _container(one) == _container(value) and one is not types.NoneType]
+        alike = [
+            argument
+            for argument in arguments
+            if _container(argument) == _container(value) and argument is not types.NoneType
+        ]
         return complaints[(alike or arguments)[0]]
     if origin is Literal:
         return _wrong_choice(value, arguments)
@@ -117,9 +121,9 @@ def unusable(value: Any, annotation: Any = None) -> str:
 
 
 def _wrong_choice(value: Any, choices: Sequence[Any]) -> str:
-    if any(value == one and type(value) is type(one) for one in choices):
+    if any(value == choice and type(value) is type(choice) for choice in choices):
         return ""
-    known = [str(one) for one in choices]
+    known = [str(choice) for choice in choices]
     meant = nearest(SYNONYMS.get(str(value), str(value)), known)
     return f"is not one of {', '.join(known)}" + meant.rstrip("?").replace(" Did you mean", "; did you mean")
 
@@ -182,36 +186,36 @@ def signature(target: str) -> dict[str, Parameter]:
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             names[node.targets[0].id] = _evaluate(node.value, names)
-    found = next((node for node in tree.body if getattr(node, "name", None) == name), None)
-    if isinstance(found, ast.ClassDef):
-        init = next((node for node in found.body if getattr(node, "name", None) == "__init__"), None)
+    definition = next((node for node in tree.body if getattr(node, "name", None) == name), None)
+    if isinstance(definition, ast.ClassDef):
+        init = next((node for node in definition.body if getattr(node, "name", None) == "__init__"), None)
         if init is None:
-            if not any("dataclass" in ast.unparse(one) for one in found.decorator_list):
+            if not any("dataclass" in ast.unparse(decorator) for decorator in definition.decorator_list):
                 return {}  # annotations of an abstract class are promises, not parameters
-            attributes = [node for node in found.body if isinstance(node, ast.AnnAssign)]
+            attributes = [node for node in definition.body if isinstance(node, ast.AnnAssign)]
             own = {
-                one.target.id: Parameter(_evaluate(one.annotation, names), one.value is None)
-                for one in attributes
-                if isinstance(one.target, ast.Name)
+                attribute.target.id: Parameter(_evaluate(attribute.annotation, names), attribute.value is None)
+                for attribute in attributes
+                if isinstance(attribute.target, ast.Name)
             }
-            return {**_inherited(found, tree), **own}
-        found = init
-    if not isinstance(found, ast.FunctionDef):
+            return {**_inherited(definition, tree), **own}
+        definition = init
+    if not isinstance(definition, ast.FunctionDef):
         raise BadInput(f"_target_={target}: {module} has no '{name}'.")
-    arguments = found.args
+    arguments = definition.args
     defaults = [None] * (len(arguments.args) - len(arguments.defaults)) + arguments.defaults + arguments.kw_defaults
     parameters = zip([*arguments.args, *arguments.kwonlyargs], defaults, strict=True)
     return {
-        one.arg: Parameter(_evaluate(one.annotation, names), default is None)
-        for one, default in parameters
-        if one.arg != "self"
+        parameter.arg: Parameter(_evaluate(parameter.annotation, names), default is None)
+        for parameter, default in parameters
+        if parameter.arg != "self"
     }
 
 
-def _inherited(found: ast.ClassDef, tree: ast.Module) -> dict[str, Parameter]:
+def _inherited(definition: ast.ClassDef, tree: ast.Module) -> dict[str, Parameter]:
     """Fields of the dataclasses that a dataclass of `tree` derives from, as far as they are imported by name."""
     imported = _imported(tree)
-    bases = [imported[base.id] for base in found.bases if isinstance(base, ast.Name) and base.id in imported]
+    bases = [imported[base.id] for base in definition.bases if isinstance(base, ast.Name) and base.id in imported]
     fields: dict[str, Parameter] = {}
     for base in bases:
         fields |= signature(base)

@@ -159,11 +159,11 @@ class TrainStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        everyone = {name: distributed.gather(torch.cat([one[name] for one in rows])) for name in rows[0]}
+        everyone = {name: distributed.gather(torch.cat([part[name] for part in rows])) for name in rows[0]}
         self.method.after_step(self._progress, everyone)
         if parts == 1:
             return values[0]
-        return {name: torch.stack([one[name] for one in values]).mean() for name in values[0]}
+        return {name: torch.stack([of_part[name] for of_part in values]).mean() for name in values[0]}
 
     def _capture(self, views: Sequence[Tensor], index: Tensor, phase: Hashable, seed: int) -> Captured | None:
         """This step as a CUDA graph; None, after a message, if it cannot be captured, and then no other step is tried."""

@@ -50,6 +50,7 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 from twoviews.assembly import check_without_data, make_parts, make_views  # noqa: E402
 from twoviews.config.building import build  # noqa: E402
 from twoviews.config.checks import (  # noqa: E402
+    NODES,
     ROOTS,
     VIEW,
     check,
@@ -130,7 +131,8 @@ def keys() -> Iterator[Key]:
     for command, root in ROOTS.items():
         for field in fields(root):
             yield Key(command, (), field.name, field.type)
-    yield from _of("train", (), "sweep", "twoviews.sweeps.launching.SweepOptions")
+    for node, target in NODES.items():
+        yield from _of("train", (), node, target)
     for group in groups():
         if group in ("experiment", "special", "hydra"):
             continue

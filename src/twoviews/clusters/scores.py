@@ -65,14 +65,14 @@ def clustering_scores(
     return values
 
 
-def nmi_and_ari(one: Int[Tensor, " N"], other: Int[Tensor, " N"]) -> tuple[float, float]:
+def nmi_and_ari(assignment: Int[Tensor, " N"], other: Int[Tensor, " N"]) -> tuple[float, float]:
     """NMI and ARI of two partitions in percent, by scikit-learn's definitions; its own take several times as long.
 
     Two partitions into one part each agree fully.
     """
     width = int(other.max()) + 1
-    n, a, b = len(one), torch.bincount(one), torch.bincount(other)
-    pairs = one * width + other
+    n, a, b = len(assignment), torch.bincount(assignment), torch.bincount(other)
+    pairs = assignment * width + other
     if len(a) * width <= MAX_TABLE_CELLS_PER_POINT * n:
         table = torch.bincount(pairs)
         pairs = table.nonzero()[:, 0]  # only those that some point is in

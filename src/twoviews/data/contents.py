@@ -40,8 +40,8 @@ def contents(paths: Sequence[str], cache: str) -> str:
     with ThreadPoolExecutor(READERS) as pool, shown as advance:
         for start in range(0, len(paths), CHUNK):
             some = paths[start : start + CHUNK]
-            for one in pool.map(_digest, some):
-                digest.update(one)
+            for file_digest in pool.map(_digest, some):
+                digest.update(file_digest)
             advance(len(some))
     if max(max(stamp) for _, *stamp in stamps) < (started - SETTLED_S) * 1e9:
         with contextlib.suppress(OSError):  # of a cache that cannot be written: whoever writes the store says so
@@ -53,10 +53,10 @@ def contents(paths: Sequence[str], cache: str) -> str:
 def _stamp(path: str) -> tuple[str, int, int]:
     """Inode and size, and the times in ns at which content and file were changed; all 0 for a link that leads nowhere."""
     try:
-        one = Path(path).stat()
+        status = Path(path).stat()
     except OSError:
         return "", 0, 0
-    return f"{one.st_ino} {one.st_size}", one.st_mtime_ns, one.st_ctime_ns
+    return f"{status.st_ino} {status.st_size}", status.st_mtime_ns, status.st_ctime_ns
 
 
 def _digest(path: str) -> bytes:

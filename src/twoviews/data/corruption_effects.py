@@ -27,7 +27,9 @@ def gaussian_noise(x: Pixels, std: float, draws: Sequence[Generator]) -> Pixels:
 
 def shot_noise(x: Pixels, photons: float, draws: Sequence[Generator]) -> Pixels:
     """Poisson noise: white is so many photons on average."""
-    return np.stack([draw.poisson(one * (photons / 255)) for one, draw in zip(x, draws, strict=True)]) * (255 / photons)
+    return np.stack([draw.poisson(image * (photons / 255)) for image, draw in zip(x, draws, strict=True)]) * (
+        255 / photons
+    )
 
 
 def impulse_noise(x: Pixels, amount: float, draws: Sequence[Generator]) -> Pixels:
@@ -74,7 +76,7 @@ def glass_blur(x: Pixels, glass: tuple[float, int, int], draws: Sequence[Generat
 
 def motion_blur(x: Pixels, streak: tuple[int, float], draws: Sequence[Generator]) -> Pixels:
     """ImageMagick's motion blur at an angle within 45 degrees of the horizontal."""
-    return np.stack([_streak(one, *streak, draw.uniform(-45, 45)) for one, draw in zip(x, draws, strict=True)])
+    return np.stack([_streak(image, *streak, draw.uniform(-45, 45)) for image, draw in zip(x, draws, strict=True)])
 
 
 def _streak(x: Float[np.ndarray, "*C S S"], radius: int, sigma: float, angle: float) -> Float[np.ndarray, "*C S S"]:
@@ -119,7 +121,7 @@ def snow(x: Pixels, flakes: tuple[float, ...], draws: Sequence[Generator]) -> Pi
     noise = _zoomed(np.stack([draw.normal(mean, std, (side, side)) for draw in draws]), zoom)
     noise = np.floor(255 * np.clip(np.where(noise < threshold, 0, noise), 0, 1))
     angles = [draw.uniform(-135, -45) for draw in draws]
-    driven = np.stack([_streak(one, int(radius), sigma, angle) for one, angle in zip(noise, angles, strict=True)])
+    driven = np.stack([_streak(image, int(radius), sigma, angle) for image, angle in zip(noise, angles, strict=True)])
     weights = LUMA if x.shape[1] == 3 else (1 / x.shape[1],) * x.shape[1]
     grey = np.sum(x * np.array(weights)[:, None, None], axis=1, keepdims=True)
     whitened = np.maximum(x, 1.5 * grey + 127.5)
@@ -197,7 +199,7 @@ def elastic_transform(x: Pixels, stretch: tuple[float, float, float], draws: Seq
     middle, arm = side // 2, side // 3
     corners = middle + arm * np.array([(1, 1), (1, -1), (-1, -1)])  # x, y
     warped = []
-    for one, draw in zip(x, draws, strict=True):
+    for image, draw in zip(x, draws, strict=True):
         moved = corners + draw.uniform(-reach, reach, (3, 2))
         back = np.linalg.solve(np.c_[moved, np.ones(3)], corners)  # from the place in the result to that in the image
         source = [columns * back[0, axis] + rows * back[1, axis] + back[2, axis] for axis in (1, 0)]
@@ -205,7 +207,7 @@ def elastic_transform(x: Pixels, stretch: tuple[float, float, float], draws: Seq
             amplitude * ndimage.gaussian_filter(draw.uniform(-1, 1, (side, side)), sigma, mode="reflect", truncate=3)
             for _ in range(2)
         )
-        for channel in one:
+        for channel in image:
             affine = ndimage.map_coordinates(channel, source, order=1, mode="mirror")
             warped.append(ndimage.map_coordinates(affine, (rows + dy, columns + dx), order=1, mode="reflect"))
     return np.stack(warped).reshape(x.shape)
@@ -225,9 +227,9 @@ def pixelate(x: Pixels, share: float, draws: Sequence[Generator]) -> Pixels:
 def jpeg_compression(x: Pixels, quality: int, draws: Sequence[Generator]) -> Pixels:
     """Through a JPEG file of that quality; grey or RGB."""
     images = []
-    for one in x.astype(np.uint8):
+    for image in x.astype(np.uint8):
         file = io.BytesIO()
-        Image.fromarray(one[0] if len(one) == 1 else one.transpose(1, 2, 0)).save(file, "JPEG", quality=quality)
+        Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(file, "JPEG", quality=quality)
         with Image.open(file) as picture:
             images.append(np.atleast_3d(np.asarray(picture, float)).transpose(2, 0, 1))
     return np.stack(images)

@@ -124,8 +124,8 @@ def worker_trouble(error: RuntimeError) -> str:
     text = " ".join(str(error).split())
     if not re.search(r"DataLoader worker \(pid|shared memory|ancdata", text):
         return ""
-    found = re.search(r"DataLoader worker \(pid[^)]*\) (?:is|exited)[^.]*|[^.:]*(?:shared memory|ancdata)[^.]*", text)
-    why = found[0] if found else text[:200]
+    match = re.search(r"DataLoader worker \(pid[^)]*\) (?:is|exited)[^.]*|[^.:]*(?:shared memory|ancdata)[^.]*", text)
+    why = match[0] if match else text[:200]
     return (
         f"a process that decodes images is gone ({why}); if memory is used up, use fewer (workers=1, or 0 for none); the "
         "same command goes on from the last checkpoint."

@@ -59,9 +59,9 @@ def _chunks(arrays: list[np.ndarray]) -> Iterator[Chunk]:
             done += count
 
 
-def _same_names(kind: str, given: tuple[str, ...], found: list[str]) -> None:
-    if list(given) != list(found):
-        raise BadInput(f"classes= does not name the {len(found)} classes of {kind} in their order: {found}.")
+def _same_names(kind: str, given: tuple[str, ...], present: list[str]) -> None:
+    if list(given) != list(present):
+        raise BadInput(f"classes= does not name the {len(present)} classes of {kind} in their order: {present}.")
 
 
 def _loaded(known, root: Path, load: Callable[[], Any]) -> Any:

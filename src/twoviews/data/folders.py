@@ -30,27 +30,31 @@ class Folders:
     @property
     def trees(self) -> list[Tree]:
         """Each tree once, train first."""
-        return list({id(one): one for one in (self.train, self.memory, self.test) if one is not None}.values())
+        return list(
+            {
+                id(pictures): pictures for pictures in (self.train, self.memory, self.test) if pictures is not None
+            }.values()
+        )
 
     @property
     def splits(self) -> dict[str, tuple[int, int]]:
         """Range of rows of train, memory and test when the trees are listed one after the other."""
         ranges, start = {}, 0
-        for one in self.trees:
-            ranges[id(one)] = (start, start + len(one))
-            start += len(one)
+        for pictures in self.trees:
+            ranges[id(pictures)] = (start, start + len(pictures))
+            start += len(pictures)
         parts = {"train": self.train, "memory": self.memory, "test": self.test}
-        return {name: ranges[id(one)] for name, one in parts.items() if one is not None}
+        return {name: ranges[id(pictures)] for name, pictures in parts.items() if pictures is not None}
 
     def labels(self) -> np.ndarray:
         """Label of every row, -1 for none."""
         number = {name: label for label, name in enumerate(self.classes)}
         return np.concatenate(
             [
-                np.array([number[class_of(name)] for name in one.names])
-                if one is not self.train or self.train_labelled
-                else np.full(len(one), -1)
-                for one in self.trees
+                np.array([number[class_of(name)] for name in pictures.names])
+                if pictures is not self.train or self.train_labelled
+                else np.full(len(pictures), -1)
+                for pictures in self.trees
             ]
         )
 
@@ -69,15 +73,15 @@ def find(root: Path, train: str | None, memory: str | None, test: str | None, la
         "test": _place(root, "test", test, ("test", "val")),
     }
     if places["train"] is None and (places["memory"] or places["test"]):
-        there = listed(one.name for one in root.iterdir() if one.is_dir())
+        there = listed(entry.name for entry in root.iterdir() if entry.is_dir())
         raise BadInput(f"{root} has the folders {there}, but no 'train': name the training images by train=.")
     start = places["train"] or root
     trees: dict[Path | None, Tree] = {path: tree(path) for path in {start, *places.values()} if path}
-    found = _agree(trees[start], trees.get(places["memory"]), trees.get(places["test"]), labels)
-    notes = [*found.notes, *doubts(root, places, found.train, found.test)]
+    folders = _agree(trees[start], trees.get(places["memory"]), trees.get(places["test"]), labels)
+    notes = [*folders.notes, *doubts(root, places, folders.train, folders.test)]
     if test is None and places["test"] == root / "test" and (root / "val").is_dir():
         notes.append(f"{root / 'val'} is not used: {root / 'test'} is.")
-    return replace(found, notes=tuple(notes))
+    return replace(folders, notes=tuple(notes))
 
 
 def _place(root: Path, part: str, given: str | None, usual: tuple[str, ...]) -> Path | None:
@@ -98,9 +102,9 @@ def _beside(path: Path) -> str:
 def _agree(train: Tree, memory: Tree | None, test: Tree | None, labels: bool) -> Folders:
     """Labels and classes of the trees, checked against each other."""
     notes = [
-        f"Files below {one.root} that are not taken for pictures: {one.others}."
-        for one in (train, memory, test)
-        if one and one.ignored
+        f"Files below {pictures.root} that are not taken for pictures: {pictures.others}."
+        for pictures in (train, memory, test)
+        if pictures and pictures.ignored
     ]
     train_labelled = labels and _labelled(train, "labels=false makes all of it one unlabelled set")
     if labels and not train_labelled:
@@ -108,10 +112,11 @@ def _agree(train: Tree, memory: Tree | None, test: Tree | None, labels: bool) ->
         notes.append(f"{train.root} has {has}: it counts as {counted(len(train), 'unlabelled picture')}.")
     if memory is None and train_labelled:
         memory = train
-    for part, one in (("memory", memory), ("test", test)):
-        if one and not _labelled(one, "move them into one"):
+    for part, pictures in (("memory", memory), ("test", test)):
+        if pictures and not _labelled(pictures, "move them into one"):
             raise BadInput(
-                f"{part}={one.root} needs at least two class folders; it has {one_class(one) if one.classes else 'none'}: "
+                f"{part}={pictures.root} needs at least two class folders; it has "
+                f"{one_class(pictures) if pictures.classes else 'none'}: "
                 "name the folder that holds them, or move it away, and training goes without labelled images."
             )
     if memory and test:
@@ -129,24 +134,24 @@ def _agree(train: Tree, memory: Tree | None, test: Tree | None, labels: bool) ->
     return Folders(train, memory, test, classes, train_labelled, tuple(notes))
 
 
-def _labelled(one: Tree, remedy: str) -> bool:
+def _labelled(pictures: Tree, remedy: str) -> bool:
     """Whether a tree has class folders: at least two, and no picture beside them."""
-    if one.loose and one.classes:
+    if pictures.loose and pictures.classes:
         raise BadInput(
-            f"{one.root} has {counted(one.loose, 'picture')} directly in it, beside its class folders: {remedy}."
+            f"{pictures.root} has {counted(pictures.loose, 'picture')} directly in it, beside its class folders: {remedy}."
         )
-    return len(one.classes) > 1
+    return len(pictures.classes) > 1
 
 
 def _same_classes(memory: Tree, test: Tree) -> None:
-    for one, other in ((memory, test), (test, memory)):
-        odd = sorted(set(one.classes) - set(other.classes))
+    for pictures, other in ((memory, test), (test, memory)):
+        odd = sorted(set(pictures.classes) - set(other.classes))
         if odd:
             named = ", ".join(odd[:5]) + (" ..." if len(odd) > 5 else "")
-            close = nearest(odd[0], set(other.classes) - set(one.classes))
+            close = nearest(odd[0], set(other.classes) - set(pictures.classes))
             raise BadInput(
-                f"{other.root} lacks {counted(len(odd), 'class')} of {one.root}: {named}.{close} Add pictures of them there, "
-                "move their folders away, or give both the same name."
+                f"{other.root} lacks {counted(len(odd), 'class')} of {pictures.root}: {named}.{close} Add pictures of them "
+                "there, move their folders away, or give both the same name."
             )
 
 
@@ -167,7 +172,7 @@ def usual_side(train: Tree) -> tuple[int, str]:
 
 def recipe(folders: Folders, size: int, channels: int, workers: int) -> Recipe:
     """How to build the store of these folders."""
-    paths = [path for one in folders.trees for path in one.paths]
+    paths = [path for pictures in folders.trees for path in pictures.paths]
     reader = Decoded(paths, size=size, channels=channels, workers=workers)
     return Recipe(
         splits=folders.splits,

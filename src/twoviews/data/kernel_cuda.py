@@ -90,9 +90,9 @@ def render(
     widest = max(side, float(extent.max()))  # the same whatever is drawn
     if any(shared_bytes(side, size, widest) >= SHARED for size in sizes):
         return None
-    rows = [start, extent, order, factors, *(one[..., None] for one in (flip, grayscale, sigma, solarize))]
-    statistics = (one.expand(*sigma.shape, channels) for one in (mean, std))
-    drawn = sent(torch.cat([*(one.float() for one in rows), *statistics], dim=2), images.device)
+    rows = [start, extent, order, factors, *(numbers[..., None] for numbers in (flip, grayscale, sigma, solarize))]
+    statistics = (statistic.expand(*sigma.shape, channels) for statistic in (mean, std))
+    drawn = sent(torch.cat([*(numbers.float() for numbers in rows), *statistics], dim=2), images.device)
     images, blurred, made, first = images.contiguous(), bool((sigma > 0).any()), [], 0
     for size, group in itertools.groupby(sizes):
         views = len(list(group))

@@ -39,8 +39,10 @@ def one_class(tree: Tree) -> str:
         folder += f"{next(iter(inner))}/"
         below = [name.removeprefix(folder).split("/") for name in tree.names]
         inner = {parts[0] for parts in below if len(parts) > 1}
-    found = f"one class folder, {tree.classes[0]}"
-    return f"{found}, and {tree.root / folder} has the folders {listed(inner)}: name that one" if inner else found
+    described = f"one class folder, {tree.classes[0]}"
+    return (
+        f"{described}, and {tree.root / folder} has the folders {listed(inner)}: name that one" if inner else described
+    )
 
 
 def _is_part(name: str) -> bool:
@@ -59,7 +61,7 @@ def _above(root: Path, train: Tree) -> list[str]:
     for place in (root, root.parent):
         if not _is_part(place.name):
             continue
-        if parts := _parts(one.name for one in place.parent.iterdir() if one.is_dir()):
+        if parts := _parts(entry.name for entry in place.parent.iterdir() if entry.is_dir()):
             return [
                 f"warning: root={root} looks like a part of a data set: {place.parent} has the folders {listed(parts)}, "
                 f"and root={place.parent} takes all of them. Folders taken as classes now: "
@@ -101,7 +103,9 @@ def _parts_as_classes(train: Tree) -> list[str]:
 def _beside(root: Path, places: Mapping[str, Path | None]) -> list[str]:
     """Folders beside train that play no part; with a class of that name they are the other classes."""
     used = {path.relative_to(root).parts[0] for path in places.values() if path and path.is_relative_to(root)}
-    others = {one.name for one in root.iterdir() if one.is_dir() and not one.name.startswith(".")} - used - {"val"}
+    others = (
+        {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")} - used - {"val"}
+    )
     if not others:
         return []
     return [

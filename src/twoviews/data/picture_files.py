@@ -74,24 +74,24 @@ def tree(root: Path) -> Tree:
     Raises:
         BadInput: the folder is missing or unreadable, or holds no picture.
     """
-    found, ignored = [], Counter()
+    pictures, ignored = [], Counter()
     try:
         for name in _walk(root):
             if Path(name).suffix.lower() in SUFFIXES:
-                found.append(name)
+                pictures.append(name)
             else:
                 ignored[Path(name).suffix.lower() or Path(name).name] += 1
     except OSError as error:
         raise BadInput(f"{error.filename or root} cannot be read: {error.strerror}.") from None
     others = tuple(sorted(ignored.items()))
-    if not found:
+    if not pictures:
         others = f"only {ignored.total()} other files: {_counted(others)}" if others else "no file at all"
         raise BadInput(f"{root} holds no picture ({others}); pictures end in {' '.join(SUFFIXES)}.")
-    return Tree(root, tuple(sorted(found)), others)
+    return Tree(root, tuple(sorted(pictures)), others)
 
 
 def _counted(suffixes: Sequence[tuple[str, int]]) -> str:
-    most = sorted(suffixes, key=lambda one: -one[1])
+    most = sorted(suffixes, key=lambda item: -item[1])
     return ", ".join(f"{count} {suffix}" for suffix, count in most[:5]) + (" ..." if len(most) > 5 else "")
 
 

@@ -95,7 +95,7 @@ class DeepClusterV2(Method):
             self.bank.copy_(nnf.normalize(embed(nn.Sequential(self.encoder, self.projector)), dim=1))
             self.seen.fill_(True)
         rows = self.seen.nonzero().flatten()
-        found, previous = {}, {}
+        clusterings, previous = {}, {}
         for head, k in enumerate(self.ks):
             centroids, name = self.get_buffer(f"centroids{head}"), f"head{head}"
             clusters = kmeans(
@@ -111,9 +111,9 @@ class DeepClusterV2(Method):
             self.assignments[head].fill_(UNSEEN)
             self.assignments[head, rows] = clusters.assignment
             centroids.copy_(clusters.centroids)
-            found[name] = clusters
+            clusterings[name] = clusters
         self.seen.fill_(False)
-        return Clustered(self.bank[0, rows], found, previous, rows)
+        return Clustered(self.bank[0, rows], clusterings, previous, rows)
 
     def forward(self, views: Sequence[Float[Tensor, "B C _h _w"]], index: Int[Tensor, " B"]) -> Output:
         """The mean over heads of the loss of all crops."""

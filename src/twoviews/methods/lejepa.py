@@ -110,7 +110,9 @@ class LeJEPA(Method):
             )
         z = self.projector(encode_crops(self.encoder, views)).float().unflatten(0, (len(views), -1))
         largest = max(view.shape[-1] for view in views)
-        z_global = torch.stack([one for one, view in zip(z, views, strict=True) if view.shape[-1] == largest])
+        z_global = torch.stack(
+            [embedding for embedding, view in zip(z, views, strict=True) if view.shape[-1] == largest]
+        )
         regularity = sigreg(z, random_directions(z.shape[2], self.directions, z.device))
         agreement = invariance(z, z_global)
         loss = self.sigreg_weight * regularity + (1 - self.sigreg_weight) * agreement

@@ -162,7 +162,7 @@ class PCL(Method):
         if epoch < self.warmup_epochs:
             return None
         x = nnf.normalize(embed(self.key_encoder), dim=1)
-        found, previous = {}, {}
+        clusterings, previous = {}, {}
         for part in self.prototypes:
             name = f"k{part.k}"
             if self.clustered:
@@ -172,9 +172,9 @@ class PCL(Method):
             part.centroids.copy_(clusters.centroids)
             part.phi.copy_(concentration(clusters, self.temperature))
             part.fill()
-            found[name] = clusters
+            clusterings[name] = clusters
         self.clustered = True
-        return Clustered(x, found, previous)
+        return Clustered(x, clusterings, previous)
 
     def _candidates(
         self, part: Prototypes, positives: Int[Tensor, " B"]
