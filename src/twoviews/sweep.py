@@ -11,10 +11,8 @@ from twoviews.console import ROWS, Console, duration
 from twoviews.errors import BadInput, nearest, system_reason
 from twoviews.figures import set_formats
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.formatting import counted, short_names, typed
-from twoviews.sweeps.job import LOG, Job, JobState
+from twoviews.sweeps.job import LOG, Job, JobState, counted, short_names, typed, with_varying_parameters
 from twoviews.sweeps.job_status import CANCEL_SECONDS, status, wait_until_ended
-from twoviews.sweeps.varying_parameters import with_varying_parameters
 
 FINISHED, UNFINISHED, ACTIVE = 0, 1, 3  # exit codes; 2 is bad input
 EXIT_CODES = "0 all jobs are finished or pruned, 3 some are queued or running, 1 some are neither, 2 bad input."

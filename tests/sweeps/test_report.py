@@ -17,8 +17,7 @@ from scipy import stats
 from twoviews import figures as figure_files
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.formatting import counted, short_names, text
-from twoviews.sweeps.job import Job, JobSpec, JobState
+from twoviews.sweeps.job import Job, JobSpec, JobState, counted, short_names, text
 from twoviews.sweeps.report import report
 from twoviews.sweeps.results import estimate, gather
 

@@ -24,8 +24,7 @@ from twoviews.errors import BadInput
 from twoviews.sweeps import mlflow_sync
 from twoviews.sweeps.composing import Composer, job_specs
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.formatting import counted
-from twoviews.sweeps.job import Job, JobSpec, JobState
+from twoviews.sweeps.job import Job, JobSpec, JobState, counted
 from twoviews.sweeps.job_status import status
 from twoviews.sweeps.launcher import POLL_SECONDS, Launcher
 from twoviews.sweeps.plan import plan

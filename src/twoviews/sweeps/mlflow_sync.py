@@ -11,10 +11,8 @@ from filelock import FileLock
 from twoviews import foreign
 from twoviews.errors import BadInput, system_reason
 from twoviews.sweeps.folder import WRITER_THREADS, Sweep
-from twoviews.sweeps.formatting import short_names, text
-from twoviews.sweeps.job import Job, JobState
+from twoviews.sweeps.job import Job, JobState, assigned, short_names, with_varying_parameters
 from twoviews.sweeps.job_status import status
-from twoviews.sweeps.varying_parameters import with_varying_parameters
 from twoviews.tracking import uris
 from twoviews.tracking.client import short_error
 from twoviews.tracking.metrics import METRICS_FILE
@@ -53,8 +51,7 @@ def attach_jobs(sweep: Sweep, jobs: Sequence[Job], tracking: Mapping[str, Any]) 
 
     def attach(digest: str) -> None:
         job = varying[digest]
-        name = " ".join(f"{names[key]}={text(value)}" for key, value in job.axes.items()) or digest
-        attach_parent(job.folder, uri, experiment, parent, name, job.axes)
+        attach_parent(job.folder, uri, experiment, parent, assigned(job.axes, names) or digest, job.axes)
 
     with ThreadPoolExecutor(WRITER_THREADS) as pool:
         list(pool.map(attach, [job.digest for job in jobs]))

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from twoviews.errors import BadInput
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.formatting import counted
-from twoviews.sweeps.job import Job, JobState
+from twoviews.sweeps.job import Job, JobState, assigned, counted
 from twoviews.sweeps.job_status import status
 from twoviews.sweeps.launching import SweepCommand
 from twoviews.sweeps.optuna_study import distributions, resumed_trial
@@ -196,7 +195,7 @@ class TrialRunner:
         list(self._report_knn(running))  # which other trials are compared with
         self.study.tell(running.trial, mean)
         self._running.remove(running)
-        self._say(f"trial {running.trial.number}: {_shown(self._config(running.trial))}: {metric} {mean:.2f}")
+        self._say(f"trial {running.trial.number}: {assigned(self._config(running.trial))}: {metric} {mean:.2f}")
         return True
 
     def _prune(self, running: RunningTrial, states: Mapping[str, JobState]) -> None:
@@ -243,7 +242,7 @@ class TrialRunner:
             self._running.remove(twin)
         self._queue = deque(entry for entry in self._queue if entry[0].started is not running.started)
         self._give_up(running.jobs, reason, failed)
-        self._say(f"trial {running.trial.number}: {_shown(self._config(running.trial))}: {state.name}, {reason}")
+        self._say(f"trial {running.trial.number}: {assigned(self._config(running.trial))}: {state.name}, {reason}")
 
     def _stop_leftovers(self, trial: "optuna.trial.FrozenTrial") -> None:
         """Stop the jobs of a trial that an earlier process ended and had no time to stop."""
@@ -272,7 +271,7 @@ class TrialRunner:
         if not complete:
             return 1
         best = self.study.best_trial
-        self._say(f"best: {_shown(self._config(best))}: {self.search.metric} {best.value:.2f}, mean over its seeds")
+        self._say(f"best: {assigned(self._config(best))}: {self.search.metric} {best.value:.2f}, mean over its seeds")
         self._say(f"`python -m twoviews.sweep report {self.sweep.name}` writes the report.")
         return 0
 
@@ -284,7 +283,3 @@ def collapsed(lines: Sequence[Mapping[str, float]]) -> bool:
         return False
     recent = [line[SPREAD] for line in known if line["epoch"] > known[-1]["epoch"] - COLLAPSE_EPOCHS]
     return max(recent) < COLLAPSE_SPREAD
-
-
-def _shown(config: Mapping[str, str]) -> str:
-    return " ".join(f"{key}={value}" for key, value in config.items())

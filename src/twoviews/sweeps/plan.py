@@ -22,13 +22,11 @@ from typing import Any
 from twoviews.config.groups import ROOT
 from twoviews.console import Console, duration, in_bytes
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.formatting import counted, text
-from twoviews.sweeps.job import LOG, JobSpec, JobState
+from twoviews.sweeps.job import LOG, JobSpec, JobState, assigned, counted, text, with_varying_parameters
 from twoviews.sweeps.launcher import Launcher
 from twoviews.sweeps.results import FINISHED, gather
 from twoviews.sweeps.runner import train_arguments
 from twoviews.sweeps.slurm import Slurm
-from twoviews.sweeps.varying_parameters import with_varying_parameters
 from twoviews.tracking.metrics import read
 
 MAX_MEASURED = 3  # kinds of jobs that are measured; the others are taken to cost as much as the most expensive of these
@@ -199,7 +197,7 @@ def _measured(spec: JobSpec, console: Console) -> Cost:
     Raises:
         NotMeasured: the training did not come so far.
     """
-    console.say(f"measuring the first steps of {spec.label or spec.digest} …")
+    console.say(f"measuring the first steps of {assigned(spec.axes) or spec.digest} …")
     with tempfile.TemporaryDirectory(prefix="twoviews-plan-") as name:
         folder, started = Path(name), time.time()
         (folder / "config.yaml").write_text(spec.config)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twoviews.figures import draw_baselines, drawing, merged_legend
-from twoviews.sweeps.formatting import short_names, text
+from twoviews.sweeps.job import short_names, text
 from twoviews.sweeps.results import ACCURACIES, CONFIDENCE, ConfigResults, Results, estimate
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from twoviews.console import duration
 from twoviews.figures import BASELINES, files_of
 from twoviews.files import write_atomic
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.formatting import counted, short_names, text, typed
-from twoviews.sweeps.job import SEED, JobState
+from twoviews.sweeps.job import SEED, JobState, counted, short_names, text, typed
 from twoviews.sweeps.plots import CURVES, plot_all
 from twoviews.sweeps.results import (
     ACCURACIES,

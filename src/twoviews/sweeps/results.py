@@ -13,10 +13,8 @@ from typing import Any
 from twoviews import foreign
 from twoviews.figures import BASELINES, training_title
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.formatting import text, typed
-from twoviews.sweeps.job import SEED, Job, JobState
+from twoviews.sweeps.job import SEED, Job, JobState, assigned, text, typed, with_varying_parameters
 from twoviews.sweeps.job_status import with_recorded_end
-from twoviews.sweeps.varying_parameters import with_varying_parameters
 
 DataFrame = Series = Any  # of pandas, which takes long to import
 ACCURACIES = {"knn/top1": "kNN", "linear/top1": "linear"}  # what is compared; configs are ranked by the first measured
@@ -85,7 +83,7 @@ class ConfigResults:
 
     def label(self, keys: Sequence[str], names: Mapping[str, str]) -> str:
         """The values of these parameters, if it has them, such as "temperature=0.1, lr=0.03"."""
-        return ", ".join(f"{names[key]}={text(self.axes[key])}" for key in keys if key in self.axes)
+        return assigned({key: self.axes[key] for key in keys if key in self.axes}, names, ", ")
 
 
 @dataclass(frozen=True)
