@@ -23,8 +23,7 @@ from twoviews.sweeps.launcher import Launcher
 from twoviews.sweeps.launching import SweepCommand
 from twoviews.sweeps.machine import Local, Pool
 from twoviews.sweeps.optuna_search import Optuna
-from twoviews.sweeps.optuna_study import resumed_trial
-from twoviews.sweeps.optuna_trials import collapsed
+from twoviews.sweeps.optuna_trials import collapsed, resumed_trial
 from twoviews.sweeps.report import report
 
 # A stand-in for a training: its kNN depends on x and, a little, on the seed.

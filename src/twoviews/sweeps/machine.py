@@ -24,11 +24,11 @@ from twoviews.console import Console, duration
 from twoviews.errors import BadInput
 from twoviews.ranges import Count
 from twoviews.sweeps import runner
-from twoviews.sweeps.background_report import BackgroundReport
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import LOG, Job
 from twoviews.sweeps.job_status import status
 from twoviews.sweeps.launcher import JobSource, Launcher, exclusive
+from twoviews.sweeps.mlflow_sync import BackgroundReport
 
 POLL_SECONDS = 0.2  # between two looks at the processes
 DRIVER = Path("/dev/nvidiactl")  # as in fallbacks.py, which imports torch

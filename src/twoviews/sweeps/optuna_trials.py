@@ -8,14 +8,13 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from twoviews.errors import BadInput
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobState, assigned, counted
 from twoviews.sweeps.job_status import status
 from twoviews.sweeps.launching import SweepCommand
-from twoviews.sweeps.optuna_study import distributions, resumed_trial
 from twoviews.sweeps.search import Interval, SearchSpace
 
 if TYPE_CHECKING:
@@ -283,3 +282,25 @@ def collapsed(lines: Sequence[Mapping[str, float]]) -> bool:
         return False
     recent = [line[SPREAD] for line in known if line["epoch"] > known[-1]["epoch"] - COLLAPSE_EPOCHS]
     return max(recent) < COLLAPSE_SPREAD
+
+
+def distributions(space: SearchSpace) -> dict[str, Any]:
+    """Optuna's distribution for each swept key."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    result: dict[str, Any] = {}
+    for key, values in space.axes.items():
+        if not isinstance(values, Interval):
+            result[key] = CategoricalDistribution(list(values))
+        elif values.whole:
+            result[key] = IntDistribution(int(values.low), int(values.high), log=values.logarithmic)
+        else:
+            result[key] = FloatDistribution(values.low, values.high, log=values.logarithmic)
+    return result
+
+
+def resumed_trial(study: "optuna.Study", frozen: "optuna.trial.FrozenTrial") -> "optuna.Trial":
+    """A trial of an earlier process, to be reported to and told; Optuna has no public way to go on with one."""
+    import optuna
+
+    return optuna.trial.Trial(study, frozen._trial_id)

@@ -16,10 +16,10 @@ from typing import Annotated, Any
 from twoviews.console import Console
 from twoviews.errors import BadInput
 from twoviews.ranges import Count, Index, Length
-from twoviews.sweeps import runner, slurm_commands
+from twoviews.sweeps import runner
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobState, counted
-from twoviews.sweeps.job_status import RESUME_HINT, status
+from twoviews.sweeps.job_status import IDS_PER_CALL, RESUME_HINT, run_slurm, status
 from twoviews.sweeps.launcher import Launcher, exclusive
 
 # What sbatch prints if a user, an account or the cluster may have no more jobs (MaxSubmitJobs, MaxJobCount).
@@ -32,6 +32,7 @@ PARAMETERS = {
     **{"ntasks_per_node": "tasks_per_node"},
 }
 RESERVED = ("array", "error", "ntasks", "open_mode", "output", "wait", "wrap")
+USUAL_ARRAY_SIZE = 1001  # MaxArraySize unless a cluster sets another
 JOB_FUNCTION = "twoviews.sweeps.slurm_job:run_job"
 OLD_JOB_FUNCTION = "twoviews.sweeps.slurm:run_point"  # its name in the code of sweeps that version 0.1.0 launched
 
@@ -99,7 +100,7 @@ class Slurm(Launcher):
         """
         if not jobs:
             return
-        slurm_commands.require_slurm()
+        require_slurm()
         sweep = Sweep(jobs[0].folder.parent)
         with exclusive(sweep, self._console):
             states = status(jobs)  # another process may have submitted some meanwhile
@@ -108,7 +109,7 @@ class Slurm(Launcher):
     def _submit_arrays(self, sweep: Sweep, jobs: Sequence[Job]) -> None:
         """Submit in as many arrays as it takes; waits here while the queue is full."""
         left, waiting = list(jobs), False
-        size = max_size = slurm_commands.max_array_size()
+        size = max_size = max_array_size()
         while left:
             array, when = left[:size], time.time()
             try:
@@ -173,7 +174,7 @@ class Slurm(Launcher):
 
     def _parameters(self, sweep: Sweep, code: Path) -> dict[str, object]:
         """Parameters of submitit's executor."""
-        path = shlex.quote(os.pathsep.join(slurm_commands.command_folders()))
+        path = shlex.quote(os.pathsep.join(command_folders()))
         setup = [
             # With options.export, SLURM would pass on as little to the processes of a job as to the job itself.
             "export SLURM_EXPORT_ENV=ALL",
@@ -217,17 +218,47 @@ class Slurm(Launcher):
 
 
 def cancel_jobs(jobs: Sequence[Job]) -> None:
-    """Cancel the SLURM jobs of those of these jobs that have one.
+    """Cancel the SLURM jobs of those of these jobs that have one; those that ended are left as they are.
 
     Raises:
         BadInput: SLURM does not answer.
     """
-    slurm_ids = {job.digest: job.slurm_id for job in jobs if job.slurm_id}
-    if slurm_ids:
-        slurm_commands.require_slurm()
-        # SLURM keeps no record of tasks that are cancelled before they begin.
-        Sweep(jobs[0].folder.parent).mark([*slurm_ids], cancelled=time.time())
-        slurm_commands.cancel([*slurm_ids.values()])
+    if not (submitted := [job for job in jobs if job.slurm_id]):
+        return
+    require_slurm()
+    # SLURM keeps no record of tasks that are cancelled before they begin.
+    Sweep(jobs[0].folder.parent).mark([job.digest for job in submitted], cancelled=time.time())
+    for start in range(0, len(submitted), IDS_PER_CALL):
+        slurm_ids = [str(job.slurm_id) for job in submitted[start : start + IDS_PER_CALL]]
+        done = run_slurm("scancel", "--quiet", *slurm_ids)
+        if done.returncode and "Invalid job id" not in done.stderr:
+            raise BadInput(f"scancel refused: {done.stderr.strip()}")
+
+
+def require_slurm() -> None:
+    """Make sure that SLURM's commands are installed.
+
+    Raises:
+        BadInput: some are missing.
+    """
+    missing = [command for command in ("sbatch", "srun", "squeue", "scancel") if not shutil.which(command)]
+    if missing:
+        raise BadInput(
+            f"this machine has no SLURM ({' and '.join(missing)} not found); go to a login node, or use "
+            "hydra/launcher=local or pool."
+        )
+
+
+def command_folders() -> list[str]:
+    """Folders with SLURM's commands on this machine, for jobs whose PATH lacks them."""
+    paths = (shutil.which(command) for command in ("srun", "squeue", "scontrol"))
+    return [*dict.fromkeys(str(Path(path).parent) for path in paths if path)]
+
+
+def max_array_size() -> int:
+    """The largest number of tasks in an array on this cluster (MaxArraySize)."""
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", run_slurm("scontrol", "show", "config").stdout, re.MULTILINE)
+    return max(1, int(match[1]) if match else USUAL_ARRAY_SIZE)
 
 
 class NamedFunction:
