@@ -172,15 +172,14 @@ def collect_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
 
 def cancel_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
     """Stop the jobs that are queued or running, which get some seconds for a checkpoint, and tell MLflow."""
-    from twoviews.sweeps import machine, slurm
     from twoviews.sweeps.mlflow_sync import collect
+    from twoviews.sweeps.slurm import cancel
 
     states = status(jobs)
     active = [job for job in jobs if states[job.digest].active]
     waiting = [job for job in active if job.slurm_id is None and states[job.digest].state == "QUEUED"]
     active = [job for job in active if job not in waiting]
-    machine.stop([job for job in active if job.slurm_id is None])
-    slurm.cancel_jobs(active)
+    cancel(active)
     print(f"cancelled {counted(len(active), 'job')} of {sweep.name}")
     if waiting:
         print(

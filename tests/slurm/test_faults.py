@@ -20,6 +20,7 @@ from twoviews.sweeps import job_status
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job_status import status
 from twoviews.sweeps.mlflow_sync import attach_jobs
+from twoviews.sweeps.slurm import cancel
 from twoviews.tracking import uris
 
 # The first start waits to be stopped with a checkpoint, or killed; the next one finishes.
@@ -71,7 +72,7 @@ def test_cancelled_jobs_are_told_apart_and_the_rest_goes_on(tmp_path: Path) -> N
     jobs = latest(jobs)
     slurm("scancel", str(jobs[1].slurm_id))  # still inside the array: SLURM may keep no record of it at all
     time.sleep(1)
-    launcher().cancel(jobs[:1])
+    cancel(jobs[:1])
     wait_for(lambda: states(jobs) == ["CANCELLED", "CANCELLED", "FINISHED"])
     assert jobs[0].checkpoint(), "it had a moment to write one"
     with Sweep(tmp_path / "s").update() as record:

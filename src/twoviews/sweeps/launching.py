@@ -26,7 +26,7 @@ from twoviews.sweeps.composing import Composer, job_specs
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobSpec, JobState, counted
 from twoviews.sweeps.job_status import status
-from twoviews.sweeps.launcher import POLL_SECONDS, Launcher
+from twoviews.sweeps.machine import CLUSTER_POLL_SECONDS, Launcher
 from twoviews.sweeps.plan import plan
 from twoviews.tracking import uris
 
@@ -207,7 +207,7 @@ def wait(jobs: Sequence[Job], console: Console) -> None:
             before[job.digest] = state.state
         if not any(state.active for state in states.values()):
             return
-        time.sleep(POLL_SECONDS)
+        time.sleep(CLUSTER_POLL_SECONDS)
 
 
 def default_name(config: DictConfig, swept: Sequence[str]) -> str:

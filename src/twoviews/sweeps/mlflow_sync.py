@@ -19,6 +19,7 @@ from twoviews.errors import BadInput, system_reason
 from twoviews.sweeps.folder import WRITER_THREADS, Sweep
 from twoviews.sweeps.job import Job, JobState, assigned, short_names, with_varying_parameters
 from twoviews.sweeps.job_status import status
+from twoviews.sweeps.runner import python_path
 from twoviews.tracking import uris
 from twoviews.tracking.client import short_error
 from twoviews.tracking.metrics import METRICS_FILE
@@ -179,13 +180,12 @@ class BackgroundReport:
         """Start the process after a job has ended, if the report is due and not in the making."""
         if (self._process and self._process.poll() is None) or not is_due(sweep):
             return
-        paths = [str(SOURCES), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "twoviews.sweep", "report", str(sweep.folder)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(SOURCES)},
             start_new_session=True,  # Ctrl-C in the terminal is for the jobs
             preexec_fn=lambda: os.nice(19),
         )

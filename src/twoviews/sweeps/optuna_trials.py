@@ -16,6 +16,7 @@ from twoviews.sweeps.job import Job, JobState, assigned, counted
 from twoviews.sweeps.job_status import status
 from twoviews.sweeps.launching import SweepCommand
 from twoviews.sweeps.search import Interval, SearchSpace
+from twoviews.sweeps.slurm import cancel
 
 if TYPE_CHECKING:
     import optuna
@@ -257,7 +258,7 @@ class TrialRunner:
         if digests := [job.digest for job in unwanted if not job.given_up]:
             self.sweep.mark(digests, given_up=reason)
         states = status(unwanted)
-        self.launch.launcher.cancel([job for job in unwanted if job.submitted and states[job.digest].active])
+        cancel([job for job in unwanted if job.submitted and states[job.digest].active])
 
     def print_end(self) -> int:
         """Print the best trial; returns 0, or 1 if no trial has a value."""

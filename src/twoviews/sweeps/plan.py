@@ -23,7 +23,7 @@ from twoviews.config.groups import ROOT
 from twoviews.console import Console, duration, in_bytes
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import LOG, JobSpec, JobState, assigned, counted, text, with_varying_parameters
-from twoviews.sweeps.launcher import Launcher
+from twoviews.sweeps.machine import Launcher
 from twoviews.sweeps.results import FINISHED, gather
 from twoviews.sweeps.runner import train_arguments
 from twoviews.sweeps.slurm import Slurm

@@ -20,7 +20,7 @@ from twoviews.sweeps import runner
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobState, counted
 from twoviews.sweeps.job_status import IDS_PER_CALL, RESUME_HINT, run_slurm, status
-from twoviews.sweeps.launcher import Launcher, exclusive
+from twoviews.sweeps.machine import Launcher, stop
 
 # What sbatch prints if a user, an account or the cluster may have no more jobs (MaxSubmitJobs, MaxJobCount).
 QUEUE_FULL = re.compile(r"SubmitJob\w*Limit|job submit limit|temporarily un|limit on the number of jobs", re.IGNORECASE)
@@ -102,7 +102,7 @@ class Slurm(Launcher):
             return
         require_slurm()
         sweep = Sweep(jobs[0].folder.parent)
-        with exclusive(sweep, self._console):
+        with sweep.launching(self._console.say):
             states = status(jobs)  # another process may have submitted some meanwhile
             self._submit_arrays(sweep, [job for job in jobs if not _is_taken(states[job.digest])])
 
@@ -208,21 +208,14 @@ class Slurm(Launcher):
             **{key: value for key, value in optional.items() if value is not None},
         }
 
-    def cancel(self, jobs: Sequence[Job]) -> None:
-        """Cancel these jobs; those that run get some seconds for a checkpoint.
 
-        Raises:
-            BadInput: SLURM does not answer.
-        """
-        cancel_jobs(jobs)
-
-
-def cancel_jobs(jobs: Sequence[Job]) -> None:
-    """Cancel the SLURM jobs of those of these jobs that have one; those that ended are left as they are.
+def cancel(jobs: Sequence[Job]) -> None:
+    """Ask these jobs to stop, with a checkpoint if they run; does not wait for their end.
 
     Raises:
         BadInput: SLURM does not answer.
     """
+    stop([job for job in jobs if job.slurm_id is None])
     if not (submitted := [job for job in jobs if job.slurm_id]):
         return
     require_slurm()
