@@ -28,28 +28,27 @@ _NOT_MEASURED = ("state", "step", "epoch", "seconds", "precision", "mlflow_run_i
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and half the width of its 95% t-interval, which is NaN for one seed."""
+    """A mean over seeds and half the width of its 95% t-interval, which is NaN for one seed; without seeds the mean is -inf."""
 
     mean: float
     half: float
     count: int
 
     def __str__(self) -> str:
+        if not self.count:
+            return "-"
         if self.count > 1 and self.half < 1e-6 * (1 + abs(self.mean)):  # ± 0.00 would pass for certainty
             return f"{self.mean:.2f} ({self.count} equal seeds)"
         return f"{self.mean:.2f}" + (f" ± {self.half:.2f}" if math.isfinite(self.half) else "")
 
 
-NO_ESTIMATE = Estimate(-math.inf, math.nan, 0)  # of a config without a finished job: ranked behind every other
-
-
-def estimate(values: Sequence[float]) -> Estimate | None:
-    """Mean and 95% t-interval of independent values: mean ± t(0.975, n - 1) s / sqrt(n); None for no values."""
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and 95% t-interval of independent values: mean ± t(0.975, n - 1) s / sqrt(n)."""
     from scipy import stats
 
     count = len(values)
     if not count:
-        return None
+        return Estimate(-math.inf, math.nan, 0)
     half = math.nan if count == 1 else stats.t.ppf(0.5 + CONFIDENCE / 200, count - 1) * stats.sem(values)
     return Estimate(sum(values) / count, float(half), count)
 
@@ -72,8 +71,8 @@ class ConfigResults:
         final = jobs[(jobs["state"] == FINISHED) & jobs[metric].abs().lt(math.inf)]
         return final.groupby(SEED, sort=False)[metric].last()
 
-    def estimate(self, metric: str) -> Estimate | None:
-        """The mean over seeds of a metric; None if no finished job has it."""
+    def estimate(self, metric: str) -> Estimate:
+        """The mean over seeds of a metric."""
         return estimate(self.values(metric).tolist())
 
     @property
@@ -93,15 +92,13 @@ class Comparison:
     Args:
         best: the first config.
         second: the other.
-        seeds: seeds that both have.
-        difference: mean advantage of the first over these seeds; None without any.
+        difference: mean advantage of the first over the seeds that both have.
         p: two-sided p-value of the paired t-test; NaN if there is nothing to test.
     """
 
     best: ConfigResults
     second: ConfigResults
-    seeds: Sequence[str]
-    difference: Estimate | None
+    difference: Estimate
     p: float
 
 
@@ -120,7 +117,6 @@ class Results:
         axes: the varying parameters of the configs, in the order of the sweep.
         configs: the best first, by mean accuracy; those without a finished job last.
         metric: the accuracy by which they are ranked, such as knn/top1; None if no job has measured one yet.
-        comparison: of the two best configs; None if there are not two.
     """
 
     name: str
@@ -132,7 +128,6 @@ class Results:
     axes: Sequence[str]
     configs: Sequence[ConfigResults]
     metric: str | None
-    comparison: Comparison | None
 
     @property
     def baselines(self) -> dict[str, list[float]]:
@@ -145,9 +140,15 @@ class Results:
         return all(epochs.nunique() < 2 for epochs in having)
 
     @property
-    def best(self) -> ConfigResults | None:
-        """The config with the highest mean, among those with as many seeds as any has."""
-        return self.configs[0] if self.metric and len(self.configs[0].values(self.metric)) else None
+    def ranked(self) -> list[ConfigResults]:
+        """The configs with an accuracy. The first has the highest mean among those with as many seeds as any has."""
+        return [config for config in self.configs if self.metric and len(config.values(self.metric))]
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """The two best configs; None if there are not two."""
+        best = self.ranked[:2]
+        return compare(*best, self.metric) if self.metric and len(best) > 1 else None
 
 
 def gather(sweep: Sweep, states: Mapping[str, JobState] | None = None) -> Results:
@@ -188,12 +189,8 @@ def gather(sweep: Sweep, states: Mapping[str, JobState] | None = None) -> Result
     axes = [key for key in ordered if len({typed(config.axes, key) for config in configs}) > 1]
     if metric:
         # A config with fewer seeds than others may be lucky: it is ranked when it has as many.
-        configs.sort(key=lambda config: (-len(config.values(metric)), -(config.estimate(metric) or NO_ESTIMATE).mean))
-    measured = [config for config in configs if metric and len(config.values(metric))]
-    comparison = compare(measured[0], measured[1], metric) if metric and len(measured) > 1 else None
-    return Results(
-        sweep.name, _title(sweep, jobs, keys), table, curves, keys, metrics, axes, configs, metric, comparison
-    )
+        configs.sort(key=lambda config: (-len(config.values(metric)), -config.estimate(metric).mean))
+    return Results(sweep.name, _title(sweep, jobs, keys), table, curves, keys, metrics, axes, configs, metric)
 
 
 def _row(job: Job, state: JobState, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -246,7 +243,6 @@ def compare(best: ConfigResults, second: ConfigResults, metric: str) -> Comparis
     from scipy import stats
 
     pairs = pd.concat([best.values(metric), second.values(metric)], axis=1, join="inner").to_numpy()
-    seeds = [seed for seed in best.values(metric).index if seed in second.values(metric).index]
     differences = [first - other for first, other in pairs]
     p = float(stats.ttest_rel(*pairs.T).pvalue) if len(set(differences)) > 1 else math.nan  # type: ignore[attr-defined]
-    return Comparison(best, second, seeds, estimate(differences), p)
+    return Comparison(best, second, estimate(differences), p)
