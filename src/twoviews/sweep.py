@@ -156,7 +156,7 @@ def retry_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
         flush(sweep, console.say)
     digests = {job.digest for job in jobs}
     print_end(sweep, digests, console)
-    return exit_code(status([job for job in sweep.jobs if job.digest in digests]))
+    return exit_code(status(sweep.named(digests)))
 
 
 def collect_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
@@ -187,8 +187,7 @@ def cancel_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
         )
     if active and sweep.record["parent"]:  # MLflow would show killed jobs as running
         print("waiting until they have ended, to tell MLflow …", flush=True)
-        digests = {job.digest for job in active}
-        jobs = [job for job in sweep.jobs if job.digest in digests]
+        jobs = sweep.named(job.digest for job in active)
         if not wait_until_ended(jobs, CANCEL_SECONDS) or collect(sweep, jobs):
             name = shlex.quote(sweep.name)
             print(f"MLflow was not told of all ends; `python -m twoviews.sweep collect {name}` does it later.")

@@ -48,7 +48,6 @@ class Composer:
 
     def __init__(self, compose: Callable[[list[str]], DictConfig]):
         self._compose = compose
-        self._parsed: dict[str, Override] = {}
         self._bases: dict[tuple[tuple[str, ...], frozenset[str]], tuple[DictConfig, dict[str, Any]]] = {}
         self._yaml: dict[str, str] = {}  # by repr, which distinguishes 1, 1.0 and true
 
@@ -58,7 +57,7 @@ class Composer:
         Raises:
             HydraException, OmegaConfBaseException: Hydra refuses an override.
         """
-        parsed = [self.parse(override) for override in overrides]
+        parsed = [_parsed(override) for override in overrides]
         others = [override for override in parsed if not _changes_value(override)]
         values = [override for override in parsed if _changes_value(override) and not _overlaps(override, others)]
         left = tuple(str(override.input_line) for override in parsed if override not in values)
@@ -91,11 +90,10 @@ class Composer:
                 self._yaml[shown] = OmegaConf.to_yaml(OmegaConf.create(node))
         return "".join(self._yaml[shown] for shown in nodes)
 
-    def parse(self, override: str) -> Override:
-        """The override as Hydra's grammar reads it."""
-        if override not in self._parsed:
-            self._parsed[override] = OverridesParser.create().parse_override(override)
-        return self._parsed[override]
+
+@cache
+def _parsed(override: str) -> Override:
+    return OverridesParser.create().parse_override(override)
 
 
 def _changes_value(override: Override) -> bool:
@@ -134,12 +132,8 @@ def job_specs(composer: Composer, combinations: Sequence[Sequence[str]], swept: 
     """
     specs: dict[str, JobSpec] = {}
     for combination in combinations:
-        parsed = [composer.parse(override) for override in combination]
-        axes = {
-            override.key_or_group: _json_value(override.value())
-            for override in parsed
-            if override.get_key_element() in swept
-        }
+        parsed = [override for override in map(_parsed, combination) if override.get_key_element() in swept]
+        axes = {override.key_or_group: _json_value(override.value()) for override in parsed}
         try:
             composed = composer(combination)
             check("train", composed.content)

@@ -16,7 +16,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
@@ -118,6 +118,11 @@ class Sweep:
             jobs.append(Job(self.folder / digest, **{key: value for key, value in entry.items() if key in known}))
         return jobs
 
+    def named(self, digests: Iterable[str]) -> list[Job]:
+        """The jobs with these digests, in the order of `jobs`, as sweep.json describes them now."""
+        wanted = {*digests}
+        return [job for job in self.jobs if job.digest in wanted]
+
     @property
     def commands(self) -> list[str]:
         """The different commands that launched the sweep, in order."""
@@ -169,8 +174,7 @@ class Sweep:
                     values = record["axes"].setdefault(key, [])
                     if value not in values:
                         values.append(value)
-        digests = {spec.digest for spec in specs}
-        return [job for job in self.jobs if job.digest in digests]
+        return self.named(spec.digest for spec in specs)
 
     def mark_submitted(self, slurm_ids: Mapping[str, str | None], when: float) -> None:
         """Record a submission at `when` (unix seconds): id of the SLURM job by digest, None where it is not SLURM."""

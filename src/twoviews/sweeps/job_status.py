@@ -1,9 +1,10 @@
 """The present state of jobs: as their runners wrote it while these live, otherwise as SLURM reports it."""
 
+import math
 import shutil
 import subprocess
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from twoviews.locks import is_locked
@@ -67,14 +68,30 @@ def status(jobs: Sequence[Job]) -> Mapping[str, JobState]:
     return {job.digest: with_recorded_end(job, states[job.digest]) for job in jobs}
 
 
-def wait_until_ended(jobs: Sequence[Job], timeout_s: float) -> bool:
-    """Wait until none of these jobs is queued or running; whether that was so within the time."""
-    end = time.monotonic() + timeout_s
-    while any(state.active for state in status(jobs).values()):
+def wait_until_ended(
+    jobs: Sequence[Job], timeout_s: float = math.inf, poll_s: float = 1.0, say: Callable[[str], None] = lambda _: None
+) -> bool:
+    """Wait until none of these jobs is queued or running; whether that was so within the time.
+
+    Args:
+        jobs: of one sweep.
+        timeout_s: seconds.
+        poll_s: seconds between two looks at the states.
+        say: called with a sentence for each change of a state.
+    """
+    end, before = time.monotonic() + timeout_s, {}
+    while True:
+        states = status(jobs)
+        for job in jobs:
+            state = states[job.digest]
+            if before.get(job.digest, state.state) != state.state:
+                say(f"{job.label}: {state.state}{': ' if state.reason else ''}{state.reason}")
+            before[job.digest] = state.state
+        if not any(state.active for state in states.values()):
+            return True
         if time.monotonic() > end:
             return False
-        time.sleep(1)
-    return True
+        time.sleep(poll_s)
 
 
 def with_recorded_end(job: Job, state: JobState) -> JobState:

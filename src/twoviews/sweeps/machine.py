@@ -123,7 +123,6 @@ class Local(Launcher):
 
     def print_warnings(self) -> None:
         """Print what makes the jobs slower than they could be."""
-        return
 
     def capacity(self) -> int:
         """Number of slots, or `at_once` if that is smaller."""
@@ -286,9 +285,8 @@ class _Work:
             self._report.update(self._sweep)
 
     def _fill_slots(self) -> None:
-        busy = [slot for _, _, slot, _ in self._running]
-        for slot in self._slots:
-            if self._queue and len(self._running) < self._limit and slot not in busy and slot.acquire():
+        for slot in [slot for slot in self._slots if slot not in [entry[2] for entry in self._running]]:
+            if self._queue and len(self._running) < self._limit and slot.acquire():
                 number, job = self._queue.popleft()
                 self._running.append((number, job, slot, runner.start(job, slot.environment)))
                 self._console.say(f"[{number}{self._total}] {job.label}: begins; {job.folder / LOG}")

@@ -8,8 +8,9 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
+import optuna
 from filelock import FileLock, Timeout
 
 from twoviews.errors import BadInput, nearest
@@ -20,13 +21,11 @@ from twoviews.sweeps.launching import FREE_KEYS, SweepCommand, launch_all
 from twoviews.sweeps.optuna_trials import SPREAD, TrialRunner
 from twoviews.sweeps.search import Interval, Random, Search, SearchSpace, search_space
 
-if TYPE_CHECKING:
-    import optuna
-
 PROBES = ("knn", "linear")  # protocols whose values are known in advance
 MIN_TRIALS_FOR_MEDIAN = 4  # finished trials before others are compared with their median
 
 
+@dataclass(frozen=True)
 class Optuna(Search):
     """Configs proposed by the tree-structured Parzen estimator of Bergstra et al. (2011), as Optuna implements it.
 
@@ -41,8 +40,11 @@ class Optuna(Search):
         at_once: most trials that run together.
     """
 
-    def __init__(self, trials: Trials, draw: Index, metric: str, prune: bool, at_once: Count):
-        self.trials, self.draw, self.metric, self.prune, self.at_once = trials, draw, metric, prune, at_once
+    trials: Trials
+    draw: Index
+    metric: str
+    prune: bool
+    at_once: Count
 
     def run(self, launch: SweepCommand, arguments: Sequence[str]) -> int:
         """Return when all trials have ended; 0, or 1 if none of them has a value.
@@ -57,27 +59,27 @@ class Optuna(Search):
         self._check_metric(launch.protocols)
         if launch.options.plan:
             launch.console.say("the configs of this search are not known in advance; the plan is for random ones.")
-            return launch_all(launch, Random(self.trials, self.draw).combinations(space))
+            return launch_all(launch, self.combinations(space))
         sweep = Sweep(launch.folder)
-        lock = FileLock(sweep.folder / ".study.lock")
         try:
-            lock.acquire(timeout=0)
+            lock = FileLock(sweep.folder / ".study.lock").acquire(timeout=0)
         except Timeout as error:
             raise BadInput(
                 f"another process runs the search in {sweep.folder}; wait for its end, or stop it first."
             ) from error
-        try:
-            with open_study(sweep, space, self.metric, self.draw) as study:
-                trials = TrialRunner(self, study, launch, space, sweep)
-                try:
-                    trials.resume()
-                    launch.launcher.serve(sweep, trials.next_jobs)
-                    wait_until_ended([job for job in sweep.jobs if job.given_up], CANCEL_SECONDS)
-                finally:
-                    launch.flush(sweep)
-                return trials.print_end()
-        finally:
-            lock.release()
+        with lock, open_study(sweep, space, self.metric, self.draw) as study:
+            trials = TrialRunner(self, study, launch, space, sweep)
+            try:
+                trials.resume()
+                launch.launcher.serve(sweep, trials.next_jobs)
+                wait_until_ended([job for job in sweep.jobs if job.given_up], CANCEL_SECONDS)
+            finally:
+                launch.flush(sweep)
+            return trials.print_end()
+
+    def configs(self, space: SearchSpace) -> Iterator[dict[str, str]]:
+        """Random configs, for a plan."""
+        return Random(self.trials, self.draw).configs(space)
 
     def _check_metric(self, protocols: Sequence[str]) -> None:
         name, slash, value = self.metric.partition("/")
@@ -93,7 +95,7 @@ class Optuna(Search):
 
 
 @contextmanager
-def open_study(sweep: Sweep, space: SearchSpace, metric: str, draw: int) -> "Iterator[optuna.Study]":
+def open_study(sweep: Sweep, space: SearchSpace, metric: str, draw: int) -> Iterator[optuna.Study]:
     """The study in a sweep folder, created if there is none.
 
     Args:
@@ -105,8 +107,6 @@ def open_study(sweep: Sweep, space: SearchSpace, metric: str, draw: int) -> "Ite
     Raises:
         BadInput: its trials are of other values, seeds or overrides, or of another metric.
     """
-    import optuna
-
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     path = sweep.folder / "study.db"

@@ -4,11 +4,15 @@ There are no batches: the next config is proposed with everything that is known 
 """
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from optuna import Study, Trial
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
 
 from twoviews.errors import BadInput
 from twoviews.sweeps.folder import Sweep
@@ -19,8 +23,6 @@ from twoviews.sweeps.search import Interval, SearchSpace
 from twoviews.sweeps.slurm import cancel
 
 if TYPE_CHECKING:
-    import optuna
-
     from twoviews.sweeps.optuna_search import Optuna
 
 POLL_SECONDS = 2.0  # between two looks at the states of running jobs
@@ -45,7 +47,7 @@ class RunningTrial:
         reported_epochs: epochs whose kNN was reported to the study.
     """
 
-    trial: "optuna.Trial"
+    trial: Trial
     jobs: list[Job]
     started: set[str] = field(default_factory=set)
     inherited: set[str] = field(default_factory=set)
@@ -63,7 +65,7 @@ class TrialRunner:
         sweep: where jobs are added.
     """
 
-    def __init__(self, search: "Optuna", study: "optuna.Study", launch: SweepCommand, space: SearchSpace, sweep: Sweep):
+    def __init__(self, search: "Optuna", study: Study, launch: SweepCommand, space: SearchSpace, sweep: Sweep):
         self.search, self.study, self.launch, self.space, self.sweep = search, study, launch, space, sweep
         self._say = launch.console.say
         self._running: list[RunningTrial] = []
@@ -72,17 +74,15 @@ class TrialRunner:
 
     def resume(self) -> None:
         """Go on with the trials that an earlier process left without a value."""
-        import optuna
-
         known = self.study.get_trials(deepcopy=False)
         for frozen in known:
-            if frozen.state != optuna.trial.TrialState.RUNNING:
+            if frozen.state != TrialState.RUNNING:
                 self._stop_leftovers(frozen)
                 continue
             trial = resumed_trial(self.study, frozen)
             if frozen.params.keys() != self.space.axes.keys():  # killed while it was asked for: nothing was started
                 trial.set_user_attr("torn", True)
-                self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                self.study.tell(trial, state=TrialState.FAIL)
                 continue
             self._begin(trial)
         if known:
@@ -90,13 +90,11 @@ class TrialRunner:
                 f"the study has {counted(len(known), 'trial')}, {len(self._running)} of them without a value yet; going on."
             )
 
-    def _begin(self, trial: "optuna.Trial") -> None:
+    def _begin(self, trial: Trial) -> None:
         """Create the jobs of a trial, and queue those that have to run."""
-        import optuna
-
         config = self._config(trial)
         for earlier in self.study.get_trials(deepcopy=False):
-            weak = earlier.state in (optuna.trial.TrialState.PRUNED, optuna.trial.TrialState.FAIL)
+            weak = earlier.state in (TrialState.PRUNED, TrialState.FAIL)
             if weak and "torn" not in earlier.user_attrs and self._config(earlier) == config:
                 reason = earlier.user_attrs.get("reason", "")
                 trial.set_user_attr("reason", f"as trial {earlier.number}: {reason}")
@@ -109,7 +107,7 @@ class TrialRunner:
         try:
             specs = self.launch.specs(self.space.combinations(config))
         except BadInput:
-            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            self.study.tell(trial, state=TrialState.FAIL)
             raise
         _, jobs = self.launch.add(specs)
         self.launch.attach_jobs(self.sweep, jobs)
@@ -122,7 +120,7 @@ class TrialRunner:
             else:
                 self._queue.append((running, job))
 
-    def _config(self, trial: "optuna.Trial | optuna.trial.FrozenTrial") -> dict[str, str]:
+    def _config(self, trial: Trial | FrozenTrial) -> dict[str, str]:
         """The values of a trial by key, as they are typed."""
         axes = self.space.axes
         return {
@@ -167,8 +165,6 @@ class TrialRunner:
 
     def _end(self, running: RunningTrial, states: Mapping[str, JobState]) -> bool:
         """Tell the study how a trial ended; False if it goes on."""
-        import optuna
-
         ended = [job for job in running.jobs if not states.get(job.digest, JobState()).active]
         failed = [job.digest for job in ended if states[job.digest].state != "FINISHED"]
         for job in (job for job in ended if job.digest in failed):
@@ -179,10 +175,10 @@ class TrialRunner:
                 self._queue.append((running, job))
                 return False
             if any(words in state.reason for words in DIVERGED):
-                self._stop(running, f"{job.label} diverged: {state.reason}", optuna.trial.TrialState.PRUNED)
+                self._stop(running, f"{job.label} diverged: {state.reason}", TrialState.PRUNED)
             else:
                 reason = f"{job.label}: {state.state} {state.reason}"
-                self._stop(running, reason, optuna.trial.TrialState.FAIL, failed)
+                self._stop(running, reason, TrialState.FAIL, failed)
             return True
         if len(ended) < len(running.jobs):
             return False
@@ -190,7 +186,7 @@ class TrialRunner:
         mean = sum(float(job.result.get(metric, math.nan)) for job in running.jobs) / len(running.jobs)
         if not math.isfinite(mean):
             reason = f"a result.json has no finite number {metric}; choose another metric"
-            self._stop(running, reason, optuna.trial.TrialState.FAIL)
+            self._stop(running, reason, TrialState.FAIL)
             return True
         list(self._report_knn(running))  # which other trials are compared with
         self.study.tell(running.trial, mean)
@@ -200,17 +196,15 @@ class TrialRunner:
 
     def _prune(self, running: RunningTrial, states: Mapping[str, JobState]) -> None:
         """Stop a trial that collapsed or is below the median."""
-        import optuna
-
         for job in running.jobs:
             if job.digest in states and states[job.digest].state == "RUNNING" and collapsed(job.metrics()):
                 reason = f"{job.label} collapsed: its spread stays below {COLLAPSE_SPREAD}"
-                self._stop(running, reason, optuna.trial.TrialState.PRUNED)
+                self._stop(running, reason, TrialState.PRUNED)
                 return
         for epoch in self._report_knn(running):
             if running.trial.should_prune():
                 reason = f"its kNN at epoch {epoch} is below the median of the others"
-                self._stop(running, reason, optuna.trial.TrialState.PRUNED)
+                self._stop(running, reason, TrialState.PRUNED)
                 return
 
     def _report_knn(self, running: RunningTrial) -> Iterator[int]:
@@ -224,9 +218,7 @@ class TrialRunner:
             running.trial.report(sum(curve[epoch] for curve in curves) / len(curves), epoch)
             yield epoch
 
-    def _stop(
-        self, running: RunningTrial, reason: str, state: "optuna.trial.TrialState", failed: Sequence[str] = ()
-    ) -> None:
+    def _stop(self, running: RunningTrial, reason: str, state: TrialState, failed: Sequence[str] = ()) -> None:
         """End a trial for good, with the others of its config; recorded before any job is stopped.
 
         Args:
@@ -244,13 +236,13 @@ class TrialRunner:
         self._give_up(running.jobs, reason, failed)
         self._say(f"trial {running.trial.number}: {assigned(self._config(running.trial))}: {state.name}, {reason}")
 
-    def _stop_leftovers(self, trial: "optuna.trial.FrozenTrial") -> None:
+    def _stop_leftovers(self, trial: FrozenTrial) -> None:
         """Stop the jobs of a trial that an earlier process ended and had no time to stop."""
         if "failed" in trial.user_attrs:
             specs = self.launch.specs(self.space.combinations(self._config(trial)))
-            digests = {spec.digest for spec in specs}
-            jobs = [job for job in self.sweep.jobs if job.digest in digests]
-            self._give_up(jobs, trial.user_attrs["reason"], trial.user_attrs["failed"])
+            self._give_up(
+                self.sweep.named(spec.digest for spec in specs), trial.user_attrs["reason"], trial.user_attrs["failed"]
+            )
 
     def _give_up(self, jobs: Sequence[Job], reason: str, failed: Sequence[str]) -> None:
         """Stop jobs for good; those that failed by themselves keep their own reason."""
@@ -262,13 +254,10 @@ class TrialRunner:
 
     def print_end(self) -> int:
         """Print the best trial; returns 0, or 1 if no trial has a value."""
-        states = [trial.state.name for trial in self.study.get_trials(deepcopy=False)]
-        complete, ended = (
-            states.count("COMPLETE"),
-            f"{states.count('PRUNED')} stopped early, {states.count('FAIL')} failed",
-        )
-        self._say(f"search {self.sweep.name}: {counted(complete, 'trial')} with a value, {ended}")
-        if not complete:
+        counts = Counter(trial.state.name for trial in self.study.get_trials(deepcopy=False))
+        ended = f"{counts['PRUNED']} stopped early, {counts['FAIL']} failed"
+        self._say(f"search {self.sweep.name}: {counted(counts['COMPLETE'], 'trial')} with a value, {ended}")
+        if not counts["COMPLETE"]:
             return 1
         best = self.study.best_trial
         self._say(f"best: {assigned(self._config(best))}: {self.search.metric} {best.value:.2f}, mean over its seeds")
@@ -285,11 +274,9 @@ def collapsed(lines: Sequence[Mapping[str, float]]) -> bool:
     return max(recent) < COLLAPSE_SPREAD
 
 
-def distributions(space: SearchSpace) -> dict[str, Any]:
+def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
     """Optuna's distribution for each swept key."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    result: dict[str, Any] = {}
+    result: dict[str, BaseDistribution] = {}
     for key, values in space.axes.items():
         if not isinstance(values, Interval):
             result[key] = CategoricalDistribution(list(values))
@@ -300,8 +287,6 @@ def distributions(space: SearchSpace) -> dict[str, Any]:
     return result
 
 
-def resumed_trial(study: "optuna.Study", frozen: "optuna.trial.FrozenTrial") -> "optuna.Trial":
+def resumed_trial(study: Study, frozen: FrozenTrial) -> Trial:
     """A trial of an earlier process, to be reported to and told; Optuna has no public way to go on with one."""
-    import optuna
-
-    return optuna.trial.Trial(study, frozen._trial_id)
+    return Trial(study, frozen._trial_id)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,15 +80,14 @@ def plan(
         launcher: which would run them.
         console: where it is printed.
     """
-    now = [states[spec.digest].state if spec.digest in states else "new" for spec in specs]
+    now = {spec.digest: states[spec.digest].state if spec.digest in states else "new" for spec in specs}
     rows = [
-        {"job": spec.digest, **{key: text(value) for key, value in spec.axes.items()}, "now": state}
-        for spec, state in zip(specs, now, strict=True)
+        {"job": spec.digest, **{key: text(value) for key, value in spec.axes.items()}, "now": now[spec.digest]}
+        for spec in specs
     ]
     console.rows(f"{folder.name}: {counted(len(specs), 'job')}", rows)
-    done = (FINISHED, "PRUNED", "RUNNING", "QUEUED")
-    todo = [spec for spec, state in zip(specs, now, strict=True) if state not in done]
-    counts = ", ".join(f"{now.count(state):,} {state}" for state in dict.fromkeys(now))
+    todo = [spec for spec in specs if now[spec.digest] not in (FINISHED, "PRUNED", "RUNNING", "QUEUED")]
+    counts = ", ".join(f"{count:,} {state}" for state, count in Counter(now.values()).items())
     console.say(f"jobs      {counts}; {len(todo):,} to run")
     if todo:
         try:
@@ -144,19 +144,14 @@ def _costs(folder: Path, todo: Sequence[JobSpec], processes: int, console: Conso
     known, kinds = _finished_costs(folder), {_kind(spec.axes): spec for spec in reversed(todo)}
     costs = {kind: known[kind] for kind in kinds if kind in known}
     for kind, spec in [(kind, spec) for kind, spec in kinds.items() if kind not in known][:MAX_MEASURED]:
-        costs[kind] = _with_processes(_measured(spec, console), processes)
+        cost = costs[kind] = _measured(spec, console)
+        if processes > 1:
+            source = f"{cost.source}; counted as if {processes} processes per job were no faster than that one"
+            costs[kind] = replace(cost, width=cost.width * processes, source=source)
     highest = max(costs.values(), key=lambda cost: cost.epoch_s)
     left = counted(len(kinds) - len(costs), "more kind")
     other = replace(highest, source=f"{left} of jobs taken to cost as much as the most expensive of these")
     return [costs.get(_kind(spec.axes), other) for spec in todo]
-
-
-def _with_processes(cost: Cost, processes: int) -> Cost:
-    """The cost of a job with several processes, from that with one."""
-    if processes == 1:
-        return cost
-    source = f"{cost.source}; counted as if {processes} processes per job were no faster than that one"
-    return replace(cost, width=cost.width * processes, source=source)
 
 
 def _kind(axes: Mapping[str, Any]) -> str:
@@ -179,9 +174,8 @@ def _finished_costs(folder: Path) -> dict[str, Cost]:
         row = rows.loc[job.digest]
         if row["state"] == FINISHED and row["epoch"]:
             seconds, width = float(row["seconds"] / row["epoch"]), int(row["width"])
-            cost = Cost(
-                0.0, seconds, _size(job.folder), str(row["device"]), width, "as finished jobs of this sweep took"
-            )
+            source = "as finished jobs of this sweep took"
+            cost = Cost(0.0, seconds, _size(job.folder), str(row["device"]), width, source)
             costs.setdefault(_kind(job.axes), []).append(cost)
     return {kind: sorted(some, key=lambda cost: cost.epoch_s)[len(some) // 2] for kind, some in costs.items()}
 
@@ -239,14 +233,12 @@ def _cost_of_folder(spec: JobSpec, folder: Path, started: float) -> Cost:
     environment = json.loads((folder / "environment.json").read_text())
     result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {}
     fixed_s, epoch_s = _seconds(spec, lines, steps, result, started)
-    last = folder / "last.pt"
-    checkpoint = last.stat().st_size if last.exists() else 0
-    measured = sum(path.stat().st_size for path in folder.glob("*.pt"))
+    checkpoints = {path.name: path.stat().st_size for path in folder.glob("*.pt")}
     device = environment["gpu"] or "CPU"
     return Cost(
         fixed_s=fixed_s,
         epoch_s=epoch_s,
-        disk=_size(folder) - measured + 2 * checkpoint,  # last.pt and previous.pt
+        disk=_size(folder) - sum(checkpoints.values()) + 2 * checkpoints.get("last.pt", 0),  # last.pt and previous.pt
         device=device,
         width=1 if environment["gpu"] else int(environment["threads"]),
         source=f"as {len(steps)} lines of its first {steps[-1]['step']:.0f} steps took on this machine, alone ({device})",

@@ -148,7 +148,7 @@ class Results:
     def comparison(self) -> Comparison | None:
         """The two best configs; None if there are not two."""
         best = self.ranked[:2]
-        return compare(*best, self.metric) if self.metric and len(best) > 1 else None
+        return compare(best[0], best[1], self.metric) if self.metric and len(best) > 1 else None
 
 
 def gather(sweep: Sweep, states: Mapping[str, JobState] | None = None) -> Results:

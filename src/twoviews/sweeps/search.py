@@ -168,21 +168,13 @@ def _interval(override: Override) -> Interval:
 class Search(ABC):
     """Decides which jobs a sweep has; the parameters of the constructor are the keys of conf/hydra/sweeper/<name>.yaml."""
 
-    @abstractmethod
     def run(self, launch: SweepCommand, arguments: Sequence[str]) -> int:
-        """Run the jobs that follow from the overrides and have no result yet; returns the exit code.
+        """Run the jobs that follow from the overrides and have no result yet, all of them together; returns the exit code.
 
         Raises:
             BadInput: something is wrong, and nothing was started.
             SystemExit: a signal stopped it.
         """
-
-
-class ListedSearch(Search):
-    """A search whose jobs are known in advance."""
-
-    def run(self, launch: SweepCommand, arguments: Sequence[str]) -> int:
-        """Launch all of the jobs together."""
         return launch_all(launch, self.combinations(search_space(arguments)))
 
     def combinations(self, space: SearchSpace) -> list[list[str]]:
@@ -198,7 +190,7 @@ class ListedSearch(Search):
         """The configs to try: value by swept key, without the seed."""
 
 
-class Grid(ListedSearch):
+class Grid(Search):
     """Every combination of the values."""
 
     def configs(self, space: SearchSpace) -> Iterator[dict[str, str]]:
@@ -208,7 +200,7 @@ class Grid(ListedSearch):
             yield dict(zip(values, combination, strict=True))
 
 
-class Zip(ListedSearch):
+class Zip(Search):
     """The first values of all keys together, then the second ones."""
 
     def configs(self, space: SearchSpace) -> Iterator[dict[str, str]]:
@@ -228,7 +220,8 @@ class Zip(ListedSearch):
             yield dict(zip(values, combination, strict=True))
 
 
-class Random(ListedSearch):
+@dataclass(frozen=True)
+class Random(Search):
     """Configs drawn independently: uniform over a list or an interval, log-uniform over one that is tagged log.
 
     Args:
@@ -236,8 +229,8 @@ class Random(ListedSearch):
         draw: seed of the random numbers.
     """
 
-    def __init__(self, trials: Trials, draw: Index):
-        self.trials, self.draw = trials, draw
+    trials: Trials
+    draw: Index
 
     def configs(self, space: SearchSpace) -> Iterator[dict[str, str]]:
         """Different configs; more trials begin with the same ones as fewer."""

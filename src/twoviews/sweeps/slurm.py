@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,7 @@ JOB_FUNCTION = "twoviews.sweeps.slurm_job:run_job"
 OLD_JOB_FUNCTION = "twoviews.sweeps.slurm:run_point"  # its name in the code of sweeps that version 0.1.0 launched
 
 
+@dataclass
 class Slurm(Launcher):
     """Jobs as tasks of SLURM job arrays.
 
@@ -58,26 +60,22 @@ class Slurm(Launcher):
         BadInput: an option is one that the launcher sets itself.
     """
 
-    def __init__(
-        self,
-        timeout_min: Count,
-        signal_delay_s: Count,
-        array_parallelism: Count,
-        cpus_per_task: Count,
-        gpus_per_node: Index | None,
-        mem_gb: Count | None,
-        partition: str | None,
-        account: str | None,
-        nodes: Count,
-        tasks_per_node: Count,
-        setup: Annotated[Sequence[str], Length()],
-        options: Mapping[str, str | int | bool],
-    ):
-        self.timeout_min, self.signal_delay_s, self.array_parallelism = timeout_min, signal_delay_s, array_parallelism
-        self.cpus_per_task, self.gpus_per_node, self.mem_gb = cpus_per_task, gpus_per_node, mem_gb
-        self.partition, self.account, self.nodes, self.tasks_per_node = partition, account, nodes, tasks_per_node
-        self.setup, self._console = setup, Console()
-        self.options = {name.replace("-", "_"): value for name, value in options.items()}
+    timeout_min: Count
+    signal_delay_s: Count
+    array_parallelism: Count
+    cpus_per_task: Count
+    gpus_per_node: Index | None
+    mem_gb: Count | None
+    partition: str | None
+    account: str | None
+    nodes: Count
+    tasks_per_node: Count
+    setup: Annotated[Sequence[str], Length()]
+    options: Mapping[str, str | int | bool]
+
+    def __post_init__(self):
+        self._console = Console()
+        self.options = {name.replace("-", "_"): value for name, value in self.options.items()}
         for name in self.options:
             if name in PARAMETERS:
                 raise BadInput(f"options.{name}= is set by the launcher; use {PARAMETERS[name]}=.")
