@@ -37,20 +37,14 @@ DIVERGED = ("loss is", "weights are not finite")  # in the reason of a training 
 class RunningTrial:
     """A trial without a value.
 
-    Trials with the same config share their jobs, and the two sets of digests.
-
     Args:
         trial: of the study.
-        jobs: one for each seed.
-        started: digests of the jobs that the launcher has.
-        inherited: digests of the jobs that an earlier process may have left running.
+        jobs: one for each seed; trials with the same config share them.
         reported_epochs: epochs whose kNN was reported to the study.
     """
 
     trial: Trial
     jobs: list[Job]
-    started: set[str] = field(default_factory=set)
-    inherited: set[str] = field(default_factory=set)
     reported_epochs: set[int] = field(default_factory=set)
 
 
@@ -69,7 +63,9 @@ class TrialRunner:
         self.search, self.study, self.launch, self.space, self.sweep = search, study, launch, space, sweep
         self._say = launch.console.say
         self._running: list[RunningTrial] = []
-        self._queue: deque[tuple[RunningTrial, Job]] = deque()
+        self._queue: deque[Job] = deque()
+        self._started: set[str] = set()  # digests of the jobs that the launcher has
+        self._inherited: set[str] = set()  # and of those among them that an earlier process may have left running
         self._last_poll = -math.inf
 
     def resume(self) -> None:
@@ -102,7 +98,7 @@ class TrialRunner:
                 return
         same = next((running for running in self._running if self._config(running.trial) == config), None)
         if same:
-            self._running.append(RunningTrial(trial, same.jobs, same.started, same.inherited))
+            self._running.append(RunningTrial(trial, same.jobs))
             return
         try:
             specs = self.launch.specs(self.space.combinations(config))
@@ -111,14 +107,11 @@ class TrialRunner:
             raise
         _, jobs = self.launch.add(specs)
         self.launch.attach_jobs(self.sweep, jobs)
-        states, running = status(jobs), RunningTrial(trial, jobs)
-        self._running.append(running)
-        for job in jobs:
-            if states[job.digest].state in ("FINISHED", "RUNNING"):
-                running.started.add(job.digest)
-                running.inherited.add(job.digest)
-            else:
-                self._queue.append((running, job))
+        self._running.append(RunningTrial(trial, jobs))
+        begun = {digest for digest, state in status(jobs).items() if state.state in ("FINISHED", "RUNNING")}
+        self._inherited |= begun - self._started
+        self._started |= begun
+        self._queue.extend(job for job in jobs if job.digest not in begun)
 
     def _config(self, trial: Trial | FrozenTrial) -> dict[str, str]:
         """The values of a trial by key, as they are typed."""
@@ -145,9 +138,8 @@ class TrialRunner:
         jobs = []
         while len(jobs) < free_slots and (self._queue or self._ask()):
             if self._queue:  # it stays empty for a trial whose jobs are all finished
-                running, job = self._queue.popleft()
-                running.started.add(job.digest)
-                jobs.append(job)
+                jobs.append(self._queue.popleft())
+                self._started.add(jobs[-1].digest)
         if jobs or self._queue or self._running or self._ask():
             return jobs
         return None
@@ -159,7 +151,7 @@ class TrialRunner:
             if running not in self._running:  # stopped with another trial of the same config
                 continue
             running.jobs = [jobs[job.digest] for job in running.jobs]
-            states = status([job for job in running.jobs if job.digest in running.started])
+            states = status([job for job in running.jobs if job.digest in self._started])
             if not self._end(running, states) and self.search.prune:
                 self._prune(running, states)
 
@@ -167,12 +159,12 @@ class TrialRunner:
         """Tell the study how a trial ended; False if it goes on."""
         ended = [job for job in running.jobs if not states.get(job.digest, JobState()).active]
         failed = [job.digest for job in ended if states[job.digest].state != "FINISHED"]
-        for job in (job for job in ended if job.digest in failed):
+        for job in [job for job in ended if job.digest in failed]:
             state = states[job.digest]
-            if job.digest in running.inherited:  # it was being stopped when this process began
-                running.inherited.remove(job.digest)
-                running.started.remove(job.digest)
-                self._queue.append((running, job))
+            if job.digest in self._inherited:  # it was being stopped when this process began
+                self._inherited.remove(job.digest)
+                self._started.remove(job.digest)
+                self._queue.append(job)
                 return False
             if any(words in state.reason for words in DIVERGED):
                 self._stop(running, f"{job.label} diverged: {state.reason}", TrialState.PRUNED)
@@ -227,14 +219,16 @@ class TrialRunner:
             state: what the study is told.
             failed: digests of the jobs that ended by themselves.
         """
-        for twin in [twin for twin in self._running if twin.started is running.started]:
+        config = self._config(running.trial)
+        for twin in [twin for twin in self._running if self._config(twin.trial) == config]:
             twin.trial.set_user_attr("reason", reason)
             twin.trial.set_user_attr("failed", [*failed])
             self.study.tell(twin.trial, state=state)
             self._running.remove(twin)
-        self._queue = deque(entry for entry in self._queue if entry[0].started is not running.started)
+        digests = {job.digest for job in running.jobs}
+        self._queue = deque(job for job in self._queue if job.digest not in digests)
         self._give_up(running.jobs, reason, failed)
-        self._say(f"trial {running.trial.number}: {assigned(self._config(running.trial))}: {state.name}, {reason}")
+        self._say(f"trial {running.trial.number}: {assigned(config)}: {state.name}, {reason}")
 
     def _stop_leftovers(self, trial: FrozenTrial) -> None:
         """Stop the jobs of a trial that an earlier process ended and had no time to stop."""

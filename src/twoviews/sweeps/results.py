@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from twoviews import foreign
@@ -139,12 +140,12 @@ class Results:
         having = [curve.loc[curve[metric].notna(), "epoch"] for curve in self.curves.values() if metric in curve]
         return all(epochs.nunique() < 2 for epochs in having)
 
-    @property
+    @cached_property
     def ranked(self) -> list[ConfigResults]:
         """The configs with an accuracy. The first has the highest mean among those with as many seeds as any has."""
         return [config for config in self.configs if self.metric and len(config.values(self.metric))]
 
-    @property
+    @cached_property
     def comparison(self) -> Comparison | None:
         """The two best configs; None if there are not two."""
         best = self.ranked[:2]
