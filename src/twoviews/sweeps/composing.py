@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from twoviews.config.checks import check
 from twoviews.config.command_line_errors import diagnose
 from twoviews.config.digest import digest
-from twoviews.config.groups import CONF
+from twoviews.config.groups import chooses, is_group
 from twoviews.errors import BadInput
 from twoviews.sweeps.job import JobSpec
 from twoviews.tracking import uris
@@ -79,7 +79,7 @@ class Composer:
         cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
         OmegaConf.set_struct(cfg, True)  # which the copy does not keep: unknown keys are refused
         chosen = cast(dict[str, Any], OmegaConf.select(whole, "hydra.runtime.choices") or {})
-        choices = {key: file for key, file in chosen.items() if _is_group(key) and not key.startswith("hydra/")}
+        choices = {key: file for key, file in chosen.items() if is_group(key) and not key.startswith("hydra/")}
         return cfg, choices
 
     def yaml(self, content: Mapping[str, Any]) -> str:
@@ -106,17 +106,6 @@ def _overlaps(override: Override, others: Sequence[Override]) -> bool:
     """Whether one of the others sets a part of what this override sets, or the reverse: then their order matters."""
     path, paths = f"{override.key_or_group}.", [f"{other.key_or_group}." for other in others if not chooses(other)]
     return any(path.startswith(other) or other.startswith(path) for other in paths)
-
-
-def chooses(override: Override) -> bool:
-    """Whether an override is about files of a group, all of which Hydra merges before it sets values."""
-    files = _is_group(override.key_or_group) and not isinstance(override.value(), dict)
-    return override.package is not None or files
-
-
-@cache
-def _is_group(key: str) -> bool:
-    return (CONF / key).is_dir()
 
 
 def job_specs(composer: Composer, combinations: Sequence[Sequence[str]], swept: Sequence[str]) -> list[JobSpec]:

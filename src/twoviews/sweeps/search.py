@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 
-from twoviews.config.groups import options
+from twoviews.config.groups import chooses, options
 from twoviews.errors import BadInput
 from twoviews.ranges import Index, Trials
-from twoviews.sweeps.composing import chooses
 from twoviews.sweeps.job import SEED
 from twoviews.sweeps.launching import SweepCommand, launch_all
 
