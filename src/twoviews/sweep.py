@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from twoviews import foreign
 from twoviews.console import ROWS, Console, duration
-from twoviews.errors import BadInput, nearest, system_reason
+from twoviews.errors import BadInput, counted, nearest, system_reason
 from twoviews.figures import set_formats
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job import LOG, Job, JobState, counted, short_names, typed, with_varying_parameters
+from twoviews.sweeps.job import LOG, Job, JobState, short_names, typed, with_varying_parameters
 from twoviews.sweeps.job_status import CANCEL_SECONDS, status, wait_until_ended
 
 FINISHED, UNFINISHED, ACTIVE = 0, 1, 3  # exit codes; 2 is bad input

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twoviews.data.images import Images
+from twoviews.errors import counted
 from twoviews.protocols.duplicates_sheet import DuplicatePair, draw_duplicates
 from twoviews.protocols.neighbours import nearest_rows
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol, TableRow
@@ -116,7 +117,10 @@ class Duplicates(Protocol):
             images = {split.name: split.images for split in splits}
             draw_duplicates(context.folder / "duplicates.png", images, pairs, context.data.classes, self.threshold)
         tables = {"duplicates": [_row(pair, context) for pair in pairs]}
-        return EvaluationResult(values, tables=tables, notes=self._notes(len(x), shared, full))
+        notes = self._notes(len(x), shared, full)
+        if near := [row for row, pair in zip(tables["duplicates"], pairs, strict=True) if not pair.exact]:
+            notes.append(self._on_threshold(near))
+        return EvaluationResult(values, tables=tables, notes=notes)
 
     def _pairs(self, x: Float[Tensor, "N F"]) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"], Float[Tensor, " P"], int]:
         """Both rows of each pair, the smaller first, and their cosine, the largest first; how many rows have k others."""
@@ -131,6 +135,17 @@ class Duplicates(Protocol):
         order = values.argsort(descending=True, stable=True)
         full = int(near.all(1).sum()) if self.k < len(x) - 1 else 0
         return unique[0][order], unique[1][order], values[order], full
+
+    def _on_threshold(self, near: list[TableRow]) -> str:
+        """How to choose the threshold, by pairs that are not equal pixel by pixel."""
+        named = [(row["class"], row["other_class"]) for row in near]
+        mixed = sum("" not in pair and pair[0] != pair[1] for pair in named)
+        of_two = f", {mixed:,} of them of two classes, which copies rarely are" if mixed else ""
+        return (
+            f"{counted(len(near), 'pair')} by cosine alone{of_two}: to a weak encoder images that are merely alike are near, "
+            f"too. If the last pairs in duplicates.png are no copies, raise threshold= (now {self.threshold:g}) or use another "
+            "encoder."
+        )
 
     def _notes(self, images: int, shared: int, full: int) -> list[str]:
         notes = []

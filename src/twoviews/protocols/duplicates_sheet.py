@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twoviews.data.images import Images
+from twoviews.errors import counted
 from twoviews.figures import save_sheet
 from twoviews.pictures import GAP, GREY, RED, TEXT, fitted, font, squares
 
@@ -57,7 +58,7 @@ def draw_duplicates(
     side = max(tile.width for of_split in tiles.values() for tile in of_split.values())
     wide, high = 2 * side + 5 * GAP, side + 3 * LINE_PX + GAP
     face, bold, names = font("DejaVuSans"), font("DejaVuSans-Bold"), [*classes]
-    title = f"{len(pairs):,} pairs with a cosine of at least {threshold:g}"
+    title = f"{counted(len(pairs), 'pair')} with a cosine of at least {threshold:g}"
     explanation = "by cosine; bold: equal pixels; red frame: of two classes"
     if len(shown) < len(pairs):
         explanation = (

@@ -16,7 +16,7 @@ from twoviews.data.images import ImageData, Images
 from twoviews.errors import BadInput, printable
 from twoviews.files import open_atomic
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
-from twoviews.protocols.user_images import embed_user_images, grey_notes, image_paths
+from twoviews.protocols.user_images import check_images, embed_user_images, grey_notes, image_paths
 from twoviews.ranges import Index
 from twoviews.runtime import format_name
 
@@ -46,6 +46,8 @@ class Embed(Protocol):
         formats: Sequence[Format],
         every_epochs: Index,
     ):
+        if images is not None:
+            check_images(images)
         self.split, self.images, self.formats, self.every_epochs = split, images, list(formats), every_epochs
 
     def notes(self, data: ImageData) -> list[str]:

@@ -12,7 +12,7 @@ from twoviews.data.images import ImageData, Images
 from twoviews.protocols.knn import CHUNK_BYTES
 from twoviews.protocols.neighbours_sheet import NeighbourRow, draw_neighbours
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
-from twoviews.protocols.user_images import embed_user_images, grey_notes, image_paths
+from twoviews.protocols.user_images import check_images, embed_user_images, grey_notes, image_paths
 from twoviews.randomness import generator
 from twoviews.ranges import Count, Index, Seed
 
@@ -55,6 +55,8 @@ class Neighbours(Protocol):
     needs_labels = False
 
     def __init__(self, images: str | None, k: Count, sample: Count, seed: Seed, every_epochs: Index):
+        if images is not None:
+            check_images(images)
         self.images, self.k, self.sample, self.seed, self.every_epochs = images, k, sample, seed, every_epochs
 
     def notes(self, data: ImageData) -> list[str]:

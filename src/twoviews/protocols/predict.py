@@ -12,13 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from twoviews.data.images import ImageData
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, counted
 from twoviews.features import Features
 from twoviews.files import write_atomic
 from twoviews.protocols.knn import neighbours
 from twoviews.protocols.linear import Linear, linear_of_run
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
-from twoviews.protocols.user_images import embed_user_images, grey_notes, image_paths
+from twoviews.protocols.user_images import check_images, embed_user_images, grey_notes, image_paths
 from twoviews.ranges import Count, Index, NotNegative, Range
 
 NEAREST = 10  # bank images whose mean distance is taken
@@ -53,6 +53,9 @@ class Predict(Protocol):
         held_out: share of the memory images that chooses the weight decay and the temperature.
         iterations: as in `Linear`.
         every_epochs: how often it is done in training; 0 is at the end only.
+
+    Raises:
+        BadInput: `images` is missing, or there is no such file or folder.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Predict(Protocol):
         iterations: Count,
         every_epochs: Index,
     ):
+        check_images(images)
         self.images, self.every_epochs = images, every_epochs
         self.linear = Linear(weight_decays, held_out, iterations, every_epochs)
 
@@ -102,14 +106,16 @@ class Predict(Protocol):
         for row, path in enumerate(paths):
             shares, far, percentile = readable.get(row, ((), "", ""))
             shares = sorted(zip(shares, classes, strict=False), reverse=True)
-            (first, name), (next_, second) = (*shares, ("", ""), ("", ""))[:2]
+            (first, name), (next_, second) = (*((100 * share, name) for share, name in shares[:2]), ("", ""), ("", ""))[
+                :2
+            ]
             rows.append(
                 {
                     "image": path,
                     "class": name,
-                    "probability": first,
+                    "probability_percent": first,
                     "second": second,
-                    "second_probability": next_,
+                    "second_percent": next_,
                     "distance": far,
                     "distance_percentile": percentile,
                     "broken": decoded.broken.get(row, ""),
@@ -144,7 +150,7 @@ def _warning(far: int, pictures: int, test: int) -> list[str]:
     if not far:
         return []
     return [
-        f"warning: {far:,} of {pictures:,} picture{'s are' if pictures > 1 else ' is'} farther from the training images than "
-        f"{FAR_PERCENTILE:g} % of the {test:,} test images (column distance_percentile): what they show may be none of the "
+        f"warning: {far:,} of {counted(pictures, 'picture')} {'are' if far > 1 else 'is'} farther from the training images than "
+        f"{FAR_PERCENTILE:g} % of the {test:,} test images (column distance_percentile): such a picture may show none of the "
         "classes, whatever the probability."
     ]

@@ -20,11 +20,11 @@ from twoviews.config.building import build
 from twoviews.config.checks import check_plugin
 from twoviews.config.digest import as_float, flat
 from twoviews.console import Console
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, counted
 from twoviews.sweeps import mlflow_sync
 from twoviews.sweeps.composing import Composer, job_specs
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job import Job, JobSpec, JobState, counted
+from twoviews.sweeps.job import Job, JobSpec, JobState
 from twoviews.sweeps.job_status import status, wait_until_ended
 from twoviews.sweeps.machine import CLUSTER_POLL_SECONDS, Launcher
 from twoviews.sweeps.plan import plan

@@ -14,9 +14,9 @@ from optuna import Study, Trial
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, counted
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job import Job, JobState, assigned, counted
+from twoviews.sweeps.job import Job, JobState, assigned
 from twoviews.sweeps.job_status import status
 from twoviews.sweeps.launching import SweepCommand
 from twoviews.sweeps.search import Interval, SearchSpace

@@ -22,8 +22,9 @@ from typing import Any
 
 from twoviews.config.groups import ROOT
 from twoviews.console import Console, duration, in_bytes
+from twoviews.errors import counted
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job import LOG, JobSpec, JobState, assigned, counted, text, with_varying_parameters
+from twoviews.sweeps.job import LOG, JobSpec, JobState, assigned, text, with_varying_parameters
 from twoviews.sweeps.machine import Launcher
 from twoviews.sweeps.results import FINISHED, gather
 from twoviews.sweeps.runner import train_arguments

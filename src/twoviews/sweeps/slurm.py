@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from twoviews.console import Console
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, counted
 from twoviews.ranges import Count, Index, Length
 from twoviews.sweeps import runner
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job import Job, JobState, counted
+from twoviews.sweeps.job import Job, JobState
 from twoviews.sweeps.job_status import IDS_PER_CALL, RESUME_HINT, run_slurm, status
 from twoviews.sweeps.machine import Launcher, stop
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, counted
 from twoviews.tracking import uris
 from twoviews.tracking.client import NO_ANSWER, short_error
 from twoviews.tracking.state import UploadState, saved_at, set_target
@@ -144,7 +144,7 @@ class Mirror:
             if not self._complete:
                 reason = self._failure or ("the mirror has ended" if ended else NO_ANSWER)
                 self._say(
-                    f"MLflow does not have all of this run ({reason}; {pending} values left); {_later(self._folder)}"
+                    f"MLflow does not have all of this run ({reason}; {counted(pending, 'value')} left); {_later(self._folder)}"
                 )
         return pending
 
