@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 
 class SearchSweeper(Sweeper):
-    """Runs the search that conf/hydra/sweeper/<name>.yaml names. Hydra's launchers are not used: see twoviews.sweeps.launcher.
+    """Runs the search that conf/hydra/sweeper/<name>.yaml names. Hydra's launchers are not used: see twoviews.sweeps.machine.
 
     Args:
         options: the keys of that file, which are read from the configuration instead.

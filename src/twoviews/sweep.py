@@ -11,10 +11,8 @@ from twoviews.console import ROWS, Console, duration
 from twoviews.errors import BadInput, counted, nearest, system_reason
 from twoviews.figures import set_formats
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.formatting import short_names, typed
-from twoviews.sweeps.job import LOG, Job, JobState
+from twoviews.sweeps.job import LOG, Job, JobState, short_names, typed, with_varying_parameters
 from twoviews.sweeps.job_status import CANCEL_SECONDS, status, wait_until_ended
-from twoviews.sweeps.varying_parameters import with_varying_parameters
 
 FINISHED, UNFINISHED, ACTIVE = 0, 1, 3  # exit codes; 2 is bad input
 EXIT_CODES = "0 all jobs are finished or pruned, 3 some are queued or running, 1 some are neither, 2 bad input."
@@ -158,7 +156,7 @@ def retry_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
         flush(sweep, console.say)
     digests = {job.digest for job in jobs}
     print_end(sweep, digests, console)
-    return exit_code(status([job for job in sweep.jobs if job.digest in digests]))
+    return exit_code(status(sweep.named(digests)))
 
 
 def collect_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
@@ -174,15 +172,14 @@ def collect_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
 
 def cancel_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
     """Stop the jobs that are queued or running, which get some seconds for a checkpoint, and tell MLflow."""
-    from twoviews.sweeps import machine, slurm
     from twoviews.sweeps.mlflow_sync import collect
+    from twoviews.sweeps.slurm import cancel
 
     states = status(jobs)
     active = [job for job in jobs if states[job.digest].active]
     waiting = [job for job in active if job.slurm_id is None and states[job.digest].state == "QUEUED"]
     active = [job for job in active if job not in waiting]
-    machine.stop([job for job in active if job.slurm_id is None])
-    slurm.cancel_jobs(active)
+    cancel(active)
     print(f"cancelled {counted(len(active), 'job')} of {sweep.name}")
     if waiting:
         print(
@@ -190,8 +187,7 @@ def cancel_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
         )
     if active and sweep.record["parent"]:  # MLflow would show killed jobs as running
         print("waiting until they have ended, to tell MLflow …", flush=True)
-        digests = {job.digest for job in active}
-        jobs = [job for job in sweep.jobs if job.digest in digests]
+        jobs = sweep.named(job.digest for job in active)
         if not wait_until_ended(jobs, CANCEL_SECONDS) or collect(sweep, jobs):
             name = shlex.quote(sweep.name)
             print(f"MLflow was not told of all ends; `python -m twoviews.sweep collect {name}` does it later.")

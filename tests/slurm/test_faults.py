@@ -16,10 +16,11 @@ from twoviews.code import copy_digest
 from twoviews.errors import BadInput
 from twoviews.sweep import chosen, retry_jobs, show_logs, show_status
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps import slurm_commands
+from twoviews.sweeps import job_status
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job_status import status
 from twoviews.sweeps.mlflow_sync import attach_jobs
+from twoviews.sweeps.slurm import cancel
 from twoviews.tracking import uris
 
 # The first start waits to be stopped with a checkpoint, or killed; the next one finishes.
@@ -71,7 +72,7 @@ def test_cancelled_jobs_are_told_apart_and_the_rest_goes_on(tmp_path: Path) -> N
     jobs = latest(jobs)
     slurm("scancel", str(jobs[1].slurm_id))  # still inside the array: SLURM may keep no record of it at all
     time.sleep(1)
-    launcher().cancel(jobs[:1])
+    cancel(jobs[:1])
     wait_for(lambda: states(jobs) == ["CANCELLED", "CANCELLED", "FINISHED"])
     assert jobs[0].checkpoint(), "it had a moment to write one"
     with Sweep(tmp_path / "s").update() as record:
@@ -176,7 +177,7 @@ def test_a_controller_that_dies_changes_nothing(tmp_path: Path, monkeypatch: pyt
     wait_for(lambda: all(starts(job) for job in jobs))
     time.sleep(6)  # or it has not yet written down that they run, and starts them again
     cluster("kill-controller")
-    monkeypatch.setattr(slurm_commands, "ANSWER_SECONDS", 5.0)  # squeue tries for longer than a test should
+    monkeypatch.setattr(job_status, "ANSWER_SECONDS", 5.0)  # squeue tries for longer than a test should
     now = status(latest(jobs))
     assert {state.state for state in now.values()} == {"RUNNING"}
     assert {state.reason for state in now.values()} == {"SLURM's controller does not answer"}
@@ -203,7 +204,6 @@ def test_a_killed_launcher_leaves_jobs_that_are_not_started_twice(tmp_path: Path
 import os, signal, sys
 sys.path[:0] = {[str(Path(__file__).parent)]!r}
 from on_slurm import launcher
-from twoviews.sweeps import slurm_commands
 from twoviews.sweeps.folder import Sweep
 Sweep.mark_submitted = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # after sbatch, before it is written down
 launcher().submit(Sweep({str(tmp_path / "s")!r}).jobs)

@@ -16,6 +16,7 @@ from twoviews.sweeps import machine
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job_status import status
 from twoviews.sweeps.machine import Local, Pool, gpus
+from twoviews.sweeps.slurm import cancel
 
 OVERLAP = """
 (folder.parent / f"on{folder.name}").touch()
@@ -141,11 +142,20 @@ def test_a_stopped_launcher_loses_nothing(tmp_path: Path, number: int) -> None:
     assert states(jobs) == ["FINISHED", "FINISHED"] and len(starts(jobs[0])) == 2
 
 
+def test_a_stopped_launcher_stops_its_last_job(tmp_path: Path) -> None:
+    jobs = sweep(tmp_path / "s", STOPPABLE)
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCH, str(tmp_path / "s")])
+    wait_for(lambda: starts(jobs[0]))
+    time.sleep(0.5)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(20) == 128 + signal.SIGINT and states(jobs) == ["INTERRUPTED"]
+
+
 def test_cancelled_jobs_keep_a_checkpoint_and_the_next_one_runs(tmp_path: Path) -> None:
     jobs = sweep(tmp_path / "s", STOPPABLE, FINISH)
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCH, str(tmp_path / "s")])
     wait_for(lambda: starts(jobs[0]))
     time.sleep(0.3)
-    Local().cancel(jobs[:1])
+    cancel(jobs[:1])
     assert launcher.wait(20) == 0
     assert states(Sweep(tmp_path / "s").jobs) == ["INTERRUPTED", "FINISHED"] and jobs[0].checkpoint()

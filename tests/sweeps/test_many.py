@@ -7,8 +7,8 @@ import pytest
 
 from twoviews.console import ROWS, Console
 from twoviews.sweep import main as sweep_command
+from twoviews.sweeps import job_status
 from twoviews.sweeps import plan as planning
-from twoviews.sweeps import slurm_commands
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobSpec, JobState
 from twoviews.sweeps.machine import Local
@@ -54,7 +54,7 @@ def test_status_asks_slurm_once_and_reads_what_it_shows(
         jobs = [f"{7 + n // 1000}_{n % 1000}|{states.get(n, 'PENDING||Priority')}" for n in range(50, COUNT)]
         return subprocess.CompletedProcess(command, 0, "\n".join(jobs), "")
 
-    monkeypatch.setattr(slurm_commands, "_run", squeue)
+    monkeypatch.setattr(job_status, "run_slurm", squeue)
     metrics = Job.metrics
     monkeypatch.setattr(Job, "metrics", lambda job: (read.append(job.digest), metrics(job))[1])
     assert sweep_command(["status", str(sweep.folder)]) == 3

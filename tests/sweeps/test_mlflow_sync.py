@@ -12,10 +12,9 @@ import pytest
 from twoviews.errors import BadInput
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps import mlflow_sync
-from twoviews.sweeps.background_report import BackgroundReport, is_due
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobSpec, JobState
-from twoviews.sweeps.mlflow_sync import attach_jobs, flush, pending
+from twoviews.sweeps.mlflow_sync import BackgroundReport, attach_jobs, flush, is_due, pending
 from twoviews.tracking import uris
 from twoviews.tracking.__main__ import main as tracking_command
 from twoviews.tracking.metrics import Metrics

@@ -19,13 +19,12 @@ from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import JobSpec
 from twoviews.sweeps.job_status import status
-from twoviews.sweeps.launcher import Launcher
 from twoviews.sweeps.launching import SweepCommand
-from twoviews.sweeps.machine import Local, Pool
+from twoviews.sweeps.machine import Launcher, Local, Pool
 from twoviews.sweeps.optuna_search import Optuna
-from twoviews.sweeps.optuna_study import resumed_trial
-from twoviews.sweeps.optuna_trials import collapsed
+from twoviews.sweeps.optuna_trials import collapsed, resumed_trial
 from twoviews.sweeps.report import report
+from twoviews.sweeps.slurm import cancel
 
 # A stand-in for a training: its kNN depends on x and, a little, on the seed.
 PLAN = """
@@ -257,7 +256,7 @@ def test_a_search_that_is_killed_while_it_gives_up_a_trial_gives_it_up_later(tmp
         with pytest.raises(KeyboardInterrupt):
             search(trials=1, prune=True).run(launch, ["x=interval(0.0,0.2)", "seed=0,1"])
     assert [one.state.name for one in trials(folder)] == ["PRUNED"]
-    launch.launcher.cancel(Sweep(folder).jobs)  # as the end of the process would
+    cancel(Sweep(folder).jobs)  # as the end of the process would
     for job in Sweep(folder).jobs:
         wait_for(lambda job=job: status([job])[job.digest].state in ("INTERRUPTED", "LOST"))
     search(trials=1, prune=True).run(launch, ["x=interval(0.0,0.2)", "seed=0,1"])

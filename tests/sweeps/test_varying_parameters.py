@@ -11,11 +11,10 @@ from test_report import figures as figures
 from test_report import fill, page
 
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps import varying_parameters as module
+from twoviews.sweeps import job as module
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job import JobSpec
+from twoviews.sweeps.job import JobSpec, with_varying_parameters
 from twoviews.sweeps.results import gather
-from twoviews.sweeps.varying_parameters import with_varying_parameters
 
 MOCO = """seed: {seed}
 epochs: {epochs}

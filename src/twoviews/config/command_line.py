@@ -8,6 +8,7 @@ from hydra.errors import HydraException
 
 from twoviews.config.command_line_errors import diagnose, wrong_choices
 from twoviews.config.composition import compose_unresolved, has
+from twoviews.config.groups import chooses
 from twoviews.config.hydra_internals import parse_options
 from twoviews.config.recorded import refuse_unsafe
 from twoviews.errors import BadInput
@@ -62,8 +63,6 @@ def hydra_arguments(name: str, arguments: Sequence[str]) -> list[str]:
         parsed = {word: OverridesParser.create().parse_override(word) for word in words if not word.startswith("-")}
     except HydraException:  # reported by `diagnose` once Hydra has refused it
         return words
-    from twoviews.sweeps.composing import chooses
-
     fixed = {word: override for word, override in parsed.items() if _sets_value(override) and not chooses(override)}
     if not fixed or not any(chooses(override) and override.is_sweep_override() for override in parsed.values()):
         return words

@@ -3,6 +3,10 @@
 import re
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 ROOT = Path(__file__).resolve().parents[3]  # of the checkout
 _PACKAGED = Path(__file__).resolve().parents[1] / "conf"  # of a package that `pip install .` made
@@ -23,6 +27,18 @@ PASSED_BY_PROGRAM = {
 def groups() -> list[str]:
     """Names of the config groups, sorted."""
     return sorted(path.name for path in CONF.iterdir() if path.is_dir())
+
+
+@cache
+def is_group(key: str) -> bool:
+    """Whether this key, such as method or hydra/launcher, is that of a group."""
+    return (CONF / key).is_dir()
+
+
+def chooses(override: "Override") -> bool:
+    """Whether an override is about files of a group, all of which Hydra merges before it sets values."""
+    files = is_group(override.key_or_group) and not isinstance(override.value(), dict)
+    return override.package is not None or files
 
 
 def options(group: str) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from twoviews.config.digest import NOT_IN_DIGEST, flat
-from twoviews.sweeps.formatting import short_names, text
+from twoviews.sweeps.job import short_names, typed
 
 ALWAYS = ("method.", "backbone.")  # keys of these groups, and root keys, are shown wherever they differ
 # Not of the training, or without influence on what it learns but for rounding.
@@ -41,7 +41,7 @@ def differences(configs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dic
             (following if follows else shown).append(key)
     shown.sort(key="seed".__eq__)  # the last, as it says least
     names = short_names(shown)
-    return {run: {names[key]: _typed(one, key) for key in shown} for run, one in values.items()}, following
+    return {run: {names[key]: typed(one, key) for key in shown} for run, one in values.items()}, following
 
 
 def labels(configs: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str]) -> dict[str, str]:
@@ -55,12 +55,8 @@ def labels(configs: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str]) 
     return {run: f"{label} ({run})" if label in twice else label for run, label in found.items()}
 
 
-def _typed(values: Mapping[str, Any], key: str) -> str:
-    return text(values[key]) if key in values else "-"
-
-
 def _column(values: Mapping[str, Mapping[str, Any]], key: str) -> list[str]:
-    return [_typed(one, key) for one in values.values()]
+    return [typed(one, key) for one in values.values()]
 
 
 def _differ(values: Mapping[str, Mapping[str, Any]], key: str) -> bool:

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from twoviews.config.checks import check
 from twoviews.config.command_line_errors import diagnose
 from twoviews.config.digest import digest
-from twoviews.config.groups import CONF
+from twoviews.config.groups import chooses, is_group
 from twoviews.errors import BadInput
 from twoviews.sweeps.job import JobSpec
 from twoviews.tracking import uris
@@ -48,7 +48,6 @@ class Composer:
 
     def __init__(self, compose: Callable[[list[str]], DictConfig]):
         self._compose = compose
-        self._parsed: dict[str, Override] = {}
         self._bases: dict[tuple[tuple[str, ...], frozenset[str]], tuple[DictConfig, dict[str, Any]]] = {}
         self._yaml: dict[str, str] = {}  # by repr, which distinguishes 1, 1.0 and true
 
@@ -58,7 +57,7 @@ class Composer:
         Raises:
             HydraException, OmegaConfBaseException: Hydra refuses an override.
         """
-        parsed = [self.parse(override) for override in overrides]
+        parsed = [_parsed(override) for override in overrides]
         others = [override for override in parsed if not _changes_value(override)]
         values = [override for override in parsed if _changes_value(override) and not _overlaps(override, others)]
         left = tuple(str(override.input_line) for override in parsed if override not in values)
@@ -80,7 +79,7 @@ class Composer:
         cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
         OmegaConf.set_struct(cfg, True)  # which the copy does not keep: unknown keys are refused
         chosen = cast(dict[str, Any], OmegaConf.select(whole, "hydra.runtime.choices") or {})
-        choices = {key: file for key, file in chosen.items() if _is_group(key) and not key.startswith("hydra/")}
+        choices = {key: file for key, file in chosen.items() if is_group(key) and not key.startswith("hydra/")}
         return cfg, choices
 
     def yaml(self, content: Mapping[str, Any]) -> str:
@@ -91,11 +90,10 @@ class Composer:
                 self._yaml[shown] = OmegaConf.to_yaml(OmegaConf.create(node))
         return "".join(self._yaml[shown] for shown in nodes)
 
-    def parse(self, override: str) -> Override:
-        """The override as Hydra's grammar reads it."""
-        if override not in self._parsed:
-            self._parsed[override] = OverridesParser.create().parse_override(override)
-        return self._parsed[override]
+
+@cache
+def _parsed(override: str) -> Override:
+    return OverridesParser.create().parse_override(override)
 
 
 def _changes_value(override: Override) -> bool:
@@ -108,17 +106,6 @@ def _overlaps(override: Override, others: Sequence[Override]) -> bool:
     """Whether one of the others sets a part of what this override sets, or the reverse: then their order matters."""
     path, paths = f"{override.key_or_group}.", [f"{other.key_or_group}." for other in others if not chooses(other)]
     return any(path.startswith(other) or other.startswith(path) for other in paths)
-
-
-def chooses(override: Override) -> bool:
-    """Whether an override is about files of a group, all of which Hydra merges before it sets values."""
-    files = _is_group(override.key_or_group) and not isinstance(override.value(), dict)
-    return override.package is not None or files
-
-
-@cache
-def _is_group(key: str) -> bool:
-    return (CONF / key).is_dir()
 
 
 def job_specs(composer: Composer, combinations: Sequence[Sequence[str]], swept: Sequence[str]) -> list[JobSpec]:
@@ -134,12 +121,8 @@ def job_specs(composer: Composer, combinations: Sequence[Sequence[str]], swept: 
     """
     specs: dict[str, JobSpec] = {}
     for combination in combinations:
-        parsed = [composer.parse(override) for override in combination]
-        axes = {
-            override.key_or_group: _json_value(override.value())
-            for override in parsed
-            if override.get_key_element() in swept
-        }
+        parsed = [override for override in map(_parsed, combination) if override.get_key_element() in swept]
+        axes = {override.key_or_group: _json_value(override.value()) for override in parsed}
         try:
             composed = composer(combination)
             check("train", composed.content)

@@ -16,7 +16,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
@@ -56,20 +56,18 @@ class Sweep:
         Raises:
             BadInput: there is none.
         """
-        foreign.refuse_links(folder := cls._folder(name))
-        return cls(folder)
-
-    @classmethod
-    def _folder(cls, name: Path | str | None) -> Path:
         if name is not None and (Path(name) / "sweep.json").exists():
-            return Path(name)
-        if not (names := cls.names()):
+            folder = Path(name)
+        elif not (names := cls.names()):
             raise BadInput(f"there is no sweep in {MULTIRUN.absolute()}; go where it was launched, or name its folder.")
-        if name is not None and str(name) not in names:
+        elif name is not None and str(name) not in names:
             raise BadInput(
                 f"there is no sweep '{name}'.{nearest(str(name), names)} In {MULTIRUN.absolute()}: {', '.join(sorted(names))}."
             )
-        return MULTIRUN / (str(name) if name is not None else names[0])
+        else:
+            folder = MULTIRUN / (names[0] if name is None else str(name))
+        foreign.refuse_links(folder)
+        return cls(folder)
 
     @staticmethod
     def names() -> list[str]:
@@ -94,13 +92,11 @@ class Sweep:
         Raises:
             BadInput: another process holds the lock for more than a minute.
         """
-        path, empty = (
-            self.folder / "sweep.json",
-            {"launcher": {}, "axes": {}, "parent": None, "commit": None, "points": {}},
-        )
+        path, created = self.folder / "sweep.json", {"name": self.name, "created": time.time()}
+        empty = {"commands": [], "launcher": {}, "axes": {}, "parent": None, "commit": None, "points": {}}
         try:
             with FileLock(self.folder / ".sweep.lock", timeout=LOCK_SECONDS):
-                record = self.record or {"name": self.name, "created": time.time(), "commands": [], **empty}
+                record = self.record or {**created, **empty}
                 yield record
                 write_atomic(path, json.dumps(record, indent=1) + "\n")
         except Timeout as error:
@@ -122,6 +118,11 @@ class Sweep:
             jobs.append(Job(self.folder / digest, **{key: value for key, value in entry.items() if key in known}))
         return jobs
 
+    def named(self, digests: Iterable[str]) -> list[Job]:
+        """The jobs with these digests, in the order of `jobs`, as sweep.json describes them now."""
+        wanted = {*digests}
+        return [job for job in self.jobs if job.digest in wanted]
+
     @property
     def commands(self) -> list[str]:
         """The different commands that launched the sweep, in order."""
@@ -131,6 +132,24 @@ class Sweep:
     def launcher_lock(self) -> FileLock:
         """Held by the process that starts or submits the jobs of this sweep on this machine."""
         return FileLock(self.folder / ".launcher.lock")
+
+    @contextmanager
+    def launching(self, say: Callable[[str], None]) -> Iterator[None]:
+        """A block in which no other process starts or submits jobs of this sweep on this machine.
+
+        Args:
+            say: called with a sentence for the user if another one does, whose end is waited for.
+        """
+        lock = self.launcher_lock
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"another process works on {self.name}; waiting for its end …")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def add(self, specs: Sequence[JobSpec], command: str = "", **facts: Any) -> list[Job]:
         """Create the folders of the jobs that have none, record all, and return them.
@@ -155,8 +174,7 @@ class Sweep:
                     values = record["axes"].setdefault(key, [])
                     if value not in values:
                         values.append(value)
-        digests = {spec.digest for spec in specs}
-        return [job for job in self.jobs if job.digest in digests]
+        return self.named(spec.digest for spec in specs)
 
     def mark_submitted(self, slurm_ids: Mapping[str, str | None], when: float) -> None:
         """Record a submission at `when` (unix seconds): id of the SLURM job by digest, None where it is not SLURM."""

@@ -1,4 +1,4 @@
-"""The jobs of a sweep: their specification, their run folders and their states.
+"""The jobs of a sweep: their specification, their run folders, their states, and the parameters in which they differ.
 
 A job is one run of a sweep. Its folder is a run folder with point.json, which describes it, and state.json. Jobs were called
 points once: the files keep that name, and `job` in them is the id of a SLURM job.
@@ -6,17 +6,21 @@ Nothing here needs torch, Hydra, MLflow or SLURM.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock
 
 from twoviews import foreign
+from twoviews.config.digest import digest, flat
+from twoviews.errors import BadInput
 from twoviews.files import write_atomic
 from twoviews.signatures import complaint
-from twoviews.sweeps.formatting import text
 from twoviews.tracking.metrics import read
 
 SEED = "seed"  # the key of the parameter that is not searched for
@@ -98,7 +102,7 @@ class Job:
     @property
     def label(self) -> str:
         """The swept values as they are typed, or the digest if nothing was swept."""
-        return " ".join(f"{key}={text(value)}" for key, value in self.axes.items()) or self.digest
+        return assigned(self.axes) or self.digest
 
     @property
     def description(self) -> dict[str, Any]:
@@ -159,7 +163,110 @@ class JobSpec:
     config: str
     more: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def label(self) -> str:
-        """The swept values as they are typed; empty if nothing was swept."""
-        return " ".join(f"{key}={text(value)}" for key, value in self.axes.items())
+
+def text(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str)
+
+
+def assigned(values: Mapping[str, Any], names: Mapping[str, str] | None = None, separator: str = " ") -> str:
+    """The values as they are typed, such as "seed=1 method.temperature=0.1"; with other names for the keys if given."""
+    return separator.join(f"{names[key] if names else key}={text(value)}" for key, value in values.items())
+
+
+def typed(values: Mapping[str, Any], key: str) -> str:
+    """The value of a key as it is typed; "-" if the configuration has no such key."""
+    return text(values[key]) if key in values else "-"
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """The last part of each dotted key, or the whole key where two end alike."""
+    keys = list(keys)
+    lasts = Counter(key.rpartition(".")[2] for key in keys)
+    return {key: last if lasts[last := key.rpartition(".")[2]] == 1 else key for key in keys}
+
+
+def with_varying_parameters(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs with the value of every parameter in which they differ among their `axes`, swept or not.
+
+    A parameter that the command fixed for all jobs of a launch is one of them if jobs differ in it. Any other, such as a
+    default that has changed, is one only if jobs differ in it that would be taken for the same config without it. A
+    parameter that the configuration of a job lacks is not among its axes.
+
+    A sweep may be launched again with other keys swept or other values fixed, to compare them. A job then has a value for
+    what only other jobs swept, and what was fixed in each launch distinguishes the jobs of different launches.
+    """
+    known = {job.digest: job.description for job in jobs}
+    if len({_launch(job, known[job.digest]) for job in jobs}) < 2:
+        return list(jobs)  # they differ in swept values alone, and no configuration has to be read
+    if not all("choices" in description for description in known.values()):  # of jobs from before these were recorded
+        known = {digest: {**description, "choices": {}} for digest, description in known.items()}
+    values = {job.digest: _values(job, known[job.digest]) for job in jobs}
+    keys = [*dict.fromkeys(key for job in jobs for key in job.axes)]
+    fixed = dict.fromkeys(
+        _key(override) for description in known.values() for override in description.get("overrides", ())
+    )
+    for key in (*fixed, SEED):
+        if key not in keys and len({typed(job, key) for job in values.values() if key in job}) > 1:
+            keys.append(key)
+    groups = dict.fromkeys(group for description in known.values() for group in _choices(description))
+    for key in dict.fromkeys([*groups, *(key for job in values.values() for key in job)]):
+        if key not in keys and _distinguishes(key, [*values.values()], [other for other in keys if other != SEED]):
+            keys.append(key)
+    return [
+        replace(job, axes={key: values[job.digest][key] for key in keys if key in values[job.digest]}) for job in jobs
+    ]
+
+
+def _launch(job: Job, description: Mapping[str, Any]) -> tuple[object, ...]:
+    """The same for jobs whose configurations differ in swept values alone."""
+    fixed = [override for override in description.get("overrides", ()) if _key(override) not in job.axes]
+    return tuple(job.axes), tuple(fixed), description.get("code")
+
+
+def _values(job: Job, description: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that can change the result of a job, by dotted key or group."""
+    path = job.folder / "config.yaml"
+    # A node of the configuration is at the left margin; most are the same in all jobs, and parsed once.
+    nodes = re.split(r"\n(?=\w)", foreign.text(path) or "{}")
+    try:
+        values = {key: value for node in nodes for key, value in _leaves(node).items()}
+    except BadInput:
+        foreign.load(path)  # raises the same with the name of the file
+        raise
+    return {**values, **_choices(description), **job.axes}
+
+
+def _choices(description: Mapping[str, Any]) -> dict[str, Any]:
+    choices = description.get("choices", {}).items()
+    return {group: choice or "none" for group, choice in choices if _changes_results(group)}  # null in version 0.1.0
+
+
+@cache
+def _leaves(node: str) -> dict[str, Any]:
+    """The values of a part of a config.yaml by dotted key."""
+    values = flat(foreign.parse(node, Path("config.yaml")))
+    return {key: value for key, value in values.items() if _changes_results(key)}
+
+
+def _distinguishes(key: str, jobs: Sequence[Mapping[str, Any]], others: Sequence[str]) -> bool:
+    """Whether two jobs with the same values of the other keys differ in this key."""
+    if len({typed(job, key) for job in jobs}) == 1:
+        return False
+    first: dict[tuple[str, ...], str] = {}
+    return any(
+        first.setdefault(tuple(typed(job, other) for other in others), value := typed(job, key)) != value
+        for job in jobs
+    )
+
+
+@cache
+def _changes_results(key: str) -> bool:
+    """Whether the result of a run can depend on this key."""
+    return digest({key: 0}) != digest({})
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")

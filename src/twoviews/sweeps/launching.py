@@ -5,7 +5,7 @@ import json
 import re
 import shlex
 import sys
-import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +25,8 @@ from twoviews.sweeps import mlflow_sync
 from twoviews.sweeps.composing import Composer, job_specs
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobSpec, JobState
-from twoviews.sweeps.job_status import status
-from twoviews.sweeps.launcher import POLL_SECONDS, Launcher
+from twoviews.sweeps.job_status import status, wait_until_ended
+from twoviews.sweeps.machine import CLUSTER_POLL_SECONDS, Launcher
 from twoviews.sweeps.plan import plan
 from twoviews.tracking import uris
 
@@ -171,7 +171,7 @@ def launch_all(launch: SweepCommand, combinations: Sequence[Sequence[str]]) -> i
     try:
         launch.launcher.submit(todo)
         if launch.options.wait:
-            wait([job for job in sweep.jobs if job.digest in digests], launch.console)
+            wait_until_ended(sweep.named(digests), poll_s=CLUSTER_POLL_SECONDS, say=launch.console.say)
     finally:
         launch.flush(sweep)
     return print_end(sweep, digests, launch.console)
@@ -195,21 +195,6 @@ def retry(sweep: Sweep, jobs: Sequence[Job]) -> None:
     build(launcher).submit(jobs)
 
 
-def wait(jobs: Sequence[Job], console: Console) -> None:
-    """Return when none of these jobs is active any more; prints each change of a state."""
-    before: dict[str, str] = {}
-    while True:
-        states = status(jobs)
-        for job in jobs:
-            state = states[job.digest]
-            if before.get(job.digest, state.state) != state.state:
-                console.say(f"{job.label}: {state.state}{': ' if state.reason else ''}{state.reason}")
-            before[job.digest] = state.state
-        if not any(state.active for state in states.values()):
-            return
-        time.sleep(POLL_SECONDS)
-
-
 def default_name(config: DictConfig, swept: Sequence[str]) -> str:
     """The name of a sweep without sweep.name=, which does not depend on the values of the swept keys."""
     nodes = OmegaConf.masked_copy(config, [str(key) for key in config if key not in FREE_KEYS])
@@ -225,10 +210,11 @@ def print_start(
     sweep: Sweep, jobs: Sequence[Job], states: Mapping[str, JobState], to_run: int, console: Console
 ) -> None:
     """Print how many jobs there are, how many are done or active, and how many are run now."""
+    known = Counter(states[job.digest].state for job in jobs)
     counts = {
-        "finished": sum(states[job.digest].state == "FINISHED" for job in jobs),
-        "given up by a search": sum(states[job.digest].state == "PRUNED" for job in jobs),
-        "running or queued already": sum(states[job.digest].active for job in jobs),
+        "finished": known["FINISHED"],
+        "given up by a search": known["PRUNED"],
+        "running or queued already": known["RUNNING"] + known["QUEUED"],
         "to run": to_run,
     }
     shown = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
@@ -237,14 +223,13 @@ def print_start(
 
 def print_end(sweep: Sweep, digests: set[str], console: Console) -> int:
     """Print how many of these jobs are finished, and a line for each that failed; returns the exit code."""
-    jobs = [job for job in sweep.jobs if job.digest in digests]
+    jobs = sweep.named(digests)
     states = status(jobs)
     failed = [job for job in jobs if not (states[job.digest].active or states[job.digest].done)]
-    active = sum(states[job.digest].active for job in jobs)
-    pruned = sum(states[job.digest].state == "PRUNED" for job in jobs)
-    finished = len(jobs) - active - pruned - len(failed)
+    counts = Counter(state.state for state in states.values())
+    active, pruned = counts["RUNNING"] + counts["QUEUED"], counts["PRUNED"]
     rest = (f", {pruned} given up by a search" if pruned else "") + (f", {active} queued or running" if active else "")
-    console.say(f"sweep {sweep.name}: {finished:,} of {counted(len(jobs), 'job')} finished{rest}")
+    console.say(f"sweep {sweep.name}: {counts['FINISHED']:,} of {counted(len(jobs), 'job')} finished{rest}")
     for job in failed:
         state = states[job.digest]
         console.say(f"  {state.state} {job.label}: {state.reason}")

@@ -1,7 +1,8 @@
-"""Launchers that run jobs on this machine: one after the other, or several at once with leases on GPUs or cores.
+"""Launchers, which run the jobs of a sweep, and those of this machine: one job after the other, or several at once with leases
+on GPUs or cores. They are not launcher plugins of Hydra, which run one command.
 
-They stay in the foreground. Ctrl-C and SIGTERM stop the jobs with checkpoints; if the launcher is killed otherwise, the
-runners notice that and stop their trainings with checkpoints too.
+The launchers of this machine stay in the foreground. Ctrl-C and SIGTERM stop the jobs with checkpoints; if the launcher is
+killed otherwise, the runners notice that and stop their trainings with checkpoints too.
 """
 
 import os
@@ -11,9 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -24,14 +25,59 @@ from twoviews.console import Console, duration
 from twoviews.errors import BadInput
 from twoviews.ranges import Count
 from twoviews.sweeps import runner
-from twoviews.sweeps.background_report import BackgroundReport
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import LOG, Job
 from twoviews.sweeps.job_status import status
-from twoviews.sweeps.launcher import JobSource, Launcher, exclusive
+from twoviews.sweeps.mlflow_sync import BackgroundReport
 
 POLL_SECONDS = 0.2  # between two looks at the processes
+CLUSTER_POLL_SECONDS = 5.0  # between two queries of a cluster, each one call of squeue
 DRIVER = Path("/dev/nvidiactl")  # as in fallbacks.py, which imports torch
+
+# Called with the number of free slots, which may be 0; returns so many jobs or fewer, or None when there are no more.
+JobSource = Callable[[int], Sequence[Job] | None]
+
+
+class Launcher(ABC):
+    """Runs the jobs of one sweep, each below a runner of its own that writes its state.json.
+
+    The parameters of the constructor are the keys of conf/hydra/launcher/<name>.yaml.
+    """
+
+    @abstractmethod
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Run these jobs, from their last checkpoints if they have any; those that run already are left alone.
+
+        Launchers of this machine return when the jobs have ended, those of a cluster when they are in its queue.
+
+        Raises:
+            BadInput: the scheduler refuses.
+            SystemExit: a signal stopped them; its code is 128 + the signal's number.
+        """
+
+    @abstractmethod
+    def capacity(self) -> int:
+        """Number of jobs that run at once if nothing else runs."""
+
+    def processes(self) -> int:
+        """Number of processes per job."""
+        return 1
+
+    def serve(self, sweep: Sweep, source: JobSource) -> None:
+        """Run jobs as `source` returns them, until there are no more.
+
+        Args:
+            sweep: to which the jobs belong.
+            source: called again and again.
+
+        Raises:
+            BadInput: the scheduler refuses.
+            SystemExit: a signal stopped them; its code is 128 + the signal's number.
+        """
+        while (jobs := source(self.capacity())) is not None:
+            if jobs:
+                self.submit(jobs)
+            time.sleep(CLUSTER_POLL_SECONDS)
 
 
 @dataclass
@@ -66,22 +112,17 @@ class Slot:
             self.lease.release()
 
 
-class _MachineLauncher(Launcher):
-    """What the launchers of this machine share."""
+class Local(Launcher):
+    """One job after the other, each with the whole machine."""
 
     at_once: int | None = None
 
-    @abstractmethod
     def slots(self) -> list[Slot]:
-        """All slots of this machine, leased or not.
-
-        Raises:
-            BadInput: there is none.
-        """
+        """All slots of this machine, leased or not."""
+        return [Slot()]
 
     def print_warnings(self) -> None:
         """Print what makes the jobs slower than they could be."""
-        return
 
     def capacity(self) -> int:
         """Number of slots, or `at_once` if that is smaller."""
@@ -90,46 +131,23 @@ class _MachineLauncher(Launcher):
     def submit(self, jobs: Sequence[Job]) -> None:
         """Run the jobs in their order; return when the last one has ended."""
         self.print_warnings()
-        if not jobs:
-            return
-        sweep, console, work = Sweep(jobs[0].folder.parent), Console(), _Work(self)
-        with exclusive(sweep, console):
-            states = status(jobs)
-            todo = [job for job in jobs if states[job.digest].state not in ("FINISHED", "RUNNING")]
-            queue = deque(_mark_submitted(sweep, todo))
-
-            def source(free_slots: int) -> list[Job] | None:
-                taken = [queue.popleft() for _ in range(min(free_slots, len(queue)))]
-                return taken if taken or queue else None
-
-            work.run(source, f"/{len(todo)}")
+        if jobs:
+            self._run(Sweep(jobs[0].folder.parent), jobs, lambda _: None)
 
     def serve(self, sweep: Sweep, source: JobSource) -> None:
         """Run jobs as `source` returns them."""
-
-        def submitted(free_slots: int) -> Sequence[Job] | None:
-            jobs = source(free_slots)
-            return _mark_submitted(sweep, jobs) if jobs else jobs
-
         self.print_warnings()
-        work = _Work(self)
-        with exclusive(sweep, Console()):
-            work.run(submitted)
+        self._run(sweep, [], source)
 
-    def cancel(self, jobs: Sequence[Job]) -> None:
-        """Stop the jobs that run; the launcher goes on with the next ones."""
-        stop(jobs)
-
-
-class Local(_MachineLauncher):
-    """One job after the other, each with the whole machine."""
-
-    def slots(self) -> list[Slot]:
-        """A single slot: jobs run one after the other."""
-        return [Slot()]
+    def _run(self, sweep: Sweep, jobs: Sequence[Job], source: JobSource) -> None:
+        slots = self.slots()
+        with sweep.launching(Console().say):
+            states = status(jobs)
+            todo = [job for job in jobs if states[job.digest].state not in ("FINISHED", "RUNNING")]
+            _Work(sweep, slots, min(self.at_once or sys.maxsize, len(slots))).run(todo, source)
 
 
-class Pool(_MachineLauncher):
+class Pool(Local):
     """Several jobs at once, each with a GPU, a share of a GPU, or cores of its own.
 
     Args:
@@ -150,7 +168,11 @@ class Pool(_MachineLauncher):
             )
 
     def slots(self) -> list[Slot]:
-        """A slot for each share of a GPU; without GPUs, for each group of cores."""
+        """A slot for each share of a GPU; without GPUs, for each group of cores.
+
+        Raises:
+            BadInput: there is none.
+        """
         threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.cores_per_job))}
         shares = [(gpu, share) for share in range(self.jobs_per_gpu) for gpu in gpus()]
         if shares:
@@ -186,41 +208,30 @@ def stop(jobs: Sequence[Job]) -> None:
             os.kill(int(process.parent.name), signal.SIGTERM)
 
 
-def _mark_submitted(sweep: Sweep, jobs: Sequence[Job]) -> list[Job]:
-    """These jobs, recorded as submitted now."""
-    when = time.time()
-    sweep.mark_submitted({job.digest: None for job in jobs}, when)
-    return [replace(job, slurm_id=None, submitted=when) for job in jobs]
-
-
 class _Work:
-    """Runs the jobs of a source in the slots of a launcher until there are no more, or a signal came.
+    """Runs jobs in slots until there are no more, or a signal came.
 
     Args:
-        launcher: with the slots.
-
-    Raises:
-        BadInput: there is no slot.
+        sweep: to which the jobs belong.
+        slots: of this machine.
+        limit: most jobs that run at once.
     """
 
-    def __init__(self, launcher: _MachineLauncher):
-        self._slots, self._console, self._total = launcher.slots(), Console(), ""
-        self._limit = min(launcher.at_once or sys.maxsize, len(self._slots))
+    def __init__(self, sweep: Sweep, slots: Sequence[Slot], limit: int):
+        self._sweep, self._slots, self._limit, self._console = sweep, slots, limit, Console()
+        self._count, self._total = 0, ""  # of the jobs so far; of all jobs, if that is known
         self._queue: deque[tuple[int, Job]] = deque()
         self._running: list[tuple[int, Job, Slot, subprocess.Popen]] = []
         self._signal, self._report = 0, BackgroundReport()
 
-    def run(self, source: JobSource, total: str = "") -> None:
-        """Return when all jobs have ended.
-
-        Args:
-            source: of the jobs.
-            total: printed behind the number of a job, such as /12.
+    def run(self, jobs: Sequence[Job], source: JobSource) -> None:
+        """Run these jobs, and those that a source returns meanwhile; return when all have ended.
 
         Raises:
             SystemExit: a signal stopped them.
         """
-        self._total = total
+        self._total = f"/{len(jobs)}" if jobs else ""
+        self._add(jobs)
         handlers = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._loop(source)
@@ -233,14 +244,23 @@ class _Work:
             self._console.say(f"stopped by {name}; what ran has a checkpoint, and the same command goes on.")
             sys.exit(128 + self._signal)
 
+    def _add(self, jobs: Sequence[Job]) -> None:
+        """Queue jobs, which are recorded as submitted now."""
+        when = time.time()
+        if jobs:
+            self._sweep.mark_submitted({job.digest: None for job in jobs}, when)
+        for job in jobs:
+            self._count += 1
+            self._queue.append((self._count, replace(job, slurm_id=None, submitted=when)))
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._signal = self._signal or number
 
     def _loop(self, source: JobSource) -> None:
-        count, more, said = 0, True, False
+        more, stopping, said = True, False, False
         while more or self._queue or self._running:
-            if self._signal and more:
-                more = False
+            if self._signal and not stopping:
+                more, stopping = False, True
                 self._queue.clear()
                 for *_, process in self._running:
                     process.send_signal(signal.SIGTERM)
@@ -248,8 +268,7 @@ class _Work:
             if more:
                 jobs = source(max(0, self._limit - len(self._running) - len(self._queue)))
                 more = jobs is not None
-                self._queue.extend(enumerate(jobs or (), start=count + 1))
-                count += len(jobs or ())
+                self._add(jobs or ())
             self._fill_slots()
             if self._queue and not self._running and not said:
                 said = True
@@ -263,28 +282,14 @@ class _Work:
             self._running.remove(entry)
             slot.release()
             self._console.say(f"[{number}{self._total}] {job.label}: {_outcome(job)}")
-            self._report.update(Sweep(job.folder.parent))
+            self._report.update(self._sweep)
 
     def _fill_slots(self) -> None:
-        busy = [slot for _, _, slot, _ in self._running]
-        for slot in self._slots:
-            if self._queue and len(self._running) < self._limit and slot not in busy and slot.acquire():
+        for slot in [slot for slot in self._slots if slot not in [entry[2] for entry in self._running]]:
+            if self._queue and len(self._running) < self._limit and slot.acquire():
                 number, job = self._queue.popleft()
-                self._running.append((number, job, slot, _start(job, slot)))
+                self._running.append((number, job, slot, runner.start(job, slot.environment)))
                 self._console.say(f"[{number}{self._total}] {job.label}: begins; {job.folder / LOG}")
-
-
-def _start(job: Job, slot: Slot) -> subprocess.Popen:
-    """The runner of a job as a process, with the code that was frozen for it."""
-    code = Path(job.description["code"])
-    module = runner.OLD_MODULE if runner.is_old(code) else runner.MODULE
-    path = os.pathsep.join(filter(None, [str(code / "src"), os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
-        [sys.executable, "-m", module, str(job.folder), repr(job.submitted)],
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, **slot.environment, "PYTHONPATH": path},
-        start_new_session=True,  # Ctrl-C in the terminal reaches this process alone, which passes it on once
-    )
 
 
 def _outcome(job: Job) -> str:

@@ -1,6 +1,12 @@
-"""A sweep in MLflow: its parent run, opened at submission, and post-hoc logging of what its jobs could not send themselves."""
+"""A sweep in MLflow: its parent run, opened at submission, post-hoc logging of what its jobs could not send themselves, and
+the report, which is brought up to date beside the trainings while the sweep goes on.
+"""
 
+import os
 import shlex
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,18 +17,19 @@ from filelock import FileLock
 from twoviews import foreign
 from twoviews.errors import BadInput, system_reason
 from twoviews.sweeps.folder import WRITER_THREADS, Sweep
-from twoviews.sweeps.formatting import short_names, text
-from twoviews.sweeps.job import Job, JobState
+from twoviews.sweeps.job import Job, JobState, assigned, short_names, with_varying_parameters
 from twoviews.sweeps.job_status import status
-from twoviews.sweeps.varying_parameters import with_varying_parameters
+from twoviews.sweeps.runner import python_path
 from twoviews.tracking import uris
 from twoviews.tracking.client import short_error
 from twoviews.tracking.metrics import METRICS_FILE
+from twoviews.tracking.mirror import SOURCES
 from twoviews.tracking.parent_run import attach_parent, end_parent_run, open_parent_run, value_tags
 from twoviews.tracking.state import new_run_key, page
 from twoviews.tracking.upload import is_uploaded, pending_values, upload
 
 LOCK_SECONDS = 120.0  # longest wait for another process that opens the parent run
+REPORT_SECONDS = 60.0  # between two reports at least
 
 
 def attach_jobs(sweep: Sweep, jobs: Sequence[Job], tracking: Mapping[str, Any]) -> None:
@@ -53,8 +60,7 @@ def attach_jobs(sweep: Sweep, jobs: Sequence[Job], tracking: Mapping[str, Any]) 
 
     def attach(digest: str) -> None:
         job = varying[digest]
-        name = " ".join(f"{names[key]}={text(value)}" for key, value in job.axes.items()) or digest
-        attach_parent(job.folder, uri, experiment, parent, name, job.axes)
+        attach_parent(job.folder, uri, experiment, parent, assigned(job.axes, names) or digest, job.axes)
 
     with ThreadPoolExecutor(WRITER_THREADS) as pool:
         list(pool.map(attach, [job.digest for job in jobs]))
@@ -156,3 +162,36 @@ def _parent_status(states: Sequence[JobState]) -> str:
     if any(state.active for state in states):
         return ""
     return "FINISHED" if all(state.done for state in states) else "FAILED"
+
+
+def is_due(sweep: Sweep) -> bool:
+    """Whether the sweep has a page in MLflow, and its report is not from the last minute."""
+    page = sweep.folder / "report.md"
+    return bool(sweep.record["parent"]) and not (page.exists() and time.time() < page.stat().st_mtime + REPORT_SECONDS)
+
+
+class BackgroundReport:
+    """A process of low priority that makes the report; nobody waits for it, and what it prints is not shown."""
+
+    def __init__(self):
+        self._process: subprocess.Popen | None = None
+
+    def update(self, sweep: Sweep) -> None:
+        """Start the process after a job has ended, if the report is due and not in the making."""
+        if (self._process and self._process.poll() is None) or not is_due(sweep):
+            return
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "twoviews.sweep", "report", str(sweep.folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(SOURCES)},
+            start_new_session=True,  # Ctrl-C in the terminal is for the jobs
+            preexec_fn=lambda: os.nice(19),
+        )
+
+    def stop(self) -> None:
+        """End the process: the report at the end of the sweep has what this one would have."""
+        if self._process:
+            self._process.terminate()
+            self._process.wait()

@@ -4,22 +4,28 @@ Everything about a trial but its number follows from its parameters in the study
 trials, whenever the process before it was killed.
 """
 
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
+import optuna
 from filelock import FileLock, Timeout
 
 from twoviews.errors import BadInput, nearest
 from twoviews.ranges import Count, Index, Trials
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job_status import CANCEL_SECONDS, wait_until_ended
-from twoviews.sweeps.launching import SweepCommand, launch_all
-from twoviews.sweeps.optuna_study import open_study
+from twoviews.sweeps.launching import FREE_KEYS, SweepCommand, launch_all
 from twoviews.sweeps.optuna_trials import SPREAD, TrialRunner
-from twoviews.sweeps.search import Random, Search, search_space
+from twoviews.sweeps.search import Interval, Random, Search, SearchSpace, search_space
 
 PROBES = ("knn", "linear")  # protocols whose values are known in advance
+MIN_TRIALS_FOR_MEDIAN = 4  # finished trials before others are compared with their median
 
 
+@dataclass(frozen=True)
 class Optuna(Search):
     """Configs proposed by the tree-structured Parzen estimator of Bergstra et al. (2011), as Optuna implements it.
 
@@ -34,8 +40,11 @@ class Optuna(Search):
         at_once: most trials that run together.
     """
 
-    def __init__(self, trials: Trials, draw: Index, metric: str, prune: bool, at_once: Count):
-        self.trials, self.draw, self.metric, self.prune, self.at_once = trials, draw, metric, prune, at_once
+    trials: Trials
+    draw: Index
+    metric: str
+    prune: bool
+    at_once: Count
 
     def run(self, launch: SweepCommand, arguments: Sequence[str]) -> int:
         """Return when all trials have ended; 0, or 1 if none of them has a value.
@@ -50,27 +59,27 @@ class Optuna(Search):
         self._check_metric(launch.protocols)
         if launch.options.plan:
             launch.console.say("the configs of this search are not known in advance; the plan is for random ones.")
-            return launch_all(launch, Random(self.trials, self.draw).combinations(space))
+            return launch_all(launch, self.combinations(space))
         sweep = Sweep(launch.folder)
-        lock = FileLock(sweep.folder / ".study.lock")
         try:
-            lock.acquire(timeout=0)
+            lock = FileLock(sweep.folder / ".study.lock").acquire(timeout=0)
         except Timeout as error:
             raise BadInput(
                 f"another process runs the search in {sweep.folder}; wait for its end, or stop it first."
             ) from error
-        try:
-            with open_study(sweep, space, self.metric, self.draw) as study:
-                trials = TrialRunner(self, study, launch, space, sweep)
-                try:
-                    trials.resume()
-                    launch.launcher.serve(sweep, trials.next_jobs)
-                    wait_until_ended([job for job in sweep.jobs if job.given_up], CANCEL_SECONDS)
-                finally:
-                    launch.flush(sweep)
-                return trials.print_end()
-        finally:
-            lock.release()
+        with lock, open_study(sweep, space, self.metric, self.draw) as study:
+            trials = TrialRunner(self, study, launch, space, sweep)
+            try:
+                trials.resume()
+                launch.launcher.serve(sweep, trials.next_jobs)
+                wait_until_ended([job for job in sweep.jobs if job.given_up], CANCEL_SECONDS)
+            finally:
+                launch.flush(sweep)
+            return trials.print_end()
+
+    def configs(self, space: SearchSpace) -> Iterator[dict[str, str]]:
+        """Random configs, for a plan."""
+        return Random(self.trials, self.draw).configs(space)
 
     def _check_metric(self, protocols: Sequence[str]) -> None:
         name, slash, value = self.metric.partition("/")
@@ -83,3 +92,63 @@ class Optuna(Search):
             f"hydra.sweeper.metric={self.metric} is nothing that these trainings measure and that is better when larger."
             f"{nearest(self.metric, known)} Known: {', '.join(known)}."
         )
+
+
+@contextmanager
+def open_study(sweep: Sweep, space: SearchSpace, metric: str, draw: int) -> Iterator[optuna.Study]:
+    """The study in a sweep folder, created if there is none.
+
+    Args:
+        sweep: whose folder it is in.
+        space: of its trials.
+        metric: which they maximise.
+        draw: seed of the random numbers.
+
+    Raises:
+        BadInput: its trials are of other values, seeds or overrides, or of another metric.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    path = sweep.folder / "study.db"
+    storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+    study = optuna.create_study(
+        storage=storage,
+        study_name=sweep.name,
+        direction="maximize",
+        load_if_exists=True,
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=MIN_TRIALS_FOR_MEDIAN),
+    )
+    # With the same seed after a resume, the sampler would repeat its first proposals.
+    study.sampler = optuna.samplers.TPESampler(seed=draw + 1000 * len(study.trials), constant_liar=True)
+    fixed = dict(override.split("=", 1) for override in space.fixed)
+    attributes = {
+        "space": "; ".join(f"{key}={_describe(values)}" for key, values in sorted(space.axes.items())),
+        "seeds": ",".join(sorted(space.seeds)),
+        "metric": metric,
+        "overrides": " ".join(f"{key}={value}" for key, value in sorted(fixed.items()) if not _is_free(key)),
+    }
+    for name, value in attributes.items():
+        before = study.user_attrs.get(name, value)
+        if before != value:
+            what = "values" if name == "space" else name
+            raise BadInput(
+                f"the study in {path} is about other {what}: {before or 'none'}, and not {value or 'none'}; give the same, or "
+                "another folder with sweep.name=."
+            )
+        study.set_user_attr(name, value)
+    try:
+        yield study
+    finally:
+        storage.remove_session()
+
+
+def _describe(values: Sequence[str] | Interval) -> str:
+    if not isinstance(values, Interval):
+        return ",".join(values)
+    kinds = ["a whole number" if values.whole else "", "logarithmic" if values.logarithmic else ""]
+    return f"{values.low} to {values.high}" + "".join(f", {kind}" for kind in kinds if kind)
+
+
+def _is_free(key: str) -> bool:
+    """Whether trials stay comparable when this key changes."""
+    return re.split("[./@]", key.lstrip("+~"))[0] in FREE_KEYS

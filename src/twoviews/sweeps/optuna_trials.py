@@ -4,23 +4,25 @@ There are no batches: the next config is proposed with everything that is known 
 """
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from optuna import Study, Trial
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
+
 from twoviews.errors import BadInput, counted
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job import Job, JobState
+from twoviews.sweeps.job import Job, JobState, assigned
 from twoviews.sweeps.job_status import status
 from twoviews.sweeps.launching import SweepCommand
-from twoviews.sweeps.optuna_study import distributions, resumed_trial
 from twoviews.sweeps.search import Interval, SearchSpace
+from twoviews.sweeps.slurm import cancel
 
 if TYPE_CHECKING:
-    import optuna
-
     from twoviews.sweeps.optuna_search import Optuna
 
 POLL_SECONDS = 2.0  # between two looks at the states of running jobs
@@ -35,20 +37,14 @@ DIVERGED = ("loss is", "weights are not finite")  # in the reason of a training 
 class RunningTrial:
     """A trial without a value.
 
-    Trials with the same config share their jobs, and the two sets of digests.
-
     Args:
         trial: of the study.
-        jobs: one for each seed.
-        started: digests of the jobs that the launcher has.
-        inherited: digests of the jobs that an earlier process may have left running.
+        jobs: one for each seed; trials with the same config share them.
         reported_epochs: epochs whose kNN was reported to the study.
     """
 
-    trial: "optuna.Trial"
+    trial: Trial
     jobs: list[Job]
-    started: set[str] = field(default_factory=set)
-    inherited: set[str] = field(default_factory=set)
     reported_epochs: set[int] = field(default_factory=set)
 
 
@@ -63,26 +59,26 @@ class TrialRunner:
         sweep: where jobs are added.
     """
 
-    def __init__(self, search: "Optuna", study: "optuna.Study", launch: SweepCommand, space: SearchSpace, sweep: Sweep):
+    def __init__(self, search: "Optuna", study: Study, launch: SweepCommand, space: SearchSpace, sweep: Sweep):
         self.search, self.study, self.launch, self.space, self.sweep = search, study, launch, space, sweep
         self._say = launch.console.say
         self._running: list[RunningTrial] = []
-        self._queue: deque[tuple[RunningTrial, Job]] = deque()
+        self._queue: deque[Job] = deque()
+        self._started: set[str] = set()  # digests of the jobs that the launcher has
+        self._inherited: set[str] = set()  # and of those among them that an earlier process may have left running
         self._last_poll = -math.inf
 
     def resume(self) -> None:
         """Go on with the trials that an earlier process left without a value."""
-        import optuna
-
         known = self.study.get_trials(deepcopy=False)
         for frozen in known:
-            if frozen.state != optuna.trial.TrialState.RUNNING:
+            if frozen.state != TrialState.RUNNING:
                 self._stop_leftovers(frozen)
                 continue
             trial = resumed_trial(self.study, frozen)
             if frozen.params.keys() != self.space.axes.keys():  # killed while it was asked for: nothing was started
                 trial.set_user_attr("torn", True)
-                self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                self.study.tell(trial, state=TrialState.FAIL)
                 continue
             self._begin(trial)
         if known:
@@ -90,13 +86,11 @@ class TrialRunner:
                 f"the study has {counted(len(known), 'trial')}, {len(self._running)} of them without a value yet; going on."
             )
 
-    def _begin(self, trial: "optuna.Trial") -> None:
+    def _begin(self, trial: Trial) -> None:
         """Create the jobs of a trial, and queue those that have to run."""
-        import optuna
-
         config = self._config(trial)
         for earlier in self.study.get_trials(deepcopy=False):
-            weak = earlier.state in (optuna.trial.TrialState.PRUNED, optuna.trial.TrialState.FAIL)
+            weak = earlier.state in (TrialState.PRUNED, TrialState.FAIL)
             if weak and "torn" not in earlier.user_attrs and self._config(earlier) == config:
                 reason = earlier.user_attrs.get("reason", "")
                 trial.set_user_attr("reason", f"as trial {earlier.number}: {reason}")
@@ -104,25 +98,22 @@ class TrialRunner:
                 return
         same = next((running for running in self._running if self._config(running.trial) == config), None)
         if same:
-            self._running.append(RunningTrial(trial, same.jobs, same.started, same.inherited))
+            self._running.append(RunningTrial(trial, same.jobs))
             return
         try:
             specs = self.launch.specs(self.space.combinations(config))
         except BadInput:
-            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            self.study.tell(trial, state=TrialState.FAIL)
             raise
         _, jobs = self.launch.add(specs)
         self.launch.attach_jobs(self.sweep, jobs)
-        states, running = status(jobs), RunningTrial(trial, jobs)
-        self._running.append(running)
-        for job in jobs:
-            if states[job.digest].state in ("FINISHED", "RUNNING"):
-                running.started.add(job.digest)
-                running.inherited.add(job.digest)
-            else:
-                self._queue.append((running, job))
+        self._running.append(RunningTrial(trial, jobs))
+        begun = {digest for digest, state in status(jobs).items() if state.state in ("FINISHED", "RUNNING")}
+        self._inherited |= begun - self._started
+        self._started |= begun
+        self._queue.extend(job for job in jobs if job.digest not in begun)
 
-    def _config(self, trial: "optuna.Trial | optuna.trial.FrozenTrial") -> dict[str, str]:
+    def _config(self, trial: Trial | FrozenTrial) -> dict[str, str]:
         """The values of a trial by key, as they are typed."""
         axes = self.space.axes
         return {
@@ -147,9 +138,8 @@ class TrialRunner:
         jobs = []
         while len(jobs) < free_slots and (self._queue or self._ask()):
             if self._queue:  # it stays empty for a trial whose jobs are all finished
-                running, job = self._queue.popleft()
-                running.started.add(job.digest)
-                jobs.append(job)
+                jobs.append(self._queue.popleft())
+                self._started.add(jobs[-1].digest)
         if jobs or self._queue or self._running or self._ask():
             return jobs
         return None
@@ -161,28 +151,26 @@ class TrialRunner:
             if running not in self._running:  # stopped with another trial of the same config
                 continue
             running.jobs = [jobs[job.digest] for job in running.jobs]
-            states = status([job for job in running.jobs if job.digest in running.started])
+            states = status([job for job in running.jobs if job.digest in self._started])
             if not self._end(running, states) and self.search.prune:
                 self._prune(running, states)
 
     def _end(self, running: RunningTrial, states: Mapping[str, JobState]) -> bool:
         """Tell the study how a trial ended; False if it goes on."""
-        import optuna
-
         ended = [job for job in running.jobs if not states.get(job.digest, JobState()).active]
         failed = [job.digest for job in ended if states[job.digest].state != "FINISHED"]
-        for job in (job for job in ended if job.digest in failed):
+        for job in [job for job in ended if job.digest in failed]:
             state = states[job.digest]
-            if job.digest in running.inherited:  # it was being stopped when this process began
-                running.inherited.remove(job.digest)
-                running.started.remove(job.digest)
-                self._queue.append((running, job))
+            if job.digest in self._inherited:  # it was being stopped when this process began
+                self._inherited.remove(job.digest)
+                self._started.remove(job.digest)
+                self._queue.append(job)
                 return False
             if any(words in state.reason for words in DIVERGED):
-                self._stop(running, f"{job.label} diverged: {state.reason}", optuna.trial.TrialState.PRUNED)
+                self._stop(running, f"{job.label} diverged: {state.reason}", TrialState.PRUNED)
             else:
                 reason = f"{job.label}: {state.state} {state.reason}"
-                self._stop(running, reason, optuna.trial.TrialState.FAIL, failed)
+                self._stop(running, reason, TrialState.FAIL, failed)
             return True
         if len(ended) < len(running.jobs):
             return False
@@ -190,27 +178,25 @@ class TrialRunner:
         mean = sum(float(job.result.get(metric, math.nan)) for job in running.jobs) / len(running.jobs)
         if not math.isfinite(mean):
             reason = f"a result.json has no finite number {metric}; choose another metric"
-            self._stop(running, reason, optuna.trial.TrialState.FAIL)
+            self._stop(running, reason, TrialState.FAIL)
             return True
         list(self._report_knn(running))  # which other trials are compared with
         self.study.tell(running.trial, mean)
         self._running.remove(running)
-        self._say(f"trial {running.trial.number}: {_shown(self._config(running.trial))}: {metric} {mean:.2f}")
+        self._say(f"trial {running.trial.number}: {assigned(self._config(running.trial))}: {metric} {mean:.2f}")
         return True
 
     def _prune(self, running: RunningTrial, states: Mapping[str, JobState]) -> None:
         """Stop a trial that collapsed or is below the median."""
-        import optuna
-
         for job in running.jobs:
             if job.digest in states and states[job.digest].state == "RUNNING" and collapsed(job.metrics()):
                 reason = f"{job.label} collapsed: its spread stays below {COLLAPSE_SPREAD}"
-                self._stop(running, reason, optuna.trial.TrialState.PRUNED)
+                self._stop(running, reason, TrialState.PRUNED)
                 return
         for epoch in self._report_knn(running):
             if running.trial.should_prune():
                 reason = f"its kNN at epoch {epoch} is below the median of the others"
-                self._stop(running, reason, optuna.trial.TrialState.PRUNED)
+                self._stop(running, reason, TrialState.PRUNED)
                 return
 
     def _report_knn(self, running: RunningTrial) -> Iterator[int]:
@@ -224,9 +210,7 @@ class TrialRunner:
             running.trial.report(sum(curve[epoch] for curve in curves) / len(curves), epoch)
             yield epoch
 
-    def _stop(
-        self, running: RunningTrial, reason: str, state: "optuna.trial.TrialState", failed: Sequence[str] = ()
-    ) -> None:
+    def _stop(self, running: RunningTrial, reason: str, state: TrialState, failed: Sequence[str] = ()) -> None:
         """End a trial for good, with the others of its config; recorded before any job is stopped.
 
         Args:
@@ -235,22 +219,24 @@ class TrialRunner:
             state: what the study is told.
             failed: digests of the jobs that ended by themselves.
         """
-        for twin in [twin for twin in self._running if twin.started is running.started]:
+        config = self._config(running.trial)
+        for twin in [twin for twin in self._running if self._config(twin.trial) == config]:
             twin.trial.set_user_attr("reason", reason)
             twin.trial.set_user_attr("failed", [*failed])
             self.study.tell(twin.trial, state=state)
             self._running.remove(twin)
-        self._queue = deque(entry for entry in self._queue if entry[0].started is not running.started)
+        digests = {job.digest for job in running.jobs}
+        self._queue = deque(job for job in self._queue if job.digest not in digests)
         self._give_up(running.jobs, reason, failed)
-        self._say(f"trial {running.trial.number}: {_shown(self._config(running.trial))}: {state.name}, {reason}")
+        self._say(f"trial {running.trial.number}: {assigned(config)}: {state.name}, {reason}")
 
-    def _stop_leftovers(self, trial: "optuna.trial.FrozenTrial") -> None:
+    def _stop_leftovers(self, trial: FrozenTrial) -> None:
         """Stop the jobs of a trial that an earlier process ended and had no time to stop."""
         if "failed" in trial.user_attrs:
             specs = self.launch.specs(self.space.combinations(self._config(trial)))
-            digests = {spec.digest for spec in specs}
-            jobs = [job for job in self.sweep.jobs if job.digest in digests]
-            self._give_up(jobs, trial.user_attrs["reason"], trial.user_attrs["failed"])
+            self._give_up(
+                self.sweep.named(spec.digest for spec in specs), trial.user_attrs["reason"], trial.user_attrs["failed"]
+            )
 
     def _give_up(self, jobs: Sequence[Job], reason: str, failed: Sequence[str]) -> None:
         """Stop jobs for good; those that failed by themselves keep their own reason."""
@@ -258,20 +244,17 @@ class TrialRunner:
         if digests := [job.digest for job in unwanted if not job.given_up]:
             self.sweep.mark(digests, given_up=reason)
         states = status(unwanted)
-        self.launch.launcher.cancel([job for job in unwanted if job.submitted and states[job.digest].active])
+        cancel([job for job in unwanted if job.submitted and states[job.digest].active])
 
     def print_end(self) -> int:
         """Print the best trial; returns 0, or 1 if no trial has a value."""
-        states = [trial.state.name for trial in self.study.get_trials(deepcopy=False)]
-        complete, ended = (
-            states.count("COMPLETE"),
-            f"{states.count('PRUNED')} stopped early, {states.count('FAIL')} failed",
-        )
-        self._say(f"search {self.sweep.name}: {counted(complete, 'trial')} with a value, {ended}")
-        if not complete:
+        counts = Counter(trial.state.name for trial in self.study.get_trials(deepcopy=False))
+        ended = f"{counts['PRUNED']} stopped early, {counts['FAIL']} failed"
+        self._say(f"search {self.sweep.name}: {counted(counts['COMPLETE'], 'trial')} with a value, {ended}")
+        if not counts["COMPLETE"]:
             return 1
         best = self.study.best_trial
-        self._say(f"best: {_shown(self._config(best))}: {self.search.metric} {best.value:.2f}, mean over its seeds")
+        self._say(f"best: {assigned(self._config(best))}: {self.search.metric} {best.value:.2f}, mean over its seeds")
         self._say(f"`python -m twoviews.sweep report {self.sweep.name}` writes the report.")
         return 0
 
@@ -285,5 +268,19 @@ def collapsed(lines: Sequence[Mapping[str, float]]) -> bool:
     return max(recent) < COLLAPSE_SPREAD
 
 
-def _shown(config: Mapping[str, str]) -> str:
-    return " ".join(f"{key}={value}" for key, value in config.items())
+def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
+    """Optuna's distribution for each swept key."""
+    result: dict[str, BaseDistribution] = {}
+    for key, values in space.axes.items():
+        if not isinstance(values, Interval):
+            result[key] = CategoricalDistribution(list(values))
+        elif values.whole:
+            result[key] = IntDistribution(int(values.low), int(values.high), log=values.logarithmic)
+        else:
+            result[key] = FloatDistribution(values.low, values.high, log=values.logarithmic)
+    return result
+
+
+def resumed_trial(study: Study, frozen: FrozenTrial) -> Trial:
+    """A trial of an earlier process, to be reported to and told; Optuna has no public way to go on with one."""
+    return Trial(study, frozen._trial_id)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +24,11 @@ from twoviews.config.groups import ROOT
 from twoviews.console import Console, duration, in_bytes
 from twoviews.errors import counted
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.formatting import text
-from twoviews.sweeps.job import LOG, JobSpec, JobState
-from twoviews.sweeps.launcher import Launcher
+from twoviews.sweeps.job import LOG, JobSpec, JobState, assigned, text, with_varying_parameters
+from twoviews.sweeps.machine import Launcher
 from twoviews.sweeps.results import FINISHED, gather
 from twoviews.sweeps.runner import train_arguments
 from twoviews.sweeps.slurm import Slurm
-from twoviews.sweeps.varying_parameters import with_varying_parameters
 from twoviews.tracking.metrics import read
 
 MAX_MEASURED = 3  # kinds of jobs that are measured; the others are taken to cost as much as the most expensive of these
@@ -82,15 +81,14 @@ def plan(
         launcher: which would run them.
         console: where it is printed.
     """
-    now = [states[spec.digest].state if spec.digest in states else "new" for spec in specs]
+    now = {spec.digest: states[spec.digest].state if spec.digest in states else "new" for spec in specs}
     rows = [
-        {"job": spec.digest, **{key: text(value) for key, value in spec.axes.items()}, "now": state}
-        for spec, state in zip(specs, now, strict=True)
+        {"job": spec.digest, **{key: text(value) for key, value in spec.axes.items()}, "now": now[spec.digest]}
+        for spec in specs
     ]
     console.rows(f"{folder.name}: {counted(len(specs), 'job')}", rows)
-    done = (FINISHED, "PRUNED", "RUNNING", "QUEUED")
-    todo = [spec for spec, state in zip(specs, now, strict=True) if state not in done]
-    counts = ", ".join(f"{now.count(state):,} {state}" for state in dict.fromkeys(now))
+    todo = [spec for spec in specs if now[spec.digest] not in (FINISHED, "PRUNED", "RUNNING", "QUEUED")]
+    counts = ", ".join(f"{count:,} {state}" for state, count in Counter(now.values()).items())
     console.say(f"jobs      {counts}; {len(todo):,} to run")
     if todo:
         try:
@@ -147,19 +145,14 @@ def _costs(folder: Path, todo: Sequence[JobSpec], processes: int, console: Conso
     known, kinds = _finished_costs(folder), {_kind(spec.axes): spec for spec in reversed(todo)}
     costs = {kind: known[kind] for kind in kinds if kind in known}
     for kind, spec in [(kind, spec) for kind, spec in kinds.items() if kind not in known][:MAX_MEASURED]:
-        costs[kind] = _with_processes(_measured(spec, console), processes)
+        cost = costs[kind] = _measured(spec, console)
+        if processes > 1:
+            source = f"{cost.source}; counted as if {processes} processes per job were no faster than that one"
+            costs[kind] = replace(cost, width=cost.width * processes, source=source)
     highest = max(costs.values(), key=lambda cost: cost.epoch_s)
     left = counted(len(kinds) - len(costs), "more kind")
     other = replace(highest, source=f"{left} of jobs taken to cost as much as the most expensive of these")
     return [costs.get(_kind(spec.axes), other) for spec in todo]
-
-
-def _with_processes(cost: Cost, processes: int) -> Cost:
-    """The cost of a job with several processes, from that with one."""
-    if processes == 1:
-        return cost
-    source = f"{cost.source}; counted as if {processes} processes per job were no faster than that one"
-    return replace(cost, width=cost.width * processes, source=source)
 
 
 def _kind(axes: Mapping[str, Any]) -> str:
@@ -182,9 +175,8 @@ def _finished_costs(folder: Path) -> dict[str, Cost]:
         row = rows.loc[job.digest]
         if row["state"] == FINISHED and row["epoch"]:
             seconds, width = float(row["seconds"] / row["epoch"]), int(row["width"])
-            cost = Cost(
-                0.0, seconds, _size(job.folder), str(row["device"]), width, "as finished jobs of this sweep took"
-            )
+            source = "as finished jobs of this sweep took"
+            cost = Cost(0.0, seconds, _size(job.folder), str(row["device"]), width, source)
             costs.setdefault(_kind(job.axes), []).append(cost)
     return {kind: sorted(some, key=lambda cost: cost.epoch_s)[len(some) // 2] for kind, some in costs.items()}
 
@@ -200,7 +192,7 @@ def _measured(spec: JobSpec, console: Console) -> Cost:
     Raises:
         NotMeasured: the training did not come so far.
     """
-    console.say(f"measuring the first steps of {spec.label or spec.digest} …")
+    console.say(f"measuring the first steps of {assigned(spec.axes) or spec.digest} …")
     with tempfile.TemporaryDirectory(prefix="twoviews-plan-") as name:
         folder, started = Path(name), time.time()
         (folder / "config.yaml").write_text(spec.config)
@@ -242,14 +234,12 @@ def _cost_of_folder(spec: JobSpec, folder: Path, started: float) -> Cost:
     environment = json.loads((folder / "environment.json").read_text())
     result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {}
     fixed_s, epoch_s = _seconds(spec, lines, steps, result, started)
-    last = folder / "last.pt"
-    checkpoint = last.stat().st_size if last.exists() else 0
-    measured = sum(path.stat().st_size for path in folder.glob("*.pt"))
+    checkpoints = {path.name: path.stat().st_size for path in folder.glob("*.pt")}
     device = environment["gpu"] or "CPU"
     return Cost(
         fixed_s=fixed_s,
         epoch_s=epoch_s,
-        disk=_size(folder) - measured + 2 * checkpoint,  # last.pt and previous.pt
+        disk=_size(folder) - sum(checkpoints.values()) + 2 * checkpoints.get("last.pt", 0),  # last.pt and previous.pt
         device=device,
         width=1 if environment["gpu"] else int(environment["threads"]),
         source=f"as {len(steps)} lines of its first {steps[-1]['step']:.0f} steps took on this machine, alone ({device})",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twoviews.figures import draw_baselines, drawing, merged_legend
-from twoviews.sweeps.formatting import short_names, text
+from twoviews.sweeps.job import short_names, text
 from twoviews.sweeps.results import ACCURACIES, CONFIDENCE, ConfigResults, Results, estimate
 
 if TYPE_CHECKING:
@@ -98,10 +98,11 @@ def _draw_seeds(
     moved = panel.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
     style: Any = {"color": color, "transform": moved, "linestyle": ""}
     panel.plot([place] * len(values), values, "o", markersize=4.5, alpha=0.7, markeredgewidth=0, **style)
-    if len(values) > 1 and (found := estimate(values)):
-        low, high = found.mean - found.half, found.mean + found.half
+    if len(values) > 1:
+        mean = estimate(values)
+        low, high = mean.mean - mean.half, mean.mean + mean.half
         ends = max(low, limits[0]), min(high, limits[1])
-        panel.plot([place], [found.mean], "_", markersize=11, markeredgewidth=1.6, **style)
+        panel.plot([place], [mean.mean], "_", markersize=11, markeredgewidth=1.6, **style)
         panel.plot([place, place], ends, **{**style, "linestyle": "-", "linewidth": 0.8})
         for end, marker in zip(ends, ("_" if low == ends[0] else "v", "_" if high == ends[1] else "^"), strict=True):
             panel.plot([place], [end], marker, markersize=5, clip_on=False, **style)

@@ -12,14 +12,12 @@ from twoviews.errors import counted
 from twoviews.figures import BASELINES, files_of
 from twoviews.files import write_atomic
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.formatting import short_names, text, typed
-from twoviews.sweeps.job import SEED, JobState
+from twoviews.sweeps.job import SEED, JobState, assigned, short_names, text, typed
 from twoviews.sweeps.plots import CURVES, plot_all
 from twoviews.sweeps.results import (
     ACCURACIES,
     CONFIDENCE,
     FINISHED,
-    NO_ESTIMATE,
     Comparison,
     ConfigResults,
     Results,
@@ -55,12 +53,12 @@ def report(
     write_atomic(page, _page(sweep, results, plots))
     files = [page, table, *(file for path in plots.values() for file in files_of(path))]
     if results.metric:
-        write_atomic(latex, as_latex(_config_rows(results, len(results.configs)), _metrics(results)))
+        write_atomic(latex, as_latex(_config_rows(results, len(results.configs)), [*ACCURACIES.values()]))
         files.append(latex)
-    if results.best:
-        label = f"{_label(results, results.best)}: " if results.axes else ""
-        accuracies = ", ".join(f"{name} {value}" for name, value in _accuracies(results.best).items())
-        say(f"{_verdict(results, results.best).rstrip('.')}: {label}{accuracies}")
+    for best in results.ranked[:1]:
+        label = f"{_label(results, best)}: " if results.axes else ""
+        accuracies = ", ".join(f"{name} {value}" for name, value in _accuracies(best).items())
+        say(f"{_verdict(results)}: {label}{accuracies}")
     say(f"report: {page}")
     if sweep.record["parent"] and "tracking" in sweep.record:
         _send(sweep, results, files, say)
@@ -72,14 +70,11 @@ def _send(sweep: Sweep, results: Results, files: Sequence[Path], say: Callable[[
     done = results.jobs[results.jobs["state"] == FINISHED]
     means = done.reindex(columns=[*ACCURACIES]).mean()
     # By these names MLflow's charts have them behind those of the jobs.
-    metrics = {
-        "sweep/jobs_finished": float(len(done)),
-        **{f"{name}_mean": means[name] for name in means.dropna().index},
-    }
-    if results.best:
-        estimates = {metric: results.best.estimate(metric) for metric in ACCURACIES}
-        metrics |= {f"{metric}_best": value.mean for metric, value in estimates.items() if value}
-    tags = {f"best.{key}": text(value) for key, value in results.best.axes.items()} if results.best else {}
+    metrics = {"sweep/jobs_finished": float(len(done)), **means.dropna().add_suffix("_mean").to_dict()}
+    tags = {}
+    for best in results.ranked[:1]:
+        metrics |= {f"{name}_best": best.estimate(name).mean for name in ACCURACIES if best.estimate(name).count}
+        tags = {f"best.{key}": text(value) for key, value in best.axes.items()}
     run, tracking = sweep.record["parent"], sweep.record["tracking"]
     # The best first: MLflow shows the first lines, the others after a click. Its code blocks do not wrap lines.
     parts = [_best(results), _configs(results), *_heading(sweep, results).split("\n\n")[1:], _cost(results)]
@@ -142,52 +137,48 @@ def _label(results: Results, config: ConfigResults) -> str:
 def _accuracies(config: ConfigResults) -> dict[str, str]:
     """The measured accuracies of a config by their names."""
     estimates = {name: config.estimate(metric) for metric, name in ACCURACIES.items()}
-    return {name: str(value) for name, value in estimates.items() if value}
+    return {name: str(value) for name, value in estimates.items() if value.count}
 
 
-def _verdict(results: Results, best: ConfigResults) -> str:
-    """What the ranking is worth, as the heading of its part of the page."""
-    ranked = [config for config in results.configs if results.metric and len(config.values(results.metric))]
-    if results.metric == "knn/top1" and all(_mean(config, results.metric) <= config.floor for config in ranked):
+def _verdict(results: Results) -> str:
+    """What the ranking of at least one config is worth, as the heading of its part of the page."""
+    ranked, metric = results.ranked, results.metric
+    if metric == "knn/top1" and all(config.estimate(metric).mean <= config.floor for config in ranked):
         return "No config beats the baselines" if len(ranked) > 1 else "The baselines are not beaten"
     if not (pair := results.comparison):
         return "Result"
-    if not pair.difference or len(pair.seeds) < 2:
-        return "Highest, by one seed each" if len(best.values(results.metric or "")) == 1 else "Highest, without a test"
+    if pair.difference.count < 2:
+        return "Highest, by one seed each" if len(ranked[0].values(metric or "")) == 1 else "Highest, without a test"
     if pair.difference.mean == 0:
         return "A tie"
     return "No clear best" if pair.p > 0.05 else "Best"
 
 
-def _mean(config: ConfigResults, metric: str) -> float:
-    return (config.estimate(metric) or NO_ESTIMATE).mean
-
-
 def _best(results: Results) -> str:
-    best, metric = results.best, results.metric
-    if not best or not metric:
+    if not results.ranked or not (metric := results.metric):
         return "No accuracy of a finished job is there yet."
-    most, verdict = len(best.values(metric)), _verdict(results, best)
+    best, verdict = results.ranked[0], _verdict(results)
+    most = len(best.values(metric))
     values = ", ".join(f"{name} **{value}**" for name, value in _accuracies(best).items())
     label = f"**{_label(results, best)}**: " if results.axes else ""
     sentence = f"{label}{values} over {counted(most, 'seed')}, by {ACCURACIES[metric]} accuracy."
     if verdict not in ("Best", "Result"):
         sentence = f"The highest mean has {sentence}" if results.axes else sentence
     for config in results.configs:
-        count = len(config.values(metric))
-        if 0 < count < most and _mean(config, metric) > _mean(best, metric):
-            at = f"{config.estimate(metric)} with {counted(count, 'seed')}"
+        value = config.estimate(metric)
+        if 0 < value.count < most and value.mean > best.estimate(metric).mean:
+            at = f"{value} with {counted(value.count, 'seed')}"
             sentence += f" {_label(results, config)} is at {at}; it is ranked when it has as many."
             break
     paragraphs = [f"## {verdict}", sentence, _baselines(results), "To run it again:\n\n    " + _command(best)]
-    for name in [name for name in ACCURACIES if name != metric]:
+    for name in ACCURACIES:
         complete = [config for config in results.configs if len(config.values(name)) == most]
-        other = max(complete, key=lambda config: _mean(config, name), default=best)
+        other = max(complete, key=lambda config: config.estimate(name).mean, default=best)
         if other is not best:
             label = _label(results, other)
             paragraphs.append(f"By {ACCURACIES[name]} accuracy the highest is {label}: {other.estimate(name)}.")
-    if results.comparison:
-        paragraphs.append(_comparison(results, results.comparison, metric))
+    if pair := results.comparison:
+        paragraphs.append(_comparison(results, pair, metric))
     return "\n\n".join(filter(None, paragraphs))
 
 
@@ -200,22 +191,22 @@ def _baselines(results: Results) -> str:
 def _comparison(results: Results, pair: Comparison, metric: str) -> str:
     label, second = _label(results, pair.second), pair.second.estimate(metric)
     start = f"The next is {label}: {ACCURACIES[metric]} {second}. "
-    if not pair.difference:
+    if not pair.difference.count:
         return start + "The two have no seed in common, so they cannot be compared in pairs."
     differ = f"They differ by {pair.difference.mean:.2f} on"
-    if len(pair.seeds) < 2:
+    if pair.difference.count < 2:
         return f"{start}{differ} the one seed that both have; a paired test needs two, better five."
     if math.isnan(pair.p):
         return f"{start}{differ} every common seed, so there is nothing to test."
-    seeds = counted(len(pair.seeds), "seed")
+    seeds = counted(pair.difference.count, "seed")
     sentence = f"Paired t-test over {seeds}: the first is ahead by {pair.difference}, p = {pair.p:.2g}"
     sentence += "." if pair.p <= 0.05 else ", which chance alone may do."
-    measured = [config for config in results.configs if len(config.values(metric))]
-    if near := [one for one in measured[2:] if not compare(pair.best, one, metric).p <= 0.05]:
+    ranked = results.ranked
+    if near := [one for one in ranked[2:] if not compare(pair.best, one, metric).p <= 0.05]:
         sentence += f" {counted(len(near), 'config')} more cannot be told from it."
-    if len(measured) > 2:
-        sentence += f" It was chosen among {len(measured)} configs on the same numbers, which flatters it."
-    if len(pair.seeds) < 5:
+    if len(ranked) > 2:
+        sentence += f" It was chosen among {len(ranked)} configs on the same numbers, which flatters it."
+    if pair.difference.count < 5:
         sentence += " With fewer than five seeds only large differences show."
     return start + sentence
 
@@ -227,10 +218,6 @@ def _command(config: ConfigResults) -> str:
     return shlex.join(["python", "train.py", *overrides])
 
 
-def _metrics(results: Results) -> list[str]:
-    return [ACCURACIES[name] for name in ACCURACIES if name in results.metrics]
-
-
 def _config_rows(results: Results, count: int) -> list[dict[str, str]]:
     """A row for each of the first configs, and for each baseline."""
     names, rows = short_names(results.axes), []
@@ -240,9 +227,7 @@ def _config_rows(results: Results, count: int) -> list[dict[str, str]]:
         jobs = f"{finished.sum()} of {len(config.jobs)}"
         jobs += f" (seed {', '.join(missing)} missing)" if len(missing) else ""
         row = {names[key]: typed(config.axes, key) for key in results.axes} | {"jobs": jobs}
-        row |= {
-            short: str(config.estimate(name) or "-") for name, short in ACCURACIES.items() if short in _metrics(results)
-        }
+        row |= {short: str(config.estimate(name)) for name, short in ACCURACIES.items() if name in results.metrics}
         time = duration(config.jobs["seconds"][finished].mean()) if finished.any() else "-"
         rows.append(row | {"training per job": time})
     for name, values in results.baselines.items() if rows and "kNN" in rows[0] else ():
@@ -278,15 +263,12 @@ def _failures(sweep: Sweep, results: Results) -> str:
     rows = []
     for digest, job in failed.head(MAX_ROWS).iterrows():
         values = job.reindex(results.parameters).dropna()
-        names = short_names([str(key) for key in values.index])
-        parameters = ", ".join(f"{names[str(key)]}={value}" for key, value in values.items())
-        log = f"`python -m twoviews.sweep logs {shlex.quote(sweep.folder.name)} {digest}`"
-        found = {
+        row = {
+            "job": digest,
+            "parameters": assigned(values.to_dict(), short_names(values.index), ", "),
             "state": job["state"],
-            "at epoch": f"{job['epoch']:g}",
-            "reason": job["reason"] or "unknown",
-            "log": log,
         }
-        rows.append({"job": digest, "parameters": parameters, **found})
+        row |= {"at epoch": f"{job['epoch']:g}", "reason": job["reason"] or "unknown"}
+        rows.append(row | {"log": f"`python -m twoviews.sweep logs {shlex.quote(sweep.name)} {digest}`"})
     more = f"\n\n{len(failed) - MAX_ROWS} more: report.csv." if len(failed) > MAX_ROWS else ""
     return "## Failures\n\n" + as_markdown(rows) + more

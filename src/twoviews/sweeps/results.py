@@ -8,15 +8,14 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from twoviews import foreign
 from twoviews.figures import BASELINES, training_title
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.formatting import text, typed
-from twoviews.sweeps.job import SEED, Job, JobState
+from twoviews.sweeps.job import SEED, Job, JobState, assigned, text, typed, with_varying_parameters
 from twoviews.sweeps.job_status import with_recorded_end
-from twoviews.sweeps.varying_parameters import with_varying_parameters
 
 DataFrame = Series = Any  # of pandas, which takes long to import
 ACCURACIES = {"knn/top1": "kNN", "linear/top1": "linear"}  # what is compared; configs are ranked by the first measured
@@ -30,28 +29,27 @@ _NOT_MEASURED = ("state", "step", "epoch", "seconds", "precision", "mlflow_run_i
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and half the width of its 95% t-interval, which is NaN for one seed."""
+    """A mean over seeds and half the width of its 95% t-interval, which is NaN for one seed; without seeds the mean is -inf."""
 
     mean: float
     half: float
     count: int
 
     def __str__(self) -> str:
+        if not self.count:
+            return "-"
         if self.count > 1 and self.half < 1e-6 * (1 + abs(self.mean)):  # ± 0.00 would pass for certainty
             return f"{self.mean:.2f} ({self.count} equal seeds)"
         return f"{self.mean:.2f}" + (f" ± {self.half:.2f}" if math.isfinite(self.half) else "")
 
 
-NO_ESTIMATE = Estimate(-math.inf, math.nan, 0)  # of a config without a finished job: ranked behind every other
-
-
-def estimate(values: Sequence[float]) -> Estimate | None:
-    """Mean and 95% t-interval of independent values: mean ± t(0.975, n - 1) s / sqrt(n); None for no values."""
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and 95% t-interval of independent values: mean ± t(0.975, n - 1) s / sqrt(n)."""
     from scipy import stats
 
     count = len(values)
     if not count:
-        return None
+        return Estimate(-math.inf, math.nan, 0)
     half = math.nan if count == 1 else stats.t.ppf(0.5 + CONFIDENCE / 200, count - 1) * stats.sem(values)
     return Estimate(sum(values) / count, float(half), count)
 
@@ -74,8 +72,8 @@ class ConfigResults:
         final = jobs[(jobs["state"] == FINISHED) & jobs[metric].abs().lt(math.inf)]
         return final.groupby(SEED, sort=False)[metric].last()
 
-    def estimate(self, metric: str) -> Estimate | None:
-        """The mean over seeds of a metric; None if no finished job has it."""
+    def estimate(self, metric: str) -> Estimate:
+        """The mean over seeds of a metric."""
         return estimate(self.values(metric).tolist())
 
     @property
@@ -85,7 +83,7 @@ class ConfigResults:
 
     def label(self, keys: Sequence[str], names: Mapping[str, str]) -> str:
         """The values of these parameters, if it has them, such as "temperature=0.1, lr=0.03"."""
-        return ", ".join(f"{names[key]}={text(self.axes[key])}" for key in keys if key in self.axes)
+        return assigned({key: self.axes[key] for key in keys if key in self.axes}, names, ", ")
 
 
 @dataclass(frozen=True)
@@ -95,15 +93,13 @@ class Comparison:
     Args:
         best: the first config.
         second: the other.
-        seeds: seeds that both have.
-        difference: mean advantage of the first over these seeds; None without any.
+        difference: mean advantage of the first over the seeds that both have.
         p: two-sided p-value of the paired t-test; NaN if there is nothing to test.
     """
 
     best: ConfigResults
     second: ConfigResults
-    seeds: Sequence[str]
-    difference: Estimate | None
+    difference: Estimate
     p: float
 
 
@@ -122,7 +118,6 @@ class Results:
         axes: the varying parameters of the configs, in the order of the sweep.
         configs: the best first, by mean accuracy; those without a finished job last.
         metric: the accuracy by which they are ranked, such as knn/top1; None if no job has measured one yet.
-        comparison: of the two best configs; None if there are not two.
     """
 
     name: str
@@ -134,7 +129,6 @@ class Results:
     axes: Sequence[str]
     configs: Sequence[ConfigResults]
     metric: str | None
-    comparison: Comparison | None
 
     @property
     def baselines(self) -> dict[str, list[float]]:
@@ -146,10 +140,16 @@ class Results:
         having = [curve.loc[curve[metric].notna(), "epoch"] for curve in self.curves.values() if metric in curve]
         return all(epochs.nunique() < 2 for epochs in having)
 
-    @property
-    def best(self) -> ConfigResults | None:
-        """The config with the highest mean, among those with as many seeds as any has."""
-        return self.configs[0] if self.metric and len(self.configs[0].values(self.metric)) else None
+    @cached_property
+    def ranked(self) -> list[ConfigResults]:
+        """The configs with an accuracy. The first has the highest mean among those with as many seeds as any has."""
+        return [config for config in self.configs if self.metric and len(config.values(self.metric))]
+
+    @cached_property
+    def comparison(self) -> Comparison | None:
+        """The two best configs; None if there are not two."""
+        best = self.ranked[:2]
+        return compare(best[0], best[1], self.metric) if self.metric and len(best) > 1 else None
 
 
 def gather(sweep: Sweep, states: Mapping[str, JobState] | None = None) -> Results:
@@ -190,12 +190,8 @@ def gather(sweep: Sweep, states: Mapping[str, JobState] | None = None) -> Result
     axes = [key for key in ordered if len({typed(config.axes, key) for config in configs}) > 1]
     if metric:
         # A config with fewer seeds than others may be lucky: it is ranked when it has as many.
-        configs.sort(key=lambda config: (-len(config.values(metric)), -(config.estimate(metric) or NO_ESTIMATE).mean))
-    measured = [config for config in configs if metric and len(config.values(metric))]
-    comparison = compare(measured[0], measured[1], metric) if metric and len(measured) > 1 else None
-    return Results(
-        sweep.name, _title(sweep, jobs, keys), table, curves, keys, metrics, axes, configs, metric, comparison
-    )
+        configs.sort(key=lambda config: (-len(config.values(metric)), -config.estimate(metric).mean))
+    return Results(sweep.name, _title(sweep, jobs, keys), table, curves, keys, metrics, axes, configs, metric)
 
 
 def _row(job: Job, state: JobState, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -248,7 +244,6 @@ def compare(best: ConfigResults, second: ConfigResults, metric: str) -> Comparis
     from scipy import stats
 
     pairs = pd.concat([best.values(metric), second.values(metric)], axis=1, join="inner").to_numpy()
-    seeds = [seed for seed in best.values(metric).index if seed in second.values(metric).index]
     differences = [first - other for first, other in pairs]
     p = float(stats.ttest_rel(*pairs.T).pvalue) if len(set(differences)) > 1 else math.nan  # type: ignore[attr-defined]
-    return Comparison(best, second, seeds, estimate(differences), p)
+    return Comparison(best, second, estimate(differences), p)

@@ -112,6 +112,22 @@ def _started(job: Job, before: JobState, submitted: float, slurm_id: str | None)
     return replace(state, state="FAILED", ended=time.time(), starts=before.starts, reason=reason)
 
 
+def start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen:
+    """The runner of a job as a process, with the code that was frozen for it.
+
+    Args:
+        job: submitted to this machine.
+        environment: variables beside those of this process.
+    """
+    code = Path(job.description["code"])
+    return subprocess.Popen(
+        [sys.executable, "-m", OLD_MODULE if is_old(code) else MODULE, str(job.folder), repr(job.submitted)],
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **environment, "PYTHONPATH": python_path(code / "src")},
+        start_new_session=True,  # Ctrl-C in the terminal reaches this process alone, which passes it on once
+    )
+
+
 class TrainingProcess:
     """The training of a job as a child process; a context in which stop signals are passed on to it.
 
@@ -132,7 +148,6 @@ class TrainingProcess:
         description = self._job.description
         code = Path(description["code"])
         inherited = {name: value for name, value in os.environ.items() if name not in _TORCHRUN_VARIABLES}
-        path = os.pathsep.join(filter(None, [str(code / "src"), inherited.get("PYTHONPATH")]))
         with self._log.open("a") as log:
             log.write(f"--- {platform.node()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
             log.flush()
@@ -145,7 +160,7 @@ class TrainingProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**inherited, "PYTHONPATH": path, **self._environment},
+                env={**inherited, "PYTHONPATH": python_path(code / "src"), **self._environment},
                 preexec_fn=_stop_with_parent,
             )
         self._child = child
@@ -236,6 +251,11 @@ def train_arguments(folder: Path) -> list[str]:
         "hydra.output_subdir=null",
         "hydra/job_logging=none",
     ]
+
+
+def python_path(sources: Path) -> str:
+    """PYTHONPATH for a child process that imports from this folder first."""
+    return os.pathsep.join(filter(None, [str(sources), os.environ.get("PYTHONPATH")]))
 
 
 def _stop_with_parent() -> None:

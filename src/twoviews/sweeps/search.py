@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 
-from twoviews.config.groups import options
+from twoviews.config.groups import chooses, options
 from twoviews.errors import BadInput
 from twoviews.ranges import Index, Trials
-from twoviews.sweeps.composing import chooses
 from twoviews.sweeps.job import SEED
 from twoviews.sweeps.launching import SweepCommand, launch_all
 
@@ -168,21 +167,13 @@ def _interval(override: Override) -> Interval:
 class Search(ABC):
     """Decides which jobs a sweep has; the parameters of the constructor are the keys of conf/hydra/sweeper/<name>.yaml."""
 
-    @abstractmethod
     def run(self, launch: SweepCommand, arguments: Sequence[str]) -> int:
-        """Run the jobs that follow from the overrides and have no result yet; returns the exit code.
+        """Run the jobs that follow from the overrides and have no result yet, all of them together; returns the exit code.
 
         Raises:
             BadInput: something is wrong, and nothing was started.
             SystemExit: a signal stopped it.
         """
-
-
-class ListedSearch(Search):
-    """A search whose jobs are known in advance."""
-
-    def run(self, launch: SweepCommand, arguments: Sequence[str]) -> int:
-        """Launch all of the jobs together."""
         return launch_all(launch, self.combinations(search_space(arguments)))
 
     def combinations(self, space: SearchSpace) -> list[list[str]]:
@@ -198,7 +189,7 @@ class ListedSearch(Search):
         """The configs to try: value by swept key, without the seed."""
 
 
-class Grid(ListedSearch):
+class Grid(Search):
     """Every combination of the values."""
 
     def configs(self, space: SearchSpace) -> Iterator[dict[str, str]]:
@@ -208,7 +199,7 @@ class Grid(ListedSearch):
             yield dict(zip(values, combination, strict=True))
 
 
-class Zip(ListedSearch):
+class Zip(Search):
     """The first values of all keys together, then the second ones."""
 
     def configs(self, space: SearchSpace) -> Iterator[dict[str, str]]:
@@ -228,7 +219,8 @@ class Zip(ListedSearch):
             yield dict(zip(values, combination, strict=True))
 
 
-class Random(ListedSearch):
+@dataclass(frozen=True)
+class Random(Search):
     """Configs drawn independently: uniform over a list or an interval, log-uniform over one that is tagged log.
 
     Args:
@@ -236,8 +228,8 @@ class Random(ListedSearch):
         draw: seed of the random numbers.
     """
 
-    def __init__(self, trials: Trials, draw: Index):
-        self.trials, self.draw = trials, draw
+    trials: Trials
+    draw: Index
 
     def configs(self, space: SearchSpace) -> Iterator[dict[str, str]]:
         """Different configs; more trials begin with the same ones as fewer."""

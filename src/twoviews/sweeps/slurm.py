@@ -10,17 +10,18 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from twoviews.console import Console
 from twoviews.errors import BadInput, counted
 from twoviews.ranges import Count, Index, Length
-from twoviews.sweeps import runner, slurm_commands
+from twoviews.sweeps import runner
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobState
-from twoviews.sweeps.job_status import RESUME_HINT, status
-from twoviews.sweeps.launcher import Launcher, exclusive
+from twoviews.sweeps.job_status import IDS_PER_CALL, RESUME_HINT, run_slurm, status
+from twoviews.sweeps.machine import Launcher, stop
 
 # What sbatch prints if a user, an account or the cluster may have no more jobs (MaxSubmitJobs, MaxJobCount).
 QUEUE_FULL = re.compile(r"SubmitJob\w*Limit|job submit limit|temporarily un|limit on the number of jobs", re.IGNORECASE)
@@ -32,10 +33,12 @@ PARAMETERS = {
     **{"ntasks_per_node": "tasks_per_node"},
 }
 RESERVED = ("array", "error", "ntasks", "open_mode", "output", "wait", "wrap")
+USUAL_ARRAY_SIZE = 1001  # MaxArraySize unless a cluster sets another
 JOB_FUNCTION = "twoviews.sweeps.slurm_job:run_job"
 OLD_JOB_FUNCTION = "twoviews.sweeps.slurm:run_point"  # its name in the code of sweeps that version 0.1.0 launched
 
 
+@dataclass
 class Slurm(Launcher):
     """Jobs as tasks of SLURM job arrays.
 
@@ -57,26 +60,22 @@ class Slurm(Launcher):
         BadInput: an option is one that the launcher sets itself.
     """
 
-    def __init__(
-        self,
-        timeout_min: Count,
-        signal_delay_s: Count,
-        array_parallelism: Count,
-        cpus_per_task: Count,
-        gpus_per_node: Index | None,
-        mem_gb: Count | None,
-        partition: str | None,
-        account: str | None,
-        nodes: Count,
-        tasks_per_node: Count,
-        setup: Annotated[Sequence[str], Length()],
-        options: Mapping[str, str | int | bool],
-    ):
-        self.timeout_min, self.signal_delay_s, self.array_parallelism = timeout_min, signal_delay_s, array_parallelism
-        self.cpus_per_task, self.gpus_per_node, self.mem_gb = cpus_per_task, gpus_per_node, mem_gb
-        self.partition, self.account, self.nodes, self.tasks_per_node = partition, account, nodes, tasks_per_node
-        self.setup, self._console = setup, Console()
-        self.options = {name.replace("-", "_"): value for name, value in options.items()}
+    timeout_min: Count
+    signal_delay_s: Count
+    array_parallelism: Count
+    cpus_per_task: Count
+    gpus_per_node: Index | None
+    mem_gb: Count | None
+    partition: str | None
+    account: str | None
+    nodes: Count
+    tasks_per_node: Count
+    setup: Annotated[Sequence[str], Length()]
+    options: Mapping[str, str | int | bool]
+
+    def __post_init__(self):
+        self._console = Console()
+        self.options = {name.replace("-", "_"): value for name, value in self.options.items()}
         for name in self.options:
             if name in PARAMETERS:
                 raise BadInput(f"options.{name}= is set by the launcher; use {PARAMETERS[name]}=.")
@@ -99,16 +98,16 @@ class Slurm(Launcher):
         """
         if not jobs:
             return
-        slurm_commands.require_slurm()
+        require_slurm()
         sweep = Sweep(jobs[0].folder.parent)
-        with exclusive(sweep, self._console):
+        with sweep.launching(self._console.say):
             states = status(jobs)  # another process may have submitted some meanwhile
             self._submit_arrays(sweep, [job for job in jobs if not _is_taken(states[job.digest])])
 
     def _submit_arrays(self, sweep: Sweep, jobs: Sequence[Job]) -> None:
         """Submit in as many arrays as it takes; waits here while the queue is full."""
         left, waiting = list(jobs), False
-        size = max_size = slurm_commands.max_array_size()
+        size = max_size = max_array_size()
         while left:
             array, when = left[:size], time.time()
             try:
@@ -173,7 +172,7 @@ class Slurm(Launcher):
 
     def _parameters(self, sweep: Sweep, code: Path) -> dict[str, object]:
         """Parameters of submitit's executor."""
-        path = shlex.quote(os.pathsep.join(slurm_commands.command_folders()))
+        path = shlex.quote(os.pathsep.join(command_folders()))
         setup = [
             # With options.export, SLURM would pass on as little to the processes of a job as to the job itself.
             "export SLURM_EXPORT_ENV=ALL",
@@ -207,27 +206,50 @@ class Slurm(Launcher):
             **{key: value for key, value in optional.items() if value is not None},
         }
 
-    def cancel(self, jobs: Sequence[Job]) -> None:
-        """Cancel these jobs; those that run get some seconds for a checkpoint.
 
-        Raises:
-            BadInput: SLURM does not answer.
-        """
-        cancel_jobs(jobs)
-
-
-def cancel_jobs(jobs: Sequence[Job]) -> None:
-    """Cancel the SLURM jobs of those of these jobs that have one.
+def cancel(jobs: Sequence[Job]) -> None:
+    """Ask these jobs to stop, with a checkpoint if they run; does not wait for their end.
 
     Raises:
         BadInput: SLURM does not answer.
     """
-    slurm_ids = {job.digest: job.slurm_id for job in jobs if job.slurm_id}
-    if slurm_ids:
-        slurm_commands.require_slurm()
-        # SLURM keeps no record of tasks that are cancelled before they begin.
-        Sweep(jobs[0].folder.parent).mark([*slurm_ids], cancelled=time.time())
-        slurm_commands.cancel([*slurm_ids.values()])
+    stop([job for job in jobs if job.slurm_id is None])
+    if not (submitted := [job for job in jobs if job.slurm_id]):
+        return
+    require_slurm()
+    # SLURM keeps no record of tasks that are cancelled before they begin.
+    Sweep(jobs[0].folder.parent).mark([job.digest for job in submitted], cancelled=time.time())
+    for start in range(0, len(submitted), IDS_PER_CALL):
+        slurm_ids = [str(job.slurm_id) for job in submitted[start : start + IDS_PER_CALL]]
+        done = run_slurm("scancel", "--quiet", *slurm_ids)
+        if done.returncode and "Invalid job id" not in done.stderr:
+            raise BadInput(f"scancel refused: {done.stderr.strip()}")
+
+
+def require_slurm() -> None:
+    """Make sure that SLURM's commands are installed.
+
+    Raises:
+        BadInput: some are missing.
+    """
+    missing = [command for command in ("sbatch", "srun", "squeue", "scancel") if not shutil.which(command)]
+    if missing:
+        raise BadInput(
+            f"this machine has no SLURM ({' and '.join(missing)} not found); go to a login node, or use "
+            "hydra/launcher=local or pool."
+        )
+
+
+def command_folders() -> list[str]:
+    """Folders with SLURM's commands on this machine, for jobs whose PATH lacks them."""
+    paths = (shutil.which(command) for command in ("srun", "squeue", "scontrol"))
+    return [*dict.fromkeys(str(Path(path).parent) for path in paths if path)]
+
+
+def max_array_size() -> int:
+    """The largest number of tasks in an array on this cluster (MaxArraySize)."""
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", run_slurm("scontrol", "show", "config").stdout, re.MULTILINE)
+    return max(1, int(match[1]) if match else USUAL_ARRAY_SIZE)
 
 
 class NamedFunction:

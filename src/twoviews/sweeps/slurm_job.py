@@ -17,11 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from twoviews.sweeps import runner, slurm_commands
-from twoviews.sweeps.background_report import is_due
+from twoviews.sweeps import runner
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobState
-from twoviews.sweeps.job_status import RESUME_HINT, status
+from twoviews.sweeps.job_status import RESUME_HINT, queue, run_slurm, status
+from twoviews.sweeps.mlflow_sync import is_due
 from twoviews.sweeps.runner import STOP_SIGNALS, TrainingProcess
 
 REQUEUE_SECONDS = 600.0  # longest wait for the controller to answer a job that has to be requeued
@@ -68,7 +68,7 @@ def run_job(folder: str, submitted: float) -> str:
     environment = _rendezvous(processes) if processes > 1 else {}
     if rank > 0:
         return _run_other_process(job, failures, environment, signals)
-    slurm_id = slurm_commands.own_id()
+    slurm_id = own_slurm_id()
     state = runner.run(job, submitted, environment, slurm_id, failures.read)
     if state.state == "INTERRUPTED" and slurm_id:
         _requeue(job, state, slurm_id, signals)
@@ -80,6 +80,12 @@ def run_job(folder: str, submitted: float) -> str:
     return state.state
 
 
+def own_slurm_id() -> str | None:
+    """The id of the SLURM job that this process belongs to, as 12_3 for a task of an array."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
+
+
 def _requeue(job: Job, state: JobState, slurm_id: str, signals: StopSignals) -> None:
     """Put the SLURM job back into the queue, unless SLURM did that or ends it for good. Does not return."""
     missing = [command for command in ("scontrol", "squeue") if not shutil.which(command)]
@@ -89,7 +95,7 @@ def _requeue(job: Job, state: JobState, slurm_id: str, signals: StopSignals) -> 
         os._exit(1)
     end = time.monotonic() + REQUEUE_SECONDS
     while time.monotonic() < end:
-        known = slurm_commands.queue([slurm_id])
+        known = queue([slurm_id])
         if known is None:  # the controller does not answer
             signals.wait(5)
             continue
@@ -97,7 +103,7 @@ def _requeue(job: Job, state: JobState, slurm_id: str, signals: StopSignals) -> 
             os._exit(0)
         # Written before the request: SLURM kills this process at any moment after it.
         job.write(replace(state, state="QUEUED", reason=f"requeued, {state.reason}"))
-        if slurm_commands.requeue(slurm_id):
+        if run_slurm("scontrol", "requeue", slurm_id).returncode == 0:
             # Leaving now would end the SLURM job before it is back in the queue.
             signals.wait(KILL_SECONDS)
             os._exit(0)
@@ -144,7 +150,7 @@ class FailureFiles:
     def __init__(self, job: Job, rank: int):
         start = os.environ.get("SLURM_RESTART_COUNT") or "0"
         self._folder, self._rank = job.folder, rank
-        self._suffix = f"{slurm_commands.own_id()}-{start}"
+        self._suffix = f"{own_slurm_id()}-{start}"
 
     def read(self) -> str:
         """The reason of a process that failed, or an empty string."""
