@@ -28,7 +28,7 @@ from twoviews.runtime import format_name, peak_memory
 from twoviews.stop_signal import StopSignal
 from twoviews.tracking.metrics import Metrics, read
 from twoviews.tracking.mirror import Mirror, flush
-from twoviews.tracking.state import is_child, run_id, set_target
+from twoviews.tracking.state import PARENT_TAG, UploadState, run_id, set_target
 from twoviews.tracking.upload import is_uploaded
 
 FAILED = 1  # exit code of a training that went wrong
@@ -82,7 +82,7 @@ class Recording:
         if self._first:
             tracking = build(cfg.tracking)
             resumed = has_checkpoint(folder) and not cfg.fresh
-            tracking.check(resumed or is_child(folder), console.say)
+            tracking.check(resumed or PARENT_TAG in UploadState.load(folder).tags, console.say)
             lock = self._begin()
         process_group.wait_for_first()  # process 0 has renamed a damaged checkpoint
         if not self._first:

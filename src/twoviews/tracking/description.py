@@ -12,11 +12,11 @@ from twoviews import foreign
 from twoviews.errors import without_secrets
 from twoviews.tracking.client import (
     MAX_DATASET_DIGEST_LENGTH,
-    MAX_KEY_LENGTH,
     MAX_PARAM_LENGTH,
     MAX_PARAMS_PER_CALL,
     MAX_TAG_LENGTH,
     mlflow_key,
+    mlflow_tags,
     shortened,
 )
 
@@ -55,15 +55,10 @@ def describe(client: "MlflowClient", run: "Run", folder: Path) -> None:
         if known.get(key, value) != value or f"changed.{key}" in run.data.tags:
             tags[f"changed.{key}"] = value
     new = [Param(key, value) for key, value in params.items() if key not in known]
-    for start in range(0, len(new), MAX_PARAMS_PER_CALL):
-        client.log_batch(run.info.run_id, params=new[start : start + MAX_PARAMS_PER_CALL], synchronous=True)
-    filled = [
-        RunTag(shortened(key, MAX_KEY_LENGTH), shortened(str(value), MAX_TAG_LENGTH))
-        for key, value in tags.items()
-        if value
-    ]
-    for start in range(0, len(filled), MAX_PARAMS_PER_CALL):
-        client.log_batch(run.info.run_id, tags=filled[start : start + MAX_PARAMS_PER_CALL], synchronous=True)
+    filled = [RunTag(key, value) for key, value in mlflow_tags(tags).items() if value]
+    for start in range(0, max(len(new), len(filled)), MAX_PARAMS_PER_CALL):
+        part = slice(start, start + MAX_PARAMS_PER_CALL)
+        client.log_batch(run.info.run_id, params=new[part], tags=filled[part], synchronous=True)
     if data.get("name") and data.get("digest"):
         digest = str(data["digest"])[:MAX_DATASET_DIGEST_LENGTH]
         dataset = Dataset(data["name"], digest, source_type="local", source=json.dumps({"name": data["name"]}))
@@ -163,7 +158,7 @@ def _flat(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             text = value if isinstance(value, str) else json.dumps(value, default=str)
-            yield shortened(mlflow_key(f"{prefix}{key}"), MAX_KEY_LENGTH), shortened(text, MAX_PARAM_LENGTH)
+            yield mlflow_key(f"{prefix}{key}"), shortened(text, MAX_PARAM_LENGTH)
 
 
 def _text(path: Path) -> str:
