@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -12,7 +12,7 @@ from twoviews.assembly import Parts, describe_data, describe_encoder
 from twoviews.checkpoints import has_checkpoint, load_last_checkpoint
 from twoviews.code import code_state
 from twoviews.config.building import build
-from twoviews.config.digest import NOT_IN_DIGEST, digest, flat
+from twoviews.config.digest import NOT_IN_DIGEST, digest, flat, plain
 from twoviews.console import Console
 from twoviews.encoder_file import WEIGHTS_FILE, save_encoder
 from twoviews.environment import environment
@@ -229,7 +229,7 @@ def record_start(run: Run, cfg: DictConfig, parts: Parts) -> None:
     Raises:
         BadInput: the folder holds a run with another configuration or other images.
     """
-    config, data = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), describe_data(parts.data)
+    config, data = plain(cfg), describe_data(parts.data)
     if recorded := run.read("environment.json"):
         if recorded["digest"] != digest(cfg):
             raise BadInput(

@@ -1,13 +1,15 @@
 """Configurations as Hydra composes them from the files of conf/ and overrides."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from twoviews.config.digest import digest
+from twoviews.config.digest import digest, flat
 from twoviews.config.groups import CONF, options
 
 # Arguments of hydra.main and hydra.initialize_config_dir: Hydra 1.4 knows one version of itself and takes no version_base.
@@ -47,10 +49,10 @@ def compose_unresolved(name: str, overrides: list[str]) -> Any:
     return None if cfg is None else OmegaConf.to_container(cfg, resolve=False)
 
 
-def has(content: Any, key: str) -> bool:
-    """Whether nested dictionaries have a dotted key; keys inside a list count as present."""
-    for part in key.split("."):
-        if not isinstance(content, dict) or part not in content:
-            return isinstance(content, list)
-        content = content[part]
-    return True
+def override_keys(overrides: Sequence[str]) -> list[str]:
+    """The dotted keys that overrides set, in their order; a dictionary such as a={b:1,c:2} sets a.b and a.c."""
+    keys = []
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key, value = override.key_or_group, override.value()
+        keys += flat({key: value}) if isinstance(value, dict) and value else [key]
+    return keys

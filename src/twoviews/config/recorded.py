@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from twoviews import foreign
 from twoviews.config.building import build
-from twoviews.config.digest import NOT_IN_DIGEST, flat
+from twoviews.config.composition import override_keys
+from twoviews.config.digest import NOT_IN_DIGEST, plain
 from twoviews.config.groups import CONF
 from twoviews.errors import BadInput
 
@@ -44,7 +44,7 @@ def add_missing_runtime(cfg: DictConfig) -> None:
     """Give a configuration of an earlier version the keys of runtime that it lacks, where no result depends on them."""
     if "runtime" not in cfg:
         return
-    defaults = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(CONF / "runtime" / "default.yaml")))
+    defaults = plain(cast(DictConfig, OmegaConf.load(CONF / "runtime" / "default.yaml")))
     missing = [key for key in defaults if key not in cfg.runtime and f"runtime.{key}" in NOT_IN_DIGEST]
     for key in missing:
         OmegaConf.update(cfg, f"runtime.{key}", defaults[key], force_add=True)
@@ -82,10 +82,7 @@ def overridden(cfg: DictConfig, overrides: Sequence[str], node: str) -> dict[str
         node: a root key; an override that chooses a file for it sets no value.
     """
     values = OmegaConf.create({node: {}})
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        key, value = override.key_or_group, override.value()
-        keys = [f"{key}.{inner}" for inner in flat(value)] if isinstance(value, dict) and value else [key]
-        for each in keys:
-            if each.startswith(f"{node}."):
-                OmegaConf.update(values, each, OmegaConf.select(cfg, each), force_add=True)
-    return cast(dict[str, Any], OmegaConf.to_container(values, resolve=True))[node]
+    for key in override_keys(overrides):
+        if key.startswith(f"{node}."):
+            OmegaConf.update(values, key, OmegaConf.select(cfg, key), force_add=True)
+    return plain(values)[node]
