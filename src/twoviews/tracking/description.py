@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 SIGNATURE = "\n\n<!-- twoviews "  # before the digest of a description
 MAX_NOTE_LENGTH = MAX_TAG_LENGTH - 100
 NOTE_TAG = "mlflow.note.content"  # MLflow shows this tag as the description of a run, in Markdown
-ACCURACIES = {"knn/top1": "kNN", "linear/top1": "linear"}
-BASELINES = {"baseline/pixels_knn_top1": "raw pixels", "baseline/untrained_knn_top1": "the untrained encoder"}
+ACCURACIES = {"knn/top1": "kNN **{:.2f} %**", "linear/top1": "linear **{:.2f} %**"}
+BASELINES = {
+    "baseline/pixels_knn_top1": "raw pixels: {:.2f} %",
+    "baseline/untrained_knn_top1": "the untrained encoder: {:.2f} %",
+}
 
 
 def describe(client: "MlflowClient", run: "Run", folder: Path) -> None:
@@ -82,9 +85,8 @@ def run_note(folder: Path) -> str:
     title = " on ".join(f"**{part}**" for part in (method, name) if part) or f"**{folder.name}**"
     length = [f"{config['epochs']} epochs"] if "epochs" in config else []
     length += [f"{key.replace('_', ' ')} {config[key]}" for key in ("batch_size", "seed") if key in config]
-    device = environment.get("gpu") or ("CPU" if environment else "")
-    host = environment.get("host", "")
-    length += [" of ".join(filter(None, (device, host)))] if device else []
+    if environment:
+        length.append(" of ".join(filter(None, (environment.get("gpu") or "CPU", environment.get("host")))))
     length += [result["precision"]] if "precision" in result else []
     command = _command(folder, environment)
     baselines = _listed(result, BASELINES)
@@ -103,15 +105,15 @@ def _results(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """What the training ended with, as part of a sentence; empty while it goes on."""
     if not result:
         return ""
-    accuracies = ", ".join(f"{name} **{result[key]:.2f} %**" for key, name in ACCURACIES.items() if key in result)
+    accuracies = _listed(result, ACCURACIES)
     of = f" of {config['epochs']}" if result["state"] != "finished" and "epochs" in config else ""
     after = f"{result['state']} after {result['epoch']:.4g}{of} epochs" if "epoch" in result else result["state"]
     reason = f" ({without_secrets(result['reason'])})" if result.get("reason") else ""
     return ", ".join(filter(None, (accuracies, after + reason)))
 
 
-def _listed(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    return ", ".join(f"{name}: {values[key]:.2f} %" for key, name in names.items() if key in values)
+def _listed(result: Mapping[str, Any], texts: Mapping[str, str]) -> str:
+    return ", ".join(text.format(result[key]) for key, text in texts.items() if key in result)
 
 
 def _command(folder: Path, environment: Mapping[str, Any]) -> str:
