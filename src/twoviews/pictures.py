@@ -74,15 +74,15 @@ def squares(images: Images, index: list[int]) -> "dict[int, Image]":
     """The central square of each image, which is what the encoder sees, at most LARGEST_SIDE px large, by index."""
     from PIL import Image
 
-    found, chosen = {}, torch.tensor(index)
+    pictures, chosen = {}, torch.tensor(index)
     for canvases, sizes, batch in images.batches(64, chosen):
         channels, side = canvases.shape[1], canvases.shape[-1]
         whole = eval_view(canvases.cpu(), sizes, size=side, crop=1.0, mean=(0.0,) * channels, std=(1.0,) * channels)
         for image, square in zip(batch.tolist(), whole, strict=True):
             picture = Image.fromarray(enlarged(square, max(1, -(-SHOWN_SIDE // side))).numpy())
             picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-            found[image] = picture
-    return found
+            pictures[image] = picture
+    return pictures
 
 
 def font(name: str) -> "FreeTypeFont":
@@ -127,7 +127,7 @@ def draw_curves(path: Path, lines: Iterable[Mapping[str, float]], title: str) ->
             else:
                 _write_single(axis, points, baselines if name == "knn/top1" else {})
             if name == "knn/top1" and baselines and len(points) > 1:
-                values = [*(value for _, value in points), *(one for known in baselines.values() for one in known)]
+                values = [*(value for _, value in points), *(value for known in baselines.values() for value in known)]
                 axis.set_ylim(min(values) - 2, max(values) + 2)
                 draw_baselines(axis, baselines)
                 axis.legend()

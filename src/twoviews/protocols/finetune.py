@@ -260,15 +260,13 @@ class FineTune(Protocol):
                 logits[lr] = self.scores(context, nn.Sequential(encoder, head), images.subset(chooses))
         if not logits:
             raise BadInput(f"all of lr={self.lr} diverge; use smaller ones, such as lr={min(self.lr) / 10:g}.")
-        found = {lr: top1(scores, labels) for lr, scores in logits.items()}
-        best = max(found, key=lambda lr: (found[lr], lr > 0, -lr))
+        accuracy = {lr: top1(scores, labels) for lr, scores in logits.items()}
+        best = max(accuracy, key=lambda lr: (accuracy[lr], lr > 0, -lr))
         if best:
-            note = (
-                f"lr={best:g} was chosen, with an accuracy of {found[best]:.2f} % on {len(chooses):,} held-out images."
-            )
+            note = f"lr={best:g} was chosen, with an accuracy of {accuracy[best]:.2f} % on {len(chooses):,} held-out images."
         else:
             note = (
-                f"none of lr={self.lr} is better than the linear probe, which has {found[best]:.2f} % on {len(chooses):,} "
+                f"none of lr={self.lr} is better than the linear probe, which has {accuracy[best]:.2f} % on {len(chooses):,} "
                 "held-out images, so the classifier is that probe and the encoder is unchanged."
             )
         return best, temperature(logits[best], labels), [note]
