@@ -83,7 +83,11 @@ def test_larger_images_are_resized(encoder: twoviews.PretrainedEncoder, tmp_path
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ("nothing-there", "no such file or folder"),
+        (
+            "nothing-there",
+            r"^'nothing-there' in /.*: there is no such file or folder\..*Images are a picture file, a folder",
+        ),
+        ("", r"^'' in /.*: names no pictures"),
         ([3, None], "images of type NoneType, int are not understood"),
         (3, "images of type int are not understood"),
         ([], "there are no images"),
@@ -98,6 +102,12 @@ def test_larger_images_are_resized(encoder: twoviews.PretrainedEncoder, tmp_path
 def test_what_is_not_understood(encoder: twoviews.PretrainedEncoder, images: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         encoder.features(images, progress=False)  # type: ignore[arg-type]
+
+
+def test_it_is_shown_in_a_line(encoder: twoviews.PretrainedEncoder) -> None:
+    features = encoder.num_features
+    shown = f"PretrainedEncoder({str(RUN)!r}: ResNet, {features} features, images of 1 channel and 32x32 px, on cpu)"
+    assert repr(encoder) == str(encoder) == shown
 
 
 def test_a_broken_file_is_named(encoder: twoviews.PretrainedEncoder, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from twoviews.assembly import make_parts, make_views
 from twoviews.config.building import build
 from twoviews.config.checks import check
+from twoviews.config.composition import register_resolvers
 from twoviews.config.digest import digest
 from twoviews.data.images import ImageData, Images
 from twoviews.errors import BadInput
@@ -19,6 +20,7 @@ CONF = ROOT / "conf"
 
 
 def composed(*overrides: str, name: str = "train"):
+    register_resolvers()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         return compose(name, list(overrides))
 
@@ -133,18 +135,15 @@ def test_evaluate_composes() -> None:
 def test_digests_are_those_of_earlier_versions() -> None:
     """By which runs are found again; the first is that of `python train.py` in version 0.1.0."""
     assert digest(composed("epochs=60")) == "8d016ac0"
+    assert digest(composed("epochs=60", "small_views.scale=0.5")) == "8d016ac0", "of epochs that there are none of"
     assert digest({"path": "/x"}) == "35f07098"
 
 
 def test_digest_follows_what_changes_results() -> None:
     same = digest(composed())
     assert digest(composed("fresh=true", "tracking=files", "preview=true", "find_batch=true")) == same
-    assert (
-        len(
-            {same, digest(composed("seed=1")), digest(composed("optimizer.lr=0.01")), digest(composed("method=simclr"))}
-        )
-        == 4
-    )
+    changes = ("seed=1", "small_views.share=0.5", "optimizer.lr=0.01", "method=simclr")
+    assert len({same, *(digest(composed(change)) for change in changes)}) == 5
 
 
 def test_choices_of_method_and_data_give_way_to_the_command() -> None:

@@ -56,6 +56,7 @@ def test_numbers_tables_and_pictures_beside_the_run(runs: Path, command) -> None
     assert found["knn/top1"] == result["knn/top1"] and found["linear/top1"] == result["linear/top1"]
     low, high = found["intervals"]["knn/top1"]
     assert low < found["knn/top1"] < high
+    assert found["protocol"]["health"]["flip"] == 0  # as the digits' views have it
     assert found["protocol"]["knn"]["k"] == 20 and found["data"]["test"] == 360
     folder = evaluation(run, "knn+linear+health")
     assert json.loads((folder / "evaluation.json").read_text()) == found
@@ -65,7 +66,9 @@ def test_numbers_tables_and_pictures_beside_the_run(runs: Path, command) -> None
     assert not (run / "evaluation" / "knn_curve.png").exists()  # measured once, after the only epoch
     assert "MoCo on digits, 1 epoch: kNN bank" in done.out
     assert (
-        "kNN of raw pixels" in done.out and done.out.count("of the features; train/spread is of the projections") == 1
+        " dimensions" in done.out
+        and "kNN of raw pixels" in done.out
+        and done.out.count("of the features; train/spread is of the projections") == 1
     )
     rows = table(folder / "knn_classes.csv")
     hits = sum(int(row["images"]) * float(row["accuracy"]) for row in rows) / 360
@@ -98,7 +101,10 @@ def test_classes_of_own_pictures(runs: Path, command) -> None:
     rows = table(evaluation(runs / "0", "predict") / "predictions.csv")
     assert len(rows) == 4 and [bool(row["broken"]) for row in rows] == [False, False, False, True]
     assert all(row["class"] in "0123456789" for row in rows)
+    assert {float(row["probability_percent"]) > 10 for row in rows[:3]} == {True}  # of ten classes the largest
+    assert "4 images" in done.out and "1 image " in done.out  # 1 is broken
     refused(command("evaluate", f"run={runs / '0'}", "protocol=predict", "images=photo"), "photos")
+    refused(command("evaluate", "run=no-such-run", "protocol=predict"), "images= names no pictures")
 
 
 def test_a_fine_tuned_encoder_is_evaluated_predicts_and_is_exported(runs: Path, command) -> None:

@@ -53,6 +53,16 @@ def one_prototype(method) -> None:
     method.center[0] = -10
 
 
+def test_forecast_counts_epochs_of_smaller_views_by_their_pixels(monkeypatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Console, "say", lambda self, message: said.append(message))
+    monitor = Monitor(
+        *(lambda encoder: None, {}, None, Console(), 100, torch.device("cpu")), small_epochs=60, small_cost=0.25
+    )
+    monitor.forecast(images_per_s=100, images=1000, epoch=20)  # 10 s an epoch, and 40 s an epoch from 60 on
+    assert said == ["100 images/s: an epoch takes 10 s, the rest of the run about 33 min 20 s."]  # 40 x 10 + 40 x 40
+
+
 CAUSES: list[tuple[str, str, Callable]] = [
     ("vicreg", "std", lambda method: equal(method.projector[-1])),
     ("lejepa", "std", lambda method: equal(method.projector[-1])),
@@ -73,6 +83,19 @@ def test_collapse_is_said_once(name, metric, cause, monkeypatch):
     (line,) = [line for line in advice(parts.method, output, monkeypatch) if f"train/{metric} is " in line]
     assert line.startswith("advice: ")
     assert advice(parts.method, output, monkeypatch, epoch=0.9) == []  # in the first epoch embeddings may be narrow
+
+
+def test_knn_of_the_last_epoch_is_always_said(capfd):
+    console = Console()
+    monitor = Monitor(lambda encoder: None, {}, None, console, 2, torch.device("cpu"))
+    console.start(20, 0)
+    monitor.log(1, 0.1, {"train/loss": 3.0})  # a line; the next would come ten seconds later
+    monitor.log(10, 1.0, {"knn/top1": 40.0})
+    monitor.log(20, 2.0, {"train/loss": 2.0})
+    monitor.log(20, 2.0, {"knn/top1": 50.0})
+    console.stop()
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 2 and "epoch 2.00" in lines[1] and "loss 2  kNN 50" in lines[1]
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "supervised"])

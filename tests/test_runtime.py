@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from twoviews.errors import BadInput
-from twoviews.runtime import Runtime
+from twoviews.runtime import Runtime, native_bf16
 
 PEAK = """
 import numpy, torch
@@ -25,7 +25,7 @@ assert 380 < after - before < 420, (before, after)  # freed again by now
 
 
 def test_peak_memory_is_this_processs_alone() -> None:
-    hoard = bytearray(1_500_000_000)
+    hoard = bytearray(1_100_000_000)
     hoard[::4096] = bytes([1]) * len(hoard[::4096])  # memory is only there once it was touched
     subprocess.run([sys.executable, "-c", PEAK], check=True)
 
@@ -38,6 +38,22 @@ def test_auto_is_bf16_in_training_where_it_is_native_and_fp32_in_evaluation(bf16
     assert (auto.dtype(cpu), auto.evaluation_dtype(cpu)) == (trained, torch.float32)
     asked = Runtime("cpu", "bf16", True, True, False, 1, 10, 30, 5)
     assert asked.dtype(cpu) == asked.evaluation_dtype(cpu) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "native"),
+    [
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, True),
+        ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, True),
+        ({"avx512_bf16": True, "amx_bf16": False, "cpu_name": "Intel Xeon"}, False),
+        ({"avx512_bf16": False, "cpu_name": "AMD EPYC"}, False),
+        ({}, False),
+    ],
+)
+def test_cpus_train_in_bf16_where_it_is_faster(capabilities, native, monkeypatch) -> None:
+    monkeypatch.delenv("TWOVIEWS_CPU_BF16", raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert native_bf16(torch.device("cpu")) == native
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])

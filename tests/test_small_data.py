@@ -30,7 +30,7 @@ def test_batch_and_queue_are_reduced_and_said(command, photos: Path) -> None:
     done = command("train", *SETTINGS, "hydra.run.dir=run")
     assert done.code == 0, done.err
     said = "for 60 training images: batch_size=16 in place of 512 and method.queue_size=16 in place of 4096"
-    assert said in done.out and "length    1 epochs of 3 steps of 16" in done.out
+    assert said in done.out and "length    1 epoch of 3 steps of 16" in done.out
     config = yaml.safe_load(Path("run/config.yaml").read_text())
     assert (config["batch_size"], config["method"]["queue_size"]) == (16, 16)
     assert config["reduced_from"] == {"batch_size": 512, "method.queue_size": 4096}

@@ -243,7 +243,7 @@ def test_a_finished_run_is_whole(run):
     }
     assert "mlartifacts" in found.info.artifact_uri
     place = rf"/#/experiments/\d+/runs/{run_id(run)}\?workflowType=machine_learning$"
-    assert re.search(rf"mlflow ui .*sqlite:///.* http://127\.0\.0\.1:5000{place}", run_page(run))
+    assert re.search(rf"true '?/.*mlflow'? ui .*sqlite:///.* http://127\.0\.0\.1:5000{place}", run_page(run))
 
 
 def test_only_what_the_checkpoint_holds_is_sent_and_nothing_doubles_after_resume(run):
@@ -327,7 +327,7 @@ def test_a_killed_run_is_closed_by_sync(run, capsys):
     training = subprocess.Popen([sys.executable, "-c", code, run], stdout=-1)
     training.stdout.readline()
     assert main(["sync", str(run)]) == 1
-    assert "1 values sent, still training: 1 values follow" in capsys.readouterr().out
+    assert "1 value sent, still training: 1 value to follow" in capsys.readouterr().out
     assert client_of(run).get_run(run_id(run)).info.status == "RUNNING"
     training.kill()
     training.wait()

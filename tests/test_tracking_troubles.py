@@ -81,7 +81,7 @@ def test_a_server_that_is_no_mlflow(run: Path, server, capfd: pytest.CaptureFixt
     assert done.code in (1, 2), done
     (line,) = (done.out + done.err).splitlines()
     assert len(line) < 700 and "Traceback" not in line, line
-    assert ("1 values left" in line) if done.code == 1 else line.startswith("error: ")
+    assert ("1 value left" in line) if done.code == 1 else line.startswith("error: ")
     log = run / "mlflow.log"
     assert str(log) not in line or "Traceback" in log.read_text()
 
@@ -133,7 +133,7 @@ def test_a_store_that_is_full(run: Path, small: Path, capfd: pytest.CaptureFixtu
     fill(small, 2**17)
     done = sync(capfd, str(run), "--uri", f"sqlite:///{small / 'mlflow.db'}")
     line = (done.out + done.err).splitlines()[-1]  # MLflow's log may be on by another test
-    assert done.code == 1 and "1 values left" in line and "full" in line, done
+    assert done.code == 1 and "1 value left" in line and "full" in line, done
     assert sync(capfd, str(run), "--uri", f"sqlite:///{run.parent / 'mlflow.db'}").code == 0
 
 

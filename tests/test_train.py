@@ -298,6 +298,21 @@ def test_help_shows_values_and_no_classes(command, name: str) -> None:
     assert "_target_" not in done.out
 
 
+@pytest.mark.parametrize(
+    ("name", "typed", "marked"),
+    [
+        ("train", (), "moco* digits* tiny* knn_small* linear* mlflow*"),
+        ("train", ("data=cifar10", "protocol=[health,finetune]"), "moco* cifar10* resnet18_cifar* health* finetune*"),
+        ("evaluate", (), "knn* linear* default*"),
+    ],
+)
+def test_help_marks_what_a_command_takes(command, name: str, typed: tuple[str, ...], marked: str) -> None:
+    groups, _, values = command(name, *typed, "--help").out.partition("Values")
+    found = re.findall(r"(\w+[*])(?=,|$)", groups, re.MULTILINE)
+    assert {*marked.split()} <= {*found} and "*" not in values.partition("Exit codes")[0].replace("photos/*.jpg", "")
+    assert ("linear*" in found) == ("linear*" in marked)  # not for the probe within finetune
+
+
 @pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("epochs=many", 2), ("optimizer.lrr=1", 2)])
 def test_nothing_heavy_is_imported_before_a_configuration_is_right(argument: str, code: int, tmp_path: Path) -> None:
     command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), argument]

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -23,13 +23,9 @@ from twoviews.console import progress_of
 from twoviews.data.images import ImageData, Images
 from twoviews.encoders.loaded import LoadedEncoder, UnknownImages
 from twoviews.encoders.opening import open_encoder
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, counted
 from twoviews.features import embed
-from twoviews.prepared_images import ImagePreparation, Path, Pictures
-from twoviews.protocols.user_images import image_paths
-
-if TYPE_CHECKING:
-    pass
+from twoviews.prepared_images import ImagePreparation, Path, Pictures, picture_files
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -104,6 +100,13 @@ class PretrainedEncoder:
 
     def __post_init__(self) -> None:
         self.model.to(self.device).eval()
+
+    def __repr__(self) -> str:
+        side = self.image_size
+        return (
+            f"PretrainedEncoder({self.name!r}: {type(self.model).__name__}, {counted(self.num_features, 'feature')}, "
+            f"images of {counted(self.channels, 'channel')} and {side}x{side} px, on {self.device})"
+        )
 
     @cached_property
     def _head(self) -> Head | None:
@@ -248,7 +251,7 @@ class PretrainedEncoder:
 
     def paths(self, images: Path) -> list[str]:
         """The files that `features` reads for a folder or a pattern, in its order."""
-        return image_paths(os.fspath(images))
+        return picture_files(images)
 
     def _embedded(self, images: Images, dtype: torch.dtype, batch_size: int | None) -> Float[Tensor, "n F"]:
         wanted = self.loaded.preprocessing

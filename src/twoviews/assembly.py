@@ -1,5 +1,6 @@
 """From a checked configuration to the parts of a run, checked against each other."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from twoviews.code import code_state
 from twoviews.config.building import build, build_data
 from twoviews.config.parameter_names import qualified_errors, qualify
 from twoviews.data.images import ImageData
-from twoviews.data.loader import Loader
+from twoviews.data.loader import Loader, SmallViews
 from twoviews.data.views import Views
 from twoviews.encoder_file import describe_backbone
 from twoviews.errors import BadInput, mistakes
@@ -124,6 +125,8 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
                 f"this method learns from labels, and the training images of {data.name} have none; choose another method."
             )
         extra = {"labels": data.train.labels, "classes": len(data.classes)}
+    small = SmallViews(**cfg.get("small_views", {}))
+    small_epochs = math.ceil(small.share * cfg.epochs - 1e-9)  # 0.07 * 100 is 7.000000000000001
     loader = Loader(
         data.train,
         views,
@@ -135,15 +138,16 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
         # What autocast and the first convolution would make of them; CPUs do so themselves.
         dtype=runtime.dtype(device) if device.type == "cuda" else torch.float32,
         channels_last=runtime.channels_last and device.type == "cuda",
+        small_epochs=small_epochs,
+        small_scale=small.scale,
     )
     check_batch(cfg, runtime)
     check_networks(lambda: _method(cfg, data, len(views), extra, _encoder(cfg, data))[0], device, _sizes(cfg))
     check_views(views, cfg.batch_size // distributed.processes(), data.channels, device)
     torch.manual_seed(seed_of(cfg.seed, "initialisation"))
     encoder = _encoder(cfg, data)
-    unseen = [
-        note for size in sorted({data.size, *views.sizes}) if (note := unseen_pixels_note(encoder, data.channels, size))
-    ]
+    sizes = {data.size, *views.sizes, *(views.scaled_sizes(small.scale) if small_epochs else ())}
+    unseen = [note for size in sorted(sizes) if (note := unseen_pixels_note(encoder, data.channels, size))]
     method, notes = _method(cfg, data, len(views), extra, encoder)
     notes += _seen_in_parts(method, cfg.batch_size, cfg.batch_size // runtime.accumulate)
     if distributed.processes() > 1:

@@ -136,11 +136,16 @@ class Console:
         if not self.quiet:
             self._progress = ProgressBar(self._rich, steps, done)
 
-    def progress(self, step: int, epoch: float, values: Mapping[str, float], left: float | None) -> None:
-        """Show how far the training is, some values by name, and the seconds that are left, if they are known."""
+    def progress(
+        self, step: int, epoch: float, values: Mapping[str, float], left: float | None, important: bool = False
+    ) -> None:
+        """Show how far the training is, some values by name, and the seconds that are left, if they are known.
+
+        Where the output is not a terminal, what is important is printed whenever it comes.
+        """
         if self._progress and values:
             numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            self._progress.update(step, f"epoch {epoch:.2f}  step {step}  {numbers}", left)
+            self._progress.update(step, f"epoch {epoch:.2f}  step {step}  {numbers}", left, important)
 
     def stop(self) -> None:
         """End the progress of a training."""

@@ -64,6 +64,18 @@ def printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def counted(count: float, noun: str, form: str = ",") -> str:
+    """A number with its noun, in the singular for 1: "1 epoch", "2 epochs", "1,437 images", "3 classes".
+
+    Args:
+        count: how many.
+        noun: in the singular.
+        form: how the number is written.
+    """
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:{form}} {noun}{ending}"
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """ " Did you mean 'x'?" for the closest of `names`, or an empty string when none is close."""
     found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.55)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from twoviews.errors import printable
+from twoviews.errors import counted, printable
 from twoviews.files import open_atomic
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def training_title(config: Mapping[str, Any], data: str, epoch: float | None) ->
         epoch: that the training came to; None: it is not known.
     """
     method, epochs = str(config["method"].get("_target_", "?")).rpartition(".")[2], config.get("epochs", 0)
-    length = f"{epoch:.3g} of {epochs} epochs" if epoch is not None and epoch < epochs else f"{epochs} epochs"
-    return printable(f"{method} on {data}, {length if epochs != 1 else length[:-1]}")
+    done = f"{epoch:.3g} of " if epoch is not None and epoch < epochs else ""
+    return printable(f"{method} on {data}, {done}{counted(epochs, 'epoch', '')}")
 
 
 @contextmanager

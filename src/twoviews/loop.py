@@ -61,7 +61,10 @@ class Training:
         self.checkpoints = Checkpointer(folder, metrics)
         self.step.before_update = self.checkpoints.wait_for_copy
         self.monitor = Monitor(
-            *(parts.evaluation_context, parts.protocols, metrics, console, epochs, self.device), parts.method.collapses
+            *(parts.evaluation_context, parts.protocols, metrics, console, epochs, self.device),
+            parts.method.collapses,
+            self.loader.small_epochs,
+            parts.views.cost(self.loader.small_scale),
         )
         self.position = Position()
         self.whole = True  # False during an E-step, which changes the method step by step
@@ -246,7 +249,8 @@ class Training:
         self._log({**numbers, "lr": self.lr, "images_per_s": images_per_s})
         if self.position.step - self._first_step >= FORECAST_STEPS:
             images = len(self.loader) * self.loader.batch_size
-            self.monitor.forecast(self._throughput.average or images_per_s, images, self.epoch)
+            average = None if self.loader.small_epochs else self._throughput.average  # over steps of one cost
+            self.monitor.forecast(average or images_per_s, images, self.epoch)
 
     def _not_finite(self, problem: str) -> NotFinite:
         return NotFinite(

@@ -82,6 +82,8 @@ class Monitor:
         epochs: length of the training.
         device: whose peak memory is logged at the end.
         collapses: what the metrics of the method are when its embeddings collapse.
+        small_epochs: at the beginning, with smaller views.
+        small_cost: of such an epoch, as a share of a later one's.
     """
 
     def __init__(
@@ -93,12 +95,15 @@ class Monitor:
         epochs: int,
         device: torch.device,
         collapses: Sequence[Collapse] = (),
+        small_epochs: int = 0,
+        small_cost: float = 1.0,
     ):
         self._context, self._protocols, self._metrics, self._console = context, protocols, metrics, console
         self._epochs, self._device = epochs, device
+        self._small_epochs, self._small_cost = small_epochs, small_cost
         self.latest: dict[str, float] = {}
         self._collapses = [SPREAD_COLLAPSE, *collapses]  # without those that the user was warned of
-        self._epoch_seconds: float | None = None  # of training steps, as forecast
+        self._epoch_seconds: float | None = None  # of training steps with views of full size, as forecast
         self._knn_seconds = 0.0
 
     def log(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
@@ -107,7 +112,8 @@ class Monitor:
         if self._metrics:
             self._metrics.log(step, epoch, values)
         shown = {name: self.latest[key] for name, key in PROGRESS_VALUES.items() if key in self.latest}
-        self._console.progress(step, epoch, shown, self._seconds_left(epoch))
+        at_end = epoch >= self._epochs and "train/loss" not in values  # of the last evaluation, not of the last step
+        self._console.progress(step, epoch, shown, self._seconds_left(epoch), important=at_end)
 
     def advise(self, values: Mapping[str, float], epoch: float) -> None:
         """Warn, once for each metric, when the embeddings collapse.
@@ -130,10 +136,11 @@ class Monitor:
             images: of an epoch.
             epoch: epochs done, fractional.
         """
-        first, self._epoch_seconds = self._epoch_seconds is None, images / images_per_s
+        first, seconds = self._epoch_seconds is None, images / images_per_s
+        self._epoch_seconds = seconds / (self._small_cost if epoch <= self._small_epochs else 1)
         if first:
             self._console.say(
-                f"{images_per_s:.0f} images/s: an epoch takes {duration(self._epoch_seconds)}, the rest of the run about "
+                f"{images_per_s:.0f} images/s: an epoch takes {duration(seconds)}, the rest of the run about "
                 f"{duration(self._seconds_left(epoch) or 0)}."
             )
 
@@ -144,7 +151,9 @@ class Monitor:
         intervals = [protocol.every_epochs for protocol in self._protocols.values() if protocol.every_epochs]
         evaluation_seconds = len(intervals) * self._knn_seconds
         left = self._epochs - epoch
-        seconds = left * (self._epoch_seconds + self.latest.get("time/e_step", 0))
+        smaller = min(left, max(0, self._small_epochs - epoch))
+        seconds = (left - smaller + smaller * self._small_cost) * self._epoch_seconds
+        seconds += left * self.latest.get("time/e_step", 0)
         return seconds + left / min(intervals, default=self._epochs) * evaluation_seconds
 
     def baselines(self, encoder: Encoder) -> dict[str, float]:

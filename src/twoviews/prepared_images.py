@@ -4,6 +4,7 @@ Shapes: N images, C channels, H x W px.
 """
 
 import os
+import pathlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -32,6 +33,24 @@ Pictures = Union[
 ]
 
 
+def picture_files(images: Path) -> list[str]:
+    """The pictures that a path names: a file, all below a folder, or those that fit a pattern; sorted.
+
+    Raises:
+        BadInput: there are none.
+    """
+    name = os.fspath(images)
+    try:
+        return image_paths(name)
+    except BadInput as error:
+        reason = str(error).removeprefix(f"images={name}").lstrip(": ")
+        where = "" if pathlib.Path(name).is_absolute() else f" in {pathlib.Path.cwd()}"
+        raise BadInput(
+            f"{name!r}{where}: {reason} Images are a picture file, a folder, a pattern such as 'photos/*.jpg', a list of files, "
+            "PIL images, an array or a tensor."
+        ) from None
+
+
 @dataclass(frozen=True)
 class ImagePreparation:
     """Decodes and resizes images to what an encoder takes."""
@@ -47,7 +66,7 @@ class ImagePreparation:
                 iterator, one cannot be decoded.
         """
         if isinstance(images, (str, os.PathLike)):
-            return self._of_files(image_paths(os.fspath(images)))
+            return self._of_files(picture_files(images))
         if isinstance(images, np.ndarray):
             return self._of_array(images)
         if isinstance(images, Tensor):

@@ -49,7 +49,7 @@ def show_if_finished(cfg: DictConfig, folder: Path) -> bool:
             set_target(folder, tracking.uri, tracking.experiment, encoder=tracking.encoder)
             if not is_uploaded(folder):  # it was killed, or MLflow did not answer, before the end was sent
                 flush(folder, mirror=True, say=console.say)
-        show_result(folder, result, console)
+        show_result(folder, result, cfg.get("protocol") or (), console)
         print_last_line(folder)
     return bool(result)
 
@@ -155,7 +155,7 @@ class Recording:
             result = self._write_result(training, "finished" if finished else "interrupted")
             with contextlib.suppress(Stopped), contextlib.nullcontext() if stop.number else stop.at_once():
                 self._close(STOPPED_MIRROR_TIMEOUT_S if stop.number else MIRROR_TIMEOUT_S)
-            show_result(folder, result, self.console)
+            show_result(folder, result, self.parts.protocols, self.console)
             if not finished:
                 where = "there" if training.whole else "the checkpoint before it"
                 self.console.say(

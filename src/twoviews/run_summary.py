@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from twoviews.batch_norms import SyncBatchNorm
 from twoviews.config.parameter_names import qualify
 from twoviews.console import Console, duration, in_bytes
 from twoviews.data.rendering import compiled
+from twoviews.errors import counted
 from twoviews.fallbacks import slower, unrecorded
 from twoviews.fused_norm import reason_for_plain
 from twoviews.optim import parameter_count
+from twoviews.protocols.units import MAX_SHOWN, with_unit
 from twoviews.runtime import format_name
 from twoviews.step import eager_reason
 from twoviews.tracking.metrics import read
@@ -35,21 +37,28 @@ def print_summary(cfg: DictConfig, parts: Parts, folder: Path, console: Console)
 
 def _data_lines(parts: Parts) -> Iterator[str]:
     data = parts.data
-    labelled = f"{len(data.classes)} classes" if data.classes else "no labels"
+    labelled = counted(len(data.classes), "class") if data.classes else "no labels"
     yield (
-        f"data      {data.name}: {len(data.train):,} training images of {data.size}x{data.size} px, "
+        f"data      {data.name}: {counted(len(data.train), 'training image')} of {data.size}x{data.size} px, "
         f"{'colour' if data.channels == 3 else f'channels: {data.channels}'}, {labelled}"
         + (f"; kNN bank {len(data.memory):,}, test {len(data.test):,}" if data.memory and data.test else "")
         + (f"; {in_bytes(data.resident_bytes)} of pixels in memory" if data.resident_bytes else "")
     )
     if not data.test:
         yield "          without labelled test images there is no kNN or linear accuracy; watch train/spread."
-    counts = Counter(parts.views.sizes)
-    shapes = [
+    how, loader = "compiled" if compiled(parts.device) else "tensors", parts.loader
+    yield f"views     {how}, {len(parts.views)} of each image: {_shapes(parts.views.sizes)}" + (
+        f"; in the first {loader.small_epochs} epochs {_shapes(parts.views.scaled_sizes(loader.small_scale))}"
+        if loader.small_epochs
+        else ""
+    )
+
+
+def _shapes(sizes: Sequence[int]) -> str:
+    counts = Counter(sizes)
+    return " and ".join(
         f"{count} of {side}x{side} px" if len(counts) > 1 else f"{side}x{side} px" for side, count in counts.items()
-    ]
-    how = "compiled" if compiled(parts.device) else "tensors"
-    yield f"views     {how}, {len(parts.views)} of each image: {' and '.join(shapes)}"
+    )
 
 
 def _method_lines(parts: Parts) -> Iterator[str]:
@@ -67,7 +76,8 @@ def _length_lines(cfg: DictConfig, parts: Parts) -> Iterator[str]:
     rule = {"linear": f" = {base:g} x {size} / 256", "sqrt": f" = {base:g} x sqrt({size})", "none": ""}[scaling]
     yield f"lr        {lr:g}{rule} (optimizer.lr={base:g}, lr_scaling={scaling})"
     left = f"; the other {left_over:,} sit out, different ones each epoch" if left_over else ""
-    yield f"length    {cfg.epochs} epochs of {steps:,} steps of {size}: {steps * size:,} images an epoch{left}"
+    length = f"{counted(cfg.epochs, 'epoch')} of {counted(steps, 'step')} of {size}"
+    yield f"length    {length}: {steps * size:,} images an epoch{left}"
 
 
 def _device_lines(parts: Parts) -> Iterator[str]:
@@ -97,18 +107,26 @@ def _plain_norms(parts: Parts) -> str | None:
     return None
 
 
-def show_result(folder: Path, result: dict[str, Any], console: Console) -> None:
-    """Print the table at the end of a run."""
+def show_result(folder: Path, result: dict[str, Any], protocols: Iterable[str], console: Console) -> None:
+    """Print the table at the end of a run.
 
-    def percent(name: str) -> str:
-        return f"{result[name]:.2f} %" if name in result else "-"
+    Args:
+        folder: of the run.
+        result: the content of result.json.
+        protocols: names of those that were run.
+        console: to print to.
+    """
+
+    def accuracy(name: str) -> str:
+        return with_unit(name, result[name]) if name in result else "-"
 
     rates = [line["images_per_s"] for line in read(folder) if "images_per_s" in line]
     rows = {
-        "kNN": percent("knn/top1"),
-        "linear": percent("linear/top1"),
-        "kNN, untrained encoder": percent("baseline/untrained_knn_top1"),
-        "kNN, raw pixels": percent("baseline/pixels_knn_top1"),
+        "kNN": accuracy("knn/top1"),
+        "linear": accuracy("linear/top1"),
+        **_further_values(result, protocols),
+        "kNN, untrained encoder": accuracy("baseline/untrained_knn_top1"),
+        "kNN, raw pixels": accuracy("baseline/pixels_knn_top1"),
         "images/s": f"{statistics.median(rates):.0f}" if rates else "-",
         "time": duration(result["seconds"]),
         "precision": result.get("precision", "-"),
@@ -119,10 +137,27 @@ def show_result(folder: Path, result: dict[str, Any], console: Console) -> None:
         )
         or "-",
     }
-    console.table(f"{folder.name}: {result['state']} after {result['epoch']:.4g} epochs", rows)
+    console.table(f"{folder.name}: {result['state']} after {counted(result['epoch'], 'epoch', '.4g')}", rows)
     console.say(f"MLflow: {run_page(folder)}")  # not in the table, which would break a command that is to be copied
-    floor = max(result.get(f"baseline/{name}_knn_top1", 0) for name in ("untrained", "pixels"))
-    if result["state"] == "finished" and result.get("knn/top1", 100) <= floor:
+    knn = result.get("knn/top1", 100.0)
+    floors = {"the untrained encoder": "baseline/untrained_knn_top1", "raw pixels": "baseline/pixels_knn_top1"}
+    ahead = [f"{label} ({result[name]:.2f} %)" for label, name in floors.items() if knn <= result.get(name, 0.0)]
+    if result["state"] == "finished" and ahead:
         console.say(
-            f"advice: kNN does not beat its baselines ({floor:.1f} %); train longer (epochs=) or change optimizer.lr."
+            f"advice: kNN ({knn:.2f} %) does not beat that of {' and '.join(ahead)}; train longer (epochs=) or change "
+            "optimizer.lr."
         )
+
+
+def _further_values(result: Mapping[str, Any], protocols: Iterable[str]) -> dict[str, str]:
+    """Rows of the values of all protocols but kNN and linear, which have rows of their own."""
+    rows = {}
+    for protocol in protocols:
+        values = {name: value for name, value in result.items() if name.startswith(f"{protocol}/")}
+        if protocol in ("knn", "linear") or not values:
+            continue
+        if len(values) > MAX_SHOWN:
+            rows[protocol] = f"{len(values)} values, in result.json"
+        else:
+            rows |= {name: with_unit(name, value) for name, value in values.items()}
+    return rows

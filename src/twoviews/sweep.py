@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from twoviews import foreign
 from twoviews.console import ROWS, Console, duration
-from twoviews.errors import BadInput, nearest, system_reason
+from twoviews.errors import BadInput, counted, nearest, system_reason
 from twoviews.figures import set_formats
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.formatting import counted, short_names, typed
+from twoviews.sweeps.formatting import short_names, typed
 from twoviews.sweeps.job import LOG, Job, JobState
 from twoviews.sweeps.job_status import CANCEL_SECONDS, status, wait_until_ended
 from twoviews.sweeps.varying_parameters import with_varying_parameters

@@ -57,6 +57,19 @@ def test_epochs_and_seeds_differ_and_repeat():
     assert all(map(same, first, loaded))
 
 
+def test_views_of_the_first_epochs_are_the_same_crops_at_a_smaller_size():
+    small, whole = loader(small_epochs=2, small_scale=0.5), loader()
+    half = Views({"both": {**RECIPE, "size": 8}}, size=16, channels=3, mean=(0.5,) * 3, std=(0.2,) * 3)
+    alike = Loader(whole.images, half, batch_size=8, seed=1, device="cpu")
+    for each in (small, whole, alike):
+        each.set_epoch(1)
+    assert all(map(same, small, alike))
+    assert next(iter(small)).views[0].shape == (8, 3, 8, 8)
+    for each in (small, whole):
+        each.set_epoch(2)
+    assert all(map(same, small, whole))
+
+
 def test_starting_in_the_middle_gives_the_rest_of_the_epoch():
     loaded = loader()
     loaded.set_epoch(3)

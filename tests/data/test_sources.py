@@ -144,10 +144,10 @@ def test_folders_that_do_not_fit_are_named(tmp_path, cache):
     root = tmp_path / "set"
     pictures(root / "train", ["cat", "dog"])
     pictures(root / "test", ["cat", "dgo"])
-    with pytest.raises(BadInput, match=r"1 classes of .*train are not in .*test: dog"):
+    with pytest.raises(BadInput, match=r"test lacks 1 class of .*train: dog"):
         folder(root, cache)
     picture(root / "train" / "loose.png")
-    with pytest.raises(BadInput, match=r"1 pictures lie directly in .*labels=false"):
+    with pytest.raises(BadInput, match=r"has 1 picture directly in it, beside .*labels=false"):
         folder(root, cache)
     with pytest.raises(BadInput, match=r"train=trian is no folder below .* Did you mean 'train'"):
         folder(root, cache, train="trian")
@@ -308,7 +308,7 @@ def test_colours_keep_their_balance_and_test_values_are_clipped_aloud(tmp_path, 
     data = array(tmp_path / "a.npz", cache)
     assert data.train.pixels[0, :, 0, 0].tolist() == [255, 0, 0]
     assert data.test.pixels[0, :, 0, 0].tolist() == [255, 0, 128]
-    assert any(note.startswith("2 values of the test images lie outside") for note in data.notes)
+    assert any(note.endswith("are set to its ends (2 of them).") for note in data.notes)
 
 
 @pytest.mark.parametrize(
@@ -571,7 +571,7 @@ def test_label_minus_one_is_none(tmp_path, cache, kind, tested):
         assert (split.labels.numpy() == rows % 3 - 1).all() and (rows % 3 > 0).all()
     assert {*data.train.pixels[:, 0, 0, 0].tolist()} >= {row for row in range(60) if row % 3 == 0}
     assert any("20 of 60 images have the label -1" in note for note in data.notes)
-    assert any("2 test images have the label -1" in note for note in data.notes) == tested
+    assert any("leaves out 2 test images" in note for note in data.notes) == tested
 
 
 @pytest.mark.parametrize(
@@ -720,6 +720,8 @@ def test_a_single_class_is_named_with_what_it_holds(tmp_path, cache):
     paths = {part: f"{part}/images/png" for part in ("train", "test")}
     assert folder(tmp_path / "set", cache, **paths).classes == ("cat", "dog")
     data = folder(tmp_path / "set" / "train", cache)
-    assert any("one class folder, images, and" in note and "count as unlabelled" in note for note in data.notes)
+    assert any("one class folder, images, and" in note and "unlabelled pictures" in note for note in data.notes)
     pictures(tmp_path / "alone", ["cat"])
-    assert any("alone has one class folder, cat: its 3" in note for note in folder(tmp_path / "alone", cache).notes)
+    assert any(
+        "alone has one class folder, cat: it counts as 3" in note for note in folder(tmp_path / "alone", cache).notes
+    )

@@ -372,6 +372,8 @@ def test_sizes_of_views():
     views = Views({"a": {"count": 2}, "b": {"size": 96}, "c": {"size": 3 / 7}}, size=32, channels=3, mean=MEAN, std=STD)
     assert views.sizes == (32, 32, 96, 14)
     assert views.recipes[0] == View(count=2)
+    assert views.scaled_sizes(0.5) == (16, 16, 48, 8) and views.scaled_sizes(1) == views.sizes
+    assert views.cost(0.5) == (2 * 16**2 + 48**2 + 8**2) / (2 * 32**2 + 96**2 + 14**2)
 
 
 @pytest.mark.gpu

@@ -50,9 +50,19 @@ def test_pairs_are_those_of_a_loop(copied: ImageData, tmp_path: Path) -> None:
     assert sorted(exact) == [("test", "6", "9"), ("train", "7", "5")] and found.values["exact"] == 2
     leaked = {row["other_image"] for row in rows if row["split"] == "train" and row["other_split"] == "test"}
     assert found.values["test_duplicated"] == pytest.approx(100 * len(leaked) / 60)
-    assert found.notes == ["300 memory images are training images, and are compared as those."]
+    assert found.notes[0] == "300 memory images are training images, and are compared as those."
+    assert (
+        f"{len(rows) - 2} pairs by cosine alone: " in found.notes[1] and "raise threshold= (now 0.9)" in found.notes[1]
+    )
     assert rows[0]["class"] == copied.classes[int(copied.train.labels[7])] == rows[0]["other_class"] or rows[0]["exact"]
     assert Image.open(tmp_path / "duplicates.png").width > 400
+
+
+def test_pairs_of_two_classes_are_counted(copied: ImageData) -> None:
+    found = Duplicates(0.8, 50, 0)(context(copied, None))
+    near = [row for row in found.tables["duplicates"] if not row["exact"]]
+    mixed = sum(row["class"] != row["other_class"] for row in near)
+    assert f"{len(near)} pairs by cosine alone, {mixed} of them of two classes" in found.notes[1] and mixed > 0
 
 
 def test_more_copies_than_neighbours_are_said() -> None:
@@ -62,6 +72,7 @@ def test_more_copies_than_neighbours_are_said() -> None:
     assert found.values["exact"] == found.values["pairs"] == found.values["train"] >= 9
     assert "test_duplicated" not in found.values
     assert "6 of 15 images have 3 near-duplicates or more" in found.notes[0]
+    assert len(found.notes) == 1  # equal pixels need no threshold
 
 
 def test_memory_images_that_are_training_images_are_one(copied: ImageData) -> None:

@@ -224,6 +224,7 @@ def test_rates_that_spoil_the_encoder_leave_the_linear_probe():
     context = small(200)
     made = protocol(linear=LINEAR, lr=[1e4, 1e38])(context)
     assert made.values["lr"] == 0 and "the encoder is unchanged" in made.notes[0]
+    assert "a linear classifier of the features" in made.notes[0] and "such as lr=[1000,5000]" in made.notes[0]
     assert made.values["top1"] == LINEAR(context).values["top1"]
     with pytest.raises(BadInput, match=r"all of lr=\[1e\+37, 1e\+38\] diverge"):
         protocol(lr=[1e37, 1e38])(context)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_configs import composed
 from torch import nn
 
 from twoviews.backbones import Encoder, ResNet
@@ -95,6 +96,20 @@ def test_views_that_differ_in_nothing_are_aligned():
     # A crop has a drawn shape even of the whole area; no shape but the square fits, so the centre is taken.
     assert same["alignment"] < cropped["alignment"] and same["positive_similarity"] > 0.7
     assert same["uniformity"] == cropped["uniformity"]
+
+
+def test_crops_and_flips_are_those_of_the_training():
+    (health,) = composed("protocol=[health]").protocol.values()
+    assert (list(health.scale), health.flip) == ([0.6, 1], 0)  # of digits
+    (health,) = composed(
+        "protocol=[health]", "data=cifar10", "augmentation.views.both.scale=[0.3,0.9]"
+    ).protocol.values()
+    assert (list(health.scale), health.flip) == ([0.3, 0.9], 0.5)
+    (health,) = composed("protocol=[health]", "run=x", name="evaluate").protocol.values()
+    assert (list(health.scale), health.flip) == ([0.2, 1], 0.5)
+    views = {"small": {"scale": [0.05, 0.2], "flip": 0.5}, "large": {"scale": [0.3, 1], "flip": 0}}
+    found = Health(2, (0.2, 1.0), 0.5, 0).settings_from_run({"augmentation": {"views": views}})
+    assert found == {"scale": [0.3, 1.0], "flip": 0.0}
 
 
 class Constant(Encoder):

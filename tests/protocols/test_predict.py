@@ -104,8 +104,8 @@ def test_every_kind_of_file_is_predicted_or_named(context: EvaluationContext, ph
         else:
             assert row["broken"] == "" and one["class"] == row["class"] in ("china", "flower")
             assert sum(one["probabilities"].values()) == pytest.approx(1, abs=1e-5)
-            assert row["probability"] == max(one["probabilities"].values())
-            assert row["second_probability"] == pytest.approx(1 - row["probability"], abs=1e-5)
+            assert row["probability_percent"] == 100 * max(one["probabilities"].values())
+            assert row["second_percent"] == pytest.approx(100 - row["probability_percent"], abs=1e-3)
     # The same picture in another mode, or turned and marked as turned, is the same to the encoder.
     shares = {name: full[name]["probabilities"]["flower"] for name in KINDS if name != "broken.jpg"}
     assert shares["turned.jpg"] == pytest.approx(shares["photo.jpg"], abs=0.05)
@@ -121,7 +121,7 @@ def test_a_test_image_by_its_file_is_what_the_protocol_linear_makes_of_it(
     assert [row["image"] for row in rows] == context.data.test.paths
     for row, shares in zip(rows, expected, strict=True):
         assert row["class"] == ("china", "flower")[int(shares.argmax())]
-        assert row["probability"] == pytest.approx(shares.max().item(), abs=1e-4)
+        assert row["probability_percent"] == pytest.approx(100 * shares.max().item(), abs=1e-2)
     assert {row["class"] for row in rows} == {"china", "flower"}
 
 
@@ -208,6 +208,13 @@ def test_what_images_may_be(photos: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ):
         with pytest.raises(BadInput, match=part):
             user_images.image_paths(images)
+    for images in (None, "phto.jpg"):  # before an encoder is loaded
+        with pytest.raises(BadInput, match="images="):
+            predict(images)
+    with pytest.raises(BadInput, match="no such file"):
+        Embed("test", "phto.jpg", FORMATS, 0)
+    with pytest.raises(BadInput, match="no such file"):
+        Neighbours("phto.jpg", 3, 3, 0, 0)
 
 
 def test_pictures_that_are_no_files(context: EvaluationContext, photos: Path, tmp_path: Path) -> None:
@@ -350,7 +357,8 @@ def test_the_sheet_frames_what_is_of_another_class(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["predict", "embed", "neighbours", "export"])
 def test_their_files_compose_and_build(name: str) -> None:
-    cfg = composed(f"protocol=[{name}]")
+    images = [f"protocol.predict.images={__file__}"] if name == "predict" else []
+    cfg = composed(f"protocol=[{name}]", *images)
     check("train", cfg)
     assert list(cfg.protocol) == [name] and build(cfg.protocol[name]).every_epochs == 0
     if name == "predict":

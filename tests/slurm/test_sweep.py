@@ -80,10 +80,13 @@ def recorded(uri: str, found: Sequence[Job]) -> None:
     (experiment,) = [one for one in client.search_experiments() if one.name == "twoviews"]
     runs = {str(run.info.run_name): run for run in client.search_runs([experiment.experiment_id])}
     assert len(client.search_runs([experiment.experiment_id])) == len(runs) == len(found) + 1
-    assert runs.keys() == {sweep.name, *(job.digest for job in found)}
+    names = {
+        job.digest: " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in job.axes.items()) for job in found
+    }
+    assert runs.keys() == {sweep.name, *names.values()}
     assert {run.info.status for run in runs.values()} == {"FINISHED"} and runs[sweep.name].info.run_id == parent
     for job in found:
-        run = runs[job.digest]
+        run = runs[names[job.digest]]
         assert run.data.tags["mlflow.parentRunId"] == parent
         assert run.data.tags["axis.seed"] == str(job.axes["seed"])
         history = client.get_metric_history(run.info.run_id, "train/loss")

@@ -15,9 +15,10 @@ from PIL import Image
 from scipy import stats
 
 from twoviews import figures as figure_files
+from twoviews.errors import counted
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.formatting import counted, short_names, text
+from twoviews.sweeps.formatting import short_names, text
 from twoviews.sweeps.job import Job, JobSpec, JobState
 from twoviews.sweeps.report import report
 from twoviews.sweeps.results import estimate, gather
@@ -377,6 +378,8 @@ def test_one_of_something_is_no_plural() -> None:
         "2 jobs",
         "2,000 jobs",
     ]
+    assert counted(1, "class") == "1 class" and counted(2, "class") == "2 classes"
+    assert counted(1.0, "epoch", ".4g") == "1 epoch" and counted(1.5, "epoch", ".4g") == "1.5 epochs"
 
 
 def test_names_are_the_shortest_that_differ() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from twoviews.clusters.kmeans import Clusters
 from twoviews.data.images import Images
+from twoviews.errors import counted
 from twoviews.figures import save_sheet
 from twoviews.pictures import GAP, GREY, RED, fitted, font, squares
 
@@ -30,7 +31,7 @@ class ClusterRow:
 
     def caption(self, classes: Sequence[str]) -> list[str]:
         """The lines of text beside its images."""
-        images = f"{len(self.members):,} image" + ("s" if len(self.members) > 1 else "")
+        images = counted(len(self.members), "image")
         if self.majority < 0:
             return [f"cluster {self.cluster}", images, f"distance {self.looseness:.3g}"]
         return [f"cluster {self.cluster}", images, f"{100 * self.purity:.0f} % are {classes[self.majority]}"]

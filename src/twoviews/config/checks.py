@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 # Nodes that are neither a group nor a single value, and the class or function of each. Runs of earlier versions lack them.
-NODES = {"sweep": "twoviews.sweeps.launching.SweepOptions", "pictures": "twoviews.figures.set_formats"}
+NODES = {
+    "sweep": "twoviews.sweeps.launching.SweepOptions",
+    "pictures": "twoviews.figures.set_formats",
+    "small_views": "twoviews.data.loader.SmallViews",
+}
 VIEW = "twoviews.data.draws.View"  # the class of each node below augmentation.views
 
 

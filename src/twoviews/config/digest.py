@@ -34,6 +34,8 @@ def digest(cfg: "DictConfig | dict[str, Any]") -> str:
         key.removeprefix(f"{REDUCED_FROM}."): values.pop(key) for key in [*values] if key.startswith(REDUCED_FROM)
     }
     values = {key: value for key, value in values.items() if not key.startswith(NOT_IN_DIGEST)}
+    if not values.get("small_views.share"):  # runs without them keep the names of before there were any
+        values = {key: value for key, value in values.items() if not key.startswith("small_views.")}
     if any(key.startswith("runtime.") for key in values):  # the configuration of a run
         values.setdefault("runtime.compile", False)  # a former option: runs that did not use it keep their names
     numbers = {key: as_float(value) for key, value in values.items()}

@@ -1,7 +1,7 @@
 """Private parts of Hydra, all that this project uses; tests/config/test_hydra_internals.py fails when a release moves them.
 
-Why each: Hydra has no public way to parse its own options without running a job, none to start faster, and none to leave
-lines out of what --help shows.
+Why each: Hydra has no public way to parse its own options without running a job, none to start faster, none to leave
+lines out of what --help shows, and none to learn which options of a group were chosen, where several can be.
 """
 
 import argparse
@@ -11,6 +11,9 @@ from typing import Any
 
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import DictConfig
 
 _get_help = Hydra.get_help
 
@@ -44,3 +47,20 @@ def hide_classes() -> None:
         return re.sub(r"^ *_target_: .*\n", "", _get_help(self, *arguments, **more), flags=re.MULTILINE)
 
     Hydra.get_help = without_classes
+
+
+def chosen(node: DictConfig, group: str) -> set[str]:
+    """The options of a group that a command takes, by default or as typed.
+
+    `hydra.runtime.choices` has no group of which several can be chosen.
+
+    Args:
+        node: `hydra` of the composed configuration.
+        group: its name, such as protocol.
+    """
+    words = [*node.overrides.hydra, *node.overrides.task]
+    found = GlobalHydra.instance().config_loader().compute_defaults_list(node.job.config_name, words, RunMode.RUN)
+    paths = [
+        each.config_path.partition("/") for each in found.defaults if not (each.parent or "").startswith(f"{group}/")
+    ]
+    return {name for first, _, name in paths if first == group}

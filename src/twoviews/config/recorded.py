@@ -13,6 +13,27 @@ from twoviews.config.groups import CONF
 from twoviews.errors import BadInput
 
 
+def largest_view(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`scale` and `flip` of the views of a training, of several the one with the largest crops; empty without views.
+
+    They say what leaves these images what they are: mirrored digits are other signs.
+
+    Args:
+        config: of the training.
+
+    Raises:
+        BadInput: it has views that no run has.
+    """
+    views = (config.get("augmentation") or {}).get("views") or {}
+    if not views:
+        return {}
+    try:
+        low, high, flip = max((*map(float, view["scale"]), float(view["flip"])) for view in views.values())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"augmentation.views of the run is none that a run writes ({foreign.short(error)}).") from None
+    return {"scale": [low, high], "flip": flip}
+
+
 def refuse_unsafe(folder: str | None, name: str | None, arguments: Sequence[str]) -> None:
     """Refuse a configuration outside of conf/, such as that of a job in a sweep, that is more than plain values.
 

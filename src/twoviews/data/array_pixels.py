@@ -80,7 +80,7 @@ class Scale:
         if test is not None:
             outside = sum(int(((chunk < low) | (chunk > high)).sum()) for chunk in test.chunks())
             if outside:
-                notes.append(f"{outside} values of the test images lie outside that range and are set to its ends.")
+                notes.append(f"Values of the test images outside that range are set to its ends ({outside:,} of them).")
             _ = test.range  # refuses NaN
         return Scale(low, high)
 

@@ -13,7 +13,7 @@ from twoviews.data.array_pixels import Scale, Split, chunks_of
 from twoviews.data.images import stratified
 from twoviews.data.layout import SWAPPED
 from twoviews.data.store import Recipe
-from twoviews.errors import BadInput, nearest
+from twoviews.errors import BadInput, counted, nearest
 from twoviews.foreign import regular
 
 IMAGES = ("images", "image", "x", "data", "train_images", "x_train", "train_x", "arr_0")
@@ -100,7 +100,7 @@ def _splits(files: list[Path], labels: Path | None) -> tuple[Split, Split | None
     if train.labelled < len(train.rows) or (train.labels != -1).all():
         kept = test.labels != -1 if test.labels.dtype.kind == "i" else np.full(len(test.rows), True)
         if not kept.all():
-            notes.append(f"{(~kept).sum()} test images have the label -1, which means none: they are left out.")
+            notes.append(f"The label -1, which means none, leaves out {counted(int((~kept).sum()), 'test image')}.")
             test = replace(test, labels=test.labels[kept], rows=test.rows[kept])
     if len(test.rows) >= SWAPPED * len(train.rows):
         notes.append(

@@ -10,7 +10,7 @@ from twoviews.data.decoding import CHUNK_SIZE, Decoded
 from twoviews.data.layout import doubts, listed, one_class
 from twoviews.data.picture_files import Tree, class_of, shorter_side, tree
 from twoviews.data.store import Recipe
-from twoviews.errors import BadInput, nearest
+from twoviews.errors import BadInput, counted, nearest
 
 LARGEST_CANVAS = 224  # px; from here on pictures are decoded on demand
 SIDES_LOOKED_AT = 1000  # files whose heads are read to choose the side of the canvas
@@ -105,7 +105,7 @@ def _agree(train: Tree, memory: Tree | None, test: Tree | None, labels: bool) ->
     train_labelled = labels and _labelled(train, "labels=false makes all of it one unlabelled set")
     if labels and not train_labelled:
         has = one_class(train) if train.classes and not train.loose else "no class folders"
-        notes.append(f"{train.root} has {has}: its {len(train)} pictures count as unlabelled.")
+        notes.append(f"{train.root} has {has}: it counts as {counted(len(train), 'unlabelled picture')}.")
     if memory is None and train_labelled:
         memory = train
     for part, one in (("memory", memory), ("test", test)):
@@ -132,7 +132,9 @@ def _agree(train: Tree, memory: Tree | None, test: Tree | None, labels: bool) ->
 def _labelled(one: Tree, remedy: str) -> bool:
     """Whether a tree has class folders: at least two, and no picture beside them."""
     if one.loose and one.classes:
-        raise BadInput(f"{one.loose} pictures lie directly in {one.root} beside its class folders: {remedy}.")
+        raise BadInput(
+            f"{one.root} has {counted(one.loose, 'picture')} directly in it, beside its class folders: {remedy}."
+        )
     return len(one.classes) > 1
 
 
@@ -143,8 +145,8 @@ def _same_classes(memory: Tree, test: Tree) -> None:
             named = ", ".join(odd[:5]) + (" ..." if len(odd) > 5 else "")
             close = nearest(odd[0], set(other.classes) - set(one.classes))
             raise BadInput(
-                f"{len(odd)} classes of {one.root} are not in {other.root}: {named}.{close} Add pictures of them there, move "
-                "their folders away, or give both the same name."
+                f"{other.root} lacks {counted(len(odd), 'class')} of {one.root}: {named}.{close} Add pictures of them there, "
+                "move their folders away, or give both the same name."
             )
 
 

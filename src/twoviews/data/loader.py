@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +12,7 @@ from twoviews.data.images import Images, sent
 from twoviews.data.views import Views
 from twoviews.errors import BadInput
 from twoviews.randomness import generator
+from twoviews.ranges import Fraction, Range
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,19 @@ class Batch:
 
     views: tuple[Float[Tensor, "B C _h _w"], ...]
     index: Int[Tensor, " B"]  # rows of the training images
+
+
+@dataclass(frozen=True)
+class SmallViews:
+    """Smaller views in the first epochs, whose steps are quicker: progressive resizing.
+
+    Args:
+        share: of the epochs of a training, rounded up to whole ones; 0: all views have their own size from the start.
+        scale: of the sides of these epochs' views.
+    """
+
+    share: Fraction = 0.0
+    scale: Annotated[float, Range(above=0, at_most=1)] = 0.75
 
 
 class Loader:
@@ -33,6 +48,8 @@ class Loader:
         rank: number of this process among `processes`.
         dtype: of the views.
         channels_last: memory format of the views.
+        small_epochs: number of epochs at the beginning with smaller views.
+        small_scale: of the sides of these views.
 
     The global batch of a step and its views are the same whatever the number of processes: process r takes the rows
     r, r + processes, ... of it. The images that do not fill a last batch (`left_over`) sit out the epoch, other ones
@@ -54,6 +71,8 @@ class Loader:
         processes: int = 1,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
+        small_epochs: int = 0,
+        small_scale: float = 1.0,
     ):
         if batch_size > len(images):
             raise BadInput(
@@ -66,6 +85,7 @@ class Loader:
         self.images, self.views, self.batch_size, self.seed = images, views, batch_size, seed
         self.device, self.rank, self.processes = torch.device(device), rank, processes
         self.dtype, self.channels_last = dtype, channels_last
+        self.small_epochs, self.small_scale = small_epochs, small_scale
         self.left_over = len(images) % batch_size
         self.set_epoch(0)
 
@@ -81,9 +101,10 @@ class Loader:
         steps = order[: len(self) * self.batch_size].view(len(self), self.batch_size)[self.start :]
         own = steps[:, self.rank :: self.processes].contiguous()
         own_on_device = sent(own, self.device)
+        scale = self.small_scale if self.epoch < self.small_epochs else 1.0
         for i, (pixels, sizes, _) in enumerate(self.images.batches(own.shape[1], own.flatten())):
             random = generator(self.seed, "views", self.epoch, self.start + i)
             draws = self.views.draw(sizes, random, rank=self.rank, processes=self.processes)
             pixels = sent(pixels, self.device)
-            views = self.views(pixels, draws, dtype=self.dtype, channels_last=self.channels_last)
+            views = self.views(pixels, draws, scale=scale, dtype=self.dtype, channels_last=self.channels_last)
             yield Batch(views, own_on_device[i])

@@ -18,7 +18,7 @@ from twoviews.data.decoding import Decoded, cores
 from twoviews.data.images import ImageData, Images, stratified
 from twoviews.data.picture_files import dark
 from twoviews.data.store import Recipe, Store, statistics, stored
-from twoviews.errors import BadInput, printable
+from twoviews.errors import BadInput, counted, printable
 from twoviews.foreign import regular
 from twoviews.randomness import generator
 from twoviews.ranges import Fraction, Index, Length, Positive, Range, Size
@@ -252,7 +252,7 @@ def _broken(store: Store, max_broken: int) -> list[str]:
     named = "; ".join(f"{path} ({reason})" for path, reason in broken[:MAX_NAMED]) + (
         " ..." if len(broken) > MAX_NAMED else ""
     )
-    files = f"{len(broken)} broken file{'s' if len(broken) > 1 else ''}"
+    files = counted(len(broken), "broken file", "")
     if len(broken) > max_broken:
         raise BadInput(
             f"{files}, and max_broken={max_broken} allows no more: {named}. "

@@ -59,6 +59,14 @@ class Views:
         """Number of views."""
         return len(self.recipes)
 
+    def scaled_sizes(self, scale: float) -> tuple[int, ...]:
+        """Sides of the views in px, scaled and rounded to even numbers, of which every stride of two makes use."""
+        return self.sizes if scale == 1 else tuple(max(2, 2 * round(size * scale / 2)) for size in self.sizes)
+
+    def cost(self, scale: float) -> float:
+        """Pixels of the views with sides scaled, as a share of those at full size: about the share of a step's time."""
+        return sum(side**2 for side in self.scaled_sizes(scale)) / sum(side**2 for side in self.sizes)
+
     def draw(self, sizes: Int[Tensor, "B 2"], generator: torch.Generator, *, rank: int = 0, processes: int = 1) -> Draw:
         """Random parameters of every view of pictures of these original sizes (height, width in px).
 
@@ -76,6 +84,7 @@ class Views:
         images: UInt8[Tensor, "B C S S"],
         draws: Draw,
         *,
+        scale: float = 1.0,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
     ) -> tuple[Float[Tensor, "B C _ _"], ...]:
@@ -84,11 +93,13 @@ class Views:
         Args:
             images: canvases.
             draws: from `draw`, of the same images.
+            scale: of the sides of all views: 0.5 makes them half as large, with the same crops.
             dtype: float32, bfloat16 or float16, to which the views are rounded.
             channels_last: the memory format.
         """
         form = {"dtype": dtype, "memory_format": torch.channels_last if channels_last else torch.contiguous_format}
-        return tuple(render_views(images, draws, self.recipes, self.sizes, self.mean, self.std, **form))
+        sides = self.scaled_sizes(scale)
+        return tuple(render_views(images, draws, self.recipes, sides, self.mean, self.std, **form))
 
 
 @torch.no_grad()

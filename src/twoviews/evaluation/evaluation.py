@@ -16,7 +16,7 @@ from twoviews.console import Console, progress_of
 from twoviews.data.images import ImageData
 from twoviews.encoders.loaded import LoadedEncoder
 from twoviews.encoders.projection import projected
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, counted
 from twoviews.evaluation.comparison import Evaluation
 from twoviews.evaluation.pictures import draw_confusion, draw_knn_curve, draw_per_class, published_curve
 from twoviews.evaluation.preparation import prepare_evaluation
@@ -25,13 +25,13 @@ from twoviews.files import write_atomic
 from twoviews.protocols.classification import classification_scores
 from twoviews.protocols.named import build_protocol
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
+from twoviews.protocols.units import MAX_SHOWN, with_unit
 from twoviews.runtime import format_name
 from twoviews.tables import as_csv
 from twoviews.tracking.metrics import log_metrics, read
 from twoviews.tracking.mirror import flush
 from twoviews.tracking.state import UploadState
 
-MAX_SHOWN = 12  # a protocol with more values, and settings if there are more, are in the files only
 FOLDER = "evaluation"  # below the run's: for tables and pictures
 
 
@@ -89,7 +89,7 @@ def evaluate(
     if loaded.in_run_folder:
         recorded = {f"evaluation/{prefix}{name}": value for name, value in measured.values.items()}
         _record_in_run(loaded, recorded, console)
-    banks = f"kNN bank {len(data.memory or ()):,}, test {len(data.test or ()):,} images of {data.name}"
+    banks = f"kNN bank {len(data.memory or ()):,}, test {counted(len(data.test or ()), 'image')} of {data.name}"
     baselines = _baselines(loaded, data, protocol_settings)
     measured.shown |= {f"kNN of {BASELINES[name][0]}": f"{value:.2f} %" for name, value in baselines.items()}
     console.table(f"{loaded.title}: {banks}", measured.shown)
@@ -136,7 +136,9 @@ def _encoder(loaded: LoadedEncoder, feature: str) -> tuple[Encoder, str]:
 def _warn_of_training(name: str, run_result: Mapping[str, Any], precision: str, console: Console) -> None:
     """Warn if the training is not finished, or had another number format."""
     if run_result.get("state", "finished") != "finished":
-        console.say(f"warning: {name} is {run_result['state']} after {run_result.get('epoch', 0):.4g} epochs.")
+        console.say(
+            f"warning: {name} is {run_result['state']} after {counted(run_result.get('epoch', 0), 'epoch', '.4g')}."
+        )
     if (trained := run_result.get("precision", precision)) != precision:
         console.say(
             f"evaluating in {precision}; {name} was trained, and measured during training, in {trained}, which changes the "
@@ -183,7 +185,7 @@ def _measure(protocols: Mapping[str, Protocol], context: EvaluationContext, cons
         measured.values |= values
         measured.intervals |= intervals
         if len(result.values) <= MAX_SHOWN:
-            measured.shown |= {key: _shown(key, value, intervals.get(key)) for key, value in values.items()}
+            measured.shown |= {key: with_unit(key, value, intervals.get(key)) for key, value in values.items()}
         if result.advice:
             measured.shown[f"{name}/advice"] = result.advice
     return measured
@@ -223,9 +225,3 @@ def _mlflow_experiment(loaded: LoadedEncoder) -> tuple[str | None, str] | None:
         return None
     state = UploadState.load(loaded.folder)
     return state.uri, state.experiment
-
-
-def _shown(name: str, value: float, interval: tuple[float, float] | None) -> str:
-    """A value with its interval, accuracies with two digits."""
-    text = f"{value:.2f} %" if "/top" in name else f"{value:.4g}"
-    return text if interval is None else f"{text}  [{interval[0]:.2f}, {interval[1]:.2f}]"

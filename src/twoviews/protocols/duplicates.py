@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twoviews.data.images import Images
+from twoviews.errors import counted
 from twoviews.figures import save_sheet
 from twoviews.pictures import GAP, GREY, RED, TEXT, fitted, font, squares
 from twoviews.protocols.neighbours import nearest_rows
@@ -134,7 +135,10 @@ class Duplicates(Protocol):
             images = {split.name: split.images for split in splits}
             draw_duplicates(context.folder / "duplicates.png", images, pairs, context.data.classes, self.threshold)
         tables = {"duplicates": [_row(pair, context) for pair in pairs]}
-        return EvaluationResult(values, tables=tables, notes=self._notes(len(x), shared, full))
+        notes = self._notes(len(x), shared, full)
+        if near := [row for row, pair in zip(tables["duplicates"], pairs, strict=True) if not pair.exact]:
+            notes.append(self._on_threshold(near))
+        return EvaluationResult(values, tables=tables, notes=notes)
 
     def _pairs(self, x: Float[Tensor, "N F"]) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"], Float[Tensor, " P"], int]:
         """Both rows of each pair, the smaller first, and their cosine, the largest first; how many rows have k others."""
@@ -149,6 +153,17 @@ class Duplicates(Protocol):
         order = values.argsort(descending=True, stable=True)
         full = int(near.all(1).sum()) if self.k < len(x) - 1 else 0
         return unique[0][order], unique[1][order], values[order], full
+
+    def _on_threshold(self, near: list[TableRow]) -> str:
+        """How to choose the threshold, by pairs that are not equal pixel by pixel."""
+        named = [(row["class"], row["other_class"]) for row in near]
+        mixed = sum("" not in pair and pair[0] != pair[1] for pair in named)
+        of_two = f", {mixed:,} of them of two classes, which copies rarely are" if mixed else ""
+        return (
+            f"{counted(len(near), 'pair')} by cosine alone{of_two}: to a weak encoder images that are merely alike are near, "
+            f"too. If the last pairs in duplicates.png are no copies, raise threshold= (now {self.threshold:g}) or use another "
+            "encoder."
+        )
 
     def _notes(self, images: int, shared: int, full: int) -> list[str]:
         notes = []
@@ -226,7 +241,7 @@ def draw_duplicates(
     side = max(tile.width for of_split in tiles.values() for tile in of_split.values())
     wide, high = 2 * side + 5 * GAP, side + 3 * LINE_PX + GAP
     face, bold, names = font("DejaVuSans"), font("DejaVuSans-Bold"), [*classes]
-    title = f"{len(pairs):,} pairs with a cosine of at least {threshold:g}"
+    title = f"{counted(len(pairs), 'pair')} with a cosine of at least {threshold:g}"
     explanation = "by cosine; bold: equal pixels; red frame: of two classes"
     if len(shown) < len(pairs):
         explanation = (

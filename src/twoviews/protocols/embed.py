@@ -17,7 +17,7 @@ from twoviews.data.images import ImageData, Images
 from twoviews.errors import BadInput, printable
 from twoviews.files import open_atomic
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
-from twoviews.protocols.user_images import embed_user_images, grey_notes, image_paths
+from twoviews.protocols.user_images import check_images, embed_user_images, grey_notes, image_paths
 from twoviews.ranges import Index
 from twoviews.runtime import format_name
 
@@ -45,6 +45,10 @@ class Embed(Protocol):
     images: str | None
     formats: Sequence[Format]
     every_epochs: Index
+
+    def __post_init__(self) -> None:
+        if self.images is not None:
+            check_images(self.images)
 
     def notes(self, data: ImageData) -> list[str]:
         """A sentence if colours are lost."""

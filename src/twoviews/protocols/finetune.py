@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from twoviews.backbones import Encoder
 from twoviews.batch_norms import whole_batch_norms
 from twoviews.classifier_file import as_head, save_classifier
+from twoviews.config.recorded import largest_view
 from twoviews.data.images import Images
 from twoviews.encoder_file import describe, is_buildable
-from twoviews.errors import BadInput, nearest
+from twoviews.errors import BadInput, counted, nearest
 from twoviews.features import Features, embed
-from twoviews.foreign import short
 from twoviews.optim import LrScaling, sgd
 from twoviews.protocols.classification import accuracies, top1
 from twoviews.protocols.encoder_layers import Layer, layers
@@ -116,18 +116,10 @@ class FineTune(Protocol):
         self.smallest_crop, self.flip, self.seed, self.every_epochs = smallest_crop, flip, seed, every_epochs
 
     def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of the run's linear probe, and crops and flips of its views; of several the one with the largest crops.
-
-        They say what leaves these images what they are: mirrored digits are other signs.
-        """
-        views = (config.get("augmentation") or {}).get("views") or {}
-        if not views:
-            return linear_of_run(config)
-        try:
-            low, _, flip = max((*map(float, view["scale"]), float(view["flip"])) for view in views.values())
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"augmentation.views of the run is none that a run writes ({short(error)}).") from None
-        return {**linear_of_run(config), "smallest_crop": low, "flip": flip}
+        """The settings of the run's linear probe, and crops and flips of its views; of several the one with the largest crops."""
+        view = largest_view(config)
+        crops = {"smallest_crop": view["scale"][0], "flip": view["flip"]} if view else {}
+        return {**linear_of_run(config), **crops}
 
     def trained_layers(self, encoder: Encoder) -> list[Layer]:
         """The layers that are trained; they are put into training mode, and the others are frozen.
@@ -265,9 +257,11 @@ class FineTune(Protocol):
         if best:
             note = f"lr={best:g} was chosen, with an accuracy of {accuracy[best]:.2f} % on {len(chooses):,} held-out images."
         else:
+            least, held = min(self.lr), counted(len(chooses), "held-out image")
             note = (
-                f"none of lr={self.lr} is better than the linear probe, which has {accuracy[best]:.2f} % on {len(chooses):,} "
-                "held-out images, so the classifier is that probe and the encoder is unchanged."
+                f"none of lr={self.lr} is better than the linear probe (a linear classifier of the features), which has "
+                f"{accuracy[best]:.2f} % on {held}, so that probe is kept and the encoder is unchanged; for a fine-tuned one try "
+                f"smaller rates, such as lr=[{least / 10:g},{least / 2:g}], or longer training, such as epochs={2 * self.epochs}."
             )
         return best, temperature(logits[best], labels), [note]
 

@@ -3,15 +3,16 @@
 Shapes: N images, F features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from twoviews.config.recorded import largest_view
 from twoviews.data.images import Images
 from twoviews.data.views import Views
 from twoviews.features import BATCH
@@ -96,7 +97,9 @@ class Health(Protocol):
     """Spread, RankMe, alignment, uniformity and similarities of the encoder's features (before any projector).
 
     They are measured on some of the training images, the same ones in every run on the data: on their features under the
-    eval transform, and on those of two views of each, random crops that may be mirrored.
+    eval transform, and on those of two views of each, random crops that may be mirrored. Crops and flips are by default those
+    of the training, because only they leave an image what it is (a mirrored digit is another sign); runs with different ones
+    are compared by the same `scale` and `flip` for all.
 
     Args:
         images: number of images; RankMe is at most so large, and at most the number of features.
@@ -111,6 +114,10 @@ class Health(Protocol):
     scale: Sequence[Annotated[float, Range(above=0, at_most=1)]]
     flip: Fraction
     every_epochs: Index
+
+    def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Crops and flips of the run's views; of several the one with the largest crops."""
+        return largest_view(config)
 
     @torch.no_grad()
     def __call__(self, context: EvaluationContext) -> EvaluationResult:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from twoviews.errors import BadInput, printable
+from twoviews.errors import BadInput, counted, printable
 from twoviews.figures import WIDTH, drawing
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import generator, seed_of
@@ -89,7 +89,7 @@ def draw_map(
     points = 7 if len(names) <= 20 else 6  # size of the letters of the legend
     columns = max(1, min(len(names), int(800 / points / (max(map(len, names), default=1) + 4))))
     height = WIDTH * min(1.3, max(0.5, float(extent[1] / extent[0])))
-    heading = f"{title}: {len(plane):,} images, {NAMES[algorithm]}"
+    heading = f"{title}: {counted(len(plane), 'image')}, {NAMES[algorithm]}"
     with drawing(path, height, title=heading) as (figure, (axis,)):
         # In the order of the draw, so that no class covers another.
         shown = None if y is None else [colours[label] for label in y.tolist()]

@@ -16,7 +16,7 @@ from twoviews.figures import save_sheet
 from twoviews.pictures import GAP, GREEN, GREY, RED, TEXT, fitted, font, squares
 from twoviews.protocols.knn import neighbours
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
-from twoviews.protocols.user_images import embed_user_images, grey_notes, image_paths
+from twoviews.protocols.user_images import check_images, embed_user_images, grey_notes, image_paths
 from twoviews.randomness import generator
 from twoviews.ranges import Count, Index, Seed
 
@@ -58,6 +58,8 @@ class Neighbours(Protocol):
     needs_labels = False
 
     def __init__(self, images: str | None, k: Count, sample: Count, seed: Seed, every_epochs: Index):
+        if images is not None:
+            check_images(images)
         self.images, self.k, self.sample, self.seed, self.every_epochs = images, k, sample, seed, every_epochs
 
     def notes(self, data: ImageData) -> list[str]:

@@ -13,13 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from twoviews.data.images import ImageData
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, counted
 from twoviews.features import Features
 from twoviews.files import write_atomic
 from twoviews.protocols.knn import neighbours
 from twoviews.protocols.linear import Linear, linear_of_run
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol, TableRow
-from twoviews.protocols.user_images import embed_user_images, grey_notes, image_paths
+from twoviews.protocols.user_images import check_images, embed_user_images, grey_notes, image_paths
 from twoviews.ranges import Count, Index, NotNegative, Range
 
 NEAREST = 10  # bank images whose mean distance is taken
@@ -55,6 +55,9 @@ class Predict(Protocol):
         held_out: share of the memory images that chooses the weight decay and the temperature.
         iterations: as in `Linear`.
         every_epochs: how often it is done in training; 0 is at the end only.
+
+    Raises:
+        BadInput: `images` is missing, or there is no such file or folder.
     """
 
     images: str | None
@@ -64,6 +67,7 @@ class Predict(Protocol):
     every_epochs: Index
 
     def __post_init__(self) -> None:
+        check_images(self.images)
         self.linear = Linear(self.weight_decays, self.held_out, self.iterations, self.every_epochs)
 
     def notes(self, data: ImageData) -> list[str]:
@@ -124,13 +128,14 @@ class Predict(Protocol):
 
 def _row(prediction: Mapping[str, Any]) -> TableRow:
     """An entry of predictions.json as a row of the table, with its two most probable classes."""
-    (name, first), (second, next_) = (*prediction.get("probabilities", {}).items(), ("", ""), ("", ""))[:2]
+    percents = [(name, 100 * share) for name, share in prediction.get("probabilities", {}).items()]
+    (name, first), (second, next_) = (*percents, ("", ""), ("", ""))[:2]
     return {
         "image": prediction["image"],
         "class": name,
-        "probability": first,
+        "probability_percent": first,
         "second": second,
-        "second_probability": next_,
+        "second_percent": next_,
         "distance": prediction.get("distance", ""),
         "distance_percentile": prediction.get("distance_percentile", ""),
         "broken": prediction.get("broken", ""),
@@ -142,7 +147,7 @@ def _warning(far: int, pictures: int, test: int) -> list[str]:
     if not far:
         return []
     return [
-        f"warning: {far:,} of {pictures:,} picture{'s are' if pictures > 1 else ' is'} farther from the training images than "
-        f"{FAR_PERCENTILE:g} % of the {test:,} test images (column distance_percentile): what they show may be none of the "
+        f"warning: {far:,} of {counted(pictures, 'picture')} {'are' if far > 1 else 'is'} farther from the training images than "
+        f"{FAR_PERCENTILE:g} % of the {test:,} test images (column distance_percentile): such a picture may show none of the "
         "classes, whatever the probability."
     ]

@@ -31,23 +31,36 @@ class UserImages:
     x: Float[Tensor, "n F"]  # features of `images`, on the device
 
 
+def check_images(images: str | None) -> None:
+    """Refuse what names neither a file nor a folder nor a pattern, without looking for pictures yet.
+
+    Raises:
+        BadInput: it does not.
+    """
+    if not images:
+        raise BadInput("images= names no pictures; give a file, a folder or a pattern such as photos/*.jpg.")
+    place = Path(images).expanduser()
+    if place.is_dir() or place.is_file():
+        return
+    regular(place)
+    if not any(sign in images for sign in "*?["):
+        siblings = [path.name for path in place.parent.iterdir()] if place.parent.is_dir() else []
+        raise BadInput(f"images={images}: there is no such file or folder.{nearest(place.name, siblings)}")
+
+
 def image_paths(images: str | None) -> list[str]:
     """The files that `images` names: a file, all images below a folder, or those that match a pattern; sorted.
 
     Raises:
         BadInput: there are none, or it names something that is not a regular file.
     """
-    if not images:
-        raise BadInput("images= names no pictures; give a file, a folder or a pattern, such as images=photo.jpg.")
+    check_images(images)
+    assert images
     place = Path(images).expanduser()
     if place.is_dir():
         return tree(place).paths
     if place.is_file():
         return [str(place)]
-    regular(place)
-    if not any(sign in images for sign in "*?["):
-        siblings = [path.name for path in place.parent.iterdir()] if place.parent.is_dir() else []
-        raise BadInput(f"images={images}: there is no such file or folder.{nearest(place.name, siblings)}")
     matching = Path(place.anchor or ".").glob(str(place.relative_to(place.anchor)))
     paths = sorted(str(path) for path in matching if not path.is_dir() and path.suffix.lower() in SUFFIXES)
     if not paths:

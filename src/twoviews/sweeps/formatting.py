@@ -6,11 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
-def counted(count: int, noun: str) -> str:
-    """A number with its noun: 1 job, 2,000 jobs."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def text(value: Any) -> str:
     """A value as it is typed on the command line."""
     if isinstance(value, float):

@@ -20,11 +20,10 @@ from twoviews.config.building import build
 from twoviews.config.checks import check_plugin
 from twoviews.config.digest import as_float, flat
 from twoviews.console import Console
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, counted
 from twoviews.sweeps import mlflow_sync
 from twoviews.sweeps.composing import Composer, job_specs
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.formatting import counted
 from twoviews.sweeps.job import Job, JobSpec, JobState
 from twoviews.sweeps.job_status import status
 from twoviews.sweeps.launcher import POLL_SECONDS, Launcher

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, counted
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.formatting import counted
 from twoviews.sweeps.job import Job, JobState
 from twoviews.sweeps.job_status import status
 from twoviews.sweeps.launching import SweepCommand

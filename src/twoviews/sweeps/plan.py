@@ -21,8 +21,9 @@ from typing import Any
 
 from twoviews.config.groups import ROOT
 from twoviews.console import Console, duration, in_bytes
+from twoviews.errors import counted
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.formatting import counted, text
+from twoviews.sweeps.formatting import text
 from twoviews.sweeps.job import LOG, JobSpec, JobState
 from twoviews.sweeps.launcher import Launcher
 from twoviews.sweeps.results import FINISHED, gather

@@ -8,10 +8,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from twoviews.console import duration
+from twoviews.errors import counted
 from twoviews.figures import BASELINES, files_of
 from twoviews.files import write_atomic
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.formatting import counted, short_names, text, typed
+from twoviews.sweeps.formatting import short_names, text, typed
 from twoviews.sweeps.job import SEED, JobState
 from twoviews.sweeps.plots import CURVES, plot_all
 from twoviews.sweeps.results import (

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from twoviews.console import Console
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, counted
 from twoviews.ranges import Count, Index, Length
 from twoviews.sweeps import runner, slurm_commands
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.formatting import counted
 from twoviews.sweeps.job import Job, JobState
 from twoviews.sweeps.job_status import RESUME_HINT, status
 from twoviews.sweeps.launcher import Launcher, exclusive

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from twoviews import foreign
-from twoviews.errors import BadInput, system_reason
+from twoviews.errors import BadInput, counted, system_reason
 from twoviews.locks import is_training
 from twoviews.tracking import uris
 from twoviews.tracking.client import logged_error
@@ -83,7 +83,7 @@ def _tensorboard(options: argparse.Namespace) -> int:
     runs = [run for folder in options.folders for run in _runs_in(folder)] or _folders([])
     for run, place in tensorboard.places(list(dict.fromkeys(runs)), options.out).items():
         foreign.refuse_links(run)
-        print(f"{run}: {tensorboard.convert(run, place):,} values written to {place}", flush=True)
+        print(f"{run}: {counted(tensorboard.convert(run, place), 'value')} written to {place}", flush=True)
     print(f"tensorboard --logdir {shlex.quote(str(options.out))}")
     return DONE
 
@@ -119,11 +119,12 @@ def sync_folder(folder: Path, uri: str | None, experiment: str | None) -> int:
             reason = f"{error.filename or 'a file'}: {system_reason(error)}"
             print(f"error: {folder} cannot be sent: {reason}.", file=sys.stderr)
             return BAD_INPUT
-        print(f"{folder}: {pending_values(folder)} values left ({logged_error(error, folder)})")
+        print(f"{folder}: {counted(pending_values(folder), 'value')} left ({logged_error(error, folder)})")
         return PENDING
     pending = pending_values(folder)
-    later = f", still training: {pending} values follow with its next checkpoints" if training and pending else ""
-    print(f"{folder}: run {run_id(folder)}, {sent} values sent{later}")
+    more = f"{counted(pending, 'value')} to follow with its next checkpoints"
+    later = f", still training: {more}" if training and pending else ""
+    print(f"{folder}: run {run_id(folder)}, {counted(sent, 'value')} sent{later}")
     return PENDING if training and pending else DONE
 
 

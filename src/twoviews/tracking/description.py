@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twoviews import foreign
-from twoviews.errors import without_secrets
+from twoviews.errors import counted, without_secrets
 from twoviews.tracking.client import (
     MAX_DATASET_DIGEST_LENGTH,
     MAX_PARAM_LENGTH,
@@ -83,7 +83,7 @@ def run_note(folder: Path) -> str:
     )
     method, name = config.get("method", {}).get("_target_", "").rpartition(".")[2], data.get("name", "")
     title = " on ".join(f"**{part}**" for part in (method, name) if part) or f"**{folder.name}**"
-    length = [f"{config['epochs']} epochs"] if "epochs" in config else []
+    length = [counted(config["epochs"], "epoch", "")] if "epochs" in config else []
     length += [f"{key.replace('_', ' ')} {config[key]}" for key in ("batch_size", "seed") if key in config]
     if environment:
         length.append(" of ".join(filter(None, (environment.get("gpu") or "CPU", environment.get("host")))))
@@ -106,8 +106,11 @@ def _results(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     if not result:
         return ""
     accuracies = _listed(result, ACCURACIES)
-    of = f" of {config['epochs']}" if result["state"] != "finished" and "epochs" in config else ""
-    after = f"{result['state']} after {result['epoch']:.4g}{of} epochs" if "epoch" in result else result["state"]
+    if result["state"] != "finished" and "epochs" in config:
+        length = f"{result.get('epoch', 0):.4g} of {counted(config['epochs'], 'epoch', '')}"
+    else:
+        length = counted(result.get("epoch", 0), "epoch", ".4g")
+    after = f"{result['state']} after {length}" if "epoch" in result else result["state"]
     reason = f" ({without_secrets(result['reason'])})" if result.get("reason") else ""
     return ", ".join(filter(None, (accuracies, after + reason)))
 

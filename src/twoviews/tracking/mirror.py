@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, counted
 from twoviews.tracking import uris
 from twoviews.tracking.client import NO_ANSWER, logged_error, prepare_environment, short_error
 from twoviews.tracking.state import UploadState, saved_at, set_target
@@ -149,7 +149,7 @@ class Mirror:
             if "complete" not in self._told:
                 reason = self._told.get("failed") or ("the mirror has ended" if ended else NO_ANSWER)
                 self._say(
-                    f"MLflow does not have all of this run ({reason}; {pending} values left); {_later(self._folder)}"
+                    f"MLflow does not have all of this run ({reason}; {counted(pending, 'value')} left); {_later(self._folder)}"
                 )
         return pending
 

@@ -1,7 +1,6 @@
 """tracking.json in a run folder: where the run is sent to, and how much of it MLflow has."""
 
 import json
-import os
 import shlex
 import sys
 import uuid
@@ -157,7 +156,7 @@ def page(uri: str, experiment_id: str | None, run_id: str) -> str:
     place = f"/#/experiments/{experiment_id}/runs/{run_id}?{WORKFLOW}"
     if uri.startswith("http"):
         return uri + place
-    command = os.path.relpath(Path(sys.executable).with_name("mlflow"))
+    command = str(Path(sys.executable).absolute().with_name("mlflow"))  # works from any folder
     return (
         f"MLFLOW_DISABLE_TELEMETRY=true {shlex.quote(command)} ui --workers 1 --backend-store-uri {shlex.quote(uri)}"
         f"  then open http://127.0.0.1:5000{place}"

@@ -1,0 +1,36 @@
+"""Values of protocols as tables show them, with their units."""
+
+import re
+
+MAX_SHOWN = 12  # a protocol with more values is in the files only
+_PERCENT = "top[15]|precision|recall|f1|roc_auc|ece|clean|unadapted|gain|agreement"
+UNITS = {  # pattern of a whole name, such as knn/top1: unit; the first that fits, and none for what fits none
+    rf".*/(.*_)?({_PERCENT})(_.*)?": "%",
+    "duplicates/test_duplicated": "% of the test images",
+    "duplicates/.*": "pairs",
+    ".*/(images|broken|far)": "images",
+    "health/rankme": "dimensions",
+    "health/uniformity": "nats",
+    "embed/features": "dimensions",
+}
+
+
+def unit(name: str) -> str:
+    """The unit of a value by its full name, such as "%" of knn/top1; "" if it has none."""
+    return next((unit for pattern, unit in UNITS.items() if re.fullmatch(pattern, name)), "")
+
+
+def with_unit(name: str, value: float, interval: tuple[float, float] | None = None) -> str:
+    """A value with its unit and its interval, percentages with two digits: "88.06 %  [84.72, 91.39]", "1 image".
+
+    Args:
+        name: in full, such as knn/top1.
+        value: in the unit of `unit(name)`.
+        interval: its ends.
+    """
+    of = unit(name)
+    text = f"{value:.2f}" if of.startswith("%") else f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
+    if value == 1 and not of.startswith("%"):
+        of = of.removesuffix("s")
+    text = f"{text} {of}".rstrip()
+    return text if interval is None else f"{text}  [{interval[0]:.2f}, {interval[1]:.2f}]"
