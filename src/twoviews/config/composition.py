@@ -1,15 +1,13 @@
 """Configurations as Hydra composes them from the files of conf/ and overrides."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from twoviews.config.digest import digest, flat
+from twoviews.config.digest import digest
 from twoviews.config.groups import CONF, options
 from twoviews.config.hydra_internals import chosen
 from twoviews.config.recorded import largest_view
@@ -68,12 +66,3 @@ def compose_unresolved(name: str, overrides: list[str]) -> Any:
     """The same as nested dictionaries, with interpolations as text."""
     cfg = compose(name, overrides)
     return None if cfg is None else OmegaConf.to_container(cfg, resolve=False)
-
-
-def override_keys(overrides: Sequence[str]) -> list[str]:
-    """The dotted keys that overrides set, in their order; a dictionary such as a={b:1,c:2} sets a.b and a.c."""
-    keys = []
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        key, value = override.key_or_group, override.value()
-        keys += flat({key: value}) if isinstance(value, dict) and value else [key]
-    return keys

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from twoviews import foreign
 from twoviews.config.building import build
-from twoviews.config.composition import override_keys
-from twoviews.config.digest import NOT_IN_DIGEST, plain
+from twoviews.config.digest import NOT_IN_DIGEST, flat, plain
 from twoviews.config.groups import CONF
 from twoviews.errors import BadInput
 
@@ -107,3 +107,12 @@ def overridden(cfg: DictConfig, overrides: Sequence[str], node: str) -> dict[str
         if key.startswith(f"{node}."):
             OmegaConf.update(values, key, OmegaConf.select(cfg, key), force_add=True)
     return plain(values)[node]
+
+
+def override_keys(overrides: Sequence[str]) -> list[str]:
+    """The dotted keys that overrides set, in their order; a dictionary such as a={b:1,c:2} sets a.b and a.c."""
+    keys = []
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key, value = override.key_or_group, override.value()
+        keys += flat({key: value}) if isinstance(value, dict) and value else [key]
+    return keys
