@@ -165,7 +165,8 @@ class Counted(KNN):
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         self.queries = sum(
-            which.stop - which.start for which, *_ in knn.neighbours(context.test.x, context.memory, 5, context.shared)
+            which.stop - which.start
+            for which, *_ in knn.neighbours(context.test.x, context.memory.x, 5, shared=context.shared)
         )
         return super().__call__(context)
 

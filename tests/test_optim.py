@@ -206,7 +206,8 @@ def test_adamw_is_torchs():
 UNSHIELDED = """
 import sys, torch
 from twoviews.muon import muon, orthogonalised
-from twoviews.optim import LARC, LARS, LBFGS, SGD, AdamW
+from twoviews.optim import LARC, LARS
+from twoviews.torch_optimizers import LBFGS, SGD, AdamW
 
 for kind, numbers in ((SGD, {}), (AdamW, {}), (LBFGS, {}), (LARS, (0.1, 0.9, 0.1, 0.1)), (LARC, (0.1, 0.9, 0.1, 0.1))):
     weight = torch.nn.Parameter(torch.ones(2, 2))

@@ -35,9 +35,15 @@ class Head:
 
 def as_head(weight: Tensor, bias: Tensor, classes: Sequence[str]) -> Head:
     """A head with these weights [C, F] and biases [C], which are not trained further."""
+    return Head(as_linear(weight, bias), tuple(classes))
+
+
+def as_linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A linear layer with copies of these weights [C, F] and biases [C], which are not trained further."""
+    # On meta first: torch's own initialisation would draw from the global generator.
     linear = nn.Linear(weight.shape[1], len(weight), device="meta").to_empty(device=weight.device)
     linear.load_state_dict({"weight": weight, "bias": bias})
-    return Head(linear.requires_grad_(False), tuple(classes))
+    return linear.requires_grad_(False)
 
 
 def save_classifier(folder: Path, encoder: Encoder, head: Head, description: Mapping[str, Any]) -> None:

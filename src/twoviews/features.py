@@ -76,12 +76,7 @@ def embed(
         path = choose_path(module, device, dtype, data.size, size)
     # The fused networks of a GPU convert the images themselves.
     convert = channels_last and (path is None or device.type == "cpu")
-    network, x = fold_batchnorm(module, path, dtype), None
-    # Autocast caches weights that it has cast until the outermost autocast ends, but only if they require a gradient.
-    for parameter in network.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-    if convert:
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network, x = _network(module, path, dtype, convert), None
     # Processes get whole batches, so that each image is in the same batch, and rounded alike, for any number of them.
     own = torch.arange(len(images)).split(size)[rank::processes]
     shown = progress_of(title, sum(map(len, own)), "images") if title else contextlib.nullcontext(lambda _: None)
@@ -107,6 +102,15 @@ def embed(
     assert x is not None
     _check_finite(x, dtype)
     return x
+
+
+def _network(module: nn.Module, path: str | None, dtype: torch.dtype, channels_last: bool) -> nn.Module:
+    """A copy of a module as `embed` runs it; see `fold_batchnorm`."""
+    network = fold_batchnorm(module, path, dtype)
+    # Autocast caches weights that it has cast until the outermost autocast ends, but only if they require a gradient.
+    for parameter in network.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return network.to(memory_format=torch.channels_last) if channels_last else network  # type: ignore[call-overload]
 
 
 def _check_finite(x: Float[Tensor, "N D"], dtype: torch.dtype) -> None:

@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from twoviews import fused_norm_triton
 from twoviews.backbones import BasicBlock, Bottleneck, ResNet
+from twoviews.batch_norms import BatchNorm
 
 # By type of device, the first that serves is used.
 PREFERRED_PATHS: dict[str, tuple[str, ...]] = {"cpu": ("mkldnn",), "cuda": ("cudnn", "triton")}
@@ -99,7 +100,7 @@ def _finite(module: nn.Module) -> bool:
 
 def _fold(part: nn.Module, convolution: str, norm: str) -> None:
     before, after = getattr(part, convolution, None), getattr(part, norm, None)
-    if isinstance(before, nn.Conv2d) and isinstance(after, nn.modules.batchnorm._BatchNorm):
+    if isinstance(before, nn.Conv2d) and isinstance(after, BatchNorm):
         setattr(part, convolution, fuse_conv_bn_eval(before, after))
         setattr(part, norm, nn.Identity())
 

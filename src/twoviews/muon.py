@@ -11,8 +11,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from twoviews.optim import AdamW, is_fused, scaled_lr
+from twoviews.optim import is_fused, scaled_lr
 from twoviews.ranges import Count, Decay, LrScaling, Range, Rate, Repeats
+from twoviews.torch_optimizers import AdamW
 
 # Of the quintic iteration x <- a x + b x^3 + c x^5, which brings singular values in (0, 1] near 1 within five steps.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -4,7 +4,6 @@ Every optimizer takes `param_groups` as `Method.param_groups` gives them, `batch
 paper states it, with the rule (`lr_scaling`) that makes the learning rate of this batch size from it.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from twoviews.errors import BadInput
 from twoviews.ranges import Count, Decay, Fraction, LrScaling, Range, Rate
+from twoviews.torch_optimizers import SGD, AdamW, Optimizer
 
 
 def scaled_lr(lr: float, scaling: LrScaling, batch_size: int) -> float:
@@ -32,47 +32,9 @@ def _excluding(groups: list[dict], exclude: bool, **changes) -> list[dict]:
     return [group for group in split if group["params"]]
 
 
-class Optimizer(torch.optim.Optimizer):
-    """torch's, without its shields against torch.compile, which sees no optimizer here.
-
-    They import torch._dynamo at the first call of each of these, which takes as long as the import of all other torch.
-    """
-
-    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
-    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
-
-
 def is_fused(groups: list[dict]) -> bool:
     """Whether one kernel shall update many parameters: on GPUs, where it takes learning rates from the device, too."""
     return groups[0]["params"][0].is_cuda
-
-
-class SGD(Optimizer, torch.optim.SGD):
-    """torch.optim.SGD, unshielded."""
-
-    _step = inspect.unwrap(torch.optim.SGD.step)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        """One update of all parameters that have gradients."""
-        for group in self.param_groups:
-            for weight in group["params"] if group["fused"] and group["momentum"] else ():
-                # The fused kernel takes all buffers or none; from zero, the first step makes of one what torch makes of none.
-                if weight.grad is not None and "momentum_buffer" not in self.state[weight]:
-                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-        self._step(closure)
-
-
-class AdamW(Optimizer, torch.optim.AdamW):
-    """torch.optim.AdamW, unshielded."""
-
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-
-
-class LBFGS(Optimizer, torch.optim.LBFGS):
-    """torch.optim.LBFGS, unshielded."""
 
 
 def sgd(

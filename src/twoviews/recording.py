@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -12,7 +12,7 @@ from twoviews.assembly import Parts, describe_data, describe_encoder
 from twoviews.checkpoints import has_checkpoint, load_last_checkpoint
 from twoviews.code import code_state
 from twoviews.config.building import build
-from twoviews.config.digest import NOT_IN_DIGEST, digest, flat
+from twoviews.config.digest import NOT_IN_DIGEST, digest, flat, plain
 from twoviews.console import Console
 from twoviews.encoder_file import WEIGHTS_FILE, save_encoder
 from twoviews.environment import environment
@@ -28,7 +28,7 @@ from twoviews.runtime import format_name, peak_memory
 from twoviews.stop_signal import StopSignal
 from twoviews.tracking.metrics import Metrics, read
 from twoviews.tracking.mirror import Mirror, flush
-from twoviews.tracking.state import is_child, run_id, set_target
+from twoviews.tracking.state import PARENT_TAG, UploadState, run_id, set_target
 from twoviews.tracking.upload import is_uploaded
 
 FAILED = 1  # exit code of a training that went wrong
@@ -82,7 +82,7 @@ class Recording:
         if self._first:
             tracking = build(cfg.tracking)
             resumed = has_checkpoint(folder) and not cfg.fresh
-            tracking.check(resumed or is_child(folder), console.say)
+            tracking.check(resumed or PARENT_TAG in UploadState.load(folder).tags, console.say)
             lock = self._begin()
         process_group.wait_for_first()  # process 0 has renamed a damaged checkpoint
         if not self._first:
@@ -229,7 +229,7 @@ def record_start(run: Run, cfg: DictConfig, parts: Parts) -> None:
     Raises:
         BadInput: the folder holds a run with another configuration or other images.
     """
-    config, data = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), describe_data(parts.data)
+    config, data = plain(cfg), describe_data(parts.data)
     if recorded := run.read("environment.json"):
         if recorded["digest"] != digest(cfg):
             raise BadInput(

@@ -127,7 +127,7 @@ def _kill_mirror(folder: Path) -> None:
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (place / "cmdline").read_bytes().decode(errors="replace")
-            if "twoviews.tracking.mirror_process" in words and str(folder) in words:
+            if "twoviews.tracking.mirror" in words and str(folder) in words:
                 os.kill(int(place.name), signal.SIGKILL)
 
 

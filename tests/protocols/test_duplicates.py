@@ -12,8 +12,7 @@ from sklearn.datasets import load_digits
 from twoviews.data.images import ImageData, Images
 from twoviews.data.sources import digits, folder
 from twoviews.features import Pixels
-from twoviews.protocols.duplicates import Duplicates
-from twoviews.protocols.duplicates_sheet import MAX_PAIRS, DuplicatePair, shown_pairs
+from twoviews.protocols.duplicates import MAX_PAIRS, DuplicatePair, Duplicates, shown_pairs
 from twoviews.protocols.protocol import EvaluationContext
 
 

@@ -69,7 +69,7 @@ def test_chunks_change_nothing(monkeypatch):
 def test_neighbours_are_the_most_similar_rows_also_among_copies(count, k):
     bank, queries = pixels()
     x = bank.x[torch.arange(count) % max(1, count // 3)]  # each row three times
-    ((_, cosines, rows),) = knn.neighbours(queries.x, Features(x, torch.arange(count)), k)
+    ((_, cosines, rows),) = knn.neighbours(queries.x, x, k)
     similarity = nnf.normalize(queries.x, dim=1) @ nnf.normalize(x, dim=1).T
     assert torch.equal(cosines, similarity.sort(dim=1, descending=True).values[:, :k])
     assert torch.equal(similarity.gather(1, rows), cosines)  # of equal rows any, in any order,

@@ -22,7 +22,7 @@ from twoviews.data.sources import digits, folder
 from twoviews.errors import BadInput
 from twoviews.features import Pixels
 from twoviews.pictures import GAP, RED
-from twoviews.protocols import neighbours_sheet, user_images
+from twoviews.protocols import neighbours, user_images
 from twoviews.protocols.classification import calibration_error
 from twoviews.protocols.embed import Embed
 from twoviews.protocols.linear import Linear
@@ -280,7 +280,7 @@ def test_embeddings(context: EvaluationContext, photos: Path, tmp_path: Path) ->
 def test_nearest_rows_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     images = digits().train.pixels[:300].flatten(1).float()
     bank, queries = images[:200], images[200:]
-    monkeypatch.setattr("twoviews.protocols.neighbours.CHUNK_BYTES", 4 * 200 * 7)  # 15 chunks
+    monkeypatch.setattr("twoviews.protocols.knn.CHUNK_BYTES", 4 * 200 * 7)  # 15 chunks
     cosines, rows = nearest_rows(queries, bank, 5, None)
     for query, values, found in zip(queries.numpy(), cosines, rows, strict=True):
         all_ = [float(row @ query / np.linalg.norm(row) / np.linalg.norm(query)) for row in bank.numpy()]
@@ -337,18 +337,18 @@ def test_the_sheet_frames_what_is_of_another_class(tmp_path: Path) -> None:
     for labels, framed in (([0, 1], [[False, True, False], [True, False, True]]), (None, [[False] * 3] * 2)):
         own = grey([100, 200], labels)
         rows = [
-            neighbours_sheet.NeighbourRow(
+            neighbours.NeighbourRow(
                 f"photo {i}.jpg", i, -1 if labels is None else labels[i], [0, 1, 2], [0.9, 0.8, 0.7]
             )
             for i in (0, 1)
         ]
-        neighbours_sheet.draw_neighbours(tmp_path / "sheet.png", own, train, rows, ("cat", "кошка"), "title")
+        neighbours.draw_neighbours(tmp_path / "sheet.png", own, train, rows, ("cat", "кошка"), "title")
         picture = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
-        high, start, wide = 96 + 2 * neighbours_sheet.LINE_PX + GAP, GAP + 96 + GAP + 3 * GAP, 96 + GAP
-        assert picture.shape[0] == neighbours_sheet.HEADING_PX + 2 * high + GAP
+        high, start, wide = 96 + 2 * neighbours.LINE_PX + GAP, GAP + 96 + GAP + 3 * GAP, 96 + GAP
+        assert picture.shape[0] == neighbours.HEADING_PX + 2 * high + GAP
         found = []
         for row in range(2):
-            top = neighbours_sheet.HEADING_PX + row * high
+            top = neighbours.HEADING_PX + row * high
             assert (picture[top + 48, GAP + 48] == (100, 200)[row]).all()
             assert [picture[top + 48, start + wide * place + 48, 0] for place in range(3)] == [10, 20, 30]
             found.append([bool((picture[top - 2, start + wide * place + 48] == RED).all()) for place in range(3)])

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from twoviews.config.checks import is_node, node_problems, unknown_target
+from twoviews.config.digest import plain
 from twoviews.config.groups import PASSED_BY_PROGRAM, group_of
 from twoviews.config.parameter_names import qualified_errors, qualify
 from twoviews.errors import BadInput
@@ -31,7 +32,7 @@ def build(node: "DictConfig | dict[str, Any]", *, _partial_: bool = False, _key_
         BadInput: no file of conf/ names this `_target_`, a value does not fit its signature, or the object refuses it; the
             message has the keys as they are typed, such as method.queue_size=16.
     """
-    values = plain(node)
+    values = plain(node) if isinstance(node, Mapping) else node
     target = str(values.get("_target_")) if isinstance(values, dict) else "None"
     if (group := group_of(target)) is None:
         raise unknown_target(target)
@@ -51,15 +52,6 @@ def build_data(node: "DictConfig | dict[str, Any]") -> "ImageData":
     """The data set of a configuration's `data`; parameters in its notes have the group in front, as in data.size=64."""
     data = build(node)
     return replace(data, notes=tuple(qualify(note, "data") for note in data.notes))
-
-
-def plain(node: "DictConfig | dict[str, Any]") -> Any:
-    """A node as nested dictionaries and lists, with its interpolations resolved."""
-    if isinstance(node, dict):
-        return node
-    from omegaconf import DictConfig, OmegaConf
-
-    return OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
 
 
 def _call(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> partial:

@@ -1,11 +1,10 @@
 """Values of a configuration against the signatures that they go to."""
 
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from twoviews.config.digest import REDUCED_FROM, flat
+from twoviews.config.digest import REDUCED_FROM, flat, plain
 from twoviews.config.groups import CONF, PASSED_BY_PROGRAM, PLUGIN_KEYS, groups, options, targets
 from twoviews.errors import BadInput, nearest, shown
 from twoviews.ranges import Count, Fraction, Range, Seed, Size, Temperature
@@ -79,12 +78,12 @@ def check(name: str, cfg: "DictConfig | dict[str, Any]") -> None:
 
     Args:
         name: of the command: train, evaluate or cluster.
-        cfg: its configuration, without Hydra's own node.
+        cfg: its configuration; Hydra's own node is left out.
 
     Raises:
         BadInput: keys are unknown or missing, values have the wrong type or are out of range; with all of them.
     """
-    content = _resolved(cfg)
+    content = plain(cfg)
     root = {field.name: field.type for field in fields(ROOTS[name])}
     known = groups()
     chosen = [key for key in content if key not in root and key in known]
@@ -109,14 +108,6 @@ def check(name: str, cfg: "DictConfig | dict[str, Any]") -> None:
         raise BadInput(*problems)
 
 
-def _resolved(cfg: "DictConfig | dict[str, Any]") -> dict[str, Any]:
-    if isinstance(cfg, dict):
-        return cfg
-    from omegaconf import OmegaConf
-
-    return typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-
-
 def _without_repetitions(problems: Sequence[str], cfg: "DictConfig") -> list[str]:
     """The problems without those of keys that only repeat a root key with a problem, as schedule.epochs repeats epochs."""
     from omegaconf import OmegaConf
@@ -138,9 +129,7 @@ def check_plugin(cfg: "DictConfig", kind: Literal["launcher", "sweeper"]) -> dic
         BadInput: keys are unknown or missing, values have the wrong type or are out of range, or a plugin of Hydra's own
             was chosen.
     """
-    from omegaconf import OmegaConf
-
-    node, key = _mapping(OmegaConf.to_container(cfg.hydra[kind], resolve=True)), PLUGIN_KEYS[kind]
+    node, key = plain(cfg.hydra[kind]), PLUGIN_KEYS[kind]
     if node.get(key) not in targets(kind):
         chosen = cfg.hydra.runtime.choices[f"hydra/{kind}"]
         raise BadInput(

@@ -6,15 +6,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 
-from twoviews.config.command_line_errors import diagnose, wrong_choices
-from twoviews.config.composition import compose_unresolved, has
+from twoviews.config.command_line_errors import MULTIRUN, diagnose, unknown_override, wrong_choices
+from twoviews.config.composition import compose_unresolved
 from twoviews.config.groups import chooses
 from twoviews.config.hydra_internals import parse_options
 from twoviews.config.recorded import refuse_unsafe
 from twoviews.errors import BadInput
 
 OPEN_NODE = "hydra.launcher.options"  # a dictionary whose keys no file of conf/ lists
-MULTIRUN = frozenset({"-m", "--multirun"})
 
 
 def check_arguments(name: str, arguments: Sequence[str]) -> None:
@@ -68,9 +67,7 @@ def hydra_arguments(name: str, arguments: Sequence[str]) -> list[str]:
         return words
     others = [word for word, override in parsed.items() if word not in fixed and not override.is_sweep_override()]
     content = compose_unresolved(name, others)
-    absent = {
-        word for word, override in fixed.items() if content is not None and not has(content, override.key_or_group)
-    }
+    absent = {word for word, override in fixed.items() if unknown_override(override, content)}
     return [
         f"{parsed[word].key_or_group}=choice({word.partition('=')[2]})" if word in absent else word for word in words
     ]

@@ -12,15 +12,15 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, QuotedString, Sweep
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from twoviews.config.checks import check, unknown_key, with_group
-from twoviews.config.composition import compose
+from twoviews.config.composition import compose, compose_unresolved
 from twoviews.config.digest import flat
 from twoviews.config.groups import CONF, groups, options
 from twoviews.errors import mistakes, nearest, shown
 
+MULTIRUN = frozenset({"-m", "--multirun"})
 _FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd")  # of Hydra's command line
 MAX_NAME_BYTES = 255  # of a file on most file systems
 OPTIONAL = ("experiment", "special")  # groups of conf/train.yaml that may have no file: "none"
@@ -47,13 +47,12 @@ def diagnose(name: str, arguments: Sequence[str], error: Exception | None = None
     # Of a group without a valid choice no key is known.
     unknown = tuple(f"{choice.key_or_group}." for choice in choices if choice not in valid)
     chosen = [str(choice.input_line) for choice in valid if not choice.is_sweep_override()]
-    cfg = compose(name, chosen)
-    content = None if cfg is None else OmegaConf.to_container(cfg, resolve=False)
+    content = compose_unresolved(name, chosen)
     known = []
     for override in overrides:
         if override in choices or override.key_or_group.startswith(unknown):
             continue
-        if sentence := _unknown_override(override, content):
+        if sentence := unknown_override(override, content):
             problems.append(sentence)
         elif not override.is_sweep_override():
             known.append(str(override.input_line))
@@ -61,7 +60,8 @@ def diagnose(name: str, arguments: Sequence[str], error: Exception | None = None
     problems += _sweep_without_multirun(overrides, arguments)
     rest = compose(name, [*chosen, *known]) if problems else None
     if rest is not None:
-        problems += mistakes(lambda: _check(name, rest))
+        with contextlib.suppress(OmegaConfBaseException):  # where interpolations cannot be resolved
+            problems += mistakes(lambda: check(name, rest))
         problems = [problem for problem in problems if not problem.startswith(unknown)]
         typed = any(override.key_or_group == "run" for override in overrides)
         if typed or any("; write run=" in problem for problem in problems):
@@ -87,7 +87,7 @@ def _parsed(arguments: Sequence[str]) -> tuple[list[Override], list[str]]:
 def _sweep_without_multirun(overrides: Sequence[Override], arguments: Sequence[str]) -> list[str]:
     """A sentence if a command has several values for a key and no -m."""
     swept = [str(override.input_line) for override in overrides if override.is_sweep_override()]
-    multirun = {"-m", "--multirun"} & {*arguments} or any("hydra.mode" in argument for argument in arguments)
+    multirun = not MULTIRUN.isdisjoint(arguments) or any("hydra.mode" in argument for argument in arguments)
     if not swept or multirun:
         return []
     return [f"{swept[0]} are several values; add -m to run each of them, or write a list in brackets, key=[a,b]."]
@@ -174,12 +174,6 @@ def unknown_choice(override: Override) -> str:
     return ""
 
 
-def _check(name: str, cfg: DictConfig) -> None:
-    """`check`, if all interpolations can be resolved."""
-    with contextlib.suppress(OmegaConfBaseException):
-        check(name, OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]))
-
-
 def _values(override: Override) -> list[str]:
     """Names of the files that a choice or a sweep over choices names; none for a pattern."""
     value = override.value()
@@ -192,7 +186,7 @@ def _values(override: Override) -> list[str]:
     return ["null" if text is None else str(text) for text in texts]
 
 
-def _unknown_override(override: Override, content: Any) -> str:
+def unknown_override(override: Override, content: Any) -> str:
     """A sentence for the first part of an override's dotted key that the configuration does not have; empty if it has all."""
     if content is None:
         return ""

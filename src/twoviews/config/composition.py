@@ -66,12 +66,3 @@ def compose_unresolved(name: str, overrides: list[str]) -> Any:
     """The same as nested dictionaries, with interpolations as text."""
     cfg = compose(name, overrides)
     return None if cfg is None else OmegaConf.to_container(cfg, resolve=False)
-
-
-def has(content: Any, key: str) -> bool:
-    """Whether nested dictionaries have a dotted key; keys inside a list count as present."""
-    for part in key.split("."):
-        if not isinstance(content, dict) or part not in content:
-            return isinstance(content, list)
-        content = content[part]
-    return True

@@ -2,7 +2,6 @@
 
 import hashlib
 import typing
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ REDUCED_FROM = "reduced_from"  # node of a run's configuration: by dotted key, v
 
 def digest(cfg: "DictConfig | dict[str, Any]") -> str:
     """Eight hex digits that change with every value of a configuration that can change the result of a run."""
-    values = flat(_plain(cfg))
+    values = flat(plain(cfg))
     values |= {
         key.removeprefix(f"{REDUCED_FROM}."): values.pop(key) for key in [*values] if key.startswith(REDUCED_FROM)
     }
@@ -55,12 +54,11 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, node in tree.items() for key, value in flat(node, f"{prefix}{name}.").items()}
 
 
-def _plain(cfg: "DictConfig | Mapping[str, Any]") -> dict[str, Any]:
-    """The resolved values of a configuration without Hydra's own node."""
+def plain(cfg: "DictConfig | dict[str, Any]") -> dict[str, Any]:
+    """A configuration without Hydra's own node, or a node of one, as nested dictionaries, with interpolations resolved."""
     if isinstance(cfg, dict):
         return cfg
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
 
-    assert isinstance(cfg, DictConfig)
-    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]) if "hydra" in cfg else cfg
     return typing.cast(dict[str, Any], OmegaConf.to_container(own, resolve=True))

@@ -16,8 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from twoviews import foreign, processes
 from twoviews.config.checks import ROOTS, check
-from twoviews.config.command_line import MULTIRUN, check_arguments, hydra_arguments
-from twoviews.config.command_line_errors import diagnose
+from twoviews.config.command_line import check_arguments, hydra_arguments
+from twoviews.config.command_line_errors import MULTIRUN, diagnose
 from twoviews.config.composition import VERSION_BASE, register_resolvers
 from twoviews.config.groups import CONF
 from twoviews.config.hydra_internals import hide_classes, start_faster
@@ -47,10 +47,7 @@ def entry(name: Name) -> Callable[[Main], Callable[[], None]]:
     and keep their traceback. A number returned by main becomes the exit code.
     """
 
-    def decorate(main: Main) -> Callable[[], None]:
-        return _Command(name, main).run
-
-    return decorate
+    return lambda main: _Command(name, main).run
 
 
 class _Command:

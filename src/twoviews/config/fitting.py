@@ -4,14 +4,13 @@ import math
 import pkgutil
 from collections.abc import Set
 from pathlib import Path
-from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from twoviews import foreign
-from twoviews.config.digest import REDUCED_FROM, flat
+from twoviews.config.digest import REDUCED_FROM, flat, plain
+from twoviews.config.recorded import override_keys
 
 STEPS_PER_EPOCH = 4  # at least, where the data allow it
 BATCH, QUEUE = "batch_size", "method.queue_size"
@@ -29,11 +28,7 @@ def keys_set_by_user(folder: Path) -> Set[str]:
         overrides = foreign.load(folder / "point.json").get("overrides", [])
     else:
         return {BATCH, QUEUE}
-    keys: set[str] = set()
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        value, key = override.value(), override.key_or_group
-        keys |= set(flat({key: value})) if isinstance(value, dict) else {key}
-    return keys
+    return {*override_keys(overrides)}
 
 
 def fit_to_data(cfg: DictConfig, images: int, processes: int, fixed: Set[str]) -> list[str]:
@@ -58,11 +53,11 @@ def fit_to_data(cfg: DictConfig, images: int, processes: int, fixed: Set[str]) -
     if limited and QUEUE not in fixed and batch <= images:
         keys = batch * (2 if cfg.method.get("symmetric") else 1)  # of a step
         queue = min(queue, max(keys, images // 2 // keys * keys))
-    before = flat(_values(cfg))
+    before = flat(plain(cfg))
     OmegaConf.update(cfg, BATCH, batch)
     if queue:
         OmegaConf.update(cfg, QUEUE, queue)
-    after = flat(_values(cfg))
+    after = flat(plain(cfg))
     changed = {key: value for key, value in before.items() if after[key] != value}
     if not changed:
         return []
@@ -77,8 +72,3 @@ def _batch(cfg: DictConfig, images: int, processes: int, largest: int) -> int:
     parts = cfg.runtime.accumulate * math.lcm(cfg.method.get("bn_splits") or 1, processes)
     wanted = 2 ** int(math.log2(max(1, images // STEPS_PER_EPOCH)))
     return min(largest, max(2 * parts, wanted // parts * parts))
-
-
-def _values(cfg: DictConfig) -> dict[str, Any]:
-    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    return cast(dict[str, Any], OmegaConf.to_container(own, resolve=True))

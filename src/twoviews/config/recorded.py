@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from twoviews import foreign
 from twoviews.config.building import build
-from twoviews.config.digest import NOT_IN_DIGEST, flat
+from twoviews.config.digest import NOT_IN_DIGEST, flat, plain
 from twoviews.config.groups import CONF
 from twoviews.errors import BadInput
 
@@ -65,7 +65,7 @@ def add_missing_runtime(cfg: DictConfig) -> None:
     """Give a configuration of an earlier version the keys of runtime that it lacks, where no result depends on them."""
     if "runtime" not in cfg:
         return
-    defaults = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(CONF / "runtime" / "default.yaml")))
+    defaults = plain(cast(DictConfig, OmegaConf.load(CONF / "runtime" / "default.yaml")))
     missing = [key for key in defaults if key not in cfg.runtime and f"runtime.{key}" in NOT_IN_DIGEST]
     for key in missing:
         OmegaConf.update(cfg, f"runtime.{key}", defaults[key], force_add=True)
@@ -103,10 +103,16 @@ def overridden(cfg: DictConfig, overrides: Sequence[str], node: str) -> dict[str
         node: a root key; an override that chooses a file for it sets no value.
     """
     values = OmegaConf.create({node: {}})
+    for key in override_keys(overrides):
+        if key.startswith(f"{node}."):
+            OmegaConf.update(values, key, OmegaConf.select(cfg, key), force_add=True)
+    return plain(values)[node]
+
+
+def override_keys(overrides: Sequence[str]) -> list[str]:
+    """The dotted keys that overrides set, in their order; a dictionary such as a={b:1,c:2} sets a.b and a.c."""
+    keys = []
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key, value = override.key_or_group, override.value()
-        keys = [f"{key}.{inner}" for inner in flat(value)] if isinstance(value, dict) and value else [key]
-        for each in keys:
-            if each.startswith(f"{node}."):
-                OmegaConf.update(values, each, OmegaConf.select(cfg, each), force_add=True)
-    return cast(dict[str, Any], OmegaConf.to_container(values, resolve=True))[node]
+        keys += flat({key: value}) if isinstance(value, dict) and value else [key]
+    return keys

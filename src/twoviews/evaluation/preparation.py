@@ -46,7 +46,5 @@ def prepare_evaluation(
     if chosen_data is None and not loaded.trained_on(data):
         console.say("warning: these are not the images of the run (their digest differs), so the numbers are not its.")
     dtype = runtime.evaluation_dtype(device)
-    context = EvaluationContext(loaded.encoder.to(device), data, device, dtype, runtime.channels_last)
-    context.title = loaded.title
-    context.head = loaded.head
-    return context
+    own = {"head": loaded.head, "title": loaded.title}
+    return EvaluationContext(loaded.encoder.to(device), data, device, dtype, runtime.channels_last, **own)

@@ -7,24 +7,23 @@ Shapes: B images of a batch, F features, K classes, N supports.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as nnf
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from twoviews.batch_norms import SplitBatchNorm, SyncBatchNorm
+from twoviews.batch_norms import BatchNorm, SplitBatchNorm, SyncBatchNorm
 from twoviews.errors import BadInput
 from twoviews.protocols.classification import bootstrap_interval
-from twoviews.protocols.linear import Linear, Probe, linear_of_run
-from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
-from twoviews.protocols.streams import Classify, Streams, headline
-from twoviews.ranges import Corruption, Count, Index, Range, Seed, Severity
+from twoviews.protocols.linear import Probe
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult
+from twoviews.protocols.streams import Classify, OnStreams, headline
+from twoviews.ranges import Range
 from twoviews.runtime import autocast
 
 
@@ -53,9 +52,9 @@ class Model(nn.Module):
         """Class logits of images by the adapted encoder and its linear classifier."""
         return self.probe.linear(self.features(images))
 
-    def batch_norms(self) -> list[_BatchNorm]:
+    def batch_norms(self) -> list[BatchNorm]:
         """Its batch norms, switched to normalise by the statistics of the batch; dropout stays off."""
-        norms = [module for module in self.encoder.modules() if isinstance(module, _BatchNorm)]
+        norms = [module for module in self.encoder.modules() if isinstance(module, BatchNorm)]
         for norm in norms:
             norm.train()
             if isinstance(norm, (SplitBatchNorm, SyncBatchNorm, nn.SyncBatchNorm)):
@@ -64,11 +63,11 @@ class Model(nn.Module):
         return norms
 
 
-def _normalised(norm: _BatchNorm, x: Tensor) -> Tensor:
+def _normalised(norm: BatchNorm, x: Tensor) -> Tensor:
     return nnf.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
 
 
-def affine(norms: Sequence[_BatchNorm], protocol: str) -> list[nn.Parameter]:
+def affine(norms: Sequence[BatchNorm], protocol: str) -> list[nn.Parameter]:
     """Scales and offsets of batch norms, made trainable.
 
     Raises:
@@ -127,35 +126,20 @@ class Memory:
 
 
 @dataclass
-class Adaptation(Protocol):
+class Adaptation(OnStreams):
     """Abstract: accuracy of an adapting classifier beside that of the same classifier left alone.
 
     Args:
-        linear: how the probe is fitted.
-        corruptions: names, as in `twoviews.data.corruptions`; None is all fifteen.
-        severities: 1 to 5 each.
-        images: how many of the test images, with the shares of the classes kept; None is all.
         batch_size: images at most; a stream is cut into batches that differ by at most one.
-        seed: of corruptions, order and bootstrap.
-        every_epochs: how often it is measured in training; 0 is at the end only.
+        others: see `OnStreams`.
     """
 
-    linear: Linear
-    corruptions: Sequence[Corruption] | None
-    severities: Sequence[Severity]
-    images: Count | None
     batch_size: Annotated[int, Range(at_least=2, usual="128 to 200")]
-    seed: Seed
-    every_epochs: Index
 
     @property
     def label(self) -> str:
         """The name of the method in tables."""
         return type(self).__name__.lower()
-
-    def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of the run's linear probe."""
-        return linear_of_run(config)
 
     def start(self, model: Model) -> Classify:
         """A classifier for one stream, which may change `model`."""
@@ -166,7 +150,7 @@ class Adaptation(Protocol):
 
         Each with the limits of its 95 % interval, `_low` and `_high`; that of the gain is of paired differences.
         """
-        streams = Streams(context, self.corruptions, self.severities, self.images, self.seed)
+        streams = self.streams(context)
         probe, name = self.linear.probe(context)[0], self.label
 
         def unadapted() -> Classify:

@@ -6,9 +6,11 @@ Shapes: N images of all splits, F features, P pairs.
 """
 
 import hashlib
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -17,13 +19,32 @@ from torch import Tensor
 
 from twoviews.data.images import Images
 from twoviews.errors import counted
-from twoviews.protocols.duplicates_sheet import DuplicatePair, draw_duplicates
+from twoviews.figures import save_sheet
+from twoviews.pictures import GAP, GREY, RED, TEXT, fitted, font, squares
 from twoviews.protocols.neighbours import nearest_rows
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol, TableRow
 from twoviews.ranges import Count, Index, Range
 
 SPLITS = ("train", "memory", "test")
+MAX_PAIRS, COLUMNS = 40, 4  # of the sheet
+HEADING_PX, LINE_PX = 66, TEXT + 6  # heights
 EXACT_COSINE = 0.999  # equal pixels have equal features but for rounding, so only pairs above it are compared by pixels
+
+
+@dataclass(frozen=True)
+class DuplicatePair:
+    """Two images that are almost the same to an encoder."""
+
+    splits: tuple[str, str]
+    first: int  # row of its split
+    second: int  # likewise
+    cosine: float  # of their features
+    exact: bool  # whether their pixels are equal
+
+    @property
+    def relation(self) -> str:
+        """The split if both are of one, otherwise the two with "_" between them."""
+        return self.splits[0] if self.splits[0] == self.splits[1] else "_".join(self.splits)
 
 
 @dataclass(frozen=True)
@@ -73,6 +94,7 @@ def compared_splits(context: EvaluationContext) -> tuple[list[SplitImages], int]
     return splits, shared
 
 
+@dataclass
 class Duplicates(Protocol):
     """A table of pairs of images whose features have a cosine of at least a threshold, and duplicates.png, a sheet of some.
 
@@ -86,13 +108,9 @@ class Duplicates(Protocol):
 
     needs_labels = False
 
-    def __init__(
-        self,
-        threshold: Annotated[float, Range(above=0, below=1, usual="0.9 to 0.99")],
-        k: Annotated[Count, Range(at_most=1000)],
-        every_epochs: Index,
-    ):
-        self.threshold, self.k, self.every_epochs = threshold, k, every_epochs
+    threshold: Annotated[float, Range(above=0, below=1, usual="0.9 to 0.99")]
+    k: Annotated[Count, Range(at_most=1000)]
+    every_epochs: Index
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """Numbers of pairs: `pairs` of all, `exact` of these with equal pixels, and <split> within and <split>_<other> across.
@@ -105,7 +123,7 @@ class Duplicates(Protocol):
         first, second, cosines, full = self._pairs(x)
         pairs = _described(splits, first, second, cosines)
         names = [split.name for split in splits]
-        relations = [*names, *(f"{one}_{other}" for place, one in enumerate(names) for other in names[place + 1 :])]
+        relations = [*names, *map("_".join, itertools.combinations(names, 2))]
         counts = Counter(pair.relation for pair in pairs)
         values = {"pairs": len(pairs), "exact": sum(pair.exact for pair in pairs)}
         values |= {relation: counts[relation] for relation in relations}
@@ -129,8 +147,8 @@ class Duplicates(Protocol):
         cosines, rows = nearest_rows(x, x, self.k, torch.arange(len(x), device=x.device))
         near = cosines >= self.threshold
         query, place = near.nonzero().T
-        found = torch.stack([query, rows[query, place]]).sort(dim=0).values
-        unique, inverse = found.unique(dim=1, return_inverse=True)
+        both = torch.stack([query, rows[query, place]]).sort(dim=0).values
+        unique, inverse = both.unique(dim=1, return_inverse=True)
         values = torch.zeros(unique.shape[1]).scatter_reduce_(0, inverse, cosines[query, place], "amax")
         order = values.argsort(descending=True, stable=True)
         full = int(near.all(1).sum()) if self.k < len(x) - 1 else 0
@@ -174,13 +192,13 @@ def _described(
         offset += len(split.rows)
     return [
         DuplicatePair(
-            splits=(names[one], names[other]),
-            first=rows[one],
-            second=rows[other],
+            splits=(names[left], names[right]),
+            first=rows[left],
+            second=rows[right],
             cosine=cosine,
-            exact=one in pixels and pixels[one] == pixels.get(other),
+            exact=left in pixels and pixels[left] == pixels.get(right),
         )
-        for one, other, cosine in zip(first.tolist(), second.tolist(), cosines.tolist(), strict=True)
+        for left, right, cosine in zip(first.tolist(), second.tolist(), cosines.tolist(), strict=True)
     ]
 
 
@@ -192,3 +210,63 @@ def _row(pair: DuplicatePair, context: EvaluationContext) -> TableRow:
         row[f"{prefix}image"] = images.paths[number] if images.paths else f"{number}"
         row[f"{prefix}class"] = "" if images.labels is None else context.data.classes[int(images.labels[number])]
     return row
+
+
+def shown_pairs(pairs: Sequence[DuplicatePair]) -> list[DuplicatePair]:
+    """All pairs or, of more than MAX_PAIRS, the most similar and the least similar half as many."""
+    half = MAX_PAIRS // 2
+    return [*pairs] if len(pairs) <= MAX_PAIRS else [*pairs[:half], *pairs[-half:]]
+
+
+def draw_duplicates(
+    path: Path, images: Mapping[str, Images], pairs: Sequence[DuplicatePair], classes: Sequence[str], threshold: float
+) -> None:
+    """Draw the pairs of `shown_pairs` with their cosine, splits and classes; pairs of two classes have a red frame.
+
+    Args:
+        path: of the picture.
+        images: of each split.
+        pairs: at least one, the most similar first.
+        classes: names by label.
+        threshold: of the cosine.
+    """
+    from PIL import Image, ImageDraw
+
+    shown = shown_pairs(pairs)
+    tiles = {}
+    for split, its_images in images.items():
+        places = [zip(pair.splits, (pair.first, pair.second), strict=True) for pair in shown]
+        rows = sorted({row for place in places for name, row in place if name == split})
+        tiles[split] = squares(its_images, rows) if rows else {}
+    side = max(tile.width for of_split in tiles.values() for tile in of_split.values())
+    wide, high = 2 * side + 5 * GAP, side + 3 * LINE_PX + GAP
+    face, bold, names = font("DejaVuSans"), font("DejaVuSans-Bold"), [*classes]
+    title = f"{counted(len(pairs), 'pair')} with a cosine of at least {threshold:g}"
+    explanation = "by cosine; bold: equal pixels; red frame: of two classes"
+    if len(shown) < len(pairs):
+        explanation = (
+            f"the {len(shown) // 2} most similar, then the {len(shown) // 2} nearest to the threshold; {explanation}"
+        )
+    columns = min(COLUMNS, len(shown))
+    text_width = max(bold.getlength(title), face.getlength(explanation))
+    width = max(columns * wide + 2 * GAP, round(text_width) + 2 * GAP)
+    sheet = Image.new("RGB", (width, HEADING_PX + -(-len(shown) // columns) * high + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, 8), title, "black", bold)
+    draw.text((GAP, 34), explanation, GREY, face)
+    for number, pair in enumerate(shown):
+        left, top = GAP + number % columns * wide, HEADING_PX + number // columns * high
+        labels = []
+        for place, (split, row) in enumerate(zip(pair.splits, (pair.first, pair.second), strict=True)):
+            x, of_split = left + place * (side + GAP), images[split]
+            sheet.paste(tiles[split][row], (x, top))
+            name = Path(of_split.paths[row]).name if of_split.paths else f"{row}"
+            draw.text((x, top + side + 2), fitted(f"{name} ({split})", face, side), GREY, face)
+            labels.append(-1 if of_split.labels is None else int(of_split.labels[row]))
+            if labels[-1] >= 0:
+                draw.text((x, top + side + 2 + LINE_PX), fitted(names[labels[-1]], face, side), "black", face)
+        line = (left, top + side + 2 + (2 * LINE_PX if max(labels) >= 0 else LINE_PX))
+        draw.text(line, f"{pair.cosine:.4f}", "black" if pair.exact else GREY, bold if pair.exact else face)
+        if min(labels) >= 0 and labels[0] != labels[1]:
+            draw.rectangle((left - 3, top - 3, left + 2 * side + GAP + 2, top + side + 2), outline=RED, width=3)
+    save_sheet(sheet, path)

@@ -4,6 +4,7 @@ Shapes: N images, F features.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,7 @@ from twoviews.runtime import format_name
 Format = Literal["npz", "parquet", "csv"]
 
 
+@dataclass
 class Embed(Protocol):
     """Writes the features of images, with their paths, labels and class names.
 
@@ -39,16 +41,14 @@ class Embed(Protocol):
 
     needs_labels = False
 
-    def __init__(
-        self,
-        split: Literal["train", "memory", "test"],
-        images: str | None,
-        formats: Sequence[Format],
-        every_epochs: Index,
-    ):
-        if images is not None:
-            check_images(images)
-        self.split, self.images, self.formats, self.every_epochs = split, images, list(formats), every_epochs
+    split: Literal["train", "memory", "test"]
+    images: str | None
+    formats: Sequence[Format]
+    every_epochs: Index
+
+    def __post_init__(self) -> None:
+        if self.images is not None:
+            check_images(self.images)
 
     def notes(self, data: ImageData) -> list[str]:
         """A sentence if colours are lost."""

@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -30,6 +30,7 @@ NOTE = "The stem is one for small images: replace conv1 and maxpool as shown bef
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
+@dataclass
 class Export(Protocol):
     """Writes the encoder to the folder export, with a description of how to load it and how to prepare its images.
 
@@ -43,8 +44,8 @@ class Export(Protocol):
 
     needs_labels = False
 
-    def __init__(self, format: Literal["torchvision", "timm", "safetensors", "onnx"], every_epochs: Index):
-        self.format, self.every_epochs = format, every_epochs
+    format: Literal["torchvision", "timm", "safetensors", "onnx"]
+    every_epochs: Index
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """The value `difference` is the largest one between an output of the network and of the exported file.

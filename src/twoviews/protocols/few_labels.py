@@ -7,6 +7,7 @@ Shapes: N memory images, F features, C classes.
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -40,6 +41,7 @@ def drawn(y: Int[Tensor, " N"], counts: Int[Tensor, " C"], *key: int | str) -> I
     return torch.cat(parts).sort().values
 
 
+@dataclass
 class FewLabels(Protocol):
     """Mean and standard deviation of the accuracy over draws of few labelled memory images.
 
@@ -60,27 +62,23 @@ class FewLabels(Protocol):
         BadInput: there is no setting or no candidate, or `finetune` is something else.
     """
 
-    def __init__(
-        self,
-        shares: Annotated[Sequence[Annotated[float, Range(above=0, at_most=1, usual="0.01 and 0.1")]], Length()],
-        per_class: Annotated[Sequence[Count], Length()],
-        draws: Annotated[int, Range(at_least=2, at_most=1000, usual="3 to 10")],
-        weight_decays: Sequence[NotNegative],
-        held_out: Annotated[float, Range(above=0, below=1, usual="0.2")],
-        iterations: Count,
-        finetune: FineTune | None,
-        seed: Seed,
-        every_epochs: Index,
-    ):
-        if not [*shares, *per_class]:
+    shares: Annotated[Sequence[Annotated[float, Range(above=0, at_most=1, usual="0.01 and 0.1")]], Length()]
+    per_class: Annotated[Sequence[Count], Length()]
+    draws: Annotated[int, Range(at_least=2, at_most=1000, usual="3 to 10")]
+    weight_decays: Sequence[NotNegative]
+    held_out: Annotated[float, Range(above=0, below=1, usual="0.2")]
+    iterations: Count
+    finetune: FineTune | None
+    seed: Seed
+    every_epochs: Index
+
+    def __post_init__(self) -> None:
+        if not [*self.shares, *self.per_class]:
             raise BadInput("shares=[] and per_class=[] leave nothing to do; use shares=[0.01,0.1].")
-        if not weight_decays:
+        if not self.weight_decays:
             raise BadInput("weight_decays=[] leaves nothing to choose from; use weight_decays=[0] for none.")
-        if finetune is not None and not isinstance(finetune, FineTune):
+        if self.finetune is not None and not isinstance(self.finetune, FineTune):
             raise BadInput("finetune= is null or comes with protocol=few_labels_finetune.")
-        self.shares, self.per_class, self.draws = list(shares), list(per_class), draws
-        self.weight_decays, self.held_out, self.iterations = list(weight_decays), held_out, iterations
-        self.finetune, self.seed, self.every_epochs = finetune, seed, every_epochs
 
     def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that fine-tuning takes from the run; empty without fine-tuning."""
@@ -160,7 +158,7 @@ class FewLabels(Protocol):
                     "draws": self.draws,
                 }
                 for key in draws[0]:
-                    of_draws = [one[key] for one in draws]
+                    of_draws = [draw[key] for draw in draws]
                     row[key], row[f"{key}_std"] = statistics.fmean(of_draws), statistics.stdev(of_draws)
                     if key == "top1":
                         values[f"{prefix}top1_{name}"] = float(row[key])

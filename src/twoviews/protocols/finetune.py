@@ -252,17 +252,15 @@ class FineTune(Protocol):
                 logits[lr] = self.scores(context, nn.Sequential(encoder, head), images.subset(chooses))
         if not logits:
             raise BadInput(f"all of lr={self.lr} diverge; use smaller ones, such as lr={min(self.lr) / 10:g}.")
-        found = {lr: top1(scores, labels) for lr, scores in logits.items()}
-        best = max(found, key=lambda lr: (found[lr], lr > 0, -lr))
+        accuracy = {lr: top1(scores, labels) for lr, scores in logits.items()}
+        best = max(accuracy, key=lambda lr: (accuracy[lr], lr > 0, -lr))
         if best:
-            note = (
-                f"lr={best:g} was chosen, with an accuracy of {found[best]:.2f} % on {len(chooses):,} held-out images."
-            )
+            note = f"lr={best:g} was chosen, with an accuracy of {accuracy[best]:.2f} % on {len(chooses):,} held-out images."
         else:
             least, held = min(self.lr), counted(len(chooses), "held-out image")
             note = (
                 f"none of lr={self.lr} is better than the linear probe (a linear classifier of the features), which has "
-                f"{found[best]:.2f} % on {held}, so that probe is kept and the encoder is unchanged; for a fine-tuned one try "
+                f"{accuracy[best]:.2f} % on {held}, so that probe is kept and the encoder is unchanged; for a fine-tuned one try "
                 f"smaller rates, such as lr=[{least / 10:g},{least / 2:g}], or longer training, such as epochs={2 * self.epochs}."
             )
         return best, temperature(logits[best], labels), [note]

@@ -4,6 +4,7 @@ Shapes: N images, F features.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -91,6 +92,7 @@ def advice(values: dict[str, float]) -> str:
     return ""
 
 
+@dataclass
 class Health(Protocol):
     """Spread, RankMe, alignment, uniformity and similarities of the encoder's features (before any projector).
 
@@ -108,14 +110,10 @@ class Health(Protocol):
 
     needs_labels = False
 
-    def __init__(
-        self,
-        images: Annotated[int, Range(at_least=2, usual="2000")],
-        scale: Sequence[Annotated[float, Range(above=0, at_most=1)]],
-        flip: Fraction,
-        every_epochs: Index,
-    ):
-        self.images, self.scale, self.flip, self.every_epochs = images, tuple(scale), flip, every_epochs
+    images: Annotated[int, Range(at_least=2, usual="2000")]
+    scale: Sequence[Annotated[float, Range(above=0, at_most=1)]]
+    flip: Fraction
+    every_epochs: Index
 
     def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Crops and flips of the run's views; of several the one with the largest crops."""
@@ -131,12 +129,12 @@ class Health(Protocol):
         chosen = torch.randperm(len(data.train), generator=generator("health", len(data.train)))[: self.images]
         shown = data.train.subset(chosen)
         x = context.embed(shown)
-        one, other = self._views(context, shown)
-        positive, negative = similarities(one, other)
+        first, second = self._views(context, shown)
+        positive, negative = similarities(first, second)
         values = {
             "spread": spread(x).item(),
             "rankme": rankme(x),
-            "alignment": alignment(one, other),
+            "alignment": alignment(first, second),
             "uniformity": uniformity(x),
             "positive_similarity": positive,
             "negative_similarity": negative,

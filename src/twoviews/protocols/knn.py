@@ -23,22 +23,35 @@ CHUNK_BYTES = 64 * 2**20  # of similarities held in memory
 
 
 def neighbours(
-    queries: Float[Tensor, "M F"], bank: Features, k: int, shared: bool = False
+    queries: Float[Tensor, "M F"],
+    bank: Float[Tensor, "N F"],
+    k: int,
+    own: Int[Tensor, " M"] | None = None,
+    shared: bool = False,
 ) -> Iterator[tuple[slice, Float[Tensor, "m k"], Int[Tensor, "m k"]]]:
-    """For each chunk of queries its slice, and cosines (largest first) and classes of the k most similar bank rows.
+    """For each chunk of queries its slice, and cosines (largest first) and indices of the k most similar bank rows.
 
     Exact; of rows with equal cosines, such as copies of an image, `torch.topk` may take any, in any order. Needs a
-    normalised copy of the bank and CHUNK_BYTES of similarities (one query's, if the bank is so large that they are more); k
-    is clamped to the bank. With `shared` each process gets a part of the chunks.
+    normalised copy of the bank and CHUNK_BYTES of similarities (one query's, if the bank is so large that they are more).
+
+    Args:
+        queries: features.
+        bank: features to search.
+        k: clamped to the bank.
+        own: for each query the bank row that is the query itself, and is left out; None: there is none.
+        shared: each process gets a part of the chunks.
     """
-    rows = nnf.normalize(bank.x, dim=1)
-    k = min(k, len(rows))
+    rows = nnf.normalize(bank, dim=1)
+    k = min(k, len(rows) - (own is not None))
     chunk = max(1, CHUNK_BYTES // (4 * len(rows)))
     rank, processes = (distributed.rank(), distributed.processes()) if shared else (0, 1)
     for start in range(0, len(queries), chunk)[rank::processes]:
         which = slice(start, start + chunk)
-        nearest, index = (nnf.normalize(queries[which], dim=1) @ rows.T).topk(k, dim=1)
-        yield which, nearest, bank.y[index]
+        similarity = nnf.normalize(queries[which], dim=1) @ rows.T
+        if own is not None:
+            similarity.scatter_(1, own.to(rows.device)[which, None], -2.0)  # less than any cosine
+        nearest = similarity.topk(k, dim=1)
+        yield which, nearest.values, nearest.indices
 
 
 def votes(nearest: Float[Tensor, "m k"], temperature: float) -> Float[Tensor, "m k"]:
@@ -60,9 +73,9 @@ def knn_scores(
     scores = torch.zeros(len(queries), classes, device=queries.device)
     own = -(-len(queries) // (distributed.processes() if shared else 1))
     with progress_of("kNN", own, "images") as advance:
-        for which, nearest, labels in neighbours(queries, bank, k, shared):
-            scores[which].scatter_add_(1, labels, votes(nearest, temperature))
-            advance(len(labels))
+        for which, nearest, index in neighbours(queries, bank.x, k, shared=shared):
+            scores[which].scatter_add_(1, bank.y[index], votes(nearest, temperature))
+            advance(len(index))
     return distributed.total(scores) if shared else scores
 
 

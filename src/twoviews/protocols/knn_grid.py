@@ -68,7 +68,8 @@ class KNNGrid(Protocol):
         self, queries: Features, bank: Features, classes: int
     ) -> Iterator[tuple[tuple[int, int], Float[Tensor, "m C"], Int[Tensor, " m"]]]:
         """For each chunk of queries and point of the grid: its row and column in the grid, scores and labels."""
-        for which, nearest, labels in neighbours(queries.x, bank, self.ks[-1]):
+        for which, nearest, index in neighbours(queries.x, bank.x, self.ks[-1]):
+            labels = bank.y[index]
             for column, temperature in enumerate(self.temperatures):
                 cast, scores, voted = votes(nearest, temperature), nearest.new_zeros(len(nearest), classes), 0
                 for row, k in enumerate(self.ks):

@@ -7,6 +7,7 @@ Shapes: N bank, M queries, F features, C classes.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -19,11 +20,11 @@ from twoviews.console import progress_of
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
 from twoviews.features import Features
-from twoviews.optim import LBFGS
 from twoviews.protocols.classification import top1
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import generator
 from twoviews.ranges import Count, Index, NotNegative, Range
+from twoviews.torch_optimizers import LBFGS
 
 
 class Probe(nn.Module):
@@ -116,6 +117,7 @@ def linear_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"linear": protocols["linear"]} if "linear" in protocols else {}
 
 
+@dataclass
 class Linear(Protocol):
     """Accuracy of softmax regression on standardised features.
 
@@ -129,17 +131,14 @@ class Linear(Protocol):
         BadInput: there is no candidate.
     """
 
-    def __init__(
-        self,
-        weight_decays: Sequence[NotNegative],
-        held_out: Annotated[float, Range(above=0, below=1, usual="0.1")],
-        iterations: Count,
-        every_epochs: Index,
-    ):
-        if not weight_decays:
+    weight_decays: Sequence[NotNegative]
+    held_out: Annotated[float, Range(above=0, below=1, usual="0.1")]
+    iterations: Count
+    every_epochs: Index
+
+    def __post_init__(self) -> None:
+        if not self.weight_decays:
             raise BadInput("weight_decays=[] leaves nothing to choose from; use weight_decays=[0] for no weight decay.")
-        self.weight_decays, self.held_out = list(weight_decays), held_out
-        self.iterations, self.every_epochs = iterations, every_epochs
 
     def notes(self, data: ImageData) -> list[str]:
         """A sentence if the weight decay cannot be chosen for want of held-out images."""

@@ -8,13 +8,14 @@ Shapes: B images of a batch.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from twoviews.optim import LrScaling, larc, scaled_lr, sgd
+from twoviews.optim import larc, scaled_lr, sgd
 from twoviews.protocols.classification import accuracies
 from twoviews.protocols.labelled import classifier, crops, labelled, train_classifier
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
@@ -25,6 +26,7 @@ from twoviews.schedule import Cosine, Step
 TRUST = 0.001  # coefficient of LARS in SimSiam's main_lincls.py
 
 
+@dataclass
 class LinearAugmented(Protocol):
     """Accuracy of a linear classifier on the features of augmented images; the learning rate changes between epochs.
 
@@ -43,25 +45,18 @@ class LinearAugmented(Protocol):
         every_epochs: how often it is measured in training; 0 is at the end only.
     """
 
-    def __init__(
-        self,
-        optimizer: Literal["sgd", "larc"],
-        lr: Positive,
-        lr_scaling: Literal["none", "linear"],
-        momentum: Annotated[float, Range(at_least=0, below=1, usual="0.9")],
-        weight_decay: NotNegative,
-        batch_size: Count,
-        epochs: Count,
-        milestones: Sequence[NotNegative] | None,
-        smallest_crop: Annotated[float, Range(above=0, at_most=1, usual="0.08")],
-        flip: Fraction,
-        seed: Seed,
-        every_epochs: Index,
-    ):
-        self.optimizer, self.lr, self.momentum = optimizer, lr, momentum
-        self.lr_scaling: LrScaling = lr_scaling
-        self.weight_decay, self.batch_size, self.epochs, self.milestones = weight_decay, batch_size, epochs, milestones
-        self.smallest_crop, self.flip, self.seed, self.every_epochs = smallest_crop, flip, seed, every_epochs
+    optimizer: Literal["sgd", "larc"]
+    lr: Positive
+    lr_scaling: Literal["none", "linear"]
+    momentum: Annotated[float, Range(at_least=0, below=1, usual="0.9")]
+    weight_decay: NotNegative
+    batch_size: Count
+    epochs: Count
+    milestones: Sequence[NotNegative] | None
+    smallest_crop: Annotated[float, Range(above=0, at_most=1, usual="0.08")]
+    flip: Fraction
+    seed: Seed
+    every_epochs: Index
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1 and top5 on the test images, learning rate and batch size that were used, and a note if it was clamped."""

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from twoviews.classifier_file import as_linear
 from twoviews.console import progress_of
 from twoviews.errors import BadInput
 from twoviews.protocols.classification import accuracies, top1
@@ -37,13 +38,7 @@ class Stack:
 
     def linear(self, point: int) -> nn.Linear:
         """A single classifier as a module."""
-        weight = self.weight[point]
-        # On meta first: torch's own initialisation would draw from the global generator.
-        linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta").to_empty(device=weight.device)
-        linear.requires_grad_(False)
-        linear.weight.copy_(weight)
-        linear.bias.copy_(self.bias[point])
-        return linear
+        return as_linear(self.weight[point], self.bias[point])
 
 
 @torch.no_grad()
@@ -88,6 +83,7 @@ def sgd(
     return Stack(weight, bias)
 
 
+@dataclass
 class LinearSGD(Protocol):
     """Accuracy of a linear classifier trained by SGD on standardised features.
 
@@ -106,23 +102,19 @@ class LinearSGD(Protocol):
         BadInput: there is no candidate.
     """
 
-    def __init__(
-        self,
-        learning_rates: Sequence[Positive],
-        weight_decays: Sequence[NotNegative],
-        held_out: Annotated[float, Range(above=0, below=1, usual="0.1")],
-        momentum: Annotated[float, Range(at_least=0, below=1, usual="0.9")],
-        batch_size: Count,
-        epochs: Count,
-        seed: Seed,
-        every_epochs: Index,
-    ):
-        for name, candidates in (("learning_rates", learning_rates), ("weight_decays", weight_decays)):
-            if not candidates:
+    learning_rates: Sequence[Positive]
+    weight_decays: Sequence[NotNegative]
+    held_out: Annotated[float, Range(above=0, below=1, usual="0.1")]
+    momentum: Annotated[float, Range(at_least=0, below=1, usual="0.9")]
+    batch_size: Count
+    epochs: Count
+    seed: Seed
+    every_epochs: Index
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rates", "weight_decays"):
+            if not getattr(self, name):
                 raise BadInput(f"{name}=[] leaves nothing to choose from; give one number or more.")
-        self.learning_rates, self.weight_decays, self.held_out = list(learning_rates), list(weight_decays), held_out
-        self.momentum, self.batch_size, self.epochs, self.seed = momentum, batch_size, epochs, seed
-        self.every_epochs = every_epochs
 
     def probe(self, context: EvaluationContext) -> tuple[Probe, list[dict[str, float]]]:
         """The classifier, and the candidates from best to worst; the test images are not looked at.

@@ -1,6 +1,7 @@
 """A map of images: their features in the plane, by t-SNE or UMAP. Shapes: N images, F features."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ MAX_NAME = 18  # characters of a class in the legend
 NAMES = {"tsne": "t-SNE", "umap": "UMAP"}
 
 
+@dataclass
 class Map(Protocol):
     """Draws map.png: images of a split in the plane by t-SNE or UMAP, coloured by class.
 
@@ -36,17 +38,14 @@ class Map(Protocol):
 
     needs_labels = False
 
-    def __init__(
-        self,
-        split: Literal["train", "memory", "test"],
-        seed: Seed,
-        every_epochs: Index,
-        algorithm: Literal["tsne", "umap"] = "tsne",
-    ):
-        if algorithm == "umap" and find_spec("umap") is None:
+    split: Literal["train", "memory", "test"]
+    seed: Seed
+    every_epochs: Index
+    algorithm: Literal["tsne", "umap"] = "tsne"
+
+    def __post_init__(self) -> None:
+        if self.algorithm == "umap" and find_spec("umap") is None:
             raise BadInput("algorithm=umap needs umap-learn; run `pip install umap-learn`, or use algorithm=tsne.")
-        self.algorithm: Literal["tsne", "umap"] = algorithm
-        self.split, self.seed, self.every_epochs = split, seed, every_epochs
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """The value `images` is the number of images in the split."""

@@ -1,14 +1,13 @@
 """Protocols of a configuration, whose messages have their parameters as they are typed, as protocol.finetune.lr=0.1."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from twoviews.config.building import build, plain
+from twoviews.config.building import build
+from twoviews.config.digest import plain
 from twoviews.config.parameter_names import protocol_keys, qualified_errors, qualify
 from twoviews.data.images import ImageData
-from twoviews.errors import BadInput
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 
 if TYPE_CHECKING:
@@ -21,11 +20,9 @@ def build_protocol(name: str, node: "DictConfig | dict[str, Any]") -> Protocol:
     Raises:
         BadInput: as `build`, with keys such as protocol.finetune.lr=0.1.
     """
-    values = plain(node)
-    keys = protocol_keys(name, values) if isinstance(values, dict) else {}
+    keys = protocol_keys(name, plain(node)) if isinstance(node, Mapping) else {}
     with qualified_errors(keys=keys):
-        built = build(node, _key_=f"protocol.{name}")
-    return NamedProtocol(built, partial(qualify, keys=keys))
+        return NamedProtocol(build(node, _key_=f"protocol.{name}"), keys)
 
 
 class NamedProtocol(Protocol):
@@ -33,16 +30,16 @@ class NamedProtocol(Protocol):
 
     Args:
         protocol: that evaluates; its messages have its own names of the parameters, such as lr=0.1.
-        qualify: makes a sentence for the user of such a message.
+        keys: as the parameters are typed, by these names.
     """
 
-    def __init__(self, protocol: Protocol, qualify: Callable[[str], str]):
-        self.protocol, self._qualify, self.every_epochs = protocol, qualify, protocol.every_epochs
+    def __init__(self, protocol: Protocol, keys: Mapping[str, str]):
+        self.protocol, self._keys, self.every_epochs = protocol, keys, protocol.every_epochs
         self.needs_labels, self.together = protocol.needs_labels, protocol.together
 
     def notes(self, data: ImageData) -> list[str]:
         """Those of the protocol."""
-        return [*map(self._qualify, self.protocol.notes(data))]
+        return [qualify(note, keys=self._keys) for note in self.protocol.notes(data)]
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """Evaluate the encoder by the protocol.
@@ -50,9 +47,6 @@ class NamedProtocol(Protocol):
         Raises:
             BadInput: as the protocol does.
         """
-        try:
+        with qualified_errors(keys=self._keys):
             result = self.protocol(context)
-        except BadInput as error:
-            error.args = ("\n".join(map(self._qualify, error.messages)),)
-            raise
-        return replace(result, notes=[*map(self._qualify, result.notes)])
+        return replace(result, notes=[qualify(note, keys=self._keys) for note in result.notes])

@@ -5,6 +5,7 @@ Shapes: n images, M test images, N bank, F features.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -17,7 +18,7 @@ from twoviews.features import Features
 from twoviews.files import write_atomic
 from twoviews.protocols.knn import neighbours
 from twoviews.protocols.linear import Linear, linear_of_run
-from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol, TableRow
 from twoviews.protocols.user_images import check_images, embed_user_images, grey_notes, image_paths
 from twoviews.ranges import Count, Index, NotNegative, Range
 
@@ -32,7 +33,7 @@ def distances(x: Float[Tensor, "n F"], bank: Features) -> Float[Tensor, " n"]:
     Images that are far from the training images are probably of another kind: Sun et al., "Out-of-Distribution Detection
     with Deep Nearest Neighbors", arXiv:2204.06507, who take the distance to the k-th neighbour.
     """
-    chunks = [1 - cosines.mean(1) for _, cosines, _ in neighbours(x, bank, NEAREST)]
+    chunks = [1 - cosines.mean(1) for _, cosines, _ in neighbours(x, bank.x, NEAREST)]
     return torch.cat([x.new_empty(0), *chunks])
 
 
@@ -41,6 +42,7 @@ def percentiles(distance: Float[Tensor, " n"], test: Float[Tensor, " M"]) -> Flo
     return 100 * torch.searchsorted(test.sort().values, distance).float() / len(test)
 
 
+@dataclass
 class Predict(Protocol):
     """Class names and probabilities of the user's images; writes predictions.json.
 
@@ -58,17 +60,15 @@ class Predict(Protocol):
         BadInput: `images` is missing, or there is no such file or folder.
     """
 
-    def __init__(
-        self,
-        images: str | None,
-        weight_decays: Sequence[NotNegative],
-        held_out: Annotated[float, Range(above=0, below=1, usual="0.1")],
-        iterations: Count,
-        every_epochs: Index,
-    ):
-        check_images(images)
-        self.images, self.every_epochs = images, every_epochs
-        self.linear = Linear(weight_decays, held_out, iterations, every_epochs)
+    images: str | None
+    weight_decays: Sequence[NotNegative]
+    held_out: Annotated[float, Range(above=0, below=1, usual="0.1")]
+    iterations: Count
+    every_epochs: Index
+
+    def __post_init__(self) -> None:
+        check_images(self.images)
+        self.linear = Linear(self.weight_decays, self.held_out, self.iterations, self.every_epochs)
 
     def notes(self, data: ImageData) -> list[str]:
         """A sentence each if colours are lost, and if nothing can be held out."""
@@ -100,49 +100,46 @@ class Predict(Protocol):
             probabilities = (probe(decoded.x) / temperature).softmax(1)
         distance, test = distances(decoded.x, context.memory), distances(context.test.x, context.memory)
         unlike = percentiles(distance, test)
-        rows, full = [], []
+        predictions: list[dict[str, Any]] = [
+            {"image": path, "broken": decoded.broken.get(place, "")} for place, path in enumerate(paths)
+        ]
         columns = (decoded.positions, probabilities, distance, unlike)
-        readable = {row: rest for row, *rest in zip(*(column.tolist() for column in columns), strict=True)}
-        for row, path in enumerate(paths):
-            shares, far, percentile = readable.get(row, ((), "", ""))
-            shares = sorted(zip(shares, classes, strict=False), reverse=True)
-            (first, name), (next_, second) = (*((100 * share, name) for share, name in shares[:2]), ("", ""), ("", ""))[
-                :2
-            ]
-            rows.append(
-                {
-                    "image": path,
-                    "class": name,
-                    "probability_percent": first,
-                    "second": second,
-                    "second_percent": next_,
-                    "distance": far,
-                    "distance_percentile": percentile,
-                    "broken": decoded.broken.get(row, ""),
-                }
-            )
-            where = {"distance": far, "distance_percentile": percentile}
-            full.append(
-                {"image": path, "class": name, "probabilities": {name: share for share, name in shares}, **where}
-                if shares
-                else {"image": path, "broken": decoded.broken[row]}
-            )
+        for place, shares, far, percentile in zip(*(column.tolist() for column in columns), strict=True):
+            by_class = {name: share for share, name in sorted(zip(shares, classes, strict=True), reverse=True)}
+            predictions[place] = {"image": paths[place], "class": next(iter(by_class)), "probabilities": by_class}
+            predictions[place] |= {"distance": far, "distance_percentile": percentile}
         if context.folder is not None:
             content = {
                 "classifier": "linear probe" if context.head is None else "fine-tuned",
                 "linear_probe_on": context.data.name,
                 "temperature": temperature,
                 "test_images": len(test),
-                "predictions": full,
+                "predictions": predictions,
             }
             write_atomic(context.folder / "predictions.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         count = int((unlike >= FAR_PERCENTILE).sum())
         values = {"images": len(paths), "broken": len(decoded.broken), "far": count, "temperature": temperature}
         return EvaluationResult(
             {name: float(value) for name, value in values.items()},
-            tables={"predictions": rows},
+            tables={"predictions": [*map(_row, predictions)]},
             notes=_warning(count, len(unlike), len(test)),
         )
+
+
+def _row(prediction: Mapping[str, Any]) -> TableRow:
+    """An entry of predictions.json as a row of the table, with its two most probable classes."""
+    percents = [(name, 100 * share) for name, share in prediction.get("probabilities", {}).items()]
+    (name, first), (second, next_) = (*percents, ("", ""), ("", ""))[:2]
+    return {
+        "image": prediction["image"],
+        "class": name,
+        "probability_percent": first,
+        "second": second,
+        "second_percent": next_,
+        "distance": prediction.get("distance", ""),
+        "distance_percentile": prediction.get("distance_percentile", ""),
+        "broken": prediction.get("broken", ""),
+    }
 
 
 def _warning(far: int, pictures: int, test: int) -> list[str]:

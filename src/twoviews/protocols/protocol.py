@@ -25,6 +25,7 @@ from twoviews.features import Features, embed
 TableRow = dict[str, float | int | str]
 
 
+@dataclass(eq=False)
 class EvaluationContext:
     """An encoder, the images it is evaluated on, and how to compute; features are computed when first asked for.
 
@@ -37,23 +38,18 @@ class EvaluationContext:
         folder: where protocols put their files; None: they write none.
         shared: all processes compute the features together, so all must ask for them; otherwise each computes alone.
         head: a classifier of the features that belongs to the encoder, as to a fine-tuned one.
+        title: what is evaluated, for the titles of pictures.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        data: ImageData,
-        device: torch.device,
-        dtype: torch.dtype,
-        channels_last: bool = False,
-        folder: Path | None = None,
-        shared: bool = False,
-        head: Head | None = None,
-    ):
-        self.encoder, self.data, self.device, self.dtype = encoder, data, device, dtype
-        self.channels_last, self.folder, self.shared = channels_last, folder, shared
-        self.title = "encoder"  # what is evaluated, for the titles of pictures
-        self.head = head
+    encoder: Encoder
+    data: ImageData
+    device: torch.device
+    dtype: torch.dtype
+    channels_last: bool = False
+    folder: Path | None = None
+    shared: bool = False
+    head: Head | None = None
+    title: str = "encoder"
 
     @cached_property
     def memory(self) -> Features:

@@ -5,8 +5,9 @@ Shapes: B images of a batch, M test images, S streams, C channels, H = W the sid
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,8 +19,10 @@ from twoviews.data.pixels import normalise
 from twoviews.data.views import eval_view
 from twoviews.errors import BadInput
 from twoviews.protocols.classification import bootstrap_intervals
-from twoviews.protocols.protocol import EvaluationContext
+from twoviews.protocols.linear import Linear, linear_of_run
+from twoviews.protocols.protocol import EvaluationContext, Protocol
 from twoviews.randomness import generator
+from twoviews.ranges import Corruption, Count, Index, Seed, Severity
 
 Classify = Callable[[Float[Tensor, "B C H W"]], Float[Tensor, "B K"]]  # normalised images to logits
 
@@ -128,6 +131,35 @@ class Streams:
                 }
             )
         return rows
+
+
+@dataclass
+class OnStreams(Protocol):
+    """Abstract: evaluates a classifier on `Streams`.
+
+    Args:
+        linear: how the probe is fitted.
+        corruptions: names, as in `twoviews.data.corruptions`; None is all fifteen.
+        severities: 1 to 5 each.
+        images: how many of the test images, with the shares of the classes kept; None is all.
+        seed: of corruptions, choice and order of images, and bootstrap.
+        every_epochs: how often it is measured in training; 0 is at the end only.
+    """
+
+    linear: Linear
+    corruptions: Sequence[Corruption] | None
+    severities: Sequence[Severity]
+    images: Count | None
+    seed: Seed
+    every_epochs: Index
+
+    def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of the run's linear probe."""
+        return linear_of_run(config)
+
+    def streams(self, context: EvaluationContext) -> Streams:
+        """The streams that the settings describe."""
+        return Streams(context, self.corruptions, self.severities, self.images, self.seed)
 
 
 def headline(table: Sequence[dict[str, float | int | str]], key: str) -> dict[str, float]:

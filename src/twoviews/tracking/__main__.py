@@ -1,6 +1,7 @@
 """`python -m twoviews.tracking`: send run folders to MLflow later, or again; an MLflow server for many machines; TensorBoard."""
 
 import argparse
+import importlib.util
 import shlex
 import sys
 from pathlib import Path
@@ -14,7 +15,6 @@ from twoviews.tracking.metrics import METRICS_FILE
 from twoviews.tracking.state import UploadState, run_id, set_target
 from twoviews.tracking.upload import pending_values, upload
 
-DEFAULT_FOLDERS = ("outputs", "multirun")
 DONE, PENDING, BAD_INPUT = 0, 1, 2
 RUNS_HELP = "a run, or a folder with runs, such as a sweep; default: all in outputs/ and multirun/"
 EXIT_CODES = "Exit code: 0 everything is in MLflow, 1 something is left, 2 bad input."
@@ -76,7 +76,10 @@ def _sync(options: argparse.Namespace) -> int:
 def _tensorboard(options: argparse.Namespace) -> int:
     from twoviews.tracking import tensorboard
 
-    tensorboard.require_tensorboard()
+    if importlib.util.find_spec("tensorboard") is None:
+        raise BadInput(
+            "TensorBoard is not installed in this environment; install it: python -m pip install tensorboard."
+        )
     runs = [run for folder in options.folders for run in _runs_in(folder)] or _folders([])
     for run, place in tensorboard.places(list(dict.fromkeys(runs)), options.out).items():
         foreign.refuse_links(run)
@@ -132,7 +135,9 @@ def _folders(named: list[Path]) -> list[Path]:
             raise BadInput(
                 f"{folder} is not a run folder (it has no {METRICS_FILE}); name one, or none for all in outputs/."
             )
-    folders = named or sorted(path.parent for name in DEFAULT_FOLDERS for path in Path(name).rglob(METRICS_FILE))
+    folders = named or sorted(
+        path.parent for name in ("outputs", "multirun") for path in Path(name).rglob(METRICS_FILE)
+    )
     if not folders:
         raise BadInput(f"there is no run below {Path.cwd()}/outputs or multirun; name a run folder.")
     return folders

@@ -29,22 +29,21 @@ if TYPE_CHECKING:
 RUN_KEY_TAG = "twoviews.run_key"
 # MLflow's limits, in characters and in items per call.
 MAX_KEY_LENGTH, MAX_PARAM_LENGTH, MAX_TAG_LENGTH, MAX_DATASET_DIGEST_LENGTH = 250, 6000, 8000, 36
-MAX_PARAMS_PER_CALL, MAX_VALUES_PER_CALL = 100, 1000
+MAX_PARAMS_PER_CALL, MAX_VALUES_PER_CALL = 100, 1000  # parameters, and tags; values of metrics
 ERROR_LOG, NO_ANSWER = "mlflow.log", "it does not answer"
 MAX_ERROR_LENGTH = 300  # characters of an error in a message
 # MLflow has a section of charts for each beginning of a metric's name, in alphabetical order. With these names kNN, linear
 # accuracy and the losses come first.
 METRIC_NAMES = {"baseline/pixels_knn_top1": "knn/top1_pixels", "baseline/untrained_knn_top1": "knn/top1_untrained"}
-METRIC_PREFIXES = {"e_step/": "train/e_step/", "memory/": "train/memory/"}
-SQLITE_SUFFIXES = ("-journal", "-wal", "-shm")  # of SQLite's own files beside a database
+SQLITE_SUFFIXES = ("", "-journal", "-wal", "-shm")  # of a database and of SQLite's own files beside it
 SQLITE_TIMEOUT_S = 60.0
 DATABASE_LOCK_TIMEOUT_S = 300.0  # MLflow takes seconds to make its tables
 INCOMPLETE_S = 10.0  # a database without all tables that changed within this time may be in the making
 
 
 @functools.cache
-def connect(uri: str, experiment: str) -> tuple["MlflowClient", str]:
-    """A client for a resolved tracking URI, and the id of the experiment, which is made where it is missing.
+def connect(uri: str | None, experiment: str) -> tuple["MlflowClient", str]:
+    """A client for a tracking URI, and the id of the experiment, which is made where it is missing.
 
     The first call takes seconds: it imports MLflow, and a new SQLite file gets its tables.
 
@@ -56,6 +55,7 @@ def connect(uri: str, experiment: str) -> tuple["MlflowClient", str]:
     """
     uris.refuse_untrusted(uri)
     uris.require_mlflow()
+    uri = uris.resolve(uri)
     prepare_environment()
     from mlflow import MlflowClient
 
@@ -64,7 +64,7 @@ def connect(uri: str, experiment: str) -> tuple["MlflowClient", str]:
     if uri.startswith("http") and (reason := uris.health_error(uri)):  # MLflow's client would wait for minutes
         raise ConnectionError(f"{uri} does not answer ({reason})")
     client = MlflowClient(uri)
-    return client, _experiment_id(client, experiment, None)
+    return client, _experiment_id(client, experiment)
 
 
 def prepare_environment() -> None:
@@ -82,7 +82,7 @@ def prepare_environment() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _experiment_id(client: "MlflowClient", name: str, artifacts: str | None) -> str:
+def _experiment_id(client: "MlflowClient", name: str, artifacts: str | None = None) -> str:
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)
@@ -159,11 +159,10 @@ def _make_database(path: Path, artifacts: str) -> None:
         time.sleep(0.2)  # `mlflow ui` may be making it at this moment
     if _is_complete(path):
         return
-    for suffix in ("", *SQLITE_SUFFIXES):  # a journal that stays would be applied to the new database
+    new = path.with_name(f".{path.name}.new")
+    for suffix in SQLITE_SUFFIXES:  # a journal that stays would be applied to the new database
         if (file := Path(f"{path}{suffix}")).exists():
             file.replace(f"{path}.incomplete{suffix}")
-    new = path.with_name(f".{path.name}.new")
-    for suffix in ("", *SQLITE_SUFFIXES):
         Path(f"{new}{suffix}").unlink(missing_ok=True)
     SqlAlchemyStore(f"sqlite:///{new}", artifacts).engine.dispose()
     new.replace(path)
@@ -241,14 +240,17 @@ def _user() -> str:
 
 def metric_name(name: str) -> str:
     """The name in MLflow of a metric of metrics.jsonl; the same for most."""
-    prefix = next((prefix for prefix in METRIC_PREFIXES if name.startswith(prefix)), "")
-    renamed = METRIC_PREFIXES[prefix] + name.removeprefix(prefix) if prefix else name
-    return METRIC_NAMES.get(name, renamed)
+    return f"train/{name}" if name.startswith(("e_step/", "memory/")) else METRIC_NAMES.get(name, name)
 
 
 def mlflow_key(text: str) -> str:
-    """`text` with "_" for each character that MLflow does not allow in a key."""
-    return re.sub(r"[^\w\-./: ]", "_", text)
+    """`text` with "_" for each character that MLflow does not allow in a key, and no longer than it allows."""
+    return shortened(re.sub(r"[^\w\-./: ]", "_", text), MAX_KEY_LENGTH)
+
+
+def mlflow_tags(tags: Mapping[str, Any]) -> dict[str, str]:
+    """Tags as MLflow takes them: keys as `mlflow_key` makes them, values as text of a length that it allows."""
+    return {mlflow_key(key): shortened(str(value), MAX_TAG_LENGTH) for key, value in tags.items()}
 
 
 def shortened(text: str, length: int) -> str:

@@ -12,11 +12,11 @@ from twoviews import foreign
 from twoviews.errors import counted, without_secrets
 from twoviews.tracking.client import (
     MAX_DATASET_DIGEST_LENGTH,
-    MAX_KEY_LENGTH,
     MAX_PARAM_LENGTH,
     MAX_PARAMS_PER_CALL,
     MAX_TAG_LENGTH,
     mlflow_key,
+    mlflow_tags,
     shortened,
 )
 
@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 SIGNATURE = "\n\n<!-- twoviews "  # before the digest of a description
 MAX_NOTE_LENGTH = MAX_TAG_LENGTH - 100
 NOTE_TAG = "mlflow.note.content"  # MLflow shows this tag as the description of a run, in Markdown
-ACCURACIES = {"knn/top1": "kNN", "linear/top1": "linear"}
-BASELINES = {"baseline/pixels_knn_top1": "raw pixels", "baseline/untrained_knn_top1": "the untrained encoder"}
+ACCURACIES = {"knn/top1": "kNN **{:.2f} %**", "linear/top1": "linear **{:.2f} %**"}
+BASELINES = {
+    "baseline/pixels_knn_top1": "raw pixels: {:.2f} %",
+    "baseline/untrained_knn_top1": "the untrained encoder: {:.2f} %",
+}
 
 
 def describe(client: "MlflowClient", run: "Run", folder: Path) -> None:
@@ -55,15 +58,10 @@ def describe(client: "MlflowClient", run: "Run", folder: Path) -> None:
         if known.get(key, value) != value or f"changed.{key}" in run.data.tags:
             tags[f"changed.{key}"] = value
     new = [Param(key, value) for key, value in params.items() if key not in known]
-    for start in range(0, len(new), MAX_PARAMS_PER_CALL):
-        client.log_batch(run.info.run_id, params=new[start : start + MAX_PARAMS_PER_CALL], synchronous=True)
-    filled = [
-        RunTag(shortened(key, MAX_KEY_LENGTH), shortened(str(value), MAX_TAG_LENGTH))
-        for key, value in tags.items()
-        if value
-    ]
-    for start in range(0, len(filled), MAX_PARAMS_PER_CALL):
-        client.log_batch(run.info.run_id, tags=filled[start : start + MAX_PARAMS_PER_CALL], synchronous=True)
+    filled = [RunTag(key, value) for key, value in mlflow_tags(tags).items() if value]
+    for start in range(0, max(len(new), len(filled)), MAX_PARAMS_PER_CALL):
+        part = slice(start, start + MAX_PARAMS_PER_CALL)
+        client.log_batch(run.info.run_id, params=new[part], tags=filled[part], synchronous=True)
     if data.get("name") and data.get("digest"):
         digest = str(data["digest"])[:MAX_DATASET_DIGEST_LENGTH]
         dataset = Dataset(data["name"], digest, source_type="local", source=json.dumps({"name": data["name"]}))
@@ -87,9 +85,8 @@ def run_note(folder: Path) -> str:
     title = " on ".join(f"**{part}**" for part in (method, name) if part) or f"**{folder.name}**"
     length = [counted(config["epochs"], "epoch", "")] if "epochs" in config else []
     length += [f"{key.replace('_', ' ')} {config[key]}" for key in ("batch_size", "seed") if key in config]
-    device = environment.get("gpu") or ("CPU" if environment else "")
-    host = environment.get("host", "")
-    length += [" of ".join(filter(None, (device, host)))] if device else []
+    if environment:
+        length.append(" of ".join(filter(None, (environment.get("gpu") or "CPU", environment.get("host")))))
     length += [result["precision"]] if "precision" in result else []
     command = _command(folder, environment)
     baselines = _listed(result, BASELINES)
@@ -108,7 +105,7 @@ def _results(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """What the training ended with, as part of a sentence; empty while it goes on."""
     if not result:
         return ""
-    accuracies = ", ".join(f"{name} **{result[key]:.2f} %**" for key, name in ACCURACIES.items() if key in result)
+    accuracies = _listed(result, ACCURACIES)
     if result["state"] != "finished" and "epochs" in config:
         length = f"{result.get('epoch', 0):.4g} of {counted(config['epochs'], 'epoch', '')}"
     else:
@@ -118,8 +115,8 @@ def _results(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, (accuracies, after + reason)))
 
 
-def _listed(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    return ", ".join(f"{name}: {values[key]:.2f} %" for key, name in names.items() if key in values)
+def _listed(result: Mapping[str, Any], texts: Mapping[str, str]) -> str:
+    return ", ".join(text.format(result[key]) for key, text in texts.items() if key in result)
 
 
 def _command(folder: Path, environment: Mapping[str, Any]) -> str:
@@ -166,7 +163,7 @@ def _flat(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             text = value if isinstance(value, str) else json.dumps(value, default=str)
-            yield shortened(mlflow_key(f"{prefix}{key}"), MAX_KEY_LENGTH), shortened(text, MAX_PARAM_LENGTH)
+            yield mlflow_key(f"{prefix}{key}"), shortened(text, MAX_PARAM_LENGTH)
 
 
 def _text(path: Path) -> str:

@@ -13,20 +13,19 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from twoviews import foreign
 from twoviews.errors import BadInput
 from twoviews.files import write_atomic
-from twoviews.locks import FolderLock, lock_for_training
-from twoviews.tracking.state import rewind
+from twoviews.locks import FolderLock, lock_for_training, locked_for_upload
+from twoviews.tracking.state import UploadState
 
 METRICS_FILE = "metrics.jsonl"
 DURABLE_FILE = "metrics.durable"
 POSITION_KEYS = ("step", "epoch", "time")  # in every line; all other keys are names of measured values
 MAX_LINE_BYTES = 2**20
 FLUSH_SECONDS = 1.0
-
-_encode = json.JSONEncoder(allow_nan=False).encode
 
 
 class Metrics:
@@ -68,14 +67,10 @@ class Metrics:
             OSError: the disk is full.
         """
         now = time.time()
-        name = next(iter(values))
-        line = {"step": step, "epoch": epoch, "time": round(self._times.get((step, name), now), 3)}
-        line.update((key, float(value)) for key, value in values.items())
-        try:
-            text = _encode(line)
-        except ValueError:
-            text = _encode({key: value if math.isfinite(value) else _spelt(value) for key, value in line.items()})
-        self._file.write(text.encode() + b"\n")
+        stamp = round(self._times.get((step, next(iter(values))), now), 3)
+        numbers = {name: float(value) for name, value in values.items()}
+        spelt = {name: value if math.isfinite(value) else json.dumps(value) for name, value in numbers.items()}
+        self._file.write(json.dumps({"step": step, "epoch": epoch, "time": stamp, **spelt}).encode() + b"\n")
         if now - self._flushed_at > FLUSH_SECONDS:
             self._file.flush()
             self._flushed_at = now
@@ -98,18 +93,23 @@ class Metrics:
             self._lock.release()
 
     def _cut(self, kept_bytes: int) -> dict[tuple[int, str], float]:
-        """Cut off the lines after `kept_bytes`; returns their time stamps by step and name."""
-        times: dict[tuple[int, str], float] = {}
-        removed: list[tuple[int, int, list[str]]] = []
-        for end, line in lines(self._path, kept_bytes):
-            names = [name for name in line if name not in POSITION_KEYS]
-            times.update(((line["step"], name), line["time"]) for name in names)
-            removed.append((end, line["step"], names))
-        with rewind(self._folder, kept_bytes, removed):
+        """Cut off the lines after `kept_bytes`; returns their time stamps by step and name.
+
+        The state of the upload is saved before: a crash between the two repeats the cut, where the other order would lose it.
+        """
+        cut = [*lines(self._path, kept_bytes)]
+        with locked_for_upload(self._folder):
+            state = UploadState.load(self._folder)
+            for end, line in cut:
+                if end <= state.sent_bytes:
+                    state.already.setdefault(str(line["step"]), []).extend(measured(line))
+            if state.sent_bytes > kept_bytes:
+                state.sent_bytes = kept_bytes
+                state.save(self._folder)
             self.commit(kept_bytes)
             os.truncate(self._path, kept_bytes)
             (self._folder / "result.json").unlink(missing_ok=True)
-        return times
+        return {(line["step"], name): line["time"] for _, line in cut for name in measured(line)}
 
 
 def log_metrics(folder: Path, values: Mapping[str, float]) -> None:
@@ -118,10 +118,9 @@ def log_metrics(folder: Path, values: Mapping[str, float]) -> None:
     The caller holds the evaluation lock. Values that are not finite, and those that are the last recorded ones already, are
     left out. An interrupted run that goes on cuts the line off again, like everything after its last checkpoint.
     """
-    position, last = {"step": 0, "epoch": 0}, {}
-    for line in read(folder):
-        position = {key: line[key] for key in position}
-        last.update({name: (line["step"], value) for name, value in line.items()})
+    recorded = [*read(folder)]
+    position = {key: recorded[-1][key] if recorded else 0 for key in ("step", "epoch")}
+    last = {name: (line["step"], value) for line in recorded for name, value in line.items()}
     new = {
         name: value
         for name, value in values.items()
@@ -146,6 +145,11 @@ def read(folder: Path) -> Iterator[dict[str, float]]:
     """
     for _, line in lines(folder / METRICS_FILE):
         yield {key: value if key == "step" else float(value) for key, value in line.items()}
+
+
+def measured(line: Mapping[str, Any]) -> dict[str, float]:
+    """The values of a line of metrics.jsonl by name, without its position in the training."""
+    return {name: float(value) for name, value in line.items() if name not in POSITION_KEYS}
 
 
 def lines(path: Path, start: int = 0) -> Iterator[tuple[int, dict]]:
@@ -190,7 +194,3 @@ def _parsed(text: bytes) -> dict | None:
         return None
     complete = text.endswith(b"\n") and line.keys() >= set(POSITION_KEYS) and type(line["step"]) is int
     return line if complete else None
-
-
-def _spelt(value: float) -> str:
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -1,12 +1,15 @@
 """The mirror of a run in MLflow: a process beside the training that sends the run folder.
 
-The process imports MLflow and talks to the server, so that the training never shares its interpreter lock with them.
-mirror_process.py is what it runs.
+The process imports MLflow and talks to the server, so that the training never shares its interpreter lock with them. It is
+`python -m twoviews.tracking.mirror <run folder> <pid> <interval in s> <tracking URI>`; on its standard output it tells the
+training, in lines of JSON, [kind, text], that MLflow is "imported", what to "say", why the end "failed", or that it is
+"complete".
 """
 
 import contextlib
 import json
 import os
+import select
 import shlex
 import signal
 import subprocess
@@ -16,17 +19,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from twoviews.errors import BadInput, counted
 from twoviews.tracking import uris
-from twoviews.tracking.client import NO_ANSWER, short_error
+from twoviews.tracking.client import NO_ANSWER, logged_error, prepare_environment, short_error
 from twoviews.tracking.state import UploadState, saved_at, set_target
-from twoviews.tracking.upload import is_uploaded, pending_artifact_bytes, pending_values
+from twoviews.tracking.upload import is_uploaded, pending_artifact_bytes, pending_values, upload
 
 FLUSH_TIMEOUT_S = 120.0
 POLL_SECONDS = 0.1
 SLOW_BYTES_PER_S = 5e6  # at which a server has to take the encoder: it answers when it has all of it
 LISTENER_TIMEOUT_S = 5.0  # for the last messages of a process that has ended
+MAX_BACKOFF = 12  # times the interval, between two tries while MLflow does not answer
+PARENT_CHECK_S = 1.0
 SOURCES = Path(__file__).resolve().parents[2]  # of this package; in a sweep it is the code that was launched
 # The mirror must outlive these signals, which SLURM sends to all processes of a job, to send the end of the run.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -98,8 +104,7 @@ class Mirror:
 
     def __init__(self, folder: Path, say: Callable[[str], None] = print, interval_s: float = 5.0):
         self._folder, self._say = folder, say
-        self._imported = self._complete = False  # MLflow; what there is to send
-        self._failure = ""
+        self._told: dict[str, str] = {}  # the last message of each kind
         uri = UploadState.load(folder).uri
         uris.refuse_untrusted(uri)
         arguments = [str(folder), str(os.getpid()), str(interval_s), uris.resolve(uri)]
@@ -107,7 +112,7 @@ class Mirror:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the new process inherits this
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "twoviews.tracking.mirror_process", *arguments],
+                [sys.executable, "-P", "-m", "twoviews.tracking.mirror", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
@@ -141,8 +146,8 @@ class Mirror:
             self._process.wait()
             self._listener.join(LISTENER_TIMEOUT_S)
             pending = pending_values(self._folder)
-            if not self._complete:
-                reason = self._failure or ("the mirror has ended" if ended else NO_ANSWER)
+            if "complete" not in self._told:
+                reason = self._told.get("failed") or ("the mirror has ended" if ended else NO_ANSWER)
                 self._say(
                     f"MLflow does not have all of this run ({reason}; {counted(pending, 'value')} left); {_later(self._folder)}"
                 )
@@ -153,7 +158,7 @@ class Mirror:
         start = answered_at = time.monotonic()
         while self._process.poll() is None and time.monotonic() < start + timeout_s:
             now = saved_at(self._folder)  # changes with each answer
-            if is_file or now != saved or not self._imported:
+            if is_file or now != saved or "imported" not in self._told:
                 saved, answered_at = now, time.monotonic()
             silent_s = time.monotonic() - answered_at - uris.ANSWER_TIMEOUT_S
             if silent_s > 0 and silent_s > pending_artifact_bytes(self._folder) / SLOW_BYTES_PER_S:
@@ -162,17 +167,14 @@ class Mirror:
                 self._process.wait(POLL_SECONDS)
 
     def _listen(self) -> None:
-        """Take the messages of the process: lines of JSON, [kind, text]."""
+        """Take the messages of the process."""
         assert self._process.stdout
         with self._process.stdout as messages:
             for line in messages:
                 kind, text = json.loads(line)
                 if kind == "say":
                     self._say(text)
-                elif kind == "failed":
-                    self._failure = text
-                self._imported |= kind == "imported"
-                self._complete |= kind == "complete"
+                self._told[kind] = text
 
 
 def flush(folder: Path, mirror: bool, say: Callable[[str], None] = print) -> None:
@@ -189,3 +191,76 @@ def flush(folder: Path, mirror: bool, say: Callable[[str], None] = print) -> Non
 
 def _later(folder: Path) -> str:
     return f"`python -m twoviews.tracking sync {shlex.quote(str(folder))}` sends the rest."
+
+
+# ------------------------------------------------------------------------------------------------------------ the process
+
+
+def _mirror(folder: Path, interval_s: float, closing: threading.Event, messages: TextIO) -> None:
+    """Send a run folder until `closing` is set, and its end then.
+
+    Args:
+        folder: the run folder.
+        interval_s: seconds between two tries, at first and while all goes well.
+        closing: the run has ended.
+        messages: to the training process.
+    """
+
+    def send(kind: str, text: str = "") -> None:
+        print(json.dumps([kind, text]), file=messages, flush=True)
+
+    # Not at once: importing MLflow takes as long as importing torch, and would slow down the first steps.
+    pause_s, failing, imported = interval_s, False, False
+    while True:
+        closed = closing.wait(pause_s)
+        try:
+            if not imported:
+                prepare_environment()
+                import mlflow  # noqa: F401
+
+                imported = True
+                send("imported")
+            upload(folder, closed)
+        except Exception as error:  # whatever is wrong with MLflow, the next try may succeed
+            reason = logged_error(error, folder)
+            if closed:
+                send("failed", reason)
+            elif not failing:
+                send("say", f"MLflow takes nothing now ({reason}); the values are kept and sent when it does.")
+            failing, pause_s = True, min(MAX_BACKOFF * interval_s, max(interval_s, 2 * pause_s))
+        else:
+            if failing:
+                send("say", "MLflow takes values again; everything kept so far is sent.")
+            if closed:
+                send("complete")
+            failing, pause_s = False, interval_s
+        if closed:
+            return
+
+
+def _watch(parent: int, closing: threading.Event) -> None:
+    """Set `closing` when the parent process asks for it, and end this process when the parent has ended."""
+    asked = False
+    while os.getppid() == parent:
+        readable, _, _ = select.select([] if asked else [sys.stdin], [], [], PARENT_CHECK_S)
+        if readable:
+            if not os.read(sys.stdin.fileno(), 16):
+                break
+            asked = True
+            closing.set()
+    os._exit(1)
+
+
+def _main() -> None:
+    folder, parent, interval_s, uri = sys.argv[1:]
+    uris.trust(uri)  # the parent process has checked that the user trusts it, which may be written down nowhere
+    # Whatever MLflow prints must not come between the messages.
+    messages = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    closing = threading.Event()
+    threading.Thread(target=_watch, args=(int(parent), closing), daemon=True).start()
+    _mirror(Path(folder), float(interval_s), closing, messages)
+
+
+if __name__ == "__main__":
+    _main()

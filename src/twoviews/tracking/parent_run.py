@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from twoviews.tracking import uris
-from twoviews.tracking.client import MAX_KEY_LENGTH, MAX_TAG_LENGTH, connect, get_or_create_run, mlflow_key, shortened
+from twoviews.tracking.client import MAX_KEY_LENGTH, connect, get_or_create_run, mlflow_tags, shortened
 from twoviews.tracking.description import set_note
 from twoviews.tracking.state import NAME_TAG, PARENT_TAG, set_target
 
@@ -27,13 +26,11 @@ def open_parent_run(uri: str | None, experiment: str, name: str, key: str, tags:
         BadInput: the experiment was deleted in MLflow.
         MlflowException: MLflow does not answer or refuses.
     """
-    client, experiment_id = connect(uris.resolve(uri), experiment)
+    client, experiment_id = connect(uri, experiment)
     from mlflow.entities import RunTag
 
     run_id = get_or_create_run(client, experiment_id, key, tags={}, run_name=name).info.run_id
-    client.log_batch(
-        run_id, tags=[RunTag(key, value[:MAX_TAG_LENGTH]) for key, value in tags.items()], synchronous=True
-    )
+    client.log_batch(run_id, tags=[RunTag(*tag) for tag in mlflow_tags(tags).items()], synchronous=True)
     client.update_run(run_id, status="RUNNING")
     return run_id, experiment_id
 
@@ -44,7 +41,7 @@ def end_parent_run(uri: str | None, experiment: str, run_id: str, status: str) -
     Raises:
         MlflowException: MLflow does not answer or refuses.
     """
-    client, _ = connect(uris.resolve(uri), experiment)
+    client, _ = connect(uri, experiment)
     client.set_terminated(run_id, status)
 
 
@@ -58,7 +55,7 @@ def log_files(
         MlflowException: MLflow does not answer or refuses.
     """
     run_id, _ = open_parent_run(uri, experiment, name, key, tags)
-    client, _ = connect(uris.resolve(uri), experiment)
+    client, _ = connect(uri, experiment)
     for file in files:
         client.log_artifact(run_id, str(file))
     end_parent_run(uri, experiment, run_id, "FINISHED")
@@ -90,13 +87,12 @@ def log_report(
     Raises:
         MlflowException: MLflow does not answer or refuses.
     """
-    client, _ = connect(uris.resolve(uri), experiment)
+    client, _ = connect(uri, experiment)
     from mlflow.entities import Metric, RunTag
 
     run, now = client.get_run(run_id), int(time.time() * 1000)
     new = [Metric(name, value, now, step) for name, value in metrics.items() if run.data.metrics.get(name) != value]
-    filled = [RunTag(mlflow_key(key)[:MAX_KEY_LENGTH], value[:MAX_TAG_LENGTH]) for key, value in tags.items()]
-    client.log_batch(run_id, metrics=new, tags=filled, synchronous=True)
+    client.log_batch(run_id, metrics=new, tags=[RunTag(*tag) for tag in mlflow_tags(tags).items()], synchronous=True)
     set_note(client, run, note)
     for file in files:
         client.log_artifact(run_id, str(file), "report")
@@ -106,10 +102,10 @@ def attach_parent(
     folder: Path, uri: str | None, experiment: str, parent: str, name: str, values: Mapping[str, Any]
 ) -> None:
     """Record in a run folder its target, its parent run, its name and its varying values, which become tags."""
-    names = {NAME_TAG: shortened(name, MAX_KEY_LENGTH)}
-    set_target(folder, uri, experiment, {PARENT_TAG: parent, **names, **value_tags(values)})
+    tags = {PARENT_TAG: parent, NAME_TAG: shortened(name, MAX_KEY_LENGTH), **value_tags(values)}
+    set_target(folder, uri, experiment, tags)
 
 
 def value_tags(values: Mapping[str, Any]) -> dict[str, str]:
     """MLflow's tags for varying values by key."""
-    return {mlflow_key(f"axis.{key}")[:MAX_KEY_LENGTH]: str(value)[:MAX_TAG_LENGTH] for key, value in values.items()}
+    return mlflow_tags({f"axis.{key}": value for key, value in values.items()})

@@ -4,8 +4,7 @@ import json
 import shlex
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import get_type_hints
@@ -134,28 +133,6 @@ def set_target(
             state.save(folder)
 
 
-@contextmanager
-def rewind(folder: Path, kept_bytes: int, removed: Iterable[tuple[int, int, list[str]]]) -> Iterator[None]:
-    """Let the next upload begin at `kept_bytes` of metrics.jsonl, which the block cuts off there.
-
-    The state is saved before the block: a crash between the two repeats the cut, where the other order would lose it.
-
-    Args:
-        folder: the run folder.
-        kept_bytes: size that metrics.jsonl will have.
-        removed: (byte behind it, step, names of its values) of each line that will be cut off.
-    """
-    with locked_for_upload(folder):
-        state = UploadState.load(folder)
-        for end, step, names in removed:
-            if end <= state.sent_bytes:
-                state.already.setdefault(str(step), []).extend(names)
-        if state.sent_bytes > kept_bytes:
-            state.sent_bytes = kept_bytes
-            state.save(folder)
-        yield
-
-
 def new_run_key() -> str:
     """A random value for the tag by which a run is found in MLflow."""
     return uuid.uuid4().hex
@@ -164,11 +141,6 @@ def new_run_key() -> str:
 def run_id(folder: Path) -> str | None:
     """MLflow's id of the run; None while MLflow has not answered."""
     return UploadState.load(folder).run_id
-
-
-def is_child(folder: Path) -> bool:
-    """Whether the run belongs to a sweep whose parent run is in MLflow already."""
-    return PARENT_TAG in UploadState.load(folder).tags
 
 
 def run_page(folder: Path) -> str:

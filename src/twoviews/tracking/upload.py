@@ -5,9 +5,12 @@ Only MLflow's client is used, never its fluent interface, and every call can be 
 """
 
 import contextlib
+import itertools
 import json
+import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
@@ -26,19 +29,14 @@ from twoviews.tracking.client import (
     shortened,
 )
 from twoviews.tracking.description import describe
-from twoviews.tracking.metrics import METRICS_FILE, POSITION_KEYS, durable_bytes, lines
+from twoviews.tracking.metrics import METRICS_FILE, durable_bytes, lines, measured
 from twoviews.tracking.state import NAME_TAG, UploadState, new_run_key
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-DESCRIPTION_FILES = (
-    "config.yaml",
-    "environment.json",
-    "data.json",
-    "commit.txt",
-)  # parameters and tags come from these
+DESCRIPTION_FILES = ("config.yaml", "environment.json", "data.json", "commit.txt")  # parameters and tags are in these
 ARTIFACT_FILES = (*DESCRIPTION_FILES, "diff.patch", "encoder.json", "result.json")
 ENCODER_FILE = "encoder.safetensors"  # the largest artifact, sent last
 ARTIFACT_PATTERNS = ("*.png", "*.pdf", "clusters*.json", "clusters*.npz", "evaluation/**/*.*")
@@ -60,18 +58,17 @@ def upload(folder: Path, closed: bool) -> int:
     foreign.refuse_links(folder)
     with locked_for_upload(folder):
         state = UploadState.load(folder)
-        limit = None if closed else durable_bytes(folder)
-        if _is_current(folder, state, closed, limit):
+        if _is_current(folder, state, closed):
             return 0
         status = _status(folder, closed)
-        client, experiment_id = connect(state.tracking_uri, state.experiment)
+        client, experiment_id = connect(state.uri, state.experiment)
         run = _open_run(client, experiment_id, folder, state)
         _write_run_id(folder, run.info.run_id)
         changed = _changed_artifacts(folder, state)
         _check_artifact_folder(run)
         if status != state.status or changed.keys() & {*DESCRIPTION_FILES, "result.json"}:
             describe(client, run, folder)
-        sent = _send_values(client, run.info.run_id, folder, state, limit)
+        sent = _send_values(client, run.info.run_id, folder, state, closed)
         if status != state.status:
             _send_status(client, run.info.run_id, folder, state, status)
         for name, stamp in changed.items():
@@ -84,7 +81,7 @@ def upload(folder: Path, closed: bool) -> int:
 
 def is_uploaded(folder: Path) -> bool:
     """Whether MLflow has all of a run that nobody trains any more, its status included; without asking MLflow."""
-    return _is_current(folder, UploadState.load(folder), closed=True, limit=None)
+    return _is_current(folder, UploadState.load(folder), closed=True)
 
 
 def pending_artifact_bytes(folder: Path) -> int:
@@ -97,14 +94,18 @@ def pending_artifact_bytes(folder: Path) -> int:
 
 def pending_values(folder: Path) -> int:
     """Number of values in metrics.jsonl that MLflow does not have."""
-    state = UploadState.load(folder)
-    return sum(len(line) - len(POSITION_KEYS) for _, line in lines(folder / METRICS_FILE, state.sent_bytes))
+    return sum(len(measured(line)) for _, line in _unsent_lines(folder, UploadState.load(folder), closed=True))
 
 
-def _is_current(folder: Path, state: UploadState, closed: bool, limit: int | None) -> bool:
-    end = next((end for end, _ in lines(folder / METRICS_FILE, state.sent_bytes)), None)
-    pending = end is not None and (limit is None or end <= limit)
+def _unsent_lines(folder: Path, state: UploadState, closed: bool) -> Iterator[tuple[int, dict]]:
+    """(byte behind it, content) of each line to send; while the run is trained no more than its last checkpoint keeps."""
+    limit = math.inf if closed else durable_bytes(folder)
+    return itertools.takewhile(lambda line: line[0] <= limit, lines(folder / METRICS_FILE, state.sent_bytes))
+
+
+def _is_current(folder: Path, state: UploadState, closed: bool) -> bool:
     has_status = bool(state.run_id) and state.status == _status(folder, closed)
+    pending = any(True for _ in _unsent_lines(folder, state, closed))
     return has_status and not pending and not _changed_artifacts(folder, state)
 
 
@@ -112,9 +113,10 @@ def _is_current(folder: Path, state: UploadState, closed: bool, limit: int | Non
 
 
 def _open_run(client: "MlflowClient", experiment_id: str, folder: Path, state: UploadState) -> "Run":
-    """The run in MLflow, made once however often this is interrupted."""
+    """The run in MLflow with the tags of the state, made once however often this is interrupted."""
     from mlflow.exceptions import MlflowException
 
+    run = None
     if state.run_id:
         try:
             run = client.get_run(state.run_id)
@@ -122,29 +124,22 @@ def _open_run(client: "MlflowClient", experiment_id: str, folder: Path, state: U
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             state.forget_run()  # the database was replaced by another
-        else:
-            if run.info.lifecycle_stage == "active":
-                return _with_tags(client, run, state)
-            raise BadInput(
-                f"run {state.run_id} was deleted in MLflow; restore it with `mlflow runs restore --run-id "
-                f"{state.run_id}`, or delete {folder / 'tracking.json'} to send it as a new one"
-            )
-    state.run_key = state.run_key or new_run_key()
-    state.save(folder)
-    first = next((line["time"] for _, line in lines(folder / METRICS_FILE)), time.time())
-    name = state.tags.get(NAME_TAG) or shortened(folder.resolve().name, MAX_KEY_LENGTH)
-    run = get_or_create_run(
-        client, experiment_id, state.run_key, tags=state.tags, run_name=name, start_time=int(first * 1000)
-    )
-    state.run_id, state.experiment_id, state.status = run.info.run_id, experiment_id, run.info.status
-    state.save(folder)
-    return _with_tags(client, run, state)
-
-
-def _with_tags(client: "MlflowClient", run: "Run", state: UploadState) -> "Run":
-    """The run with the tags of the state, which it may have got after it was made, as a run of a sweep."""
+    if run and run.info.lifecycle_stage != "active":
+        raise BadInput(
+            f"run {state.run_id} was deleted in MLflow; restore it with `mlflow runs restore --run-id {state.run_id}`, or "
+            f"delete {folder / 'tracking.json'} to send it as a new one"
+        )
+    if run is None:
+        state.run_key = state.run_key or new_run_key()
+        state.save(folder)
+        first = next((line["time"] for _, line in lines(folder / METRICS_FILE)), time.time())
+        name = state.tags.get(NAME_TAG) or shortened(folder.resolve().name, MAX_KEY_LENGTH)
+        options = {"run_name": name, "start_time": int(first * 1000)}
+        run = get_or_create_run(client, experiment_id, state.run_key, state.tags, **options)
+        state.run_id, state.experiment_id, state.status = run.info.run_id, experiment_id, run.info.status
+        state.save(folder)
     for key, value in state.tags.items():
-        if run.data.tags.get(key) != value:
+        if run.data.tags.get(key) != value:  # it may have become a run of a sweep after it was made
             client.set_tag(run.info.run_id, key, value)
     return run
 
@@ -173,8 +168,8 @@ def _check_artifact_folder(run: "Run") -> None:
 # ---------------------------------------------------------------------------------------------------------------- content
 
 
-def _send_values(client: "MlflowClient", run_id: str, folder: Path, state: UploadState, limit: int | None) -> int:
-    """Send the lines that end at byte `limit` or before; the number of values sent."""
+def _send_values(client: "MlflowClient", run_id: str, folder: Path, state: UploadState, closed: bool) -> int:
+    """Send the lines that MLflow does not have; the number of values sent."""
     from mlflow.entities import Metric
 
     sent, batch = 0, []
@@ -184,17 +179,15 @@ def _send_values(client: "MlflowClient", run_id: str, folder: Path, state: Uploa
             client.log_batch(run_id, metrics=batch, synchronous=True)
         state.save(folder)
 
-    for end, line in lines(folder / METRICS_FILE, state.sent_bytes):
-        if limit is not None and end > limit:
-            break
+    for end, line in _unsent_lines(folder, state, closed):
         step, stamp, already = line["step"], round(line["time"] * 1000), state.already.get(str(line["step"]), [])
-        names = [name for name in line if name not in POSITION_KEYS and name not in already]
-        if len(batch) + len(names) + 1 > MAX_VALUES_PER_CALL:
+        new = {name: value for name, value in measured(line).items() if name not in already}
+        if len(batch) + len(new) > MAX_VALUES_PER_CALL:
             flush()
             batch = []
         # NaN is stored as NaN, an infinity as the largest double: MLflow's own rule.
-        batch.extend(Metric(metric_name(name), float(line[name]), stamp, step) for name in names)
-        sent += len(names)
+        batch.extend(Metric(metric_name(name), value, stamp, step) for name, value in new.items())
+        sent += len(new)
         state.sent_bytes = end
         if already:
             state.already[str(step)] = [name for name in already if name not in line]

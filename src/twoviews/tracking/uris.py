@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from twoviews import launched
+from twoviews.config.groups import ROOT
 from twoviews.errors import BadInput, without_secrets
 
 DATABASES = ("postgresql", "mysql", "mssql")
@@ -19,11 +20,6 @@ ANSWER_TIMEOUT_S = 5.0  # for a server to answer anything at all
 HINT = "use sqlite:///<path> or http(s)://<host>:<port>"
 
 
-def checkout() -> Path:
-    """The root of this checkout, where mlflow.db is by default."""
-    return Path(__file__).resolve().parents[3]
-
-
 def resolve(uri: str | None) -> str:
     """The complete tracking URI: mlflow.db at the root of the checkout for None; paths of SQLite files absolute.
 
@@ -31,7 +27,7 @@ def resolve(uri: str | None) -> str:
         BadInput: MLflow cannot keep runs there, or the URI may hold credentials.
     """
     if uri is None:
-        return f"sqlite:///{checkout() / 'mlflow.db'}"
+        return f"sqlite:///{ROOT / 'mlflow.db'}"
     scheme, path, shown = uri.partition(":")[0].partition("+")[0], uri.partition(":///")[2], _without_credentials(uri)
     if _may_hold_credentials(uri, scheme):
         raise BadInput(
