@@ -18,7 +18,7 @@ from twoviews.clusters.scores import clustering_scores
 from twoviews.code import code_state
 from twoviews.config.building import build, build_data
 from twoviews.config.parameter_names import qualified_errors, qualify
-from twoviews.data.images import ImageData
+from twoviews.data.images import ImageData, Images
 from twoviews.data.loader import Loader, SmallViews
 from twoviews.data.views import Views
 from twoviews.encoder_file import describe_backbone
@@ -125,28 +125,13 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
                 f"this method learns from labels, and the training images of {data.name} have none; choose another method."
             )
         extra = {"labels": data.train.labels, "classes": len(data.classes)}
-    small = SmallViews(**cfg.get("small_views", {}))
-    small_epochs = math.ceil(small.share * cfg.epochs - 1e-9)  # 0.07 * 100 is 7.000000000000001
-    loader = Loader(
-        data.train,
-        views,
-        batch_size=cfg.batch_size,
-        seed=cfg.seed,
-        device=device,
-        rank=distributed.rank(),
-        processes=distributed.processes(),
-        # What autocast and the first convolution would make of them; CPUs do so themselves.
-        dtype=runtime.dtype(device) if device.type == "cuda" else torch.float32,
-        channels_last=runtime.channels_last and device.type == "cuda",
-        small_epochs=small_epochs,
-        small_scale=small.scale,
-    )
+    loader = _loader(cfg, data.train, views, runtime, device)
     check_batch(cfg, runtime)
     check_networks(lambda: _method(cfg, data, len(views), extra, _encoder(cfg, data))[0], device, _sizes(cfg))
     check_views(views, cfg.batch_size // distributed.processes(), data.channels, device)
     torch.manual_seed(seed_of(cfg.seed, "initialisation"))
     encoder = _encoder(cfg, data)
-    sizes = {data.size, *views.sizes, *(views.scaled_sizes(small.scale) if small_epochs else ())}
+    sizes = {data.size, *views.sizes, *(views.scaled_sizes(loader.small_scale) if loader.small_epochs else ())}
     unseen = [note for size in sorted(sizes) if (note := unseen_pixels_note(encoder, data.channels, size))]
     method, notes = _method(cfg, data, len(views), extra, encoder)
     notes += _seen_in_parts(method, cfg.batch_size, cfg.batch_size // runtime.accumulate)
@@ -171,6 +156,24 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
             *notes,
             *(note for protocol in protocols.values() for note in protocol.notes(data)),
         ],
+    )
+
+
+def _loader(cfg: DictConfig, images: Images, views: Views, runtime: Runtime, device: torch.device) -> Loader:
+    small = SmallViews(**cfg.get("small_views", {}))
+    return Loader(
+        images,
+        views,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        device=device,
+        rank=distributed.rank(),
+        processes=distributed.processes(),
+        # What autocast and the first convolution would make of them; CPUs do so themselves.
+        dtype=runtime.dtype(device) if device.type == "cuda" else torch.float32,
+        channels_last=runtime.channels_last and device.type == "cuda",
+        small_epochs=math.ceil(small.share * cfg.epochs - 1e-9),  # 0.07 * 100 is 7.000000000000001
+        small_scale=small.scale,
     )
 
 
