@@ -177,13 +177,13 @@ def _composer(name: str) -> "Composer":
 def compose(command: Command) -> None:
     """Compose the configurations of a command of an entry point and check them; raises what is wrong with it."""
     from twoviews.config.checks import check, check_plugin
-    from twoviews.config.command_line import MULTIRUN, check_arguments, hydra_arguments
+    from twoviews.config.command_line import MULTIRUN_FLAGS, check_arguments, hydra_arguments
 
     composer = _composer(command.entry)
     words = [word for word in command.overrides if word not in ("--help", "--cfg", "job", "--resolve")]
     check_arguments(command.entry, words)
-    overrides = [word for word in hydra_arguments(command.entry, words) if word not in MULTIRUN]
-    if not MULTIRUN.isdisjoint(words):
+    overrides = [word for word in hydra_arguments(command.entry, words) if word not in MULTIRUN_FLAGS]
+    if not MULTIRUN_FLAGS.isdisjoint(words):
         whole = _whole(command.entry, next(_values(overrides)))
         for kind in ("launcher", "sweeper"):
             check_plugin(whole, kind)

@@ -11,7 +11,7 @@ from PIL import Image
 from twoviews import batch_size
 from twoviews.console import Console
 
-SIMCLR = (*SMALL, "method=simclr", "find_batch=true", "hydra.run.dir=run")
+SIMCLR = (*SMALL, "method=simclr", "find_batch=true", "protocol=[knn,finetune,health]", "hydra.run.dir=run")
 
 
 def sizes(out: str, *parts: str) -> list[int]:

@@ -12,7 +12,7 @@ from twoviews import features
 from twoviews.backbones import ResNet
 from twoviews.data.images import ImageData
 from twoviews.data.sources import digits
-from twoviews.features import Pixels, embed
+from twoviews.features import PixelEncoder, embed
 from twoviews.protocols.protocol import EvaluationContext
 
 
@@ -43,7 +43,7 @@ def test_features_are_the_encoders_in_eval_mode_and_the_mode_is_put_back(channel
 
 def test_features_are_computed_once():
     data = few(60)
-    context = EvaluationContext(Pixels(1, 32), data, torch.device("cpu"), torch.float32)
+    context = EvaluationContext(PixelEncoder(1, 32), data, torch.device("cpu"), torch.float32)
     assert context.test is context.test
     assert context.memory.x.shape == (60, 1024)
     assert context.test.x.shape == (30, 1024)

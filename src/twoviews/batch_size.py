@@ -181,7 +181,7 @@ class _Finder:
 
 def _try(content: dict[str, Any], free: int, scratch: Path, answer: Connection) -> None:
     """What a process of `trial` does."""
-    cfg = DictConfig(content)
+    cfg = DictConfig({**content, "protocol": {}})  # which two steps do not need
     runtime = build(cfg.runtime)
     device = runtime.torch_device()
     no_memory = torch.OutOfMemoryError if device.type == "cuda" else (RuntimeError, MemoryError)
@@ -214,6 +214,7 @@ def _two_steps(cfg: DictConfig, runtime: Runtime, device: torch.device, scratch:
     """A training that ends after two steps, or two captured ones, each of them logged."""
     data, runtime = load_data(cfg).to(device), replace(runtime, log_every=1)
     parts = make_parts(cfg, data, make_views(cfg, data), runtime, device)
+    parts.loader.small_epochs = 0  # later steps need more memory
     for group in parts.optimizer.param_groups:
         group["lr"] = 0.0  # scaled to so large a batch it might end in numbers that are none
     steps = EAGER if eager_reason(runtime, device) else EAGER_STEPS + 2  # a graph has memory of its own

@@ -29,7 +29,7 @@ class Features:
     y: Int[Tensor, " N"]
 
 
-class Pixels(Encoder):
+class PixelEncoder(Encoder):
     """The baseline without a network: normalized pixels, averaged down to 32 x 32 px if there are more."""
 
     def __init__(self, channels: int, image_size: int):
@@ -38,7 +38,7 @@ class Pixels(Encoder):
         self.out_dim = channels * self.side**2
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
-        """Pixels as features [B, out_dim]."""
+        """PixelEncoder as features [B, out_dim]."""
         return nnf.adaptive_avg_pool2d(images, self.side).flatten(1)
 
 

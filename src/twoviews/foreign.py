@@ -293,6 +293,6 @@ def _impure(path: str, value: Any, group: str, literal: bool, depth: int) -> str
 
 
 def short(value: object) -> str:
-    """On one line, and not long."""
+    """A value as text on one line of at most 101 characters."""
     text = " ".join(str(value).split())
     return "".join(sign if sign.isprintable() else "?" for sign in text[:100]) + ("…" if len(text) > 100 else "")

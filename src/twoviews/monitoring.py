@@ -10,7 +10,7 @@ import torch
 from twoviews import distributed, process_group
 from twoviews.backbones import Encoder
 from twoviews.console import Console, duration
-from twoviews.features import Pixels
+from twoviews.features import PixelEncoder
 from twoviews.methods.method import Collapse
 from twoviews.protocols.protocol import EvaluationContext, Protocol, run_protocols
 from twoviews.runtime import peak_memory
@@ -27,7 +27,7 @@ PROGRESS_VALUES = {  # name in the progress line: name in metrics.jsonl
     "img/s": "images_per_s",
     "kNN": "knn/top1",
 }
-SPREAD_COLLAPSE = Collapse(
+SPREAD_WARNING = Collapse(
     "spread",
     "1 is even, 0 is one point, so the embeddings are collapsing. Lower the learning rate, check in views.png that the views "
     "are not too alike, and give the batch norms larger batches.",
@@ -102,7 +102,7 @@ class Monitor:
         self._epochs, self._device = epochs, device
         self._small_epochs, self._small_cost = small_epochs, small_cost
         self.latest: dict[str, float] = {}
-        self._collapses = [SPREAD_COLLAPSE, *collapses]  # without those that the user was warned of
+        self._collapses = [SPREAD_WARNING, *collapses]  # without those that the user was warned of
         self._epoch_seconds: float | None = None  # of training steps with views of full size, as forecast
         self._knn_seconds = 0.0
 
@@ -145,7 +145,7 @@ class Monitor:
             )
 
     def _seconds_left(self, epoch: float) -> float | None:
-        """Of training and evaluations after `epoch` epochs; None before the first forecast."""
+        """Forecast of the seconds that training and evaluations take after `epoch` epochs; None before the first forecast."""
         if self._epoch_seconds is None:
             return None
         intervals = [protocol.every_epochs for protocol in self._protocols.values() if protocol.every_epochs]
@@ -168,7 +168,9 @@ class Monitor:
         untrained = self._context(encoder)
         results = {"untrained": run_protocols(knn, untrained)}
         self._knn_seconds = time.monotonic() - start
-        results["pixels"] = run_protocols(knn, self._context(Pixels(untrained.data.channels, untrained.data.size)))
+        results["pixels"] = run_protocols(
+            knn, self._context(PixelEncoder(untrained.data.channels, untrained.data.size))
+        )
         if distributed.rank() > 0:
             return {}
         return {f"baseline/{name}_knn_top1": result["knn"].values["top1"] for name, result in results.items()}

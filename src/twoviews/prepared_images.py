@@ -44,7 +44,7 @@ def picture_files(images: Path) -> list[str]:
         return image_paths(name)
     except BadInput as error:
         reason = str(error).removeprefix(f"images={name}").lstrip(": ")
-        where = "" if pathlib.Path(name).is_absolute() else f" in {pathlib.Path.cwd()}"
+        where = "" if pathlib.Path(name).expanduser().is_absolute() else f" in {pathlib.Path.cwd()}"
         raise BadInput(
             f"{name!r}{where}: {reason} Images are a picture file, a folder, a pattern such as 'photos/*.jpg', a list of files, "
             "PIL images, an array or a tensor."

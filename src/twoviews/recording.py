@@ -12,7 +12,7 @@ from twoviews.assembly import Parts, describe_data, describe_encoder
 from twoviews.checkpoints import has_checkpoint, load_last_checkpoint
 from twoviews.code import code_state
 from twoviews.config.building import build
-from twoviews.config.digest import NOT_IN_DIGEST, digest, flat, plain
+from twoviews.config.digest import NOT_IN_DIGEST, digest, flat, plain, without_unused
 from twoviews.console import Console
 from twoviews.encoder_file import WEIGHTS_FILE, save_encoder
 from twoviews.environment import environment
@@ -133,9 +133,10 @@ class Recording:
             self.console.say(f"resuming at step {training.position.step} (epoch {training.epoch:.2f}).")
             before, now = self._state.get("precision"), format_name(training.dtype)
             if before not in (None, now):
+                other = " or with TWOVIEWS_CPU_BF16=1 in the environment" if before == "bfloat16" else ""
                 self.console.say(
                     f"warning: the run was begun in {before} and goes on in {now}, which runtime.precision=auto means on this "
-                    f"device; for {before} throughout, interrupt it and continue on a device of the first kind."
+                    f"device; for {before} throughout, interrupt it and continue on a device of the first kind{other}."
                 )
             if self._first:  # it is that of an interruption; after a kill -9 it would pass for the last step's
                 self.run.folder.joinpath(WEIGHTS_FILE).unlink(missing_ok=True)
@@ -255,7 +256,7 @@ def record_start(run: Run, cfg: DictConfig, parts: Parts) -> None:
 
 def _changed_keys(recorded: dict[str, Any], config: dict[str, Any]) -> str:
     """The first keys whose values differ, as part of a sentence."""
-    before, now = flat(recorded), flat(config)
+    before, now = without_unused(flat(recorded)), without_unused(flat(config))
     keys = [
         key
         for key in sorted({*before, *now})

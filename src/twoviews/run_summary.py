@@ -48,7 +48,7 @@ def _data_lines(parts: Parts) -> Iterator[str]:
         yield "          without labelled test images there is no kNN or linear accuracy; watch train/spread."
     how, loader = "compiled" if compiled(parts.device) else "tensors", parts.loader
     yield f"views     {how}, {len(parts.views)} of each image: {_shapes(parts.views.sizes)}" + (
-        f"; in the first {loader.small_epochs} epochs {_shapes(parts.views.scaled_sizes(loader.small_scale))}"
+        f"; in the first {counted(loader.small_epochs, 'epoch')} {_shapes(parts.views.scaled_sizes(loader.small_scale))}"
         if loader.small_epochs
         else ""
     )
@@ -141,7 +141,9 @@ def show_result(folder: Path, result: dict[str, Any], protocols: Iterable[str], 
     console.say(f"MLflow: {run_page(folder)}")  # not in the table, which would break a command that is to be copied
     knn = result.get("knn/top1", 100.0)
     floors = {"the untrained encoder": "baseline/untrained_knn_top1", "raw pixels": "baseline/pixels_knn_top1"}
-    ahead = [f"{label} ({result[name]:.2f} %)" for label, name in floors.items() if knn <= result.get(name, 0.0)]
+    ahead = [
+        f"{label} ({result[name]:.2f} %)" for label, name in floors.items() if name in result and knn <= result[name]
+    ]
     if result["state"] == "finished" and ahead:
         console.say(
             f"advice: kNN ({knn:.2f} %) does not beat that of {' and '.join(ahead)}; train longer (epochs=) or change "

@@ -160,7 +160,7 @@ def _wrong_elements(values: Sequence[Any], annotation: Any) -> str:
 
 @dataclass(frozen=True)
 class Parameter:
-    """What a value goes to."""
+    """A parameter of a class or function that a configuration value is passed to."""
 
     annotation: Any  # None where it needs more than ranges, standard types and classes of this package
     required: bool

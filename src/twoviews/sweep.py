@@ -14,13 +14,13 @@ from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import LOG, Job, JobState, short_names, typed, with_varying_parameters
 from twoviews.sweeps.job_status import CANCEL_SECONDS, status, wait_until_ended
 
-FINISHED, UNFINISHED, ACTIVE = 0, 1, 3  # exit codes; 2 is bad input
+EXIT_FINISHED, EXIT_UNFINISHED, EXIT_ACTIVE = 0, 1, 3  # exit codes; 2 is bad input
 EXIT_CODES = "0 all jobs are finished or pruned, 3 some are queued or running, 1 some are neither, 2 bad input."
 LOG_LINES = 40  # of a log that are shown
 MAX_SHOWN_NAMES = 8  # of other sweeps
 # States that need attention come first.
-STOPPED = ("FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "PREEMPTED", "CANCELLED", "LOST", "INTERRUPTED")
-ORDER = (*STOPPED, "RUNNING", "QUEUED", "PRUNED", "FINISHED")
+UNFINISHED_STATES = ("FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "PREEMPTED", "CANCELLED", "LOST", "INTERRUPTED")
+ORDER = (*UNFINISHED_STATES, "RUNNING", "QUEUED", "PRUNED", "FINISHED")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,8 +86,8 @@ def chosen(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
 def exit_code(states: Mapping[str, JobState]) -> int:
     """The exit code of a command for jobs with these states."""
     if any(state.active for state in states.values()):
-        return ACTIVE
-    return FINISHED if all(state.done for state in states.values()) else UNFINISHED
+        return EXIT_ACTIVE
+    return EXIT_FINISHED if all(state.done for state in states.values()) else EXIT_UNFINISHED
 
 
 def show_status(sweep: Sweep, jobs: Sequence[Job]) -> int:
@@ -127,7 +127,7 @@ def show_logs(sweep: Sweep, jobs: Sequence[Job]) -> int:
     """Print the ends of the logs of the jobs that were named, or of those that failed."""
     states = status(jobs)
     if len(jobs) == len(sweep.jobs) > 1:  # none was named
-        jobs = [job for job in jobs if states[job.digest].state in STOPPED]
+        jobs = [job for job in jobs if states[job.digest].state in UNFINISHED_STATES]
     for job in jobs:
         state = states[job.digest]
         print(f"=== {job.digest} {job.label}: {state.state} {state.reason}".rstrip())
@@ -151,7 +151,7 @@ def retry_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
     from twoviews.sweeps.mlflow_sync import flush
 
     states, console = status(jobs), Console()
-    retry(sweep, [job for job in jobs if states[job.digest].state in STOPPED])
+    retry(sweep, [job for job in jobs if states[job.digest].state in UNFINISHED_STATES])
     if sweep.record["parent"]:
         flush(sweep, console.say)
     digests = {job.digest for job in jobs}

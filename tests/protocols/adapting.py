@@ -8,7 +8,7 @@ import torch
 from twoviews.backbones import Encoder, ResNet
 from twoviews.data.images import ImageData
 from twoviews.data.sources import digits
-from twoviews.features import Pixels
+from twoviews.features import PixelEncoder
 from twoviews.protocols.linear import Linear, Probe
 from twoviews.protocols.protocol import EvaluationContext
 
@@ -49,7 +49,7 @@ def views(of: EvaluationContext, name: str, severity: int, batch_size: int) -> l
 
 
 def without_batch_norm() -> EvaluationContext:
-    return EvaluationContext(Pixels(1, 32), some_digits(), torch.device("cpu"), torch.float32)
+    return EvaluationContext(PixelEncoder(1, 32), some_digits(), torch.device("cpu"), torch.float32)
 
 
 def state(encoder: Encoder) -> dict[str, object]:

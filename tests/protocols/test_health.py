@@ -10,7 +10,7 @@ from torch import nn
 
 from twoviews.backbones import Encoder, ResNet
 from twoviews.data.sources import digits
-from twoviews.features import Pixels
+from twoviews.features import PixelEncoder
 from twoviews.protocols.health import Health, advice, alignment, rankme, similarities, uniformity
 from twoviews.protocols.protocol import EvaluationContext
 
@@ -91,8 +91,8 @@ def test_it_needs_no_labels_and_leaves_the_encoder_as_it_was():
 
 
 def test_views_that_differ_in_nothing_are_aligned():
-    same = Health(images=50, scale=(1.0, 1.0), flip=0.0, every_epochs=0)(context(Pixels(1, 32))).values
-    cropped = Health(images=50, scale=(0.2, 0.5), flip=0.0, every_epochs=0)(context(Pixels(1, 32))).values
+    same = Health(images=50, scale=(1.0, 1.0), flip=0.0, every_epochs=0)(context(PixelEncoder(1, 32))).values
+    cropped = Health(images=50, scale=(0.2, 0.5), flip=0.0, every_epochs=0)(context(PixelEncoder(1, 32))).values
     # A crop has a drawn shape even of the whole area; no shape but the square fits, so the centre is taken.
     assert same["alignment"] < cropped["alignment"] and same["positive_similarity"] > 0.7
     assert same["uniformity"] == cropped["uniformity"]

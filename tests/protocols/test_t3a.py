@@ -7,7 +7,7 @@ import torch
 from adapting import LINEAR, context, probe, views
 from torch import nn
 
-from twoviews.protocols.adaptation import Memory, Model
+from twoviews.protocols.adaptation import Model, PseudoLabels
 from twoviews.protocols.t3a import T3A
 
 
@@ -34,7 +34,7 @@ def test_prototypes_are_those_of_a_loop(per_class):
     linear = probe().linear
     z = probe().standardised(context().test.x)
     batches = list(z.split(40))
-    memory = Memory(linear, per_class)
+    memory = PseudoLabels(linear, per_class)
     for number, batch in enumerate(batches, start=1):
         memory.add(batch, linear(batch))
         expected = torch.stack(prototypes_by_loop(linear, batches[:number], per_class))
@@ -59,5 +59,5 @@ def test_a_class_without_supports_gets_nothing():
     linear = nn.Linear(2, 3, bias=False)
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]))  # nothing is ever closest to the first
-    memory = Memory(linear.requires_grad_(False), 5)
+    memory = PseudoLabels(linear.requires_grad_(False), 5)
     assert memory.prototypes().tolist() == [[0, 0], [2, 0], [0, 1]]

@@ -43,6 +43,7 @@ def test_the_same_sweep_has_the_same_name_and_another_one_another() -> None:
     )
     others = {default_name(master("epochs=4"), ["seed"]), default_name(master("epochs=3"), ["seed", "epochs"]), one}
     assert len(others) == 3
+    assert one == "moco-digits-7c1f9da5", "sweeps that were launched before go on"
     assert default_name(master(), ["method", "seed"]).startswith("method-digits-")
 
 

@@ -72,9 +72,9 @@ GRID = [
 def test_interval_is_the_t_interval() -> None:
     one = estimate([1.0, 2.0, 3.0])
     assert one and (one.mean, one.count) == (2.0, 3)
-    assert one.half == pytest.approx(4.302652729911275 / math.sqrt(3))  # t(0.975, 2) from a table
+    assert one.half_width == pytest.approx(4.302652729911275 / math.sqrt(3))  # t(0.975, 2) from a table
     single = estimate([5.0])
-    assert single and math.isnan(single.half) and str(single) == "5.00" and not estimate([]).count
+    assert single and math.isnan(single.half_width) and str(single) == "5.00" and not estimate([]).count
 
 
 def test_best_is_the_mean_over_seeds_with_the_command_to_run_it(tmp_path: Path) -> None:

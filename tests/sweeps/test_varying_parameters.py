@@ -49,6 +49,21 @@ def launched(
     return sweep
 
 
+SMALL_VIEWS = """small_views:
+  share: {share}
+  scale: 0.75
+"""
+
+
+def test_small_views_are_an_axis_where_they_are_used(tmp_path: Path) -> None:
+    """Also beside jobs of an earlier version, which know nothing of them."""
+    launched(tmp_path / "s", {}, {"seed": 0}, {"seed": 1})
+    launched(tmp_path / "s", {}, {"seed": 2}, config=MOCO + SMALL_VIEWS.format(share=0))
+    assert found(Sweep(tmp_path / "s")) == [{"seed": 0}, {"seed": 1}, {"seed": 2}]
+    launched(tmp_path / "s", {"small_views.share": 0.6}, {"seed": 0}, config=MOCO + SMALL_VIEWS.format(share=0.6))
+    assert [job.get("small_views.share") for job in found(Sweep(tmp_path / "s"))] == [None, None, None, 0.6]
+
+
 def found(sweep: Sweep) -> list[dict[str, Any]]:
     return [dict(job.axes) for job in with_varying_parameters(sweep.jobs)]
 

@@ -6,7 +6,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 
-from twoviews.config.command_line_errors import MULTIRUN, diagnose, unknown_override, wrong_choices
+from twoviews.config.command_line_errors import MULTIRUN_FLAGS, diagnose, unknown_override, wrong_choices
 from twoviews.config.composition import compose_unresolved
 from twoviews.config.groups import chooses
 from twoviews.config.hydra_internals import parse_options
@@ -56,7 +56,7 @@ def hydra_arguments(name: str, arguments: Sequence[str]) -> list[str]:
         arguments: behind the name of the program.
     """
     words = [f"++{word}" if word.startswith((f"{OPEN_NODE}.", f"{OPEN_NODE}={{")) else word for word in arguments]
-    if MULTIRUN.isdisjoint(words):
+    if MULTIRUN_FLAGS.isdisjoint(words):
         return words
     try:
         parsed = {word: OverridesParser.create().parse_override(word) for word in words if not word.startswith("-")}

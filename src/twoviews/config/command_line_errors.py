@@ -20,7 +20,7 @@ from twoviews.config.digest import flat
 from twoviews.config.groups import CONF, groups, options
 from twoviews.errors import mistakes, nearest, shown
 
-MULTIRUN = frozenset({"-m", "--multirun"})
+MULTIRUN_FLAGS = frozenset({"-m", "--multirun"})
 _FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd")  # of Hydra's command line
 MAX_NAME_BYTES = 255  # of a file on most file systems
 OPTIONAL = ("experiment", "special")  # groups of conf/train.yaml that may have no file: "none"
@@ -87,7 +87,7 @@ def _parsed(arguments: Sequence[str]) -> tuple[list[Override], list[str]]:
 def _sweep_without_multirun(overrides: Sequence[Override], arguments: Sequence[str]) -> list[str]:
     """A sentence if a command has several values for a key and no -m."""
     swept = [str(override.input_line) for override in overrides if override.is_sweep_override()]
-    multirun = not MULTIRUN.isdisjoint(arguments) or any("hydra.mode" in argument for argument in arguments)
+    multirun = not MULTIRUN_FLAGS.isdisjoint(arguments) or any("hydra.mode" in argument for argument in arguments)
     if not swept or multirun:
         return []
     return [f"{swept[0]} are several values; add -m to run each of them, or write a list in brackets, key=[a,b]."]
@@ -182,7 +182,7 @@ def _values(override: Override) -> list[str]:
     if isinstance(value, Sweep):
         value = list(override.sweep_string_iterator()) if override.is_choice_sweep() else []
     values = value if isinstance(value, list) else [value]
-    texts = (each.text if isinstance(each, QuotedString) else each for each in values)
+    texts = (element.text if isinstance(element, QuotedString) else element for element in values)
     return ["null" if text is None else str(text) for text in texts]
 
 

@@ -63,6 +63,6 @@ def compose(name: str, overrides: list[str]) -> DictConfig | None:
 
 
 def compose_unresolved(name: str, overrides: list[str]) -> Any:
-    """The same as nested dictionaries, with interpolations as text."""
+    """The configuration of a command as nested dictionaries, interpolations as text; None if Hydra refuses an override."""
     cfg = compose(name, overrides)
     return None if cfg is None else OmegaConf.to_container(cfg, resolve=False)

@@ -2,6 +2,7 @@
 
 import hashlib
 import typing
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,13 +34,17 @@ def digest(cfg: "DictConfig | dict[str, Any]") -> str:
     values |= {
         key.removeprefix(f"{REDUCED_FROM}."): values.pop(key) for key in [*values] if key.startswith(REDUCED_FROM)
     }
-    values = {key: value for key, value in values.items() if not key.startswith(NOT_IN_DIGEST)}
-    if not values.get("small_views.share"):  # runs without them keep the names of before there were any
-        values = {key: value for key, value in values.items() if not key.startswith("small_views.")}
+    values = {key: value for key, value in without_unused(values).items() if not key.startswith(NOT_IN_DIGEST)}
     if any(key.startswith("runtime.") for key in values):  # the configuration of a run
         values.setdefault("runtime.compile", False)  # a former option: runs that did not use it keep their names
     numbers = {key: as_float(value) for key, value in values.items()}
     return hashlib.blake2b(repr(sorted(numbers.items())).encode(), digest_size=4).hexdigest()
+
+
+def without_unused(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a configuration without those of small_views where the run has none, as in runs of earlier versions."""
+    unused = () if values.get("small_views.share") else ("small_views.",)
+    return {key: value for key, value in values.items() if not key.startswith(unused)}
 
 
 def as_float(value: Any) -> Any:

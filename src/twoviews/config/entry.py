@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from twoviews import foreign, processes
 from twoviews.config.checks import ROOTS, check
 from twoviews.config.command_line import check_arguments, hydra_arguments
-from twoviews.config.command_line_errors import MULTIRUN, diagnose
+from twoviews.config.command_line_errors import MULTIRUN_FLAGS, diagnose
 from twoviews.config.composition import VERSION_BASE, register_resolvers
 from twoviews.config.groups import CONF
 from twoviews.config.hydra_internals import hide_classes, start_faster
@@ -28,7 +28,7 @@ from twoviews.figures import set_formats
 from twoviews.files import file_error
 
 BAD_INPUT = 2  # exit code for mistakes that the user can correct
-STOPPED = 128  # plus the signal's number: exit code of a run that was stopped and can be continued
+SIGNAL_EXIT_BASE = 128  # plus the signal's number: exit code of a run that was stopped and can be continued
 
 Name = Literal["train", "evaluate", "cluster"]
 Main = Callable[[DictConfig, Path], int | None]
@@ -71,13 +71,13 @@ class _Command:
         # slower on a busy machine; waiting asleep costs some per cent on an idle one. Read when torch is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # argparse takes overrides from one place only: none behind a -m that has some before it.
-        sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in MULTIRUN)
+        sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in MULTIRUN_FLAGS)
         self.exit_codes, self.composed = [], False
         register_resolvers()
         start_faster(sys.argv[1:])
         hide_classes()
         try:
-            processes.drop_incomplete_variables(self.name, sweep=not MULTIRUN.isdisjoint(sys.argv[1:]))
+            processes.drop_incomplete_variables(self.name, sweep=not MULTIRUN_FLAGS.isdisjoint(sys.argv[1:]))
             check_arguments(self.name, sys.argv[1:])
             sys.argv[1:] = hydra_arguments(self.name, sys.argv[1:])
             hydra.main(**VERSION_BASE, config_path=str(CONF), config_name=self.name)(self.job)()
@@ -91,13 +91,13 @@ class _Command:
             self._refuse(*self._sentences(error))
         except BrokenPipeError:  # the reader of `train.py --help | head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            self.exit_codes.append(STOPPED + signal.SIGPIPE)
+            self.exit_codes.append(SIGNAL_EXIT_BASE + signal.SIGPIPE)
         except OSError as error:
             self._refuse(_file_error(error))
         except KeyboardInterrupt:
             more = "goes on from the last checkpoint" if self.name == "train" else "begins again"
             print(f"interrupted; the same command {more}.", file=sys.stderr)
-            self.exit_codes.append(STOPPED + signal.SIGINT)
+            self.exit_codes.append(SIGNAL_EXIT_BASE + signal.SIGINT)
         sys.exit(max(self.exit_codes, default=0))
 
     def job(self, cfg: DictConfig) -> None:
@@ -115,7 +115,7 @@ class _Command:
         except Stopped as stopped:
             if os.environ.get("RANK", "0") == "0":
                 print("stopped before the training began; the same command begins again.", file=sys.stderr)
-            sys.exit(STOPPED + stopped.number)
+            sys.exit(SIGNAL_EXIT_BASE + stopped.number)
         except BadInput as error:
             root = [field.name for field in fields(ROOTS[self.name])]
             self._refuse(*(qualify(message, root=root) for message in error.messages))
@@ -145,7 +145,7 @@ class _Command:
         if sys.stdout.isatty():
             print("loading torch …", flush=True)  # some seconds, in which a person would see nothing
         self.exit_codes.append(self.main(cfg, folder) or 0)
-        if self.exit_codes[-1] >= STOPPED:
+        if self.exit_codes[-1] >= SIGNAL_EXIT_BASE:
             sys.exit(self.exit_codes[-1])  # Hydra must not begin the next jobs of a sweep
 
     def _sentences(self, error: Exception) -> list[str]:

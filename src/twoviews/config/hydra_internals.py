@@ -59,8 +59,12 @@ def chosen(node: DictConfig, group: str) -> set[str]:
         group: its name, such as protocol.
     """
     words = [*node.overrides.hydra, *node.overrides.task]
-    found = GlobalHydra.instance().config_loader().compute_defaults_list(node.job.config_name, words, RunMode.RUN)
+    defaults_list = (
+        GlobalHydra.instance().config_loader().compute_defaults_list(node.job.config_name, words, RunMode.RUN)
+    )
     paths = [
-        each.config_path.partition("/") for each in found.defaults if not (each.parent or "").startswith(f"{group}/")
+        default.config_path.partition("/")
+        for default in defaults_list.defaults
+        if not (default.parent or "").startswith(f"{group}/")
     ]
     return {name for first, _, name in paths if first == group}

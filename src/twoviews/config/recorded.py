@@ -28,10 +28,11 @@ def largest_view(config: Mapping[str, Any]) -> dict[str, Any]:
     if not views:
         return {}
     try:
-        low, high, flip = max((*map(float, view["scale"]), float(view["flip"])) for view in views.values())
+        largest = max(views.values(), key=lambda view: (*map(float, view["scale"]), float(view["flip"])))
+        low, high = largest["scale"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"augmentation.views of the run is none that a run writes ({foreign.short(error)}).") from None
-    return {"scale": [low, high], "flip": flip}
+    return {"scale": [low, high], "flip": largest["flip"]}
 
 
 def refuse_unsafe(folder: str | None, name: str | None, arguments: Sequence[str]) -> None:

@@ -35,7 +35,7 @@ def files_of(root: Path) -> list[Path]:
             raise BadInput(f"{root} holds no train.npz: give it one, or name an .npz or .npy file by root=.")
         return [path for path in (root / "train.npz", root / "test.npz") if path.is_file()]
     if not root.is_file():
-        near = nearest(root.name, [each.name for each in root.parent.iterdir()]) if root.parent.is_dir() else ""
+        near = nearest(root.name, [entry.name for entry in root.parent.iterdir()]) if root.parent.is_dir() else ""
         raise BadInput(f"root={root} is not there.{near}")
     if root.suffix not in (".npz", ".npy"):
         raise BadInput(f"root={root} is no .npz or .npy file, nor a folder with train.npz.")
@@ -92,9 +92,9 @@ def _splits(files: list[Path], labels: Path | None) -> tuple[Split, Split | None
         train, test, more = _held_out(train, files[0].name)
         return train, test, notes + more
     test = _checked(images, own, files[-1])
-    given, needed = ((each.images.shape[1:], str(each.images.dtype)) for each in (test, train))
-    if given != needed:
-        raise BadInput(f"Test images of shape and type {given} do not fit training images of {needed}.")
+    test_form, train_form = ((split.images.shape[1:], str(split.images.dtype)) for split in (test, train))
+    if test_form != train_form:
+        raise BadInput(f"Test images of shape and type {test_form} do not fit training images of {train_form}.")
     if train.labels is None or test.labels is None:
         return train, None, [*notes, f"The test images of {files[-1].name} are left out: not all images have labels."]
     if train.labelled < len(train.rows) or (train.labels != -1).all():
@@ -214,13 +214,13 @@ def _classes(train: Split, test: Split | None, notes: list[str]) -> tuple[Int[np
     if train.labels is None:
         return np.full(len(train.rows), -1), ()
     known = np.unique(train.labels[: train.labelled])
-    given = train.labels if test is None or test.labels is None else np.concatenate([train.labels, test.labels])
-    none = np.arange(len(given)) < len(train.rows)
+    labels = train.labels if test is None or test.labels is None else np.concatenate([train.labels, test.labels])
+    none = np.arange(len(labels)) < len(train.rows)
     none[: train.labelled] = False
-    odd = np.setdiff1d(given[~none], known)
+    odd = np.setdiff1d(labels[~none], known)
     if len(odd):
         named = ", ".join(map(str, odd[:5]))
         raise BadInput(f"{len(odd)} labels of the test images do not occur in training: {named}.")
     if known.dtype.kind not in "iu" or list(known) != list(range(len(known))):
         notes.append(f"Labels: {len(known)} classes, {known[0]} to {known[-1]}, are numbered 0 to {len(known) - 1}.")
-    return np.where(none, -1, np.searchsorted(known, given)), tuple(map(str, known))
+    return np.where(none, -1, np.searchsorted(known, labels)), tuple(map(str, known))

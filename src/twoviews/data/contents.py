@@ -39,10 +39,10 @@ def contents(paths: Sequence[str], cache: str) -> str:
     )
     with ThreadPoolExecutor(READERS) as pool, shown as advance:
         for start in range(0, len(paths), CHUNK):
-            some = paths[start : start + CHUNK]
-            for file_digest in pool.map(_digest, some):
+            chunk = paths[start : start + CHUNK]
+            for file_digest in pool.map(_digest, chunk):
                 digest.update(file_digest)
-            advance(len(some))
+            advance(len(chunk))
     if max(max(stamp) for _, *stamp in stamps) < (started - SETTLED_S) * 1e9:
         with contextlib.suppress(OSError):  # of a cache that cannot be written: whoever writes the store says so
             known.parent.mkdir(parents=True, exist_ok=True)

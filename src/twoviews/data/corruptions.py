@@ -27,7 +27,6 @@ from twoviews.data.corruption_effects import Pixels
 from twoviews.errors import BadInput, nearest
 from twoviews.randomness import seed_of
 
-SEVERITIES = 5
 SIDE = 85  # px; from here on the numbers are those of ImageNet-C
 CHUNK = 2**22  # pixel values that are worked on at once
 

@@ -29,7 +29,7 @@ def cifar(kind: str, root: Path, classes: tuple[str, ...]) -> Recipe:
     train = _loaded(known, root, lambda: known(root, train=True))
     test = known(root, train=False)
     _same_names(kind, classes, train.classes)
-    pixels = [each.data.transpose(0, 3, 1, 2) for each in (train, test)]
+    pixels = [split.data.transpose(0, 3, 1, 2) for split in (train, test)]
     labels = np.concatenate([train.targets, test.targets])
     splits = {"train": (0, len(train)), "memory": (0, len(train)), "test": (len(train), len(labels))}
     return Recipe(splits, labels, classes, channels=3, size=32, chunks=_chunks(pixels))
@@ -42,7 +42,7 @@ def stl10(root: Path, classes: tuple[str, ...]) -> Recipe:
     labelled = _loaded(STL10, root, lambda: STL10(root, split="train"))
     unlabelled, test = STL10(root, split="unlabeled"), STL10(root, split="test")
     _same_names("STL10", classes, labelled.classes)
-    labels = np.concatenate([np.asarray(each.labels, np.int64) for each in (labelled, unlabelled, test)])
+    labels = np.concatenate([np.asarray(split.labels, np.int64) for split in (labelled, unlabelled, test)])
     known = len(labelled) + len(unlabelled)
     splits = {"train": (0, known), "memory": (0, len(labelled)), "test": (known, len(labels))}
     chunks = _chunks([labelled.data, unlabelled.data, test.data])

@@ -96,11 +96,11 @@ def _place(root: Path, part: str, given: str | None, usual: tuple[str, ...]) -> 
 
 def _beside(path: Path) -> str:
     """The folder that was probably meant."""
-    return nearest(path.name, [each.name for each in path.parent.iterdir()]) if path.parent.is_dir() else ""
+    return nearest(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
 
 
 def _agree(train: Tree, memory: Tree | None, test: Tree | None, labels: bool) -> Folders:
-    """Labels and classes of the trees, checked against each other."""
+    """The folders of a data set, whose labels and classes were checked against each other; notes say what is left out."""
     notes = [
         f"Files below {pictures.root} that are not taken for pictures: {pictures.others}."
         for pictures in (train, memory, test)
@@ -144,13 +144,13 @@ def _labelled(pictures: Tree, remedy: str) -> bool:
 
 
 def _same_classes(memory: Tree, test: Tree) -> None:
-    for pictures, other in ((memory, test), (test, memory)):
-        odd = sorted(set(pictures.classes) - set(other.classes))
+    for pictures, counterpart in ((memory, test), (test, memory)):
+        odd = sorted(set(pictures.classes) - set(counterpart.classes))
         if odd:
             named = ", ".join(odd[:5]) + (" ..." if len(odd) > 5 else "")
-            close = nearest(odd[0], set(other.classes) - set(pictures.classes))
+            close = nearest(odd[0], set(counterpart.classes) - set(pictures.classes))
             raise BadInput(
-                f"{other.root} lacks {counted(len(odd), 'class')} of {pictures.root}: {named}.{close} Add pictures of them "
+                f"{counterpart.root} lacks {counted(len(odd), 'class')} of {pictures.root}: {named}.{close} Add pictures of them "
                 "there, move their folders away, or give both the same name."
             )
 

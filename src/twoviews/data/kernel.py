@@ -49,8 +49,8 @@ def render(
     *drawn, solarize_from, mean, std = arrays
     images, made = images.contiguous(), []
     for view, size in enumerate(sizes):
-        given = [images, *(array[view].contiguous() for array in drawn), solarize_from, mean, std]
-        x = _view(library, size, given, bleed)
+        c_arguments = [images, *(array[view].contiguous() for array in drawn), solarize_from, mean, std]
+        x = _view(library, size, c_arguments, bleed)
         made.append(x.to(dtype=dtype, memory_format=memory_format))
     return made
 
@@ -58,11 +58,13 @@ def render(
 def _view(library: ctypes.CDLL, size: int, arrays: list[Any], bleed: bool) -> Tensor:
     count, channels, side, _ = arrays[0].shape
     out = torch.empty(count, channels, size, size)
-    given = [
+    c_arguments = [
         compiled.address(argument) if isinstance(argument, Tensor) else ctypes.c_float(argument)
         for argument in [*arrays, out]
     ]
     sizes = [ctypes.c_int(number) for number in (channels, side, size, bleed)]
-    if compiled.parallel_for(lambda first, last: library.render(given[0], first, last, *sizes, *given[1:]), count):
+    if compiled.parallel_for(
+        lambda first, last: library.render(c_arguments[0], first, last, *sizes, *c_arguments[1:]), count
+    ):
         raise MemoryError("no memory is left for views; use a smaller batch_size.")
     return out

@@ -13,7 +13,7 @@ NAMED = 5  # folders
 
 
 def doubts(root: Path, places: Mapping[str, Path | None], train: Tree, test: Tree | None) -> list[str]:
-    """Sentences, none where all is as usual.
+    """Warnings about folders that look mixed up: root too high or too low, parts taken for classes; none where all is as usual.
 
     Args:
         root: of the data set.
@@ -57,7 +57,7 @@ def _parts(names: Iterable[str]) -> set[str]:
 
 
 def _above(root: Path, train: Tree) -> list[str]:
-    """The root is a part of a data set, or a class of one."""
+    """A warning if `root` is a part of a data set, or a class folder inside one; otherwise none."""
     for place in (root, root.parent):
         if not _is_part(place.name):
             continue

@@ -33,7 +33,7 @@ class SmallViews:
     """
 
     share: Fraction = 0.0
-    scale: Annotated[float, Range(above=0, at_most=1)] = 0.75
+    scale: Annotated[float, Range(at_least=0.25, at_most=1)] = 0.75
 
 
 class Loader:

@@ -50,8 +50,8 @@ def render_views(
         views = render(images, sizes, *arguments(images, draws), mean, std, **form)
         if views is not None:
             return views
-    each = zip(draws, recipes, sizes, strict=True)
-    return [in_tensors(images, *drawn, mean, std).to(**form) for drawn in each]
+    per_view = zip(draws, recipes, sizes, strict=True)
+    return [in_tensors(images, *drawn, mean, std).to(**form) for drawn in per_view]
 
 
 def arguments(images: Tensor, draw: Draw) -> tuple[Tensor | float, ...]:

@@ -27,12 +27,12 @@ class Preprocessing:
 
     @classmethod
     def of_images(cls, data: ImageData) -> "Preprocessing":
-        """Size and statistics of the images themselves."""
+        """The preprocessing that leaves these images as they are: their own size, mean and std."""
         return cls(data.channels, data.size, data.mean, data.std, f"those of {data.name}")
 
     @classmethod
     def of_description(cls, description: dict[str, Any], statistics: str | None = None) -> "Preprocessing":
-        """What encoder.json says."""
+        """The preprocessing that an encoder.json describes."""
         mean, std = tuple(description["mean"]), tuple(description["std"])
         return cls(description["channels"], description["image_size"], mean, std, statistics)
 

@@ -42,8 +42,8 @@ def compare(evaluations: Mapping[str, Evaluation], folder: Path, console: Consol
 
     The files go into a folder below `folder`, another one for other runs or settings.
     """
-    how = {run: dict(one.settings) for run, one in evaluations.items()}
-    folder = folder / f"comparison-{digest(how)}"
+    settings_by_run = {run: dict(evaluation.settings) for run, evaluation in evaluations.items()}
+    folder = folder / f"comparison-{digest(settings_by_run)}"
     folder.mkdir(parents=True, exist_ok=True)
     order, names, shown = ordered(evaluations), run_labels(evaluations), headlines(evaluations)
     rows = short_table(evaluations)
@@ -57,11 +57,11 @@ def compare(evaluations: Mapping[str, Evaluation], folder: Path, console: Consol
         files += files_of(folder / "comparison.png")
     console.rows(f"{_title(evaluations)}, the best first", rows)
     console.say(f"written to {folder}: {', '.join(file.name for file in files)}")
-    where = next((one.mirror for one in evaluations.values() if one.mirror), None)
-    if where:
+    mlflow_target = next((evaluation.mirror for evaluation in evaluations.values() if evaluation.mirror), None)
+    if mlflow_target:
         key = hashlib.blake2b(repr(sorted(evaluations)).encode(), digest_size=16).hexdigest()
         try:
-            log_files(*where, f"comparison of {len(order)} runs", key, {"runs": ", ".join(order)}, files)
+            log_files(*mlflow_target, f"comparison of {len(order)} runs", key, {"runs": ", ".join(order)}, files)
         except Exception as error:  # whatever is wrong with MLflow, the results are in the folder
             console.say(f"MLflow does not have the comparison ({short_error(error)}); the same command sends it.")
 
@@ -85,23 +85,28 @@ def ordered(evaluations: Mapping[str, Evaluation]) -> list[str]:
 
 def run_labels(evaluations: Mapping[str, Evaluation]) -> dict[str, str]:
     """A short name for each run, of what its training has otherwise than those of the others; by the run's name."""
-    titles = {run: run if one.config or not one.title else one.title for run, one in evaluations.items()}
-    return labels({run: one.config for run, one in evaluations.items()}, titles)
+    titles = {
+        run: run if evaluation.config or not evaluation.title else evaluation.title
+        for run, evaluation in evaluations.items()
+    }
+    return labels({run: evaluation.config for run, evaluation in evaluations.items()}, titles)
 
 
 def table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
     """All that is known of each run: its name, what differs in the trainings, values each with its ends (" low", " high"),
     baselines, settings."""
-    differing, _ = differences({run: one.config for run, one in evaluations.items()})
+    differing, _ = differences({run: evaluation.config for run, evaluation in evaluations.items()})
     rows = []
     for run in ordered(evaluations):
-        one = evaluations[run]
+        evaluation = evaluations[run]
         row: Row = {"run": run, **{f"run.{key}": value for key, value in differing.get(run, {}).items()}}
-        for name, value in one.values.items():
+        for name, value in evaluation.values.items():
             row[name] = value
-            if name in one.intervals:
-                row[f"{name} low"], row[f"{name} high"] = one.intervals[name]
-        rows.append(row | dict(one.baselines) | {name: _plain(value) for name, value in one.settings.items()})
+            if name in evaluation.intervals:
+                row[f"{name} low"], row[f"{name} high"] = evaluation.intervals[name]
+        rows.append(
+            row | dict(evaluation.baselines) | {name: _plain(value) for name, value in evaluation.settings.items()}
+        )
     return rows
 
 
@@ -110,22 +115,24 @@ def short_table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
 
     Rows with the kNN accuracy of raw pixels and of the untrained encoders follow, where they are known.
     """
-    differing, _ = differences({run: one.config for run, one in evaluations.items()})
+    differing, _ = differences({run: evaluation.config for run, evaluation in evaluations.items()})
     keys, shown, names = _names(differing.values()), headlines(evaluations), run_labels(evaluations)
     # Columns for what differs, if that tells all runs apart.
-    apart = keys and len({tuple(one.items()) for one in differing.values()}) == len(evaluations)
-    settings = [name for name, found in _settings(evaluations).items() if len(found) > 1]
+    values_identify_runs = keys and len({tuple(values.items()) for values in differing.values()}) == len(evaluations)
+    settings = [name for name, values in _settings(evaluations).items() if len(values) > 1]
     rows: list[Row] = []
     for run in ordered(evaluations):
-        one = evaluations[run]
-        row: Row = {key: differing[run][key] for key in keys} if apart else {"run": names[run]}
-        row |= {column_name(name): _cell(one, name) for name in shown}
-        rows.append(row | {name: _plain(one.settings.get(name, "")) for name in settings})
+        evaluation = evaluations[run]
+        row: Row = {key: differing[run][key] for key in keys} if values_identify_runs else {"run": names[run]}
+        row |= {column_name(name): _cell(evaluation, name) for name in shown}
+        rows.append(row | {name: _plain(evaluation.settings.get(name, "")) for name in settings})
     for baseline, (label, _) in BASELINES.items():
-        known = [one.baselines[baseline] for one in evaluations.values() if baseline in one.baselines]
-        if known and "knn/top1" in shown:
+        accuracies = [
+            evaluation.baselines[baseline] for evaluation in evaluations.values() if baseline in evaluation.baselines
+        ]
+        if accuracies and "knn/top1" in shown:
             row = dict.fromkeys(rows[0], "")
-            rows.append({**row, next(iter(row)): label, column_name("knn/top1"): span(known)})
+            rows.append({**row, next(iter(row)): label, column_name("knn/top1"): span(accuracies)})
     return rows
 
 
@@ -134,9 +141,9 @@ def page(evaluations: Mapping[str, Evaluation]) -> str:
     names, order = run_labels(evaluations), ordered(evaluations)
     parts = [as_markdown(short_table(evaluations), [column_name(name) for name in headlines(evaluations)])]
     parts.append("In brackets: 95 % intervals over test images. comparison.csv has all values.")
-    if shared := [f"{name} = {found[0]}" for name, found in _settings(evaluations).items() if len(found) == 1]:
+    if shared := [f"{name} = {values[0]}" for name, values in _settings(evaluations).items() if len(values) == 1]:
         parts.append(f"The same for all: {', '.join(shared)}.")
-    if following := differences({run: one.config for run, one in evaluations.items()})[1]:
+    if following := differences({run: evaluation.config for run, evaluation in evaluations.items()})[1]:
         parts.append(f"The trainings also differ in what follows from that: {', '.join(following)}.")
     parts.append("\n".join(f"- {names[run]}: `{run}`" for run in order if names[run] != run))
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -144,24 +151,26 @@ def page(evaluations: Mapping[str, Evaluation]) -> str:
 
 def _settings(evaluations: Mapping[str, Evaluation]) -> dict[str, list[str]]:
     """The different values of each setting of the protocols, "" among them where a run has none."""
-    names = _names(one.settings for one in evaluations.values())
-    found = {name: [str(_plain(one.settings.get(name, ""))) for one in evaluations.values()] for name in names}
-    return {name: [*dict.fromkeys(values)] for name, values in found.items()}
+    names = _names(evaluation.settings for evaluation in evaluations.values())
+    values_by_name = {
+        name: [str(_plain(evaluation.settings.get(name, ""))) for evaluation in evaluations.values()] for name in names
+    }
+    return {name: [*dict.fromkeys(values)] for name, values in values_by_name.items()}
 
 
 def _title(evaluations: Mapping[str, Evaluation]) -> str:
     """What all runs have in common, and their number."""
-    parts = [one.title.split(", ") for one in evaluations.values()]
+    parts = [evaluation.title.split(", ") for evaluation in evaluations.values()]
     shared = ", ".join(part for part in parts[0] if all(part in other for other in parts))
-    data = {str(one.settings.get("data", "")) for one in evaluations.values()}
+    data = {str(evaluation.settings.get("data", "")) for evaluation in evaluations.values()}
     shared = shared or ("images of " + data.pop() if len(data) == 1 and "" not in data else "")
     return ": ".join(filter(None, (printable(shared), f"{len(evaluations)} runs")))
 
 
 def column_name(name: str) -> str:
     """The name of a value in tables to read."""
-    known = {"knn/top1": "kNN, %", "linear/top1": "linear, %"}
-    return known.get(name) or name.replace("/top1", ", %")
+    labels = {"knn/top1": "kNN, %", "linear/top1": "linear, %"}
+    return labels.get(name) or name.replace("/top1", ", %")
 
 
 def _measured(evaluation: Evaluation, name: str) -> Measured:

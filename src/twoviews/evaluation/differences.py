@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from twoviews.config.digest import NOT_IN_DIGEST, flat
+from twoviews.config.digest import NOT_IN_DIGEST, flat, without_unused
 from twoviews.sweeps.job import short_names, typed
 
 ALWAYS = ("method.", "backbone.")  # keys of these groups, and root keys, are shown wherever they differ
@@ -21,14 +21,20 @@ def differences(configs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dic
         configs: of the trainings, by name of the run; a run without one has no values.
     """
     values = {
-        run: {key: value for key, value in flat(dict(config)).items() if not key.startswith(LEFT_OUT)}
+        run: {key: value for key, value in without_unused(flat(dict(config))).items() if not key.startswith(LEFT_OUT)}
         for run, config in configs.items()
         if config
     }
-    keys = [key for key in dict.fromkeys(key for one in values.values() for key in one) if _differ(values, key)]
+    keys = [
+        key
+        for key in dict.fromkeys(key for config_values in values.values() for key in config_values)
+        if _differ(values, key)
+    ]
     groups = [key.removesuffix("._target_") for key in keys if key.endswith("._target_")]
-    for one in values.values():
-        one.update({group: str(one.get(f"{group}._target_", "-")).rpartition(".")[2] for group in groups})
+    for config_values in values.values():
+        config_values.update(
+            {group: str(config_values.get(f"{group}._target_", "-")).rpartition(".")[2] for group in groups}
+        )
     keys = [key for key in keys if not key.startswith(tuple(f"{group}." for group in groups))]
     shown, following = groups + [key for key in keys if "." not in key], []
     roots = [_column(values, key) for key in shown]
@@ -41,22 +47,24 @@ def differences(configs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dic
             (following if follows else shown).append(key)
     shown.sort(key="seed".__eq__)  # the last, as it says least
     names = short_names(shown)
-    return {run: {names[key]: typed(one, key) for key in shown} for run, one in values.items()}, following
+    return {
+        run: {names[key]: typed(config_values, key) for key in shown} for run, config_values in values.items()
+    }, following
 
 
 def labels(configs: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str]) -> dict[str, str]:
     """A name for each run that says what differs, such as "temperature=0.2, seed=1"; other encoders keep their titles."""
     differing, _ = differences(configs)
-    found = {
+    label_by_run = {
         run: ", ".join(f"{key}={value}" for key, value in differing.get(run, {}).items()) or title
         for run, title in titles.items()
     }
-    twice = [label for label in found.values() if [*found.values()].count(label) > 1]
-    return {run: f"{label} ({run})" if label in twice else label for run, label in found.items()}
+    repeated = [label for label in label_by_run.values() if [*label_by_run.values()].count(label) > 1]
+    return {run: f"{label} ({run})" if label in repeated else label for run, label in label_by_run.items()}
 
 
 def _column(values: Mapping[str, Mapping[str, Any]], key: str) -> list[str]:
-    return [typed(one, key) for one in values.values()]
+    return [typed(config_values, key) for config_values in values.values()]
 
 
 def _differ(values: Mapping[str, Mapping[str, Any]], key: str) -> bool:

@@ -62,7 +62,7 @@ def draw_per_class(path: Path, rows: Sequence[TableRow], title: str) -> None:
     known = sorted((row for row in rows if row["images"]), key=lambda row: -float(row["accuracy"]))
     images = [int(row["images"]) for row in known]
     measured = [Measured(float(row["accuracy"]), (float(row["low"]), float(row["high"]))) for row in known]
-    mean = sum(one.value * count for one, count in zip(measured, images, strict=True)) / sum(images)
+    mean = sum(measurement.value * count for measurement, count in zip(measured, images, strict=True)) / sum(images)
     labels = [f"{row['class']} ({count:,})" for row, count in zip(known, images, strict=True)]
     draw_comparison(path, {"accuracy of the class (images), %": measured}, labels, title, mean)
 
@@ -105,7 +105,7 @@ def draw_knn_curve(
         for name, curve in published.items():
             axis.plot(*zip(*curve, strict=True), marker="s", linestyle="--", color="black", label=name)
         seen = [value for curve in (points, *published.values()) for _, value in curve] + [
-            *(one for known in baselines.values() for one in known)
+            *(accuracy for known in baselines.values() for accuracy in known)
         ]
         axis.set(xlabel="epoch", ylabel="kNN top-1, %", ylim=(min(seen) - 2, max(seen) + 3))
         draw_baselines(axis, baselines)
@@ -136,23 +136,32 @@ def draw_comparison(
     height = min(8.0, 0.3 + 0.2 * len(labels))
     with drawing(path, height, panels=(1, len(metrics)), sharey=True, title=title) as (figure, panels):
         for panel, (name, measured) in zip(panels, metrics.items(), strict=True):
-            values, ends = [one.value for one in measured], [one.interval or (one.value,) * 2 for one in measured]
+            values, ends = (
+                [measurement.value for measurement in measured],
+                [measurement.interval or (measurement.value,) * 2 for measurement in measured],
+            )
             widths = [
-                (max(0.0, one.value - low), max(0.0, high - one.value))
-                for one, (low, high) in zip(measured, ends, strict=True)
+                (max(0.0, measurement.value - low), max(0.0, high - measurement.value))
+                for measurement, (low, high) in zip(measured, ends, strict=True)
             ]
             style: Any = {"fmt": "o", "ecolor": "#7fa8d1", "elinewidth": 1.5}
             panel.errorbar(values, range(len(values)), xerr=[*zip(*widths, strict=True)], **style)
             for baseline, (label, _) in BASELINES.items():
                 known = [
-                    (one.baselines[baseline], row) for row, one in enumerate(measured) if baseline in one.baselines
+                    (measurement.baselines[baseline], row)
+                    for row, measurement in enumerate(measured)
+                    if baseline in measurement.baselines
                 ]
                 marker = "|" if "untrained" in baseline else "x"
                 if known:
                     panel.plot(*zip(*known, strict=True), marker, color="black", label=label)
             if mean is not None:
                 panel.axvline(mean, color="black", linestyle="--", linewidth=1, label=f"all: {mean:.1f}")
-            interval = f", with {CONFIDENCE_PERCENT} % intervals" if any(one.interval for one in measured) else ""
+            interval = (
+                f", with {CONFIDENCE_PERCENT} % intervals"
+                if any(measurement.interval for measurement in measured)
+                else ""
+            )
             panel.set_xlabel(name + interval)
         panels[0].set_yticks(*_ticks(labels))
         panels[0].set_ylim(len(labels) - 0.5, -0.5)

@@ -77,7 +77,7 @@ class BarlowTwins(Method):
         self.projector = mlp([encoder.out_dim, hidden_dim, hidden_dim, embed_dim], last_bias=False)
 
     def prepare(self, batch_size: int, micro_batch: int, train_images: int, processes: int) -> list[str]:
-        """Correlations need more than two images."""
+        """Refuse micro-batches of less than three images, over which correlations say nothing; no notes."""
         if micro_batch < 3:
             raise BadInput(
                 f"correlations over {micro_batch} images are 1 or -1 whatever the encoder does, so Barlow Twins has nothing to "

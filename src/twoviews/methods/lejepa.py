@@ -89,7 +89,7 @@ class LeJEPA(Method):
         self.projector = mlp([encoder.out_dim, hidden_dim, hidden_dim, embed_dim])
 
     def prepare(self, batch_size: int, micro_batch: int, train_images: int, processes: int) -> list[str]:
-        """A distribution takes several images."""
+        """Refuse micro-batches of one image, which have no distribution; no notes."""
         if micro_batch < 2:
             accumulate = f" / accumulate={batch_size // micro_batch}" if micro_batch < batch_size else ""
             raise BadInput(

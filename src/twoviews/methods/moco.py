@@ -40,7 +40,7 @@ class MoCo(Method):
         embed_dim: D.
         queue_size: K; at most the number of training images, or the queue holds an image's own older keys as negatives.
         momentum: m of the moving average that makes the key encoder.
-        temperature: T.
+        temperature: T, which divides cosines before the softmax.
         mlp_head: a hidden layer as wide as the features before the embedding (v2), instead of one linear layer (v1, demo).
         symmetric: each view is query and key in turn; the two losses are added and both sets of keys are queued.
         bn_splits: parts of the batch, over all processes, with batch-norm statistics of their own (the demo: 8);

@@ -37,7 +37,7 @@ def neighbour_info_nce(
     Args:
         neighbours: unit rows; they get no gradient.
         p: predictions of the other view, of any length.
-        temperature: tau.
+        temperature: tau, which divides cosines before the softmax.
     """
     everyone = distributed.gather_with_gradient(nnf.normalize(p.float(), dim=1))  # [N, D]
     me = torch.arange(len(p), device=p.device) * distributed.processes() + distributed.rank()
@@ -57,7 +57,7 @@ class NNCLR(Method):
         predictor_hidden_dim: width of the predictor's hidden layer.
         queue_size: K, at least the images of one step. It may be more than the training images: an image's own earlier
             embedding is a neighbour like any other, where for MoCo it would be a wrong negative.
-        temperature: tau.
+        temperature: tau, which divides cosines before the softmax.
     """
 
     within_batch = "negatives"

@@ -51,7 +51,7 @@ class SimCLR(Method):
         encoder: the network to pretrain.
         hidden_dim: width of the projector's hidden layer.
         embed_dim: D.
-        temperature: tau.
+        temperature: tau, which divides cosines before the softmax.
         decoupled: leave the positive out of the denominator (DCL), for small batches.
     """
 
@@ -66,7 +66,7 @@ class SimCLR(Method):
         self.projector = mlp([encoder.out_dim, hidden_dim, embed_dim])
 
     def prepare(self, batch_size: int, micro_batch: int, train_images: int, processes: int) -> list[str]:
-        """Negatives come from the batch."""
+        """Refuse a batch of one image, which has no negatives; no notes."""
         if batch_size < 2:
             raise BadInput(
                 f"batch_size={batch_size} leaves SimCLR without negatives; use at least 2, usually 256 or more."

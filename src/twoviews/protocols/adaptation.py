@@ -88,7 +88,7 @@ def entropy(logits: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
     return -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
 
 
-class Memory:
+class PseudoLabels:
     """Features with pseudo-labels; each class keeps those of smallest entropy. It begins with the classifier's weights.
 
     Args:

@@ -25,7 +25,6 @@ from twoviews.protocols.neighbours import nearest_rows
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol, TableRow
 from twoviews.ranges import Count, Index, Range
 
-SPLITS = ("train", "memory", "test")
 MAX_PAIRS, COLUMNS = 40, 4  # of the sheet
 HEADING_PX, LINE_PX = 66, TEXT + 6  # heights
 EXACT_COSINE = 0.999  # equal pixels have equal features but for rounding, so only pairs above it are compared by pixels
@@ -147,8 +146,8 @@ class Duplicates(Protocol):
         cosines, rows = nearest_rows(x, x, self.k, torch.arange(len(x), device=x.device))
         near = cosines >= self.threshold
         query, place = near.nonzero().T
-        both = torch.stack([query, rows[query, place]]).sort(dim=0).values
-        unique, inverse = both.unique(dim=1, return_inverse=True)
+        pairs = torch.stack([query, rows[query, place]]).sort(dim=0).values
+        unique, inverse = pairs.unique(dim=1, return_inverse=True)
         values = torch.zeros(unique.shape[1]).scatter_reduce_(0, inverse, cosines[query, place], "amax")
         order = values.argsort(descending=True, stable=True)
         full = int(near.all(1).sum()) if self.k < len(x) - 1 else 0

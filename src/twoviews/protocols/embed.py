@@ -51,7 +51,7 @@ class Embed(Protocol):
             check_images(self.images)
 
     def notes(self, data: ImageData) -> list[str]:
-        """A sentence if colours are lost."""
+        """A sentence if the encoder takes grey images and these have colours; otherwise none."""
         return grey_notes(self.images, data)
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:

@@ -48,7 +48,7 @@ class Map(Protocol):
             raise BadInput("algorithm=umap needs umap-learn; run `pip install umap-learn`, or use algorithm=tsne.")
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
-        """The value `images` is the number of images in the split."""
+        """Draw the map into the context's folder; the value `images` is the number of images in the split."""
         data = context.data
         which = self.split if getattr(data, self.split) is not None else "train"
         images, x = context.split(which)

@@ -38,7 +38,7 @@ class NamedProtocol(Protocol):
         self.needs_labels, self.together = protocol.needs_labels, protocol.together
 
     def notes(self, data: ImageData) -> list[str]:
-        """Those of the protocol."""
+        """The protocol's notes, with parameters as they are typed."""
         return [qualify(note, keys=self._keys) for note in self.protocol.notes(data)]
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:

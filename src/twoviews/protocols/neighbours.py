@@ -63,7 +63,7 @@ class Neighbours(Protocol):
         self.images, self.k, self.sample, self.seed, self.every_epochs = images, k, sample, seed, every_epochs
 
     def notes(self, data: ImageData) -> list[str]:
-        """A sentence if colours are lost."""
+        """A sentence if the encoder takes grey images and these have colours; otherwise none."""
         return grey_notes(self.images, data)
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:

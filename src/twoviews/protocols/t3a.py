@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from twoviews.protocols.adaptation import Adaptation, Memory, Model
+from twoviews.protocols.adaptation import Adaptation, Model, PseudoLabels
 from twoviews.protocols.streams import Classify
 from twoviews.ranges import Count
 
@@ -29,8 +29,8 @@ class T3A(Adaptation):
     per_class: Count | None
 
     def start(self, model: Model) -> Classify:
-        """The prototypes begin with the rows of the probe's weights."""
-        memory = Memory(model.probe.linear, self.per_class)
+        """A classifier for one stream, whose prototypes begin as the rows of the probe's weights."""
+        memory = PseudoLabels(model.probe.linear, self.per_class)
 
         @torch.no_grad()
         def classify(images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:

@@ -26,7 +26,7 @@ class Tent(Adaptation):
     lr: Positive
 
     def start(self, model: Model) -> Classify:
-        """Logits of before the step that they cause.
+        """A classifier for one stream: it returns the logits of a batch, then updates the model by them.
 
         Raises:
             BadInput: the encoder has no batch norm with scales and offsets.

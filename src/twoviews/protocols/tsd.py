@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from twoviews.errors import BadInput
-from twoviews.protocols.adaptation import Adaptation, Memory, Model, affine
+from twoviews.protocols.adaptation import Adaptation, Model, PseudoLabels, affine
 from twoviews.protocols.streams import Classify
 from twoviews.ranges import Count, NotNegative, Positive
 
@@ -39,7 +39,7 @@ def distillation(
 
 
 def local_clustering(
-    z: Float[Tensor, "B F"], logits: Float[Tensor, "B K"], memory: Memory, neighbours: int, as_released: bool
+    z: Float[Tensor, "B F"], logits: Float[Tensor, "B K"], memory: PseudoLabels, neighbours: int, as_released: bool
 ) -> Float[Tensor, ""]:
     """Mean over the supports most similar to each image of similarity x |said - softmax(support's logits)|^2.
 
@@ -83,7 +83,7 @@ class TSD(Adaptation):
 
     @property
     def label(self) -> str:
-        """What it is called in tables."""
+        """The name of the method in tables: tsd or tsd_mended."""
         return "tsd" if self.as_released else "tsd_mended"
 
     def __post_init__(self) -> None:
@@ -94,14 +94,14 @@ class TSD(Adaptation):
             )
 
     def start(self, model: Model) -> Classify:
-        """Logits of before the step that they cause.
+        """A classifier for one stream: it returns the logits of a batch, then updates the model by them.
 
         Raises:
             BadInput: `update` is affine, and the encoder has no batch norm with scales and offsets.
         """
         norms, linear = model.batch_norms(), model.probe.linear
         parameters = affine(norms, "tsd") if self.update == "affine" else list(model.requires_grad_().parameters())
-        optimizer, memory = torch.optim.Adam(parameters, lr=self.lr), Memory(linear, self.per_class)
+        optimizer, memory = torch.optim.Adam(parameters, lr=self.lr), PseudoLabels(linear, self.per_class)
 
         @torch.enable_grad()
         def classify(images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:

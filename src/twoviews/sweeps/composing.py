@@ -58,12 +58,12 @@ class Composer:
             HydraException, OmegaConfBaseException: Hydra refuses an override.
         """
         parsed = [_parsed(override) for override in overrides]
-        others = [override for override in parsed if not _changes_value(override)]
-        values = [override for override in parsed if _changes_value(override) and not _overlaps(override, others)]
-        left = tuple(str(override.input_line) for override in parsed if override not in values)
+        structural = [override for override in parsed if not _changes_value(override)]
+        values = [override for override in parsed if _changes_value(override) and not _overlaps(override, structural)]
+        left_to_hydra = tuple(str(override.input_line) for override in parsed if override not in values)
         # Jobs that set the same keys share the configuration: each sets them all, so nothing of another job is left.
-        key = left, frozenset(override.key_or_group for override in values)
-        cfg, choices = self._bases.get(key) or self._base(left)
+        key = left_to_hydra, frozenset(override.key_or_group for override in values)
+        cfg, choices = self._bases.get(key) or self._base(left_to_hydra)
         try:
             for override in values:
                 OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
@@ -104,8 +104,11 @@ def _changes_value(override: Override) -> bool:
 
 def _overlaps(override: Override, others: Sequence[Override]) -> bool:
     """Whether one of the others sets a part of what this override sets, or the reverse: then their order matters."""
-    path, paths = f"{override.key_or_group}.", [f"{other.key_or_group}." for other in others if not chooses(other)]
-    return any(path.startswith(other) or other.startswith(path) for other in paths)
+    path, paths = (
+        f"{override.key_or_group}.",
+        [f"{structural.key_or_group}." for structural in others if not chooses(structural)],
+    )
+    return any(path.startswith(structural) or structural.startswith(path) for structural in paths)
 
 
 def job_specs(composer: Composer, combinations: Sequence[Sequence[str]], swept: Sequence[str]) -> list[JobSpec]:

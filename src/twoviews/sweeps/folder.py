@@ -30,9 +30,9 @@ from twoviews.errors import BadInput, nearest
 from twoviews.files import write_atomic
 from twoviews.sweeps.job import ATTRIBUTES, Job, JobSpec
 
-MULTIRUN = Path("multirun")
+SWEEPS_FOLDER = Path("multirun")
 WRITER_THREADS = 32  # job folders that are written at once: each waits for the disk some milliseconds
-LOCK_SECONDS = 60.0  # longest wait for another process that changes sweep.json, which takes milliseconds
+SWEEP_LOCK_SECONDS = 60.0  # longest wait for another process that changes sweep.json, which takes milliseconds
 
 
 class Sweep:
@@ -59,20 +59,23 @@ class Sweep:
         if name is not None and (Path(name) / "sweep.json").exists():
             folder = Path(name)
         elif not (names := cls.names()):
-            raise BadInput(f"there is no sweep in {MULTIRUN.absolute()}; go where it was launched, or name its folder.")
+            raise BadInput(
+                f"there is no sweep in {SWEEPS_FOLDER.absolute()}; go where it was launched, or name its folder."
+            )
         elif name is not None and str(name) not in names:
             raise BadInput(
-                f"there is no sweep '{name}'.{nearest(str(name), names)} In {MULTIRUN.absolute()}: {', '.join(sorted(names))}."
+                f"there is no sweep '{name}'.{nearest(str(name), names)} "
+                f"In {SWEEPS_FOLDER.absolute()}: {', '.join(sorted(names))}."
             )
         else:
-            folder = MULTIRUN / (names[0] if name is None else str(name))
+            folder = SWEEPS_FOLDER / (names[0] if name is None else str(name))
         foreign.refuse_links(folder)
         return cls(folder)
 
     @staticmethod
     def names() -> list[str]:
         """Names of all sweeps below multirun/, the one that changed last first."""
-        paths = sorted(MULTIRUN.glob("*/sweep.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+        paths = sorted(SWEEPS_FOLDER.glob("*/sweep.json"), key=lambda path: path.stat().st_mtime, reverse=True)
         return [path.parent.name for path in paths]
 
     @property
@@ -95,12 +98,14 @@ class Sweep:
         path, created = self.folder / "sweep.json", {"name": self.name, "created": time.time()}
         empty = {"commands": [], "launcher": {}, "axes": {}, "parent": None, "commit": None, "points": {}}
         try:
-            with FileLock(self.folder / ".sweep.lock", timeout=LOCK_SECONDS):
+            with FileLock(self.folder / ".sweep.lock", timeout=SWEEP_LOCK_SECONDS):
                 record = self.record or {**created, **empty}
                 yield record
                 write_atomic(path, json.dumps(record, indent=1) + "\n")
         except Timeout as error:
-            raise BadInput(f"another process has been changing {path} for {LOCK_SECONDS:g} s; try again.") from error
+            raise BadInput(
+                f"another process has been changing {path} for {SWEEP_LOCK_SECONDS:g} s; try again."
+            ) from error
 
     @property
     def jobs(self) -> list[Job]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from filelock import FileLock
 
 from twoviews import foreign
-from twoviews.config.digest import digest, flat
+from twoviews.config.digest import NOT_IN_DIGEST, flat, without_unused
 from twoviews.errors import BadInput
 from twoviews.files import write_atomic
 from twoviews.signatures import complaint
@@ -199,7 +199,7 @@ def with_varying_parameters(jobs: Sequence[Job]) -> list[Job]:
     what only other jobs swept, and what was fixed in each launch distinguishes the jobs of different launches.
     """
     known = {job.digest: job.description for job in jobs}
-    if len({_launch(job, known[job.digest]) for job in jobs}) < 2:
+    if len({_launch_key(job, known[job.digest]) for job in jobs}) < 2:
         return list(jobs)  # they differ in swept values alone, and no configuration has to be read
     if not all("choices" in description for description in known.values()):  # of jobs from before these were recorded
         known = {digest: {**description, "choices": {}} for digest, description in known.items()}
@@ -213,15 +213,17 @@ def with_varying_parameters(jobs: Sequence[Job]) -> list[Job]:
             keys.append(key)
     groups = dict.fromkeys(group for description in known.values() for group in _choices(description))
     for key in dict.fromkeys([*groups, *(key for job in values.values() for key in job)]):
-        if key not in keys and _distinguishes(key, [*values.values()], [other for other in keys if other != SEED]):
+        if key not in keys and _distinguishes(
+            key, [*values.values()], [other_key for other_key in keys if other_key != SEED]
+        ):
             keys.append(key)
     return [
         replace(job, axes={key: values[job.digest][key] for key in keys if key in values[job.digest]}) for job in jobs
     ]
 
 
-def _launch(job: Job, description: Mapping[str, Any]) -> tuple[object, ...]:
-    """The same for jobs whose configurations differ in swept values alone."""
+def _launch_key(job: Job, description: Mapping[str, Any]) -> tuple[object, ...]:
+    """A key that is equal for jobs of one launch, whose configurations differ in swept values alone."""
     fixed = [override for override in description.get("overrides", ()) if _key(override) not in job.axes]
     return tuple(job.axes), tuple(fixed), description.get("code")
 
@@ -232,7 +234,7 @@ def _values(job: Job, description: Mapping[str, Any]) -> dict[str, Any]:
     # A node of the configuration is at the left margin; most are the same in all jobs, and parsed once.
     nodes = re.split(r"\n(?=\w)", foreign.text(path) or "{}")
     try:
-        values = {key: value for node in nodes for key, value in _leaves(node).items()}
+        values = without_unused({key: value for node in nodes for key, value in _leaves(node).items()})
     except BadInput:
         foreign.load(path)  # raises the same with the name of the file
         raise
@@ -257,15 +259,14 @@ def _distinguishes(key: str, jobs: Sequence[Mapping[str, Any]], others: Sequence
         return False
     first: dict[tuple[str, ...], str] = {}
     return any(
-        first.setdefault(tuple(typed(job, other) for other in others), value := typed(job, key)) != value
+        first.setdefault(tuple(typed(job, other_key) for other_key in others), value := typed(job, key)) != value
         for job in jobs
     )
 
 
-@cache
 def _changes_results(key: str) -> bool:
     """Whether the result of a run can depend on this key."""
-    return digest({key: 0}) != digest({})
+    return not key.startswith(NOT_IN_DIGEST)
 
 
 def _key(override: str) -> str:

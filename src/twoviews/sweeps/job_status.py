@@ -49,9 +49,9 @@ def status(jobs: Sequence[Job]) -> Mapping[str, JobState]:
     """The state of each job by its digest, from state.json, locks and the scheduler."""
     slurm_ids = {id_ for job in jobs if not is_final(job, state := job.state) for id_ in _slurm_ids(job, state)}
     # The scheduler is asked before the files are read: a job that ends in between has written its state by then.
-    queued = queue([*slurm_ids]) if slurm_ids else {}
+    queued = squeue_states([*slurm_ids]) if slurm_ids else {}
     ended = [slurm_id for slurm_id in slurm_ids if queued is not None and slurm_id not in queued]
-    known = {**(accounting(ended) if ended else {}), **(queued or {})}
+    known = {**(sacct_states(ended) if ended else {}), **(queued or {})}
     arrays = {slurm_id.partition("_")[0] for slurm_id in known}
     states = {}
     for job in jobs:
@@ -118,8 +118,8 @@ def _slurm_ids(job: Job, state: JobState) -> list[str]:
     if job.slurm_id is None and job.submitted > state.submitted:
         return []
     written = state.slurm_id if state.active else None
-    both = (state.slurm_id, job.slurm_id) if state.submitted > job.submitted else (job.slurm_id, written)
-    return [*dict.fromkeys(slurm_id for slurm_id in both if slurm_id)]
+    candidates = (state.slurm_id, job.slurm_id) if state.submitted > job.submitted else (job.slurm_id, written)
+    return [*dict.fromkeys(slurm_id for slurm_id in candidates if slurm_id)]
 
 
 def _of_last_submission(job: Job, state: JobState) -> JobState:
@@ -182,7 +182,7 @@ def _slurm_state(
     return replace(last, state=name, node=node, reason=reason)  # type: ignore[arg-type]
 
 
-def queue(slurm_ids: Sequence[str]) -> Mapping[str, SlurmState] | None:
+def squeue_states(slurm_ids: Sequence[str]) -> Mapping[str, SlurmState] | None:
     """States by id from squeue, also of jobs that ended a short time ago; None if the controller does not answer."""
     states: dict[str, SlurmState] = {}
     for ids in _batches(slurm_ids):
@@ -195,7 +195,7 @@ def queue(slurm_ids: Sequence[str]) -> Mapping[str, SlurmState] | None:
     return states
 
 
-def accounting(slurm_ids: Sequence[str]) -> Mapping[str, SlurmState]:
+def sacct_states(slurm_ids: Sequence[str]) -> Mapping[str, SlurmState]:
     """States by id from sacct; empty on a cluster without accounting."""
     states: dict[str, SlurmState] = {}
     for ids in _batches(slurm_ids) if shutil.which("sacct") else ():

@@ -18,7 +18,7 @@ from twoviews import foreign, launched
 from twoviews.code import code_state, copy_digest, freeze, left_out, no_commit
 from twoviews.config.building import build
 from twoviews.config.checks import check_plugin
-from twoviews.config.digest import as_float, flat
+from twoviews.config.digest import as_float, flat, without_unused
 from twoviews.console import Console
 from twoviews.errors import BadInput, counted
 from twoviews.sweeps import mlflow_sync
@@ -198,7 +198,7 @@ def retry(sweep: Sweep, jobs: Sequence[Job]) -> None:
 def default_name(config: DictConfig, swept: Sequence[str]) -> str:
     """The name of a sweep without sweep.name=, which does not depend on the values of the swept keys."""
     nodes = OmegaConf.masked_copy(config, [str(key) for key in config if key not in FREE_KEYS])
-    values = flat(OmegaConf.to_container(nodes, resolve=True))
+    values = without_unused(flat(OmegaConf.to_container(nodes, resolve=True)))
     fixed = {key: value for key, value in values.items() if not any(f"{key}.".startswith(f"{node}.") for node in swept)}
     text = repr((sorted((key, as_float(value)) for key, value in fixed.items()), sorted(swept)))
     choices = config.hydra.runtime.choices

@@ -28,7 +28,7 @@ from twoviews.tracking.parent_run import attach_parent, end_parent_run, open_par
 from twoviews.tracking.state import new_run_key, page
 from twoviews.tracking.upload import is_uploaded, pending_values, upload
 
-LOCK_SECONDS = 120.0  # longest wait for another process that opens the parent run
+PARENT_LOCK_SECONDS = 120.0  # longest wait for another process that opens the parent run
 REPORT_SECONDS = 60.0  # between two reports at least
 
 
@@ -45,7 +45,7 @@ def attach_jobs(sweep: Sweep, jobs: Sequence[Job], tracking: Mapping[str, Any]) 
     """
     uri, experiment = tracking["uri"], tracking["experiment"]
     target = {"uri": uri, "experiment": experiment}
-    with FileLock(sweep.folder / ".parent.lock", timeout=LOCK_SECONDS):
+    with FileLock(sweep.folder / ".parent.lock", timeout=PARENT_LOCK_SECONDS):
         with sweep.update() as record:
             if record.get("tracking") != target:  # at another tracking URI the parent is another run
                 record.update(tracking=target, parent=None, parent_key=new_run_key())
@@ -145,7 +145,7 @@ def pending(sweep: Sweep) -> bool:
 
 @contextmanager
 def _mlflow_errors() -> Iterator[None]:
-    """Errors of MLflow as one sentence."""
+    """A block in which errors of MLflow become a BadInput of one sentence."""
     try:
         yield
     except BadInput:

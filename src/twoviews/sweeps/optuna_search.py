@@ -78,7 +78,7 @@ class Optuna(Search):
             return trials.print_end()
 
     def configs(self, space: SearchSpace) -> Iterator[dict[str, str]]:
-        """Random configs, for a plan."""
+        """Configs drawn at random, which a plan shows in place of proposals that are not known yet."""
         return Random(self.trials, self.draw).configs(space)
 
     def _check_metric(self, protocols: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 POLL_SECONDS = 2.0  # between two looks at the states of running jobs
 KNN = "knn/top1"
 SPREAD = "train/spread"
-COLLAPSE_SPREAD = 0.05  # embeddings with a lower spread are collapsed; 1 is even
+PRUNE_BELOW_SPREAD = 0.05  # embeddings with a lower spread are collapsed; 1 is even
 COLLAPSE_EPOCHS = 1.0  # a collapse has to last so long, after as many epochs at the start
 DIVERGED = ("loss is", "weights are not finite")  # in the reason of a training that is not finite any more
 
@@ -131,7 +131,7 @@ class TrialRunner:
         return True
 
     def next_jobs(self, free_slots: int) -> Sequence[Job] | None:
-        """The `JobSource` of the launcher."""
+        """At most `free_slots` jobs to start now, perhaps none; None when the search is over."""
         if monotonic() - self._last_poll >= POLL_SECONDS:
             self._poll()
             self._last_poll = monotonic()
@@ -190,7 +190,7 @@ class TrialRunner:
         """Stop a trial that collapsed or is below the median."""
         for job in running.jobs:
             if job.digest in states and states[job.digest].state == "RUNNING" and collapsed(job.metrics()):
-                reason = f"{job.label} collapsed: its spread stays below {COLLAPSE_SPREAD}"
+                reason = f"{job.label} collapsed: its spread stays below {PRUNE_BELOW_SPREAD}"
                 self._stop(running, reason, TrialState.PRUNED)
                 return
         for epoch in self._report_knn(running):
@@ -265,7 +265,7 @@ def collapsed(lines: Sequence[Mapping[str, float]]) -> bool:
     if not known or known[-1]["epoch"] < 2 * COLLAPSE_EPOCHS:
         return False
     recent = [line[SPREAD] for line in known if line["epoch"] > known[-1]["epoch"] - COLLAPSE_EPOCHS]
-    return max(recent) < COLLAPSE_SPREAD
+    return max(recent) < PRUNE_BELOW_SPREAD
 
 
 def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:

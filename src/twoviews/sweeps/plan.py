@@ -105,7 +105,7 @@ def plan(
 
 def _print_time(todo: Sequence[JobSpec], costs: Sequence[Cost], launcher: Launcher, console: Console) -> None:
     seconds = [cost.seconds(spec) for cost, spec in zip(costs, todo, strict=True)]
-    hours = sum(each * cost.width for each, cost in zip(seconds, costs, strict=True)) / 3600
+    hours = sum(job_seconds * cost.width for job_seconds, cost in zip(seconds, costs, strict=True)) / 3600
     unit = "core-hours" if costs[0].device == "CPU" else "GPU-hours"
     per_job = " to ".join(dict.fromkeys([duration(min(seconds)), duration(max(seconds))]))
     console.say(f"time      about {per_job} per job, {duration(sum(seconds))} one after the other; {hours:.3g} {unit}")
@@ -151,8 +151,8 @@ def _costs(folder: Path, todo: Sequence[JobSpec], processes: int, console: Conso
             costs[kind] = replace(cost, width=cost.width * processes, source=source)
     highest = max(costs.values(), key=lambda cost: cost.epoch_s)
     left = counted(len(kinds) - len(costs), "more kind")
-    other = replace(highest, source=f"{left} of jobs taken to cost as much as the most expensive of these")
-    return [costs.get(_kind(spec.axes), other) for spec in todo]
+    assumed = replace(highest, source=f"{left} of jobs taken to cost as much as the most expensive of these")
+    return [costs.get(_kind(spec.axes), assumed) for spec in todo]
 
 
 def _kind(axes: Mapping[str, Any]) -> str:
@@ -198,6 +198,8 @@ def _measured(spec: JobSpec, console: Console) -> Cost:
         (folder / "config.yaml").write_text(spec.config)
         (folder / "point.json").write_text(json.dumps({"axes": dict(spec.axes), "overrides": list(spec.overrides)}))
         command = [sys.executable, str(ROOT / "train.py"), *train_arguments(folder), "tracking.mirror=false"]
+        if _mean_cost(spec) < 1:  # the first epochs are cheaper than the others
+            command.append("small_views.share=0")
         with (folder / LOG).open("w") as log:
             child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -238,12 +240,19 @@ def _cost_of_folder(spec: JobSpec, folder: Path, started: float) -> Cost:
     device = environment["gpu"] or "CPU"
     return Cost(
         fixed_s=fixed_s,
-        epoch_s=epoch_s,
+        epoch_s=epoch_s * _mean_cost(spec),
         disk=_size(folder) - sum(checkpoints.values()) + 2 * checkpoints.get("last.pt", 0),  # last.pt and previous.pt
         device=device,
         width=1 if environment["gpu"] else int(environment["threads"]),
         source=f"as {len(steps)} lines of its first {steps[-1]['step']:.0f} steps took on this machine, alone ({device})",
     )
+
+
+def _mean_cost(spec: JobSpec) -> float:
+    """What an epoch costs on average, as a share of one without smaller views: of the first epochs, their share of pixels."""
+    match = re.search(r"^small_views:\n  share: (\S+)\n  scale: (\S+)", spec.config, re.MULTILINE)
+    share, scale = map(float, match.groups()) if match else (0.0, 1.0)
+    return 1 - share * (1 - scale**2)
 
 
 def _seconds(

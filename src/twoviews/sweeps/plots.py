@@ -100,7 +100,7 @@ def _draw_seeds(
     panel.plot([place] * len(values), values, "o", markersize=4.5, alpha=0.7, markeredgewidth=0, **style)
     if len(values) > 1:
         mean = estimate(values)
-        low, high = mean.mean - mean.half, mean.mean + mean.half
+        low, high = mean.mean - mean.half_width, mean.mean + mean.half_width
         ends = max(low, limits[0]), min(high, limits[1])
         panel.plot([place], [mean.mean], "_", markersize=11, markeredgewidth=1.6, **style)
         panel.plot([place, place], ends, **{**style, "linestyle": "-", "linewidth": 0.8})
@@ -110,7 +110,7 @@ def _draw_seeds(
 
 def _limits(seeds: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Limits around all seeds with room for usual intervals; that of two seeds may be wider than all the rest."""
-    values = [value for each in seeds for value in each]
+    values = [value for config_values in seeds for value in config_values]
     room = 0.5 if max(map(len, seeds)) > 1 else 0.1
     margin = max(room * (max(values) - min(values)), 0.5)
     return max(0.0, min(values) - margin), min(100.0, max(values) + margin)
@@ -197,7 +197,7 @@ def _is_number(value: Any) -> bool:
 def _ordered_values(configs: Sequence[ConfigResults], key: str) -> list[str]:
     """Each value of a parameter once, as text: numbers by size, then the others by name."""
     values = {text(config.axes[key]): config.axes[key] for config in configs}
-    return sorted(values, key=lambda one: (0, values[one], "") if _is_number(values[one]) else (1, 0, one))
+    return sorted(values, key=lambda label: (0, values[label], "") if _is_number(values[label]) else (1, 0, label))
 
 
 def _set_names(panel: "Axes", names: Sequence[str], along: str) -> None:

@@ -173,10 +173,10 @@ def _best(results: Results) -> str:
     paragraphs = [f"## {verdict}", sentence, _baselines(results), "To run it again:\n\n    " + _command(best)]
     for name in ACCURACIES:
         complete = [config for config in results.configs if len(config.values(name)) == most]
-        other = max(complete, key=lambda config: config.estimate(name).mean, default=best)
-        if other is not best:
-            label = _label(results, other)
-            paragraphs.append(f"By {ACCURACIES[name]} accuracy the highest is {label}: {other.estimate(name)}.")
+        highest = max(complete, key=lambda config: config.estimate(name).mean, default=best)
+        if highest is not best:
+            label = _label(results, highest)
+            paragraphs.append(f"By {ACCURACIES[name]} accuracy the highest is {label}: {highest.estimate(name)}.")
     if pair := results.comparison:
         paragraphs.append(_comparison(results, pair, metric))
     return "\n\n".join(filter(None, paragraphs))
@@ -202,7 +202,7 @@ def _comparison(results: Results, pair: Comparison, metric: str) -> str:
     sentence = f"Paired t-test over {seeds}: the first is ahead by {pair.difference}, p = {pair.p:.2g}"
     sentence += "." if pair.p <= 0.05 else ", which chance alone may do."
     ranked = results.ranked
-    if near := [one for one in ranked[2:] if not compare(pair.best, one, metric).p <= 0.05]:
+    if near := [config for config in ranked[2:] if not compare(pair.best, config, metric).p <= 0.05]:
         sentence += f" {counted(len(near), 'config')} more cannot be told from it."
     if len(ranked) > 2:
         sentence += f" It was chosen among {len(ranked)} configs on the same numbers, which flatters it."

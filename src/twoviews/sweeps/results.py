@@ -32,15 +32,15 @@ class Estimate:
     """A mean over seeds and half the width of its 95% t-interval, which is NaN for one seed; without seeds the mean is -inf."""
 
     mean: float
-    half: float
+    half_width: float
     count: int
 
     def __str__(self) -> str:
         if not self.count:
             return "-"
-        if self.count > 1 and self.half < 1e-6 * (1 + abs(self.mean)):  # ± 0.00 would pass for certainty
+        if self.count > 1 and self.half_width < 1e-6 * (1 + abs(self.mean)):  # ± 0.00 would pass for certainty
             return f"{self.mean:.2f} ({self.count} equal seeds)"
-        return f"{self.mean:.2f}" + (f" ± {self.half:.2f}" if math.isfinite(self.half) else "")
+        return f"{self.mean:.2f}" + (f" ± {self.half_width:.2f}" if math.isfinite(self.half_width) else "")
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -147,13 +147,13 @@ class Results:
 
     @cached_property
     def comparison(self) -> Comparison | None:
-        """The two best configs; None if there are not two."""
+        """The best config against the second best, by a paired test; None if fewer than two have an accuracy."""
         best = self.ranked[:2]
         return compare(best[0], best[1], self.metric) if self.metric and len(best) > 1 else None
 
 
 def gather(sweep: Sweep, states: Mapping[str, JobState] | None = None) -> Results:
-    """Read the results of a sweep.
+    """The results of a sweep, read from the files of its jobs.
 
     Args:
         sweep: whose jobs may be running.
@@ -164,7 +164,7 @@ def gather(sweep: Sweep, states: Mapping[str, JobState] | None = None) -> Result
     jobs = with_varying_parameters(sweep.jobs)
     keys = list(dict.fromkeys(key for job in jobs for key in job.axes))
     lines = {job.digest: job.metrics() for job in jobs}
-    curves: dict[str, DataFrame] = {digest: pd.DataFrame(each) for digest, each in lines.items()}
+    curves: dict[str, DataFrame] = {digest: pd.DataFrame(job_lines) for digest, job_lines in lines.items()}
     rows = []
     by_config: dict[tuple[str, ...], list[Job]] = {}
     for job in jobs:

@@ -27,7 +27,7 @@ from twoviews.tracking import uris
 
 MODULE = "twoviews.sweeps.runner"
 OLD_MODULE = "twoviews.sweeps.supervise"  # its name in the code of sweeps that version 0.1.0 launched
-LOCK_SECONDS = 60.0  # longest wait for the end of an earlier runner of the same job
+RUNNER_LOCK_SECONDS = 60.0  # longest wait for the end of an earlier runner of the same job
 MAX_STALLED_STARTS = 3  # starts in a row without a checkpoint after which a job has failed
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)  # train.py writes a checkpoint and leaves
 LOG_TAIL_BYTES = 20_000  # of a log in which the reason of a failure is looked for
@@ -61,7 +61,7 @@ def run(
     """
     lock = job.lock
     try:
-        lock.acquire(timeout=LOCK_SECONDS)
+        lock.acquire(timeout=RUNNER_LOCK_SECONDS)
     except Timeout:
         return job.state
     try:

@@ -118,25 +118,25 @@ def merged(overrides: Sequence[Override]) -> list[Override]:
     """
     kept: list[Override] = []
     for override in overrides:
-        for other in kept:
-            outer, inner = sorted((override, other), key=lambda each: len(_key(each)))
-            swept = override.is_sweep_override() or other.is_sweep_override()
+        for earlier in kept:
+            outer, inner = sorted((override, earlier), key=lambda each: len(_key(each)))
+            swept = override.is_sweep_override() or earlier.is_sweep_override()
             if swept and _key(inner).startswith(f"{_key(outer)}.") and not chooses(outer):
                 raise BadInput(
-                    f"{other.input_line} and {override.input_line} set the same values, and one of them is swept; "
+                    f"{earlier.input_line} and {override.input_line} set the same values, and one of them is swept; "
                     "leave the other out."
                 )
-        kept = [other for other in kept if not _replaces(override, other)]
+        kept = [earlier for earlier in kept if not _replaces(override, earlier)]
         kept.append(override)
     return kept
 
 
-def _replaces(override: Override, other: Override) -> bool:
+def _replaces(override: Override, earlier: Override) -> bool:
     """Whether an override makes an earlier one void. Hydra merges dictionaries, and + and ~ change the keys themselves."""
-    if override.is_sweep_override() or other.is_sweep_override():
-        return _key(override) == _key(other)
-    plain = not any(isinstance(each.value(), dict) or each.is_add() or each.is_delete() for each in (override, other))
-    return plain and override.get_key_element() == other.get_key_element()
+    if override.is_sweep_override() or earlier.is_sweep_override():
+        return _key(override) == _key(earlier)
+    plain = not any(isinstance(each.value(), dict) or each.is_add() or each.is_delete() for each in (override, earlier))
+    return plain and override.get_key_element() == earlier.get_key_element()
 
 
 def _key(override: Override) -> str:
@@ -193,7 +193,7 @@ class Grid(Search):
     """Every combination of the values."""
 
     def configs(self, space: SearchSpace) -> Iterator[dict[str, str]]:
-        """The last key changes fastest."""
+        """Every combination of the listed values, of which the last key changes fastest."""
         values = space.listed()
         for combination in itertools.product(*values.values()):
             yield dict(zip(values, combination, strict=True))

@@ -102,7 +102,7 @@ class Slurm(Launcher):
         sweep = Sweep(jobs[0].folder.parent)
         with sweep.launching(self._console.say):
             states = status(jobs)  # another process may have submitted some meanwhile
-            self._submit_arrays(sweep, [job for job in jobs if not _is_taken(states[job.digest])])
+            self._submit_arrays(sweep, [job for job in jobs if not _needs_no_submission(states[job.digest])])
 
     def _submit_arrays(self, sweep: Sweep, jobs: Sequence[Job]) -> None:
         """Submit in as many arrays as it takes; waits here while the queue is full."""
@@ -273,6 +273,6 @@ def _outside_of_jobs() -> Iterator[None]:
         yield
 
 
-def _is_taken(state: JobState) -> bool:
-    """Whether a job needs no SLURM job, or has one."""
+def _needs_no_submission(state: JobState) -> bool:
+    """Whether a job is finished, pruned, running or already in SLURM's queue."""
     return state.done or state.state == "RUNNING" or (state.state == "QUEUED" and state.slurm_id is not None)

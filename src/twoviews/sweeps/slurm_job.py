@@ -20,7 +20,7 @@ from types import FrameType
 from twoviews.sweeps import runner
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobState
-from twoviews.sweeps.job_status import RESUME_HINT, queue, run_slurm, status
+from twoviews.sweeps.job_status import RESUME_HINT, run_slurm, squeue_states, status
 from twoviews.sweeps.mlflow_sync import is_due
 from twoviews.sweeps.runner import STOP_SIGNALS, TrainingProcess
 
@@ -34,7 +34,7 @@ class JobFailed(Exception):
     """The training failed; raised so that SLURM reports FAILED as well."""
 
 
-class StopSignals:
+class RunnerSignals:
     """Handlers for the time when no training runs; those of submitit would requeue or end the job meanwhile."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ def run_job(folder: str, submitted: float) -> str:
     Raises:
         JobFailed: the training failed.
     """
-    signals, job = StopSignals(), Job(Path(folder), {})
+    signals, job = RunnerSignals(), Job(Path(folder), {})
     rank, processes = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     failures = FailureFiles(job, rank)
     environment = _rendezvous(processes) if processes > 1 else {}
@@ -86,7 +86,7 @@ def own_slurm_id() -> str | None:
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
 
 
-def _requeue(job: Job, state: JobState, slurm_id: str, signals: StopSignals) -> None:
+def _requeue(job: Job, state: JobState, slurm_id: str, signals: RunnerSignals) -> None:
     """Put the SLURM job back into the queue, unless SLURM did that or ends it for good. Does not return."""
     missing = [command for command in ("scontrol", "squeue") if not shutil.which(command)]
     if missing:
@@ -95,7 +95,7 @@ def _requeue(job: Job, state: JobState, slurm_id: str, signals: StopSignals) -> 
         os._exit(1)
     end = time.monotonic() + REQUEUE_SECONDS
     while time.monotonic() < end:
-        known = queue([slurm_id])
+        known = squeue_states([slurm_id])
         if known is None:  # the controller does not answer
             signals.wait(5)
             continue
@@ -164,7 +164,7 @@ class FailureFiles:
         part.rename(self._folder / f".dead-{self._suffix}-{self._rank}")
 
 
-def _run_other_process(job: Job, failures: FailureFiles, environment: Mapping[str, str], signals: StopSignals) -> str:
+def _run_other_process(job: Job, failures: FailureFiles, environment: Mapping[str, str], signals: RunnerSignals) -> str:
     """Run the training in a process other than 0; returns the name of its state."""
     if job.state.state == "FINISHED":
         return "FINISHED"

@@ -58,7 +58,9 @@ def describe(client: "MlflowClient", run: "Run", folder: Path) -> None:
         if known.get(key, value) != value or f"changed.{key}" in run.data.tags:
             tags[f"changed.{key}"] = value
     new = [Param(key, value) for key, value in params.items() if key not in known]
-    filled = [RunTag(key, value) for key, value in mlflow_tags(tags).items() if value]
+    filled = [
+        RunTag(key, value) for key, value in mlflow_tags({key: value for key, value in tags.items() if value}).items()
+    ]
     for start in range(0, max(len(new), len(filled)), MAX_PARAMS_PER_CALL):
         part = slice(start, start + MAX_PARAMS_PER_CALL)
         client.log_batch(run.info.run_id, params=new[part], tags=filled[part], synchronous=True)

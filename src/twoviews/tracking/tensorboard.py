@@ -50,6 +50,6 @@ def places(runs: Sequence[Path], out: Path) -> dict[Path, Path]:
         path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else Path(*path.parts[-2:])
         name = UploadState.load(run).tags.get(NAME_TAG, path.name).replace("/", "_")
         place = out / path.with_name(name)
-        if (other := by_place.setdefault(place, run)) != run:
-            raise BadInput(f"{other} and {run} would both be written to {place}; convert them one by one, --out.")
+        if (earlier_run := by_place.setdefault(place, run)) != run:
+            raise BadInput(f"{earlier_run} and {run} would both be written to {place}; convert them one by one, --out.")
     return {run: place for place, run in by_place.items()}
