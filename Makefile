@@ -29,7 +29,12 @@ setup: .venv/dev  ## make .venv with everything pinned, tests and tools included
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
 	@touch $@
 
+# Variables on the command line that are not make's own: keys of train.py, which would not get them.
+SPACE := $(subst ,, )
+KEYS := $(filter-out ARGS PYTHON BIN DATA,$(foreach word,$(subst \$(SPACE),_,$(MAKEOVERRIDES)),$(firstword $(subst =, ,$(word)))))
+
 train: .venv/train  ## train: make train ARGS="method=simclr data=cifar10"; the default learns digits in some minutes
+	@$(if $(KEYS),echo 'error: make takes no $(firstword $(KEYS))=; write make train ARGS="$(firstword $(KEYS))=…"' >&2; exit 2)
 	$(BIN)/python train.py $(ARGS)
 	@$(if $(ARGS),,$(MAKE) --no-print-directory suggestions)
 

@@ -50,6 +50,9 @@ def test_losses_are_the_recorded_ones(name):
     file = GOLDEN / f"{name}.json"
     if os.environ.get("RECORD_GOLDEN"):
         file.write_text(json.dumps([round(loss, 5) for loss in losses]) + "\n")
+    assert file.exists(), (
+        f"no recording of {name}: RECORD_GOLDEN=1 python -m pytest tests/test_golden.py -k {name} makes it"
+    )
     # Processors round differently: measured, up to 1e-5 between AVX-512 and no vector unit at all.
     assert losses == pytest.approx(json.loads(file.read_text()), abs=1e-4)
 

@@ -11,13 +11,13 @@ from sklearn.datasets import load_digits
 
 from twoviews.data.images import ImageData, Images
 from twoviews.data.sources import digits, folder
-from twoviews.features import Pixels
+from twoviews.features import PixelEncoder
 from twoviews.protocols.duplicates import MAX_PAIRS, DuplicatePair, Duplicates, shown_pairs
 from twoviews.protocols.protocol import EvaluationContext
 
 
 def context(data: ImageData, place: Path | None) -> EvaluationContext:
-    made = EvaluationContext(Pixels(data.channels, data.size), data, torch.device("cpu"), torch.float32)
+    made = EvaluationContext(PixelEncoder(data.channels, data.size), data, torch.device("cpu"), torch.float32)
     made.folder = place
     return made
 

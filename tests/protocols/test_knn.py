@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as nnf
 
 from twoviews.data.sources import digits
-from twoviews.features import Features, Pixels
+from twoviews.features import Features, PixelEncoder
 from twoviews.protocols import knn
 from twoviews.protocols.classification import accuracies, mask_zeros, top1
 from twoviews.protocols.knn import KNN, knn_scores
@@ -105,7 +105,7 @@ def test_top1_is_a_percentage():
 def test_protocol_measures_test_against_memory():
     data = digits()
     data = replace(data, memory=data.memory.subset(torch.arange(300)), test=data.test.subset(torch.arange(50)))
-    context = EvaluationContext(Pixels(1, 32), data, torch.device("cpu"), torch.float32)
+    context = EvaluationContext(PixelEncoder(1, 32), data, torch.device("cpu"), torch.float32)
     found = KNN(k=20, temperature=0.1, every_epochs=1)(context).values
     bank, test = data.memory.pixels.flatten(1).float(), data.test.pixels.flatten(1).float()
     # Normalised pixels are (pixel / 255 - mean) / std.

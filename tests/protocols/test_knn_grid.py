@@ -9,7 +9,7 @@ import torch
 from twoviews.backbones import ResNet
 from twoviews.data.sources import digits
 from twoviews.errors import BadInput
-from twoviews.features import Features, Pixels
+from twoviews.features import Features, PixelEncoder
 from twoviews.protocols import knn
 from twoviews.protocols.knn import KNN, knn_scores
 from twoviews.protocols.knn_grid import KNNGrid
@@ -58,7 +58,7 @@ def test_copies_of_an_image_in_the_bank():
     x = torch.eye(3)
     bank, subject = Features(x[[0, 0, 0, 1, 2]], torch.tensor([0, 0, 0, 1, 2])), context()
     data = replace(subject.data, classes=("a", "b", "c"))
-    copies = EvaluationContext(Pixels(1, 32), data, torch.device("cpu"), torch.float32)
+    copies = EvaluationContext(PixelEncoder(1, 32), data, torch.device("cpu"), torch.float32)
     vars(copies).update(memory=bank, test=Features(x, torch.arange(3)))
     found = KNNGrid([1, 3], [0.1], 0)(copies)
     assert found.values == {"k1_t0.1_top1": 100, "k3_t0.1_top1": 100}  # no top5 of three classes

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from twoviews.data.sources import digits
 from twoviews.errors import BadInput
-from twoviews.features import Features, Pixels
+from twoviews.features import Features, PixelEncoder
 from twoviews.protocols.classification import top1
 from twoviews.protocols.linear import Linear, fit, held_out, temperature
 from twoviews.protocols.protocol import EvaluationContext
@@ -25,7 +25,7 @@ def context(memory: Features, test: Features) -> EvaluationContext:
     """Features that are already there."""
     data = SimpleNamespace(classes=tuple("0123456789"))
     found = EvaluationContext.__new__(EvaluationContext)
-    found.encoder, found.data, found.folder = Pixels(1, 8), data, None
+    found.encoder, found.data, found.folder = PixelEncoder(1, 8), data, None
     found.__dict__.update(memory=memory, test=test)
     return found
 
@@ -84,7 +84,7 @@ def test_images_that_cannot_be_held_out_choose_nothing_and_that_is_said():
     linear = Linear([1e-2, 1e-3], 0.1, 20, 0)
     (note,) = linear.notes(data)
     assert "one labelled image" in note and "0.01 is used" in note
-    there = EvaluationContext(Pixels(1, 32), data, torch.device("cpu"), torch.float32)
+    there = EvaluationContext(PixelEncoder(1, 32), data, torch.device("cpu"), torch.float32)
     assert linear(there).values["weight_decay"] == 1e-2 and linear.calibrated(there)[1] == 1
     assert linear.notes(digits()) == Linear([1e-2], 0.1, 20, 0).notes(data) == []
 

@@ -20,7 +20,7 @@ from twoviews.config.checks import check
 from twoviews.data.images import Images
 from twoviews.data.sources import digits, folder
 from twoviews.errors import BadInput
-from twoviews.features import Pixels
+from twoviews.features import PixelEncoder
 from twoviews.pictures import GAP, RED
 from twoviews.protocols import neighbours, user_images
 from twoviews.protocols.classification import calibration_error
@@ -131,7 +131,9 @@ def sure(tmp_path_factory) -> tuple[EvaluationContext, Path]:
     data, place = digits(train_images=600), tmp_path_factory.mktemp("digits")
     for number, pixels in enumerate(data.test.pixels[:180]):
         Image.fromarray(pixels[0].numpy()).save(place / f"{number:03}.png")
-    context = EvaluationContext(Pixels(1, 32), replace(data, memory=data.train), torch.device("cpu"), torch.float32)
+    context = EvaluationContext(
+        PixelEncoder(1, 32), replace(data, memory=data.train), torch.device("cpu"), torch.float32
+    )
     return context, place
 
 

@@ -8,6 +8,7 @@ from twoviews.config.building import build
 from twoviews.config.digest import plain
 from twoviews.config.parameter_names import protocol_keys, qualified_errors, qualify
 from twoviews.data.images import ImageData
+from twoviews.errors import BadInput
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 
 if TYPE_CHECKING:
@@ -49,4 +50,10 @@ class NamedProtocol(Protocol):
         """
         with qualified_errors(keys=self._keys):
             result = self.protocol(context)
+        if not isinstance(result, EvaluationResult):
+            name = f"{type(self.protocol).__module__}.{type(self.protocol).__name__}"
+            raise BadInput(
+                f"{name} returned {type(result).__name__}, and a protocol returns EvaluationResult(values, …) of "
+                "twoviews.protocols.protocol."
+            )
         return replace(result, notes=[qualify(note, keys=self._keys) for note in result.notes])

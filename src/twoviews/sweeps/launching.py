@@ -121,12 +121,19 @@ class SweepCommand:
             BadInput: a job needs one of them.
         """
         files = left_out()
+        choices = {
+            f"conf/{group}/{choice}.yaml" for spec in specs for group, choice in spec.more.get("choices", {}).items()
+        }
+        needed = []
         for file in files:
             module = file.removeprefix("src/").removesuffix(".py").replace("/", ".")
-            if any(f"_target_: {module}." in spec.config for spec in specs):
-                raise BadInput(
-                    f"{file} is not tracked by git, so jobs would not have it; `git add {file}` changes that."
-                )
+            if file in choices or any(f"_target_: {module}." in spec.config for spec in specs):
+                needed.append(file)
+        if needed:
+            raise BadInput(
+                f"{' and '.join(needed)} {'is' if len(needed) == 1 else 'are'} not tracked by git, so jobs would lack "
+                f"{'it' if len(needed) == 1 else 'them'}; run `git add {' '.join(needed)}`."
+            )
         if files:
             shown = ", ".join(files[:MAX_SHOWN_FILES]) + (" …" if len(files) > MAX_SHOWN_FILES else "")
             self.console.say(f"code      without {counted(len(files), 'file')} that git does not track: {shown}")
