@@ -9,7 +9,7 @@ from torch import nn
 
 from twoviews.backbones import Encoder
 from twoviews.errors import BadInput
-from twoviews.protocols.adaptation import Memory, Model
+from twoviews.protocols.adaptation import PseudoLabels, Model
 from twoviews.protocols.protocol import EvaluationContext
 from twoviews.protocols.tsd import TSD, distillation, local_clustering
 
@@ -31,11 +31,11 @@ def dot(one: list[float], other: list[float]) -> float:
     return sum(a * b for a, b in zip(one, other, strict=True))
 
 
-def something() -> tuple[torch.Tensor, torch.Tensor, Memory]:
+def something() -> tuple[torch.Tensor, torch.Tensor, PseudoLabels]:
     """Features and logits of 20 digits, in a memory with 40 others."""
     linear = probe().linear.double()
     z = probe().standardised(context().test.x).double()[:60]
-    memory = Memory(linear, None)
+    memory = PseudoLabels(linear, None)
     memory.add(z, linear(z))
     linear.float()
     return z[40:].clone(), memory.logits[-20:].clone(), memory
