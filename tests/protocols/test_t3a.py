@@ -44,7 +44,7 @@ def test_prototypes_are_those_of_a_loop(per_class):
 
 
 def test_predictions_are_those_of_a_loop():
-    t3a = T3A(LINEAR, ["fog"], [5], None, 50, seed=0, per_class=5, every_epochs=0)
+    t3a = T3A(LINEAR, ["fog"], [5], None, batch_size=50, seed=0, per_class=5, every_epochs=0)
     classify = t3a.start(Model(context(), probe()))
     seen = []
     for images in views(context(), "fog", 5, 50):

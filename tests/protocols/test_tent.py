@@ -18,7 +18,7 @@ def test_entropy_by_a_loop():
 
 
 def test_steps_are_those_of_adam_on_scales_and_offsets():
-    tent = Tent(LINEAR, ["fog"], [5], None, 50, seed=0, lr=1e-2, every_epochs=0)
+    tent = Tent(LINEAR, ["fog"], [5], None, batch_size=50, seed=0, lr=1e-2, every_epochs=0)
     model = Model(context(), probe())
     classify = tent.start(model)
     encoder, frozen = copy.deepcopy(context().encoder).train(), copy.deepcopy(context().encoder)

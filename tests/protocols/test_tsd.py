@@ -9,7 +9,7 @@ from torch import nn
 
 from twoviews.backbones import Encoder
 from twoviews.errors import BadInput
-from twoviews.protocols.adaptation import PseudoLabels, Model
+from twoviews.protocols.adaptation import Model, PseudoLabels
 from twoviews.protocols.protocol import EvaluationContext
 from twoviews.protocols.tsd import TSD, distillation, local_clustering
 
