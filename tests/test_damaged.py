@@ -246,7 +246,7 @@ def test_weights_that_make_no_features(entry: Call, sweep: Path, value: float) -
     name = next(one for one in weights if one.endswith("running_var" if value == -1 else "weight"))
     weights[name].view(-1)[0] = value
     save_file(weights, run / "encoder.safetensors")
-    images = sweep / "none"
+    images = run  # there, and without pictures
     for protocol in ("knn", "linear", "health", "predict", "embed"):
         more = [f"protocol={protocol}", *([f"images={images}"] if protocol in ("predict", "embed") else [])]
         refused(entry("evaluate", f"run={run}", *more), "encoder.safetensors", name)
