@@ -29,7 +29,7 @@ RUN = (*SMALL_MOCO, "epochs=2", "protocol=knn_small", "hydra.run.dir=run")
 PHASES = {
     "data": ("twoviews.assembly.make_views", 1, -1),
     "folder": ("twoviews.recording.draw_views", 1, -1),
-    "pixels": ("twoviews.monitoring.Pixels", 1, 0),
+    "pixels": ("twoviews.monitoring.PixelEncoder", 1, 0),
     "E-step": ("twoviews.methods.moco.MoCo.before_epoch", 2, 4),
     "measurement": ("twoviews.monitoring.run_protocols", 3, 8),  # after the two baselines
 }

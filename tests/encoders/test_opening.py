@@ -438,7 +438,7 @@ def test_latest_is_the_run_begun_last(trained: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow  # MLflow makes its tables
 def test_mlflows_id(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uris, "checkout", lambda: tmp_path)  # or mlflow.db would be that of the checkout
+    monkeypatch.setattr(uris, "ROOT", tmp_path)  # or mlflow.db would be that of the checkout
     away = shutil.copytree(trained, tmp_path / "away" / "run")
     with pytest.raises(BadInput, match="has this id, and MLflow knows none"):
         open_encoder("0" * 32)
