@@ -23,7 +23,7 @@ from twoviews.errors import BadInput
 from twoviews.locks import FolderLock
 from twoviews.tracking import uris
 from twoviews.tracking.__main__ import main
-from twoviews.tracking.client import RUN_KEY_TAG, connect, get_or_create_run, prepare_environment
+from twoviews.tracking.client import RUN_KEY_TAG, connect, get_or_create_run, logged_error, prepare_environment
 from twoviews.tracking.metrics import Metrics, read
 from twoviews.tracking.mirror import Mirror, Tracking, flush
 from twoviews.tracking.state import UploadState, run_id, run_page, set_target
@@ -533,6 +533,32 @@ def test_a_lost_answer_makes_no_second_run():
         assert get_or_create_run(client, "1", "key", tags={"a": "b"}).info.run_id == "run0"
         server.shutdown()
     assert len(server.made) == 1
+
+
+OK = "HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    ["", "HTTP/1.1 20", f"{OK}Content-Length: 900\r\n\r\n{{", f"{OK}Transfer-Encoding: chunked\r\n\r\n9\r\n{{"],
+    ids=["before", "in the header", "in the body", "in a chunk"],
+)
+def test_a_server_that_dies_in_mid_answer_does_not_answer(sent, tmp_path):
+    prepare_environment()
+    from mlflow import MlflowClient
+
+    class Dying(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(65536)
+            self.request.sendall(sent.encode())
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Dying) as server:
+        threading.Thread(target=server.serve_forever).start()
+        with pytest.raises(Exception) as error:
+            MlflowClient(f"http://127.0.0.1:{server.server_address[1]}").get_run("0" * 32)
+        server.shutdown()
+    assert logged_error(error.value, tmp_path) == "it does not answer"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_was_made_after_all_is_removed(run):

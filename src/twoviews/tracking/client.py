@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from hashlib import sha256
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -271,10 +272,19 @@ def shortened(text: str, length: int) -> str:
 def short_error(error: Exception) -> str:
     """One short line for an error of MLflow."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, ConnectionError) or "Max retries exceeded" in text or "timed out" in text:
+    if "Max retries exceeded" in text or "timed out" in text or _connection_failed(error):
         return NO_ANSWER
     text = without_secrets(text)
     return text if len(text) <= MAX_ERROR_LENGTH else text[:MAX_ERROR_LENGTH] + "…"
+
+
+def _connection_failed(error: BaseException | None) -> bool:
+    """Whether the error, or one that it was raised from or during, is of the connection: a server may end in mid-answer."""
+    while error is not None:
+        if isinstance(error, (ConnectionError, HTTPException)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def logged_error(error: Exception, folder: Path) -> str:
