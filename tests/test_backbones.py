@@ -1,5 +1,9 @@
 """ResNets against torchvision's, and what the constructors refuse."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torchvision
@@ -210,3 +214,28 @@ def test_resnets_see_every_pixel(stem):
         block = "bottleneck" if size % 2 else "basic"
         encoder = ResNet(1, size, block, [1, 1, 1, 1], width=4, stem=stem, zero_init_residual=True)
         assert unseen(encoder, 1, size) == ([], [])
+
+
+NARROW = """
+import torch
+from twoviews.backbones import ResNet
+torch.manual_seed(0)
+encoder = ResNet(1, 16, "basic", [1, 1], width=4)
+images = [torch.randn(size, 1, 16, 16) for size in (8, 12, 32)]
+gradients = []
+for format in (torch.contiguous_format, torch.channels_last):
+    encoder.to(memory_format=format)
+    for _ in range(20):
+        for batch in images:
+            encoder.zero_grad()
+            encoder(batch.to(memory_format=format)).square().sum().backward()
+    gradients.append([parameter.grad.clone() for parameter in encoder.parameters()])
+for one, other in zip(*gradients, strict=True):
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+"""
+
+
+def test_fewer_channels_than_a_register_has():
+    """With AVX2, torch alone ends here with a damaged heap; in a process of its own, because that kills it."""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", NARROW], env=environment, check=True, timeout=300)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from twoviews.errors import BadInput, nearest
 from twoviews.fused_norm import batch_norm_act
@@ -31,10 +32,24 @@ def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
 
 
+class _Conv1x1(nn.Conv2d):
+    """A 1x1 convolution without padding and bias.
+
+    On a CPU with AVX2, oneDNN 3.13 writes beyond its memory in the backward pass of one with a stride and fewer than 8 input
+    channels in channels_last (uxlfoundation/oneDNN, issue 6035), so the pixels that such a one reads are selected before.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.in_channels < 8 and input.device.type == "cpu":
+            rows, columns = self.stride
+            return nnf.conv2d(input[:, :, ::rows, ::columns], self.weight)
+        return super().forward(input)
+
+
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
     if stride == 1 and inputs == outputs:
         return None
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+    return nn.Sequential(_Conv1x1(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
 def _shortcut_of(downsample: nn.Sequential | None, x: Tensor) -> Tensor:
