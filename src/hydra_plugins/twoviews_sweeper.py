@@ -34,6 +34,6 @@ class SearchSweeper(Sweeper):
         from twoviews.sweeps.launching import SweepCommand
 
         search = build(check_plugin(self._config, "sweeper"))
-        launch = SweepCommand(self._config, lambda overrides: self._loader.load_sweep_config(self._config, overrides))
-        if code := search.run(launch, arguments):
+        command = SweepCommand(self._config, lambda overrides: self._loader.load_sweep_config(self._config, overrides))
+        if code := search.run(command, arguments):
             sys.exit(code)

@@ -217,9 +217,9 @@ def split_batch_norms(module: nn.Module, splits: int) -> None:
 
 def _other_norms(module: nn.Module) -> str:
     """Class names of the batch norms below `module` that are neither torch's plain ones nor of this project."""
-    known = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, SplitBatchNorm, SyncBatchNorm)
+    supported = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, SplitBatchNorm, SyncBatchNorm)
     norms = (part for part in module.modules() if isinstance(part, BatchNorm))
-    return ", ".join(sorted({type(part).__name__ for part in norms if type(part) not in known}))
+    return ", ".join(sorted({type(part).__name__ for part in norms if type(part) not in supported}))
 
 
 def sync_batch_norms(module: nn.Module, device: torch.device) -> nn.Module:

@@ -127,7 +127,10 @@ def draw_curves(path: Path, lines: Iterable[Mapping[str, float]], title: str) ->
             else:
                 _write_single(axis, points, baselines if name == "knn/top1" else {})
             if name == "knn/top1" and baselines and len(points) > 1:
-                values = [*(value for _, value in points), *(value for known in baselines.values() for value in known)]
+                values = [
+                    *(value for _, value in points),
+                    *(value for accuracies in baselines.values() for value in accuracies),
+                ]
                 axis.set_ylim(min(values) - 2, max(values) + 2)
                 draw_baselines(axis, baselines)
                 axis.legend()

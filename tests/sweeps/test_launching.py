@@ -47,13 +47,13 @@ def test_the_same_sweep_has_the_same_name_and_another_one_another() -> None:
     assert default_name(master(), ["method", "seed"]).startswith("method-digits-")
 
 
-def test_jobs_know_the_values_of_their_axes_and_equal_ones_are_one() -> None:
+def test_jobs_know_the_values_of_their_parameters_and_equal_ones_are_one() -> None:
     combinations = ("seed=0 optimizer.lr=1", "seed=1 optimizer.lr=1", "seed=0 optimizer.lr=1.0")
     found = jobs(*combinations, swept=("seed", "optimizer.lr"))
-    assert [one.axes for one in found] == [{"seed": 0, "optimizer.lr": 1}, {"seed": 1, "optimizer.lr": 1}]
+    assert [one.parameters for one in found] == [{"seed": 0, "optimizer.lr": 1}, {"seed": 1, "optimizer.lr": 1}]
     (chosen,) = jobs("method=simclr backbone.depths=[1,1]", swept=("method", "backbone.depths"))
-    assert chosen.axes == {"method": "simclr", "backbone.depths": [1, 1]}
-    json.dumps(chosen.axes)
+    assert chosen.parameters == {"method": "simclr", "backbone.depths": [1, 1]}
+    json.dumps(chosen.parameters)
     groups = chosen.more["choices"]
     assert (groups["method"], groups["data"], groups["experiment"]) == ("simclr", "digits", "none")
     assert not [group for group in groups if group.startswith("hydra") or "@" in group]
@@ -64,7 +64,7 @@ def test_jobs_know_the_values_of_their_axes_and_equal_ones_are_one() -> None:
 )
 def test_a_frozen_configuration_is_the_run_that_was_composed(overrides: list[str]) -> None:
     (one,) = job_specs(Composer(lambda typed: master(*typed)), [overrides], swept=())
-    frozen = OmegaConf.create(one.config)
+    frozen = OmegaConf.create(one.config_yaml)
     assert one.digest == digest(frozen) == digest(master(*overrides))
     assert "hydra" not in frozen and "sweep" not in frozen and Path(frozen.tracking.uri[10:]).is_absolute()
 
@@ -122,7 +122,7 @@ def test_a_key_may_be_one_that_only_the_swept_choices_have(command, monkeypatch,
     planned: list = []
     done = command("train", "-m", *arguments, "tracking=files", "sweep.plan=true")
     assert done.code == 0, done.err
-    contents = [OmegaConf.create(one.config).method for one in planned]
+    contents = [OmegaConf.create(one.config_yaml).method for one in planned]
     assert [(one["_target_"].split(".")[2], one.get("hidden_dim")) for one in contents] == found
 
 
@@ -245,7 +245,7 @@ def test_an_interrupted_sweep_is_completed_by_the_same_command_bit_for_bit(tmp_p
     assert sweep_command(["status"]) == 0
     (folder,) = (path.parent for path in tmp_path.glob("multirun/*/sweep.json"))
     made = Sweep(folder).jobs
-    assert [job.axes for job in made] == [{"seed": 0}, {"seed": 1}, {"seed": 2}]
+    assert [job.parameters for job in made] == [{"seed": 0}, {"seed": 1}, {"seed": 2}]
     assert made[0].state.starts == 2 and made[1].state.starts == 1
     alone = start(
         [str(ROOT / "train.py"), *SMALL_MOCO, "epochs=20", "protocol=knn_small", "hydra.run.dir=alone"], tmp_path

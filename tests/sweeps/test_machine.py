@@ -14,7 +14,7 @@ from test_runner import wait_for
 from twoviews.errors import BadInput
 from twoviews.sweeps import machine
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job_status import status
+from twoviews.sweeps.job_states import current_states
 from twoviews.sweeps.machine import Local, Pool, gpus
 from twoviews.sweeps.slurm import cancel
 
@@ -43,7 +43,7 @@ def company(jobs) -> int:
 
 
 def states(jobs) -> list[str]:
-    return [state.state for state in status(jobs).values()]
+    return [state.state for state in current_states(jobs).values()]
 
 
 def test_in_sequence_and_a_failure_keeps_no_other_from_running(tmp_path: Path, capsys) -> None:

@@ -31,8 +31,10 @@ SLURM = {
 }
 
 
-def jobs(*axes: dict) -> list[JobSpec]:
-    return [JobSpec(f"{n:08x}", one, [], f"epochs: {one.get('epochs', 10)}\nseed: 0\n") for n, one in enumerate(axes)]
+def jobs(*parameters: dict) -> list[JobSpec]:
+    return [
+        JobSpec(f"{n:08x}", one, [], f"epochs: {one.get('epochs', 10)}\nseed: 0\n") for n, one in enumerate(parameters)
+    ]
 
 
 def measured(seconds: float, calls: list[str]):

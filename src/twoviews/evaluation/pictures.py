@@ -59,11 +59,11 @@ def draw_per_class(path: Path, rows: Sequence[TableRow], title: str) -> None:
         rows: `per_class` of `ClassificationScores`.
         title: above the plot.
     """
-    known = sorted((row for row in rows if row["images"]), key=lambda row: -float(row["accuracy"]))
-    images = [int(row["images"]) for row in known]
-    measured = [Measured(float(row["accuracy"]), (float(row["low"]), float(row["high"]))) for row in known]
+    judged = sorted((row for row in rows if row["images"]), key=lambda row: -float(row["accuracy"]))
+    images = [int(row["images"]) for row in judged]
+    measured = [Measured(float(row["accuracy"]), (float(row["low"]), float(row["high"]))) for row in judged]
     mean = sum(measurement.value * count for measurement, count in zip(measured, images, strict=True)) / sum(images)
-    labels = [f"{row['class']} ({count:,})" for row, count in zip(known, images, strict=True)]
+    labels = [f"{row['class']} ({count:,})" for row, count in zip(judged, images, strict=True)]
     draw_comparison(path, {"accuracy of the class (images), %": measured}, labels, title, mean)
 
 
@@ -105,7 +105,7 @@ def draw_knn_curve(
         for name, curve in published.items():
             axis.plot(*zip(*curve, strict=True), marker="s", linestyle="--", color="black", label=name)
         seen = [value for curve in (points, *published.values()) for _, value in curve] + [
-            *(accuracy for known in baselines.values() for accuracy in known)
+            *(accuracy for accuracies in baselines.values() for accuracy in accuracies)
         ]
         axis.set(xlabel="epoch", ylabel="kNN top-1, %", ylim=(min(seen) - 2, max(seen) + 3))
         draw_baselines(axis, baselines)
@@ -147,14 +147,14 @@ def draw_comparison(
             style: Any = {"fmt": "o", "ecolor": "#7fa8d1", "elinewidth": 1.5}
             panel.errorbar(values, range(len(values)), xerr=[*zip(*widths, strict=True)], **style)
             for baseline, (label, _) in BASELINES.items():
-                known = [
+                points = [
                     (measurement.baselines[baseline], row)
                     for row, measurement in enumerate(measured)
                     if baseline in measurement.baselines
                 ]
                 marker = "|" if "untrained" in baseline else "x"
-                if known:
-                    panel.plot(*zip(*known, strict=True), marker, color="black", label=label)
+                if points:
+                    panel.plot(*zip(*points, strict=True), marker, color="black", label=label)
             if mean is not None:
                 panel.axvline(mean, color="black", linestyle="--", linewidth=1, label=f"all: {mean:.1f}")
             interval = (

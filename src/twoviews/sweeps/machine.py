@@ -27,7 +27,7 @@ from twoviews.ranges import Count
 from twoviews.sweeps import runner
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import LOG, Job
-from twoviews.sweeps.job_status import status
+from twoviews.sweeps.job_states import current_states
 from twoviews.sweeps.mlflow_sync import BackgroundReport
 
 POLL_SECONDS = 0.2  # between two looks at the processes
@@ -142,7 +142,7 @@ class Local(Launcher):
     def _run(self, sweep: Sweep, jobs: Sequence[Job], source: JobSource) -> None:
         slots = self.slots()
         with sweep.launching(Console().say):
-            states = status(jobs)
+            states = current_states(jobs)
             todo = [job for job in jobs if states[job.digest].state not in ("FINISHED", "RUNNING")]
             _Work(sweep, slots, min(self.at_once or sys.maxsize, len(slots))).run(todo, source)
 
@@ -190,9 +190,9 @@ def gpus() -> list[str]:
     if not shutil.which("nvidia-smi"):
         return []
     command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    listing = subprocess.run(command, capture_output=True, text=True)
     # Without a driver or a GPU it fails, and prints the reason to stdout.
-    return done.stdout.split() if done.returncode == 0 else []
+    return listing.stdout.split() if listing.returncode == 0 else []
 
 
 def stop(jobs: Sequence[Job]) -> None:

@@ -20,7 +20,7 @@ from twoviews.ranges import Count, Index, Length
 from twoviews.sweeps import runner
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobState
-from twoviews.sweeps.job_status import IDS_PER_CALL, RESUME_HINT, run_slurm, status
+from twoviews.sweeps.job_states import IDS_PER_CALL, RESUME_HINT, current_states, run_slurm
 from twoviews.sweeps.machine import Launcher, stop
 
 # What sbatch prints if a user, an account or the cluster may have no more jobs (MaxSubmitJobs, MaxJobCount).
@@ -101,7 +101,7 @@ class Slurm(Launcher):
         require_slurm()
         sweep = Sweep(jobs[0].folder.parent)
         with sweep.launching(self._console.say):
-            states = status(jobs)  # another process may have submitted some meanwhile
+            states = current_states(jobs)  # another process may have submitted some meanwhile
             self._submit_arrays(sweep, [job for job in jobs if not _needs_no_submission(states[job.digest])])
 
     def _submit_arrays(self, sweep: Sweep, jobs: Sequence[Job]) -> None:
@@ -221,9 +221,9 @@ def cancel(jobs: Sequence[Job]) -> None:
     Sweep(jobs[0].folder.parent).mark([job.digest for job in submitted], cancelled=time.time())
     for start in range(0, len(submitted), IDS_PER_CALL):
         slurm_ids = [str(job.slurm_id) for job in submitted[start : start + IDS_PER_CALL]]
-        done = run_slurm("scancel", "--quiet", *slurm_ids)
-        if done.returncode and "Invalid job id" not in done.stderr:
-            raise BadInput(f"scancel refused: {done.stderr.strip()}")
+        answer = run_slurm("scancel", "--quiet", *slurm_ids)
+        if answer.returncode and "Invalid job id" not in answer.stderr:
+            raise BadInput(f"scancel refused: {answer.stderr.strip()}")
 
 
 def require_slurm() -> None:
@@ -275,4 +275,6 @@ def _outside_of_jobs() -> Iterator[None]:
 
 def _needs_no_submission(state: JobState) -> bool:
     """Whether a job is finished, pruned, running or already in SLURM's queue."""
-    return state.done or state.state == "RUNNING" or (state.state == "QUEUED" and state.slurm_id is not None)
+    return (
+        state.finished_or_pruned or state.state == "RUNNING" or (state.state == "QUEUED" and state.slurm_id is not None)
+    )

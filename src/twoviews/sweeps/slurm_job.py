@@ -20,7 +20,7 @@ from types import FrameType
 from twoviews.sweeps import runner
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobState
-from twoviews.sweeps.job_status import RESUME_HINT, run_slurm, squeue_states, status
+from twoviews.sweeps.job_states import RESUME_HINT, current_states, run_slurm, squeue_states
 from twoviews.sweeps.mlflow_sync import is_due
 from twoviews.sweeps.runner import STOP_SIGNALS, TrainingProcess
 
@@ -95,11 +95,11 @@ def _requeue(job: Job, state: JobState, slurm_id: str, signals: RunnerSignals) -
         os._exit(1)
     end = time.monotonic() + REQUEUE_SECONDS
     while time.monotonic() < end:
-        known = squeue_states([slurm_id])
-        if known is None:  # the controller does not answer
+        queued = squeue_states([slurm_id])
+        if queued is None:  # the controller does not answer
             signals.wait(5)
             continue
-        if slurm_id not in known or known[slurm_id].state != "RUNNING":  # requeued or cancelled by others
+        if slurm_id not in queued or queued[slurm_id].state != "RUNNING":  # requeued or cancelled by others
             os._exit(0)
         # Written before the request: SLURM kills this process at any moment after it.
         job.write(replace(state, state="QUEUED", reason=f"requeued, {state.reason}"))
@@ -120,7 +120,7 @@ def _tell_mlflow(job: Job) -> None:
     sweep = Sweep(job.folder.parent)
     if not sweep.record["parent"]:
         return
-    if not any(state.active for state in status(sweep.jobs).values()):
+    if not any(state.active for state in current_states(sweep.jobs).values()):
         command = ["twoviews.sweep", "collect", str(sweep.folder)]
     elif not job.result:
         command = ["twoviews.tracking", "sync", str(job.folder)]

@@ -44,7 +44,7 @@ def describe(client: "MlflowClient", run: "Run", folder: Path) -> None:
     config, data, environment = (
         foreign.load(folder / name) for name in ("config.yaml", "data.json", "environment.json")
     )
-    params, known = dict(_flat(config)), run.data.params
+    params, sent = dict(_flat(config)), run.data.params
     tags = {
         "folder": str(folder.resolve()),
         "host": environment.get("host", platform.node()),
@@ -55,9 +55,9 @@ def describe(client: "MlflowClient", run: "Run", folder: Path) -> None:
         "mlflow.source.git.commit": _text(folder / "commit.txt"),
     }
     for key, value in params.items():
-        if known.get(key, value) != value or f"changed.{key}" in run.data.tags:
+        if sent.get(key, value) != value or f"changed.{key}" in run.data.tags:
             tags[f"changed.{key}"] = value
-    new = [Param(key, value) for key, value in params.items() if key not in known]
+    new = [Param(key, value) for key, value in params.items() if key not in sent]
     filled = [
         RunTag(key, value) for key, value in mlflow_tags({key: value for key, value in tags.items() if value}).items()
     ]
