@@ -115,7 +115,7 @@ def _apart(y: Float[Tensor, "J SC H W"], parts: int, last: bool) -> Float[Tensor
 
 
 def check_splits(splits: int, batch_size: int, micro_batch: int, processes: int) -> None:
-    """Whether a forward pass of `micro_batch` images of a batch can be cut into that many parts for SplitBatchNorm.
+    """Check that SplitBatchNorm can cut a forward pass of `micro_batch` images of a batch into that many parts.
 
     Raises:
         BadInput: it cannot; with the sizes that could.

@@ -10,6 +10,7 @@ from twoviews import foreign
 from twoviews.console import ROWS, Console, duration
 from twoviews.errors import BadInput, counted, nearest, system_reason
 from twoviews.figures import set_formats
+from twoviews.protocols.units import KNN_TOP1
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import LOG, Job, JobState, short_names, typed, with_varying_parameters
 from twoviews.sweeps.job_states import CANCEL_SECONDS, current_states, wait_until_ended
@@ -106,7 +107,7 @@ def show_status(sweep: Sweep, jobs: Sequence[Job]) -> int:
 def _row(job: Job, state: JobState, names: Mapping[str, str]) -> dict[str, object]:
     lines = job.metrics()
     epoch = lines[-1]["epoch"] if lines else 0
-    knn = next((line["knn/top1"] for line in reversed(lines) if "knn/top1" in line), None)
+    knn = next((line[KNN_TOP1] for line in reversed(lines) if KNN_TOP1 in line), None)
     since = [line for line in lines if state.started and line["time"] >= state.started]
     left = ""
     if state.state == "RUNNING" and since and since[-1]["epoch"] > since[0]["epoch"]:

@@ -15,11 +15,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_runner import wait_for
 
+from twoviews import code, launched
 from twoviews.config.digest import digest
+from twoviews.errors import BadInput
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.composing import Composer, job_specs
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.launching import default_name
+from twoviews.sweeps.job import JobSpec
+from twoviews.sweeps.launching import SweepCommand, default_name, retry
 from twoviews.sweeps.slurm import NamedFunction
 
 SLURM = ["seed=0,1", "tracking=files", "hydra/launcher=slurm"]
@@ -224,6 +227,48 @@ def test_what_sbatch_refuses_is_said_once_and_kept(command, monkeypatch, tmp_pat
     sweep = Sweep(folder)
     sweep.mark_submitted({job.digest: "7_0" for job in sweep.jobs}, 9.0)
     assert not any(job.refused for job in sweep.jobs), "until they are submitted"
+
+
+def test_jobs_that_need_files_that_git_does_not_track_are_refused(tmp_path: Path, monkeypatch, capsys) -> None:
+    root, untracked = tmp_path / "checkout", ("conf/method/mine.yaml", "src/twoviews/methods/mine.py")
+    for file in ("train.py", *untracked):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).touch()
+    git = ["git", "-C", str(root), "-c", "user.name=n", "-c", "user.email=e"]
+    for words in ("init -q", "add train.py", "commit -qm first"):
+        subprocess.run([*git, *words.split()], check=True)
+    monkeypatch.setattr(code, "ROOT", root)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cfg = master("tracking=files", f"hydra.sweep.dir={tmp_path}", "sweep.name=s")
+    target = "_target_: twoviews.methods.{}.Method\n"
+    for content, choices, needed in (
+        (target.format("mine"), {"method": "mine"}, untracked),
+        (target.format("mine"), {"method": "moco"}, untracked[1:]),
+        (target.format("moco"), {"method": "mine"}, untracked[:1]),
+    ):
+        with pytest.raises(BadInput, match=f"{' and '.join(needed)} .* `git add {' '.join(needed)}`"):
+            SweepCommand(cfg, pytest.fail).add([JobSpec("a", {}, [], content, {"choices": choices})])
+    assert not (tmp_path / "s" / "code").exists() and not Sweep(tmp_path / "s").jobs
+    other = JobSpec("a", {}, [], target.format("moco"), {"choices": {"method": "moco"}})
+    assert SweepCommand(cfg, pytest.fail).add([other])[1], "what no job needs is named and left out"
+    assert f"without 2 files that git does not track: {', '.join(untracked)}" in capsys.readouterr().out
+    subprocess.run([*git, "add", "."], check=True)
+    needing = JobSpec("b", {}, [], target.format("mine"), {"choices": {"method": "mine"}})
+    copy = Path(SweepCommand(cfg, pytest.fail).add([needing])[1][0].description["code"])
+    assert all((copy / file).exists() for file in untracked)
+
+
+def test_a_pool_that_an_earlier_version_recorded_is_used_again(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sweep, counts = Sweep(tmp_path / "s"), {"at_once": 1, "points_per_gpu": 1, "cores_per_point": 10**6}
+    with sweep.update() as record:
+        record["launcher"] = {"_target_": "twoviews.sweeps.machine.Pool", **counts}
+    (job,) = sweep.add([JobSpec("a", {}, [], "seed: 0\n", {"code": str(tmp_path / "code")})])
+    for what in (code.copy_digest(tmp_path / "code"), json.dumps(sweep.record["launcher"], sort_keys=True)):
+        launched.remember(what)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(BadInput, match="cores_per_job=1000000"):
+        retry(sweep, [job])
 
 
 def test_a_plan_starts_nothing(command) -> None:

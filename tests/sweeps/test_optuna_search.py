@@ -89,7 +89,7 @@ def leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pool(at_once: int = 3) -> Pool:
-    return Pool(at_once=at_once, points_per_gpu=1, cores_per_point=1)
+    return Pool(at_once=at_once, jobs_per_gpu=1, cores_per_job=1)
 
 
 def search(**settings: object) -> Optuna:

@@ -118,7 +118,7 @@ def _without_repetitions(problems: Sequence[str], cfg: "DictConfig") -> list[str
     return [problem for problem in problems if problem.partition("=")[0] not in repeating]
 
 
-def check_plugin(cfg: "DictConfig", kind: Literal["launcher", "sweeper"]) -> dict[str, Any]:
+def checked_plugin(cfg: "DictConfig", kind: Literal["launcher", "sweeper"]) -> dict[str, Any]:
     """The node from which `build` makes the launcher or the search of a sweep, with its values checked.
 
     Args:

@@ -12,6 +12,7 @@ from twoviews.errors import printable
 from twoviews.figures import BASELINES, WIDTH, draw_baselines, drawing, merged_legend
 from twoviews.protocols.classification import CONFIDENCE_PERCENT
 from twoviews.protocols.protocol import TableRow
+from twoviews.protocols.units import KNN_TOP1
 
 MAX_NUMBERED_CLASSES = 20  # with more, the cells of a confusion matrix have no numbers
 MAX_NAME = 40  # characters of a name beside an axis
@@ -95,7 +96,7 @@ def draw_knn_curve(
         title: above the plot.
     """
     lines = list(lines)
-    points = [(line["epoch"], line["knn/top1"]) for line in lines if "knn/top1" in line]
+    points = [(line["epoch"], line[KNN_TOP1]) for line in lines if KNN_TOP1 in line]
     if len(points) < 2:
         return False
     baselines = {name: [line[name]] for line in lines for name in BASELINES if name in line}

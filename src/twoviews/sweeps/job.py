@@ -28,6 +28,7 @@ LOG = "log.txt"  # in the folder of a job: what its training printed
 # Keys of state.json and sweep.json by attribute, where the names differ.
 KEYS = {"slurm_id": "job", "parameters": "axes"}
 ATTRIBUTES = {key: name for name, key in KEYS.items()}
+ATTRIBUTES |= {"points_per_gpu": "jobs_per_gpu", "cores_per_point": "cores_per_job"}  # of launchers of earlier versions
 
 StateName = Literal[
     "QUEUED",  # not started, or back in SLURM's queue

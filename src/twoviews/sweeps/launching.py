@@ -17,14 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 from twoviews import foreign, launched
 from twoviews.code import code_state, copy_digest, freeze, left_out, no_commit
 from twoviews.config.building import build
-from twoviews.config.checks import check_plugin
+from twoviews.config.checks import checked_plugin
 from twoviews.config.digest import as_float, flat, without_unused
 from twoviews.console import Console
 from twoviews.errors import BadInput, counted
 from twoviews.sweeps import mlflow_sync
 from twoviews.sweeps.composing import Composer, job_specs
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job import Job, JobSpec, JobState
+from twoviews.sweeps.job import ATTRIBUTES, Job, JobSpec, JobState
 from twoviews.sweeps.job_states import current_states, wait_until_ended
 from twoviews.sweeps.machine import CLUSTER_POLL_SECONDS, Launcher
 from twoviews.sweeps.plan import plan
@@ -80,7 +80,7 @@ class SweepCommand:
                 raise BadInput(f"{override} would not reach the jobs of a sweep; leave it out, or leave out -m.")
         overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         self.swept = [override.get_key_element() for override in overrides if override.is_sweep_override()]
-        self.launcher_config = check_plugin(config, "launcher")
+        self.launcher_config = checked_plugin(config, "launcher")
         name = name or default_name(config, self.swept)
         if not re.fullmatch(r"[\w+-][\w.+-]*", name):
             raise BadInput(f"sweep.name={name} is not the name of a folder; use letters, digits and any of . _ + -")
@@ -199,7 +199,7 @@ def retry(sweep: Sweep, jobs: Sequence[Job]) -> None:
         )
     for job in jobs:
         uris.refuse_untrusted(foreign.load(job.folder / "config.yaml").get("tracking", {}).get("uri"))
-    build(launcher).submit(jobs)
+    build({ATTRIBUTES.get(key, key): value for key, value in launcher.items()}).submit(jobs)
 
 
 def default_name(config: DictConfig, swept: Sequence[str]) -> str:

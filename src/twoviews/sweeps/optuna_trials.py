@@ -15,6 +15,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 
 from twoviews.errors import BadInput, counted
+from twoviews.protocols.units import KNN_TOP1
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobState, assigned
 from twoviews.sweeps.job_states import current_states
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from twoviews.sweeps.optuna_search import Optuna
 
 POLL_SECONDS = 2.0  # between two looks at the states of running jobs
-KNN = "knn/top1"
 SPREAD = "train/spread"
 PRUNE_BELOW_SPREAD = 0.05  # embeddings with a lower spread are collapsed; 1 is even
 COLLAPSE_EPOCHS = 1.0  # a collapse has to last so long, after as many epochs at the start
@@ -203,7 +203,7 @@ class TrialRunner:
     def _report_knn(self, running: RunningTrial) -> Iterator[int]:
         """Report the mean kNN of each epoch that all seeds have reached since; yields each epoch after its report."""
         curves = [
-            {int(line["epoch"]): line[KNN] for line in job.metrics() if KNN in line and line["epoch"] >= 1}
+            {int(line["epoch"]): line[KNN_TOP1] for line in job.metrics() if KNN_TOP1 in line and line["epoch"] >= 1}
             for job in running.jobs
         ]
         for epoch in sorted(set.intersection(*map(set, curves)) - running.reported_epochs):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twoviews.figures import draw_baselines, drawing, merged_legend
+from twoviews.protocols.units import KNN_TOP1
 from twoviews.sweeps.job import short_names, text
 from twoviews.sweeps.results import ACCURACIES, CONFIDENCE, ConfigResults, Results, estimate
 
@@ -19,7 +20,7 @@ MAX_VALUES = 12  # of a parameter: up to so many stand at equal distances, and c
 LINE_LENGTH = 32  # characters of a value on one line
 LOG_RATIO = 10.0  # many positive values whose largest is so many times the smallest get a logarithmic axis
 SHIFT_PT = 6.0  # between configs with the same value
-CURVES = {"knn/top1": "kNN accuracy, %", "train/spread": "spread of projections"}
+CURVES = {KNN_TOP1: "kNN accuracy, %", "train/spread": "spread of projections"}
 WHISKERS = f"whiskers: {CONFIDENCE}% t-interval of the mean, an arrow where it leaves the axis"
 
 
@@ -83,7 +84,7 @@ def _plot_parameter(path: Path, results: Results, key: str) -> None:
             else:
                 _set_names(panel, order, "x")
                 panel.set_xlim(-0.5, len(order) - 0.5)
-            if metric == "knn/top1":
+            if metric == KNN_TOP1:
                 draw_baselines(panel, results.baselines)
         merged_legend(figure, panels)
 
@@ -166,12 +167,12 @@ def _plot_curves(path: Path, results: Results, metrics: Sequence[str]) -> None:
                 # As far as all seeds go: a mean over fewer seeds would jump without anything having happened.
                 seeds: Any = pd.concat(own, axis=1) if own else pd.DataFrame()
                 means = seeds.mean(axis=1)[(count := seeds.count(axis=1)) == count.max()]
-                marker = "o" if metric == "knn/top1" and len(means) < 30 else None
+                marker = "o" if metric == KNN_TOP1 and len(means) < 30 else None
                 label = _wrapped(config.label(results.varying, names), 100) or None
                 panel.plot(means, color=f"C{number}", marker=marker, markersize=3, label=label)
             last = max(curve["epoch"].max() for curve in results.curves.values() if len(curve))
             panel.set(xlabel="epoch", ylabel=CURVES[metric], xlim=(0, 1.03 * last or None))
-            if metric == "knn/top1":
+            if metric == KNN_TOP1:
                 limits = [*panel.get_ylim(), *(value for values in results.baselines.values() for value in values)]
                 panel.set_ylim(min(limits) - 1, max(limits) + 1)
                 draw_baselines(panel, results.baselines)

@@ -11,6 +11,7 @@ from twoviews.console import duration
 from twoviews.errors import counted
 from twoviews.figures import BASELINES, files_of
 from twoviews.files import write_atomic
+from twoviews.protocols.units import KNN_TOP1
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import SEED, JobState, assigned, short_names, text, typed
 from twoviews.sweeps.plots import CURVES, plot_all
@@ -143,7 +144,7 @@ def _accuracies(config: ConfigResults) -> dict[str, str]:
 def _verdict(results: Results) -> str:
     """What the ranking of at least one config is worth, as the heading of its part of the page."""
     ranked, metric = results.ranked, results.metric
-    if metric == "knn/top1" and all(config.estimate(metric).mean <= config.floor for config in ranked):
+    if metric == KNN_TOP1 and all(config.estimate(metric).mean <= config.floor for config in ranked):
         return "No config beats the baselines" if len(ranked) > 1 else "The baselines are not beaten"
     if not (pair := results.comparison):
         return "Result"

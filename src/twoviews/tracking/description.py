@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from twoviews import foreign
 from twoviews.errors import counted, without_secrets
+from twoviews.protocols.units import KNN_TOP1, LINEAR_TOP1
 from twoviews.tracking.client import (
     MAX_DATASET_DIGEST_LENGTH,
     MAX_PARAM_LENGTH,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 SIGNATURE = "\n\n<!-- twoviews "  # before the digest of a description
 MAX_NOTE_LENGTH = MAX_TAG_LENGTH - 100
 NOTE_TAG = "mlflow.note.content"  # MLflow shows this tag as the description of a run, in Markdown
-ACCURACIES = {"knn/top1": "kNN **{:.2f} %**", "linear/top1": "linear **{:.2f} %**"}
+ACCURACIES = {KNN_TOP1: "kNN **{:.2f} %**", LINEAR_TOP1: "linear **{:.2f} %**"}
 BASELINES = {
     "baseline/pixels_knn_top1": "raw pixels: {:.2f} %",
     "baseline/untrained_knn_top1": "the untrained encoder: {:.2f} %",
