@@ -104,11 +104,9 @@ def _changes_value(override: Override) -> bool:
 
 def _overlaps(override: Override, others: Sequence[Override]) -> bool:
     """Whether one of the others sets a part of what this override sets, or the reverse: then their order matters."""
-    path, paths = (
-        f"{override.key_or_group}.",
-        [f"{structural.key_or_group}." for structural in others if not chooses(structural)],
-    )
-    return any(path.startswith(structural) or structural.startswith(path) for structural in paths)
+    path = f"{override.key_or_group}."
+    other_paths = [f"{other.key_or_group}." for other in others if not chooses(other)]
+    return any(path.startswith(other) or other.startswith(path) for other in other_paths)
 
 
 def job_specs(composer: Composer, combinations: Sequence[Sequence[str]], swept: Sequence[str]) -> list[JobSpec]:

@@ -34,11 +34,11 @@ MAX_SHOWN_FILES = 5  # of those that git does not track
 # Overrides of Hydra's own node that matter to a sweep.
 _HYDRA_KEYS = (
     "hydra.mode=",
+    "hydra.sweep.dir=",
     "hydra.launcher",
     "hydra/launcher=",
     "hydra.sweeper",
     "hydra/sweeper=",
-    "hydra.sweep.dir=",
 )
 # Root keys that may differ between launches of one sweep.
 FREE_KEYS = ("hydra", "sweep", "tracking", "runtime", "fresh", "preview", "find_batch")
@@ -190,7 +190,8 @@ def retry(sweep: Sweep, jobs: Sequence[Job]) -> None:
     Raises:
         BadInput: this user did not launch that code or that launcher: what came from elsewhere is not run.
     """
-    launcher, copies = sweep.record["launcher"], {job.description["code"] for job in jobs}
+    launcher: dict[str, Any] = sweep.record["launcher"]
+    copies = {job.description["code"] for job in jobs}
     from_here = all(launched.remembered(copy_digest(Path(copy))) for copy in copies)
     if jobs and not (from_here and launched.remembered(json.dumps(launcher, sort_keys=True))):
         raise BadInput(

@@ -15,11 +15,11 @@ from typing import Any
 from filelock import FileLock
 
 from twoviews import foreign
+from twoviews.code import python_path
 from twoviews.errors import BadInput, system_reason
 from twoviews.sweeps.folder import WRITER_THREADS, Sweep
 from twoviews.sweeps.job import Job, JobState, assigned, short_names, with_varying_parameters
 from twoviews.sweeps.job_states import current_states
-from twoviews.sweeps.runner import python_path
 from twoviews.tracking import uris
 from twoviews.tracking.client import short_error
 from twoviews.tracking.metrics import METRICS_FILE

@@ -121,11 +121,13 @@ def open_study(sweep: Sweep, space: SearchSpace, metric: str, draw: int) -> Iter
     # With the same seed after a resume, the sampler would repeat its first proposals.
     study.sampler = optuna.samplers.TPESampler(seed=draw + 1000 * len(study.trials), constant_liar=True)
     fixed = dict(override.split("=", 1) for override in space.fixed)
+    # Trials stay comparable when other keys change.
+    compared = [key for key in sorted(fixed) if re.split("[./@]", key.lstrip("+~"))[0] not in FREE_KEYS]
     attributes = {
         "space": "; ".join(f"{key}={_describe(values)}" for key, values in sorted(space.parameters.items())),
         "seeds": ",".join(sorted(space.seeds)),
         "metric": metric,
-        "overrides": " ".join(f"{key}={value}" for key, value in sorted(fixed.items()) if not _is_free(key)),
+        "overrides": " ".join(f"{key}={fixed[key]}" for key in compared),
     }
     for name, value in attributes.items():
         before = study.user_attrs.get(name, value)
@@ -147,8 +149,3 @@ def _describe(values: Sequence[str] | Interval) -> str:
         return ",".join(values)
     kinds = ["a whole number" if values.whole else "", "logarithmic" if values.logarithmic else ""]
     return f"{values.low} to {values.high}" + "".join(f", {kind}" for kind in kinds if kind)
-
-
-def _is_free(key: str) -> bool:
-    """Whether trials stay comparable when this key changes."""
-    return re.split("[./@]", key.lstrip("+~"))[0] in FREE_KEYS

@@ -263,13 +263,9 @@ def _failures(sweep: Sweep, results: Results) -> str:
         return ""
     rows = []
     for digest, job in failed.head(MAX_ROWS).iterrows():
-        values = job.reindex(results.parameters).dropna()
-        row = {
-            "job": digest,
-            "parameters": assigned(values.to_dict(), short_names(values.index), ", "),
-            "state": job["state"],
-        }
-        row |= {"at epoch": f"{job['epoch']:g}", "reason": job["reason"] or "unknown"}
-        rows.append(row | {"log": f"`python -m twoviews.sweep logs {shlex.quote(sweep.name)} {digest}`"})
+        values, log = job.reindex(results.parameters).dropna(), f"logs {shlex.quote(sweep.name)} {digest}"
+        row = {"job": digest, "parameters": assigned(values.to_dict(), short_names(values.index), ", ")}
+        row |= {"state": job["state"], "at epoch": f"{job['epoch']:g}", "reason": job["reason"] or "unknown"}
+        rows.append(row | {"log": f"`python -m twoviews.sweep {log}`"})
     more = f"\n\n{len(failed) - MAX_ROWS} more: report.csv." if len(failed) > MAX_ROWS else ""
     return "## Failures\n\n" + as_markdown(rows) + more

@@ -19,7 +19,7 @@ from twoviews.errors import BadInput, counted
 from twoviews.ranges import Count, Index, Length
 from twoviews.sweeps import runner
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job import Job, JobState
+from twoviews.sweeps.job import Job
 from twoviews.sweeps.job_states import IDS_PER_CALL, RESUME_HINT, current_states, run_slurm
 from twoviews.sweeps.machine import Launcher, stop
 
@@ -102,7 +102,9 @@ class Slurm(Launcher):
         sweep = Sweep(jobs[0].folder.parent)
         with sweep.launching(self._console.say):
             states = current_states(jobs)  # another process may have submitted some meanwhile
-            self._submit_arrays(sweep, [job for job in jobs if not _needs_no_submission(states[job.digest])])
+            waiting = {digest for digest, state in states.items() if state.state == "QUEUED" and not state.slurm_id}
+            todo = [job for job in jobs if states[job.digest].unfinished or job.digest in waiting]
+            self._submit_arrays(sweep, todo)
 
     def _submit_arrays(self, sweep: Sweep, jobs: Sequence[Job]) -> None:
         """Submit in as many arrays as it takes; waits here while the queue is full."""
@@ -172,7 +174,8 @@ class Slurm(Launcher):
 
     def _parameters(self, sweep: Sweep, code: Path) -> dict[str, object]:
         """Parameters of submitit's executor."""
-        path = shlex.quote(os.pathsep.join(command_folders()))
+        commands = filter(None, map(shutil.which, ("srun", "squeue", "scontrol")))  # which the PATH of jobs may lack
+        path = shlex.quote(os.pathsep.join(dict.fromkeys(str(Path(command).parent) for command in commands)))
         setup = [
             # With options.export, SLURM would pass on as little to the processes of a job as to the job itself.
             "export SLURM_EXPORT_ENV=ALL",
@@ -240,12 +243,6 @@ def require_slurm() -> None:
         )
 
 
-def command_folders() -> list[str]:
-    """Folders with SLURM's commands on this machine, for jobs whose PATH lacks them."""
-    paths = (shutil.which(command) for command in ("srun", "squeue", "scontrol"))
-    return [*dict.fromkeys(str(Path(path).parent) for path in paths if path)]
-
-
 def max_array_size() -> int:
     """The largest number of tasks in an array on this cluster (MaxArraySize)."""
     match = re.search(r"^MaxArraySize\s*=\s*(\d+)", run_slurm("scontrol", "show", "config").stdout, re.MULTILINE)
@@ -271,10 +268,3 @@ def _outside_of_jobs() -> Iterator[None]:
     with submitit.helpers.clean_env():
         os.environ.update(conf)
         yield
-
-
-def _needs_no_submission(state: JobState) -> bool:
-    """Whether a job is finished, pruned, running or already in SLURM's queue."""
-    return (
-        state.finished_or_pruned or state.state == "RUNNING" or (state.state == "QUEUED" and state.slurm_id is not None)
-    )

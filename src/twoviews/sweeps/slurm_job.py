@@ -6,7 +6,6 @@ its own; the runner of process 0 writes the state of the job and requeues it.
 
 import contextlib
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -90,7 +89,7 @@ def _requeue(job: Job, state: JobState, slurm_id: str, signals: RunnerSignals) -
     """Put the SLURM job back into the queue, unless SLURM did that or ends it for good. Does not return."""
     missing = [command for command in ("scontrol", "squeue") if not shutil.which(command)]
     if missing:
-        reason = f"{state.reason}, and {_node()} has no {missing[0]} to put it back into the queue; {RESUME_HINT}"
+        reason = f"{state.reason}, and {runner.node()} has no {missing[0]} to put it back into the queue; {RESUME_HINT}"
         job.write(replace(state, reason=reason))
         os._exit(1)
     end = time.monotonic() + REQUEUE_SECONDS
@@ -160,7 +159,7 @@ class FailureFiles:
     def write(self, reason: str) -> None:
         """Tell process 0 that this process failed."""
         part = self._folder / f".dying-{self._suffix}-{self._rank}"
-        part.write_text(f"process {self._rank} on {_node()}: {reason}")
+        part.write_text(f"process {self._rank} on {runner.node()}: {reason}")
         part.rename(self._folder / f".dead-{self._suffix}-{self._rank}")
 
 
@@ -196,7 +195,3 @@ def _rendezvous(processes: int) -> dict[str, str]:
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(processes // job_environment.num_nodes),
     }
-
-
-def _node() -> str:
-    return os.environ.get("SLURMD_NODENAME", platform.node())

@@ -45,7 +45,7 @@ def describe(client: "MlflowClient", run: "Run", folder: Path) -> None:
     config, data, environment = (
         foreign.load(folder / name) for name in ("config.yaml", "data.json", "environment.json")
     )
-    params, sent = dict(_flat(config)), run.data.params
+    params, sent, commit = dict(_flat(config)), run.data.params, folder / "commit.txt"
     tags = {
         "folder": str(folder.resolve()),
         "host": environment.get("host", platform.node()),
@@ -53,7 +53,7 @@ def describe(client: "MlflowClient", run: "Run", folder: Path) -> None:
         "data": data.get("name", ""),
         "data.digest": data.get("digest", ""),
         "mlflow.source.name": "train.py",
-        "mlflow.source.git.commit": _text(folder / "commit.txt"),
+        "mlflow.source.git.commit": commit.read_text(errors="replace").strip() if commit.is_file() else "",
     }
     for key, value in params.items():
         if sent.get(key, value) != value or f"changed.{key}" in run.data.tags:
@@ -70,9 +70,6 @@ def describe(client: "MlflowClient", run: "Run", folder: Path) -> None:
         dataset = Dataset(data["name"], digest, source_type="local", source=json.dumps({"name": data["name"]}))
         client.log_inputs(run.info.run_id, [DatasetInput(dataset, [])])
     set_note(client, run, run_note(folder))
-
-
-# ------------------------------------------------------------------------------------------------------------ description
 
 
 def run_note(folder: Path) -> str:
@@ -156,9 +153,6 @@ def _signature(text: str) -> str:
     return f"{sha256(text.encode()).hexdigest()[:16]} -->"
 
 
-# ------------------------------------------------------------------------------------------------------------- parameters
-
-
 def _flat(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
     """(dotted key, value as on the command line) of every leaf, shortened to MLflow's limits."""
     for key, value in config.items():
@@ -167,7 +161,3 @@ def _flat(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
         else:
             text = value if isinstance(value, str) else json.dumps(value, default=str)
             yield mlflow_key(f"{prefix}{key}"), shortened(text, MAX_PARAM_LENGTH)
-
-
-def _text(path: Path) -> str:
-    return path.read_text(errors="replace").strip() if path.is_file() else ""
