@@ -192,8 +192,7 @@ def gpus() -> list[str]:
         return []
     command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     listing = subprocess.run(command, capture_output=True, text=True)
-    # Without a driver or a GPU it fails, and prints the reason to stdout.
-    return listing.stdout.split() if listing.returncode == 0 else []
+    return [] if listing.returncode else listing.stdout.split()  # when it fails, it prints the reason to stdout
 
 
 def stop(jobs: Sequence[Job]) -> None:
