@@ -176,7 +176,7 @@ def _composer(name: str) -> "Composer":
 
 def compose(command: Command) -> None:
     """Compose the configurations of a command of an entry point and check them; raises what is wrong with it."""
-    from twoviews.config.checks import check, check_plugin
+    from twoviews.config.checks import check, checked_plugin
     from twoviews.config.command_line import MULTIRUN_FLAGS, check_arguments, hydra_arguments
 
     composer = _composer(command.entry)
@@ -186,7 +186,7 @@ def compose(command: Command) -> None:
     if not MULTIRUN_FLAGS.isdisjoint(words):
         whole = _whole(command.entry, next(_values(overrides)))
         for kind in ("launcher", "sweeper"):
-            check_plugin(whole, kind)
+            checked_plugin(whole, kind)
         overrides_of_jobs = [
             [word for word in job if not word.lstrip("+").startswith("hydra")] for job in _values(overrides)
         ]

@@ -39,7 +39,7 @@ EVIL = "EVIL"  # a Python module that makes it, likewise
 BUILD = [  # _target_ and the rest of a node that Hydra's instantiate would run
     {"_target_": "os.system", "_args_": [f"touch {MADE}"]},
     {"_target_": "subprocess.run", "args": ["touch", MADE]},
-    {"_target_": "twoviews.sweeps.job_status.run_slurm", "_args_": ["touch", MADE]},
+    {"_target_": "twoviews.sweeps.job_states.run_slurm", "_args_": ["touch", MADE]},
     {"_target_": "twoviews.tracking.server._run", "_args_": [None, "touch", MADE]},
     {"_target_": "twoviews.tracking.state.replace", "path": {"_target_": "pathlib.Path", "_args_": [MADE]}, "text": ""},
     {"_target_": "twoviews.encoders.opening.Path.touch", "self": MADE},

@@ -30,10 +30,10 @@ class SearchSweeper(Sweeper):
             SystemExit: jobs failed, or a signal stopped them.
         """
         from twoviews.config.building import build
-        from twoviews.config.checks import check_plugin
+        from twoviews.config.checks import checked_plugin
         from twoviews.sweeps.launching import SweepCommand
 
-        search = build(check_plugin(self._config, "sweeper"))
-        launch = SweepCommand(self._config, lambda overrides: self._loader.load_sweep_config(self._config, overrides))
-        if code := search.run(launch, arguments):
+        search = build(checked_plugin(self._config, "sweeper"))
+        command = SweepCommand(self._config, lambda overrides: self._loader.load_sweep_config(self._config, overrides))
+        if code := search.run(command, arguments):
             sys.exit(code)

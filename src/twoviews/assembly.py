@@ -190,7 +190,7 @@ def _seen_in_parts(method: Method, batch_size: int, micro_batch: int) -> list[st
 
 
 def check_batch(cfg: DictConfig, runtime: Runtime) -> None:
-    """Whether a batch can be cut into micro-batches, of which batch norm can take statistics.
+    """Check that a batch can be cut into micro-batches of which batch norm can take statistics.
 
     Raises:
         BadInput: it cannot.

@@ -115,7 +115,7 @@ def _apart(y: Float[Tensor, "J SC H W"], parts: int, last: bool) -> Float[Tensor
 
 
 def check_splits(splits: int, batch_size: int, micro_batch: int, processes: int) -> None:
-    """Whether a forward pass of `micro_batch` images of a batch can be cut into that many parts for SplitBatchNorm.
+    """Check that SplitBatchNorm can cut a forward pass of `micro_batch` images of a batch into that many parts.
 
     Raises:
         BadInput: it cannot; with the sizes that could.
@@ -217,9 +217,9 @@ def split_batch_norms(module: nn.Module, splits: int) -> None:
 
 def _other_norms(module: nn.Module) -> str:
     """Class names of the batch norms below `module` that are neither torch's plain ones nor of this project."""
-    known = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, SplitBatchNorm, SyncBatchNorm)
+    supported = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, SplitBatchNorm, SyncBatchNorm)
     norms = (part for part in module.modules() if isinstance(part, BatchNorm))
-    return ", ".join(sorted({type(part).__name__ for part in norms if type(part) not in known}))
+    return ", ".join(sorted({type(part).__name__ for part in norms if type(part) not in supported}))
 
 
 def sync_batch_norms(module: nn.Module, device: torch.device) -> nn.Module:

@@ -67,7 +67,7 @@ def load_classifier(path: Path) -> tuple[Encoder, Head, dict[str, Any]]:
     Raises:
         BadInput: the two files do not make a classifier.
     """
-    foreign.regular(path)
+    foreign.check_regular(path)
     description = foreign.load(path.with_suffix(".json"), needed=True)
     with _loading(path, "a classifier"):
         weights = read_weights(path)
@@ -112,7 +112,7 @@ def find_head(folder: Path, encoder: Encoder, size: int, statistics: Sequence[Se
         digest = digest or _digest(encoder, size, statistics)
         description = foreign.load(path.with_suffix(".json"))
         if description.get("encoder") == digest:
-            foreign.regular(path)
+            foreign.check_regular(path)
             with _loading(path, "a linear classifier"):
                 return _head_of(description, read_weights(path), encoder.out_dim)
     return None

@@ -86,6 +86,11 @@ def copy_digest(copy: Path) -> str:
     return _digest({name: path.read_bytes() for name, path in sorted(kept.items()) if name not in about})
 
 
+def python_path(sources: Path) -> str:
+    """PYTHONPATH for a child process that imports from this folder first."""
+    return os.pathsep.join(filter(None, [str(sources), os.environ.get("PYTHONPATH")]))
+
+
 def _digest(files: Mapping[str, bytes]) -> str:
     digest = hashlib.blake2b(digest_size=32)
     for path, data in files.items():

@@ -38,7 +38,7 @@ def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
     Raises:
         BadInput: the two files do not make an encoder.
     """
-    foreign.regular(path)
+    foreign.check_regular(path)
     description = foreign.load(path.with_name(DESCRIPTION_FILE), needed=True)
     try:
         encoder = encoder_of(description, read_weights(path))

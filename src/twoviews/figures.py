@@ -121,9 +121,9 @@ def draw_baselines(axis: "Axes", values: Mapping[str, Sequence[float]]) -> None:
     """
     low, high = axis.get_ylim()
     for name, (label, style) in BASELINES.items():
-        known = values.get(name, ())
-        if known and max(known) - min(known) <= MAX_SPAN:
-            value = sum(known) / len(known)
+        accuracies = values.get(name, ())
+        if accuracies and max(accuracies) - min(accuracies) <= MAX_SPAN:
+            value = sum(accuracies) / len(accuracies)
             side = " (lower)" if value < low else " (higher)" if value > high else ""
             look: Any = {"color": "grey", "linestyle": style, "label": f"{label}: {value:.1f}{side}"}
             axis.plot([], [], **look) if side else axis.axhline(value, **look)

@@ -121,7 +121,7 @@ def load(path: Path, needed: bool = False) -> dict[str, Any]:
     return {}
 
 
-def regular(*paths: Path) -> None:
+def check_regular(*paths: Path) -> None:
     """Refuse what would be waited for without end, or never ends itself: pipes, sockets and devices, and links to them.
 
     Raises:
@@ -140,7 +140,7 @@ def text(path: Path) -> str | None:
     """
     try:
         _refuse_link(path, path.parent)
-        regular(path)
+        check_regular(path)
         if not path.is_file():
             if path.is_symlink():  # to nothing
                 raise BadInput(f"{path} is a link to a file that is not there; delete it.")

@@ -120,7 +120,7 @@ class Queue(nn.Module):
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
 
     def check(self, batch_size: int, per_image: int, train_images: int) -> None:
-        """Whether it can be a queue of negatives for steps that push `per_image` rows for each image.
+        """Check that it can be a queue of negatives for steps that push `per_image` rows for each image.
 
         Raises:
             BadInput: it would hold an image's own older keys, or not even the rows of one step.

@@ -13,6 +13,7 @@ from twoviews.console import Console, duration
 from twoviews.features import PixelEncoder
 from twoviews.methods.method import Collapse
 from twoviews.protocols.protocol import EvaluationContext, Protocol, run_protocols
+from twoviews.protocols.units import KNN_TOP1
 from twoviews.runtime import peak_memory
 from twoviews.step import Values
 
@@ -25,7 +26,7 @@ PROGRESS_VALUES = {  # name in the progress line: name in metrics.jsonl
     "spread": "train/spread",
     "lr": "lr",
     "img/s": "images_per_s",
-    "kNN": "knn/top1",
+    "kNN": KNN_TOP1,
 }
 SPREAD_WARNING = Collapse(
     "spread",

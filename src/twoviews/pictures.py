@@ -12,6 +12,7 @@ from twoviews.data.images import Images
 from twoviews.data.views import Views, eval_view
 from twoviews.errors import printable
 from twoviews.figures import BASELINES, draw_baselines, drawing, save_sheet
+from twoviews.protocols.units import KNN_TOP1
 from twoviews.randomness import generator
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ TEXT = 16  # px
 GREY, RED, GREEN = (110, 110, 110), (220, 40, 40), (0, 130, 60)
 PANELS = {  # of curves.png
     "train/loss": "loss",
-    "knn/top1": "kNN accuracy, %",
+    KNN_TOP1: "kNN accuracy, %",
     "train/spread": "spread of the projections (1 even, 0 collapsed)",
     "lr": "learning rate",
 }
@@ -125,9 +126,12 @@ def draw_curves(path: Path, lines: Iterable[Mapping[str, float]], title: str) ->
                 if name == "train/spread":
                     axis.set_ylim(0, max(1.02, axis.get_ylim()[1]))
             else:
-                _write_single(axis, points, baselines if name == "knn/top1" else {})
-            if name == "knn/top1" and baselines and len(points) > 1:
-                values = [*(value for _, value in points), *(value for known in baselines.values() for value in known)]
+                _write_single(axis, points, baselines if name == KNN_TOP1 else {})
+            if name == KNN_TOP1 and baselines and len(points) > 1:
+                values = [
+                    *(value for _, value in points),
+                    *(value for accuracies in baselines.values() for value in accuracies),
+                ]
                 axis.set_ylim(min(values) - 2, max(values) + 2)
                 draw_baselines(axis, baselines)
                 axis.legend()

@@ -123,9 +123,9 @@ def unusable(value: Any, annotation: Any = None) -> str:
 def _wrong_choice(value: Any, choices: Sequence[Any]) -> str:
     if any(value == choice and type(value) is type(choice) for choice in choices):
         return ""
-    known = [str(choice) for choice in choices]
-    meant = nearest(SYNONYMS.get(str(value), str(value)), known)
-    return f"is not one of {', '.join(known)}" + meant.rstrip("?").replace(" Did you mean", "; did you mean")
+    names = [str(choice) for choice in choices]
+    meant = nearest(SYNONYMS.get(str(value), str(value)), names)
+    return f"is not one of {', '.join(names)}" + meant.rstrip("?").replace(" Did you mean", "; did you mean")
 
 
 def _container(kind: Any) -> type | None:

@@ -185,7 +185,7 @@ class TrainStep:
 
 
 def _check(output: Any, method: Method) -> None:
-    """Whether a forward pass gave what the contract of methods asks for.
+    """Check that a forward pass gave what the contract of methods asks for.
 
     Raises:
         BadInput: it did not, which whoever writes a method can put right.

@@ -10,17 +10,20 @@ from twoviews import foreign
 from twoviews.console import ROWS, Console, duration
 from twoviews.errors import BadInput, counted, nearest, system_reason
 from twoviews.figures import set_formats
+from twoviews.protocols.units import KNN_TOP1
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import LOG, Job, JobState, short_names, typed, with_varying_parameters
-from twoviews.sweeps.job_status import CANCEL_SECONDS, status, wait_until_ended
+from twoviews.sweeps.job_states import CANCEL_SECONDS, current_states, wait_until_ended
 
 EXIT_FINISHED, EXIT_UNFINISHED, EXIT_ACTIVE = 0, 1, 3  # exit codes; 2 is bad input
 EXIT_CODES = "0 all jobs are finished or pruned, 3 some are queued or running, 1 some are neither, 2 bad input."
 LOG_LINES = 40  # of a log that are shown
 MAX_SHOWN_NAMES = 8  # of other sweeps
 # States that need attention come first.
-UNFINISHED_STATES = ("FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "PREEMPTED", "CANCELLED", "LOST", "INTERRUPTED")
-ORDER = (*UNFINISHED_STATES, "RUNNING", "QUEUED", "PRUNED", "FINISHED")
+ORDER = (
+    *("FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "PREEMPTED", "CANCELLED", "LOST", "INTERRUPTED"),
+    *("RUNNING", "QUEUED", "PRUNED", "FINISHED"),
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,8 +77,8 @@ def chosen(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
 
     for name in names:
         if not any(fits(job, name) for job in jobs):
-            known = [known for job in jobs for known in (job.digest, *job.label.split(" "))]
-            raise BadInput(f"there is no job '{name}' in this sweep.{nearest(name, known)}")
+            choices = [choice for job in jobs for choice in (job.digest, *job.label.split(" "))]
+            raise BadInput(f"there is no job '{name}' in this sweep.{nearest(name, choices)}")
     # Values of one key are alternatives; of several keys, all have to fit.
     by_key: dict[str, list[str]] = {}
     for name in names:
@@ -87,15 +90,15 @@ def exit_code(states: Mapping[str, JobState]) -> int:
     """The exit code of a command for jobs with these states."""
     if any(state.active for state in states.values()):
         return EXIT_ACTIVE
-    return EXIT_FINISHED if all(state.done for state in states.values()) else EXIT_UNFINISHED
+    return EXIT_FINISHED if all(state.finished_or_pruned for state in states.values()) else EXIT_UNFINISHED
 
 
 def show_status(sweep: Sweep, jobs: Sequence[Job]) -> int:
     """Print a table of the jobs; nothing is written."""
-    states, console = status(jobs), Console()
+    states, console = current_states(jobs), Console()
     counts = Counter(state.state for state in states.values())
     console.say(f"{sweep.folder}: " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items())))
-    names = short_names(dict.fromkeys(key for job in jobs for key in job.axes))
+    names = short_names(dict.fromkeys(key for job in jobs for key in job.parameters))
     shown = sorted(jobs, key=lambda job: ORDER.index(states[job.digest].state))[:ROWS]  # reading all takes long
     console.rows(sweep.name, [_row(job, states[job.digest], names) for job in shown], len(jobs))
     return exit_code(states)
@@ -104,7 +107,7 @@ def show_status(sweep: Sweep, jobs: Sequence[Job]) -> int:
 def _row(job: Job, state: JobState, names: Mapping[str, str]) -> dict[str, object]:
     lines = job.metrics()
     epoch = lines[-1]["epoch"] if lines else 0
-    knn = next((line["knn/top1"] for line in reversed(lines) if "knn/top1" in line), None)
+    knn = next((line[KNN_TOP1] for line in reversed(lines) if KNN_TOP1 in line), None)
     since = [line for line in lines if state.started and line["time"] >= state.started]
     left = ""
     if state.state == "RUNNING" and since and since[-1]["epoch"] > since[0]["epoch"]:
@@ -113,7 +116,7 @@ def _row(job: Job, state: JobState, names: Mapping[str, str]) -> dict[str, objec
         left = duration((epochs - epoch) * seconds_per_epoch)
     return {
         "job": job.digest,
-        **{name: typed(job.axes, key) for key, name in names.items()},
+        **{name: typed(job.parameters, key) for key, name in names.items()},
         "state": state.state,
         "epoch": f"{epoch:.4g}",
         "left": left,
@@ -125,9 +128,9 @@ def _row(job: Job, state: JobState, names: Mapping[str, str]) -> dict[str, objec
 
 def show_logs(sweep: Sweep, jobs: Sequence[Job]) -> int:
     """Print the ends of the logs of the jobs that were named, or of those that failed."""
-    states = status(jobs)
+    states = current_states(jobs)
     if len(jobs) == len(sweep.jobs) > 1:  # none was named
-        jobs = [job for job in jobs if states[job.digest].state in UNFINISHED_STATES]
+        jobs = [job for job in jobs if states[job.digest].unfinished]
     for job in jobs:
         state = states[job.digest]
         print(f"=== {job.digest} {job.label}: {state.state} {state.reason}".rstrip())
@@ -150,13 +153,13 @@ def retry_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
     from twoviews.sweeps.launching import print_end, retry
     from twoviews.sweeps.mlflow_sync import flush
 
-    states, console = status(jobs), Console()
-    retry(sweep, [job for job in jobs if states[job.digest].state in UNFINISHED_STATES])
+    states, console = current_states(jobs), Console()
+    retry(sweep, [job for job in jobs if states[job.digest].unfinished])
     if sweep.record["parent"]:
         flush(sweep, console.say)
     digests = {job.digest for job in jobs}
     print_end(sweep, digests, console)
-    return exit_code(status(sweep.named(digests)))
+    return exit_code(current_states(sweep.named(digests)))
 
 
 def collect_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
@@ -175,7 +178,7 @@ def cancel_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
     from twoviews.sweeps.mlflow_sync import collect
     from twoviews.sweeps.slurm import cancel
 
-    states = status(jobs)
+    states = current_states(jobs)
     active = [job for job in jobs if states[job.digest].active]
     waiting = [job for job in active if job.slurm_id is None and states[job.digest].state == "QUEUED"]
     active = [job for job in active if job not in waiting]
@@ -198,7 +201,7 @@ def write_report(sweep: Sweep, jobs: Sequence[Job]) -> int:
     """Write the results so far into the sweep folder: a page, a table, plots."""
     from twoviews.sweeps.report import report
 
-    states = status(jobs)
+    states = current_states(jobs)
     report(sweep, states, print)
     return exit_code(states)
 

@@ -54,7 +54,7 @@ from twoviews.config.checks import (  # noqa: E402
     ROOTS,
     VIEW,
     check,
-    check_plugin,
+    checked_plugin,
 )
 from twoviews.config.command_line_errors import wrong_choices  # noqa: E402
 from twoviews.config.composition import register_resolvers  # noqa: E402
@@ -332,7 +332,7 @@ class Campaign:
             kind: Any = key.path.split(".")[1]
             cfg = composed("train", [*key.files, override], hydra=True)
             value = _select(OmegaConf.to_container(cfg.hydra[kind]), key.path.split(".")[2:])
-            return value, lambda: check_plugin(cfg, kind), lambda: build(DictConfig(check_plugin(cfg, kind)))
+            return value, lambda: checked_plugin(cfg, kind), lambda: build(DictConfig(checked_plugin(cfg, kind)))
         place = key.command, key.files
         if place not in self.composers:
             self.composers[place] = Composer(lambda overrides: composed(key.command, overrides))

@@ -65,8 +65,8 @@ def launcher(**more: object):
 def states(jobs: Sequence) -> list[str]:
     """The states of these jobs, with what sweep.json has of them now."""
     from twoviews.sweeps.folder import Sweep
-    from twoviews.sweeps.job_status import status
+    from twoviews.sweeps.job_states import current_states
 
     wanted = {job.digest for job in jobs}
-    now = status([job for job in Sweep(jobs[0].folder.parent).jobs if job.digest in wanted])
+    now = current_states([job for job in Sweep(jobs[0].folder.parent).jobs if job.digest in wanted])
     return [now[job.digest].state for job in jobs]

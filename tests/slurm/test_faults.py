@@ -16,9 +16,9 @@ from twoviews.code import copy_digest
 from twoviews.errors import BadInput
 from twoviews.sweep import chosen, retry_jobs, show_logs, show_status
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps import job_status
+from twoviews.sweeps import job_states
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job_status import status
+from twoviews.sweeps.job_states import current_states
 from twoviews.sweeps.mlflow_sync import attach_jobs
 from twoviews.sweeps.slurm import cancel
 from twoviews.tracking import uris
@@ -51,7 +51,7 @@ def test_how_jobs_end_is_told_truly(tmp_path: Path, capsys) -> None:
     assert len({job.slurm_id for job in jobs}) == 5 and len(slurm("squeue", "-hr").splitlines()) == 5
     wait_for(lambda: states(jobs)[:4] == ["FINISHED", "FAILED", "FAILED", "FAILED"])
     assert show_status(Sweep(tmp_path / "s"), jobs) == 3
-    now = [*status(jobs).values()]
+    now = [*current_states(jobs).values()]
     assert now[0].node in ("n1", "n2", "n3", "n4") and now[0].slurm_id == jobs[0].slurm_id
     assert now[1].reason == "RuntimeError: no such kernel" and "killed by SIGKILL" in now[2].reason
     assert "SLURM reports FAILED" in now[3].reason
@@ -161,7 +161,7 @@ def test_a_node_that_dies_takes_no_job_with_it(tmp_path: Path) -> None:
     jobs = sweep(tmp_path / "s", CHECKPOINTED, CHECKPOINTED)
     launcher(options={"exclude": "n3,n4", "exclusive": True}).submit(jobs)
     wait_for(lambda: all(starts(job) for job in jobs))
-    node = status(latest(jobs))[jobs[0].digest].node
+    node = current_states(latest(jobs))[jobs[0].digest].node
     cluster("kill-node", str(node))
     try:
         wait_for(lambda: len(starts(jobs[0])) == 2 or states(jobs)[0] == "QUEUED")
@@ -177,8 +177,8 @@ def test_a_controller_that_dies_changes_nothing(tmp_path: Path, monkeypatch: pyt
     wait_for(lambda: all(starts(job) for job in jobs))
     time.sleep(6)  # or it has not yet written down that they run, and starts them again
     cluster("kill-controller")
-    monkeypatch.setattr(job_status, "ANSWER_SECONDS", 5.0)  # squeue tries for longer than a test should
-    now = status(latest(jobs))
+    monkeypatch.setattr(job_states, "ANSWER_SECONDS", 5.0)  # squeue tries for longer than a test should
+    now = current_states(latest(jobs))
     assert {state.state for state in now.values()} == {"RUNNING"}
     assert {state.reason for state in now.values()} == {"SLURM's controller does not answer"}
     with pytest.raises(BadInput, match="sbatch refused"):
@@ -236,7 +236,7 @@ def test_what_slurm_refuses_is_one_sentence(tmp_path: Path) -> None:
         launcher(partition="nowhere").submit(jobs)
     assert [path.name for path in (tmp_path / "s" / "slurm").iterdir()] == []
     (job,) = latest(jobs)
-    now = status([job])[job.digest]
+    now = current_states([job])[job.digest]
     assert now.state == "FAILED" and "nvalid partition" in now.reason
     launcher().submit([job])  # the same command with another partition
     wait_for(lambda: states(jobs) == ["FINISHED"])

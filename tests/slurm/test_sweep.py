@@ -13,7 +13,7 @@ from on_slurm import cluster, quiet_cluster, slurm, states, wait_for  # noqa: F4
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job
-from twoviews.sweeps.job_status import status
+from twoviews.sweeps.job_states import current_states
 from twoviews.sweeps.results import gather
 from twoviews.tracking.metrics import read
 
@@ -81,14 +81,15 @@ def recorded(uri: str, found: Sequence[Job]) -> None:
     runs = {str(run.info.run_name): run for run in client.search_runs([experiment.experiment_id])}
     assert len(client.search_runs([experiment.experiment_id])) == len(runs) == len(found) + 1
     names = {
-        job.digest: " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in job.axes.items()) for job in found
+        job.digest: " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in job.parameters.items())
+        for job in found
     }
     assert runs.keys() == {sweep.name, *names.values()}
     assert {run.info.status for run in runs.values()} == {"FINISHED"} and runs[sweep.name].info.run_id == parent
     for job in found:
         run = runs[names[job.digest]]
         assert run.data.tags["mlflow.parentRunId"] == parent
-        assert run.data.tags["axis.seed"] == str(job.axes["seed"])
+        assert run.data.tags["axis.seed"] == str(job.parameters["seed"])
         history = client.get_metric_history(run.info.run_id, "train/loss")
         assert [(one.step, one.value) for one in history] == curve(job), "no number lost, none twice"
 
@@ -106,7 +107,7 @@ def test_all_that_can_happen_leaves_no_trace(tmp_path: Path, monkeypatch: pytest
     wait_for(lambda: under_way(jobs(place)), 120)
     launcher.kill()
     preempted, dead, cancelled, requeued = found = jobs(place)
-    nodes = {job.digest: str(state.node) for job, state in ((one, status([one])[one.digest]) for one in found)}
+    nodes = {job.digest: str(state.node) for job, state in ((one, current_states([one])[one.digest]) for one in found)}
     assert len(set(nodes.values())) == 4
     cluster("kill-node", nodes[dead.digest])
     wrap = ["--wrap", "sleep 1", "-o", "/dev/null", "--exclusive"]

@@ -144,7 +144,7 @@ def test_the_frozen_text_reads_back_as_the_configuration(hydra_compose) -> None:
     jobs = [job for job in jobs if "seed=5" not in job]
     for one in job_specs(Composer(hydra_compose), jobs, ["seed"]):
         expected = frozen(OmegaConf.to_container(hydra_compose(list(one.overrides)), resolve=True))  # type: ignore[arg-type]
-        assert repr(OmegaConf.to_container(OmegaConf.create(one.config))) == repr(expected)
+        assert repr(OmegaConf.to_container(OmegaConf.create(one.config_yaml))) == repr(expected)
 
 
 def test_a_bad_value_names_its_job(hydra_compose) -> None:
@@ -169,4 +169,4 @@ def test_two_thousand_jobs_take_seconds(hydra_compose) -> None:
     spent = time.process_time() - start
     assert len(new) == len({job.digest for job in new}) == 2000
     assert spent < 200 * one  # a tenth of what Hydra would take for them
-    check("train", OmegaConf.to_container(OmegaConf.create(new[-1].config)))  # type: ignore[arg-type]
+    check("train", OmegaConf.to_container(OmegaConf.create(new[-1].config_yaml)))  # type: ignore[arg-type]

@@ -13,12 +13,12 @@ from twoviews.errors import BadInput
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import JobSpec, JobState
-from twoviews.sweeps.job_status import status
+from twoviews.sweeps.job_states import current_states
 
 
-def new(digest: str, **axes: object) -> JobSpec:
-    overrides = [f"{key}={value}" for key, value in axes.items()]
-    return JobSpec(digest, axes, overrides, f"seed: {axes.get('seed', 0)}\n", {"cwd": "/somewhere"})
+def new(digest: str, **parameters: object) -> JobSpec:
+    overrides = [f"{key}={value}" for key, value in parameters.items()]
+    return JobSpec(digest, parameters, overrides, f"seed: {parameters.get('seed', 0)}\n", {"cwd": "/somewhere"})
 
 
 def test_jobs_are_run_folders_that_know_their_values(tmp_path: Path) -> None:
@@ -134,11 +134,11 @@ print("held", flush=True); input()
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout and holder.stdout.readline() == "held\n"
-    assert [state.state for state in status(jobs).values()] == ["FINISHED", "RUNNING", "QUEUED", "QUEUED"]
+    assert [state.state for state in current_states(jobs).values()] == ["FINISHED", "RUNNING", "QUEUED", "QUEUED"]
     holder.kill()
     holder.wait()
-    assert [state.state for state in status(jobs).values()] == ["FINISHED", "LOST", "LOST", "LOST"]
-    assert "runner was killed" in status(jobs)["1"].reason
+    assert [state.state for state in current_states(jobs).values()] == ["FINISHED", "LOST", "LOST", "LOST"]
+    assert "runner was killed" in current_states(jobs)["1"].reason
 
 
 def test_state_json_may_know_more_than_this_version(tmp_path: Path) -> None:

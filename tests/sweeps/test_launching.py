@@ -15,11 +15,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_runner import wait_for
 
+from twoviews import code, launched
 from twoviews.config.digest import digest
+from twoviews.errors import BadInput
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.composing import Composer, job_specs
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.launching import default_name
+from twoviews.sweeps.job import JobSpec
+from twoviews.sweeps.launching import SweepCommand, default_name, retry
 from twoviews.sweeps.slurm import NamedFunction
 
 SLURM = ["seed=0,1", "tracking=files", "hydra/launcher=slurm"]
@@ -47,13 +50,13 @@ def test_the_same_sweep_has_the_same_name_and_another_one_another() -> None:
     assert default_name(master(), ["method", "seed"]).startswith("method-digits-")
 
 
-def test_jobs_know_the_values_of_their_axes_and_equal_ones_are_one() -> None:
+def test_jobs_know_the_values_of_their_parameters_and_equal_ones_are_one() -> None:
     combinations = ("seed=0 optimizer.lr=1", "seed=1 optimizer.lr=1", "seed=0 optimizer.lr=1.0")
     found = jobs(*combinations, swept=("seed", "optimizer.lr"))
-    assert [one.axes for one in found] == [{"seed": 0, "optimizer.lr": 1}, {"seed": 1, "optimizer.lr": 1}]
+    assert [one.parameters for one in found] == [{"seed": 0, "optimizer.lr": 1}, {"seed": 1, "optimizer.lr": 1}]
     (chosen,) = jobs("method=simclr backbone.depths=[1,1]", swept=("method", "backbone.depths"))
-    assert chosen.axes == {"method": "simclr", "backbone.depths": [1, 1]}
-    json.dumps(chosen.axes)
+    assert chosen.parameters == {"method": "simclr", "backbone.depths": [1, 1]}
+    json.dumps(chosen.parameters)
     groups = chosen.more["choices"]
     assert (groups["method"], groups["data"], groups["experiment"]) == ("simclr", "digits", "none")
     assert not [group for group in groups if group.startswith("hydra") or "@" in group]
@@ -64,7 +67,7 @@ def test_jobs_know_the_values_of_their_axes_and_equal_ones_are_one() -> None:
 )
 def test_a_frozen_configuration_is_the_run_that_was_composed(overrides: list[str]) -> None:
     (one,) = job_specs(Composer(lambda typed: master(*typed)), [overrides], swept=())
-    frozen = OmegaConf.create(one.config)
+    frozen = OmegaConf.create(one.config_yaml)
     assert one.digest == digest(frozen) == digest(master(*overrides))
     assert "hydra" not in frozen and "sweep" not in frozen and Path(frozen.tracking.uri[10:]).is_absolute()
 
@@ -122,7 +125,7 @@ def test_a_key_may_be_one_that_only_the_swept_choices_have(command, monkeypatch,
     planned: list = []
     done = command("train", "-m", *arguments, "tracking=files", "sweep.plan=true")
     assert done.code == 0, done.err
-    contents = [OmegaConf.create(one.config).method for one in planned]
+    contents = [OmegaConf.create(one.config_yaml).method for one in planned]
     assert [(one["_target_"].split(".")[2], one.get("hidden_dim")) for one in contents] == found
 
 
@@ -226,6 +229,48 @@ def test_what_sbatch_refuses_is_said_once_and_kept(command, monkeypatch, tmp_pat
     assert not any(job.refused for job in sweep.jobs), "until they are submitted"
 
 
+def test_jobs_that_need_files_that_git_does_not_track_are_refused(tmp_path: Path, monkeypatch, capsys) -> None:
+    root, untracked = tmp_path / "checkout", ("conf/method/mine.yaml", "src/twoviews/methods/mine.py")
+    for file in ("train.py", *untracked):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).touch()
+    git = ["git", "-C", str(root), "-c", "user.name=n", "-c", "user.email=e"]
+    for words in ("init -q", "add train.py", "commit -qm first"):
+        subprocess.run([*git, *words.split()], check=True)
+    monkeypatch.setattr(code, "ROOT", root)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cfg = master("tracking=files", f"hydra.sweep.dir={tmp_path}", "sweep.name=s")
+    target = "_target_: twoviews.methods.{}.Method\n"
+    for content, choices, needed in (
+        (target.format("mine"), {"method": "mine"}, untracked),
+        (target.format("mine"), {"method": "moco"}, untracked[1:]),
+        (target.format("moco"), {"method": "mine"}, untracked[:1]),
+    ):
+        with pytest.raises(BadInput, match=f"{' and '.join(needed)} .* `git add {' '.join(needed)}`"):
+            SweepCommand(cfg, pytest.fail).add([JobSpec("a", {}, [], content, {"choices": choices})])
+    assert not (tmp_path / "s" / "code").exists() and not Sweep(tmp_path / "s").jobs
+    other = JobSpec("a", {}, [], target.format("moco"), {"choices": {"method": "moco"}})
+    assert SweepCommand(cfg, pytest.fail).add([other])[1], "what no job needs is named and left out"
+    assert f"without 2 files that git does not track: {', '.join(untracked)}" in capsys.readouterr().out
+    subprocess.run([*git, "add", "."], check=True)
+    needing = JobSpec("b", {}, [], target.format("mine"), {"choices": {"method": "mine"}})
+    copy = Path(SweepCommand(cfg, pytest.fail).add([needing])[1][0].description["code"])
+    assert all((copy / file).exists() for file in untracked)
+
+
+def test_a_pool_that_an_earlier_version_recorded_is_used_again(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sweep, counts = Sweep(tmp_path / "s"), {"at_once": 1, "points_per_gpu": 1, "cores_per_point": 10**6}
+    with sweep.update() as record:
+        record["launcher"] = {"_target_": "twoviews.sweeps.machine.Pool", **counts}
+    (job,) = sweep.add([JobSpec("a", {}, [], "seed: 0\n", {"code": str(tmp_path / "code")})])
+    for what in (code.copy_digest(tmp_path / "code"), json.dumps(sweep.record["launcher"], sort_keys=True)):
+        launched.remember(what)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(BadInput, match="cores_per_job=1000000"):
+        retry(sweep, [job])
+
+
 def test_a_plan_starts_nothing(command) -> None:
     done = command("train", "-m", "seed=0,1", "tracking=files", "sweep.plan=true")
     assert done.code == 0 and "2 jobs" in done.out and not list(Path("multirun").glob("*/*"))
@@ -245,7 +290,7 @@ def test_an_interrupted_sweep_is_completed_by_the_same_command_bit_for_bit(tmp_p
     assert sweep_command(["status"]) == 0
     (folder,) = (path.parent for path in tmp_path.glob("multirun/*/sweep.json"))
     made = Sweep(folder).jobs
-    assert [job.axes for job in made] == [{"seed": 0}, {"seed": 1}, {"seed": 2}]
+    assert [job.parameters for job in made] == [{"seed": 0}, {"seed": 1}, {"seed": 2}]
     assert made[0].state.starts == 2 and made[1].state.starts == 1
     alone = start(
         [str(ROOT / "train.py"), *SMALL_MOCO, "epochs=20", "protocol=knn_small", "hydra.run.dir=alone"], tmp_path

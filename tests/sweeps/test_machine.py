@@ -14,7 +14,7 @@ from test_runner import wait_for
 from twoviews.errors import BadInput
 from twoviews.sweeps import machine
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job_status import status
+from twoviews.sweeps.job_states import current_states
 from twoviews.sweeps.machine import Local, Pool, gpus
 from twoviews.sweeps.slurm import cancel
 
@@ -43,7 +43,7 @@ def company(jobs) -> int:
 
 
 def states(jobs) -> list[str]:
-    return [state.state for state in status(jobs).values()]
+    return [state.state for state in current_states(jobs).values()]
 
 
 def test_in_sequence_and_a_failure_keeps_no_other_from_running(tmp_path: Path, capsys) -> None:
@@ -56,20 +56,20 @@ def test_in_sequence_and_a_failure_keeps_no_other_from_running(tmp_path: Path, c
 
 def test_a_pool_runs_several_but_no_more_than_fit(tmp_path: Path) -> None:
     jobs = sweep(tmp_path / "s", *[OVERLAP] * 5)
-    Pool(at_once=None, points_per_gpu=1, cores_per_point=2).submit(jobs)
+    Pool(at_once=None, jobs_per_gpu=1, cores_per_job=2).submit(jobs)
     assert states(jobs) == ["FINISHED"] * 5 and company(jobs) == 2
 
 
 def test_at_once_is_a_limit(tmp_path: Path) -> None:
     jobs = sweep(tmp_path / "s", *[OVERLAP] * 3)
-    Pool(at_once=1, points_per_gpu=1, cores_per_point=1).submit(jobs)
+    Pool(at_once=1, jobs_per_gpu=1, cores_per_job=1).submit(jobs)
     assert states(jobs) == ["FINISHED"] * 3 and company(jobs) == 1
 
 
 def test_gpus_are_shared_as_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
     jobs = sweep(tmp_path / "s", *["(folder / 'gpu').write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n" + OVERLAP] * 4)
-    Pool(at_once=None, points_per_gpu=2, cores_per_point=1).submit(jobs)
+    Pool(at_once=None, jobs_per_gpu=2, cores_per_job=1).submit(jobs)
     assert sorted((job.folder / "gpu").read_text() for job in jobs) == ["0", "0", "3", "3"]
     assert company(jobs) == 4
 
@@ -96,7 +96,7 @@ def test_a_gpu_that_cannot_be_named_is_said(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    pool = Pool(at_once=1, points_per_gpu=1, cores_per_point=1)
+    pool = Pool(at_once=1, jobs_per_gpu=1, cores_per_job=1)
     for driver, count in ((tmp_path, 1), (tmp_path / "none", 0)):
         monkeypatch.setattr(machine, "DRIVER", driver)
         pool.submit([])
@@ -104,7 +104,7 @@ def test_a_gpu_that_cannot_be_named_is_said(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_two_pools_do_not_lease_the_same(tmp_path: Path) -> None:
-    pool = Pool(at_once=None, points_per_gpu=1, cores_per_point=4)
+    pool = Pool(at_once=None, jobs_per_gpu=1, cores_per_job=4)
     (slot,), (same,) = pool.slots(), pool.slots()
     assert slot.acquire() and not same.acquire()
     slot.release()
@@ -113,8 +113,8 @@ def test_two_pools_do_not_lease_the_same(tmp_path: Path) -> None:
 
 
 def test_more_cores_than_there_are(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="cores_per_point=5, but this machine has 4"):
-        Pool(at_once=None, points_per_gpu=1, cores_per_point=5).slots()
+    with pytest.raises(BadInput, match="cores_per_job=5, but this machine has 4"):
+        Pool(at_once=None, jobs_per_gpu=1, cores_per_job=5).slots()
 
 
 LAUNCH = """

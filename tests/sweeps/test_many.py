@@ -7,7 +7,7 @@ import pytest
 
 from twoviews.console import ROWS, Console
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps import job_status
+from twoviews.sweeps import job_states
 from twoviews.sweeps import plan as planning
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobSpec, JobState
@@ -19,8 +19,8 @@ COUNT = 2000
 
 @pytest.fixture
 def new() -> list[JobSpec]:
-    axes = [{"method.temperature": 0.01 * (number // 20), "seed": number % 20} for number in range(COUNT)]
-    return [JobSpec(f"{number:08x}", one, [], "epochs: 10\nseed: 0\n") for number, one in enumerate(axes)]
+    parameters = [{"method.temperature": 0.01 * (number // 20), "seed": number % 20} for number in range(COUNT)]
+    return [JobSpec(f"{number:08x}", one, [], "epochs: 10\nseed: 0\n") for number, one in enumerate(parameters)]
 
 
 def test_a_plan_measures_one_of_them(tmp_path: Path, new: list[JobSpec], monkeypatch, capsys) -> None:
@@ -54,7 +54,7 @@ def test_status_asks_slurm_once_and_reads_what_it_shows(
         jobs = [f"{7 + n // 1000}_{n % 1000}|{states.get(n, 'PENDING||Priority')}" for n in range(50, COUNT)]
         return subprocess.CompletedProcess(command, 0, "\n".join(jobs), "")
 
-    monkeypatch.setattr(job_status, "run_slurm", squeue)
+    monkeypatch.setattr(job_states, "run_slurm", squeue)
     metrics = Job.metrics
     monkeypatch.setattr(Job, "metrics", lambda job: (read.append(job.digest), metrics(job))[1])
     assert sweep_command(["status", str(sweep.folder)]) == 3

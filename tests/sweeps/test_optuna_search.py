@@ -18,7 +18,7 @@ from twoviews.errors import BadInput
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import JobSpec
-from twoviews.sweeps.job_status import status
+from twoviews.sweeps.job_states import current_states
 from twoviews.sweeps.launching import SweepCommand
 from twoviews.sweeps.machine import Launcher, Local, Pool
 from twoviews.sweeps.optuna_search import Optuna
@@ -60,10 +60,10 @@ class StandInCommand(SweepCommand):
     def specs(self, combinations) -> list[JobSpec]:
         made = []
         for one in combinations:
-            axes = {key: float(value) for key, value in (override.split("=") for override in one)}
-            digest = f"{abs(hash(tuple(sorted(axes.items())))) % 2**32:08x}"
-            plan = PLAN.format(**{"seed": 0, **axes}, **self.plan)
-            made.append(JobSpec(digest, axes, list(one), config(axes.get("seed", 0), plan)))
+            parameters = {key: float(value) for key, value in (override.split("=") for override in one)}
+            digest = f"{abs(hash(tuple(sorted(parameters.items())))) % 2**32:08x}"
+            plan = PLAN.format(**{"seed": 0, **parameters}, **self.plan)
+            made.append(JobSpec(digest, parameters, list(one), config(parameters.get("seed", 0), plan)))
         return made
 
     def add(self, new):
@@ -89,7 +89,7 @@ def leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pool(at_once: int = 3) -> Pool:
-    return Pool(at_once=at_once, points_per_gpu=1, cores_per_point=1)
+    return Pool(at_once=at_once, jobs_per_gpu=1, cores_per_job=1)
 
 
 def search(**settings: object) -> Optuna:
@@ -115,7 +115,7 @@ def test_a_value_is_the_mean_over_seeds_and_each_job_runs_once(tmp_path: Path, c
         assert one.value == pytest.approx(80 - 40 * abs(one.params["x"] - 0.7) + 0.5, abs=0.01)
     jobs = Sweep(folder).jobs
     assert len(jobs) == 12 and set(started(folder).values()) == {1}
-    assert {job.axes["seed"] for job in jobs} == {0, 1} and len({job.axes["x"] for job in jobs}) == 6
+    assert {job.parameters["seed"] for job in jobs} == {0, 1} and len({job.parameters["x"] for job in jobs}) == 6
     assert "best: x=" in capsys.readouterr().out
 
 
@@ -177,7 +177,7 @@ def test_no_batch_waits_for_its_slowest(tmp_path: Path) -> None:
             made = super().specs(combinations)
             if first:
                 until = "while len(list(folder.parent.glob('*/result.json'))) < 4: time.sleep(0.05)\n"
-                made = [replace(one, config=f"# {until}{one.config}") for one in made]
+                made = [replace(one, config_yaml=f"# {until}{one.config_yaml}") for one in made]
             return made
 
     assert search(trials=5).run(Held(folder, pool(2)), ["x=interval(0.0,1.0)"]) == 0
@@ -212,7 +212,7 @@ def test_killed_and_started_again_no_trial_is_lost_or_doubled(tmp_path: Path, mo
     for one in found:
         assert one.value == pytest.approx(80 - 40 * abs(one.params["x"] - 0.7) + 0.5, abs=0.01)
     jobs = Sweep(folder).jobs
-    assert len(jobs) == 40 == len({(job.axes["x"], job.axes["seed"]) for job in jobs})
+    assert len(jobs) == 40 == len({(job.parameters["x"], job.parameters["seed"]) for job in jobs})
     assert all(job.state.state == "FINISHED" for job in jobs)
     # What had finished was not run again; what was under way was started once more.
     assert max(started(folder).values()) <= 2 and sum(started(folder).values()) <= 44
@@ -220,11 +220,11 @@ def test_killed_and_started_again_no_trial_is_lost_or_doubled(tmp_path: Path, mo
 
 def test_a_collapsed_trial_is_stopped_and_the_report_says_why(tmp_path: Path) -> None:
     folder = tmp_path / "s"
-    launch = StandInCommand(folder, pool(), collapse=True, pause=0.1)
-    assert search(trials=6, prune=True).run(launch, ["x=0.1,0.6", "seed=0,1"]) == 0
+    command = StandInCommand(folder, pool(), collapse=True, pause=0.1)
+    assert search(trials=6, prune=True).run(command, ["x=0.1,0.6", "seed=0,1"]) == 0
     states = {(one.params["x"], one.state.name) for one in trials(folder)}
     assert states == {("0.1", "PRUNED"), ("0.6", "COMPLETE")}
-    weak = [job for job in Sweep(folder).jobs if job.axes["x"] == 0.1]
+    weak = [job for job in Sweep(folder).jobs if job.parameters["x"] == 0.1]
     assert all(len(job.metrics()) < 100 and job.state.state != "FINISHED" for job in weak)
     found = report(Sweep(folder)).jobs
     assert all(found["state"][job.digest] == "PRUNED" for job in weak)
@@ -233,43 +233,43 @@ def test_a_collapsed_trial_is_stopped_and_the_report_says_why(tmp_path: Path) ->
 
 def test_what_was_given_up_is_done_with_and_says_why(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "s"
-    launch = StandInCommand(folder, pool(), collapse=True, pause=0.1)
-    search(trials=6, prune=True).run(launch, ["x=0.1,0.6", "seed=0,1"])
-    before, weak = started(folder), [job for job in Sweep(folder).jobs if job.axes["x"] == 0.1]
+    command = StandInCommand(folder, pool(), collapse=True, pause=0.1)
+    search(trials=6, prune=True).run(command, ["x=0.1,0.6", "seed=0,1"])
+    before, weak = started(folder), [job for job in Sweep(folder).jobs if job.parameters["x"] == 0.1]
     with Sweep(folder).update() as record:
         record["launcher"] = {"_target_": "twoviews.sweeps.machine.Local"}
     for command in ("status", "retry", "logs"):
         assert sweep_command([command, str(folder)]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "s: 2 FINISHED, 2 PRUNED" in out and "2 of 4 jobs finished, 2 given up by a search" in out
-    look = {digest: state.state for digest, state in status(Sweep(folder).jobs).items()}
+    look = {digest: state.state for digest, state in current_states(Sweep(folder).jobs).items()}
     assert [look[job.digest] for job in weak] == ["PRUNED"] * 2
-    search(trials=6, prune=True).run(launch, ["x=0.1,0.6", "seed=0,1"])
+    search(trials=6, prune=True).run(command, ["x=0.1,0.6", "seed=0,1"])
     assert started(folder) == before, "nothing runs again, by retry or by the same command"
 
 
 def test_a_search_that_is_killed_while_it_gives_up_a_trial_gives_it_up_later(tmp_path: Path, monkeypatch) -> None:
     folder = tmp_path / "s"
-    launch = StandInCommand(folder, pool(), collapse=True, pause=0.1)
+    command = StandInCommand(folder, pool(), collapse=True, pause=0.1)
     with monkeypatch.context() as killed:
         killed.setattr(Sweep, "mark", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            search(trials=1, prune=True).run(launch, ["x=interval(0.0,0.2)", "seed=0,1"])
+            search(trials=1, prune=True).run(command, ["x=interval(0.0,0.2)", "seed=0,1"])
     assert [one.state.name for one in trials(folder)] == ["PRUNED"]
     cancel(Sweep(folder).jobs)  # as the end of the process would
     for job in Sweep(folder).jobs:
-        wait_for(lambda job=job: status([job])[job.digest].state in ("INTERRUPTED", "LOST"))
-    search(trials=1, prune=True).run(launch, ["x=interval(0.0,0.2)", "seed=0,1"])
-    states = status(Sweep(folder).jobs).values()
+        wait_for(lambda job=job: current_states([job])[job.digest].state in ("INTERRUPTED", "LOST"))
+    search(trials=1, prune=True).run(command, ["x=interval(0.0,0.2)", "seed=0,1"])
+    states = current_states(Sweep(folder).jobs).values()
     assert [state.state for state in states] == ["PRUNED"] * 2
     assert all("collapsed" in state.reason for state in states)
 
 
 def test_a_trial_below_the_median_is_stopped(tmp_path: Path) -> None:
     folder = tmp_path / "s"
-    launch = StandInCommand(folder, pool(), behind=True, pause=0.1, epochs=30)
+    command = StandInCommand(folder, pool(), behind=True, pause=0.1, epochs=30)
     # The first four have to finish before there is a median; the fifth is the weak one.
-    assert search(trials=4, prune=True).run(launch, ["x=interval(0.4,0.9)", "seed=0,1"]) == 0
+    assert search(trials=4, prune=True).run(command, ["x=interval(0.4,0.9)", "seed=0,1"]) == 0
     import optuna
 
     study = optuna.load_study(study_name="s", storage=f"sqlite:///{folder / 'study.db'}")
@@ -281,7 +281,7 @@ def test_a_trial_below_the_median_is_stopped(tmp_path: Path) -> None:
     search(trials=5, prune=True).run(weak, ["x=interval(0.4,0.9)", "seed=0,1"])
     last = trials(folder)[4]
     assert last.state.name == "PRUNED" and "below the median" in last.user_attrs["reason"]
-    assert all(len(job.metrics()) < 100 for job in Sweep(folder).jobs if job.axes["x"] == 0.1)
+    assert all(len(job.metrics()) < 100 for job in Sweep(folder).jobs if job.parameters["x"] == 0.1)
 
 
 def test_a_diverged_trial_is_a_bad_one_and_another_failure_is_no_value(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_a_diverged_trial_is_a_bad_one_and_another_failure_is_no_value(tmp_path:
     search(trials=12, at_once=3).run(StandInCommand(diverged, pool(), fail="the loss is nan at step 3"), ["x=0.1,0.6"])
     states = {one.params["x"]: one.state.name for one in trials(diverged)}
     assert states == {"0.1": "PRUNED", "0.6": "COMPLETE"}
-    now = {job.axes["x"]: status([job])[job.digest] for job in Sweep(diverged).jobs}
+    now = {job.parameters["x"]: current_states([job])[job.digest] for job in Sweep(diverged).jobs}
     assert now[0.1].state == "PRUNED" and "diverged: the loss is nan at step 3" in now[0.1].reason
     failed = tmp_path / "failed"
     search(trials=12, at_once=3).run(StandInCommand(failed, pool(), fail="out of luck"), ["x=0.1,0.6"])
@@ -297,7 +297,7 @@ def test_a_diverged_trial_is_a_bad_one_and_another_failure_is_no_value(tmp_path:
     assert states == {"0.1": "FAIL", "0.6": "COMPLETE"}
     reasons = [one.user_attrs["reason"] for one in trials(failed) if one.state.name == "FAIL"]
     assert "out of luck" in reasons[0]
-    now = {job.axes["x"]: status([job])[job.digest].state for job in Sweep(failed).jobs}
+    now = {job.parameters["x"]: current_states([job])[job.digest].state for job in Sweep(failed).jobs}
     assert now == {0.1: "FAILED", 0.6: "FINISHED"}, "what went wrong keeps its own word"
 
 

@@ -31,8 +31,10 @@ SLURM = {
 }
 
 
-def jobs(*axes: dict) -> list[JobSpec]:
-    return [JobSpec(f"{n:08x}", one, [], f"epochs: {one.get('epochs', 10)}\nseed: 0\n") for n, one in enumerate(axes)]
+def jobs(*parameters: dict) -> list[JobSpec]:
+    return [
+        JobSpec(f"{n:08x}", one, [], f"epochs: {one.get('epochs', 10)}\nseed: 0\n") for n, one in enumerate(parameters)
+    ]
 
 
 def measured(seconds: float, calls: list[str]):
@@ -58,7 +60,7 @@ def test_longer_jobs_take_longer_and_other_networks_are_measured(tmp_path: Path,
     calls: list[str] = []
     monkeypatch.setattr(planning, "_measured", measured(9.0, calls))
     new = jobs(*({"backbone.width": w, "epochs": e} for w in (8, 16, 32, 64) for e in (10, 20)))
-    plan(tmp_path / "s", new, {}, Pool(at_once=2, points_per_gpu=1, cores_per_point=1), Console())
+    plan(tmp_path / "s", new, {}, Pool(at_once=2, jobs_per_gpu=1, cores_per_job=1), Console())
     out = capsys.readouterr().out
     assert len(calls) == 3  # of four widths
     assert "about 1 min 40 s to 3 min 10 s per job" in out

@@ -26,13 +26,15 @@ TYPED = "python train.py -m method.temperature=0.1,0.2 seed=0,1,2"
 
 
 def sweep_of(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> Sweep:
-    """Each job: its axes; "knn" and "linear" in percent when it is finished; or "state" and "reason"."""
+    """Each job: its parameters; "knn" and "linear" in percent when it is finished; or "state" and "reason"."""
     sweep = Sweep(folder)
     for number, given in enumerate(jobs):
-        axes = {key: value for key, value in given.items() if key not in ("knn", "linear", "state", "reason", "epochs")}
-        overrides = ["method=moco", *(f"{key}={value}" for key, value in axes.items()), "sweep.wait=true"]
+        parameters = {
+            key: value for key, value in given.items() if key not in ("knn", "linear", "state", "reason", "epochs")
+        }
+        overrides = ["method=moco", *(f"{key}={value}" for key, value in parameters.items()), "sweep.wait=true"]
         digest = f"{number:08x}"
-        jobs_made = sweep.add([JobSpec(digest, axes, overrides, "seed: 0\n")], command=TYPED)
+        jobs_made = sweep.add([JobSpec(digest, parameters, overrides, "seed: 0\n")], command=TYPED)
         fill(jobs_made[0], given)
     return sweep
 
@@ -105,7 +107,7 @@ def test_paired_test_is_scipys_over_common_seeds(tmp_path: Path) -> None:
     jobs = [{"a": 1, "seed": s, "knn": v} for s, v in enumerate(first)]
     jobs += [{"a": 2, "seed": s, "knn": v} for s, v in enumerate(second)]
     pair = gather(sweep_of(tmp_path / "s", jobs)).comparison
-    assert pair and pair.best.axes == {"a": 1} and pair.difference.count == 3
+    assert pair and pair.best.parameters == {"a": 1} and pair.difference.count == 3
     differences = [1.0, 2.0, 4.0]
     t = statistics.mean(differences) / (statistics.stdev(differences) / math.sqrt(3))
     assert pair.p == pytest.approx(2 * stats.t.sf(t, 2)) and pair.difference.mean == pytest.approx(7 / 3)
@@ -149,7 +151,7 @@ def test_jobs_that_run_wait_or_failed_are_counted_and_explained(tmp_path: Path) 
     assert "6 of 10 jobs finished; 1 FAILED, 1 LOST, 1 QUEUED, 1 RUNNING. **4 missing**" in text_
     assert "| 00000008 | temperature=0.2, seed=5 | FAILED | 0 | loss is nan \\| lower optimizer.lr | " in text_
     assert "`python -m twoviews.sweep logs s 00000008`" in text_ and "its runner was killed" in text_
-    assert [config.axes["method.temperature"] for config in found.configs] == [0.2, 0.1]
+    assert [config.parameters["method.temperature"] for config in found.configs] == [0.2, 0.1]
     assert len(found.configs[0].values("knn/top1")) == 3  # the running one's last kNN is not final
 
 
@@ -181,7 +183,7 @@ def test_making_it_again_changes_nothing(tmp_path: Path) -> None:
     assert page(sweep) == first and not list(sweep.folder.glob("*.new"))
 
 
-def test_every_picture_is_on_the_page_and_the_seed_is_no_axis(tmp_path: Path) -> None:
+def test_every_picture_is_on_the_page_and_the_seed_has_none(tmp_path: Path) -> None:
     grid = [{**job, "backbone": b, "knn": job["knn"] + i} for i, b in enumerate(("tiny", "wide")) for job in GRID]
     sweep = sweep_of(tmp_path / "s", grid)
     text_ = page(sweep)

@@ -108,9 +108,9 @@ def test_a_dictionary_around_a_swept_key_is_refused(typed: list[str]) -> None:
 
 
 def test_a_pattern_chooses_the_files_of_a_group_that_fit() -> None:
-    moco = search_space(["method=glob(moco*)"]).axes["method"]
+    moco = search_space(["method=glob(moco*)"]).parameters["method"]
     assert moco == ["moco", "moco_v1", "moco_v2", "moco_v3"]
-    most = search_space(["method=glob(*,exclude=[moco*,pcl*])", "data=digits"]).axes["method"]
+    most = search_space(["method=glob(*,exclude=[moco*,pcl*])", "data=digits"]).parameters["method"]
     assert {"simclr", "byol", "swav"} <= {*most} and not {*most} & {*moco, "pcl"}
     with pytest.raises(BadInput, match=r"method=glob\(zz\*\) fits none of the files of method: .*byol"):
         search_space(["method=glob(zz*)"])

@@ -55,7 +55,7 @@ SMALL_VIEWS = """small_views:
 """
 
 
-def test_small_views_are_an_axis_where_they_are_used(tmp_path: Path) -> None:
+def test_small_views_vary_where_they_are_used(tmp_path: Path) -> None:
     """Also beside jobs of an earlier version, which know nothing of them."""
     launched(tmp_path / "s", {}, {"seed": 0}, {"seed": 1})
     launched(tmp_path / "s", {}, {"seed": 2}, config=MOCO + SMALL_VIEWS.format(share=0))
@@ -65,10 +65,10 @@ def test_small_views_are_an_axis_where_they_are_used(tmp_path: Path) -> None:
 
 
 def found(sweep: Sweep) -> list[dict[str, Any]]:
-    return [dict(job.axes) for job in with_varying_parameters(sweep.jobs)]
+    return [dict(job.parameters) for job in with_varying_parameters(sweep.jobs)]
 
 
-def test_what_was_swept_once_and_fixed_once_is_an_axis_of_all(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_what_was_swept_once_and_fixed_once_varies_for_all(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     launched(tmp_path / "s", {"epochs": 2}, {"method.temperature": 0.1}, {"method.temperature": 0.2})
     sweep = launched(tmp_path / "s", {"epochs": 3}, {"seed": 0}, {"seed": 1})
@@ -101,7 +101,7 @@ def test_what_was_swept_once_and_fixed_once_is_an_axis_of_all(tmp_path: Path, ca
 
 
 @pytest.mark.parametrize("typed", [True, False], ids=["typed", "default"])
-def test_another_method_is_an_axis_and_what_follows_from_it_is_none(tmp_path: Path, figures, typed: bool) -> None:
+def test_another_method_varies_and_what_follows_from_it_does_not(tmp_path: Path, figures, typed: bool) -> None:
     launched(tmp_path / "s", {"method": "moco"} if typed else {}, {"seed": 0}, {"seed": 1})
     sweep = launched(tmp_path / "s", {"method": "simclr"}, {"seed": 0}, {"seed": 1}, config=SIMCLR)
     assert found(sweep) == [{"seed": seed, "method": method} for method in ("moco", "simclr") for seed in (0, 1)]
@@ -118,7 +118,7 @@ def test_what_a_method_does_not_have_is_no_value_of_it(tmp_path: Path, figures) 
     assert [one.get_text() for one in figures["axis_queue_size.png"].axes[0].get_xticklabels()] == ["128", "256"]
 
 
-def test_what_was_fixed_differently_is_an_axis_even_where_a_swept_value_would_do(tmp_path: Path) -> None:
+def test_what_was_fixed_differently_varies_even_where_a_swept_value_would_do(tmp_path: Path) -> None:
     launched(tmp_path / "s", {"epochs": 2}, {"method.temperature": 0.1})
     sweep = launched(tmp_path / "s", {"epochs": 3}, {"method.temperature": 0.2})
     assert [one["epochs"] for one in found(sweep)] == [2, 3]
@@ -130,14 +130,14 @@ def test_a_seed_that_was_fixed_is_still_a_seed(tmp_path: Path) -> None:
     assert [list(config.values("knn/top1").index) for config in gather(sweep).configs] == [["0", "1"]] * 2
 
 
-def test_a_changed_default_is_an_axis_though_nobody_typed_it(tmp_path: Path) -> None:
+def test_a_changed_default_varies_though_nobody_typed_it(tmp_path: Path) -> None:
     launched(tmp_path / "s", {"runtime": "default"}, {"seed": 0}, {"seed": 1})
     sweep = launched(tmp_path / "s", {}, {"seed": 0}, {"seed": 1}, epochs=5)
     assert [one["epochs"] for one in found(sweep)] == [2, 2, 5, 5]
     assert all(one.keys() == {"seed", "epochs"} for one in found(sweep)), "schedule.epochs follows from it"
 
 
-def test_where_results_are_sent_is_no_axis(tmp_path: Path) -> None:
+def test_where_results_are_sent_does_not_vary(tmp_path: Path) -> None:
     launched(tmp_path / "s", {"tracking": "files", "sweep.wait": True}, {"seed": 0})
     sweep = launched(tmp_path / "s", {}, {"seed": 1}, mirror="true")
     assert found(sweep) == [{"seed": 0}, {"seed": 1}]

@@ -59,8 +59,8 @@ def clustering_scores(
         values["silhouette"] = silhouette(x, clusters, seed)
     if previous is not None and (previous := previous.cpu()).max() >= 0:
         if previous.min() < 0:  # choosing points takes as long as what follows
-            known = previous >= 0
-            previous, assignment = previous[known], assignment[known]
+            assigned = previous >= 0
+            previous, assignment = previous[assigned], assignment[assigned]
         values["stability"], _ = nmi_and_ari(previous, assignment)
     return values
 

@@ -85,8 +85,8 @@ def check(name: str, cfg: "DictConfig | dict[str, Any]") -> None:
     """
     content = plain(cfg)
     root = {field.name: field.type for field in fields(ROOTS[name])}
-    known = groups()
-    chosen = [key for key in content if key not in root and key in known]
+    group_names = groups()
+    chosen = [key for key in content if key not in root and key in group_names]
     nodes = [key for key in content if key in NODES]
     annotations = {key: Parameter(annotation, required=True) for key, annotation in root.items()}
     problems = [*_key_problems("", content, annotations, [*root, *chosen, *nodes, REDUCED_FROM])]
@@ -118,7 +118,7 @@ def _without_repetitions(problems: Sequence[str], cfg: "DictConfig") -> list[str
     return [problem for problem in problems if problem.partition("=")[0] not in repeating]
 
 
-def check_plugin(cfg: "DictConfig", kind: Literal["launcher", "sweeper"]) -> dict[str, Any]:
+def checked_plugin(cfg: "DictConfig", kind: Literal["launcher", "sweeper"]) -> dict[str, Any]:
     """The node from which `build` makes the launcher or the search of a sweep, with its values checked.
 
     Args:
@@ -190,22 +190,22 @@ def node_problems(path: str, node: Any, passed: Sequence[str] = ()) -> Iterator[
 def unknown_target(target: str, group: str = "") -> BadInput:
     """The error for a `_target_` that no file of a group, or of any group, names."""
     where = f"conf/{group}" if group else "conf/"
-    known = f" (there: {', '.join(sorted(targets(group)))})" if group else ""
+    allowed = f" (there: {', '.join(sorted(targets(group)))})" if group else ""
     return BadInput(
-        f"_target_={target} is not part of twoviews: only what a file of {where} names can be built{known}."
+        f"_target_={target} is not part of twoviews: only what a file of {where} names can be built{allowed}."
     )
 
 
 def _key_problems(
-    prefix: str, values: Mapping, parameters: Mapping[str, Parameter], known: Sequence[str]
+    prefix: str, values: Mapping, parameters: Mapping[str, Parameter], keys: Sequence[str]
 ) -> Iterator[str]:
     """A sentence for each key that is missing, unknown or not set, and for each value that does not fit its parameter."""
     for key, parameter in parameters.items():
         if parameter.required and key not in values:
             yield f"{prefix}{key} is missing; give it a value: {prefix}{key}=..."
     for key, value in values.items():
-        if key not in known:
-            yield unknown_key(prefix, str(key), known, [] if prefix else with_group(str(key), values, shown(value)))
+        if key not in keys:
+            yield unknown_key(prefix, str(key), keys, [] if prefix else with_group(str(key), values, shown(value)))
         elif value == "???":
             example = {"run": "latest, or run=<the folder of a run>", "clusters": "[10,50]"}.get(str(key), "...")
             yield f"{prefix}{key} is not set; give it a value: {prefix}{key}={example}"
@@ -218,20 +218,20 @@ def _key_problems(
                 yield f"{prefix}{key}={shown(value)} {wrong}."
 
 
-def unknown_key(prefix: str, key: str, known: Sequence[str], suggestions: Sequence[str] = ()) -> str:
+def unknown_key(prefix: str, key: str, keys: Sequence[str], suggestions: Sequence[str] = ()) -> str:
     """A sentence for a key that does not exist.
 
     Args:
         prefix: keys above it with a dot behind each; empty at the root.
         key: as it was typed.
-        known: keys that exist there, of which the closest is suggested.
+        keys: keys that exist there, of which the closest is suggested.
         suggestions: overrides to suggest in place of the closest key.
     """
     where = f"{prefix.rstrip('.')} has no key '{shown(key)}'" if prefix else f"there is no key or group '{shown(key)}'"
     if suggestions:
         return f"{where}; write {' or '.join(suggestions)}."
-    close = nearest(key, known).replace("'", "'" + prefix, 1)
-    listed = f"Known: {', '.join(known)}." if known else "It has none."
+    close = nearest(key, keys).replace("'", "'" + prefix, 1)
+    listed = f"Known: {', '.join(keys)}." if keys else "It has none."
     return f"{where}.{close} {listed}"
 
 

@@ -48,17 +48,17 @@ def diagnose(name: str, arguments: Sequence[str], error: Exception | None = None
     unknown = tuple(f"{choice.key_or_group}." for choice in choices if choice not in valid)
     chosen = [str(choice.input_line) for choice in valid if not choice.is_sweep_override()]
     content = compose_unresolved(name, chosen)
-    known = []
+    correct = []
     for override in overrides:
         if override in choices or override.key_or_group.startswith(unknown):
             continue
         if sentence := unknown_override(override, content):
             problems.append(sentence)
         elif not override.is_sweep_override():
-            known.append(str(override.input_line))
+            correct.append(str(override.input_line))
     problems += [_unreadable(name, word, content) for word in unreadable]
     problems += _sweep_without_multirun(overrides, arguments)
-    rest = compose(name, [*chosen, *known]) if problems else None
+    rest = compose(name, [*chosen, *correct]) if problems else None
     if rest is not None:
         with contextlib.suppress(OmegaConfBaseException):  # where interpolations cannot be resolved
             problems += mistakes(lambda: check(name, rest))
@@ -99,8 +99,8 @@ def _unreadable(name: str, argument: str, content: Any) -> str:
         return f"'{argument}' is a group; write {argument}=<choice>, with one of: {', '.join(options(argument))}."
     choices = [f"{group}={argument}" for group in groups() if argument in options(group)]
     leaves = {key: value for key, value in flat(content or {}).items() if not key.startswith("hydra.")}
-    known = [key for key in leaves if key == argument] or [key for key in leaves if key.endswith(f".{argument}")]
-    keys = [f"{key}={'true' if leaves[key] is False else shown(leaves[key])}" for key in known]
+    matching = [key for key in leaves if key == argument] or [key for key in leaves if key.endswith(f".{argument}")]
+    keys = [f"{key}={'true' if leaves[key] is False else shown(leaves[key])}" for key in matching]
     run = [_quoted("run", argument)] if name != "train" and (_is_run(argument) or "=" not in argument) else []
     if suggestions := " or ".join((choices or keys or run)[:3]):
         return f"'{shown(argument)}' is not of the form key=value; write {suggestions}."
@@ -164,13 +164,11 @@ def _too_long(override: Override) -> bool:
 def unknown_choice(override: Override) -> str:
     """A sentence for the first value of a choice that is not a file of its group; empty if all are."""
     group = override.key_or_group
-    known = [*(["none"] if group in OPTIONAL else []), *options(group)]
+    choices = [*(["none"] if group in OPTIONAL else []), *options(group)]
     for value in _values(override):
         is_file = not _too_long(override) and (CONF / group / f"{value}.yaml").is_file()
-        if not is_file and value not in known:
-            return (
-                f"{group}={shown(value)}: there is no such {group}.{nearest(value, known)} Known: {', '.join(known)}."
-            )
+        if not is_file and value not in choices:
+            return f"{group}={shown(value)}: there is no such {group}.{nearest(value, choices)} Known: {', '.join(choices)}."
     return ""
 
 
@@ -203,12 +201,12 @@ def unknown_override(override: Override, content: Any) -> str:
 
 
 def _unknown_part(override: Override, prefix: str, part: str, content: dict[str, Any]) -> str:
-    known = [key for key in content if key != "_target_"]
+    keys = [key for key in content if key != "_target_"]
     if prefix:
-        return unknown_key(prefix, part, known)
+        return unknown_key(prefix, part, keys)
     if part in groups():
         chosen = ", ".join(options(part))
         return f"no {part} is chosen here for {override.key_or_group} to change; choose one of: {chosen}."
-    known = [key for key in known if key != "hydra"] + [group for group in groups() if group not in content]
+    keys = [key for key in keys if key != "hydra"] + [group for group in groups() if group not in content]
     value = override.get_value_string() if override.key_or_group == part else None
-    return unknown_key("", part, known, with_group(part, content, value))
+    return unknown_key("", part, keys, with_group(part, content, value))

@@ -111,7 +111,7 @@ class _Command:
         self.composed = True
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
-            self._checked(cfg, folder)
+            self._check_and_run(cfg, folder)
         except Stopped as stopped:
             if os.environ.get("RANK", "0") == "0":
                 print("stopped before the training began; the same command begins again.", file=sys.stderr)
@@ -134,7 +134,7 @@ class _Command:
         finally:
             _remove_if_empty(folder)
 
-    def _checked(self, cfg: DictConfig, folder: Path) -> None:
+    def _check_and_run(self, cfg: DictConfig, folder: Path) -> None:
         """Check the configuration and call `main`."""
         if self.name == "train" and "method" not in HydraConfig.get().runtime.choices:  # read from a run's config.yaml
             add_missing_runtime(cfg)

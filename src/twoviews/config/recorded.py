@@ -89,10 +89,10 @@ def recorded_runtime(cfg: DictConfig, recorded: Mapping[str, Any], overrides: Se
         BadInput: a value does not fit.
     """
     runtime = recorded.get("runtime", {})
-    known = {key: value for key, value in runtime.items() if key in cfg.runtime and key != "precision"}
+    accepted = {key: value for key, value in runtime.items() if key in cfg.runtime and key != "precision"}
     unknown = ", ".join(f"runtime.{key}" for key, value in runtime.items() if key not in cfg.runtime and value)
     notes = [f"{unknown} of the run is not known to this version and left out."] if unknown else []
-    return build(DictConfig({**cfg.runtime, **known, **overridden(cfg, overrides, "runtime")})), notes
+    return build(DictConfig({**cfg.runtime, **accepted, **overridden(cfg, overrides, "runtime")})), notes
 
 
 def overridden(cfg: DictConfig, overrides: Sequence[str], node: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from twoviews.data.images import stratified
 from twoviews.data.layout import SWAPPED
 from twoviews.data.store import Recipe
 from twoviews.errors import BadInput, counted, nearest
-from twoviews.foreign import regular
+from twoviews.foreign import check_regular
 
 IMAGES = ("images", "image", "x", "data", "train_images", "x_train", "train_x", "arr_0")
 LABELS = ("labels", "label", "y", "targets", "target", "train_labels", "y_train", "train_y", "arr_1")
@@ -29,7 +29,7 @@ def files_of(root: Path) -> list[Path]:
     Raises:
         BadInput: there is no such file, or no regular one.
     """
-    regular(*(root / name for name in ("train.npz", "test.npz")), *([] if root.is_dir() else [root]))
+    check_regular(*(root / name for name in ("train.npz", "test.npz")), *([] if root.is_dir() else [root]))
     if root.is_dir():
         if not (root / "train.npz").is_file():
             raise BadInput(f"{root} holds no train.npz: give it one, or name an .npz or .npy file by root=.")

@@ -19,7 +19,7 @@ from twoviews.data.images import ImageData, Images, stratified
 from twoviews.data.picture_files import dark
 from twoviews.data.store import Recipe, Store, statistics, stored
 from twoviews.errors import BadInput, counted, printable
-from twoviews.foreign import regular
+from twoviews.foreign import check_regular
 from twoviews.randomness import generator
 from twoviews.ranges import Fraction, Index, Length, Positive, Range, Size
 
@@ -172,7 +172,7 @@ def array(
     place = Path(root).expanduser().absolute()
     files = arrays.files_of(place)
     beside = None if labels is None else Path(labels).expanduser().absolute()
-    regular(*([beside] if beside else []))
+    check_regular(*([beside] if beside else []))
     if beside is not None and not beside.is_file():
         raise BadInput(f"labels={labels} is not there.")
     read = [path for path in (*files, beside) if path]

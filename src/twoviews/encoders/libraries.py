@@ -48,14 +48,14 @@ def open_torchvision(name: str, pretrained: bool, data: Callable[[], ImageData] 
     if not pretrained:
         network = resnet_network(recipe, _of_images(run, data), None, title)
         return _loaded(title, *network)
-    known = {
+    paths = {
         weights: _cache() / weights.url.rpartition("/")[2] for weights in reversed(get_model_weights(name))
     }  # the best ones first
-    cached = next((weights for weights, path in known.items() if path.is_file()), None)
+    cached = next((weights for weights, path in paths.items() if path.is_file()), None)
     if cached is None:
-        best, path = next(iter(known.items()))
+        best, path = next(iter(paths.items()))
         raise _not_cached(run, path, best.url)
-    weights, _, channels, notes = resnet_weights(read_tensors(known[cached]), known[cached])
+    weights, _, channels, notes = resnet_weights(read_tensors(paths[cached]), paths[cached])
     transform = cached.transforms()
     mean, std = tuple(transform.mean), tuple(transform.std)
     preprocessing = Preprocessing(channels, transform.crop_size[0], mean, std, OF_WEIGHTS)

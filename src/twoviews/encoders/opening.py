@@ -16,7 +16,7 @@ from twoviews.encoders.networks import fill, resnet_network
 from twoviews.encoders.run_names import find_run
 from twoviews.encoders.weight_files import SUFFIXES, checkpoint_weights, read_tensors, resnet_weights, split_name
 from twoviews.errors import BadInput, nearest, printable
-from twoviews.foreign import errors_naming, regular
+from twoviews.foreign import check_regular, errors_naming
 from twoviews.run import Run
 
 FINE_TUNED = "finetune"  # behind the name of a run, as the protocol is called
@@ -81,7 +81,7 @@ def _open(run: str, data: Callable[[], ImageData] | None) -> LoadedEncoder:
         return _open_fine_tuned(name)
     path, chosen = split_name(run)
     if not path.is_dir():
-        regular(path)
+        check_regular(path)
     if path.is_file():
         return _open_file(path, data, chosen)
     if (folder := find_run(run)) is not None:

@@ -72,10 +72,10 @@ def choose_encoder(
         BadInput: there is no such encoder, or the rule leaves several.
     """
     names = _short([prefix.strip(".") for prefix in prefixes])
-    known = dict(zip(names, prefixes, strict=True))
+    prefix_by_name = dict(zip(names, prefixes, strict=True))
     listed = ", ".join(name or "one without a prefix" for name in names)
     if encoder is not None:
-        chosen = [prefix for name, prefix in known.items() if encoder in (name, prefix.strip("."))]
+        chosen = [prefix for name, prefix in prefix_by_name.items() if encoder in (name, prefix.strip("."))]
         if not chosen:
             raise BadInput(f"run={path}:{encoder}: {path.name} holds no encoder {encoder}, but these: {listed}.")
         why = "as the command says"
@@ -92,11 +92,11 @@ def choose_encoder(
             )
         chosen = chosen or list(prefixes)
     if len(chosen) > 1:
-        ways = " or ".join(f"run={path}:{name}" for name, prefix in known.items() if prefix in chosen)
+        ways = " or ".join(f"run={path}:{name}" for name, prefix in prefix_by_name.items() if prefix in chosen)
         raise BadInput(f"{path} holds {len(prefixes)} ResNets ({listed}); choose one: {ways}.")
     if len(prefixes) == 1:
         return chosen[0], []
-    used = next(name for name, prefix in known.items() if prefix == chosen[0])
+    used = next(name for name, prefix in prefix_by_name.items() if prefix == chosen[0])
     others = " or ".join(f"run={path}:{name}" for name in names if name != used)
     used = used or "the one without a prefix"
     return chosen[0], [

@@ -13,6 +13,7 @@ from twoviews.evaluation.differences import differences, labels
 from twoviews.evaluation.pictures import Measured, draw_comparison
 from twoviews.figures import BASELINES, files_of
 from twoviews.files import write_atomic
+from twoviews.protocols.units import KNN_TOP1, LINEAR_TOP1
 from twoviews.tables import as_csv, as_latex, as_markdown, span
 from twoviews.tracking.client import short_error
 from twoviews.tracking.parent_run import log_files
@@ -130,9 +131,9 @@ def short_table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
         accuracies = [
             evaluation.baselines[baseline] for evaluation in evaluations.values() if baseline in evaluation.baselines
         ]
-        if accuracies and "knn/top1" in shown:
+        if accuracies and KNN_TOP1 in shown:
             row = dict.fromkeys(rows[0], "")
-            rows.append({**row, next(iter(row)): label, column_name("knn/top1"): span(accuracies)})
+            rows.append({**row, next(iter(row)): label, column_name(KNN_TOP1): span(accuracies)})
     return rows
 
 
@@ -169,12 +170,12 @@ def _title(evaluations: Mapping[str, Evaluation]) -> str:
 
 def column_name(name: str) -> str:
     """The name of a value in tables to read."""
-    labels = {"knn/top1": "kNN, %", "linear/top1": "linear, %"}
+    labels = {KNN_TOP1: "kNN, %", LINEAR_TOP1: "linear, %"}
     return labels.get(name) or name.replace("/top1", ", %")
 
 
 def _measured(evaluation: Evaluation, name: str) -> Measured:
-    baselines = evaluation.baselines if name == "knn/top1" else {}
+    baselines = evaluation.baselines if name == KNN_TOP1 else {}
     return Measured(evaluation.values.get(name, NAN), evaluation.intervals.get(name), baselines)
 
 

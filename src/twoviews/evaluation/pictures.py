@@ -12,6 +12,7 @@ from twoviews.errors import printable
 from twoviews.figures import BASELINES, WIDTH, draw_baselines, drawing, merged_legend
 from twoviews.protocols.classification import CONFIDENCE_PERCENT
 from twoviews.protocols.protocol import TableRow
+from twoviews.protocols.units import KNN_TOP1
 
 MAX_NUMBERED_CLASSES = 20  # with more, the cells of a confusion matrix have no numbers
 MAX_NAME = 40  # characters of a name beside an axis
@@ -59,11 +60,11 @@ def draw_per_class(path: Path, rows: Sequence[TableRow], title: str) -> None:
         rows: `per_class` of `ClassificationScores`.
         title: above the plot.
     """
-    known = sorted((row for row in rows if row["images"]), key=lambda row: -float(row["accuracy"]))
-    images = [int(row["images"]) for row in known]
-    measured = [Measured(float(row["accuracy"]), (float(row["low"]), float(row["high"]))) for row in known]
+    judged = sorted((row for row in rows if row["images"]), key=lambda row: -float(row["accuracy"]))
+    images = [int(row["images"]) for row in judged]
+    measured = [Measured(float(row["accuracy"]), (float(row["low"]), float(row["high"]))) for row in judged]
     mean = sum(measurement.value * count for measurement, count in zip(measured, images, strict=True)) / sum(images)
-    labels = [f"{row['class']} ({count:,})" for row, count in zip(known, images, strict=True)]
+    labels = [f"{row['class']} ({count:,})" for row, count in zip(judged, images, strict=True)]
     draw_comparison(path, {"accuracy of the class (images), %": measured}, labels, title, mean)
 
 
@@ -95,7 +96,7 @@ def draw_knn_curve(
         title: above the plot.
     """
     lines = list(lines)
-    points = [(line["epoch"], line["knn/top1"]) for line in lines if "knn/top1" in line]
+    points = [(line["epoch"], line[KNN_TOP1]) for line in lines if KNN_TOP1 in line]
     if len(points) < 2:
         return False
     baselines = {name: [line[name]] for line in lines for name in BASELINES if name in line}
@@ -105,7 +106,7 @@ def draw_knn_curve(
         for name, curve in published.items():
             axis.plot(*zip(*curve, strict=True), marker="s", linestyle="--", color="black", label=name)
         seen = [value for curve in (points, *published.values()) for _, value in curve] + [
-            *(accuracy for known in baselines.values() for accuracy in known)
+            *(accuracy for accuracies in baselines.values() for accuracy in accuracies)
         ]
         axis.set(xlabel="epoch", ylabel="kNN top-1, %", ylim=(min(seen) - 2, max(seen) + 3))
         draw_baselines(axis, baselines)
@@ -147,14 +148,14 @@ def draw_comparison(
             style: Any = {"fmt": "o", "ecolor": "#7fa8d1", "elinewidth": 1.5}
             panel.errorbar(values, range(len(values)), xerr=[*zip(*widths, strict=True)], **style)
             for baseline, (label, _) in BASELINES.items():
-                known = [
+                points = [
                     (measurement.baselines[baseline], row)
                     for row, measurement in enumerate(measured)
                     if baseline in measurement.baselines
                 ]
                 marker = "|" if "untrained" in baseline else "x"
-                if known:
-                    panel.plot(*zip(*known, strict=True), marker, color="black", label=label)
+                if points:
+                    panel.plot(*zip(*points, strict=True), marker, color="black", label=label)
             if mean is not None:
                 panel.axvline(mean, color="black", linestyle="--", linewidth=1, label=f"all: {mean:.1f}")
             interval = (

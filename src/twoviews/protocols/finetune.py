@@ -240,11 +240,11 @@ class FineTune(Protocol):
             note = f"each class has one labelled image, so none is held out to choose a learning rate: lr={self.lr[0]:g} is used."
             return self.lr[0], 1.0, [note]
         here = memory.x.device
-        known, labels = Features(memory.x[rest.to(here)], memory.y[rest.to(here)]), memory.y[chooses.to(here)]
+        training, labels = Features(memory.x[rest.to(here)], memory.y[rest.to(here)]), memory.y[chooses.to(here)]
         logits: dict[float, Tensor] = {}
         probe = None
         if self.linear is not None:
-            probe = self.linear.fitted(known, len(context.data.classes))[0]
+            probe = self.linear.fitted(training, len(context.data.classes))[0]
             logits[0.0] = probe(memory.x[chooses.to(here)])
         for lr in self.lr:
             with contextlib.suppress(Diverged):

@@ -1,7 +1,8 @@
-"""Values of protocols as tables show them, with their units."""
+"""Values of protocols: the names of those by which encoders are compared, and all of them as tables show them, with units."""
 
 import re
 
+KNN_TOP1, LINEAR_TOP1 = "knn/top1", "linear/top1"  # accuracies in percent, in metrics.jsonl and result.json
 MAX_SHOWN = 12  # a protocol with more values is in the files only
 _PERCENT = "top[15]|precision|recall|f1|roc_auc|ece|clean|unadapted|gain|agreement"
 UNITS = {  # pattern of a whole name, such as knn/top1: unit; the first that fits, and none for what fits none

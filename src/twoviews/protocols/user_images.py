@@ -14,7 +14,7 @@ from twoviews.data.decoding import CHUNK_SIZE, Decoded, cores
 from twoviews.data.images import ImageData, Images
 from twoviews.data.picture_files import SUFFIXES, tree
 from twoviews.errors import BadInput, nearest
-from twoviews.foreign import regular
+from twoviews.foreign import check_regular
 from twoviews.protocols.protocol import EvaluationContext
 
 MAX_SEQUENTIAL = 4 * CHUNK_SIZE  # files that are decoded before worker processes would have started
@@ -42,7 +42,7 @@ def check_images(images: str | None) -> None:
     place = Path(images).expanduser()
     if place.is_dir() or place.is_file():
         return
-    regular(place)
+    check_regular(place)
     if not any(sign in images for sign in "*?["):
         siblings = [path.name for path in place.parent.iterdir()] if place.parent.is_dir() else []
         raise BadInput(f"images={images}: there is no such file or folder.{nearest(place.name, siblings)}")

@@ -104,11 +104,9 @@ def _changes_value(override: Override) -> bool:
 
 def _overlaps(override: Override, others: Sequence[Override]) -> bool:
     """Whether one of the others sets a part of what this override sets, or the reverse: then their order matters."""
-    path, paths = (
-        f"{override.key_or_group}.",
-        [f"{structural.key_or_group}." for structural in others if not chooses(structural)],
-    )
-    return any(path.startswith(structural) or structural.startswith(path) for structural in paths)
+    path = f"{override.key_or_group}."
+    other_paths = [f"{other.key_or_group}." for other in others if not chooses(other)]
+    return any(path.startswith(other) or other.startswith(path) for other in other_paths)
 
 
 def job_specs(composer: Composer, combinations: Sequence[Sequence[str]], swept: Sequence[str]) -> list[JobSpec]:
@@ -125,7 +123,7 @@ def job_specs(composer: Composer, combinations: Sequence[Sequence[str]], swept: 
     specs: dict[str, JobSpec] = {}
     for combination in combinations:
         parsed = [override for override in map(_parsed, combination) if override.get_key_element() in swept]
-        axes = {override.key_or_group: _json_value(override.value()) for override in parsed}
+        parameters = {override.key_or_group: _json_value(override.value()) for override in parsed}
         try:
             composed = composer(combination)
             check("train", composed.content)
@@ -138,10 +136,10 @@ def job_specs(composer: Composer, combinations: Sequence[Sequence[str]], swept: 
                 messages[0] += (
                     " A key that not all jobs have needs a launch of those that do, which may have the same sweep.name=."
                 )
-            values = " ".join(f"{key}={value}" for key, value in axes.items())
+            values = " ".join(f"{key}={value}" for key, value in parameters.items())
             raise BadInput(*(f"job {values}: {line}" if values else line for line in messages)) from error
         yaml = composer.yaml(frozen(composed.content))
-        spec = JobSpec(digest(composed.content), axes, combination, yaml, {"choices": composed.choices})
+        spec = JobSpec(digest(composed.content), parameters, combination, yaml, {"choices": composed.choices})
         specs.setdefault(spec.digest, spec)
     return list(specs.values())
 

@@ -110,7 +110,7 @@ class Sweep:
     @property
     def jobs(self) -> list[Job]:
         """The jobs in the order in which they were added."""
-        jobs, known = [], {field.name for field in fields(Job)} - {"folder"}
+        jobs, names = [], {field.name for field in fields(Job)} - {"folder"}
         for digest, entry in self.record["points"].items():
             entry = {ATTRIBUTES.get(key, key): value for key, value in entry.items()}
             slurm_id = entry.get("slurm_id")
@@ -120,7 +120,7 @@ class Sweep:
             ):
                 path = self.folder / "sweep.json"
                 raise BadInput(f"{path} is refused: it has a job {digest!r} with the SLURM id {slurm_id!r}.")
-            jobs.append(Job(self.folder / digest, **{key: value for key, value in entry.items() if key in known}))
+            jobs.append(Job(self.folder / digest, **{key: value for key, value in entry.items() if key in names}))
         return jobs
 
     def named(self, digests: Iterable[str]) -> list[Job]:
@@ -174,8 +174,8 @@ class Sweep:
             with ThreadPoolExecutor(WRITER_THREADS) as pool:
                 list(pool.map(self._create, specs))
             for spec in specs:
-                record["points"].setdefault(spec.digest, {"axes": dict(spec.axes)})
-                for key, value in spec.axes.items():
+                record["points"].setdefault(spec.digest, {"axes": dict(spec.parameters)})
+                for key, value in spec.parameters.items():
                     values = record["axes"].setdefault(key, [])
                     if value not in values:
                         values.append(value)
@@ -196,17 +196,22 @@ class Sweep:
     def _create(self, spec: JobSpec) -> None:
         """The folder of a job, which appears as a whole or not at all."""
         folder = self.folder / spec.digest
-        description = {"digest": spec.digest, "axes": dict(spec.axes), "overrides": list(spec.overrides), **spec.more}
+        description = {
+            "digest": spec.digest,
+            "axes": dict(spec.parameters),
+            "overrides": list(spec.overrides),
+            **spec.more,
+        }
         content = json.dumps(description, indent=1) + "\n"
         if folder.exists():
             write_atomic(folder / "point.json", content)
             if foreign.load(folder / "result.json").get("state") != "finished":
-                write_atomic(folder / "config.yaml", spec.config)
+                write_atomic(folder / "config.yaml", spec.config_yaml)
             return
         part = self.folder / f".{spec.digest}.{os.getpid()}"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
-        write_atomic(part / "config.yaml", spec.config)
+        write_atomic(part / "config.yaml", spec.config_yaml)
         write_atomic(part / "point.json", content)
         part.rename(folder)
 

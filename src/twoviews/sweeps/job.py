@@ -26,8 +26,9 @@ from twoviews.tracking.metrics import read
 SEED = "seed"  # the key of the parameter that is not searched for
 LOG = "log.txt"  # in the folder of a job: what its training printed
 # Keys of state.json and sweep.json by attribute, where the names differ.
-KEYS = {"slurm_id": "job"}
+KEYS = {"slurm_id": "job", "parameters": "axes"}
 ATTRIBUTES = {key: name for name, key in KEYS.items()}
+ATTRIBUTES |= {"points_per_gpu": "jobs_per_gpu", "cores_per_point": "cores_per_job"}  # of launchers of earlier versions
 
 StateName = Literal[
     "QUEUED",  # not started, or back in SLURM's queue
@@ -67,9 +68,14 @@ class JobState:
         return self.state in ("QUEUED", "RUNNING")
 
     @property
-    def done(self) -> bool:
-        """Whether there is nothing left to run: the job has a result, or none is wanted any more."""
+    def finished_or_pruned(self) -> bool:
+        """Whether nothing is left to run: the job has a result, or a search wants none any more."""
         return self.state in ("FINISHED", "PRUNED")
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the job ended without a result that is still wanted: the same command runs it again."""
+        return not (self.active or self.finished_or_pruned)
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class Job:
 
     Args:
         folder: the run folder; its name is the digest of the configuration.
-        axes: swept values by dotted key, and swept choices by group.
+        parameters: swept values by dotted key, and swept choices by group.
         slurm_id: of the SLURM job that was submitted for it last; None where it was not SLURM.
         submitted: time of the last submission, unix seconds; 0 if never.
         cancelled: time of the last cancellation, unix seconds; 0 if never.
@@ -87,7 +93,7 @@ class Job:
     """
 
     folder: Path
-    axes: Mapping[str, Any]
+    parameters: Mapping[str, Any]
     slurm_id: str | None = None
     submitted: float = 0.0
     cancelled: float = 0.0
@@ -102,7 +108,7 @@ class Job:
     @property
     def label(self) -> str:
         """The swept values as they are typed, or the digest if nothing was swept."""
-        return assigned(self.axes) or self.digest
+        return assigned(self.parameters) or self.digest
 
     @property
     def description(self) -> dict[str, Any]:
@@ -111,12 +117,12 @@ class Job:
 
     @property
     def state(self) -> JobState:
-        """The state that the runner wrote last, QUEUED before that; `job_status.status` compares it with the scheduler."""
-        known, path = {field.name for field in fields(JobState)}, self.folder / "state.json"
+        """The state that the runner wrote last, QUEUED before that; `current_states` compares it with the scheduler."""
+        names, path = {field.name for field in fields(JobState)}, self.folder / "state.json"
         content = {ATTRIBUTES.get(key, key): value for key, value in foreign.load(path).items()}
         if content and (wrong := complaint(content["state"], StateName)):
             raise foreign.damaged(path, f"state={content['state']} {wrong}")
-        return JobState(**{key: value for key, value in content.items() if key in known})
+        return JobState(**{key: value for key, value in content.items() if key in names})
 
     def write(self, state: JobState) -> None:
         """Replace state.json; only for the runner that holds `lock`."""
@@ -151,16 +157,16 @@ class JobSpec:
 
     Args:
         digest: of the configuration.
-        axes: swept values by dotted key, and swept choices by group.
+        parameters: swept values by dotted key, and swept choices by group.
         overrides: the command line that describes it.
-        config: the resolved configuration as YAML.
+        config_yaml: the resolved configuration.
         more: other content of point.json: choices of groups, working directory, code.
     """
 
     digest: str
-    axes: Mapping[str, Any]
+    parameters: Mapping[str, Any]
     overrides: Sequence[str]
-    config: str
+    config_yaml: str
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -189,43 +195,46 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def with_varying_parameters(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs with the value of every parameter in which they differ among their `axes`, swept or not.
+    """The jobs with the value of every parameter in which they differ among their `parameters`, swept or not.
 
     A parameter that the command fixed for all jobs of a launch is one of them if jobs differ in it. Any other, such as a
     default that has changed, is one only if jobs differ in it that would be taken for the same config without it. A
-    parameter that the configuration of a job lacks is not among its axes.
+    parameter that the configuration of a job lacks is not among them.
 
     A sweep may be launched again with other keys swept or other values fixed, to compare them. A job then has a value for
     what only other jobs swept, and what was fixed in each launch distinguishes the jobs of different launches.
     """
-    known = {job.digest: job.description for job in jobs}
-    if len({_launch_key(job, known[job.digest]) for job in jobs}) < 2:
+    descriptions = {job.digest: job.description for job in jobs}
+    if len({_launch_key(job, descriptions[job.digest]) for job in jobs}) < 2:
         return list(jobs)  # they differ in swept values alone, and no configuration has to be read
-    if not all("choices" in description for description in known.values()):  # of jobs from before these were recorded
-        known = {digest: {**description, "choices": {}} for digest, description in known.items()}
-    values = {job.digest: _values(job, known[job.digest]) for job in jobs}
-    keys = [*dict.fromkeys(key for job in jobs for key in job.axes)]
+    if not all(
+        "choices" in description for description in descriptions.values()
+    ):  # of jobs from before these were recorded
+        descriptions = {digest: {**description, "choices": {}} for digest, description in descriptions.items()}
+    values = {job.digest: _values(job, descriptions[job.digest]) for job in jobs}
+    keys = [*dict.fromkeys(key for job in jobs for key in job.parameters)]
     fixed = dict.fromkeys(
-        _key(override) for description in known.values() for override in description.get("overrides", ())
+        _key(override) for description in descriptions.values() for override in description.get("overrides", ())
     )
     for key in (*fixed, SEED):
         if key not in keys and len({typed(job, key) for job in values.values() if key in job}) > 1:
             keys.append(key)
-    groups = dict.fromkeys(group for description in known.values() for group in _choices(description))
+    groups = dict.fromkeys(group for description in descriptions.values() for group in _choices(description))
     for key in dict.fromkeys([*groups, *(key for job in values.values() for key in job)]):
         if key not in keys and _distinguishes(
             key, [*values.values()], [other_key for other_key in keys if other_key != SEED]
         ):
             keys.append(key)
     return [
-        replace(job, axes={key: values[job.digest][key] for key in keys if key in values[job.digest]}) for job in jobs
+        replace(job, parameters={key: values[job.digest][key] for key in keys if key in values[job.digest]})
+        for job in jobs
     ]
 
 
 def _launch_key(job: Job, description: Mapping[str, Any]) -> tuple[object, ...]:
     """A key that is equal for jobs of one launch, whose configurations differ in swept values alone."""
-    fixed = [override for override in description.get("overrides", ()) if _key(override) not in job.axes]
-    return tuple(job.axes), tuple(fixed), description.get("code")
+    fixed = [override for override in description.get("overrides", ()) if _key(override) not in job.parameters]
+    return tuple(job.parameters), tuple(fixed), description.get("code")
 
 
 def _values(job: Job, description: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,7 +247,7 @@ def _values(job: Job, description: Mapping[str, Any]) -> dict[str, Any]:
     except BadInput:
         foreign.load(path)  # raises the same with the name of the file
         raise
-    return {**values, **_choices(description), **job.axes}
+    return {**values, **_choices(description), **job.parameters}
 
 
 def _choices(description: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,15 +17,15 @@ from omegaconf import DictConfig, OmegaConf
 from twoviews import foreign, launched
 from twoviews.code import code_state, copy_digest, freeze, left_out, no_commit
 from twoviews.config.building import build
-from twoviews.config.checks import check_plugin
+from twoviews.config.checks import checked_plugin
 from twoviews.config.digest import as_float, flat, without_unused
 from twoviews.console import Console
 from twoviews.errors import BadInput, counted
 from twoviews.sweeps import mlflow_sync
 from twoviews.sweeps.composing import Composer, job_specs
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job import Job, JobSpec, JobState
-from twoviews.sweeps.job_status import status, wait_until_ended
+from twoviews.sweeps.job import ATTRIBUTES, Job, JobSpec, JobState
+from twoviews.sweeps.job_states import current_states, wait_until_ended
 from twoviews.sweeps.machine import CLUSTER_POLL_SECONDS, Launcher
 from twoviews.sweeps.plan import plan
 from twoviews.tracking import uris
@@ -34,11 +34,11 @@ MAX_SHOWN_FILES = 5  # of those that git does not track
 # Overrides of Hydra's own node that matter to a sweep.
 _HYDRA_KEYS = (
     "hydra.mode=",
+    "hydra.sweep.dir=",
     "hydra.launcher",
     "hydra/launcher=",
     "hydra.sweeper",
     "hydra/sweeper=",
-    "hydra.sweep.dir=",
 )
 # Root keys that may differ between launches of one sweep.
 FREE_KEYS = ("hydra", "sweep", "tracking", "runtime", "fresh", "preview", "find_batch")
@@ -80,7 +80,7 @@ class SweepCommand:
                 raise BadInput(f"{override} would not reach the jobs of a sweep; leave it out, or leave out -m.")
         overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         self.swept = [override.get_key_element() for override in overrides if override.is_sweep_override()]
-        self.launcher_config = check_plugin(config, "launcher")
+        self.launcher_config = checked_plugin(config, "launcher")
         name = name or default_name(config, self.swept)
         if not re.fullmatch(r"[\w+-][\w.+-]*", name):
             raise BadInput(f"sweep.name={name} is not the name of a folder; use letters, digits and any of . _ + -")
@@ -127,7 +127,7 @@ class SweepCommand:
         needed = []
         for file in files:
             module = file.removeprefix("src/").removesuffix(".py").replace("/", ".")
-            if file in choices or any(f"_target_: {module}." in spec.config for spec in specs):
+            if file in choices or any(f"_target_: {module}." in spec.config_yaml for spec in specs):
                 needed.append(file)
         if needed:
             raise BadInput(
@@ -153,35 +153,35 @@ class SweepCommand:
             mlflow_sync.flush(sweep, self.console.say)
 
 
-def launch_all(launch: SweepCommand, combinations: Sequence[Sequence[str]]) -> int:
+def launch_all(command: SweepCommand, combinations: Sequence[Sequence[str]]) -> int:
     """Run the jobs of a sweep that have no result yet; returns the exit code: 0, or 1 if jobs failed.
 
     Args:
-        launch: the command.
+        command: whose jobs these are.
         combinations: overrides of each job.
 
     Raises:
         BadInput: a job is wrong; nothing was started.
         SystemExit: a signal stopped it.
     """
-    specs = launch.specs(combinations)
-    if launch.options.plan:
-        existing = Sweep(launch.folder).jobs if (launch.folder / "sweep.json").exists() else []
-        plan(launch.folder, specs, status(existing), launch.launcher, launch.console)
+    specs = command.specs(combinations)
+    if command.options.plan:
+        existing = Sweep(command.folder).jobs if (command.folder / "sweep.json").exists() else []
+        plan(command.folder, specs, current_states(existing), command.launcher, command.console)
         return 0
-    sweep, jobs = launch.add(specs)
-    states = status(jobs)
-    todo = [job for job in jobs if not (states[job.digest].active or states[job.digest].done)]
-    print_start(sweep, jobs, states, len(todo), launch.console)
-    launch.attach_jobs(sweep, todo)
+    sweep, jobs = command.add(specs)
+    states = current_states(jobs)
+    todo = [job for job in jobs if states[job.digest].unfinished]
+    print_start(sweep, jobs, states, len(todo), command.console)
+    command.attach_jobs(sweep, todo)
     digests = {job.digest for job in jobs}
     try:
-        launch.launcher.submit(todo)
-        if launch.options.wait:
-            wait_until_ended(sweep.named(digests), poll_s=CLUSTER_POLL_SECONDS, say=launch.console.say)
+        command.launcher.submit(todo)
+        if command.options.wait:
+            wait_until_ended(sweep.named(digests), poll_s=CLUSTER_POLL_SECONDS, say=command.console.say)
     finally:
-        launch.flush(sweep)
-    return print_end(sweep, digests, launch.console)
+        command.flush(sweep)
+    return print_end(sweep, digests, command.console)
 
 
 def retry(sweep: Sweep, jobs: Sequence[Job]) -> None:
@@ -190,16 +190,17 @@ def retry(sweep: Sweep, jobs: Sequence[Job]) -> None:
     Raises:
         BadInput: this user did not launch that code or that launcher: what came from elsewhere is not run.
     """
-    launcher, copies = sweep.record["launcher"], {job.description["code"] for job in jobs}
-    known = all(launched.remembered(copy_digest(Path(copy))) for copy in copies)
-    if jobs and not (known and launched.remembered(json.dumps(launcher, sort_keys=True))):
+    launcher: dict[str, Any] = sweep.record["launcher"]
+    copies = {job.description["code"] for job in jobs}
+    from_here = all(launched.remembered(copy_digest(Path(copy))) for copy in copies)
+    if jobs and not (from_here and launched.remembered(json.dumps(launcher, sort_keys=True))):
         raise BadInput(
             f"{sweep.folder} has code or a launcher that was not launched from here, so nothing of it is run; launch the "
             "sweep with `train.py -m` and sweep.name= again, which goes on from its checkpoints with the code of this checkout."
         )
     for job in jobs:
         uris.refuse_untrusted(foreign.load(job.folder / "config.yaml").get("tracking", {}).get("uri"))
-    build(launcher).submit(jobs)
+    build({ATTRIBUTES.get(key, key): value for key, value in launcher.items()}).submit(jobs)
 
 
 def default_name(config: DictConfig, swept: Sequence[str]) -> str:
@@ -216,12 +217,12 @@ def default_name(config: DictConfig, swept: Sequence[str]) -> str:
 def print_start(
     sweep: Sweep, jobs: Sequence[Job], states: Mapping[str, JobState], to_run: int, console: Console
 ) -> None:
-    """Print how many jobs there are, how many are done or active, and how many are run now."""
-    known = Counter(states[job.digest].state for job in jobs)
+    """Print how many jobs there are, how many are finished or active, and how many are run now."""
+    by_state = Counter(states[job.digest].state for job in jobs)
     counts = {
-        "finished": known["FINISHED"],
-        "given up by a search": known["PRUNED"],
-        "running or queued already": known["RUNNING"] + known["QUEUED"],
+        "finished": by_state["FINISHED"],
+        "given up by a search": by_state["PRUNED"],
+        "running or queued already": by_state["RUNNING"] + by_state["QUEUED"],
         "to run": to_run,
     }
     shown = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
@@ -231,8 +232,8 @@ def print_start(
 def print_end(sweep: Sweep, digests: set[str], console: Console) -> int:
     """Print how many of these jobs are finished, and a line for each that failed; returns the exit code."""
     jobs = sweep.named(digests)
-    states = status(jobs)
-    failed = [job for job in jobs if not (states[job.digest].active or states[job.digest].done)]
+    states = current_states(jobs)
+    failed = [job for job in jobs if states[job.digest].unfinished]
     counts = Counter(state.state for state in states.values())
     active, pruned = counts["RUNNING"] + counts["QUEUED"], counts["PRUNED"]
     rest = (f", {pruned} given up by a search" if pruned else "") + (f", {active} queued or running" if active else "")

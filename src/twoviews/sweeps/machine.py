@@ -23,11 +23,12 @@ from filelock import FileLock, Timeout
 
 from twoviews.console import Console, duration
 from twoviews.errors import BadInput
+from twoviews.protocols.units import KNN_TOP1
 from twoviews.ranges import Count
 from twoviews.sweeps import runner
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import LOG, Job
-from twoviews.sweeps.job_status import status
+from twoviews.sweeps.job_states import current_states
 from twoviews.sweeps.mlflow_sync import BackgroundReport
 
 POLL_SECONDS = 0.2  # between two looks at the processes
@@ -142,7 +143,7 @@ class Local(Launcher):
     def _run(self, sweep: Sweep, jobs: Sequence[Job], source: JobSource) -> None:
         slots = self.slots()
         with sweep.launching(Console().say):
-            states = status(jobs)
+            states = current_states(jobs)
             todo = [job for job in jobs if states[job.digest].state not in ("FINISHED", "RUNNING")]
             _Work(sweep, slots, min(self.at_once or sys.maxsize, len(slots))).run(todo, source)
 
@@ -152,12 +153,12 @@ class Pool(Local):
 
     Args:
         at_once: most jobs that run together; None: as many as there are slots.
-        points_per_gpu: jobs that share a GPU, if there are GPUs.
-        cores_per_point: CPU cores of a job; without GPUs they determine the number of slots.
+        jobs_per_gpu: jobs that share a GPU, if there are GPUs.
+        cores_per_job: CPU cores of a job; without GPUs they determine the number of slots.
     """
 
-    def __init__(self, at_once: Count | None, points_per_gpu: Count, cores_per_point: Count):
-        self.at_once, self.jobs_per_gpu, self.cores_per_job = at_once, points_per_gpu, cores_per_point
+    def __init__(self, at_once: Count | None, jobs_per_gpu: Count, cores_per_job: Count):
+        self.at_once, self.jobs_per_gpu, self.cores_per_job = at_once, jobs_per_gpu, cores_per_job
 
     def print_warnings(self) -> None:
         """Print a line if jobs get cores although there is a GPU, because nvidia-smi cannot list it."""
@@ -179,7 +180,7 @@ class Pool(Local):
             return [Slot(f"gpu{gpu}-{share}", {**threads, "CUDA_VISIBLE_DEVICES": gpu}) for gpu, share in shares]
         cores, step = len(os.sched_getaffinity(0)), self.cores_per_job
         if step > cores:
-            raise BadInput(f"hydra.launcher.cores_per_point={step}, but this machine has {cores} cores; lower it.")
+            raise BadInput(f"hydra.launcher.cores_per_job={step}, but this machine has {cores} cores; lower it.")
         return [Slot(f"cores{first}-{first + step - 1}", threads) for first in range(0, cores - step + 1, step)]
 
 
@@ -190,9 +191,8 @@ def gpus() -> list[str]:
     if not shutil.which("nvidia-smi"):
         return []
     command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    # Without a driver or a GPU it fails, and prints the reason to stdout.
-    return done.stdout.split() if done.returncode == 0 else []
+    listing = subprocess.run(command, capture_output=True, text=True)
+    return [] if listing.returncode else listing.stdout.split()  # when it fails, it prints the reason to stdout
 
 
 def stop(jobs: Sequence[Job]) -> None:
@@ -296,5 +296,5 @@ def _outcome(job: Job) -> str:
     state, result = job.state, job.result
     if state.state != "FINISHED":
         return f"{state.state}: {state.reason}"
-    knn = f", kNN {result['knn/top1']:.2f} %" if "knn/top1" in result else ""
+    knn = f", kNN {result[KNN_TOP1]:.2f} %" if KNN_TOP1 in result else ""
     return f"FINISHED{knn}, {duration(result['seconds'])}"

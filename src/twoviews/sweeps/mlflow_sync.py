@@ -15,11 +15,11 @@ from typing import Any
 from filelock import FileLock
 
 from twoviews import foreign
+from twoviews.code import python_path
 from twoviews.errors import BadInput, system_reason
 from twoviews.sweeps.folder import WRITER_THREADS, Sweep
 from twoviews.sweeps.job import Job, JobState, assigned, short_names, with_varying_parameters
-from twoviews.sweeps.job_status import status
-from twoviews.sweeps.runner import python_path
+from twoviews.sweeps.job_states import current_states
 from twoviews.tracking import uris
 from twoviews.tracking.client import short_error
 from twoviews.tracking.metrics import METRICS_FILE
@@ -56,11 +56,11 @@ def attach_jobs(sweep: Sweep, jobs: Sequence[Job], tracking: Mapping[str, Any]) 
         with sweep.update() as record:
             record.update(parent=parent, parent_experiment=experiment_id, parent_status="RUNNING")
     varying = {job.digest: job for job in with_varying_parameters(sweep.jobs)}
-    names = short_names(dict.fromkeys(key for job in varying.values() for key in job.axes))
+    names = short_names(dict.fromkeys(key for job in varying.values() for key in job.parameters))
 
     def attach(digest: str) -> None:
         job = varying[digest]
-        attach_parent(job.folder, uri, experiment, parent, assigned(job.axes, names) or digest, job.axes)
+        attach_parent(job.folder, uri, experiment, parent, assigned(job.parameters, names) or digest, job.parameters)
 
     with ThreadPoolExecutor(WRITER_THREADS) as pool:
         list(pool.map(attach, [job.digest for job in jobs]))
@@ -80,7 +80,7 @@ def collect(sweep: Sweep, jobs: Sequence[Job], say: Callable[[str], None] = prin
     Raises:
         BadInput: MLflow does not answer.
     """
-    states = status(sweep.jobs)
+    states = current_states(sweep.jobs)
     tracking = sweep.record.get("tracking") or foreign.load(jobs[0].folder / "config.yaml")["tracking"]
     attach_jobs(sweep, jobs, tracking)
     left = 0
@@ -122,7 +122,7 @@ def sweep_page(sweep: Sweep) -> str | None:
 
 def flush(sweep: Sweep, say: Callable[[str], None]) -> None:
     """Send what MLflow lacks of a sweep without active jobs; a failure is said, not raised."""
-    states = status(sweep.jobs).values()
+    states = current_states(sweep.jobs).values()
     if not states or any(state.active for state in states) or not pending(sweep):
         return
     try:
@@ -139,7 +139,7 @@ def flush(sweep: Sweep, say: Callable[[str], None]) -> None:
 def pending(sweep: Sweep) -> bool:
     """Whether MLflow lacks something of a sweep without active jobs, as far as its folder says; MLflow is not asked."""
     jobs, record = sweep.jobs, sweep.record
-    ended = record["parent"] and record.get("parent_status") == _parent_status([*status(jobs).values()])
+    ended = record["parent"] and record.get("parent_status") == _parent_status([*current_states(jobs).values()])
     return not ended or not all(is_uploaded(job.folder) for job in jobs if (job.folder / METRICS_FILE).exists())
 
 
@@ -161,7 +161,7 @@ def _parent_status(states: Sequence[JobState]) -> str:
     """MLflow's name for the status of the parent run; empty while jobs are active."""
     if any(state.active for state in states):
         return ""
-    return "FINISHED" if all(state.done for state in states) else "FAILED"
+    return "FINISHED" if all(state.finished_or_pruned for state in states) else "FAILED"
 
 
 def is_due(sweep: Sweep) -> bool:

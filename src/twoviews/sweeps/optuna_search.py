@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from twoviews.errors import BadInput, nearest
 from twoviews.ranges import Count, Index, Trials
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job_status import CANCEL_SECONDS, wait_until_ended
+from twoviews.sweeps.job_states import CANCEL_SECONDS, wait_until_ended
 from twoviews.sweeps.launching import FREE_KEYS, SweepCommand, launch_all
 from twoviews.sweeps.optuna_trials import SPREAD, TrialRunner
 from twoviews.sweeps.search import Interval, Random, Search, SearchSpace, search_space
@@ -46,7 +46,7 @@ class Optuna(Search):
     prune: bool
     at_once: Count
 
-    def run(self, launch: SweepCommand, arguments: Sequence[str]) -> int:
+    def run(self, command: SweepCommand, arguments: Sequence[str]) -> int:
         """Return when all trials have ended; 0, or 1 if none of them has a value.
 
         Raises:
@@ -54,13 +54,13 @@ class Optuna(Search):
             SystemExit: a signal stopped it; the same command goes on.
         """
         space = search_space(arguments)
-        if not space.axes:
+        if not space.parameters:
             raise BadInput("hydra/sweeper=optuna has nothing to search; give a key several values or an interval.")
-        self._check_metric(launch.protocols)
-        if launch.options.plan:
-            launch.console.say("the configs of this search are not known in advance; the plan is for random ones.")
-            return launch_all(launch, self.combinations(space))
-        sweep = Sweep(launch.folder)
+        self._check_metric(command.protocols)
+        if command.options.plan:
+            command.console.say("the configs of this search are not known in advance; the plan is for random ones.")
+            return launch_all(command, self.combinations(space))
+        sweep = Sweep(command.folder)
         try:
             lock = FileLock(sweep.folder / ".study.lock").acquire(timeout=0)
         except Timeout as error:
@@ -68,13 +68,13 @@ class Optuna(Search):
                 f"another process runs the search in {sweep.folder}; wait for its end, or stop it first."
             ) from error
         with lock, open_study(sweep, space, self.metric, self.draw) as study:
-            trials = TrialRunner(self, study, launch, space, sweep)
+            trials = TrialRunner(self, study, command, space, sweep)
             try:
                 trials.resume()
-                launch.launcher.serve(sweep, trials.next_jobs)
+                command.launcher.serve(sweep, trials.next_jobs)
                 wait_until_ended([job for job in sweep.jobs if job.given_up], CANCEL_SECONDS)
             finally:
-                launch.flush(sweep)
+                command.flush(sweep)
             return trials.print_end()
 
     def configs(self, space: SearchSpace) -> Iterator[dict[str, str]]:
@@ -87,10 +87,10 @@ class Optuna(Search):
         # The values of other protocols are known to their own code alone.
         if self.metric in certain or (slash and value and name in {*protocols} - {*PROBES}):
             return
-        known = [*certain, *(f"{protocol}/…" for protocol in protocols if protocol not in PROBES)]
+        metrics = [*certain, *(f"{protocol}/…" for protocol in protocols if protocol not in PROBES)]
         raise BadInput(
             f"hydra.sweeper.metric={self.metric} is nothing that these trainings measure and that is better when larger."
-            f"{nearest(self.metric, known)} Known: {', '.join(known)}."
+            f"{nearest(self.metric, metrics)} Known: {', '.join(metrics)}."
         )
 
 
@@ -121,11 +121,13 @@ def open_study(sweep: Sweep, space: SearchSpace, metric: str, draw: int) -> Iter
     # With the same seed after a resume, the sampler would repeat its first proposals.
     study.sampler = optuna.samplers.TPESampler(seed=draw + 1000 * len(study.trials), constant_liar=True)
     fixed = dict(override.split("=", 1) for override in space.fixed)
+    # Trials stay comparable when other keys change.
+    compared = [key for key in sorted(fixed) if re.split("[./@]", key.lstrip("+~"))[0] not in FREE_KEYS]
     attributes = {
-        "space": "; ".join(f"{key}={_describe(values)}" for key, values in sorted(space.axes.items())),
+        "space": "; ".join(f"{key}={_describe(values)}" for key, values in sorted(space.parameters.items())),
         "seeds": ",".join(sorted(space.seeds)),
         "metric": metric,
-        "overrides": " ".join(f"{key}={value}" for key, value in sorted(fixed.items()) if not _is_free(key)),
+        "overrides": " ".join(f"{key}={fixed[key]}" for key in compared),
     }
     for name, value in attributes.items():
         before = study.user_attrs.get(name, value)
@@ -147,8 +149,3 @@ def _describe(values: Sequence[str] | Interval) -> str:
         return ",".join(values)
     kinds = ["a whole number" if values.whole else "", "logarithmic" if values.logarithmic else ""]
     return f"{values.low} to {values.high}" + "".join(f", {kind}" for kind in kinds if kind)
-
-
-def _is_free(key: str) -> bool:
-    """Whether trials stay comparable when this key changes."""
-    return re.split("[./@]", key.lstrip("+~"))[0] in FREE_KEYS

@@ -15,9 +15,10 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 
 from twoviews.errors import BadInput, counted
+from twoviews.protocols.units import KNN_TOP1
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobState, assigned
-from twoviews.sweeps.job_status import status
+from twoviews.sweeps.job_states import current_states
 from twoviews.sweeps.launching import SweepCommand
 from twoviews.sweeps.search import Interval, SearchSpace
 from twoviews.sweeps.slurm import cancel
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from twoviews.sweeps.optuna_search import Optuna
 
 POLL_SECONDS = 2.0  # between two looks at the states of running jobs
-KNN = "knn/top1"
 SPREAD = "train/spread"
 PRUNE_BELOW_SPREAD = 0.05  # embeddings with a lower spread are collapsed; 1 is even
 COLLAPSE_EPOCHS = 1.0  # a collapse has to last so long, after as many epochs at the start
@@ -54,14 +54,14 @@ class TrialRunner:
     Args:
         search: the parameters of the search.
         study: in the sweep folder.
-        launch: the command.
+        command: of the search.
         space: the search space of the command.
         sweep: where jobs are added.
     """
 
-    def __init__(self, search: "Optuna", study: Study, launch: SweepCommand, space: SearchSpace, sweep: Sweep):
-        self.search, self.study, self.launch, self.space, self.sweep = search, study, launch, space, sweep
-        self._say = launch.console.say
+    def __init__(self, search: "Optuna", study: Study, command: SweepCommand, space: SearchSpace, sweep: Sweep):
+        self.search, self.study, self.command, self.space, self.sweep = search, study, command, space, sweep
+        self._say = command.console.say
         self._running: list[RunningTrial] = []
         self._queue: deque[Job] = deque()
         self._started: set[str] = set()  # digests of the jobs that the launcher has
@@ -70,20 +70,22 @@ class TrialRunner:
 
     def resume(self) -> None:
         """Go on with the trials that an earlier process left without a value."""
-        known = self.study.get_trials(deepcopy=False)
-        for frozen in known:
+        trials = self.study.get_trials(deepcopy=False)
+        for frozen in trials:
             if frozen.state != TrialState.RUNNING:
                 self._stop_leftovers(frozen)
                 continue
             trial = resumed_trial(self.study, frozen)
-            if frozen.params.keys() != self.space.axes.keys():  # killed while it was asked for: nothing was started
+            if (
+                frozen.params.keys() != self.space.parameters.keys()
+            ):  # killed while it was asked for: nothing was started
                 trial.set_user_attr("torn", True)
                 self.study.tell(trial, state=TrialState.FAIL)
                 continue
             self._begin(trial)
-        if known:
+        if trials:
             self._say(
-                f"the study has {counted(len(known), 'trial')}, {len(self._running)} of them without a value yet; going on."
+                f"the study has {counted(len(trials), 'trial')}, {len(self._running)} of them without a value yet; going on."
             )
 
     def _begin(self, trial: Trial) -> None:
@@ -101,30 +103,29 @@ class TrialRunner:
             self._running.append(RunningTrial(trial, same.jobs))
             return
         try:
-            specs = self.launch.specs(self.space.combinations(config))
+            specs = self.command.specs(self.space.combinations(config))
         except BadInput:
             self.study.tell(trial, state=TrialState.FAIL)
             raise
-        _, jobs = self.launch.add(specs)
-        self.launch.attach_jobs(self.sweep, jobs)
+        _, jobs = self.command.add(specs)
+        self.command.attach_jobs(self.sweep, jobs)
         self._running.append(RunningTrial(trial, jobs))
-        begun = {digest for digest, state in status(jobs).items() if state.state in ("FINISHED", "RUNNING")}
+        begun = {digest for digest, state in current_states(jobs).items() if state.state in ("FINISHED", "RUNNING")}
         self._inherited |= begun - self._started
         self._started |= begun
         self._queue.extend(job for job in jobs if job.digest not in begun)
 
     def _config(self, trial: Trial | FrozenTrial) -> dict[str, str]:
         """The values of a trial by key, as they are typed."""
-        axes = self.space.axes
         return {
-            key: interval.text(value) if isinstance(interval := axes[key], Interval) else str(value)
+            key: interval.text(value) if isinstance(interval := self.space.parameters[key], Interval) else str(value)
             for key, value in trial.params.items()
         }
 
     def _ask(self) -> bool:
         """Begin another trial; False if there are enough, running or in total."""
-        known = self.study.get_trials(deepcopy=False)
-        count = sum(trial.state.name != "WAITING" and "torn" not in trial.user_attrs for trial in known)
+        trials = self.study.get_trials(deepcopy=False)
+        count = sum(trial.state.name != "WAITING" and "torn" not in trial.user_attrs for trial in trials)
         if len(self._running) >= self.search.at_once or count >= self.search.trials:
             return False
         self._begin(self.study.ask(distributions(self.space)))
@@ -151,7 +152,7 @@ class TrialRunner:
             if running not in self._running:  # stopped with another trial of the same config
                 continue
             running.jobs = [jobs[job.digest] for job in running.jobs]
-            states = status([job for job in running.jobs if job.digest in self._started])
+            states = current_states([job for job in running.jobs if job.digest in self._started])
             if not self._end(running, states) and self.search.prune:
                 self._prune(running, states)
 
@@ -202,7 +203,7 @@ class TrialRunner:
     def _report_knn(self, running: RunningTrial) -> Iterator[int]:
         """Report the mean kNN of each epoch that all seeds have reached since; yields each epoch after its report."""
         curves = [
-            {int(line["epoch"]): line[KNN] for line in job.metrics() if KNN in line and line["epoch"] >= 1}
+            {int(line["epoch"]): line[KNN_TOP1] for line in job.metrics() if KNN_TOP1 in line and line["epoch"] >= 1}
             for job in running.jobs
         ]
         for epoch in sorted(set.intersection(*map(set, curves)) - running.reported_epochs):
@@ -233,7 +234,7 @@ class TrialRunner:
     def _stop_leftovers(self, trial: FrozenTrial) -> None:
         """Stop the jobs of a trial that an earlier process ended and had no time to stop."""
         if "failed" in trial.user_attrs:
-            specs = self.launch.specs(self.space.combinations(self._config(trial)))
+            specs = self.command.specs(self.space.combinations(self._config(trial)))
             self._give_up(
                 self.sweep.named(spec.digest for spec in specs), trial.user_attrs["reason"], trial.user_attrs["failed"]
             )
@@ -243,7 +244,7 @@ class TrialRunner:
         unwanted = [job for job in jobs if job.digest not in failed and job.result.get("state") != "finished"]
         if digests := [job.digest for job in unwanted if not job.given_up]:
             self.sweep.mark(digests, given_up=reason)
-        states = status(unwanted)
+        states = current_states(unwanted)
         cancel([job for job in unwanted if job.submitted and states[job.digest].active])
 
     def print_end(self) -> int:
@@ -261,17 +262,17 @@ class TrialRunner:
 
 def collapsed(lines: Sequence[Mapping[str, float]]) -> bool:
     """Whether the embeddings have been collapsed for an epoch, not counting the first; from lines of metrics.jsonl."""
-    known = [line for line in lines if SPREAD in line]
-    if not known or known[-1]["epoch"] < 2 * COLLAPSE_EPOCHS:
+    measured = [line for line in lines if SPREAD in line]
+    if not measured or measured[-1]["epoch"] < 2 * COLLAPSE_EPOCHS:
         return False
-    recent = [line[SPREAD] for line in known if line["epoch"] > known[-1]["epoch"] - COLLAPSE_EPOCHS]
+    recent = [line[SPREAD] for line in measured if line["epoch"] > measured[-1]["epoch"] - COLLAPSE_EPOCHS]
     return max(recent) < PRUNE_BELOW_SPREAD
 
 
 def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
     """Optuna's distribution for each swept key."""
     result: dict[str, BaseDistribution] = {}
-    for key, values in space.axes.items():
+    for key, values in space.parameters.items():
         if not isinstance(values, Interval):
             result[key] = CategoricalDistribution(list(values))
         elif values.whole:

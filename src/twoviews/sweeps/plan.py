@@ -48,7 +48,7 @@ class Cost:
         epoch_s: seconds of an epoch.
         disk: bytes of its folder at the end.
         device: the GPU's name, or CPU.
-        width: GPUs, or threads of a CPU.
+        device_count: GPUs, or threads of a CPU.
         source: how that is known, for the user.
     """
 
@@ -56,12 +56,12 @@ class Cost:
     epoch_s: float
     disk: int
     device: str
-    width: int
+    device_count: int
     source: str
 
     def seconds(self, spec: JobSpec) -> float:
         """Seconds of the whole training of a job."""
-        epochs = next(line.split()[1] for line in spec.config.splitlines() if line.startswith("epochs:"))
+        epochs = next(line.split()[1] for line in spec.config_yaml.splitlines() if line.startswith("epochs:"))
         return self.fixed_s + self.epoch_s * float(epochs)
 
 
@@ -83,7 +83,7 @@ def plan(
     """
     now = {spec.digest: states[spec.digest].state if spec.digest in states else "new" for spec in specs}
     rows = [
-        {"job": spec.digest, **{key: text(value) for key, value in spec.axes.items()}, "now": now[spec.digest]}
+        {"job": spec.digest, **{key: text(value) for key, value in spec.parameters.items()}, "now": now[spec.digest]}
         for spec in specs
     ]
     console.rows(f"{folder.name}: {counted(len(specs), 'job')}", rows)
@@ -105,7 +105,7 @@ def plan(
 
 def _print_time(todo: Sequence[JobSpec], costs: Sequence[Cost], launcher: Launcher, console: Console) -> None:
     seconds = [cost.seconds(spec) for cost, spec in zip(costs, todo, strict=True)]
-    hours = sum(job_seconds * cost.width for job_seconds, cost in zip(seconds, costs, strict=True)) / 3600
+    hours = sum(job_seconds * cost.device_count for job_seconds, cost in zip(seconds, costs, strict=True)) / 3600
     unit = "core-hours" if costs[0].device == "CPU" else "GPU-hours"
     per_job = " to ".join(dict.fromkeys([duration(min(seconds)), duration(max(seconds))]))
     console.say(f"time      about {per_job} per job, {duration(sum(seconds))} one after the other; {hours:.3g} {unit}")
@@ -142,24 +142,24 @@ def _costs(folder: Path, todo: Sequence[JobSpec], processes: int, console: Conso
     Raises:
         NotMeasured: no job is finished, and the measured ones did not train.
     """
-    known, kinds = _finished_costs(folder), {_kind(spec.axes): spec for spec in reversed(todo)}
-    costs = {kind: known[kind] for kind in kinds if kind in known}
-    for kind, spec in [(kind, spec) for kind, spec in kinds.items() if kind not in known][:MAX_MEASURED]:
+    finished, kinds = _finished_costs(folder), {_kind(spec.parameters): spec for spec in reversed(todo)}
+    costs = {kind: finished[kind] for kind in kinds if kind in finished}
+    for kind, spec in [(kind, spec) for kind, spec in kinds.items() if kind not in finished][:MAX_MEASURED]:
         cost = costs[kind] = _measured(spec, console)
         if processes > 1:
             source = f"{cost.source}; counted as if {processes} processes per job were no faster than that one"
-            costs[kind] = replace(cost, width=cost.width * processes, source=source)
+            costs[kind] = replace(cost, device_count=cost.device_count * processes, source=source)
     highest = max(costs.values(), key=lambda cost: cost.epoch_s)
     left = counted(len(kinds) - len(costs), "more kind")
     assumed = replace(highest, source=f"{left} of jobs taken to cost as much as the most expensive of these")
-    return [costs.get(_kind(spec.axes), assumed) for spec in todo]
+    return [costs.get(_kind(spec.parameters), assumed) for spec in todo]
 
 
-def _kind(axes: Mapping[str, Any]) -> str:
+def _kind(parameters: Mapping[str, Any]) -> str:
     """The varying parameters on which the cost of a step depends, as text."""
     costly = {
         key: value
-        for key, value in axes.items()
+        for key, value in parameters.items()
         if not key.startswith(FREE_OF_COST) and not (key.startswith("method.") and isinstance(value, float))
     }
     return text(dict(sorted(costly.items())))
@@ -174,10 +174,10 @@ def _finished_costs(folder: Path) -> dict[str, Cost]:
     for job in with_varying_parameters(sweep.jobs):
         row = rows.loc[job.digest]
         if row["state"] == FINISHED and row["epoch"]:
-            seconds, width = float(row["seconds"] / row["epoch"]), int(row["width"])
+            seconds, device_count = float(row["seconds"] / row["epoch"]), int(row["device_count"])
             source = "as finished jobs of this sweep took"
-            cost = Cost(0.0, seconds, _size(job.folder), str(row["device"]), width, source)
-            costs.setdefault(_kind(job.axes), []).append(cost)
+            cost = Cost(0.0, seconds, _size(job.folder), str(row["device"]), device_count, source)
+            costs.setdefault(_kind(job.parameters), []).append(cost)
     return {kind: sorted(some, key=lambda cost: cost.epoch_s)[len(some) // 2] for kind, some in costs.items()}
 
 
@@ -192,11 +192,13 @@ def _measured(spec: JobSpec, console: Console) -> Cost:
     Raises:
         NotMeasured: the training did not come so far.
     """
-    console.say(f"measuring the first steps of {assigned(spec.axes) or spec.digest} …")
+    console.say(f"measuring the first steps of {assigned(spec.parameters) or spec.digest} …")
     with tempfile.TemporaryDirectory(prefix="twoviews-plan-") as name:
         folder, started = Path(name), time.time()
-        (folder / "config.yaml").write_text(spec.config)
-        (folder / "point.json").write_text(json.dumps({"axes": dict(spec.axes), "overrides": list(spec.overrides)}))
+        (folder / "config.yaml").write_text(spec.config_yaml)
+        (folder / "point.json").write_text(
+            json.dumps({"axes": dict(spec.parameters), "overrides": list(spec.overrides)})
+        )
         command = [sys.executable, str(ROOT / "train.py"), *train_arguments(folder), "tracking.mirror=false"]
         if _mean_cost(spec) < 1:  # the first epochs are cheaper than the others
             command.append("small_views.share=0")
@@ -243,14 +245,14 @@ def _cost_of_folder(spec: JobSpec, folder: Path, started: float) -> Cost:
         epoch_s=epoch_s * _mean_cost(spec),
         disk=_size(folder) - sum(checkpoints.values()) + 2 * checkpoints.get("last.pt", 0),  # last.pt and previous.pt
         device=device,
-        width=1 if environment["gpu"] else int(environment["threads"]),
+        device_count=1 if environment["gpu"] else int(environment["threads"]),
         source=f"as {len(steps)} lines of its first {steps[-1]['step']:.0f} steps took on this machine, alone ({device})",
     )
 
 
 def _mean_cost(spec: JobSpec) -> float:
     """What an epoch costs on average, as a share of one without smaller views: of the first epochs, their share of pixels."""
-    match = re.search(r"^small_views:\n  share: (\S+)\n  scale: (\S+)", spec.config, re.MULTILINE)
+    match = re.search(r"^small_views:\n  share: (\S+)\n  scale: (\S+)", spec.config_yaml, re.MULTILINE)
     share, scale = map(float, match.groups()) if match else (0.0, 1.0)
     return 1 - share * (1 - scale**2)
 
@@ -274,6 +276,6 @@ def _seconds(
     # Before the first step, kNN of the untrained encoder and of the pixels was measured, if that is possible. Later it is
     # measured every so many epochs, and at the end linear accuracy too, which takes about as long again.
     probes_s = max(0.0, result.get("seconds", 0.0) - (end - lines[0]["time"])) if lines[0]["step"] == 0 else 0.0
-    every = [int(epochs) for epochs in re.findall(r"^\s+every_epochs: ([1-9]\d*)", spec.config, re.MULTILINE)]
+    every = [int(epochs) for epochs in re.findall(r"^\s+every_epochs: ([1-9]\d*)", spec.config_yaml, re.MULTILINE)]
     epoch_s = steps[-1]["step"] / steps[-1]["epoch"] * step_s + probes_s / min(every, default=math.inf)
     return probes_s + lines[0]["time"] - started, epoch_s

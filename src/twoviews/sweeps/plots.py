@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twoviews.figures import draw_baselines, drawing, merged_legend
+from twoviews.protocols.units import KNN_TOP1
 from twoviews.sweeps.job import short_names, text
 from twoviews.sweeps.results import ACCURACIES, CONFIDENCE, ConfigResults, Results, estimate
 
@@ -19,20 +20,20 @@ MAX_VALUES = 12  # of a parameter: up to so many stand at equal distances, and c
 LINE_LENGTH = 32  # characters of a value on one line
 LOG_RATIO = 10.0  # many positive values whose largest is so many times the smallest get a logarithmic axis
 SHIFT_PT = 6.0  # between configs with the same value
-CURVES = {"knn/top1": "kNN accuracy, %", "train/spread": "spread of projections"}
+CURVES = {KNN_TOP1: "kNN accuracy, %", "train/spread": "spread of projections"}
 WHISKERS = f"whiskers: {CONFIDENCE}% t-interval of the mean, an arrow where it leaves the axis"
 
 
 def plot_all(folder: Path, results: Results) -> dict[str, Path]:
     """Write every plot that the results allow into a folder; returns the files by title."""
-    names, paths = short_names(results.axes), {}
-    for key in results.axes:
+    names, paths = short_names(results.varying), {}
+    for key in results.varying:
         if len(_ordered_values(_measured(results, key), key)) > 1:
             paths[f"Accuracy over {names[key]}"] = path = folder / f"axis_{_file_name(names[key])}.png"
             _plot_parameter(path, results, key)
-    for first, second in combinations(results.axes, 2):
+    for first, second in combinations(results.varying, 2):
         configs = _measured(results, first, second)
-        cells = {(text(config.axes[first]), text(config.axes[second])) for config in configs}
+        cells = {(text(config.parameters[first]), text(config.parameters[second])) for config in configs}
         rows, columns = (len(_ordered_values(configs, key)) for key in (first, second))
         if min(rows, columns) > 1 and len(cells) >= 0.5 * rows * columns:  # a map that is not nearly empty
             path = folder / f"map_{_file_name(names[first])}_{_file_name(names[second])}.png"
@@ -46,8 +47,8 @@ def plot_all(folder: Path, results: Results) -> dict[str, Path]:
 
 def _plot_parameter(path: Path, results: Results, key: str) -> None:
     """A panel for each accuracy: seeds as dots and their means with intervals, a colour for each config of the others."""
-    others, configs = [other for other in results.axes if other != key], _measured(results, key)
-    names, lines = short_names(results.axes), {}
+    others, configs = [other for other in results.varying if other != key], _measured(results, key)
+    names, lines = short_names(results.varying), {}
     for config in configs:
         lines.setdefault(config.label(others, names), []).append(config)
     # In a random search no two configs agree in the other parameters, and all have one colour.
@@ -55,7 +56,7 @@ def _plot_parameter(path: Path, results: Results, key: str) -> None:
     lines = dict(list(lines.items())[:MAX_LINES]) if grouped else {"": configs}
     shown = [config for line in lines.values() for config in line]
     order, metrics = _ordered_values(shown, key), _metrics(shown)
-    scaled = len(order) > MAX_VALUES and all(_is_number(config.axes[key]) for config in shown)
+    scaled = len(order) > MAX_VALUES and all(_is_number(config.parameters[key]) for config in shown)
     seeds = max(len(config.values(name)) for config in shown for name in metrics)
     note = f"dots: seeds; line: mean; {WHISKERS}" if seeds > 1 else "dots: jobs, one seed each"
     note += (
@@ -68,13 +69,13 @@ def _plot_parameter(path: Path, results: Results, key: str) -> None:
             for number, (label, line) in enumerate(lines.items()):
                 color, shift = f"C{number % 10}", SHIFT_PT * (number - (len(lines) - 1) / 2)
                 for config in line:
-                    place = float(config.axes[key]) if scaled else order.index(text(config.axes[key]))
+                    place = float(config.parameters[key]) if scaled else order.index(text(config.parameters[key]))
                     _draw_seeds(panel, place, config.values(metric).tolist(), limits, color, shift)
                 if label:
                     panel.plot([], [], marker="o", linestyle="", color=color, label=_wrapped(label, 100))
             panel.set(xlabel=_wrapped(key, 48), ylabel=f"{ACCURACIES[metric]} accuracy, %", ylim=limits)
             if scaled:
-                values = [float(config.axes[key]) for config in shown]
+                values = [float(config.parameters[key]) for config in shown]
                 low, high = min(values), max(values)
                 logarithmic = 0 < low * LOG_RATIO <= high
                 room = (high / low) ** 0.05 if logarithmic else 0.05 * (high - low)
@@ -83,7 +84,7 @@ def _plot_parameter(path: Path, results: Results, key: str) -> None:
             else:
                 _set_names(panel, order, "x")
                 panel.set_xlim(-0.5, len(order) - 0.5)
-            if metric == "knn/top1":
+            if metric == KNN_TOP1:
                 draw_baselines(panel, results.baselines)
         merged_legend(figure, panels)
 
@@ -120,16 +121,16 @@ def _plot_map(path: Path, results: Results, first: str, second: str) -> None:
     """Means over seeds by two parameters; the best of the configs that share a cell."""
     import pandas as pd
 
-    configs, names = _measured(results, first, second), short_names(results.axes)
+    configs, names = _measured(results, first, second), short_names(results.varying)
     rows, columns = (_ordered_values(configs, key) for key in (first, second))
     note = "mean over seeds; grey: no finished job"
-    note += "; the best of the configs that share a cell" if len(results.axes) > 2 else ""
+    note += "; the best of the configs that share a cell" if len(results.varying) > 2 else ""
     heading: Any = {"title": f"{results.title}: {names[first]} and {names[second]}", "note": note}
     metrics, lines = _metrics(configs), max(1 + len(row) // LINE_LENGTH for row in rows)
     height = min(8.0, max(1.2, len(rows) * (0.15 + 0.13 * lines)))
     with drawing(path, height, panels=(1, len(metrics)), sharey=True, **heading) as (figure, panels):
         for panel, metric in zip(panels, metrics, strict=True):
-            means = [(text(c.axes[first]), text(c.axes[second]), c.values(metric).mean()) for c in configs]
+            means = [(text(c.parameters[first]), text(c.parameters[second]), c.values(metric).mean()) for c in configs]
             table = pd.DataFrame(means).pivot_table(index=0, columns=1, values=2, aggfunc="max")
             cells = table.reindex(index=rows, columns=columns).to_numpy(float)
             panel.set_facecolor("#dddddd")
@@ -150,7 +151,7 @@ def _plot_curves(path: Path, results: Results, metrics: Sequence[str]) -> None:
     import pandas as pd
 
     started = [config for config in results.configs if any(len(results.curves[job]) for job in config.jobs.index)]
-    shown, names = started[:MAX_LINES], short_names(results.axes)
+    shown, names = started[:MAX_LINES], short_names(results.varying)
     several = any(len(config.jobs) > 1 for config in shown)
     note = "thick: mean, as far as all started seeds go; thin: each seed" if several else "a line for each job"
     note += f"; the {len(shown)} best of {len(started)} configs" if len(started) > len(shown) else ""
@@ -166,12 +167,12 @@ def _plot_curves(path: Path, results: Results, metrics: Sequence[str]) -> None:
                 # As far as all seeds go: a mean over fewer seeds would jump without anything having happened.
                 seeds: Any = pd.concat(own, axis=1) if own else pd.DataFrame()
                 means = seeds.mean(axis=1)[(count := seeds.count(axis=1)) == count.max()]
-                marker = "o" if metric == "knn/top1" and len(means) < 30 else None
-                label = _wrapped(config.label(results.axes, names), 100) or None
+                marker = "o" if metric == KNN_TOP1 and len(means) < 30 else None
+                label = _wrapped(config.label(results.varying, names), 100) or None
                 panel.plot(means, color=f"C{number}", marker=marker, markersize=3, label=label)
             last = max(curve["epoch"].max() for curve in results.curves.values() if len(curve))
             panel.set(xlabel="epoch", ylabel=CURVES[metric], xlim=(0, 1.03 * last or None))
-            if metric == "knn/top1":
+            if metric == KNN_TOP1:
                 limits = [*panel.get_ylim(), *(value for values in results.baselines.values() for value in values)]
                 panel.set_ylim(min(limits) - 1, max(limits) + 1)
                 draw_baselines(panel, results.baselines)
@@ -182,7 +183,7 @@ def _plot_curves(path: Path, results: Results, metrics: Sequence[str]) -> None:
 
 def _measured(results: Results, *keys: str) -> list[ConfigResults]:
     """Configs that have all of these parameters and an accuracy, the best first."""
-    return [config for config in results.configs if config.axes.keys() >= {*keys} and _metrics([config])]
+    return [config for config in results.configs if config.parameters.keys() >= {*keys} and _metrics([config])]
 
 
 def _metrics(configs: Sequence[ConfigResults]) -> list[str]:
@@ -196,7 +197,7 @@ def _is_number(value: Any) -> bool:
 
 def _ordered_values(configs: Sequence[ConfigResults], key: str) -> list[str]:
     """Each value of a parameter once, as text: numbers by size, then the others by name."""
-    values = {text(config.axes[key]): config.axes[key] for config in configs}
+    values = {text(config.parameters[key]): config.parameters[key] for config in configs}
     return sorted(values, key=lambda label: (0, values[label], "") if _is_number(values[label]) else (1, 0, label))
 
 

@@ -11,6 +11,7 @@ from twoviews.console import duration
 from twoviews.errors import counted
 from twoviews.figures import BASELINES, files_of
 from twoviews.files import write_atomic
+from twoviews.protocols.units import KNN_TOP1
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import SEED, JobState, assigned, short_names, text, typed
 from twoviews.sweeps.plots import CURVES, plot_all
@@ -40,7 +41,7 @@ def report(
 
     Args:
         sweep: whose jobs may be running.
-        states: by digest, from `job_status.status`; without one, that in state.json.
+        states: by digest, from `job_states.current_states`; without one, that in state.json.
         say: called with sentences for the user.
 
     Raises:
@@ -56,7 +57,7 @@ def report(
         write_atomic(latex, as_latex(_config_rows(results, len(results.configs)), [*ACCURACIES.values()]))
         files.append(latex)
     for best in results.ranked[:1]:
-        label = f"{_label(results, best)}: " if results.axes else ""
+        label = f"{_label(results, best)}: " if results.varying else ""
         accuracies = ", ".join(f"{name} {value}" for name, value in _accuracies(best).items())
         say(f"{_verdict(results)}: {label}{accuracies}")
     say(f"report: {page}")
@@ -67,20 +68,20 @@ def report(
 
 def _send(sweep: Sweep, results: Results, files: Sequence[Path], say: Callable[[str], None]) -> None:
     """Send page, files and mean accuracies to MLflow; a failure is said, not raised."""
-    done = results.jobs[results.jobs["state"] == FINISHED]
-    means = done.reindex(columns=[*ACCURACIES]).mean()
+    finished = results.jobs[results.jobs["state"] == FINISHED]
+    means = finished.reindex(columns=[*ACCURACIES]).mean()
     # By these names MLflow's charts have them behind those of the jobs.
-    metrics = {"sweep/jobs_finished": float(len(done)), **means.dropna().add_suffix("_mean").to_dict()}
+    metrics = {"sweep/jobs_finished": float(len(finished)), **means.dropna().add_suffix("_mean").to_dict()}
     tags = {}
     for best in results.ranked[:1]:
         metrics |= {f"{name}_best": best.estimate(name).mean for name in ACCURACIES if best.estimate(name).count}
-        tags = {f"best.{key}": text(value) for key, value in best.axes.items()}
+        tags = {f"best.{key}": text(value) for key, value in best.parameters.items()}
     run, tracking = sweep.record["parent"], sweep.record["tracking"]
     # The best first: MLflow shows the first lines, the others after a click. Its code blocks do not wrap lines.
     parts = [_best(results), _configs(results), *_heading(sweep, results).split("\n\n")[1:], _cost(results)]
     note = re.sub("^    (.+)$", r"`\1`", "\n\n".join([*parts, _failures(sweep, results)]), flags=re.MULTILINE)
     try:
-        log_report(tracking["uri"], tracking["experiment"], run, note, files, metrics, len(done), tags)
+        log_report(tracking["uri"], tracking["experiment"], run, note, files, metrics, len(finished), tags)
     except Exception as error:  # whatever fails in MLflow, the report is in the folder
         say(f"MLflow does not have the report ({short_error(error)}); the same command sends it again.")
 
@@ -89,7 +90,7 @@ def _csv(results: Results) -> str:
     """A row for each job; a metric that a job did not measure is an empty cell."""
     table = results.jobs.assign(
         seconds=results.jobs["seconds"].map("{:.1f}".format),
-        device_hours=results.jobs["seconds"] * results.jobs["width"] / 3600,
+        device_hours=results.jobs["seconds"] * results.jobs["device_count"] / 3600,
     )
     columns = [*results.parameters, "state", "step", "epoch", *results.metrics]
     columns += ["seconds", "device", "device_hours", "reason"]
@@ -131,7 +132,7 @@ def _heading(sweep: Sweep, results: Results) -> str:
 
 
 def _label(results: Results, config: ConfigResults) -> str:
-    return config.label(results.axes, short_names(results.axes))
+    return config.label(results.varying, short_names(results.varying))
 
 
 def _accuracies(config: ConfigResults) -> dict[str, str]:
@@ -143,7 +144,7 @@ def _accuracies(config: ConfigResults) -> dict[str, str]:
 def _verdict(results: Results) -> str:
     """What the ranking of at least one config is worth, as the heading of its part of the page."""
     ranked, metric = results.ranked, results.metric
-    if metric == "knn/top1" and all(config.estimate(metric).mean <= config.floor for config in ranked):
+    if metric == KNN_TOP1 and all(config.estimate(metric).mean <= config.floor for config in ranked):
         return "No config beats the baselines" if len(ranked) > 1 else "The baselines are not beaten"
     if not (pair := results.comparison):
         return "Result"
@@ -160,10 +161,10 @@ def _best(results: Results) -> str:
     best, verdict = results.ranked[0], _verdict(results)
     most = len(best.values(metric))
     values = ", ".join(f"{name} **{value}**" for name, value in _accuracies(best).items())
-    label = f"**{_label(results, best)}**: " if results.axes else ""
+    label = f"**{_label(results, best)}**: " if results.varying else ""
     sentence = f"{label}{values} over {counted(most, 'seed')}, by {ACCURACIES[metric]} accuracy."
     if verdict not in ("Best", "Result"):
-        sentence = f"The highest mean has {sentence}" if results.axes else sentence
+        sentence = f"The highest mean has {sentence}" if results.varying else sentence
     for config in results.configs:
         value = config.estimate(metric)
         if 0 < value.count < most and value.mean > best.estimate(metric).mean:
@@ -184,8 +185,8 @@ def _best(results: Results) -> str:
 
 def _baselines(results: Results) -> str:
     """The kNN accuracies that a method has to beat, in a sentence; "" if they are not known."""
-    known = [f"{BASELINES[name][0]} {span(values)}" for name, values in results.baselines.items()]
-    return f"Baselines, kNN: {', '.join(known)}." if known else ""
+    shown = [f"{BASELINES[name][0]} {span(values)}" for name, values in results.baselines.items()]
+    return f"Baselines, kNN: {', '.join(shown)}." if shown else ""
 
 
 def _comparison(results: Results, pair: Comparison, metric: str) -> str:
@@ -220,13 +221,13 @@ def _command(config: ConfigResults) -> str:
 
 def _config_rows(results: Results, count: int) -> list[dict[str, str]]:
     """A row for each of the first configs, and for each baseline."""
-    names, rows = short_names(results.axes), []
+    names, rows = short_names(results.varying), []
     for config in results.configs[:count]:
         finished = config.jobs["state"] == FINISHED
         missing = config.jobs[SEED][~finished & (config.jobs[SEED] != "-")]
         jobs = f"{finished.sum()} of {len(config.jobs)}"
         jobs += f" (seed {', '.join(missing)} missing)" if len(missing) else ""
-        row = {names[key]: typed(config.axes, key) for key in results.axes} | {"jobs": jobs}
+        row = {names[key]: typed(config.parameters, key) for key in results.varying} | {"jobs": jobs}
         row |= {short: str(config.estimate(name)) for name, short in ACCURACIES.items() if name in results.metrics}
         time = duration(config.jobs["seconds"][finished].mean()) if finished.any() else "-"
         rows.append(row | {"training per job": time})
@@ -246,7 +247,7 @@ def _cost(results: Results) -> str:
     if not len(jobs):
         return ""
     rows = []
-    groups = jobs.assign(hours=jobs["seconds"] * jobs["width"] / 3600, running=jobs["state"] != FINISHED)
+    groups = jobs.assign(hours=jobs["seconds"] * jobs["device_count"] / 3600, running=jobs["state"] != FINISHED)
     for (device, running), group in groups.groupby(["device", "running"]):  # type: ignore[misc]
         unit = "core-hours (threads x hours)" if device == "CPU" else "GPU-hours"
         hours = group["hours"].sum()
@@ -262,13 +263,9 @@ def _failures(sweep: Sweep, results: Results) -> str:
         return ""
     rows = []
     for digest, job in failed.head(MAX_ROWS).iterrows():
-        values = job.reindex(results.parameters).dropna()
-        row = {
-            "job": digest,
-            "parameters": assigned(values.to_dict(), short_names(values.index), ", "),
-            "state": job["state"],
-        }
-        row |= {"at epoch": f"{job['epoch']:g}", "reason": job["reason"] or "unknown"}
-        rows.append(row | {"log": f"`python -m twoviews.sweep logs {shlex.quote(sweep.name)} {digest}`"})
+        values, log = job.reindex(results.parameters).dropna(), f"logs {shlex.quote(sweep.name)} {digest}"
+        row = {"job": digest, "parameters": assigned(values.to_dict(), short_names(values.index), ", ")}
+        row |= {"state": job["state"], "at epoch": f"{job['epoch']:g}", "reason": job["reason"] or "unknown"}
+        rows.append(row | {"log": f"`python -m twoviews.sweep {log}`"})
     more = f"\n\n{len(failed) - MAX_ROWS} more: report.csv." if len(failed) > MAX_ROWS else ""
     return "## Failures\n\n" + as_markdown(rows) + more

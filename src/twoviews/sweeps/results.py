@@ -13,16 +13,17 @@ from typing import Any
 
 from twoviews import foreign
 from twoviews.figures import BASELINES, training_title
+from twoviews.protocols.units import KNN_TOP1, LINEAR_TOP1
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import SEED, Job, JobState, assigned, text, typed, with_varying_parameters
-from twoviews.sweeps.job_status import with_recorded_end
+from twoviews.sweeps.job_states import with_recorded_end
 
 DataFrame = Series = Any  # of pandas, which takes long to import
-ACCURACIES = {"knn/top1": "kNN", "linear/top1": "linear"}  # what is compared; configs are ranked by the first measured
+ACCURACIES = {KNN_TOP1: "kNN", LINEAR_TOP1: "linear"}  # what is compared; configs are ranked by the first measured
 CONFIDENCE = 95  # %
 FINISHED = "FINISHED"
-# Of `Results.jobs`. seconds: of training, over all starts. device: the GPU's name, or CPU. width: GPUs, or threads of a CPU.
-COLUMNS = (SEED, "state", "reason", "step", "epoch", "seconds", "device", "width", "overrides")
+# Of `Results.jobs`. seconds: of training, over all starts. device: a GPU's name, or CPU. device_count: GPUs, or CPU threads.
+COLUMNS = (SEED, "state", "reason", "step", "epoch", "seconds", "device", "device_count", "overrides")
 MAX_GAP_SECONDS = 600.0  # between two lines of metrics.jsonl; after a longer one the training was interrupted
 _NOT_MEASURED = ("state", "step", "epoch", "seconds", "precision", "mlflow_run_id", "reason")  # of result.json
 
@@ -59,11 +60,11 @@ class ConfigResults:
     """The jobs that differ in their seed alone.
 
     Args:
-        axes: values of the varying parameters, without the seed.
+        parameters: values of the varying parameters, without the seed.
         jobs: their rows of `Results.jobs`, by seed.
     """
 
-    axes: Mapping[str, Any]
+    parameters: Mapping[str, Any]
     jobs: DataFrame
 
     def values(self, metric: str) -> Series:
@@ -83,7 +84,7 @@ class ConfigResults:
 
     def label(self, keys: Sequence[str], names: Mapping[str, str]) -> str:
         """The values of these parameters, if it has them, such as "temperature=0.1, lr=0.03"."""
-        return assigned({key: self.axes[key] for key in keys if key in self.axes}, names, ", ")
+        return assigned({key: self.parameters[key] for key in keys if key in self.parameters}, names, ", ")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Results:
         curves: the lines of metrics.jsonl by digest.
         parameters: the varying parameters of the jobs, which may include the seed.
         metrics: names of the metrics that any job has, sorted.
-        axes: the varying parameters of the configs, in the order of the sweep.
+        varying: the varying parameters of the configs, in the order of the sweep.
         configs: the best first, by mean accuracy; those without a finished job last.
         metric: the accuracy by which they are ranked, such as knn/top1; None if no job has measured one yet.
     """
@@ -126,7 +127,7 @@ class Results:
     curves: Mapping[str, DataFrame]
     parameters: Sequence[str]
     metrics: Sequence[str]
-    axes: Sequence[str]
+    varying: Sequence[str]
     configs: Sequence[ConfigResults]
     metric: str | None
 
@@ -162,36 +163,36 @@ def gather(sweep: Sweep, states: Mapping[str, JobState] | None = None) -> Result
     import pandas as pd
 
     jobs = with_varying_parameters(sweep.jobs)
-    keys = list(dict.fromkeys(key for job in jobs for key in job.axes))
+    keys = list(dict.fromkeys(key for job in jobs for key in job.parameters))
     lines = {job.digest: job.metrics() for job in jobs}
     curves: dict[str, DataFrame] = {digest: pd.DataFrame(job_lines) for digest, job_lines in lines.items()}
     rows = []
     by_config: dict[tuple[str, ...], list[Job]] = {}
     for job in jobs:
         state = (states or {}).get(job.digest) or with_recorded_end(job, job.state)
-        values = {key: text(job.axes[key]) for key in keys if key in job.axes}
-        rows.append({SEED: typed(job.axes, SEED), **values, **_row(job, state, lines[job.digest])})
+        values = {key: text(job.parameters[key]) for key in keys if key in job.parameters}
+        rows.append({SEED: typed(job.parameters, SEED), **values, **_row(job, state, lines[job.digest])})
         # By values as they are typed: a 1 of the command line is a 1.0 of a file.
-        by_config.setdefault(tuple(typed(job.axes, key) for key in keys if key != SEED), []).append(job)
+        by_config.setdefault(tuple(typed(job.parameters, key) for key in keys if key != SEED), []).append(job)
     table: DataFrame = pd.DataFrame(rows, index=[job.digest for job in jobs], columns=None if rows else [*COLUMNS])
     metrics = sorted({*table.columns} - {*COLUMNS, *keys})
     finished = table[table["state"] == FINISHED]
     metric = next((name for name in ACCURACIES if name in metrics and finished[name].notna().any()), None)
     configs = [
         ConfigResults(
-            {key: value for key, value in group[0].axes.items() if key != SEED},
+            {key: value for key, value in group[0].parameters.items() if key != SEED},
             table.loc[[job.digest for job in sorted(group, key=_seed_order)]],
         )
         for group in by_config.values()
     ]
     # Varying are the keys with several values; those of the configs that have most of them come first.
-    most_first = sorted(configs, key=lambda config: -len(config.axes))
-    ordered = dict.fromkeys(key for config in most_first for key in config.axes)
-    axes = [key for key in ordered if len({typed(config.axes, key) for config in configs}) > 1]
+    most_first = sorted(configs, key=lambda config: -len(config.parameters))
+    ordered = dict.fromkeys(key for config in most_first for key in config.parameters)
+    varying = [key for key in ordered if len({typed(config.parameters, key) for config in configs}) > 1]
     if metric:
         # A config with fewer seeds than others may be lucky: it is ranked when it has as many.
         configs.sort(key=lambda config: (-len(config.values(metric)), -config.estimate(metric).mean))
-    return Results(sweep.name, _title(sweep, jobs, keys), table, curves, keys, metrics, axes, configs, metric)
+    return Results(sweep.name, _title(sweep, jobs, keys), table, curves, keys, metrics, varying, configs, metric)
 
 
 def _row(job: Job, state: JobState, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -214,7 +215,7 @@ def _row(job: Job, state: JobState, lines: Sequence[Mapping[str, Any]]) -> dict[
         "epoch": epoch,
         "seconds": float(result["seconds"]) if "seconds" in result else _training_seconds(lines),
         "device": gpu or "CPU",
-        "width": processes if gpu else processes * int(environment.get("threads") or 1),
+        "device_count": processes if gpu else processes * int(environment.get("threads") or 1),
         "overrides": job.description["overrides"],
     }
 
@@ -226,7 +227,7 @@ def _training_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _seed_order(job: Job) -> tuple[bool, float, str]:
-    seed = job.axes.get(SEED)
+    seed = job.parameters.get(SEED)
     return (False, float(seed), "") if isinstance(seed, (int, float)) else (True, 0.0, str(seed))
 
 

@@ -21,6 +21,7 @@ from types import FrameType
 from filelock import Timeout
 
 from twoviews import foreign
+from twoviews.code import python_path
 from twoviews.errors import BadInput
 from twoviews.sweeps.job import LOG, Job, JobState, StateName
 from twoviews.tracking import uris
@@ -94,7 +95,7 @@ def _started(job: Job, before: JobState, submitted: float, slurm_id: str | None)
     state = JobState(
         state="RUNNING",
         slurm_id=slurm_id,
-        node=os.environ.get("SLURMD_NODENAME", platform.node()),
+        node=node(),
         submitted=submitted,
         started=time.time(),
         starts=before.starts + 1,
@@ -253,9 +254,9 @@ def train_arguments(folder: Path) -> list[str]:
     ]
 
 
-def python_path(sources: Path) -> str:
-    """PYTHONPATH for a child process that imports from this folder first."""
-    return os.pathsep.join(filter(None, [str(sources), os.environ.get("PYTHONPATH")]))
+def node() -> str:
+    """The name of this machine, for SLURM's jobs as SLURM calls it."""
+    return os.environ.get("SLURMD_NODENAME", platform.node())
 
 
 def _stop_with_parent() -> None:

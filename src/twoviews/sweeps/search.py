@@ -55,12 +55,12 @@ class SearchSpace:
 
     Args:
         fixed: overrides that all jobs share.
-        axes: the values by swept key, or the interval that contains them; without the seed.
+        parameters: the values by swept key, or the interval that contains them; without the seed.
         seeds: seeds of each config; empty for the configured one alone.
     """
 
     fixed: Sequence[str]
-    axes: Mapping[str, Sequence[str] | Interval]
+    parameters: Mapping[str, Sequence[str] | Interval]
     seeds: Sequence[str]
 
     def combinations(self, config: Mapping[str, str]) -> list[list[str]]:
@@ -75,7 +75,7 @@ class SearchSpace:
             BadInput: a key has an interval.
         """
         listed = {}
-        for key, values in self.axes.items():
+        for key, values in self.parameters.items():
             if isinstance(values, Interval):
                 raise BadInput(
                     f"{key} is an interval, which cannot be listed; list some values, or use hydra/sweeper=random or optuna."
@@ -91,23 +91,23 @@ def search_space(arguments: Sequence[str]) -> SearchSpace:
         BadInput: a range or an interval is empty, or logarithmic and not above 0, or a key is swept that lies inside of
             another one, or a pattern fits no file of a group.
     """
-    fixed, axes = [], {}
+    fixed, parameters = [], {}
     for override in merged(OverridesParser.create().parse_overrides(list(arguments))):
         key = override.get_key_element()
         if override.is_interval_sweep():
-            axes[key] = _interval(override)
+            parameters[key] = _interval(override)
         elif isinstance(pattern := override.value(), Glob):
-            axes[key] = _matching_files(override, pattern)
+            parameters[key] = _matching_files(override, pattern)
         elif override.is_sweep_override():
-            axes[key] = list(dict.fromkeys(override.sweep_string_iterator()))
-            if not axes[key]:
+            parameters[key] = list(dict.fromkeys(override.sweep_string_iterator()))
+            if not parameters[key]:
                 raise BadInput(f"{override.input_line} has no values; write some, as in {key}=1,2 or {key}=range(1,4).")
         else:
             fixed.append(f"{key}={override.get_value_element_as_str()}")
-    seeds = axes.pop(SEED, [])
+    seeds = parameters.pop(SEED, [])
     if isinstance(seeds, Interval):
         raise BadInput("seed=interval(…): seeds are not searched for; list them, as in seed=0,1,2.")
-    return SearchSpace(fixed, axes, seeds)
+    return SearchSpace(fixed, parameters, seeds)
 
 
 def merged(overrides: Sequence[Override]) -> list[Override]:
@@ -167,14 +167,14 @@ def _interval(override: Override) -> Interval:
 class Search(ABC):
     """Decides which jobs a sweep has; the parameters of the constructor are the keys of conf/hydra/sweeper/<name>.yaml."""
 
-    def run(self, launch: SweepCommand, arguments: Sequence[str]) -> int:
+    def run(self, command: SweepCommand, arguments: Sequence[str]) -> int:
         """Run the jobs that follow from the overrides and have no result yet, all of them together; returns the exit code.
 
         Raises:
             BadInput: something is wrong, and nothing was started.
             SystemExit: a signal stopped it.
         """
-        return launch_all(launch, self.combinations(search_space(arguments)))
+        return launch_all(command, self.combinations(search_space(arguments)))
 
     def combinations(self, space: SearchSpace) -> list[list[str]]:
         """The overrides of each job.
@@ -233,13 +233,13 @@ class Random(Search):
 
     def configs(self, space: SearchSpace) -> Iterator[dict[str, str]]:
         """Different configs; more trials begin with the same ones as fewer."""
-        source, known, repeated = random.Random(self.draw), set(), 0
-        while len(known) < self.trials and repeated < MAX_REPEATED_DRAWS:
+        source, drawn, repeated = random.Random(self.draw), set(), 0
+        while len(drawn) < self.trials and repeated < MAX_REPEATED_DRAWS:
             config = {
                 key: values.value(source.random()) if isinstance(values, Interval) else source.choice(values)
-                for key, values in space.axes.items()
+                for key, values in space.parameters.items()
             }
-            repeated = repeated + 1 if tuple(config.items()) in known else 0
+            repeated = repeated + 1 if tuple(config.items()) in drawn else 0
             if not repeated:
-                known.add(tuple(config.items()))
+                drawn.add(tuple(config.items()))
                 yield config

@@ -19,8 +19,8 @@ from twoviews.errors import BadInput, counted
 from twoviews.ranges import Count, Index, Length
 from twoviews.sweeps import runner
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job import Job, JobState
-from twoviews.sweeps.job_status import IDS_PER_CALL, RESUME_HINT, run_slurm, status
+from twoviews.sweeps.job import Job
+from twoviews.sweeps.job_states import IDS_PER_CALL, RESUME_HINT, current_states, run_slurm
 from twoviews.sweeps.machine import Launcher, stop
 
 # What sbatch prints if a user, an account or the cluster may have no more jobs (MaxSubmitJobs, MaxJobCount).
@@ -101,8 +101,10 @@ class Slurm(Launcher):
         require_slurm()
         sweep = Sweep(jobs[0].folder.parent)
         with sweep.launching(self._console.say):
-            states = status(jobs)  # another process may have submitted some meanwhile
-            self._submit_arrays(sweep, [job for job in jobs if not _needs_no_submission(states[job.digest])])
+            states = current_states(jobs)  # another process may have submitted some meanwhile
+            waiting = {digest for digest, state in states.items() if state.state == "QUEUED" and not state.slurm_id}
+            todo = [job for job in jobs if states[job.digest].unfinished or job.digest in waiting]
+            self._submit_arrays(sweep, todo)
 
     def _submit_arrays(self, sweep: Sweep, jobs: Sequence[Job]) -> None:
         """Submit in as many arrays as it takes; waits here while the queue is full."""
@@ -172,7 +174,8 @@ class Slurm(Launcher):
 
     def _parameters(self, sweep: Sweep, code: Path) -> dict[str, object]:
         """Parameters of submitit's executor."""
-        path = shlex.quote(os.pathsep.join(command_folders()))
+        commands = filter(None, map(shutil.which, ("srun", "squeue", "scontrol")))  # which the PATH of jobs may lack
+        path = shlex.quote(os.pathsep.join(dict.fromkeys(str(Path(command).parent) for command in commands)))
         setup = [
             # With options.export, SLURM would pass on as little to the processes of a job as to the job itself.
             "export SLURM_EXPORT_ENV=ALL",
@@ -221,9 +224,9 @@ def cancel(jobs: Sequence[Job]) -> None:
     Sweep(jobs[0].folder.parent).mark([job.digest for job in submitted], cancelled=time.time())
     for start in range(0, len(submitted), IDS_PER_CALL):
         slurm_ids = [str(job.slurm_id) for job in submitted[start : start + IDS_PER_CALL]]
-        done = run_slurm("scancel", "--quiet", *slurm_ids)
-        if done.returncode and "Invalid job id" not in done.stderr:
-            raise BadInput(f"scancel refused: {done.stderr.strip()}")
+        answer = run_slurm("scancel", "--quiet", *slurm_ids)
+        if answer.returncode and "Invalid job id" not in answer.stderr:
+            raise BadInput(f"scancel refused: {answer.stderr.strip()}")
 
 
 def require_slurm() -> None:
@@ -238,12 +241,6 @@ def require_slurm() -> None:
             f"this machine has no SLURM ({' and '.join(missing)} not found); go to a login node, or use "
             "hydra/launcher=local or pool."
         )
-
-
-def command_folders() -> list[str]:
-    """Folders with SLURM's commands on this machine, for jobs whose PATH lacks them."""
-    paths = (shutil.which(command) for command in ("srun", "squeue", "scontrol"))
-    return [*dict.fromkeys(str(Path(path).parent) for path in paths if path)]
 
 
 def max_array_size() -> int:
@@ -271,8 +268,3 @@ def _outside_of_jobs() -> Iterator[None]:
     with submitit.helpers.clean_env():
         os.environ.update(conf)
         yield
-
-
-def _needs_no_submission(state: JobState) -> bool:
-    """Whether a job is finished, pruned, running or already in SLURM's queue."""
-    return state.done or state.state == "RUNNING" or (state.state == "QUEUED" and state.slurm_id is not None)

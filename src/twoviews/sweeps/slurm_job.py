@@ -6,7 +6,6 @@ its own; the runner of process 0 writes the state of the job and requeues it.
 
 import contextlib
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from types import FrameType
 from twoviews.sweeps import runner
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobState
-from twoviews.sweeps.job_status import RESUME_HINT, run_slurm, squeue_states, status
+from twoviews.sweeps.job_states import RESUME_HINT, current_states, run_slurm, squeue_states
 from twoviews.sweeps.mlflow_sync import is_due
 from twoviews.sweeps.runner import STOP_SIGNALS, TrainingProcess
 
@@ -90,16 +89,16 @@ def _requeue(job: Job, state: JobState, slurm_id: str, signals: RunnerSignals) -
     """Put the SLURM job back into the queue, unless SLURM did that or ends it for good. Does not return."""
     missing = [command for command in ("scontrol", "squeue") if not shutil.which(command)]
     if missing:
-        reason = f"{state.reason}, and {_node()} has no {missing[0]} to put it back into the queue; {RESUME_HINT}"
+        reason = f"{state.reason}, and {runner.node()} has no {missing[0]} to put it back into the queue; {RESUME_HINT}"
         job.write(replace(state, reason=reason))
         os._exit(1)
     end = time.monotonic() + REQUEUE_SECONDS
     while time.monotonic() < end:
-        known = squeue_states([slurm_id])
-        if known is None:  # the controller does not answer
+        queued = squeue_states([slurm_id])
+        if queued is None:  # the controller does not answer
             signals.wait(5)
             continue
-        if slurm_id not in known or known[slurm_id].state != "RUNNING":  # requeued or cancelled by others
+        if slurm_id not in queued or queued[slurm_id].state != "RUNNING":  # requeued or cancelled by others
             os._exit(0)
         # Written before the request: SLURM kills this process at any moment after it.
         job.write(replace(state, state="QUEUED", reason=f"requeued, {state.reason}"))
@@ -120,7 +119,7 @@ def _tell_mlflow(job: Job) -> None:
     sweep = Sweep(job.folder.parent)
     if not sweep.record["parent"]:
         return
-    if not any(state.active for state in status(sweep.jobs).values()):
+    if not any(state.active for state in current_states(sweep.jobs).values()):
         command = ["twoviews.sweep", "collect", str(sweep.folder)]
     elif not job.result:
         command = ["twoviews.tracking", "sync", str(job.folder)]
@@ -160,7 +159,7 @@ class FailureFiles:
     def write(self, reason: str) -> None:
         """Tell process 0 that this process failed."""
         part = self._folder / f".dying-{self._suffix}-{self._rank}"
-        part.write_text(f"process {self._rank} on {_node()}: {reason}")
+        part.write_text(f"process {self._rank} on {runner.node()}: {reason}")
         part.rename(self._folder / f".dead-{self._suffix}-{self._rank}")
 
 
@@ -196,7 +195,3 @@ def _rendezvous(processes: int) -> dict[str, str]:
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(processes // job_environment.num_nodes),
     }
-
-
-def _node() -> str:
-    return os.environ.get("SLURMD_NODENAME", platform.node())

@@ -102,9 +102,6 @@ def _experiment_id(client: "MlflowClient", name: str, artifacts: str | None = No
     return experiment.experiment_id
 
 
-# ----------------------------------------------------------------------------------------------------------- SQLite files
-
-
 def _connect_sqlite(uri: str, experiment: str) -> tuple["MlflowClient", str]:
     from mlflow import MlflowClient
 
@@ -195,9 +192,6 @@ def _move_artifacts(path: Path, artifacts: Path) -> None:
                 database.execute("update runs set artifact_uri = ? where run_uuid = ?", new)
 
 
-# ------------------------------------------------------------------------------------------------------- runs and values
-
-
 def get_or_create_run(
     client: "MlflowClient", experiment_id: str, key: str, tags: Mapping[str, str], **options: Any
 ) -> "Run":
@@ -264,9 +258,6 @@ def shortened(text: str, length: int) -> str:
         return text
     end = f"... sha256 {sha256(text.encode()).hexdigest()[:16]}"
     return text[: length - len(end)] + end
-
-
-# ----------------------------------------------------------------------------------------------------------------- errors
 
 
 def short_error(error: Exception) -> str:

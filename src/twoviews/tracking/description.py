@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from twoviews import foreign
 from twoviews.errors import counted, without_secrets
+from twoviews.protocols.units import KNN_TOP1, LINEAR_TOP1
 from twoviews.tracking.client import (
     MAX_DATASET_DIGEST_LENGTH,
     MAX_PARAM_LENGTH,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 SIGNATURE = "\n\n<!-- twoviews "  # before the digest of a description
 MAX_NOTE_LENGTH = MAX_TAG_LENGTH - 100
 NOTE_TAG = "mlflow.note.content"  # MLflow shows this tag as the description of a run, in Markdown
-ACCURACIES = {"knn/top1": "kNN **{:.2f} %**", "linear/top1": "linear **{:.2f} %**"}
+ACCURACIES = {KNN_TOP1: "kNN **{:.2f} %**", LINEAR_TOP1: "linear **{:.2f} %**"}
 BASELINES = {
     "baseline/pixels_knn_top1": "raw pixels: {:.2f} %",
     "baseline/untrained_knn_top1": "the untrained encoder: {:.2f} %",
@@ -44,7 +45,7 @@ def describe(client: "MlflowClient", run: "Run", folder: Path) -> None:
     config, data, environment = (
         foreign.load(folder / name) for name in ("config.yaml", "data.json", "environment.json")
     )
-    params, known = dict(_flat(config)), run.data.params
+    params, sent, commit = dict(_flat(config)), run.data.params, folder / "commit.txt"
     tags = {
         "folder": str(folder.resolve()),
         "host": environment.get("host", platform.node()),
@@ -52,12 +53,12 @@ def describe(client: "MlflowClient", run: "Run", folder: Path) -> None:
         "data": data.get("name", ""),
         "data.digest": data.get("digest", ""),
         "mlflow.source.name": "train.py",
-        "mlflow.source.git.commit": _text(folder / "commit.txt"),
+        "mlflow.source.git.commit": commit.read_text(errors="replace").strip() if commit.is_file() else "",
     }
     for key, value in params.items():
-        if known.get(key, value) != value or f"changed.{key}" in run.data.tags:
+        if sent.get(key, value) != value or f"changed.{key}" in run.data.tags:
             tags[f"changed.{key}"] = value
-    new = [Param(key, value) for key, value in params.items() if key not in known]
+    new = [Param(key, value) for key, value in params.items() if key not in sent]
     filled = [
         RunTag(key, value) for key, value in mlflow_tags({key: value for key, value in tags.items() if value}).items()
     ]
@@ -69,9 +70,6 @@ def describe(client: "MlflowClient", run: "Run", folder: Path) -> None:
         dataset = Dataset(data["name"], digest, source_type="local", source=json.dumps({"name": data["name"]}))
         client.log_inputs(run.info.run_id, [DatasetInput(dataset, [])])
     set_note(client, run, run_note(folder))
-
-
-# ------------------------------------------------------------------------------------------------------------ description
 
 
 def run_note(folder: Path) -> str:
@@ -155,9 +153,6 @@ def _signature(text: str) -> str:
     return f"{sha256(text.encode()).hexdigest()[:16]} -->"
 
 
-# ------------------------------------------------------------------------------------------------------------- parameters
-
-
 def _flat(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
     """(dotted key, value as on the command line) of every leaf, shortened to MLflow's limits."""
     for key, value in config.items():
@@ -166,7 +161,3 @@ def _flat(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
         else:
             text = value if isinstance(value, str) else json.dumps(value, default=str)
             yield mlflow_key(f"{prefix}{key}"), shortened(text, MAX_PARAM_LENGTH)
-
-
-def _text(path: Path) -> str:
-    return path.read_text(errors="replace").strip() if path.is_file() else ""

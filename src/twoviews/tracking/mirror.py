@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from twoviews.code import python_path
 from twoviews.errors import BadInput, counted
 from twoviews.tracking import uris
 from twoviews.tracking.client import NO_ANSWER, logged_error, prepare_environment, short_error
-from twoviews.tracking.state import UploadState, saved_at, set_target
+from twoviews.tracking.state import UploadState, set_target
 from twoviews.tracking.upload import is_uploaded, pending_artifact_bytes, pending_values, upload
 
 FLUSH_TIMEOUT_S = 120.0
@@ -108,14 +109,13 @@ class Mirror:
         uri = UploadState.load(folder).uri
         uris.refuse_untrusted(uri)
         arguments = [str(folder), str(os.getpid()), str(interval_s), uris.resolve(uri)]
-        paths = [str(SOURCES), *filter(None, [os.environ.get("PYTHONPATH")])]
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the new process inherits this
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "twoviews.tracking.mirror", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                env={**os.environ, "PYTHONPATH": python_path(SOURCES)},
                 start_new_session=True,
             )
         finally:
@@ -154,10 +154,11 @@ class Mirror:
         return pending
 
     def _wait(self, timeout_s: float) -> None:
-        is_file, saved = UploadState.load(self._folder).tracking_uri.startswith("sqlite:"), 0
+        is_file = UploadState.load(self._folder).tracking_uri.startswith("sqlite:")
+        path, saved = self._folder / "tracking.json", 0
         start = answered_at = time.monotonic()
         while self._process.poll() is None and time.monotonic() < start + timeout_s:
-            now = saved_at(self._folder)  # changes with each answer
+            now = path.stat().st_mtime_ns if path.exists() else 0  # changes with each answer
             if is_file or now != saved or "imported" not in self._told:
                 saved, answered_at = now, time.monotonic()
             silent_s = time.monotonic() - answered_at - uris.ANSWER_TIMEOUT_S
@@ -191,9 +192,6 @@ def flush(folder: Path, mirror: bool, say: Callable[[str], None] = print) -> Non
 
 def _later(folder: Path) -> str:
     return f"`python -m twoviews.tracking sync {shlex.quote(str(folder))}` sends the rest."
-
-
-# ------------------------------------------------------------------------------------------------------------ the process
 
 
 def _mirror(folder: Path, interval_s: float, closing: threading.Event, messages: TextIO) -> None:

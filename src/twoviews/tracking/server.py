@@ -166,9 +166,9 @@ def _as(user: str | None, *command: object) -> list[str]:
 
 
 def _run(user: str | None, text: str, *command: object) -> None:
-    done = subprocess.run(_as(user, *command), input=text, capture_output=True, text=True, cwd="/")
-    if done.returncode:
-        raise BadInput(f"{command[0]} failed: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+    result = subprocess.run(_as(user, *command), input=text, capture_output=True, text=True, cwd="/")
+    if result.returncode:
+        raise BadInput(f"{command[0]} failed: {(result.stderr.strip().splitlines() or ['no reason given'])[-1]}")
 
 
 def _wait(database: subprocess.Popen, programs: Path, sockets: Path, owner: str, folder: Path) -> None:

@@ -93,12 +93,6 @@ class UploadState:
         self.files, self.already = {}, {}
 
 
-def saved_at(folder: Path) -> int:
-    """When tracking.json was replaced last, in ns; 0 where there is none."""
-    path = folder / "tracking.json"
-    return path.stat().st_mtime_ns if path.exists() else 0
-
-
 def set_target(
     folder: Path,
     uri: str | None,

@@ -109,9 +109,6 @@ def _is_current(folder: Path, state: UploadState, closed: bool) -> bool:
     return has_status and not pending and not _changed_artifacts(folder, state)
 
 
-# -------------------------------------------------------------------------------------------------------------------- run
-
-
 def _open_run(client: "MlflowClient", experiment_id: str, folder: Path, state: UploadState) -> "Run":
     """The run in MLflow with the tags of the state, made once however often this is interrupted."""
     from mlflow.exceptions import MlflowException
@@ -163,9 +160,6 @@ def _check_artifact_folder(run: "Run") -> None:
             f"MLflow names {path} for the files of run {run.info.run_id}, which is not a folder of that run; name another "
             "database with `python -m twoviews.tracking sync --uri`."
         )
-
-
-# ---------------------------------------------------------------------------------------------------------------- content
 
 
 def _send_values(client: "MlflowClient", run_id: str, folder: Path, state: UploadState, closed: bool) -> int:

@@ -89,9 +89,6 @@ def _without_credentials(uri: str) -> str:
     return without_secrets((scheme[0] if scheme else "") + "…@" + rest if at else rest)
 
 
-# ------------------------------------------------------------------------------------------------------------------ trust
-
-
 def trust(uri: str | None) -> None:
     """Remember that a user named this URI on a command line; only such URIs are connected to."""
     launched.remember(f"store {resolve(uri)}")
@@ -114,9 +111,6 @@ def refuse_untrusted(uri: str | None) -> None:
             f"the folder names {shown}, and nothing was sent there from here before; if you know it, name it once: "
             f"`python -m twoviews.tracking sync <folder> --uri {shown}`, in train.py tracking.uri=."
         )
-
-
-# ---------------------------------------------------------------------------------------------------------- reachability
 
 
 def require_mlflow() -> None:

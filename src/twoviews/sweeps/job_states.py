@@ -45,14 +45,14 @@ class SlurmState:
     reason: str = ""
 
 
-def status(jobs: Sequence[Job]) -> Mapping[str, JobState]:
+def current_states(jobs: Sequence[Job]) -> Mapping[str, JobState]:
     """The state of each job by its digest, from state.json, locks and the scheduler."""
     slurm_ids = {id_ for job in jobs if not is_final(job, state := job.state) for id_ in _slurm_ids(job, state)}
     # The scheduler is asked before the files are read: a job that ends in between has written its state by then.
     queued = squeue_states([*slurm_ids]) if slurm_ids else {}
     ended = [slurm_id for slurm_id in slurm_ids if queued is not None and slurm_id not in queued]
-    known = {**(sacct_states(ended) if ended else {}), **(queued or {})}
-    arrays = {slurm_id.partition("_")[0] for slurm_id in known}
+    slurm_states = {**(sacct_states(ended) if ended else {}), **(queued or {})}
+    arrays = {slurm_id.partition("_")[0] for slurm_id in slurm_states}
     states = {}
     for job in jobs:
         state = job.state
@@ -64,7 +64,7 @@ def status(jobs: Sequence[Job]) -> Mapping[str, JobState]:
             last = _of_last_submission(job, state)
             states[job.digest] = replace(last, slurm_id=own_ids[0], reason="SLURM's controller does not answer")
         else:
-            states[job.digest] = _slurm_state(job, state, own_ids[0], known, arrays)
+            states[job.digest] = _slurm_state(job, state, own_ids[0], slurm_states, arrays)
     return {job.digest: with_recorded_end(job, states[job.digest]) for job in jobs}
 
 
@@ -81,7 +81,7 @@ def wait_until_ended(
     """
     end, before = time.monotonic() + timeout_s, {}
     while True:
-        states = status(jobs)
+        states = current_states(jobs)
         for job in jobs:
             state = states[job.digest]
             if before.get(job.digest, state.state) != state.state:
@@ -105,7 +105,7 @@ def with_recorded_end(job: Job, state: JobState) -> JobState:
 
 
 def is_final(job: Job, state: JobState) -> bool:
-    """Whether the last submission ended and its runner wrote how."""
+    """Whether a state of state.json is final: the job finished, or failed in its last submission. SLURM is not asked then."""
     ended = state.state in ("FAILED", "OUT_OF_MEMORY") and state.submitted >= job.submitted
     return ended or state.state == "FINISHED"
 
@@ -145,7 +145,7 @@ def _local_state(job: Job) -> JobState:
 
 
 def _slurm_state(
-    job: Job, state: JobState, slurm_id: str, known: Mapping[str, SlurmState], arrays: Collection[str]
+    job: Job, state: JobState, slurm_id: str, slurm_states: Mapping[str, SlurmState], arrays: Collection[str]
 ) -> JobState:
     """The state of a job on SLURM whose runner wrote no final one.
 
@@ -153,13 +153,13 @@ def _slurm_state(
         job: whose state is wanted.
         state: in state.json.
         slurm_id: of its last submission.
-        known: SLURM's states by id.
-        arrays: ids of the arrays in `known`.
+        slurm_states: SLURM's states by id.
+        arrays: ids of the arrays in `slurm_states`.
     """
-    writer = known.get(state.slurm_id or "")  # the SLURM job whose runner wrote the state
+    writer = slurm_states.get(state.slurm_id or "")  # the SLURM job whose runner wrote the state
     if state.state == "RUNNING" and writer and writer.state in WORKING:
         return state
-    last, reported = replace(_of_last_submission(job, state), slurm_id=slurm_id), known.get(slurm_id)
+    last, reported = replace(_of_last_submission(job, state), slurm_id=slurm_id), slurm_states.get(slurm_id)
     if reported is None:
         # SLURM keeps no record of a task that is cancelled while it waits within its array; of other jobs it does.
         if job.cancelled >= last.submitted or slurm_id.partition("_")[0] in arrays:
@@ -186,10 +186,10 @@ def squeue_states(slurm_ids: Sequence[str]) -> Mapping[str, SlurmState] | None:
     """States by id from squeue, also of jobs that ended a short time ago; None if the controller does not answer."""
     states: dict[str, SlurmState] = {}
     for ids in _batches(slurm_ids):
-        done = run_slurm("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%N|%r", f"--jobs={ids}")
-        if done.returncode and "Invalid job id" not in done.stderr:
+        answer = run_slurm("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%N|%r", f"--jobs={ids}")
+        if answer.returncode and "Invalid job id" not in answer.stderr:
             return None
-        for line in done.stdout.splitlines():
+        for line in answer.stdout.splitlines():
             slurm_id, state, node, reason = line.strip().split("|", 3)
             states[slurm_id] = SlurmState(state, node, "" if reason == "None" else reason)
     return states
@@ -199,8 +199,8 @@ def sacct_states(slurm_ids: Sequence[str]) -> Mapping[str, SlurmState]:
     """States by id from sacct; empty on a cluster without accounting."""
     states: dict[str, SlurmState] = {}
     for ids in _batches(slurm_ids) if shutil.which("sacct") else ():
-        done = run_slurm("sacct", "-X", "-n", "-P", "--format=JobID,State,NodeList,ExitCode", "-j", ids)
-        for line in done.stdout.splitlines():
+        answer = run_slurm("sacct", "-X", "-n", "-P", "--format=JobID,State,NodeList,ExitCode", "-j", ids)
+        for line in answer.stdout.splitlines():
             slurm_id, state, node, code = line.strip().split("|", 3)
             # The state may be followed by other words, as in "CANCELLED by 1000".
             node = "" if node.startswith("None") else node
