@@ -169,6 +169,8 @@ def shown(value: Any) -> str:
         return f"`[{inner}]`" if len(inner) < 60 else f"{len(value)} names"
     if isinstance(value, str) and "TWOVIEWS_CACHE" in value:
         return "`~/.cache/twoviews`, or `$TWOVIEWS_CACHE`"
+    if found := re.fullmatch(r"\$\{largest_view:(\w+),(.*)\}", str(value)):
+        return f"`{found[1]}` of the training's largest view, or `{found[2]}` without one"
     return f"`{value}`"
 
 

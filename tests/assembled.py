@@ -1,7 +1,7 @@
 """What test_contract, test_distributed and test_golden share: methods built from conf/, small, and several processes."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from twoviews.assembly import Parts, load_data, make_parts, make_views
 from twoviews.config.checks import check
 from twoviews.data.loader import Batch
 from twoviews.methods.method import Progress
+from twoviews.signatures import signature
 
 # Networks as small as these only wait for each other's threads, and recorded numbers depend on how sums are split.
 torch.set_num_threads(1)
@@ -48,6 +49,12 @@ SMALL = {
 BATCH = 16
 
 
+def fitting(method: str, values: Mapping[str, Any]) -> list[str]:
+    """Overrides that give a method these values, of the parameters that it has."""
+    target = yaml.safe_load((CONF / "method" / f"{method}.yaml").read_text())["_target_"]
+    return [f"++method.{key}={value}" for key, value in values.items() if key in signature(target)]
+
+
 def config(name: str, *overrides: str) -> DictConfig:
     """conf/train.yaml with a method, digits and a network of 20,000 parameters."""
     method = name if (CONF / "method" / f"{name}.yaml").exists() else name.split("_")[0]
@@ -64,10 +71,8 @@ def config(name: str, *overrides: str) -> DictConfig:
         "runtime.device=cpu",
         "runtime.precision=fp32",
     ]
-    parameters = yaml.safe_load((CONF / "method" / f"{method}.yaml").read_text())
-    small = [f"method.{key}={value}" for key, value in SMALL.items() if key in parameters]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = hydra.compose("train", [*shared, *small, *METHODS[name], *overrides])
+        cfg = hydra.compose("train", [*shared, *fitting(method, SMALL), *METHODS[name], *overrides])
     check("train", cfg)
     return cfg
 

@@ -19,6 +19,20 @@ if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: see interpreted.py
 
 
+def _untracked_methods() -> list[str]:
+    """Methods whose files git does not track; none where there is no git."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--others", "--", "conf/method/*.yaml"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [Path(line).stem for line in done.stdout.splitlines()]
+
+
+# They need no recorded losses and no row in docs/results.md.
+UNTRACKED_METHODS = _untracked_methods()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out what needs a GPU where there is none."""
     for item in items:

@@ -12,6 +12,12 @@ from twoviews.step import TrainStep, Values
 SGD = ["optimizer=sgd", "optimizer.lr=0.05", "optimizer.lr_scaling=none"]
 
 
+FORGOTTEN = (
+    "losses of micro-batches are not those of the whole batch: if the loss of an image depends on others of its forward pass, "
+    "say in the class {} what it takes from them, as in within_batch = 'negatives'; otherwise the loss is no mean over images"
+)
+
+
 def trained(name: str, accumulate: int, steps: int) -> tuple[Parts, list[Values]]:
     """After so many steps with batch norms that do not depend on the batch; what each step said."""
     parts = build(config(name, *SGD, f"runtime.accumulate={accumulate}"))
@@ -29,9 +35,11 @@ def test_steps_are_those_of_the_whole_batch_unless_the_method_says_what_is_not(n
     (whole, expected), (parts, found) = (trained(name, accumulate, steps=6) for accumulate in (1, 2))
     losses = [[values["loss"].item() for values in one] for one in (expected, found)]
     if whole.method.within_batch:
-        assert losses[1][0] != pytest.approx(losses[0][0], rel=1e-5)
+        assert losses[1][0] != pytest.approx(losses[0][0], rel=1e-5), (
+            f"losses of micro-batches are those of the whole batch: remove within_batch={whole.method.within_batch!r}"
+        )
         return
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4), FORGOTTEN.format(type(whole.method).__name__)
     state = parts.method.state_dict()
     for key, value in whole.method.state_dict().items():
         torch.testing.assert_close(state[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")

@@ -188,6 +188,13 @@ def test_every_mistake_is_said_at_once(command, arguments: list[str], parts: lis
         assert any(part in line for line in errors), f"{part!r} is not in {errors}"
 
 
+def test_a_group_that_nobody_chooses_is_not_among_the_known_ones(command) -> None:
+    """Of `special` a file is chosen by the names of method and data."""
+    done = command("train", "spezial=digits_moco")
+    refused(done, "there is no key or group 'spezial'", "protocol, ")
+    assert "special" not in done.err
+
+
 def test_memory_that_runs_out(command, monkeypatch: pytest.MonkeyPatch) -> None:
     import twoviews.assembly
 

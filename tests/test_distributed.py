@@ -4,6 +4,7 @@ import platform
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,16 +203,24 @@ def evaluated() -> dict[str, object]:
     }
 
 
-def everything() -> dict[str, dict]:
-    methods = {name: train_two_steps(name) for name in METHODS}
-    parts = {name: train_in_micro_batches(name) for name in IN_MICRO_BATCHES}
-    both = {"methods": methods, "micro_batches": parts}
+def everything(methods: list[str], in_micro_batches: list[str]) -> dict[str, dict]:
+    both = {
+        "methods": {name: train_two_steps(name) for name in methods},
+        "micro_batches": {name: train_in_micro_batches(name) for name in in_micro_batches},
+    }
     return {"exchanges": exchanges(), "losses": losses(), "norms": norms(), "evaluated": evaluated(), **both}
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> list[dict[str, dict]]:
-    return in_processes(2, tmp_path_factory.mktemp("two"), everything)
+def two(request, tmp_path_factory) -> list[dict[str, dict]]:
+    """What two processes find, of the methods that are to be tested: -k may leave some out."""
+
+    def selected(test: Callable) -> list[str]:
+        return [item.callspec.params["name"] for item in request.session.items if item.function is test]
+
+    methods = selected(test_methods_compute_what_one_process_does)
+    parts = selected(test_micro_batches_are_those_of_one_process)
+    return in_processes(2, tmp_path_factory.mktemp("two"), everything, methods, parts)
 
 
 def test_rows_are_interleaved_and_come_back(two):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, UNTRACKED_METHODS
 
 DOCS = ROOT / "docs"
 sys.path[:0] = [str(DOCS), str(ROOT / "benchmarks")]
@@ -113,7 +113,8 @@ def test_the_table_of_the_laptop_has_a_row_for_each_method() -> None:
     own = text.partition("<!-- laptop begins")[2].partition("<!-- laptop ends")[0]
     listed = set(re.findall(r"^\| `(\w+)`", own, re.MULTILINE))
     of_imagenet = {"moco_v1", "moco_v2", "pcl_v1", "pcl_v2"}
-    assert listed == {path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")} - of_imagenet
+    methods = {path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")} - of_imagenet
+    assert methods - set(UNTRACKED_METHODS) <= listed <= methods
 
 
 def messages() -> list[str]:

@@ -114,6 +114,14 @@ def test_why_no_commit_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
     assert unrecorded() == []
+    for name in ("src/twoviews/methods/mine.py", "src/notes.txt", "mine.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    subprocess.run([*git, "add", "mine.py"], check=True)
+    (line,) = unrecorded()
+    assert line.endswith("1 file that git does not track: src/twoviews/methods/mine.py; `git add` them.")
+    subprocess.run([*git, "add", "src"], check=True)
+    assert unrecorded() == []
     (root / "commit.txt").write_text("none\n")
     assert "where it was copied" in unrecorded()[0]
     (root / "commit.txt").write_text("0123abcd\n")

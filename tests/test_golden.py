@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from assembled import BATCH, METHODS, build, config, step
+from conftest import UNTRACKED_METHODS
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -42,7 +43,7 @@ def smooth(module: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_losses_are_the_recorded_ones(name):
-    one_start = ["method.nredo=1"] if name.startswith(("pcl", "deepcluster")) else []
+    one_start = ["method.nredo=1"] if "nredo" in config(name).method else []
     slower = ["optimizer.lr=0.002"] if name == "vicreg" else []  # its terms have weights of 25
     parts = build(config(name, *SGD, *one_start, *slower))
     smooth(parts.method)
@@ -50,12 +51,14 @@ def test_losses_are_the_recorded_ones(name):
     file = GOLDEN / f"{name}.json"
     if os.environ.get("RECORD_GOLDEN"):
         file.write_text(json.dumps([round(loss, 5) for loss in losses]) + "\n")
-    assert file.exists(), (
-        f"no recording of {name}: RECORD_GOLDEN=1 python -m pytest tests/test_golden.py -k {name} makes it"
-    )
+    how = f"no recording of {name}: RECORD_GOLDEN=1 python -m pytest tests/test_golden.py -k {name} makes it"
+    if not file.exists() and name in UNTRACKED_METHODS:
+        pytest.skip(how)
+    assert file.exists(), how
     # Processors round differently: measured, up to 1e-5 between AVX-512 and no vector unit at all.
     assert losses == pytest.approx(json.loads(file.read_text()), abs=1e-4)
 
 
 def test_no_recording_is_left_over():
-    assert {path.stem for path in GOLDEN.glob("*.json")} == set(METHODS)
+    recorded = {path.stem for path in GOLDEN.glob("*.json")}
+    assert set(METHODS) - set(UNTRACKED_METHODS) <= recorded <= set(METHODS)

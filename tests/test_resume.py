@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from assembled import fitting
 from conftest import ROOT, SMALL, SMALL_MOCO, assert_same_weights, refused, start
 from hydra.utils import instantiate
 
@@ -305,6 +306,15 @@ def test_finished_run_says_so_and_fresh_starts_over(command) -> None:
     assert_same_weights(kept, fresh.folder)
 
 
+# For 256 images, of the parameters that a method has.
+FITTING = {
+    "queue_size": 96,
+    "bn_splits": 4,
+    "clusters": "[8,20]",
+    "negative_prototypes": "null",
+    "warmup_epochs": 1,
+    "queue_start_epoch": 1,
+}
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
 
 
@@ -313,19 +323,13 @@ METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")
 def test_every_method_resumes(tmp_path: Path, method: str, optimizer: str) -> None:
     if optimizer != "sgd" and method not in ("byol", "simsiam"):
         pytest.skip("optimizers with state are covered by two methods")
-    queued = method.startswith(("moco", "pcl")) and method != "moco_v3"
-    fitting = ["method.queue_size=96", "method.bn_splits=4"] if queued else []
-    if method == "nnclr":
-        fitting = ["method.queue_size=96"]
-    if method.startswith("pcl"):
-        fitting += ["method.clusters=[8,20]", "method.negative_prototypes=null", "method.warmup_epochs=1"]
     overrides = [
         *SMALL,
         "small_views.share=0.4",
         f"method={method}",
         "augmentation=digits",
         f"optimizer={optimizer}",
-        *fitting,
+        *fitting(method, FITTING),
     ]
     whole, broken = (build(overrides, tmp_path / name) for name in ("whole", "broken"))
     assert whole.fit(Never())

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import torch
 
-from twoviews.code import no_commit
+from twoviews.code import SUFFIXES, left_out, no_commit
 from twoviews.data.rendering import reason_for_tensors
+from twoviews.errors import counted
 from twoviews.fused_norm import reason_for_plain
 from twoviews.inference import convolutions_fuse
 
+MAX_SHOWN_FILES = 5
 DRIVER = Path("/dev/nvidiactl")  # exists if NVIDIA's driver is running, also in containers with access to a GPU
 
 
@@ -46,6 +48,14 @@ def _unused_gpu() -> list[str]:
 
 
 def unrecorded() -> list[str]:
-    """A sentence if a run cannot record the commit of its code."""
-    reason = no_commit()
-    return [f"code      no commit is recorded: {reason}."] if reason else []
+    """A sentence if a run cannot record the commit of its code, or if files are part of neither the commit nor diff.patch."""
+    if reason := no_commit():
+        return [f"code      no commit is recorded: {reason}."]
+    files = [path for path in left_out() if path.endswith(SUFFIXES)]
+    if not files:
+        return []
+    shown = ", ".join(files[:MAX_SHOWN_FILES]) + (" …" if len(files) > MAX_SHOWN_FILES else "")
+    return [
+        f"code      not recorded by commit.txt and diff.patch: {counted(len(files), 'file')} that git does not track: {shown}; "
+        "`git add` them."
+    ]

@@ -16,6 +16,7 @@ from twoviews.errors import BadInput, nearest, shown
 from twoviews.ranges import Length
 
 _SOURCES = Path(__file__).resolve().parents[1]
+_KNOWN = {**vars(builtins), **vars(typing), "Sequence": Sequence, "Mapping": Mapping, **vars(ranges)}
 
 SYNONYMS = {"gpu": "cuda"}  # of choices, as people type them
 
@@ -164,6 +165,7 @@ class Parameter:
 
     annotation: Any  # None where it needs more than ranges, standard types and classes of this package
     required: bool
+    written: str = ""  # the annotation in the source; empty where there is none
 
 
 @cache
@@ -174,18 +176,11 @@ def signature(target: str) -> dict[str, Parameter]:
         BadInput: there is no such target, or it is not ours: a configuration must not run arbitrary code.
     """
     module, _, name = target.rpartition(".")
-    path = _SOURCES.joinpath(*module.split(".")).with_suffix(".py")
-    if not module.startswith("twoviews.") or not path.exists():
+    if not module.startswith("twoviews.") or (tree := _tree(module)) is None:
         raise BadInput(
             f"_target_={target} is not part of twoviews, and only its own parts can be built from a configuration."
         )
-    tree = ast.parse(path.read_text())
-    names = {**vars(builtins), **vars(typing), "Sequence": Sequence, "Mapping": Mapping}
-    names |= {name: type(name, (Component,), {"target": target}) for name, target in _imported(tree).items()}
-    names |= vars(ranges)
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            names[node.targets[0].id] = _evaluate(node.value, names)
+    names = _Names(tree)
     definition = next((node for node in tree.body if getattr(node, "name", None) == name), None)
     if isinstance(definition, ast.ClassDef):
         init = next((node for node in definition.body if getattr(node, "name", None) == "__init__"), None)
@@ -194,19 +189,20 @@ def signature(target: str) -> dict[str, Parameter]:
                 return {}  # annotations of an abstract class are promises, not parameters
             attributes = [node for node in definition.body if isinstance(node, ast.AnnAssign)]
             own = {
-                attribute.target.id: Parameter(_evaluate(attribute.annotation, names), attribute.value is None)
+                attribute.target.id: _parameter(attribute.annotation, names, attribute.value is None)
                 for attribute in attributes
                 if isinstance(attribute.target, ast.Name)
             }
             return {**_inherited(definition, tree), **own}
         definition = init
     if not isinstance(definition, ast.FunctionDef):
-        raise BadInput(f"_target_={target}: {module} has no '{name}'.")
+        elsewhere = f", which is _target_: {_imported(tree)[name]}" if name in _imported(tree) else ""
+        raise BadInput(f"_target_={target}: {module} does not define '{name}'{elsewhere}.")
     arguments = definition.args
     defaults = [None] * (len(arguments.args) - len(arguments.defaults)) + arguments.defaults + arguments.kw_defaults
     parameters = zip([*arguments.args, *arguments.kwonlyargs], defaults, strict=True)
     return {
-        parameter.arg: Parameter(_evaluate(parameter.annotation, names), default is None)
+        parameter.arg: _parameter(parameter.annotation, names, default is None)
         for parameter, default in parameters
         if parameter.arg != "self"
     }
@@ -233,7 +229,50 @@ def _imported(tree: ast.Module) -> dict[str, str]:
     }
 
 
-def _evaluate(node: ast.expr | None, names: dict[str, Any]) -> Any:
+@cache
+def _tree(module: str) -> ast.Module | None:
+    """The parsed source of a module of this package; None if there is no such file."""
+    path = _SOURCES.joinpath(*module.split(".")).with_suffix(".py")
+    return ast.parse(path.read_text()) if path.exists() else None
+
+
+class _Names(dict):
+    """What the names in the annotations of a module mean, looked up when they are used.
+
+    Args:
+        tree: of the module.
+    """
+
+    def __init__(self, tree: ast.Module):
+        super().__init__()
+        self.tree = tree
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = None  # what it is while its own definition is looked at
+        self[name] = self._meaning(name)
+        return self[name]
+
+    def _meaning(self, name: str) -> Any:
+        for node in self.tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == name:
+                return _evaluate(node.value, self)
+        target = _imported(self.tree).get(name)
+        if target is None:
+            return _KNOWN[name]
+        module, _, original = target.rpartition(".")
+        if module == ranges.__name__:
+            return vars(ranges)[original]
+        tree = _tree(module)
+        if tree is None or any(getattr(node, "name", None) == original for node in tree.body):
+            return type(name, (Component,), {"target": target})
+        return _Names(tree)[original]  # an alias of a type, such as Side = Annotated[int, Range(at_least=8)]
+
+
+def _parameter(annotation: ast.expr | None, names: _Names, required: bool) -> Parameter:
+    return Parameter(_evaluate(annotation, names), required, ast.unparse(annotation) if annotation else "")
+
+
+def _evaluate(node: ast.expr | None, names: _Names) -> Any:
     """An annotation's value, or None when it needs more than ranges, standard types and classes of this package."""
     if node is None:
         return None

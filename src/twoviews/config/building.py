@@ -49,8 +49,15 @@ def build(node: "DictConfig | dict[str, Any]", *, _partial_: bool = False, _key_
 
 
 def build_data(node: "DictConfig | dict[str, Any]") -> "ImageData":
-    """The data set of a configuration's `data`; parameters in its notes have the group in front, as in data.size=64."""
+    """The data set of a configuration's `data`; parameters in its notes have the group in front, as in data.size=64.
+
+    Raises:
+        BadInput: as `build` does; or what its function returned is no ImageData that a training can use.
+    """
+    from twoviews.data.image_checks import check_image_data
+
     data = build(node)
+    check_image_data(data, node["_target_"])
     return replace(data, notes=tuple(qualify(note, "data") for note in data.notes))
 
 

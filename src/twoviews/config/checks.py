@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from twoviews.config.digest import REDUCED_FROM, flat, plain
-from twoviews.config.groups import CONF, PASSED_BY_PROGRAM, PLUGIN_KEYS, groups, options, targets
+from twoviews.config.groups import CONF, PASSED_BY_PROGRAM, PLUGIN_KEYS, files_without, groups, options, targets
 from twoviews.errors import BadInput, nearest, shown
 from twoviews.ranges import Count, Fraction, Range, Seed, Size, Temperature
 from twoviews.signatures import Parameter, complaint, signature, unusable
@@ -155,7 +155,7 @@ def _value_problems(path: str, node: Any, target: str) -> Iterator[str]:
     """A sentence for each value that does not fit the signature of `target`; the node itself names no class."""
     parameters = signature(target)
     if isinstance(node, Mapping):
-        yield from _key_problems(f"{path}.", node, parameters, [*parameters])
+        yield from _key_problems(f"{path}.", node, parameters, [*parameters], target)
     else:
         keys = ", ".join(f"{path}.{key}" for key in parameters)
         yield f"{path}={shown(node)} is not possible, because {path} has keys; set them: {keys}."
@@ -184,7 +184,7 @@ def node_problems(path: str, node: Any, passed: Sequence[str] = ()) -> Iterator[
     else:
         parameters = {key: value for key, value in signature(node["_target_"]).items() if key not in passed}
         values = {key: value for key, value in node.items() if key != "_target_"}
-        yield from _key_problems(f"{path}.", values, parameters, [*parameters])
+        yield from _key_problems(f"{path}.", values, parameters, [*parameters], node["_target_"])
 
 
 def unknown_target(target: str, group: str = "") -> BadInput:
@@ -197,12 +197,20 @@ def unknown_target(target: str, group: str = "") -> BadInput:
 
 
 def _key_problems(
-    prefix: str, values: Mapping, parameters: Mapping[str, Parameter], keys: Sequence[str]
+    prefix: str, values: Mapping, parameters: Mapping[str, Parameter], keys: Sequence[str], target: str = ""
 ) -> Iterator[str]:
-    """A sentence for each key that is missing, unknown or not set, and for each value that does not fit its parameter."""
+    """A sentence for each key that is missing, unknown or not set, and for each value that does not fit its parameter.
+
+    Args:
+        prefix: keys above these, with a dot behind each; empty at the root.
+        values: by key.
+        parameters: that they are passed to.
+        keys: that there may be.
+        target: dotted path of the class or function that has the parameters; empty at the root.
+    """
     for key, parameter in parameters.items():
         if parameter.required and key not in values:
-            yield f"{prefix}{key} is missing; give it a value: {prefix}{key}=..."
+            yield absent_key(prefix, key, target)
     for key, value in values.items():
         if key not in keys:
             yield unknown_key(prefix, str(key), keys, [] if prefix else with_group(str(key), values, shown(value)))
@@ -213,9 +221,41 @@ def _key_problems(
             problems = [*node_problems(f"{prefix}{key}", value)] if is_node(value) else []
             yield from problems
             annotation = parameters[key].annotation
-            if not problems and (wrong := complaint(value, annotation) or unusable(value, annotation)):
+            try:
+                wrong = not problems and (complaint(value, annotation) or unusable(value, annotation))
+            except TypeError:
+                yield _unusable_annotation(key, parameters[key], target)
+                continue
+            if wrong:
                 wrong = wrong.replace("did you mean '", f"did you mean '{prefix}{key}=")
                 yield f"{prefix}{key}={shown(value)} {wrong}."
+
+
+def absent_key(prefix: str, key: str, target: str) -> str:
+    """A sentence for a parameter that the configuration has no key for.
+
+    Args:
+        prefix: keys above it, with a dot behind each; empty at the root.
+        key: its name.
+        target: dotted path of the class or function that has it; empty at the root.
+    """
+    files = files_without(key, target, prefix.removeprefix("hydra.").partition(".")[0])
+    if not files:
+        return f"{prefix}{key} is missing; give it a value: {prefix}{key}=..."
+    return (
+        f"{prefix}{key} is missing, a parameter of {target.rpartition('.')[2]}; add a line '{key}: ...' to "
+        f"{' or '.join(files)}, or give it a value in this command: +{prefix}{key}=..."
+    )
+
+
+def _unusable_annotation(key: str, parameter: Parameter, target: str) -> str:
+    """A sentence for a parameter whose annotation says nothing about values of a configuration."""
+    module, _, name = target.rpartition(".")
+    has = f"with the annotation {parameter.written}" if parameter.written else "without an annotation"
+    return (
+        f"{name} in {module} has the parameter {key} {has}, with which no value of a configuration can be compared; annotate "
+        "it with a type of twoviews.ranges, such as Size, or with int, float, bool, str, Literal or Sequence of these."
+    )
 
 
 def unknown_key(prefix: str, key: str, keys: Sequence[str], suggestions: Sequence[str] = ()) -> str:

@@ -14,11 +14,12 @@ from hydra.core.override_parser.types import Glob, Override, QuotedString, Sweep
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from twoviews.config.checks import check, unknown_key, with_group
+from twoviews.config.checks import absent_key, check, unknown_key, with_group
 from twoviews.config.composition import compose, compose_unresolved
 from twoviews.config.digest import flat
-from twoviews.config.groups import CONF, groups, options
+from twoviews.config.groups import CONF, PASSED_BY_PROGRAM, groups, options
 from twoviews.errors import mistakes, nearest, shown
+from twoviews.signatures import signature
 
 MULTIRUN_FLAGS = frozenset({"-m", "--multirun"})
 _FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd")  # of Hydra's command line
@@ -203,10 +204,14 @@ def unknown_override(override: Override, content: Any) -> str:
 def _unknown_part(override: Override, prefix: str, part: str, content: dict[str, Any]) -> str:
     keys = [key for key in content if key != "_target_"]
     if prefix:
+        target, passed = content.get("_target_"), PASSED_BY_PROGRAM.get(prefix.rstrip("."), ())
+        if target and part not in passed and part in signature(target):
+            return absent_key(prefix, part, target)
         return unknown_key(prefix, part, keys)
     if part in groups():
         chosen = ", ".join(options(part))
         return f"no {part} is chosen here for {override.key_or_group} to change; choose one of: {chosen}."
-    keys = [key for key in keys if key != "hydra"] + [group for group in groups() if group not in content]
     value = override.get_value_string() if override.key_or_group == part else None
+    keys += [group for group in groups() if group not in content]
+    keys = [key for key in keys if key not in ("hydra", "special")]  # both are chosen by files of conf/
     return unknown_key("", part, keys, with_group(part, content, value))

@@ -53,12 +53,24 @@ def targets(group: str) -> frozenset[str]:
     Args:
         group: a directory of conf/, or "launcher" or "sweeper" for those of conf/hydra.
     """
+    return frozenset().union(*_targets_by_file(group).values())
+
+
+def files_without(key: str, target: str, group: str) -> list[str]:
+    """The files of a group that name this class or function and lack a key, as paths below the root of the checkout."""
+    files = [path for path, named in _targets_by_file(group).items() if target in named]
+    given = re.compile(rf"^ *{key}:", re.MULTILINE)
+    return [f"conf/{path.relative_to(CONF)}" for path in files if not given.search(path.read_text())]
+
+
+@cache
+def _targets_by_file(group: str) -> dict[Path, frozenset[str]]:
+    """What each file of a group names; see `targets`."""
     if not re.fullmatch(r"[a-z_]+", group):
-        return frozenset()
+        return {}
     folder = CONF / "hydra" / group if group in PLUGIN_KEYS else CONF / group
-    texts = [path.read_text() for path in folder.glob("*.yaml")]
     named = re.compile(rf"^[^#\n]*\b{PLUGIN_KEYS.get(group, '_target_')}: *([\w.]+)", re.MULTILINE)
-    return frozenset(target for text in texts for target in named.findall(text))
+    return {path: frozenset(named.findall(path.read_text())) for path in sorted(folder.glob("*.yaml"))}
 
 
 def group_of(target: str) -> str | None:

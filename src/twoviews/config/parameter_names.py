@@ -6,7 +6,7 @@ it. Who builds and runs them puts the group in front.
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from twoviews.config.groups import PASSED_BY_PROGRAM, PLUGIN_KEYS, groups, targets
@@ -75,7 +75,10 @@ def qualified_errors(
 
 def parameters(group: str) -> frozenset[str]:
     """Names that a configuration can set in a group, whichever of its files is chosen."""
-    names = (name for target in targets(group) for name in signature(target))
+    names: set[str] = set()
+    for target in targets(group):
+        with suppress(BadInput):  # of a file that names no class: said when it is chosen, not in messages of others
+            names |= signature(target).keys()
     return frozenset(names) - {*PASSED_BY_PROGRAM.get(group, ())}
 
 
