@@ -76,8 +76,16 @@ def test_confusion(classes, tmp_path, drawn):
     shares = axis.images[0].get_array()
     assert np.allclose(shares.sum(1), 100)
     assert np.allclose(shares.diagonal(), [row["accuracy"] for row in found.per_class])
-    numbers = sorted(int(text.get_text()) for text in axis.texts)
-    assert numbers == (sorted(n for n in found.confusion.flatten().tolist() if n) if classes == 10 else [])
+    shown = {(int(text.get_position()[1]), int(text.get_position()[0])): text.get_text() for text in axis.texts}
+    expected = {(row, column): f"{shares[row, column]:.0f}" for row, column in found.confusion.nonzero().tolist()}
+    assert shown == (expected if classes == 10 else {})
+    assert drawn[-1].axes[1].get_ylabel() == "% of the images of the class (row)"
+    assert axis.get_yticklabels()[0].get_text() == f"class 0 ({600 // classes})"
+
+
+def test_a_share_below_a_percent_is_no_0(tmp_path, drawn):
+    draw_confusion(tmp_path / "a.png", torch.tensor([[999, 1], [0, 0]]), ["a", "b"], "A")
+    assert [text.get_text() for text in drawn[-1].axes[0].texts] == ["100", "<1"]
 
 
 def test_per_class(tmp_path, drawn):
