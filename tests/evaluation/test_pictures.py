@@ -83,6 +83,14 @@ def test_confusion(classes, tmp_path, drawn):
     assert axis.get_yticklabels()[0].get_text() == f"class 0 ({600 // classes})"
 
 
+@pytest.mark.parametrize("names", [[*"0123456789"], [f"class {n}" for n in range(20)], ["x" * 60, "y" * 60]])
+def test_nothing_of_a_confusion_matrix_is_cut_off(names, tmp_path, drawn):
+    draw_confusion(tmp_path / "a.png", 500 * torch.eye(len(names)).long() + 30, names, "A")
+    drawn[-1].set_dpi(200)  # as it is saved
+    inside, (width, height) = drawn[-1].get_tightbbox(), drawn[-1].get_size_inches()
+    assert min(inside.x0, inside.y0) >= 0 and inside.x1 <= width and inside.y1 <= height
+
+
 def test_a_share_below_a_percent_is_no_0(tmp_path, drawn):
     draw_confusion(tmp_path / "a.png", torch.tensor([[999, 1], [0, 0]]), ["a", "b"], "A")
     assert [text.get_text() for text in drawn[-1].axes[0].texts] == ["100", "<1"]

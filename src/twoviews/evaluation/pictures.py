@@ -39,13 +39,16 @@ def draw_confusion(path: Path, confusion: Int[Tensor, "C C"], classes: Sequence[
     """
     count, images = len(classes), confusion.sum(1)
     percent = 100 * confusion / images[:, None].clamp(min=1)
-    side = min(WIDTH, 3.0 + 0.3 * count)
-    with drawing(path, side - 1.6, width=side, title=title) as (figure, (axis,)):
+    places, names = _ticks(classes)
+    rows = [f"{name} ({int(images[place]):,})" for place, name in zip(places, names, strict=True)]
+    names_width = 0.06 * max(map(len, rows))  # inches, about
+    width = min(WIDTH, 2.6 + 0.3 * count + names_width)
+    with drawing(path, width - 1.2 - names_width, width=width, title=title) as (figure, (axis,)):
         picture = axis.imshow(percent.numpy(), cmap="Blues", vmin=0, vmax=100)
         figure.colorbar(picture, ax=axis, label="% of the images of the class (row)", shrink=0.8)
-        places, names = _ticks(classes)
+        axis.set_anchor("SW")  # in the middle of a larger panel the layout would cut off what is below or beside it
         axis.set_xticks(places, names, rotation=90 if max(map(len, names)) > 2 else 0)
-        axis.set_yticks(places, [f"{name} ({int(images[place]):,})" for place, name in zip(places, names, strict=True)])
+        axis.set_yticks(places, rows)
         axis.set(xlabel="predicted as", ylabel="class (images)")
         axis.grid(visible=False)
         for row, column in confusion.nonzero().tolist() if count <= MAX_NUMBERED_CLASSES else ():
