@@ -7,7 +7,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 unexport PYTHONDONTWRITEBYTECODE  # the tests start Python hundreds of times: 2.5 instead of 6 seconds each with compiled files
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train suggestions test test-hydra14 test-slurm bench bench-gpu gpu-check lint types docs docs-check lock mlflow tracking-server clean
+.PHONY: help setup train suggestions test test-hydra14 test-slurm bench bench-gpu gpu-check lint types docs docs-check lock mlflow mlflow-address tracking-server clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -125,9 +125,12 @@ docs: .venv/dev  ## write the pages that are made from the code and from results
 docs-check: .venv/dev  ## run the commands of README and docs in a copy of the checkout; ARGS="sweeps" for one page
 	OMP_NUM_THREADS=1 $(BIN)/python docs/check.py $(ARGS)
 
-mlflow: .venv/train  ## MLflow's pages on all runs, at http://127.0.0.1:5000, or ARGS="--port 5001"
-	@echo 'http://127.0.0.1:5000 (or the port in ARGS): choose "Model training" at the top left, which the browser remembers'
+mlflow: .venv/train mlflow-address  ## MLflow's pages on all runs, at http://127.0.0.1:5000, or ARGS="--port 5001"
 	$(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db $(ARGS)
+
+mlflow-address:  # what `make mlflow` begins with, with the port of ARGS; tests/test_suggestions.py runs it
+	@port=$$(echo ' $(ARGS)' | sed -nE 's/.* (--port|-p)[ =]*([0-9]+).*/\2/p'); \
+	echo "http://127.0.0.1:$${port:-5000}: choose \"Model training\" at the top left, which the browser remembers"
 
 tracking-server: .venv/train  ## an MLflow server on PostgreSQL for many machines: make tracking-server ARGS="--host 0.0.0.0"
 	$(BIN)/python -m twoviews.tracking serve $(ARGS)

@@ -38,8 +38,8 @@ def test_plain_lines_say_what_is_left(capfd, monkeypatch) -> None:
     assert last == "features: 4 of 4 images"
     console = Console()
     console.start(200, 0)
-    console.progress(20, 1.0, {"loss": 0.5}, left=200)
-    console.progress(40, 2.0, {"loss": 0.5}, left=100)
+    console.progress(20, 1.0, {"loss": "0.5"}, left=200)
+    console.progress(40, 2.0, {"loss": "0.5"}, left=100)
     console.stop()
     lines = capfd.readouterr().out.splitlines()
     assert [line.rpartition("  ")[2] for line in lines] == ["3 min 20 s left", "1 min 40 s left"]
@@ -59,7 +59,7 @@ def test_bars_of_a_terminal_share_it(capfd, monkeypatch) -> None:
     monkeypatch.setattr(console_module, "HIDDEN_SECONDS", 0)
     console = Console()
     console.start(10, 0)
-    console.progress(5, 1.0, {"loss": 0.5}, left=30)
+    console.progress(5, 1.0, {"loss": "0.5"}, left=30)
     with progress_of("features [x]", 4, "images") as advance:
         advance(1)
         time.sleep(0.3)  # a bar is drawn ten times a second

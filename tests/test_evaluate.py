@@ -3,7 +3,10 @@
 import csv
 import json
 import os
+import re
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +76,27 @@ def test_numbers_tables_and_pictures_beside_the_run(runs: Path, command) -> None
     rows = table(folder / "knn_classes.csv")
     hits = sum(int(row["images"]) * float(row["accuracy"]) for row in rows) / 360
     assert hits == pytest.approx(found["knn/top1"])
+    measured = {name: value for line in read(run) for name, value in line.items() if name.startswith("evaluation/")}
+    assert measured == {f"evaluation/{name}": value for name, value in found.items() if "/" in name}
+
+
+def test_what_a_protocol_measured_outlasts_an_interruption_of_the_next_one(runs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs / "0", run, ignore=shutil.ignore_patterns("evaluation*"))
+    slow = ("protocol=[knn_small,finetune]", "protocol.finetune.epochs=1000")
+    evaluating = start([str(ROOT / "evaluate.py"), f"run={run}", *slow], tmp_path)
+    deadline = time.monotonic() + 120
+    while "knn/top1" not in (tmp_path / "stdout.txt").read_text():
+        assert evaluating.poll() is None and time.monotonic() < deadline, (tmp_path / "stderr.txt").read_text()
+        time.sleep(0.1)
+    found = json.loads((run / "evaluation.json").read_text())
+    assert found["knn/top1"] > 10 and found["protocol"]["finetune"]["epochs"] == 1000
     assert list(read(run))[-1]["evaluation/knn/top1"] == found["knn/top1"]
+    evaluating.send_signal(signal.SIGINT)
+    assert evaluating.wait(60) == 128 + signal.SIGINT
+    assert "numbers of protocols that had finished are stored" in (tmp_path / "stderr.txt").read_text()
+    out = (tmp_path / "stdout.txt").read_text()
+    assert f"written, with all settings, to {evaluation(run, 'knn+finetune')}" in out and "tracking sync" in out
 
 
 def test_several_runs_in_one_table(runs: Path, command) -> None:
@@ -200,8 +223,17 @@ def test_a_network_of_torchvision_on_images_of_the_command_line(command) -> None
                 left = 20 * number + (10 if split == "test" else 0)
                 photo.crop((left, 50, left + 200, 250)).resize((64, 64)).save(folder / f"{number}.png")
     images = ("data=folder", "data.root=images", "data.cache=c", "data.workers=0", "data.size=64")
-    done = command("evaluate", "run=torchvision:resnet18", *images, "protocol=knn_small", "runtime.device=cpu")
+    protocols = ("protocol=[knn_small,duplicates]", "protocol.duplicates.threshold=0.5")
+    done = command("evaluate", "run=torchvision:resnet18", *images, *protocols, "runtime.device=cpu")
     assert done.code == 0, done.err
+    assert re.search(
+        rf"duplicates, paths below {Path('images').absolute()} \(the first 10 of \d+; all are in duplicates.csv\)",
+        done.out,
+    )
+    cells = [line for line in done.out.splitlines() if line.startswith("│ ") and ".png" in line]
+    assert len(cells) == 10 and all(re.search(r"│ (train|test)/[01]/\d+\.png ", line) for line in cells)
+    (pairs,) = Path("outputs").glob("evaluation-*/evaluation/*/duplicates.csv")
+    assert all(Path(row["image"]).is_file() for row in table(pairs)) and len(table(pairs)) > 10
     found = json.loads(next(Path("outputs").glob("evaluation-*/evaluation.json")).read_text())
     assert found["data"]["test"] == 24 and found["knn/top1"] > 50
     assert "images are normalised with mean=[" in done.out and "those of images; mean= and std= set others" in done.out

@@ -7,6 +7,7 @@ import torch
 from assembled import METHODS, batch_of, build, config
 from torch import nn
 
+from twoviews import console as console_module
 from twoviews.console import Console
 from twoviews.methods.method import Method, Output
 from twoviews.monitoring import Monitor
@@ -95,7 +96,22 @@ def test_knn_of_the_last_epoch_is_always_said(capfd):
     monitor.log(20, 2.0, {"knn/top1": 50.0})
     console.stop()
     lines = capfd.readouterr().out.splitlines()
-    assert len(lines) == 2 and "epoch 2.00" in lines[1] and "loss 2  kNN 50" in lines[1]
+    assert len(lines) == 2 and "epoch 2.00" in lines[1] and lines[1].endswith("loss 2  kNN 50")
+
+
+def test_an_older_knn_is_shown_with_its_epoch(capfd, monkeypatch):
+    monkeypatch.setattr(console_module, "PLAIN_SECONDS", 0)
+    console = Console()
+    monitor = Monitor(lambda encoder: None, {}, None, console, 30, torch.device("cpu"))
+    console.start(300, 0)
+    monitor.log(100, 10.0, {"train/loss": 3.0})
+    monitor.log(100, 10, {"knn/top1": 40.0})
+    monitor.log(105, 10.5, {"train/loss": 2.5})
+    monitor.log(200, 20.0, {"train/loss": 2.0})
+    monitor.log(200, 20, {"knn/top1": 50.0})
+    console.stop()
+    ends = [line.partition("loss ")[2] for line in capfd.readouterr().out.splitlines()]
+    assert ends == ["3", "3  kNN 40", "2.5  kNN 40 (epoch 10)", "2  kNN 40 (epoch 10)", "2  kNN 50"]
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "supervised"])

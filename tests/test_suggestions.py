@@ -23,6 +23,17 @@ def test_there_are_four_and_the_last_is_a_target_of_make() -> None:
     assert re.search(rf"^{[*COMMANDS.values()][-1][1]}: .*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "port"),
+    [("", 5000), ("--port 5001", 5001), ("--host 0.0.0.0 --port=5002 --workers 2", 5002), ("-p 5003", 5003)],
+)
+def test_make_mlflow_says_the_port_that_it_uses(arguments: str, port: int) -> None:
+    words = ["make", "--no-print-directory", "mlflow-address", f"ARGS={arguments}"]
+    said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.startswith(f"http://127.0.0.1:{port}: ") and len(said.splitlines()) == 1
+    assert re.search(r"^mlflow: .*\bmlflow-address\b", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
 @pytest.mark.parametrize("meaning", [name for name, words in COMMANDS.items() if words[0] != "make"])
 def test_a_suggestion_is_accepted(command, tmp_path: Path, meaning: str) -> None:
     for split in ("train", "test"):

@@ -21,7 +21,7 @@ import yaml
 
 from twoviews.errors import BadInput
 from twoviews.locks import FolderLock
-from twoviews.tracking import uris
+from twoviews.tracking import state, uris
 from twoviews.tracking.__main__ import main
 from twoviews.tracking.client import RUN_KEY_TAG, connect, get_or_create_run, logged_error, prepare_environment
 from twoviews.tracking.metrics import Metrics, read
@@ -243,7 +243,21 @@ def test_a_finished_run_is_whole(run):
     }
     assert "mlartifacts" in found.info.artifact_uri
     place = rf"/#/experiments/\d+/runs/{run_id(run)}\?workflowType=machine_learning$"
-    assert re.search(rf"true '?/.*mlflow'? ui .*sqlite:///.* http://127\.0\.0\.1:5000{place}", run_page(run))
+    assert re.search(rf"true '?/.*mlflow'? ui .*sqlite:///.*\n +http://127\.0\.0\.1:5000{place}", run_page(run))
+
+
+def test_pages_of_the_default_store_are_served_by_make_where_it_has_made_the_environment(tmp_path, monkeypatch):
+    for module in (state, uris):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    address = "http://127.0.0.1:5000/#/experiments/1/runs/ab?workflowType=machine_learning"
+    assert state.page(uri, "1", "ab").splitlines()[0].endswith(f"ui --workers 1 --backend-store-uri {uri}")
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "train").touch()
+    assert state.page(uri, "1", "ab").split() == ["make", "-C", str(tmp_path), "mlflow", address]
+    monkeypatch.chdir(tmp_path)
+    assert state.page(uri, "1", "ab") == f"make mlflow\n        {address}"
+    assert " ui --workers 1 " in state.page("sqlite:////elsewhere.db", "1", "ab")
 
 
 def test_only_what_the_checkpoint_holds_is_sent_and_nothing_doubles_after_resume(run):
@@ -404,7 +418,7 @@ def test_eight_processes_on_a_fresh_file(tmp_path):
 KILLED = """
 import os, signal, sys
 from sqlalchemy import Engine, event
-from twoviews.tracking import uris
+from twoviews.tracking import state, uris
 from twoviews.tracking.client import connect
 
 left = int(sys.argv[2])

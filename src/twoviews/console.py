@@ -137,14 +137,14 @@ class Console:
             self._progress = ProgressBar(self._rich, steps, done)
 
     def progress(
-        self, step: int, epoch: float, values: Mapping[str, float], left: float | None, important: bool = False
+        self, step: int, epoch: float, values: Mapping[str, str], left: float | None, important: bool = False
     ) -> None:
         """Show how far the training is, some values by name, and the seconds that are left, if they are known.
 
         Where the output is not a terminal, what is important is printed whenever it comes.
         """
         if self._progress and values:
-            numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            numbers = "  ".join(f"{name} {value}" for name, value in values.items())
             self._progress.update(step, f"epoch {epoch:.2f}  step {step}  {numbers}", left, important)
 
     def stop(self) -> None:
@@ -164,21 +164,30 @@ class Console:
             table.add_row(_plain(name), _plain(value))
         self._rich.print(table)
 
-    def rows(self, title: str, rows: Sequence[Mapping[str, object]], count: int | None = None) -> None:
-        """Print a table with a column for each key, at most the first ROWS rows.
+    def rows(
+        self,
+        title: str,
+        rows: Sequence[Mapping[str, object]],
+        count: int | None = None,
+        limit: int = ROWS,
+        rest: str = "",
+    ) -> None:
+        """Print a table with a column for each key, at most the first `limit` rows.
 
         Args:
             title: above the table.
-            rows: values by column; only the first ROWS are needed.
+            rows: values by column; only the first `limit` are needed.
             count: how many rows there are; the length of `rows` by default.
+            limit: the most that are printed.
+            rest: said behind the number of rows where not all are printed.
         """
         if self.quiet or not rows:
             return
-        title += f" (the first {ROWS} of {count:,})" if (count := count or len(rows)) > ROWS else ""
+        title += f" (the first {limit} of {count:,}{rest})" if (count := count or len(rows)) > limit else ""
         table = Table(title=_plain(title, "table.title"))
         for name in rows[0]:
             table.add_column(_plain(name), overflow="fold", min_width=len(name))
-        for row in rows[:ROWS]:
+        for row in rows[:limit]:
             cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
             table.add_row(*map(_plain, cells))
         self._rich.print(table)

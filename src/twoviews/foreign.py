@@ -48,6 +48,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "encoder.json": _ENCODER,
     "classifier.json": {**_ENCODER, "classes!": Sequence[str]},
     "linear_head.json": {"encoder!": str, "classes!": Sequence[str]},
+    "evaluation.json": {"intervals": _Node},
     "clusters.json": {"settings!": _Node, "scores!": _Node},
     "sweep.json": {
         "axes!": {"*": Sequence[Any]},
@@ -84,6 +85,7 @@ REMEDIES = {
     "environment.json": "put the file back that the run wrote, or start over with fresh=true",
     "data.json": "put the file back that the run wrote, or start over with fresh=true",
     "linear_head.json": "delete it, and evaluate.py with protocol=linear writes it again",
+    "evaluation.json": "delete it, and evaluate.py writes it again",
     "clusters.json": "delete it, and cluster.py writes it again",
     "sweep.json": "put the file back, or delete it and launch the sweep again, which goes on with its jobs",
     "point.json": "put the file back, or launch the sweep again, which writes it again",

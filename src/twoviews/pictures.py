@@ -86,22 +86,22 @@ def squares(images: Images, index: list[int]) -> "dict[int, Image]":
     return pictures
 
 
-def font(name: str) -> "FreeTypeFont":
-    """A font of those that matplotlib brings, which have Greek and Cyrillic letters too."""
+def font(name: str, size: int = TEXT) -> "FreeTypeFont":
+    """A font of those that matplotlib brings, which have Greek and Cyrillic letters too; `size` in px."""
     import matplotlib
     from PIL import ImageFont
 
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", TEXT)
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", size)
 
 
-def fitted(text: str, face: "FreeTypeFont", width: float) -> str:
-    """`text` with all characters printable, cut to `width` px."""
+def fitted(text: str, face: "FreeTypeFont", width: float, keep_end: bool = False) -> str:
+    """`text` with all characters printable, cut to `width` px; names of files are told apart by their ends."""
     text = printable(text)
     if face.getlength(text) <= width:
         return text
     while text and face.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+        text = text[1:] if keep_end else text[:-1]
+    return f"…{text}" if keep_end else f"{text}…"
 
 
 def draw_curves(path: Path, lines: Iterable[Mapping[str, float]], title: str) -> None:

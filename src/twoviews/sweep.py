@@ -16,7 +16,10 @@ from twoviews.sweeps.job import LOG, Job, JobState, short_names, typed, with_var
 from twoviews.sweeps.job_states import CANCEL_SECONDS, current_states, wait_until_ended
 
 EXIT_FINISHED, EXIT_UNFINISHED, EXIT_ACTIVE = 0, 1, 3  # exit codes; 2 is bad input
-EXIT_CODES = "0 all jobs are finished or pruned, 3 some are queued or running, 1 some are neither, 2 bad input."
+EXIT_CODES = (
+    "0 all jobs are finished or pruned, 3 some are queued or running, 1 some are neither, 2 bad input; report: 0 once it is "
+    "written; collect: 1 where MLflow lacks something."
+)
 LOG_LINES = 40  # of a log that are shown
 MAX_SHOWN_NAMES = 8  # of other sweeps
 # States that need attention come first.
@@ -87,10 +90,21 @@ def chosen(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
 
 
 def exit_code(states: Mapping[str, JobState]) -> int:
-    """The exit code of a command for jobs with these states."""
-    if any(state.active for state in states.values()):
-        return EXIT_ACTIVE
-    return EXIT_FINISHED if all(state.finished_or_pruned for state in states.values()) else EXIT_UNFINISHED
+    """The exit code of a command for jobs with these states; its reason is printed on standard error if it is not 0."""
+    if not (reason := unfinished_reason(states)):
+        return EXIT_FINISHED
+    code = EXIT_ACTIVE if any(state.active for state in states.values()) else EXIT_UNFINISHED
+    print(f"exit code {code}: {reason}.", file=sys.stderr)
+    return code
+
+
+def unfinished_reason(states: Mapping[str, JobState]) -> str:
+    """How many jobs are not finished, and their states, as part of a sentence; empty if all are finished or pruned."""
+    counts = Counter(state.state for state in states.values() if not state.finished_or_pruned)
+    if not counts:
+        return ""
+    named, total = ", ".join(f"{count} {name}" for name, count in sorted(counts.items())), sum(counts.values())
+    return f"{total:,} of {counted(len(states), 'job')} {'is' if total == 1 else 'are'} not finished ({named})"
 
 
 def show_status(sweep: Sweep, jobs: Sequence[Job]) -> int:
@@ -198,12 +212,14 @@ def cancel_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
 
 
 def write_report(sweep: Sweep, jobs: Sequence[Job]) -> int:
-    """Write the results so far into the sweep folder: a page, a table, plots."""
+    """Write the results so far into the sweep folder: a page, a table, plots; the exit code is 0 once that is done."""
     from twoviews.sweeps.report import report
 
     states = current_states(jobs)
     report(sweep, states, print)
-    return exit_code(states)
+    if left := unfinished_reason(states):
+        print(f"{left}; `python -m twoviews.sweep status {shlex.quote(sweep.name)}` shows why.")
+    return 0
 
 
 COMMANDS: dict[str, tuple[Callable[[Sweep, Sequence[Job]], int], str]] = {

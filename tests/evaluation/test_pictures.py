@@ -76,8 +76,24 @@ def test_confusion(classes, tmp_path, drawn):
     shares = axis.images[0].get_array()
     assert np.allclose(shares.sum(1), 100)
     assert np.allclose(shares.diagonal(), [row["accuracy"] for row in found.per_class])
-    numbers = sorted(int(text.get_text()) for text in axis.texts)
-    assert numbers == (sorted(n for n in found.confusion.flatten().tolist() if n) if classes == 10 else [])
+    shown = {(int(text.get_position()[1]), int(text.get_position()[0])): text.get_text() for text in axis.texts}
+    expected = {(row, column): f"{shares[row, column]:.0f}" for row, column in found.confusion.nonzero().tolist()}
+    assert shown == (expected if classes == 10 else {})
+    assert drawn[-1].axes[1].get_ylabel() == "% of the images of the class (row)"
+    assert axis.get_yticklabels()[0].get_text() == f"class 0 ({600 // classes})"
+
+
+@pytest.mark.parametrize("names", [[*"0123456789"], [f"class {n}" for n in range(20)], ["x" * 60, "y" * 60]])
+def test_nothing_of_a_confusion_matrix_is_cut_off(names, tmp_path, drawn):
+    draw_confusion(tmp_path / "a.png", 500 * torch.eye(len(names)).long() + 30, names, "A")
+    drawn[-1].set_dpi(200)  # as it is saved
+    inside, (width, height) = drawn[-1].get_tightbbox(), drawn[-1].get_size_inches()
+    assert min(inside.x0, inside.y0) >= 0 and inside.x1 <= width and inside.y1 <= height
+
+
+def test_a_share_below_a_percent_is_no_0(tmp_path, drawn):
+    draw_confusion(tmp_path / "a.png", torch.tensor([[999, 1], [0, 0]]), ["a", "b"], "A")
+    assert [text.get_text() for text in drawn[-1].axes[0].texts] == ["100", "<1"]
 
 
 def test_per_class(tmp_path, drawn):

@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from twoviews.data.images import ImageData, Images
 from twoviews.data.sources import digits, folder
 from twoviews.features import PixelEncoder
+from twoviews.pictures import fitted, font
 from twoviews.protocols.duplicates import MAX_PAIRS, DuplicatePair, Duplicates, shown_pairs
 from twoviews.protocols.protocol import EvaluationContext
 
@@ -103,8 +104,17 @@ def test_files_are_told_by_their_paths_and_need_no_labels(tmp_path: Path) -> Non
     data = replace(data, test=test, classes=("a",))
     found = Duplicates(0.999, 3, 0)(context(data, tmp_path))
     assert found.values["train_test"] == found.values["exact"] == 4 and found.values["test_duplicated"] == 100
+    assert found.rows_shown == 10
     row = found.tables["duplicates"][0]
     assert (row["class"], row["other_class"]) == ("", "a") and f"{row['image']}.copy" == row["other_image"]
+
+
+def test_captions_keep_the_ends_of_names() -> None:
+    face = font("DejaVuSans", 12)
+    text = fitted("IMG_20240612_00292_edited.png", face, 96, keep_end=True)
+    assert text.startswith("…") and text.endswith("_edited.png") and face.getlength(text) <= 96
+    assert fitted("a.png", face, 96, keep_end=True) == "a.png"
+    assert fitted("digit number 4 of the second hand", face, 96).startswith("digit num")
 
 
 def test_the_sheet_shows_both_ends() -> None:

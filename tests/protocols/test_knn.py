@@ -6,6 +6,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+import yaml
+from conftest import ROOT
 from lightly.utils.benchmarking.knn import knn_predict
 from sklearn.datasets import load_digits
 from torch.nn import functional as nnf
@@ -14,7 +16,7 @@ from twoviews.data.sources import digits
 from twoviews.features import Features, PixelEncoder
 from twoviews.protocols import knn
 from twoviews.protocols.classification import accuracies, mask_zeros, top1
-from twoviews.protocols.knn import KNN, knn_scores
+from twoviews.protocols.knn import KNN, SMALL_K, knn_scores
 from twoviews.protocols.protocol import EvaluationContext
 
 
@@ -74,6 +76,19 @@ def test_neighbours_are_the_most_similar_rows_also_among_copies(count, k):
     assert torch.equal(cosines, similarity.sort(dim=1, descending=True).values[:, :k])
     assert torch.equal(similarity.gather(1, rows), cosines)  # of equal rows any, in any order,
     assert all(len(row.unique()) == k for row in rows)  # but none twice
+
+
+def test_a_k_that_is_too_large_is_said_with_what_to_choose():
+    def note(k: int, images: int) -> list[str]:
+        data = digits()
+        return KNN(k, 0.1, 0).notes(replace(data, memory=data.memory.subset(torch.arange(images))))
+
+    assert note(200, 100) == [
+        "k=200 is more than the 100 images of the bank, so all of them vote; choose a smaller k= or protocol=knn_small."
+    ]
+    assert note(200, 10)[0].endswith("so all of them vote; choose a smaller k=.") and note(100, 100) == []
+    small = yaml.safe_load((ROOT / "conf" / "protocol" / "knn_small.yaml").read_text())
+    assert small["k"] == SMALL_K
 
 
 def test_k_is_clamped_to_the_bank():

@@ -16,6 +16,7 @@ from scipy import stats
 
 from twoviews import figures as figure_files
 from twoviews.errors import counted
+from twoviews.sweep import exit_code
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobSpec, JobState, short_names, text
@@ -153,6 +154,22 @@ def test_jobs_that_run_wait_or_failed_are_counted_and_explained(tmp_path: Path) 
     assert "`python -m twoviews.sweep logs s 00000008`" in text_ and "its runner was killed" in text_
     assert [config.parameters["method.temperature"] for config in found.configs] == [0.2, 0.1]
     assert len(found.configs[0].values("knn/top1")) == 3  # the running one's last kNN is not final
+
+
+def test_a_written_report_is_a_success_and_other_commands_say_why_they_are_none(tmp_path: Path, capsys) -> None:
+    failed = {"method.temperature": 0.3, "seed": 0, "state": "FAILED", "reason": "loss is nan"}
+    whole, partial = sweep_of(tmp_path / "whole", GRID), sweep_of(tmp_path / "partial", [*GRID, failed])
+    for command in ("report", "status", "logs"):
+        assert sweep_command([command, str(whole.folder)]) == 0
+        assert not capsys.readouterr().err
+    assert sweep_command(["report", str(partial.folder)]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 7 jobs is not finished (1 FAILED); `python -m twoviews.sweep status partial` shows why." in out
+    for command in ("status", "logs"):
+        assert sweep_command([command, str(partial.folder)]) == 1
+        assert capsys.readouterr().err == "exit code 1: 1 of 7 jobs is not finished (1 FAILED).\n"
+    assert exit_code({"a": JobState("RUNNING"), "b": JobState("FAILED")}) == 3
+    assert capsys.readouterr().err == "exit code 3: 2 of 2 jobs are not finished (1 FAILED, 1 RUNNING).\n"
 
 
 def test_csv_has_a_row_for_each_job(tmp_path: Path) -> None:

@@ -38,6 +38,11 @@ _LESS_MEMORY = {
     "evaluate": "close other programs, or choose other protocols",
     "cluster": "close other programs, or cluster fewer images",
 }
+_AFTER_CTRL_C = {
+    "train": "goes on from the last checkpoint",
+    "evaluate": "begins again; the numbers of protocols that had finished are stored",
+    "cluster": "begins again",
+}
 
 
 def entry(name: Name) -> Callable[[Main], Callable[[], None]]:
@@ -95,8 +100,7 @@ class _Command:
         except OSError as error:
             self._refuse(_file_error(error))
         except KeyboardInterrupt:
-            more = "goes on from the last checkpoint" if self.name == "train" else "begins again"
-            print(f"interrupted; the same command {more}.", file=sys.stderr)
+            print(f"interrupted; the same command {_AFTER_CTRL_C[self.name]}.", file=sys.stderr)
             self.exit_codes.append(SIGNAL_EXIT_BASE + signal.SIGINT)
         sys.exit(max(self.exit_codes, default=0))
 

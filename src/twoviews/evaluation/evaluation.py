@@ -1,9 +1,8 @@
 """Evaluate one encoder by several protocols: numbers, intervals, tables and pictures, in a folder and in MLflow."""
 
-import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -16,32 +15,21 @@ from twoviews.console import Console, progress_of
 from twoviews.data.images import ImageData
 from twoviews.encoders.loaded import LoadedEncoder
 from twoviews.encoders.projection import projected
-from twoviews.errors import BadInput, counted
+from twoviews.errors import BadInput, counted, printable
 from twoviews.evaluation.comparison import Evaluation
-from twoviews.evaluation.pictures import draw_confusion, draw_knn_curve, draw_per_class, published_curve
+from twoviews.evaluation.pictures import draw_confusion, draw_per_class
 from twoviews.evaluation.preparation import prepare_evaluation
+from twoviews.evaluation.record import FOLDER, EvaluationRecord
 from twoviews.figures import BASELINES
 from twoviews.files import write_atomic
 from twoviews.protocols.classification import classification_scores
 from twoviews.protocols.named import build_protocol
-from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol, TableRow
 from twoviews.protocols.units import MAX_SHOWN, with_unit
 from twoviews.runtime import format_name
 from twoviews.tables import as_csv
-from twoviews.tracking.metrics import log_metrics, read
-from twoviews.tracking.mirror import flush
+from twoviews.tracking.metrics import read
 from twoviews.tracking.state import UploadState
-
-FOLDER = "evaluation"  # below the run's: for tables and pictures
-
-
-@dataclass
-class CombinedResult:
-    """What all protocols measured."""
-
-    values: dict[str, float] = field(default_factory=dict)  # by name, such as knn/top1
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # of some of the values
-    shown: dict[str, str] = field(default_factory=dict)  # rows of the table on the console
 
 
 def evaluate(
@@ -53,7 +41,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate an encoder; each choice of protocols, settings and images has a folder in "evaluation" of the run.
 
-    evaluation.json beside the run is that of its newest evaluation.
+    evaluation.json beside the run is that of its newest evaluation. The numbers of a protocol are stored and shown as soon as
+    it has finished, so that they outlast whatever ends the command during a later one.
 
     Args:
         loaded: the encoder.
@@ -82,22 +71,17 @@ def evaluate(
         settings |= {"mean": list(loaded.preprocessing.mean), "std": list(loaded.preprocessing.std)}
     folder = context.folder = loaded.folder / FOLDER / prefix / f"{'+'.join(protocols)}-{digest(settings)}"
     folder.mkdir(parents=True, exist_ok=True)
-    measured = _measure(protocols, context, console)
-    content = json.dumps({**measured.values, "intervals": measured.intervals, **settings}, indent=2) + "\n"
-    for path in (folder / "evaluation.json", *([] if prefix else [loaded.folder / "evaluation.json"])):
-        write_atomic(path, content)
-    if loaded.in_run_folder:
-        recorded = {f"evaluation/{prefix}{name}": value for name, value in measured.values.items()}
-        _record_in_run(loaded, recorded, console)
     banks = f"kNN bank {len(data.memory or ()):,}, test {counted(len(data.test or ()), 'image')} of {data.name}"
+    console.say(f"{loaded.title}: {banks}")
     baselines = _baselines(loaded, data, protocol_settings)
-    measured.shown |= {f"kNN of {BASELINES[name][0]}": f"{value:.2f} %" for name, value in baselines.items()}
-    console.table(f"{loaded.title}: {banks}", measured.shown)
     flat_settings = {f"protocol.{key}": value for key, value in flat(protocol_settings).items()}
     flat_settings = {k: value for k, value in flat_settings.items() if not k.endswith(("_target_", "every_epochs"))}
-    if len(flat_settings) <= MAX_SHOWN:
-        console.say(", ".join(f"{key.removeprefix('protocol.')} {value}" for key, value in flat_settings.items()))
-    console.say(f"written, with all settings, to {folder}")
+    measured = EvaluationRecord(loaded, folder, prefix, settings)
+    try:
+        _measure(protocols, context, measured, baselines, console)
+    finally:
+        if measured.values:
+            measured.end(flat_settings, console)
     state = {key: run_result[key] for key in ("state", "epoch") if key in run_result}
     shown_settings = {**flat_settings, "data": data.name, "digest": data.digest, **state}
     about = (_mlflow_experiment(loaded), loaded.title, loaded.config, baselines)
@@ -165,11 +149,16 @@ def _description(data: ImageData) -> dict[str, Any]:
     }
 
 
-def _measure(protocols: Mapping[str, Protocol], context: EvaluationContext, console: Console) -> CombinedResult:
-    """Run all protocols; tables and pictures are written, and tables and notes shown, after each of them."""
-    measured = CombinedResult()
+def _measure(
+    protocols: Mapping[str, Protocol],
+    context: EvaluationContext,
+    measured: EvaluationRecord,
+    baselines: Mapping[str, float],
+    console: Console,
+) -> None:
+    """Run all protocols; after each of them its files are written, its numbers stored, and tables and notes shown."""
     assert context.folder is not None
-    for name, protocol in protocols.items():
+    for number, (name, protocol) in enumerate(protocols.items(), 1):
         try:
             with progress_of(f"protocol {name}"):
                 result = protocol(context)
@@ -178,17 +167,39 @@ def _measure(protocols: Mapping[str, Protocol], context: EvaluationContext, cons
             if not any(context.folder.iterdir()):  # a refused command leaves nothing behind
                 context.folder.rmdir()
             raise
+        measured.add(values, intervals, [*protocols][number:])
         for table, rows in result.tables.items():
-            console.rows(f"{name}: {table}", rows)
+            _show_rows(name, table, rows, result.rows_shown, context.data, console)
         for note in result.notes:
             console.say(note)
-        measured.values |= values
-        measured.intervals |= intervals
+        shown = {}
         if len(result.values) <= MAX_SHOWN:
-            measured.shown |= {key: with_unit(key, value, intervals.get(key)) for key, value in values.items()}
+            shown |= {key: with_unit(key, value, intervals.get(key)) for key, value in values.items()}
+        if name == "knn":
+            shown |= {f"kNN of {BASELINES[key][0]}": f"{value:.2f} %" for key, value in baselines.items()}
         if result.advice:
-            measured.shown[f"{name}/advice"] = result.advice
-    return measured
+            shown[f"{name}/advice"] = result.advice
+        if shown:
+            console.table(name, shown)
+
+
+def _show_rows(name: str, table: str, rows: Sequence[TableRow], limit: int, data: ImageData, console: Console) -> None:
+    """Show the first rows of a protocol's table, with the paths of the data's images below the folder that they share."""
+    paths = [path for images in (data.train, data.memory, data.test) if images for path in images.paths or ()]
+    root = os.path.commonpath([min(paths), max(paths)]) if paths else ""  # all paths lie between these two
+    first: list[TableRow] = [
+        {key: cell.removeprefix(f"{root}/") if isinstance(cell, str) and root else cell for key, cell in row.items()}
+        for row in rows[:limit]
+    ]
+    title = table if table.startswith(name) else f"{name}: {table}"
+    if first != [*rows[:limit]]:
+        title += f", paths below {printable(root)}"
+    console.rows(title, first, len(rows), limit, f"; all are in {_file(name, table)}")
+
+
+def _file(name: str, table: str) -> str:
+    """The file of a protocol's table."""
+    return f"{table}.csv" if table.startswith(name) else f"{name}_{table}.csv"
 
 
 def _write(
@@ -204,19 +215,10 @@ def _write(
         draw_confusion(context.folder / f"{name}_confusion.png", scores.confusion, context.data.classes, title)
         draw_per_class(context.folder / f"{name}_classes.png", scores.per_class, title)
     for table, rows in tables.items():
-        file = table if table.startswith(name) else f"{name}_{table}"
-        write_atomic(context.folder / f"{file}.csv", as_csv(rows))
+        write_atomic(context.folder / _file(name, table), as_csv(rows))
     order = sorted(values, key=lambda key: (not key.startswith("top"), key))
     full = {f"{name}/{key}": interval for key, interval in intervals.items()}
     return {f"{name}/{key}": values[key] for key in order}, full
-
-
-def _record_in_run(loaded: LoadedEncoder, values: Mapping[str, float], console: Console) -> None:
-    """Add values to the run's metrics and to its MLflow run, and draw the kNN curve of its training."""
-    curve = loaded.folder / FOLDER / "knn_curve.png"
-    draw_knn_curve(curve, read(loaded.folder), published_curve(loaded.config), loaded.title)
-    log_metrics(loaded.folder, values)
-    flush(loaded.folder, loaded.config["tracking"]["mirror"], console.say)
 
 
 def _mlflow_experiment(loaded: LoadedEncoder) -> tuple[str | None, str] | None:

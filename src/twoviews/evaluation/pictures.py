@@ -34,21 +34,28 @@ class Measured:
 
 
 def draw_confusion(path: Path, confusion: Int[Tensor, "C C"], classes: Sequence[str], title: str) -> None:
-    """Draw a confusion matrix: rows are classes, columns predictions, shades shares of the row, numbers images."""
-    count = len(classes)
-    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    side = min(WIDTH, 3.0 + 0.3 * count)
-    with drawing(path, side - 1.6, width=side, title=title) as (figure, (axis,)):
-        picture = axis.imshow(100 * shares.numpy(), cmap="Blues", vmin=0, vmax=100)
-        figure.colorbar(picture, ax=axis, label="share of the class, %", shrink=0.8)
-        places, names = _ticks(classes)
+    """Draw a confusion matrix: rows are classes, columns predictions, shades and numbers percent of the images of the row.
+
+    Behind the name of a class stands how many images it has.
+    """
+    count, images = len(classes), confusion.sum(1)
+    percent = 100 * confusion / images[:, None].clamp(min=1)
+    places, names = _ticks(classes)
+    rows = [f"{name} ({int(images[place]):,})" for place, name in zip(places, names, strict=True)]
+    names_width = 0.06 * max(map(len, rows))  # inches, about
+    width = min(WIDTH, 2.6 + 0.3 * count + names_width)
+    with drawing(path, width - 1.2 - names_width, width=width, title=title) as (figure, (axis,)):
+        picture = axis.imshow(percent.numpy(), cmap="Blues", vmin=0, vmax=100)
+        figure.colorbar(picture, ax=axis, label="% of the images of the class (row)", shrink=0.8)
+        axis.set_anchor("SW")  # in the middle of a larger panel the layout would cut off what is below or beside it
         axis.set_xticks(places, names, rotation=90 if max(map(len, names)) > 2 else 0)
-        axis.set_yticks(places, names)
-        axis.set(xlabel="predicted as", ylabel="class")
+        axis.set_yticks(places, rows)
+        axis.set(xlabel="predicted as", ylabel="class (images)")
         axis.grid(visible=False)
         for row, column in confusion.nonzero().tolist() if count <= MAX_NUMBERED_CLASSES else ():
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            number = f"{int(confusion[row, column])}"
+            share = percent[row, column].item()
+            colour = "white" if share > 50 else "black"
+            number = f"{share:.0f}" if share >= 0.5 else "<1"
             axis.text(column, row, number, ha="center", va="center", color=colour, fontsize=7)
 
 

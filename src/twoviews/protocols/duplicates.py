@@ -26,6 +26,8 @@ from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Pro
 from twoviews.ranges import Count, Index, Range
 
 MAX_PAIRS, COLUMNS = 40, 4  # of the sheet
+ROWS_SHOWN = 10  # of the table, whose rows are long
+CAPTION = 12  # px, of names, so that more of them fits
 HEADING_PX, LINE_PX = 66, TEXT + 6  # heights
 EXACT_COSINE = 0.999  # equal pixels have equal features but for rounding, so only pairs above it are compared by pixels
 
@@ -137,7 +139,7 @@ class Duplicates(Protocol):
         notes = self._notes(len(x), shared, full)
         if near := [row for row, pair in zip(tables["duplicates"], pairs, strict=True) if not pair.exact]:
             notes.append(self._on_threshold(near))
-        return EvaluationResult(values, tables=tables, notes=notes)
+        return EvaluationResult(values, tables=tables, rows_shown=ROWS_SHOWN, notes=notes)
 
     def _pairs(self, x: Float[Tensor, "N F"]) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"], Float[Tensor, " P"], int]:
         """Both rows of each pair, the smaller first, and their cosine, the largest first; how many rows have k others."""
@@ -220,7 +222,7 @@ def shown_pairs(pairs: Sequence[DuplicatePair]) -> list[DuplicatePair]:
 def draw_duplicates(
     path: Path, images: Mapping[str, Images], pairs: Sequence[DuplicatePair], classes: Sequence[str], threshold: float
 ) -> None:
-    """Draw the pairs of `shown_pairs` with their cosine, splits and classes; pairs of two classes have a red frame.
+    """Draw the pairs of `shown_pairs` with names, classes, cosine and splits; pairs of two classes have a red frame.
 
     Args:
         path: of the picture.
@@ -239,7 +241,7 @@ def draw_duplicates(
         tiles[split] = squares(its_images, rows) if rows else {}
     side = max(tile.width for of_split in tiles.values() for tile in of_split.values())
     wide, high = 2 * side + 5 * GAP, side + 3 * LINE_PX + GAP
-    face, bold, names = font("DejaVuSans"), font("DejaVuSans-Bold"), [*classes]
+    face, bold, small, names = font("DejaVuSans"), font("DejaVuSans-Bold"), font("DejaVuSans", CAPTION), [*classes]
     title = f"{counted(len(pairs), 'pair')} with a cosine of at least {threshold:g}"
     explanation = "by cosine; bold: equal pixels; red frame: of two classes"
     if len(shown) < len(pairs):
@@ -260,12 +262,13 @@ def draw_duplicates(
             x, of_split = left + place * (side + GAP), images[split]
             sheet.paste(tiles[split][row], (x, top))
             name = Path(of_split.paths[row]).name if of_split.paths else f"{row}"
-            draw.text((x, top + side + 2), fitted(f"{name} ({split})", face, side), GREY, face)
+            draw.text((x, top + side + 2), fitted(name, small, side, keep_end=True), GREY, small)
             labels.append(-1 if of_split.labels is None else int(of_split.labels[row]))
             if labels[-1] >= 0:
-                draw.text((x, top + side + 2 + LINE_PX), fitted(names[labels[-1]], face, side), "black", face)
+                draw.text((x, top + side + 2 + LINE_PX), fitted(names[labels[-1]], small, side), "black", small)
         line = (left, top + side + 2 + (2 * LINE_PX if max(labels) >= 0 else LINE_PX))
-        draw.text(line, f"{pair.cosine:.4f}", "black" if pair.exact else GREY, bold if pair.exact else face)
+        cosine = f"{pair.cosine:.4f}  {', '.join(dict.fromkeys(pair.splits))}"
+        draw.text(line, cosine, "black" if pair.exact else GREY, bold if pair.exact else face)
         if min(labels) >= 0 and labels[0] != labels[1]:
             draw.rectangle((left - 3, top - 3, left + 2 * side + GAP + 2, top + side + 2), outline=RED, width=3)
     save_sheet(sheet, path)

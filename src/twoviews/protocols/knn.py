@@ -20,6 +20,7 @@ from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Pro
 from twoviews.ranges import Count, Index, Temperature
 
 CHUNK_BYTES = 64 * 2**20  # of similarities held in memory
+SMALL_K = 20  # of protocol=knn_small
 
 
 def neighbours(
@@ -80,9 +81,20 @@ def knn_scores(
 
 
 def clamped_notes(k: int, data: ImageData, key: str) -> list[str]:
-    """A sentence for the user if the bank has fewer than k images."""
+    """A sentence for the user if the bank has fewer than k images.
+
+    Args:
+        k: neighbours that vote.
+        data: with the bank.
+        key: name of the parameter.
+    """
     bank = len(data.memory or ())
-    return [f"{key}={k} is more than the {bank:,} images of the bank, so all of them vote."] if 0 < bank < k else []
+    if not 0 < bank < k:
+        return []
+    small = " or protocol=knn_small" if key == "k" and bank > SMALL_K else ""
+    return [
+        f"{key}={k} is more than the {bank:,} images of the bank, so all of them vote; choose a smaller {key}={small}."
+    ]
 
 
 class KNN(Protocol):

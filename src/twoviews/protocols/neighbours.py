@@ -165,7 +165,7 @@ def draw_neighbours(
     for number, row in enumerate(shown):
         top = HEADING_PX + number * high
         sheet.paste(own[row.image], (GAP, top))
-        draw.text((GAP, top + side + 2), fitted(Path(row.name).name, face, wide), GREY, face)
+        draw.text((GAP, top + side + 2), fitted(Path(row.name).name, face, side, keep_end=True), GREY, face)
         if row.label >= 0:
             draw.text((GAP, top + side + 2 + LINE_PX), fitted(classes[row.label], bold, wide), "black", bold)
         for place, (image, cosine) in enumerate(zip(row.neighbours[:columns], row.cosines, strict=False)):

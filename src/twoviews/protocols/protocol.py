@@ -18,6 +18,7 @@ from torch import Tensor
 from twoviews import distributed, process_group
 from twoviews.backbones import Encoder
 from twoviews.classifier_file import Head
+from twoviews.console import ROWS
 from twoviews.data.images import ImageData, Images
 from twoviews.errors import BadInput
 from twoviews.features import Features, embed
@@ -106,6 +107,7 @@ class EvaluationResult:
     # Rows with equal keys, by the name of the table. evaluate.py writes <protocol>_<table>.csv, or <table>.csv if the name
     # of the table begins with the protocol's.
     tables: dict[str, list[TableRow]] = field(default_factory=dict)
+    rows_shown: int = ROWS  # of each table by evaluate.py; the file has all
     notes: list[str] = field(default_factory=list)  # sentences that the user should read beside the numbers
     advice: str = ""  # what is wrong with the encoder by these numbers, and what to do; shown below them
 

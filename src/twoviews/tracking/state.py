@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 from twoviews import foreign
+from twoviews.config.groups import ROOT
 from twoviews.errors import BadInput
 from twoviews.files import write_atomic
 from twoviews.locks import locked_for_upload
@@ -138,7 +139,7 @@ def run_id(folder: Path) -> str | None:
 
 
 def run_page(folder: Path) -> str:
-    """How to see the run: its address on a server, or the command that serves MLflow's pages and the address there."""
+    """How to see the run: its address on a server, or, in two lines, the command that serves MLflow's pages and the address."""
     state = UploadState.load(folder)
     if not state.run_id:
         return f"python -m twoviews.tracking sync {shlex.quote(str(folder))}"
@@ -150,8 +151,12 @@ def page(uri: str, experiment_id: str | None, run_id: str) -> str:
     place = f"/#/experiments/{experiment_id}/runs/{run_id}?{WORKFLOW}"
     if uri.startswith("http"):
         return uri + place
-    command = str(Path(sys.executable).absolute().with_name("mlflow"))  # works from any folder
-    return (
-        f"MLFLOW_DISABLE_TELEMETRY=true {shlex.quote(command)} ui --workers 1 --backend-store-uri {shlex.quote(uri)}"
-        f"  then open http://127.0.0.1:5000{place}"
-    )
+    return f"{_serving(uri)}\n        http://127.0.0.1:5000{place}"
+
+
+def _serving(uri: str) -> str:
+    """The command that serves MLflow's pages on this complete URI, from the present folder."""
+    if uri == uris.resolve(None) and (ROOT / ".venv" / "train").exists():  # or make would install an environment first
+        return "make mlflow" if Path.cwd() == ROOT else f"make -C {shlex.quote(str(ROOT))} mlflow"
+    command = shlex.quote(str(Path(sys.executable).absolute().with_name("mlflow")))
+    return f"MLFLOW_DISABLE_TELEMETRY=true {command} ui --workers 1 --backend-store-uri {shlex.quote(uri)}"

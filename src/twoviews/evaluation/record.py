@@ -1,0 +1,76 @@
+"""The numbers of an evaluation in its folder, and in the metrics of the run."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from twoviews import foreign
+from twoviews.console import Console
+from twoviews.encoders.loaded import LoadedEncoder
+from twoviews.evaluation.pictures import draw_knn_curve, published_curve
+from twoviews.files import write_atomic
+from twoviews.protocols.units import MAX_SHOWN
+from twoviews.tracking.metrics import log_metrics, read
+from twoviews.tracking.mirror import flush
+
+FOLDER = "evaluation"  # below the run's: for tables and pictures
+
+
+class EvaluationRecord:
+    """What the protocols have measured so far, on the disk after each of them.
+
+    Args:
+        loaded: the encoder.
+        folder: of this evaluation; it exists.
+        prefix: of the names of the values in the metrics of the run.
+        settings: all that the values depend on.
+
+    Raises:
+        BadInput: evaluation.json, of an earlier evaluation with these settings, is damaged.
+    """
+
+    def __init__(self, loaded: LoadedEncoder, folder: Path, prefix: str, settings: Mapping[str, Any]):
+        self._loaded, self._folder, self._prefix, self._settings = loaded, folder, prefix, settings
+        self._earlier = foreign.load(folder / "evaluation.json")
+        self.values: dict[str, float] = {}  # by name, such as knn/top1
+        self.intervals: dict[str, tuple[float, float]] = {}  # of some of the values
+
+    def add(
+        self, values: Mapping[str, float], intervals: Mapping[str, tuple[float, float]], left: Sequence[str]
+    ) -> None:
+        """Store the values of a protocol in evaluation.json and in the metrics of the run.
+
+        Args:
+            values: by full name.
+            intervals: of some of them.
+            left: protocols that are still to be run; their values stay as an earlier evaluation with these settings found them.
+        """
+        self.values |= values
+        self.intervals |= intervals
+        kept, kept_intervals = (
+            {name: value for name, value in earlier.items() if name.partition("/")[0] in left}
+            for earlier in (self._earlier, self._earlier.get("intervals", {}))
+        )
+        numbers = {**kept, **self.values, "intervals": {**kept_intervals, **self.intervals}}
+        content = json.dumps({**numbers, **self._settings}, indent=2) + "\n"
+        for folder in (self._folder, *([] if self._prefix else [self._loaded.folder])):
+            write_atomic(folder / "evaluation.json", content)
+        if self._loaded.in_run_folder:
+            named = {f"evaluation/{self._prefix}{name}": value for name, value in values.items()}
+            log_metrics(self._loaded.folder, named)
+
+    def end(self, settings: Mapping[str, object], console: Console) -> None:
+        """Say how it was measured and where the files are; draw the kNN curve of the training, and send all to MLflow.
+
+        Args:
+            settings: of the protocols, by names such as protocol.knn.k; they are shown if they are few.
+            console: to print to.
+        """
+        if len(settings) <= MAX_SHOWN:
+            console.say(", ".join(f"{key.removeprefix('protocol.')} {value}" for key, value in settings.items()))
+        console.say(f"written, with all settings, to {self._folder}")
+        if self._loaded.in_run_folder:
+            curve = self._loaded.folder / FOLDER / "knn_curve.png"
+            draw_knn_curve(curve, read(self._loaded.folder), published_curve(self._loaded.config), self._loaded.title)
+            flush(self._loaded.folder, self._loaded.config["tracking"]["mirror"], console.say)
