@@ -133,6 +133,7 @@ COMMANDS = [
     (["epochs=range(1,0)"], ["epochs=range(1,0)", "-m"]),
     (["-m", "seed=0,1", "hydra/launcher=slurm", "hydra.launcher.options=foo"], ["options=foo", "dictionary"]),
     (["hydra.launcher.options=foo"], ["hydra.launcher has no key 'options'"]),
+    (["-m", "seed=1,2", "hydra.sweeper.foo=3"], ["hydra.sweeper has no key 'foo'"]),
     (["tracking.uri=mysql+evil://"], ["mysql+evil", "sqlite:///"]),
     (["tracking.uri=mysql+evil://host/db"], ["mysql+evil", "mysql+pymysql"]),
     (["protocol=[corruptions]", "protocol.corruptions.corruptions=[fogg]"], ["fogg", "'protocol.corruptions"]),

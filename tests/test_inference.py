@@ -49,10 +49,12 @@ def operators(path: str | None) -> Iterator[None]:
         yield
 
 
-def trained(block: str, stem: str, memory_format: torch.memory_format = torch.contiguous_format) -> ResNet:
+def trained(
+    block: str, stem: str, memory_format: torch.memory_format = torch.contiguous_format, width: int = 8
+) -> ResNet:
     """With statistics and scales that are no longer 0 and 1."""
     torch.manual_seed(0)
-    encoder = ResNet(3, 32, block, [2, 1], width=8, stem=stem).to(memory_format=memory_format)  # type: ignore[arg-type]
+    encoder = ResNet(3, 32, block, [2, 1], width=width, stem=stem).to(memory_format=memory_format)  # type: ignore[arg-type]
     encoder(torch.randn(16, 3, 32, 32).to(memory_format=memory_format))
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -76,6 +78,13 @@ def test_folded_networks_compute_the_same_and_leave_the_original(block, stem, pa
     assert torch.equal(images, given)
     assert encoder.training and all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     torch.testing.assert_close(found, encoder.eval()(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", [None, "mkldnn"])
+def test_folded_networks_with_few_channels_compute_the_same(path) -> None:
+    encoder, images = trained("basic", "cifar", width=4), torch.randn(16, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(fold_batchnorm(encoder, path)(images), encoder.eval()(images), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("path", PREFERRED_PATHS["cuda"])

@@ -113,6 +113,13 @@ def test_an_older_knn_is_shown_with_its_epoch(capfd, monkeypatch):
     ends = [line.partition("loss ")[2] for line in capfd.readouterr().out.splitlines()]
     assert ends == ["3", "3  kNN 40", "2.5  kNN 40 (epoch 10)", "2  kNN 40 (epoch 10)", "2  kNN 50"]
 
+    resumed = Monitor(lambda encoder: None, {}, None, console, 30, torch.device("cpu"))
+    resumed.latest = dict(monitor.latest)  # as from a checkpoint, which does not have the epoch of the kNN
+    console.start(300, 205)
+    resumed.log(210, 21.0, {"train/loss": 1.5})
+    console.stop()
+    assert capfd.readouterr().out.splitlines()[0].endswith("loss 1.5  kNN 50")
+
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "supervised"])
 def test_declared_metrics_exist(name):

@@ -418,7 +418,7 @@ def test_eight_processes_on_a_fresh_file(tmp_path):
 KILLED = """
 import os, signal, sys
 from sqlalchemy import Engine, event
-from twoviews.tracking import state, uris
+from twoviews.tracking import uris
 from twoviews.tracking.client import connect
 
 left = int(sys.argv[2])
@@ -573,6 +573,16 @@ def test_a_server_that_dies_in_mid_answer_does_not_answer(sent, tmp_path):
         server.shutdown()
     assert logged_error(error.value, tmp_path) == "it does not answer"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_refusal_is_no_missing_answer_whatever_was_tried_before(tmp_path):
+    try:
+        try:
+            raise ConnectionResetError
+        except ConnectionResetError:
+            raise ValueError("the name is taken") from None
+    except ValueError as error:
+        assert logged_error(error, tmp_path).startswith("the name is taken; all of it is in")
 
 
 def test_a_run_that_was_made_after_all_is_removed(run):

@@ -33,7 +33,7 @@ def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 class _Conv1x1(nn.Conv2d):
-    """A 1x1 convolution without padding and bias.
+    """A 1x1 convolution without padding.
 
     On a CPU with AVX2, oneDNN 3.13 writes beyond its memory in the backward pass of one with a stride and fewer than 8 input
     channels in channels_last (uxlfoundation/oneDNN, issue 6035), so the pixels that such a one reads are selected before.
@@ -42,7 +42,7 @@ class _Conv1x1(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if self.in_channels < 8 and input.device.type == "cpu":
             rows, columns = self.stride
-            return nnf.conv2d(input[:, :, ::rows, ::columns], self.weight)
+            return nnf.conv2d(input[:, :, ::rows, ::columns], self.weight, self.bias)  # a folded norm has a bias
         return super().forward(input)
 
 

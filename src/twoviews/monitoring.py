@@ -103,7 +103,7 @@ class Monitor:
         self._epochs, self._device = epochs, device
         self._small_epochs, self._small_cost = small_epochs, small_cost
         self.latest: dict[str, float] = {}
-        self._knn_epoch = 0.0  # of the latest kNN accuracy
+        self._knn_epoch: float | None = None  # of the latest kNN accuracy, unless that is of before a resume
         self._collapses = [SPREAD_WARNING, *collapses]  # without those that the user was warned of
         self._epoch_seconds: float | None = None  # of training steps with views of full size, as forecast
         self._knn_seconds = 0.0
@@ -116,7 +116,7 @@ class Monitor:
         if PROGRESS_VALUES["kNN"] in values:
             self._knn_epoch = epoch
         shown = {name: f"{self.latest[key]:.4g}" for name, key in PROGRESS_VALUES.items() if key in self.latest}
-        if "kNN" in shown and self._knn_epoch < epoch:
+        if "kNN" in shown and self._knn_epoch is not None and self._knn_epoch < epoch:
             shown["kNN"] += f" (epoch {self._knn_epoch:.4g})"
         at_end = epoch >= self._epochs and "train/loss" not in values  # of the last evaluation, not of the last step
         self._console.progress(step, epoch, shown, self._seconds_left(epoch), important=at_end)

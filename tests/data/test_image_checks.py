@@ -9,6 +9,7 @@ import torch
 
 from twoviews.config import building
 from twoviews.data import sources
+from twoviews.data.decoding import Decoded
 from twoviews.data.images import ImageData
 from twoviews.errors import BadInput
 
@@ -50,7 +51,11 @@ WRONG = [
     ("train", None, "train is None"),
     ("train", PIXELS, "train is a tensor of uint8, and has to be Images"),
     ("mean", (0.5, 0.5, 0.5), "mean is (0.5, 0.5, 0.5), and has to be a tuple of 1 numbers"),
-    ("std", (0.0,), "std is (0.0,), and has to be finite and above 0"),
+    ("std", (0.0,), "std is (0.0,), and has to be finite numbers and above 0"),
+    ("mean", ("0.5",), "mean is ('0.5',), and has to be finite numbers"),
+    ("train.labels", (LABELS + 1).to(torch.uint16), "train.labels has 10, and classes has 10 names"),
+    ("train.pixels", Decoded(["a.png"] * 1437, size=64, channels=3, workers=1), "decoded as 3 channels of 64 px"),
+    ("train.pixels", Decoded([], size=32, channels=1, workers=1), "train has no images"),
 ]
 
 

@@ -41,4 +41,9 @@ def test_values_of_protocols_that_are_left_stay_as_they_were(tmp_path: Path, cap
     assert capfd.readouterr().out == f"knn.k 20\nwritten, with all settings, to {folder}\n"
     (folder / "evaluation.json").write_text('{"intervals": 3}')
     with pytest.raises(BadInput, match="evaluation.json cannot be read .* delete it, and evaluate.py"):
-        EvaluationRecord(loaded, folder, "", {})
+        EvaluationRecord(loaded, folder, "", {"step": 3})
+    for knn, left in ((70.0, []), (71.0, ["finetune"])):  # of weights that are not known to be the same
+        record = EvaluationRecord(loaded, folder, "", {"step": None})
+        record.add({"finetune/top1": 61.0}, {}, []) if not left else None
+        found = stored(record, "knn", knn, left)
+    assert "finetune/top1" not in found

@@ -238,8 +238,8 @@ def test_what_was_given_up_is_done_with_and_says_why(tmp_path: Path, capsys) -> 
     before, weak = started(folder), [job for job in Sweep(folder).jobs if job.parameters["x"] == 0.1]
     with Sweep(folder).update() as record:
         record["launcher"] = {"_target_": "twoviews.sweeps.machine.Local"}
-    for command in ("status", "retry", "logs"):
-        assert sweep_command([command, str(folder)]) == 0
+    for name in ("status", "retry", "logs"):
+        assert sweep_command([name, str(folder)]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "s: 2 FINISHED, 2 PRUNED" in out and "2 of 4 jobs finished, 2 given up by a search" in out
     look = {digest: state.state for digest, state in current_states(Sweep(folder).jobs).items()}

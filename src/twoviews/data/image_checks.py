@@ -33,8 +33,10 @@ def _mistakes(data: Any) -> Iterator[str]:
     for name, values in (("mean", data.mean), ("std", data.std)):
         if not isinstance(values, (tuple, list)) or len(values) != data.channels:
             yield f"{name} is {values}, and has to be a tuple of {data.channels} numbers, one for each of the channels"
-        if not all(math.isfinite(value) for value in values) or (name == "std" and min(values) <= 0):
-            yield f"{name} is {values}, and has to be finite{' and above 0' if name == 'std' else ''}; use statistics(pixels)"
+        limit = "finite numbers and above 0" if name == "std" else "finite numbers"
+        finite = all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+        if not finite or (name == "std" and min(values) <= 0):
+            yield f"{name} is {values}, and has to be {limit}; use statistics(pixels)"
     if data.train is None:
         yield "train is None, and has to hold images"
     if (data.memory is None) != (data.test is None):
@@ -52,7 +54,14 @@ def _mistakes_of_pixels(name: str, images: Images, data: ImageData) -> Iterator[
     pixels, expected = images.pixels, f"[N, {data.channels}, {data.size}, {data.size}]"
     if not isinstance(pixels, (Tensor, Decoded)):
         yield f"{name}.pixels is {_kind(pixels)}, and has to be a tensor of uint8 {expected}; use torch.from_numpy or torch.stack"
+    if not len(pixels):
+        yield f"{name} has no images; return at least one"
     if isinstance(pixels, Decoded):
+        if (pixels.channels, pixels.size) != (data.channels, data.size):
+            yield (
+                f"{name}.pixels are decoded as {pixels.channels} channels of {pixels.size} px, and channels and size are "
+                f"{data.channels} and {data.size}; give the same values"
+            )
         return
     if pixels.dtype != torch.uint8:
         yield (
@@ -67,8 +76,6 @@ def _mistakes_of_pixels(name: str, images: Images, data: ImageData) -> Iterator[
             f"{name}.pixels has the shape {shape}, and has to be {expected} by channels and size; "
             "resize or pad the images to squares of that size, or change these"
         )
-    if not len(pixels):
-        yield f"{name} has no images; return at least one"
 
 
 def _mistakes_of_labels(name: str, images: Images, data: ImageData) -> Iterator[str]:
@@ -90,7 +97,7 @@ def _mistakes_of_labels(name: str, images: Images, data: ImageData) -> Iterator[
         yield f"{name}.labels has the shape {list(labels.shape)} for {count} images; give one label for each image"
     if not data.classes:
         yield f"{name} has labels, and classes is empty; give the classes their names"
-    lowest, highest = (int(value) for value in labels.aminmax())
+    lowest, highest = (int(value) for value in labels.long().aminmax())  # torch has none for uint16
     if lowest < 0 or highest >= len(data.classes):
         wrong = lowest if lowest < 0 else highest
         yield (

@@ -32,7 +32,8 @@ class EvaluationRecord:
 
     def __init__(self, loaded: LoadedEncoder, folder: Path, prefix: str, settings: Mapping[str, Any]):
         self._loaded, self._folder, self._prefix, self._settings = loaded, folder, prefix, settings
-        self._earlier = foreign.load(folder / "evaluation.json")
+        # Without a step, these may be values of other weights: of a run that is still trained, or of a file that was replaced.
+        self._earlier = {} if settings.get("step") is None else foreign.load(folder / "evaluation.json")
         self.values: dict[str, float] = {}  # by name, such as knn/top1
         self.intervals: dict[str, tuple[float, float]] = {}  # of some of the values
 

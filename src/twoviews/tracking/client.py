@@ -274,7 +274,7 @@ def _connection_failed(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, (ConnectionError, HTTPException)):
             return True
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False
 
 
