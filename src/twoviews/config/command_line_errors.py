@@ -204,8 +204,8 @@ def unknown_override(override: Override, content: Any) -> str:
 def _unknown_part(override: Override, prefix: str, part: str, content: dict[str, Any]) -> str:
     keys = [key for key in content if key != "_target_"]
     if prefix:
-        target, passed = content.get("_target_"), PASSED_BY_PROGRAM.get(prefix.rstrip("."), ())
-        if str(target).startswith("twoviews.") and part not in passed and part in signature(str(target)):
+        target, passed = str(content.get("_target_")), PASSED_BY_PROGRAM.get(prefix.rstrip("."), ())
+        if target.startswith("twoviews.") and part not in passed and part in signature(target):
             return absent_key(prefix, part, target)
         return unknown_key(prefix, part, keys)
     if part in groups():
