@@ -55,8 +55,8 @@ def test_losses_are_the_recorded_ones(name):
     if not file.exists() and name in UNTRACKED_METHODS:
         pytest.skip(how)
     assert file.exists(), how
-    # Processors round differently: measured, up to 1e-5 between AVX-512 and no vector unit at all.
-    assert losses == pytest.approx(json.loads(file.read_text()), abs=1e-4)
+    # Processors round differently: measured, up to 1e-5 between AVX-512 and no vectors, with AVX2 1.4e-4 for MoCo v3.
+    assert losses == pytest.approx(json.loads(file.read_text()), abs=3e-4)
 
 
 def test_no_recording_is_left_over():

@@ -77,7 +77,7 @@ def test_run_folder(finished: Path) -> None:
     assert result["state"] == "finished" and result["seconds"] > 0 and result["mlflow_run_id"]
     assert 100 < lines[-1]["memory/process_mb"] <= result["memory/process_mb"] < 10_000
     said = (finished / "stdout.txt").read_text()
-    assert "MB of pixels in memory" in said and re.search(r"memory\W+process [\d,]+ MB", said)
+    assert "MB of pixels in memory" in said and re.search(r"memory\W+process [\d.]+ [MG]B", said)
     assert result["knn/top1"] == lines[-1]["knn/top1"] and 0 <= result["linear/top1"] <= 100
 
 
