@@ -38,6 +38,7 @@ PROGRAM = re.compile(
 SHORTER = ("epochs=1", "data.train_images=64", "batch_size=16", "runtime.device=cpu", "runtime.log_every=2")
 SMALL_QUEUE = "method.queue_size=32"
 WITH_QUEUE = ("moco", "moco_v1", "moco_v2", "pcl", "nnclr")
+IMAGES = 140  # of a split: more than the largest batch of a command
 TIMEOUT_S = 900
 
 # Names in commands that stand for something of the reader's: what takes their place here.
@@ -266,12 +267,13 @@ class Copy:
         pixels = (images.reshape(-1, 8, 8) * 15).astype(np.uint8).repeat(4, 1).repeat(4, 2)
         for name, splits in {"pictures": ("train", "test"), "photos": ("train", "test", "all")}.items():
             for part, split in enumerate(splits):
-                for number in range(120 * part, 120 * part + 120):
+                for number in range(IMAGES * part, IMAGES * part + IMAGES):
                     inner = "" if split == "all" else str(labels[number])
                     path = self.folder / name / split / inner / f"{number}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(pixels[number]).convert("RGB").save(path)
-        shutil.copyfile(self.folder / "photos" / "test" / str(labels[120]) / "120.png", self.folder / "photo.png")
+        for name in ("photo.png", "photo.jpg"):
+            Image.fromarray(pixels[-1]).convert("RGB").save(self.folder / name)
         arrays = {"images": pixels[:200], "labels": labels[:200]}
         np.savez(self.folder / "digits.npz", **arrays, test_images=pixels[200:300], test_labels=labels[200:300])
 
