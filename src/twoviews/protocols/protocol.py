@@ -93,7 +93,8 @@ class EvaluationContext:
     def _labelled_features(self, images: Images | None) -> Features:
         if images is None or images.labels is None:
             raise BadInput(
-                f"{self.data.name} has no labelled training and test images, and accuracy cannot be measured."
+                f"{self.data.name} has no labelled training and test images, and accuracy cannot be measured; put them into "
+                "train/<class>/ and test/<class>/, or choose a protocol without labels, such as embed or map."
             )
         return Features(self.embed(images, self.shared), images.labels.to(self.device).long())
 
