@@ -152,8 +152,8 @@ def test_the_shell_is_back_soon_and_two_nodes_train_like_one_process(tmp_path: P
     wait_for(lambda: states(jobs(tmp_path / "two")) == ["FINISHED"], 120)
     (one,), (two,) = jobs(tmp_path / "one"), jobs(tmp_path / "two")
     assert "processes: 2" in (two.folder / "log.txt").read_text()
-    widths = [gather(Sweep(job.folder.parent)).jobs["width"][job.digest] for job in (one, two)]
-    assert widths == [1, 2], "each process costs a core"
+    counts = [gather(Sweep(job.folder.parent)).jobs["device_count"][job.digest] for job in (one, two)]
+    assert counts == [1, 2], "each process costs a core"
     assert (two.folder / "log.1.txt").exists()
     losses = [[loss for _, loss in curve(job)] for job in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3) and len(losses[0]) == 8
