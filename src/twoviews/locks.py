@@ -58,7 +58,7 @@ class FolderLock:
             if os.path.samestat(os.fstat(file), self._path.stat()):
                 self._file, file = file, -1
         except (BlockingIOError, PermissionError, FileNotFoundError):
-            pass
+            pass  # another process has the lock, or has removed the file since it was opened
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
                 raise

@@ -186,9 +186,8 @@ def _measure(
 def _show_rows(name: str, table: str, rows: Sequence[TableRow], limit: int, data: ImageData, console: Console) -> None:
     """Show the first rows of a protocol's table, with the paths of the data's images below the folder that they share."""
     paths = [path for images in (data.train, data.memory, data.test) if images for path in images.paths or ()]
-    root = (
-        os.path.commonprefix([min(paths), max(paths)]).rpartition("/")[0] if paths else ""
-    )  # all lie between these two
+    # All paths lie between the first and the last of them in alphabetical order.
+    root = os.path.commonprefix([min(paths), max(paths)]).rpartition("/")[0] if paths else ""
     first: list[TableRow] = [
         {key: cell.removeprefix(f"{root}/") if isinstance(cell, str) and root else cell for key, cell in row.items()}
         for row in rows[:limit]
