@@ -21,6 +21,7 @@ from twoviews.data.images import ImageData
 from twoviews.encoders.loaded import LoadedEncoder
 from twoviews.errors import BadInput, printable
 from twoviews.evaluation.preparation import prepare_evaluation
+from twoviews.figures import files_of
 from twoviews.files import open_atomic, write_atomic
 from twoviews.randomness import seed_of
 from twoviews.runtime import format_name
@@ -90,7 +91,8 @@ def cluster_images(
     console.rows(f"{loaded.title}: {len(x):,} images of {data.name}, split {cfg.split}", shown)
     if loaded.in_run_folder:
         console.say(f"MLflow: {run_page(folder)}")
-    console.say(f"written to {folder}: {stem}.json, and for each k {stem}_<k>.npz and a picture")
+    files = [path for k in counts for path in (Path(f"{stem}_{k}.npz"), *files_of(Path(f"{stem}_{k}.png")))]
+    console.say(f"written to {folder}: {', '.join([f'{stem}.json', *map(str, files)])}")
 
 
 def file_stem(data: ImageData, split: str, own: bool) -> str:
