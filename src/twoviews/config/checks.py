@@ -5,16 +5,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from twoviews.config.digest import REDUCED_FROM, flat, plain
-from twoviews.config.groups import (
-    CONF,
-    PASSED_BY_PROGRAM,
-    PLUGIN_KEYS,
-    files_without,
-    groups,
-    options,
-    options_with,
-    targets,
-)
+from twoviews.config.groups import CONF, PASSED_BY_PROGRAM, PLUGIN_KEYS, files_without, groups, options, targets
 from twoviews.errors import BadInput, nearest, shown
 from twoviews.ranges import Count, Fraction, Range, Seed, Size, Temperature
 from twoviews.signatures import Parameter, complaint, signature, unusable
@@ -281,8 +272,6 @@ def unknown_key(prefix: str, key: str, keys: Sequence[str], suggestions: Sequenc
         return f"{where}; write {' or '.join(suggestions)}."
     close = nearest(key, keys).replace("'", "'" + prefix, 1)
     listed = f"Known: {', '.join(keys)}." if keys else "It has none."
-    if prefix and not close and (others := options_with(prefix.rstrip("."), key)):
-        listed += f" It is a key of {prefix.rstrip('.')}={', '.join(others)}."
     return f"{where}.{close} {listed}"
 
 
