@@ -73,9 +73,9 @@ def load(
             f"{name} does not say what images it takes; give image_size=, mean= and std=, such as image_size=224, "
             "mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225) for most networks that were trained on ImageNet."
         ) from None
-    name, of_run = os.fspath(name), loaded.run.folder if loaded.run else None
-    if name.partition(":")[0] == LATEST:  # another one after the next training
-        name = f"{of_run}{name.removeprefix(LATEST)}"
+    name = os.fspath(name)
+    if loaded.run and name.partition(":")[0] == LATEST:  # which is another one after the next training
+        name = f"{loaded.run.folder}{name.removeprefix(LATEST)}"
     return PretrainedEncoder(loaded, place, name)
 
 
