@@ -99,10 +99,8 @@ def test_what_a_protocol_measured_outlasts_an_interruption_of_the_next_one(runs:
     assert evaluating.wait(60) == 128 + signal.SIGINT
     assert "numbers of protocols that had finished are stored" in (tmp_path / "stderr.txt").read_text()
     out = (tmp_path / "stdout.txt").read_text()
-    assert (
-        f"written to {evaluation(run, 'knn+finetune')}: evaluation.json, knn_classes.csv, " in out
-        and "tracking sync" in out
-    )
+    folder = evaluation(run, "knn+finetune").relative_to(tmp_path)  # the working directory
+    assert f"written to {folder}: evaluation.json, knn_classes.csv, " in out and "tracking sync" in out
 
 
 def test_several_runs_in_one_table(runs: Path, command) -> None:
