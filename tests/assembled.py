@@ -66,6 +66,7 @@ def config(name: str, *overrides: str) -> DictConfig:
         "backbone.stem=strided",
         "backbone.width=8",
         "backbone.depths=[1,1]",
+        "optimizer=sgd_short",
         f"batch_size={BATCH}",
         "epochs=4",
         "runtime.device=cpu",
