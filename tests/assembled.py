@@ -25,6 +25,7 @@ CONF = Path(__file__).parents[1] / "conf"
 # Every method file, and the variants of one that are other code.
 METHODS = {path.stem: [] for path in sorted((CONF / "method").glob("*.yaml"))} | {
     # Of conf/method, not of conf/special, which is for short trainings on digits.
+    "byol": ["method.momentum=0.99"],
     "simclr": ["method.temperature=0.5"],
     "nnclr": ["method.temperature=0.2"],
     "moco_symmetric": ["method.symmetric=true"],
