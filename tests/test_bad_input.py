@@ -143,6 +143,7 @@ COMMANDS = [
     (["temperature=0.1"], ["write method.temperature=0.1 or protocol.knn.temperature=0.1."]),
     (["size=64"], ["augmentation.views.both.size=64", "data.size=64 with data=array or data=folder"]),
     (["runtime.device=gpu"], ["runtime.device=cuda"]),
+    (["data.root=photos"], ["data has no key 'root'", "It is a key of data=array, cifar10, cifar100, folder, stl10."]),
     (["fresh"], ["write fresh=true."]),
 ]
 
@@ -346,6 +347,9 @@ def test_evaluate_without_a_run(command) -> None:
     refused(command("evaluate"), "run")
     refused(command("evaluate", "run=outputs/nothing"), "outputs/nothing")
     refused(command("evaluate", "run=x", "protocol=[knnn]"), "knnn")
+    refused(
+        command("evaluate", "run=x", "protocol=export", "format=torchvison"), "error: format=torchvison is not one of"
+    )
     refused(command("evaluate", "run=[]"), "run=[]", "empty list")
     refused(command("evaluate", "run=x", "protocol=[]"), "protocol=[knn,linear]")
     refused(command("evaluate", "outputs/moco-digits-1"), "write run=outputs/moco-digits-1.")

@@ -12,6 +12,13 @@ from twoviews.encoders.loaded import LoadedEncoder, Preprocessing
 from twoviews.errors import BadInput
 from twoviews.evaluation.record import EvaluationRecord
 from twoviews.features import PixelEncoder
+from twoviews.files import shortened
+
+
+def test_folders_below_the_working_directory_have_short_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shortened(tmp_path / "outputs" / "a") == shortened(Path("outputs/a")) == Path("outputs/a")
+    assert shortened(tmp_path.parent / "b") == tmp_path.parent / "b"
 
 
 def test_values_of_protocols_that_are_left_stay_as_they_were(tmp_path: Path, capfd) -> None:
@@ -37,8 +44,10 @@ def test_values_of_protocols_that_are_left_stay_as_they_were(tmp_path: Path, cap
             assert "finetune/top1" not in found
         found = stored(record, "finetune", finetune, [])
         assert found["finetune/top1"] == finetune and found["intervals"]["knn/top1"] == [knn - 1, knn + 1]
+    (folder / "export").mkdir()
     record.end({"protocol.knn.k": 20}, Console())
-    assert capfd.readouterr().out == f"knn.k 20\nwritten, with all settings, to {folder}\n"
+    written = f"written to {folder}: evaluation.json, export/; evaluation.json has all settings"
+    assert capfd.readouterr().out == f"knn.k 20\n{written}\n"
     (folder / "evaluation.json").write_text('{"intervals": 3}')
     with pytest.raises(BadInput, match="evaluation.json cannot be read .* delete it, and evaluate.py"):
         EvaluationRecord(loaded, folder, "", {"step": 3})
