@@ -25,10 +25,7 @@ from twoviews.signatures import signature
 MULTIRUN_FLAGS = frozenset({"-m", "--multirun"})
 _FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd")  # of Hydra's command line
 _OPEN_NODE = "hydra.launcher.options"  # a dictionary whose keys no file of conf/ lists
-# Groups of which null is no choice: those of conf/train.yaml whose files are optional, which have "none", and those of which
-# Hydra's own files cannot run the jobs of a sweep.
-_OPTIONAL = ("experiment", "special")
-_NEVER_NULL = (*_OPTIONAL, "hydra/launcher", "hydra/sweeper")
+_OPTIONAL = ("experiment", "special")  # groups of conf/train.yaml that may have no file: "none"
 
 
 def check_arguments(name: str, arguments: Sequence[str]) -> None:
@@ -150,8 +147,7 @@ def wrong_choice(name: str, override: Override) -> str:
     known = [*(["none"] if group in _OPTIONAL else []), *options(group)]
     for choice in value if isinstance(value, list) else [value]:
         text = choice.text if isinstance(choice, QuotedString) else "null" if choice is None else str(choice)
-        allowed = group not in _NEVER_NULL if choice is None else text.removesuffix(".yaml") in known
-        if not allowed:
+        if text.removesuffix(".yaml") not in known:
             return f"{group}={shown(text)}: there is no such {group}.{nearest(text, known)} Known: {', '.join(known)}."
     return ""
 

@@ -62,8 +62,8 @@ def describe(client: "MlflowClient", run: "Run", folder: Path, tags: Mapping[str
     filled = [RunTag(key, value) for key, value in mlflow_tags(tags).items() if value]
     client.log_batch(run.info.run_id, params=new, tags=filled, synchronous=True)
     if data.get("name") and data.get("digest"):
-        digest = str(data["digest"])[:MAX_DATASET_DIGEST_LENGTH]
-        dataset = Dataset(data["name"], digest, source_type="local", source=json.dumps({"name": data["name"]}))
+        name, digest = data["name"], data["digest"][:MAX_DATASET_DIGEST_LENGTH]
+        dataset = Dataset(name, digest, source_type="local", source=json.dumps({"name": name}))
         client.log_inputs(run.info.run_id, [DatasetInput(dataset, [])])
     set_note(client, run, _note(folder, config, environment, data, result))
 

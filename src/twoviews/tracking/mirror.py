@@ -65,8 +65,6 @@ class Tracking:
             BadInput: the tracking URI is wrong, or (in a run that is mirrored) MLflow is not installed, or (unless it is
                 optional) does not answer.
         """
-        if not self.experiment:
-            raise BadInput("tracking.experiment is empty; name MLflow's experiment, for example twoviews.")
         uris.resolve(self.uri)
         if not self.mirror:
             return

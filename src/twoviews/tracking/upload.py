@@ -69,7 +69,7 @@ def upload(folder: Path, closed: bool) -> int:
             describe(client, run, folder, state.tags)
         sent = _send_values(client, folder, state, closed)
         if status != state.status:
-            _send_status(client, folder, state, status)
+            _send_status(client, run, folder, state, status)
         for name, stamp in changed.items():
             client.log_artifact(run.info.run_id, str(folder / name), name.rpartition("/")[0] or None)
             state.files[name] = stamp
@@ -194,14 +194,12 @@ def _send_values(client: "MlflowClient", folder: Path, state: UploadState, close
     return sent
 
 
-def _send_status(client: "MlflowClient", folder: Path, state: UploadState, status: str) -> None:
+def _send_status(client: "MlflowClient", run: "Run", folder: Path, state: UploadState, status: str) -> None:
     """Set the status of the run, with the time of the last file that was written as that of its end."""
-    run_id = str(state.run_id)
-    if state.experiment_id and state.run_key:
-        for run in runs_with_key(client, state.experiment_id, state.run_key):
-            if run.info.run_id != run_id:  # a slow server made it after all
-                client.delete_run(run.info.run_id)
+    for other in runs_with_key(client, run.info.experiment_id, state.run_key):
+        if other.info.run_id != run.info.run_id:  # a slow server made it after all
+            client.delete_run(other.info.run_id)
     last = next((path for name in ("result.json", METRICS_FILE) if (path := folder / name).exists()), None)
-    set_status(client, run_id, status, last.stat().st_mtime if last else None)
+    set_status(client, run.info.run_id, status, last.stat().st_mtime if last else None)
     state.status = status
     state.save(folder)

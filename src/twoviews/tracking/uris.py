@@ -15,11 +15,10 @@ from twoviews.errors import BadInput, without_secrets
 
 SQLITE = "sqlite:///"  # with an absolute path behind it: what `resolve` makes of every SQLite URI
 ANSWER_TIMEOUT_S = 5.0  # for a server to answer anything at all
-HINT = "use sqlite:///<path> or http(s)://<host>:<port>"
 # What can hold no credentials: paths; addresses without user, query and fragment; of databases also a user's name alone, and
 # these keys of a query.
 _DATABASES = "postgresql|mysql|mssql"
-_PLAIN_QUERY = r"\?((host|port|user|sslmode|sslrootcert|connect_timeout|charset|driver)=[^&#]*(&|$))*"
+_PLAIN_QUERY = r"\?((host|port|user|sslmode|sslrootcert|connect_timeout|charset|driver)=[^&#]*(&|$))+"
 _NO_CREDENTIALS = re.compile(
     rf"sqlite[^:]*:///[^?]*|[^@?#]*|({_DATABASES})(\+\w+)?://([^:/@?#]*@)?[^@?#]*({_PLAIN_QUERY})?"
 )
@@ -48,17 +47,16 @@ def resolve(uri: str | None) -> str:
                 f"tracking.uri={shown} names no file; write sqlite:///<path>, for example sqlite:///mlflow.db."
             )
         return f"{SQLITE}{Path(path).expanduser().absolute()}"
-    if kind == "file" or "://" not in uri:
-        raise BadInput(
-            f"tracking.uri={shown} is a folder or unknown, and MLflow no longer keeps runs in plain folders; {HINT}."
-        )
     try:
         parts = urlsplit(uri)
         host, _ = parts.hostname, parts.port
     except ValueError:  # its text may hold a part of the URI
         host = None
-    if not re.fullmatch(f"https?|{_DATABASES}", kind) or not host:
-        raise BadInput(f"tracking.uri={shown} is not an address of MLflow; {HINT}.")
+    if not host or not re.fullmatch(f"https?|{_DATABASES}", kind):
+        raise BadInput(
+            f"tracking.uri={shown} is not an address of MLflow, which no longer keeps runs in plain folders; use "
+            "sqlite:///<path> or http://<host>:5000."
+        )
     if plus and not _has_driver(scheme):
         raise BadInput(
             f"tracking.uri={shown} names no driver that SQLAlchemy has; use for example postgresql+psycopg2 or mysql+pymysql."
