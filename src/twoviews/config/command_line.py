@@ -135,7 +135,7 @@ def wrong_choice(name: str, override: Override) -> str:
     """A sentence for the first value of a choice that is not a file of its group; empty if all are, or if it is no choice."""
     group, value = override.key_or_group, override.value()
     keys = isinstance(value, dict) and (override.is_add() or override.is_force_add())  # of the chosen file
-    if not is_group(group) or override.is_delete() or keys or isinstance(value, Glob):
+    if not is_group(group) or keys or isinstance(value, Glob):
         return ""
     if name != "train" and override.input_line == "data=digits":
         return (
