@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from twoviews.config.digest import REDUCED_FROM, flat, plain
-from twoviews.config.groups import CONF, PASSED_BY_PROGRAM, PLUGIN_KEYS, files_without, groups, options, targets
+from twoviews.config.groups import PASSED_BY_PROGRAM, PLUGIN_KEYS, files_without, groups, options, options_with, targets
 from twoviews.errors import BadInput, nearest, shown
 from twoviews.ranges import Count, Fraction, Range, Seed, Size, Temperature
 from twoviews.signatures import Parameter, complaint, signature, unusable
@@ -257,16 +257,13 @@ def with_group(key: str, content: Any, value: str | None) -> list[str]:
 
     `value` is as it was typed; None: the key had more behind it, and nothing is suggested.
     """
-    import yaml
-
     if value is None:
         return []
     paths = [path for path in flat(content) if path.endswith(f".{key}") and not path.startswith("hydra.")]
     paths.sort(key=lambda path: path.startswith("protocol."))
     overrides = [f"{path}={value}" for path in paths]
     for group in groups():
-        files = {path.stem: yaml.safe_load(path.read_text()) or {} for path in sorted((CONF / group).glob("*.yaml"))}
-        choices = [f"{group}={name}" for name, file in files.items() if "_target_" in file and key in file]
+        choices = [f"{group}={name}" for name in options_with(group, key)] if targets(group) else []
         if choices and not any(path.startswith(f"{group}.") for path in paths) and group != "protocol":
             overrides.append(f"{group}.{key}={value} with {' or '.join(choices)}")
     return overrides

@@ -103,9 +103,10 @@ class Mirror:
     def __init__(self, folder: Path, say: Callable[[str], None] = print, interval_s: float = 5.0):
         self._folder, self._say = folder, say
         self._told: dict[str, str] = {}  # the last message of each kind
-        uri = UploadState.load(folder).uri
+        uri = UploadState.load(folder).tracking_uri
         uris.refuse_untrusted(uri)
-        arguments = [str(folder), str(os.getpid()), str(interval_s), uris.resolve(uri)]
+        self._is_server = not uri.startswith(uris.SQLITE)
+        arguments = [str(folder), str(os.getpid()), str(interval_s), uri]
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the new process inherits this
         try:
             self._process = subprocess.Popen(
@@ -140,13 +141,17 @@ class Mirror:
             self._listener.join(LISTENER_TIMEOUT_S)
             pending = pending_values(self._folder)
             if "complete" not in self._told:
-                reason = self._told.get("failed") or ("the mirror has ended" if ended else NO_ANSWER)
-                left = f"{reason}; {counted(pending, 'value')} left"
+                if ended:
+                    reason = "the mirror has ended"
+                elif "imported" not in self._told:
+                    reason = f"the process that sends it was still starting after {timeout_s:g} s"
+                else:
+                    reason = NO_ANSWER if self._is_server else f"sending took longer than {timeout_s:g} s"
+                left = f"{self._told.get('failed', reason)}; {counted(pending, 'value')} left"
                 self._say(f"MLflow does not have all of this run ({left}); {_later(self._folder)}")
         return pending
 
     def _wait(self, timeout_s: float) -> None:
-        is_server = not UploadState.load(self._folder).tracking_uri.startswith(uris.SQLITE)
         path, saved = self._folder / STATE_FILE, 0
         start = answered_at = time.monotonic()
         while self._process.poll() is None and time.monotonic() < start + timeout_s:
@@ -154,7 +159,7 @@ class Mirror:
             if now != saved or "imported" not in self._told:
                 saved, answered_at = now, time.monotonic()
             silent_s = time.monotonic() - answered_at - uris.ANSWER_TIMEOUT_S
-            if is_server and silent_s > 0 and silent_s > pending_artifact_bytes(self._folder) / SLOW_BYTES_PER_S:
+            if self._is_server and silent_s > 0 and silent_s > pending_artifact_bytes(self._folder) / SLOW_BYTES_PER_S:
                 break
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(POLL_SECONDS)
