@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from twoviews.config.checks import check
-from twoviews.config.command_line_errors import diagnose
+from twoviews.config.command_line import diagnose
 from twoviews.config.digest import digest, plain
-from twoviews.config.groups import chooses, is_group
+from twoviews.config.groups import changes_value, chooses, is_group
 from twoviews.errors import BadInput
 from twoviews.sweeps.job import JobSpec
 from twoviews.tracking import uris
@@ -51,8 +51,8 @@ class Composer:
             HydraException, OmegaConfBaseException: Hydra refuses an override.
         """
         parsed = [_parsed(override) for override in overrides]
-        structural = [override for override in parsed if not _changes_value(override)]
-        values = [override for override in parsed if _changes_value(override) and not _overlaps(override, structural)]
+        structural = [override for override in parsed if not changes_value(override)]
+        values = [override for override in parsed if changes_value(override) and not _overlaps(override, structural)]
         left_to_hydra = tuple(str(override.input_line) for override in parsed if override not in values)
         # Jobs that set the same keys share the configuration: each sets them all, so nothing of another job is left.
         key = left_to_hydra, frozenset(override.key_or_group for override in values)
@@ -90,18 +90,10 @@ def _parsed(override: str) -> Override:
     return OverridesParser.create().parse_override(override)
 
 
-def _changes_value(override: Override) -> bool:
-    """Whether an override changes one existing value, and chooses, merges, adds or removes nothing."""
-    added = override.is_add() or override.is_force_add() or override.is_delete() or override.is_hydra_override()
-    return not added and not chooses(override) and not isinstance(override.value(), dict)
-
-
 def _overlaps(override: Override, others: Sequence[Override]) -> bool:
     """Whether one of the others sets a part of what this override sets, or the reverse: then their order matters."""
-    path, others_paths = (
-        f"{override.key_or_group}.",
-        [f"{other.key_or_group}." for other in others if not chooses(other)],
-    )
+    path = f"{override.key_or_group}."
+    others_paths = [f"{other.key_or_group}." for other in others if not chooses(other)]
     return any(path.startswith(other) or other.startswith(path) for other in others_paths)
 
 
