@@ -111,18 +111,24 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.fixture(scope="module")
+def undisturbed_pcl(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed-pcl")
+    assert train(folder, *PCL).wait(300) == 0, (folder / "stderr.txt").read_text()
+    return folder
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_stopped_in_the_middle_of_an_e_step(tmp_path: Path, number: signal.Signals) -> None:
+def test_stopped_in_the_middle_of_an_e_step(tmp_path: Path, undisturbed_pcl: Path, number: signal.Signals) -> None:
     """In the second E-step, which starts from the first one's centroids, between its two clusterings."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert train(whole, *PCL).wait(300) == 0, (whole / "stderr.txt").read_text()
+    broken = tmp_path / "broken"
     command = [str(ROOT / "train.py"), *SMALL_MOCO, *LONG, *PCL, f"hydra.run.dir={broken / 'run'}"]
     process = start(["-c", SIGNAL_IN_E_STEP, str(int(number)), *command], broken)
     assert process.wait(300) == (-number if number == signal.SIGKILL else 128 + number)
     assert [line["step"] for line in lines(broken) if "time/e_step" in line][0] == 4
     assert train(broken, *PCL).wait(300) == 0
-    assert_same_weights(whole / "run", broken / "run")
-    same_metrics(whole, broken)
+    assert_same_weights(undisturbed_pcl / "run", broken / "run")
+    same_metrics(undisturbed_pcl, broken)
 
 
 def test_damaged_checkpoint_falls_back(tmp_path: Path, undisturbed: Path) -> None:
