@@ -105,7 +105,7 @@ def test_a_sweep_is_shown_and_goes_on_with_the_code_it_had(folders: Path, tmp_pa
             capture_output=True,
             text=True,
             cwd=tmp_path,
-            env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX"},
+            env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX", "OMP_NUM_THREADS": "1"},
         )
 
     shown = call("status", str(sweep))

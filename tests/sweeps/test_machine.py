@@ -15,15 +15,23 @@ from twoviews.errors import BadInput
 from twoviews.locks import try_acquire
 from twoviews.sweeps import machine
 from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import JobState
 from twoviews.sweeps.job_states import current_states
 from twoviews.sweeps.machine import Local, Pool, gpus
 from twoviews.sweeps.slurm import cancel
 
-OVERLAP = """
-(folder.parent / f"on{folder.name}").touch()
+
+def overlap(jobs: int = 1) -> str:
+    """A plan that waits until so many jobs run at once, for ten seconds at most, and writes how many did."""
+    return f"""
+here = folder.parent / f"on{{folder.name}}"
+here.touch()
+end = time.monotonic() + 10
+while (company := len(list(folder.parent.glob("on*")))) < {jobs} and time.monotonic() < end:
+    time.sleep(0.02)
 time.sleep(0.5)
-(folder / "company").write_text(str(len(list(folder.parent.glob("on*")))))
-(folder.parent / f"on{folder.name}").unlink()
+(folder / "company").write_text(str(max(company, len(list(folder.parent.glob("on*"))))))
+here.unlink()
 checkpoint(); result("finished")
 """
 
@@ -48,28 +56,44 @@ def states(jobs) -> list[str]:
 
 
 def test_in_sequence_and_a_failure_keeps_no_other_from_running(tmp_path: Path, capsys) -> None:
-    jobs = sweep(tmp_path / "s", OVERLAP, "sys.exit('broken')", OVERLAP)
+    jobs = sweep(tmp_path / "s", overlap(), "sys.exit('broken')", overlap())
     Local().submit(jobs)
     assert states(jobs) == ["FINISHED", "FAILED", "FINISHED"]
     assert company([jobs[0], jobs[2]]) == 1
     assert "[2/3] seed=1: FAILED: broken" in capsys.readouterr().out
 
 
+def test_a_job_that_slurm_once_had_runs_here(tmp_path: Path) -> None:
+    """Whatever its old state says, and however the objects of the caller were read."""
+    old, submitted = sweep(tmp_path / "s", FINISH, FINISH)
+    old.write(JobState("QUEUED", submitted=1.0, slurm_id="12_0"))
+    made = Sweep(tmp_path / "s")
+    made.mark_submitted({old.digest: None}, 2.0)
+    Local().submit(made.named([old.digest]))
+    assert states([old]) == ["FINISHED"]
+    before = made.named([submitted.digest])
+    made.mark_submitted({submitted.digest: "7"}, time.time())  # by another process
+    Local().submit(before)
+    assert not starts(submitted)
+
+
 def test_a_pool_runs_several_but_no_more_than_fit(tmp_path: Path) -> None:
-    jobs = sweep(tmp_path / "s", *[OVERLAP] * 5)
+    jobs = sweep(tmp_path / "s", *[overlap(2)] * 4)
     Pool(at_once=None, jobs_per_gpu=1, cores_per_job=2).submit(jobs)
-    assert states(jobs) == ["FINISHED"] * 5 and company(jobs) == 2
+    assert states(jobs) == ["FINISHED"] * 4 and company(jobs) == 2
 
 
 def test_at_once_is_a_limit(tmp_path: Path) -> None:
-    jobs = sweep(tmp_path / "s", *[OVERLAP] * 3)
+    jobs = sweep(tmp_path / "s", *[overlap()] * 3)
     Pool(at_once=1, jobs_per_gpu=1, cores_per_job=1).submit(jobs)
     assert states(jobs) == ["FINISHED"] * 3 and company(jobs) == 1
 
 
 def test_gpus_are_shared_as_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
-    jobs = sweep(tmp_path / "s", *["(folder / 'gpu').write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n" + OVERLAP] * 4)
+    jobs = sweep(
+        tmp_path / "s", *["(folder / 'gpu').write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n" + overlap(4)] * 4
+    )
     Pool(at_once=None, jobs_per_gpu=2, cores_per_job=1).submit(jobs)
     assert sorted((job.folder / "gpu").read_text() for job in jobs) == ["0", "0", "3", "3"]
     assert company(jobs) == 4
@@ -121,6 +145,7 @@ def test_more_cores_than_there_are(tmp_path: Path) -> None:
 LAUNCH = """
 import sys
 from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.job import JobState
 from twoviews.sweeps.machine import Local
 Local().submit(Sweep(sys.argv[1]).jobs)
 """

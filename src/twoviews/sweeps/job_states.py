@@ -17,6 +17,7 @@ IDS_PER_CALL = 500  # of arrays and single jobs, far below the longest command l
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 WORKING = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "SUSPENDED", "STOPPED", "RESIZING")
 RESUME_HINT = "the same command goes on"
+SILENT = "SLURM's controller does not answer; ask again where squeue does"
 _OTHER_NAME = {"BOOT_FAIL": "NODE_FAIL", "DEADLINE": "TIMEOUT", "REVOKED": "CANCELLED"}
 _USUAL_REASONS = ("", "BeginTime", "JobArrayTaskLimit", "Priority", "Resources")  # to wait; others are shown
 _REASONS = {  # of the states that SLURM and sweeps have in common
@@ -58,7 +59,7 @@ def _state(job: Job, slurm_states: Mapping[str, SlurmState] | None) -> JobState:
     if state.submitted < job.submitted:  # it belongs to an earlier submission
         last = replace(last, state="QUEUED", submitted=job.submitted, started=None, ended=None, node=None, reason="")
     if slurm_states is None:
-        return replace(last, reason="SLURM's controller does not answer")
+        return replace(last, reason=SILENT)
     writer = slurm_states.get(state.slurm_id or "")  # the SLURM job whose runner wrote the state
     if state.state == "RUNNING" and writer and writer.state in WORKING:
         return state
@@ -102,7 +103,7 @@ def _local_state(job: Job) -> JobState:
     if written and not state.active:
         return state
     if is_locked(Sweep(job.folder.parent).launcher_lock):
-        return replace(state, state="QUEUED", reason="")
+        return replace(state, state="QUEUED", slurm_id=None, reason="")  # in the queue of that launcher, not of SLURM
     reason = "its runner was killed" if written and state.state == "RUNNING" else "its launcher ended before it began"
     return replace(state, state="LOST", reason=f"{reason}; {RESUME_HINT}")
 
@@ -150,9 +151,11 @@ def wait_until_ended(
         poll_s: seconds between two looks at the states.
         say: called with a sentence for each change of a state.
     """
-    end, before = time.monotonic() + timeout_s, {}
+    end, before, silent = time.monotonic() + timeout_s, {}, False
     while True:
         states = current_states(jobs)
+        if not silent and (silent := any(state.reason == SILENT for state in states.values())):
+            say(f"{SILENT}; waiting for it")
         for job in jobs:
             state = states[job.digest]
             if before.get(job.digest, state.state) != state.state:
@@ -177,12 +180,13 @@ def sacct_states(slurm_ids: Iterable[str]) -> dict[str, SlurmState]:
 
 
 def _reported(slurm_ids: Iterable[str], *command: str) -> dict[str, SlurmState] | None:
-    """States by id from a command that prints id, state, node and reason; None if it fails."""
+    """States by id from a command that prints id, state, node and reason; None if squeue fails."""
     states: dict[str, SlurmState] = {}
     names = sorted({slurm_id.partition("_")[0] for slurm_id in slurm_ids})  # an array is named once, not by its tasks
     for start in range(0, len(names), IDS_PER_CALL):
         answer = run_slurm(*command, f"--jobs={','.join(names[start : start + IDS_PER_CALL])}")
-        if answer.returncode and "Invalid job id" not in answer.stderr:
+        failed = answer.returncode and "Invalid job id" not in answer.stderr
+        if failed and command[0] == "squeue":
             return None
         for line in answer.stdout.splitlines():
             slurm_id, state, node, reason = line.strip().split("|", 3)

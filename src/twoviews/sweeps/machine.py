@@ -33,6 +33,7 @@ from twoviews.sweeps.job_states import current_states
 from twoviews.sweeps.mlflow_sync import BackgroundReport
 
 POLL_SECONDS = 0.2  # between two looks at the processes
+NVIDIA_SMI_SECONDS = 60.0  # it hangs where a driver does
 CLUSTER_POLL_SECONDS = 5.0  # between two queries of a cluster, each one call of squeue
 DRIVER = Path("/dev/nvidiactl")  # as in fallbacks.py, which imports torch
 
@@ -56,11 +57,15 @@ class Launcher(ABC):
             SystemExit: a signal stopped them; its code is 128 + the signal's number.
         """
         if jobs:
-            sweep = Sweep(jobs[0].folder.parent)
-            with sweep.launching(Console().say):
-                states = current_states(jobs)  # another process may have submitted some meanwhile
+            sweep, say = Sweep(jobs[0].folder.parent), Console().say
+            with sweep.launching(say):
+                # Read again: another process may have submitted some meanwhile.
+                states = current_states(sweep.named(job.digest for job in jobs))
                 waiting = {digest for digest, state in states.items() if state.state == "QUEUED" and not state.slurm_id}
                 todo = [job for job in jobs if states[job.digest].unfinished or job.digest in waiting]
+                for job in jobs:
+                    if job not in todo and (state := states[job.digest]).state != "FINISHED":
+                        say(f"left out: {job.label}, {state.state}{': ' if state.reason else ''}{state.reason}")
                 self.start(sweep, todo)
 
     @abstractmethod
@@ -230,7 +235,10 @@ def gpus() -> list[str]:
     if not shutil.which("nvidia-smi"):
         return []
     command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    listing = subprocess.run(command, capture_output=True, text=True)
+    try:
+        listing = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS)
+    except subprocess.TimeoutExpired:
+        return []
     return [] if listing.returncode else listing.stdout.split()  # when it fails, it prints the reason to stdout
 
 

@@ -110,7 +110,11 @@ class TrialRunner:
         _, jobs = self.command.add(specs)
         self.command.attach_jobs(self.sweep, jobs)
         self._running.append(RunningTrial(trial, jobs))
-        begun = {digest for digest, state in current_states(jobs).items() if state.state in ("FINISHED", "RUNNING")}
+        begun = {
+            digest
+            for digest, state in current_states(jobs).items()
+            if state.state in ("FINISHED", "RUNNING") or (state.state == "QUEUED" and state.slurm_id)
+        }
         self._inherited |= begun - self._started
         self._started |= begun
         self._queue.extend(job for job in jobs if job.digest not in begun)

@@ -77,25 +77,26 @@ def run(
         failure: polled while the training runs; returns why it has to be killed, or an empty string.
     """
     try:
-        with job.lock.acquire(timeout=RUNNER_LOCK_SECONDS):
-            before = job.state
-            if before.state == "FINISHED":
-                return before
-            state = _started(job, before, submitted, slurm_id)
-            job.write(state)
-            if state.state == "FAILED":
-                return state
-            # This machine may have another cache folder than that where the job was launched.
-            with contextlib.suppress(BadInput):  # the training reports it
-                uris.trust(foreign.load(job.folder / "config.yaml").get("tracking", {}).get("uri"))
-            name, reason = _run_training(job, environment or {}, failure)
-            metrics = job.metrics()
-            step = int(metrics[-1]["step"]) if metrics else 0
-            state = replace(state, state=name, reason=reason, ended=time.time(), step=step)
-            job.write(state)
-            return state
+        held = job.lock.acquire(timeout=RUNNER_LOCK_SECONDS)
     except Timeout:
         return job.state
+    with held:
+        before = job.state
+        if before.state == "FINISHED":
+            return before
+        state = _started(job, before, submitted, slurm_id)
+        job.write(state)
+        if state.state == "FAILED":
+            return state
+        # This machine may have another cache folder than that where the job was launched.
+        with contextlib.suppress(BadInput):  # the training reports it
+            uris.trust(foreign.load(job.folder / "config.yaml").get("tracking", {}).get("uri"))
+        name, reason = _run_training(job, environment or {}, failure)
+        metrics = job.metrics()
+        step = int(metrics[-1]["step"]) if metrics else 0
+        state = replace(state, state=name, reason=reason, ended=time.time(), step=step)
+        job.write(state)
+        return state
 
 
 def _started(job: Job, before: JobState, submitted: float, slurm_id: str | None) -> JobState:

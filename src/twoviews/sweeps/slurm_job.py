@@ -110,8 +110,8 @@ def _rendezvous(process: JobEnvironment, start: int) -> dict[str, str]:
 
 def _requeue(job: Job, state: JobState, slurm_id: str) -> None:
     """Put the SLURM job back into the queue, unless SLURM did that or ends it for good. Does not return."""
-    if not shutil.which("scontrol"):
-        reason = f"{state.reason}, and {runner.node()} has no scontrol to put it back into the queue; {RESUME_HINT}"
+    if not (shutil.which("scontrol") and shutil.which("squeue")):
+        reason = f"{state.reason}, and {runner.node()} has no scontrol or squeue to put it back into the queue; {RESUME_HINT}"
         job.write(replace(state, reason=reason))
         os._exit(1)
     end = time.monotonic() + REQUEUE_SECONDS
