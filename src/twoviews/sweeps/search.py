@@ -90,7 +90,7 @@ def search_space(arguments: Sequence[str]) -> SearchSpace:
         if not override.is_sweep_override():
             fixed.append(f"{key}={override.get_value_element_as_str()}")
         elif isinstance(value, IntervalSweep):
-            parameters[key] = _interval(override.input_line, value)
+            parameters[key] = _interval(str(override.input_line), value)
         elif isinstance(value, Glob):
             files = options(_key(override))
             if not files:
