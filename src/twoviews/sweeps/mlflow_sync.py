@@ -67,15 +67,10 @@ def attach_jobs(sweep: Sweep, jobs: Sequence[Job], tracking: Mapping[str, Any]) 
 
 
 def collect(sweep: Sweep, jobs: Sequence[Job], say: Callable[[str], None] = print) -> int:
-    """Send what MLflow lacks of these jobs, nothing twice; returns the number of jobs of which something is left.
+    """Send what MLflow lacks of these jobs, which may be running, nothing twice; returns of how many something is left.
 
     Runs of jobs that are not active are ended as result.json says, or as killed; the parent run gets a report, and is ended
     with the last job.
-
-    Args:
-        sweep: its jobs may be running.
-        jobs: those to send.
-        say: called with sentences for the user.
 
     Raises:
         BadInput: MLflow does not answer.

@@ -64,9 +64,8 @@ class Optuna(Search):
         try:
             lock = FileLock(sweep.folder / ".study.lock").acquire(timeout=0)
         except Timeout as error:
-            raise BadInput(
-                f"another process runs the search in {sweep.folder}; wait for its end, or stop it first."
-            ) from error
+            other = f"another process runs the search in {sweep.folder}"
+            raise BadInput(f"{other}; wait for its end, or stop it first.") from error
         with lock, open_study(sweep, space, self.metric, self.draw) as study:
             trials = TrialRunner(self, study, command, space, sweep)
             try:
@@ -95,13 +94,7 @@ class Optuna(Search):
 
 @contextmanager
 def open_study(sweep: Sweep, space: SearchSpace, metric: str, draw: int) -> Iterator[optuna.Study]:
-    """The study in a sweep folder, created if there is none.
-
-    Args:
-        sweep: whose folder it is in.
-        space: of its trials.
-        metric: which they maximise.
-        draw: seed of the random numbers.
+    """The study in a sweep folder, created if there is none; its trials maximise the metric, and `draw` is its seed.
 
     Raises:
         BadInput: its trials are of other values, seeds or overrides, or of another metric.

@@ -60,12 +60,7 @@ def plan(
 ) -> None:
     """Print what launching these jobs would start and what that takes; nothing is submitted.
 
-    Args:
-        folder: of the sweep, which need not exist.
-        specs: its jobs.
-        states: of those that exist already, by digest.
-        launcher: which would run them.
-        console: where it is printed.
+    The folder of the sweep need not exist; states, by digest, are those of the jobs that exist already.
     """
     now = {spec.digest: states[spec.digest].state if spec.digest in states else "new" for spec in specs}
     rows = [
