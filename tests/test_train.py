@@ -167,6 +167,9 @@ def test_evaluate_gives_the_number_of_the_training(finished: Path, command) -> N
     other = command("evaluate", f"run={run}", "protocol=knn", "protocol.knn.k=1")
     assert other.code == 0, other.err
     assert json.loads((run / "evaluation.json").read_text())["protocol"]["knn"]["k"] == 1
+    assert "│ kNN of raw pixels " in done.out and "│ kNN of raw pixels " not in other.out
+    said = "kNN of raw pixels and of the untrained encoder is not shown beside this kNN: the training measured it with"
+    assert f"{said} protocol.knn.k=20." in other.out and said not in done.out
 
 
 def test_preview_only_draws(command) -> None:
@@ -174,6 +177,9 @@ def test_preview_only_draws(command) -> None:
     assert done.code == 0, done.err
     assert sorted(path.name for path in Path("run").iterdir()) == ["views.pdf", "views.png"]
     assert "views.png" in done.out and "views.pdf" in done.out
+    refused(
+        command("evaluate", "run=run"), "run holds views.png alone, which preview=true wrote", "without preview=true"
+    )
     refused(command("train", *SMALL, "preview=true", "pictures.format=gif"), "pictures.format=gif", "png, pdf")
 
 
@@ -265,10 +271,9 @@ def test_micro_batches_train_like_the_batch(command) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_processes_train_like_one(precision: str, tmp_path: Path) -> None:
+def test_two_processes_train_like_one(precision: str, tmp_path: Path, command) -> None:
     arguments = [*SMALL_MOCO, "method.bn_splits=4", "runtime.log_every=1", "epochs=2", f"runtime.precision={precision}"]
-    one = start([str(ROOT / "train.py"), *arguments, f"hydra.run.dir={tmp_path / 'one'}"], tmp_path / "o")
-    assert one.wait(300) == 0
+    assert command("train", *arguments, "hydra.run.dir=one").code == 0
     two = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py"), *arguments,
          f"hydra.run.dir={tmp_path / 'two'}"],

@@ -13,7 +13,7 @@ from twoviews.encoder_file import load_encoder
 from twoviews.encoders.libraries import open_timm, open_torchvision
 from twoviews.encoders.loaded import LoadedEncoder, Preprocessing, UnknownImages
 from twoviews.encoders.networks import fill, resnet_network
-from twoviews.encoders.run_names import find_run
+from twoviews.encoders.run_names import FOLDER_NAME, LATEST, find_run, known_names
 from twoviews.encoders.weight_files import SUFFIXES, checkpoint_weights, read_tensors, resnet_weights, split_name
 from twoviews.errors import BadInput, nearest, printable
 from twoviews.foreign import check_regular, errors_naming
@@ -92,9 +92,12 @@ def _open(run: str, data: Callable[[], ImageData] | None) -> LoadedEncoder:
             raise BadInput(f"run={run}: there is no such file.{nearest(path.name, siblings)}")
         if close := nearest(library, ("torchvision", "timm")) if colon else "":
             raise BadInput(f"run={run}: networks come from torchvision: or timm:.{close}")
+        if FOLDER_NAME.fullmatch(run) and (close := nearest(run, known_names())):
+            raise BadInput(f"run={run}: no run below {Path.cwd()}/outputs or multirun has this name.{close}")
     opened = Run.existing(path)
     encoder, preprocessing = opened.encoder(), Preprocessing.of_description(opened.read("encoder.json"))
-    return LoadedEncoder(encoder, preprocessing, printable(path.resolve().name), opened.folder, opened)
+    notes = _which(run, path)
+    return LoadedEncoder(encoder, preprocessing, printable(path.resolve().name), opened.folder, opened, notes)
 
 
 def _open_fine_tuned(run: str) -> LoadedEncoder:
@@ -105,7 +108,13 @@ def _open_fine_tuned(run: str) -> LoadedEncoder:
             f"run={run}:{FINE_TUNED}: {folder} has no fine-tuned classifier; `python evaluate.py run={run} protocol=finetune` "
             "makes one."
         )
-    return _open_classifier(path)
+    loaded = _open_classifier(path)
+    return replace(loaded, notes=(*_which(run, folder), *loaded.notes))
+
+
+def _which(run: str, folder: Path) -> tuple[str, ...]:
+    """A sentence about the folder that "latest" stands for."""
+    return (f"run=latest is {folder}.",) if run == LATEST else ()
 
 
 def _open_classifier(path: Path) -> LoadedEncoder:

@@ -71,9 +71,9 @@ def evaluate(
         settings |= {"mean": list(loaded.preprocessing.mean), "std": list(loaded.preprocessing.std)}
     folder = context.folder = loaded.folder / FOLDER / prefix / f"{'+'.join(protocols)}-{digest(settings)}"
     folder.mkdir(parents=True, exist_ok=True)
-    banks = f"kNN bank {len(data.memory or ()):,}, test {counted(len(data.test or ()), 'image')} of {data.name}"
-    console.say(f"{loaded.title}: {banks}")
-    baselines = _baselines(loaded, data, protocol_settings)
+    of = f"kNN bank {len(data.memory):,}, test {counted(len(data.test), 'image')}" if data.memory and data.test else ""
+    console.say(f"{loaded.title}: {of or counted(len(data.train), 'training image')} of {data.name}")
+    baselines = _baselines(loaded, data, protocol_settings, console)
     flat_settings = {f"protocol.{key}": value for key, value in flat(protocol_settings).items()}
     flat_settings = {k: value for k, value in flat_settings.items() if not k.endswith(("_target_", "every_epochs"))}
     measured = EvaluationRecord(loaded, folder, prefix, settings)
@@ -130,13 +130,23 @@ def _warn_of_training(name: str, run_result: Mapping[str, Any], precision: str, 
         )
 
 
-def _baselines(loaded: LoadedEncoder, data: ImageData, settings: Any) -> dict[str, float]:
-    """KNN of raw pixels and of the untrained encoder from the run's training, if kNN is measured here in the same way."""
-    same = loaded.in_run_folder and loaded.trained_on(data) and "knn" in settings
-    of_training = (loaded.config.get("protocol") or {}).get("knn") or {}
-    if not same or {**settings["knn"], "every_epochs": 0} != {**of_training, "every_epochs": 0}:
+def _baselines(loaded: LoadedEncoder, data: ImageData, settings: Any, console: Console) -> dict[str, float]:
+    """KNN of raw pixels and of the untrained encoder from the run's training; none, said why, if it was measured otherwise."""
+    if not loaded.in_run_folder or not loaded.trained_on(data) or "knn" not in settings:
         return {}
-    return {name: line[name] for line in read(loaded.folder) for name in BASELINES if name in line}
+    baselines = {name: line[name] for line in read(loaded.folder) for name in BASELINES if name in line}
+    of_training = (loaded.config.get("protocol") or {}).get("knn") or {}
+    others = [
+        f"protocol.knn.{key}={of_training.get(key)}"
+        for key, value in settings["knn"].items()
+        if key != "every_epochs" and value != of_training.get(key)
+    ]
+    if baselines and others:
+        console.say(
+            f"kNN of raw pixels and of the untrained encoder is not shown beside this kNN: the training measured it with "
+            f"{' '.join(others)}."
+        )
+    return {} if others else baselines
 
 
 def _description(data: ImageData) -> dict[str, Any]:

@@ -21,13 +21,12 @@ from twoviews.data.images import Images
 from twoviews.errors import counted
 from twoviews.figures import save_sheet
 from twoviews.pictures import GAP, GREY, RED, TEXT, fitted, font, squares
-from twoviews.protocols.neighbours import nearest_rows
+from twoviews.protocols.neighbours import CAPTION, nearest_rows
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol, TableRow
 from twoviews.ranges import Count, Index, Range
 
 MAX_PAIRS, COLUMNS = 40, 4  # of the sheet
 ROWS_SHOWN = 10  # of the table, whose rows are long
-CAPTION = 12  # px, of names, so that more of them fits
 HEADING_PX, LINE_PX = 66, TEXT + 6  # heights
 EXACT_COSINE = 0.999  # equal pixels have equal features but for rounding, so only pairs above it are compared by pixels
 
@@ -222,7 +221,9 @@ def shown_pairs(pairs: Sequence[DuplicatePair]) -> list[DuplicatePair]:
 def draw_duplicates(
     path: Path, images: Mapping[str, Images], pairs: Sequence[DuplicatePair], classes: Sequence[str], threshold: float
 ) -> None:
-    """Draw the pairs of `shown_pairs` with names, classes, cosine and splits; pairs of two classes have a red frame.
+    """Draw the pairs of `shown_pairs` with names, classes (without labels: folders), cosine and splits.
+
+    Pairs of two classes have a red frame.
 
     Args:
         path: of the picture.
@@ -243,6 +244,7 @@ def draw_duplicates(
     wide, high = 2 * side + 5 * GAP, side + 3 * LINE_PX + GAP
     face, bold, small, names = font("DejaVuSans"), font("DejaVuSans-Bold"), font("DejaVuSans", CAPTION), [*classes]
     title = f"{counted(len(pairs), 'pair')} with a cosine of at least {threshold:g}"
+    several_folders = len({path.rpartition("/")[0] for its in images.values() for path in its.paths or ()}) > 1
     explanation = "by cosine; bold: equal pixels; red frame: of two classes"
     if len(shown) < len(pairs):
         explanation = (
@@ -257,16 +259,19 @@ def draw_duplicates(
     draw.text((GAP, 34), explanation, GREY, face)
     for number, pair in enumerate(shown):
         left, top = GAP + number % columns * wide, HEADING_PX + number // columns * high
-        labels = []
+        labels, captioned = [], False
         for place, (split, row) in enumerate(zip(pair.splits, (pair.first, pair.second), strict=True)):
             x, of_split = left + place * (side + GAP), images[split]
             sheet.paste(tiles[split][row], (x, top))
             name = Path(of_split.paths[row]).name if of_split.paths else f"{row}"
             draw.text((x, top + side + 2), fitted(name, small, side, keep_end=True), GREY, small)
             labels.append(-1 if of_split.labels is None else int(of_split.labels[row]))
-            if labels[-1] >= 0:
-                draw.text((x, top + side + 2 + LINE_PX), fitted(names[labels[-1]], small, side), "black", small)
-        line = (left, top + side + 2 + (2 * LINE_PX if max(labels) >= 0 else LINE_PX))
+            # Of an image without a label, the folder tells more than its name.
+            of_folder = Path(of_split.paths[row]).parent.name if of_split.paths and several_folders else ""
+            if caption := names[labels[-1]] if labels[-1] >= 0 else of_folder:
+                draw.text((x, top + side + 2 + LINE_PX), fitted(caption, small, side), "black", small)
+                captioned = True
+        line = (left, top + side + 2 + (2 * LINE_PX if captioned else LINE_PX))
         cosine = f"{pair.cosine:.4f}  {', '.join(dict.fromkeys(pair.splits))}"
         draw.text(line, cosine, "black" if pair.exact else GREY, bold if pair.exact else face)
         if min(labels) >= 0 and labels[0] != labels[1]:
