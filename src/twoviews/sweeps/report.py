@@ -205,7 +205,7 @@ def _plots(results: Results, plots: Mapping[str, Path]) -> list[str]:
         file = files_of(path)[0]
         paragraphs.append(f"## {title}\n\n{'!' if file.suffix == '.png' else ''}[{title}]({file.name})")
     if once := [name for name in CURVES if name in results.metrics and results.measured_once(name)]:
-        reason = "measured at one epoch, so there is no learning curve; the numbers are above."
+        reason = "measured at one epoch, so not among the learning curves; the numbers are above."
         paragraphs.append(f"{' and '.join(once)}: {reason}")
     return paragraphs
 
