@@ -73,6 +73,11 @@ class JobState:
         """Whether the job ended without a result that is still wanted: the same command runs it again."""
         return not (self.active or self.finished_or_pruned)
 
+    @property
+    def needs_start(self) -> bool:
+        """Whether a launcher has to start the job: it is unfinished, or queued without being in SLURM's queue."""
+        return self.unfinished or (self.state == "QUEUED" and not self.slurm_id)
+
 
 @dataclass(frozen=True)
 class Job:

@@ -61,8 +61,7 @@ class Launcher(ABC):
             with sweep.launching(say):
                 # Read again: another process may have submitted some meanwhile.
                 states = current_states(sweep.named(job.digest for job in jobs))
-                waiting = {digest for digest, state in states.items() if state.state == "QUEUED" and not state.slurm_id}
-                todo = [job for job in jobs if states[job.digest].unfinished or job.digest in waiting]
+                todo = [job for job in jobs if states[job.digest].needs_start]
                 for job in jobs:
                     if job not in todo and (state := states[job.digest]).state != "FINISHED":
                         say(f"left out: {job.label}, {state.state}{': ' if state.reason else ''}{state.reason}")

@@ -58,32 +58,26 @@ def attach_jobs(sweep: Sweep, jobs: Sequence[Job], tracking: Mapping[str, Any]) 
     varying = {job.digest: job for job in with_varying_parameters(sweep.jobs)}
     names = short_names(dict.fromkeys(key for job in varying.values() for key in job.parameters))
 
-    def attach(digest: str) -> None:
-        job = varying[digest]
-        attach_parent(job.folder, uri, experiment, parent, assigned(job.parameters, names) or digest, job.parameters)
+    def attach(job: Job) -> None:
+        values = varying[job.digest].parameters
+        attach_parent(job.folder, uri, experiment, parent, assigned(values, names) or job.digest, values)
 
     with ThreadPoolExecutor(WRITER_THREADS) as pool:
-        list(pool.map(attach, [job.digest for job in jobs]))
+        list(pool.map(attach, jobs))
 
 
 def collect(sweep: Sweep, jobs: Sequence[Job], say: Callable[[str], None] = print) -> int:
-    """Send what MLflow lacks of these jobs, nothing twice; returns the number of jobs of which something is left.
+    """Send what MLflow lacks of these jobs, which may be running, nothing twice; returns of how many something is left.
 
     Runs of jobs that are not active are ended as result.json says, or as killed; the parent run gets a report, and is ended
     with the last job.
 
-    Args:
-        sweep: its jobs may be running.
-        jobs: those to send.
-        say: called with sentences for the user.
-
     Raises:
         BadInput: MLflow does not answer.
     """
-    states = current_states(sweep.jobs)
+    states, left = current_states(sweep.jobs), 0
     tracking = sweep.record.get("tracking") or foreign.load(jobs[0].folder / "config.yaml")["tracking"]
     attach_jobs(sweep, jobs, tracking)
-    left = 0
     for job in jobs:
         if not (job.folder / METRICS_FILE).exists():
             continue
@@ -92,24 +86,19 @@ def collect(sweep: Sweep, jobs: Sequence[Job], say: Callable[[str], None] = prin
         except Exception as error:  # an error in one folder must not stop the others
             say(f"{job.digest} {job.label}: {pending_values(job.folder)} numbers left ({short_error(error)})")
             left += 1
-    if end := _parent_status([*states.values()]):
+    if end := _parent_status(states):
         with _mlflow_errors():
             update_run(tracking["uri"], tracking["experiment"], sweep.record["parent"], status=end)
         with sweep.update() as record:
             record["parent_status"] = end
-    _report(sweep, states, say)
-    return left
-
-
-def _report(sweep: Sweep, states: Mapping[str, JobState], say: Callable[[str], None]) -> None:
-    """Make the report, which goes to the parent run; what fails is said, as the results are in the folders."""
     from twoviews.sweeps.report import report  # which takes long to import
 
     try:
         report(sweep, states, say)
-    except (BadInput, OSError) as error:
+    except (BadInput, OSError) as error:  # the results are in the folders
         reason = system_reason(error) if isinstance(error, OSError) else str(error)
         say(f"there is no report ({reason}); `python -m twoviews.sweep report {shlex.quote(sweep.name)}` makes it.")
+    return left
 
 
 def sweep_page(sweep: Sweep) -> str | None:
@@ -122,8 +111,7 @@ def sweep_page(sweep: Sweep) -> str | None:
 
 def flush(sweep: Sweep, say: Callable[[str], None]) -> None:
     """Send what MLflow lacks of a sweep without active jobs; a failure is said, not raised."""
-    states = current_states(sweep.jobs).values()
-    if not states or any(state.active for state in states) or not pending(sweep):
+    if not pending(sweep):
         return
     try:
         left = collect(sweep, sweep.jobs, say)
@@ -131,15 +119,16 @@ def flush(sweep: Sweep, say: Callable[[str], None]) -> None:
         left = 1
         say(f"error: {error}")
     if left:
-        say(
-            f"MLflow does not have all results; `python -m twoviews.sweep collect {shlex.quote(sweep.name)}` sends them."
-        )
+        name = shlex.quote(sweep.name)
+        say(f"MLflow does not have all results; `python -m twoviews.sweep collect {name}` sends them.")
 
 
 def pending(sweep: Sweep) -> bool:
-    """Whether MLflow lacks something of a sweep without active jobs, as far as its folder says; MLflow is not asked."""
+    """Whether no job is active and MLflow lacks something, as far as the folder of the sweep says; MLflow is not asked."""
     jobs, record = sweep.jobs, sweep.record
-    ended = record["parent"] and record.get("parent_status") == _parent_status([*current_states(jobs).values()])
+    if not jobs or not (status := _parent_status(current_states(jobs))):
+        return False
+    ended = record["parent"] and record.get("parent_status") == status
     return not ended or not all(is_uploaded(job.folder) for job in jobs if (job.folder / METRICS_FILE).exists())
 
 
@@ -157,11 +146,11 @@ def _mlflow_errors() -> Iterator[None]:
         ) from error
 
 
-def _parent_status(states: Sequence[JobState]) -> str:
+def _parent_status(states: Mapping[str, JobState]) -> str:
     """MLflow's name for the status of the parent run; empty while jobs are active."""
-    if any(state.active for state in states):
+    if any(state.active for state in states.values()):
         return ""
-    return "FINISHED" if all(state.finished_or_pruned for state in states) else "FAILED"
+    return "FINISHED" if all(state.finished_or_pruned for state in states.values()) else "FAILED"
 
 
 def is_due(sweep: Sweep) -> bool:

@@ -64,9 +64,8 @@ class Optuna(Search):
         try:
             lock = FileLock(sweep.folder / ".study.lock").acquire(timeout=0)
         except Timeout as error:
-            raise BadInput(
-                f"another process runs the search in {sweep.folder}; wait for its end, or stop it first."
-            ) from error
+            other = f"another process runs the search in {sweep.folder}"
+            raise BadInput(f"{other}; wait for its end, or stop it first.") from error
         with lock, open_study(sweep, space, self.metric, self.draw) as study:
             trials = TrialRunner(self, study, command, space, sweep)
             try:
@@ -82,27 +81,20 @@ class Optuna(Search):
         return Random(self.trials, self.draw).configs(space)
 
     def _check_metric(self, protocols: Sequence[str]) -> None:
-        name, slash, value = self.metric.partition("/")
-        certain = [SPREAD, *(f"{probe}/{top}" for probe in PROBES if probe in protocols for top in ("top1", "top5"))]
-        # The values of other protocols are known to their own code alone.
-        if self.metric in certain or (slash and value and name in {*protocols} - {*PROBES}):
-            return
-        metrics = [*certain, *(f"{protocol}/…" for protocol in protocols if protocol not in PROBES)]
-        raise BadInput(
-            f"hydra.sweeper.metric={self.metric} is nothing that these trainings measure and that is better when larger."
-            f"{nearest(self.metric, metrics)} Known: {', '.join(metrics)}."
-        )
+        # The values of other protocols than these are known to their own code alone.
+        known = [SPREAD, *(f"{name}/{top}" for name in PROBES if name in protocols for top in ("top1", "top5"))]
+        others = [f"{name}/…" for name in protocols if name not in PROBES]
+        name, _, value = self.metric.partition("/")
+        if self.metric not in known and not (value and f"{name}/…" in others):
+            raise BadInput(
+                f"hydra.sweeper.metric={self.metric} is nothing that these trainings measure and that is better when larger."
+                f"{nearest(self.metric, [*known, *others])} Known: {', '.join([*known, *others])}."
+            )
 
 
 @contextmanager
 def open_study(sweep: Sweep, space: SearchSpace, metric: str, draw: int) -> Iterator[optuna.Study]:
-    """The study in a sweep folder, created if there is none.
-
-    Args:
-        sweep: whose folder it is in.
-        space: of its trials.
-        metric: which they maximise.
-        draw: seed of the random numbers.
+    """The study in a sweep folder, created if there is none; its trials maximise the metric, and `draw` is its seed.
 
     Raises:
         BadInput: its trials are of other values, seeds or overrides, or of another metric.
@@ -121,23 +113,24 @@ def open_study(sweep: Sweep, space: SearchSpace, metric: str, draw: int) -> Iter
     # With the same seed after a resume, the sampler would repeat its first proposals.
     study.sampler = optuna.samplers.TPESampler(seed=draw + 1000 * len(study.trials), constant_liar=True)
     fixed = dict(override.split("=", 1) for override in space.fixed)
-    # Trials stay comparable when other keys change.
-    compared = [key for key in sorted(fixed) if re.split("[./@]", key.lstrip("+~"))[0] not in FREE_KEYS]
-    attributes = {
-        "space": "; ".join(f"{key}={_describe(values)}" for key, values in sorted(space.parameters.items())),
+    attributes = {  # by the name that the user reads
+        "values": "; ".join(f"{key}={_describe(values)}" for key, values in sorted(space.parameters.items())),
         "seeds": ",".join(sorted(space.seeds)),
         "metric": metric,
-        "overrides": " ".join(f"{key}={fixed[key]}" for key in compared),
+        # Trials stay comparable when other keys change.
+        "overrides": " ".join(
+            f"{key}={fixed[key]}" for key in sorted(fixed) if re.split("[./@]", key.lstrip("+~"))[0] not in FREE_KEYS
+        ),
     }
     for name, value in attributes.items():
-        before = study.user_attrs.get(name, value)
+        key = "space" if name == "values" else name
+        before = study.user_attrs.get(key, value)
         if before != value:
-            what = "values" if name == "space" else name
             raise BadInput(
-                f"the study in {path} is about other {what}: {before or 'none'}, and not {value or 'none'}; give the same, or "
+                f"the study in {path} is about other {name}: {before or 'none'}, and not {value or 'none'}; give the same, or "
                 "another folder with sweep.name=."
             )
-        study.set_user_attr(name, value)
+        study.set_user_attr(key, value)
     try:
         yield study
     finally:
@@ -147,5 +140,5 @@ def open_study(sweep: Sweep, space: SearchSpace, metric: str, draw: int) -> Iter
 def _describe(values: Sequence[str] | Interval) -> str:
     if not isinstance(values, Interval):
         return ",".join(values)
-    kinds = ["a whole number" if values.whole else "", "logarithmic" if values.logarithmic else ""]
-    return f"{values.low} to {values.high}" + "".join(f", {kind}" for kind in kinds if kind)
+    whole, logarithmic = ", a whole number" * values.whole, ", logarithmic" * values.logarithmic
+    return f"{values.low} to {values.high}{whole}{logarithmic}"

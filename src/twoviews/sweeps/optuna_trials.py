@@ -4,14 +4,14 @@ There are no batches: the next config is proposed with everything that is known 
 """
 
 import math
+import statistics
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from optuna import Study, Trial
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from twoviews.errors import BadInput, counted
@@ -34,90 +34,48 @@ DIVERGED = ("loss is", "weights are not finite")  # in the reason of a training 
 
 
 @dataclass(eq=False)
-class RunningTrial:
-    """A trial without a value.
+class RunningConfig:
+    """A config that has no value yet."""
 
-    Args:
-        trial: of the study.
-        jobs: one for each seed; trials with the same config share them.
-        reported_epochs: epochs whose kNN was reported to the study.
-    """
-
-    trial: Trial
-    jobs: list[Job]
-    reported_epochs: set[int] = field(default_factory=set)
+    config: Mapping[str, str]  # the values by key, as they are typed
+    trials: list[Trial]  # of the study that proposed it; several may
+    jobs: list[Job]  # one for each seed
 
 
 class TrialRunner:
-    """Asks a study for trials, passes their jobs to a launcher, and tells the study their values.
-
-    Args:
-        search: the parameters of the search.
-        study: in the sweep folder.
-        command: of the search.
-        space: the search space of the command.
-        sweep: where jobs are added.
-    """
+    """Asks the study in a sweep folder for trials, passes their jobs to a launcher, and tells the study their values."""
 
     def __init__(self, search: "Optuna", study: Study, command: SweepCommand, space: SearchSpace, sweep: Sweep):
         self.search, self.study, self.command, self.space, self.sweep = search, study, command, space, sweep
         self._say = command.console.say
-        self._running: list[RunningTrial] = []
+        self._running: list[RunningConfig] = []
         self._queue: deque[Job] = deque()
-        self._started: set[str] = set()  # digests of the jobs that the launcher has
-        self._inherited: set[str] = set()  # and of those among them that an earlier process may have left running
+        self._started: set[str] = set()  # digests of the jobs that this process passed to the launcher
         self._last_poll = -math.inf
 
     def resume(self) -> None:
         """Go on with the trials that an earlier process left without a value."""
         trials = self.study.get_trials(deepcopy=False)
-        for frozen in trials:
-            if frozen.state != TrialState.RUNNING:
-                self._stop_leftovers(frozen)
-                continue
-            trial = resumed_trial(self.study, frozen)
-            if (
-                frozen.params.keys() != self.space.parameters.keys()
-            ):  # killed while it was asked for: nothing was started
-                trial.set_user_attr("torn", True)
-                self.study.tell(trial, state=TrialState.FAIL)
-                continue
-            self._begin(trial)
+        for trial in trials:
+            if trial.state == TrialState.RUNNING:
+                self._begin(resumed_trial(self.study, trial))
+            elif "failed" in trial.user_attrs:  # stopped by a process that may have had no time to stop its jobs
+                digests = [spec.digest for spec in self.command.specs(self.space.combinations(self._config(trial)))]
+                self._give_up(self.sweep.named(digests), trial.user_attrs["reason"], trial.user_attrs["failed"])
         if trials:
-            self._say(
-                f"the study has {counted(len(trials), 'trial')}, {len(self._running)} of them without a value yet; going on."
-            )
+            left = sum(len(running.trials) for running in self._running)
+            self._say(f"the study has {counted(len(trials), 'trial')}, {left} of them without a value yet; going on.")
 
-    def _begin(self, trial: Trial) -> None:
-        """Create the jobs of a trial, and queue those that have to run."""
-        config = self._config(trial)
-        for earlier in self.study.get_trials(deepcopy=False):
-            weak = earlier.state in (TrialState.PRUNED, TrialState.FAIL)
-            if weak and "torn" not in earlier.user_attrs and self._config(earlier) == config:
-                reason = earlier.user_attrs.get("reason", "")
-                trial.set_user_attr("reason", f"as trial {earlier.number}: {reason}")
-                self.study.tell(trial, state=earlier.state)
-                return
-        same = next((running for running in self._running if self._config(running.trial) == config), None)
-        if same:
-            self._running.append(RunningTrial(trial, same.jobs))
-            return
-        try:
-            specs = self.command.specs(self.space.combinations(config))
-        except BadInput:
-            self.study.tell(trial, state=TrialState.FAIL)
-            raise
-        _, jobs = self.command.add(specs)
-        self.command.attach_jobs(self.sweep, jobs)
-        self._running.append(RunningTrial(trial, jobs))
-        begun = {
-            digest
-            for digest, state in current_states(jobs).items()
-            if state.state in ("FINISHED", "RUNNING") or (state.state == "QUEUED" and state.slurm_id)
-        }
-        self._inherited |= begun - self._started
-        self._started |= begun
-        self._queue.extend(job for job in jobs if job.digest not in begun)
+    def next_jobs(self, free_slots: int) -> Sequence[Job] | None:
+        """At most `free_slots` jobs to start now, perhaps none; None when the search is over."""
+        if monotonic() - self._last_poll >= POLL_SECONDS:
+            self._poll()
+            self._last_poll = monotonic()
+        while len(self._queue) < free_slots and self._ask():
+            pass
+        jobs = [self._queue.popleft() for _ in range(min(free_slots, len(self._queue)))]
+        self._started.update(job.digest for job in jobs)
+        return jobs if jobs or self._queue or self._running or self._ask() else None
 
     def _config(self, trial: Trial | FrozenTrial) -> dict[str, str]:
         """The values of a trial by key, as they are typed."""
@@ -128,123 +86,119 @@ class TrialRunner:
 
     def _ask(self) -> bool:
         """Begin another trial; False if there are enough, running or in total."""
-        trials = self.study.get_trials(deepcopy=False)
-        count = sum(trial.state.name != "WAITING" and "torn" not in trial.user_attrs for trial in trials)
-        if len(self._running) >= self.search.at_once or count >= self.search.trials:
+        running = sum(len(running.trials) for running in self._running)
+        total = sum(trial.state != TrialState.WAITING for trial in self.study.get_trials(deepcopy=False))
+        if running >= self.search.at_once or total >= self.search.trials:
             return False
-        self._begin(self.study.ask(distributions(self.space)))
+        self._begin(self.study.ask())
         return True
 
-    def next_jobs(self, free_slots: int) -> Sequence[Job] | None:
-        """At most `free_slots` jobs to start now, perhaps none; None when the search is over."""
-        if monotonic() - self._last_poll >= POLL_SECONDS:
-            self._poll()
-            self._last_poll = monotonic()
-        jobs = []
-        while len(jobs) < free_slots and (self._queue or self._ask()):
-            if self._queue:  # it stays empty for a trial whose jobs are all finished
-                jobs.append(self._queue.popleft())
-                self._started.add(jobs[-1].digest)
-        if jobs or self._queue or self._running or self._ask():
-            return jobs
-        return None
+    def _begin(self, trial: Trial) -> None:
+        """Create the jobs of a trial and queue those that have to run, unless another trial had the same config."""
+        suggest(trial, self.space)
+        config = self._config(trial)
+        for running in self._running:
+            if running.config == config:
+                running.trials.append(trial)
+                return
+        for earlier in self.study.get_trials(deepcopy=False, states=(TrialState.PRUNED, TrialState.FAIL)):
+            if self._config(earlier) == config:
+                trial.set_user_attr("reason", f"as trial {earlier.number}: {earlier.user_attrs.get('reason', '')}")
+                self.study.tell(trial, state=earlier.state)
+                return
+        try:
+            specs = self.command.specs(self.space.combinations(config))
+        except BadInput:
+            self.study.tell(trial, state=TrialState.FAIL)
+            raise
+        _, jobs = self.command.add(specs)
+        self.command.attach_jobs(self.sweep, jobs)
+        self._running.append(RunningConfig(config, [trial], jobs))
+        states = current_states(jobs)
+        self._queue.extend(job for job in jobs if states[job.digest].needs_start)
 
     def _poll(self) -> None:
-        """End the trials whose jobs have ended, and stop weak ones."""
+        """Tell the study about configs whose jobs have ended, and stop weak ones."""
         jobs = {job.digest: job for job in self.sweep.jobs}  # which have their SLURM ids by now
-        for running in [*self._running]:
-            if running not in self._running:  # stopped with another trial of the same config
-                continue
+        for running in self._running:
             running.jobs = [jobs[job.digest] for job in running.jobs]
-            states = current_states([job for job in running.jobs if job.digest in self._started])
-            if not self._end(running, states) and self.search.prune:
-                self._prune(running, states)
-
-    def _end(self, running: RunningTrial, states: Mapping[str, JobState]) -> bool:
-        """Tell the study how a trial ended; False if it goes on."""
-        ended = [job for job in running.jobs if not states.get(job.digest, JobState()).active]
-        failed = [job.digest for job in ended if states[job.digest].state != "FINISHED"]
-        for job in [job for job in ended if job.digest in failed]:
-            state = states[job.digest]
-            if job.digest in self._inherited:  # it was being stopped when this process began
-                self._inherited.remove(job.digest)
-                self._started.remove(job.digest)
+        states = dict.fromkeys([job.digest for job in self._queue], JobState())
+        begun = [job for running in self._running for job in running.jobs if job.digest not in states]
+        states |= current_states(begun)
+        for job in begun:
+            if states[job.digest].unfinished and job.digest not in self._started:  # an earlier process was stopping it
                 self._queue.append(job)
-                return False
-            if any(words in state.reason for words in DIVERGED):
-                self._stop(running, f"{job.label} diverged: {state.reason}", TrialState.PRUNED)
-            else:
-                reason = f"{job.label}: {state.state} {state.reason}"
-                self._stop(running, reason, TrialState.FAIL, failed)
-            return True
-        if len(ended) < len(running.jobs):
-            return False
+                states[job.digest] = JobState()
+        for running in [*self._running]:
+            if all(states[job.digest].state == "FINISHED" for job in running.jobs):
+                self._finish(running)
+            elif reason := self._reason_to_stop(running, states):
+                self._stop(running, *reason)
+
+    def _finish(self, running: RunningConfig) -> None:
+        """Tell the study the value of a config, the mean over its seeds."""
         metric = self.search.metric
-        mean = sum(float(job.result.get(metric, math.nan)) for job in running.jobs) / len(running.jobs)
+        mean = statistics.fmean(float(job.result.get(metric, math.nan)) for job in running.jobs)
         if not math.isfinite(mean):
-            reason = f"a result.json has no finite number {metric}; choose another metric"
-            self._stop(running, reason, TrialState.FAIL)
-            return True
+            self._stop(running, TrialState.FAIL, f"a result.json has no finite number {metric}; choose another metric")
+            return
         list(self._report_knn(running))  # which other trials are compared with
-        self.study.tell(running.trial, mean)
         self._running.remove(running)
-        self._say(f"trial {running.trial.number}: {assigned(self._config(running.trial))}: {metric} {mean:.2f}")
-        return True
+        for trial in running.trials:
+            self.study.tell(trial, mean)
+            self._say(f"trial {trial.number}: {assigned(running.config)}: {metric} {mean:.2f}")
 
-    def _prune(self, running: RunningTrial, states: Mapping[str, JobState]) -> None:
-        """Stop a trial that collapsed or is below the median."""
-        for job in running.jobs:
-            if job.digest in states and states[job.digest].state == "RUNNING" and collapsed(job.metrics()):
-                reason = f"{job.label} collapsed: its spread stays below {PRUNE_BELOW_SPREAD}"
-                self._stop(running, reason, TrialState.PRUNED)
-                return
-        for epoch in self._report_knn(running):
-            if running.trial.should_prune():
-                reason = f"its kNN at epoch {epoch} is below the median of the others"
-                self._stop(running, reason, TrialState.PRUNED)
-                return
+    def _reason_to_stop(
+        self, running: RunningConfig, states: Mapping[str, JobState]
+    ) -> tuple[TrialState, str, list[str]] | None:
+        """The arguments of `_stop` for a config that failed or is weak."""
+        failed = [job for job in running.jobs if states[job.digest].unfinished]
+        for job in failed:
+            state = states[job.digest]
+            if any(words in state.reason for words in DIVERGED):
+                return TrialState.PRUNED, f"{job.label} diverged: {state.reason}", []
+            return TrialState.FAIL, f"{job.label}: {state.state} {state.reason}", [job.digest for job in failed]
+        for job in running.jobs if self.search.prune else ():
+            if states[job.digest].state == "RUNNING" and collapsed(job.metrics()):
+                return TrialState.PRUNED, f"{job.label} collapsed: its spread stays below {PRUNE_BELOW_SPREAD}", []
+        for epoch in self._report_knn(running) if self.search.prune else ():
+            return TrialState.PRUNED, f"its kNN at epoch {epoch} is below the median of the others", []
+        return None
 
-    def _report_knn(self, running: RunningTrial) -> Iterator[int]:
-        """Report the mean kNN of each epoch that all seeds have reached since; yields each epoch after its report."""
+    def _report_knn(self, running: RunningConfig) -> Iterator[int]:
+        """Report the mean kNN of each epoch that all seeds have reached; yields the epochs at which it is below the median."""
         curves = [
             {int(line["epoch"]): line[KNN_TOP1] for line in job.metrics() if KNN_TOP1 in line and line["epoch"] >= 1}
             for job in running.jobs
         ]
-        for epoch in sorted(set.intersection(*map(set, curves)) - running.reported_epochs):
-            running.reported_epochs.add(epoch)
-            running.trial.report(sum(curve[epoch] for curve in curves) / len(curves), epoch)
-            yield epoch
+        for trial in running.trials:
+            reported = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+            for epoch in sorted(set.intersection(*map(set, curves)) - {*reported}):
+                trial.report(sum(curve[epoch] for curve in curves) / len(curves), epoch)
+                if trial.should_prune():
+                    yield epoch
 
-    def _stop(self, running: RunningTrial, reason: str, state: TrialState, failed: Sequence[str] = ()) -> None:
-        """End a trial for good, with the others of its config; recorded before any job is stopped.
+    def _stop(self, running: RunningConfig, state: TrialState, reason: str, failed: Sequence[str] = ()) -> None:
+        """End the trials of a config for good; recorded before any job is stopped.
 
         Args:
-            running: the trial.
-            reason: why it ends.
+            running: the config.
             state: what the study is told.
-            failed: digests of the jobs that ended by themselves.
+            reason: why it ends.
+            failed: digests of the jobs that failed by themselves, and keep their own reason.
         """
-        config = self._config(running.trial)
-        for twin in [twin for twin in self._running if self._config(twin.trial) == config]:
-            twin.trial.set_user_attr("reason", reason)
-            twin.trial.set_user_attr("failed", [*failed])
-            self.study.tell(twin.trial, state=state)
-            self._running.remove(twin)
+        self._running.remove(running)
         digests = {job.digest for job in running.jobs}
         self._queue = deque(job for job in self._queue if job.digest not in digests)
+        for trial in running.trials:
+            trial.set_user_attr("reason", reason)
+            trial.set_user_attr("failed", [*failed])
+            self.study.tell(trial, state=state)
+            self._say(f"trial {trial.number}: {assigned(running.config)}: {state.name}, {reason}")
         self._give_up(running.jobs, reason, failed)
-        self._say(f"trial {running.trial.number}: {assigned(config)}: {state.name}, {reason}")
-
-    def _stop_leftovers(self, trial: FrozenTrial) -> None:
-        """Stop the jobs of a trial that an earlier process ended and had no time to stop."""
-        if "failed" in trial.user_attrs:
-            specs = self.command.specs(self.space.combinations(self._config(trial)))
-            self._give_up(
-                self.sweep.named(spec.digest for spec in specs), trial.user_attrs["reason"], trial.user_attrs["failed"]
-            )
 
     def _give_up(self, jobs: Sequence[Job], reason: str, failed: Sequence[str]) -> None:
-        """Stop jobs for good; those that failed by themselves keep their own reason."""
+        """Stop jobs for good, but for those that failed by themselves."""
         unwanted = [job for job in jobs if job.digest not in failed and job.result.get("state") != "finished"]
         if digests := [job.digest for job in unwanted if not job.given_up]:
             self.sweep.mark(digests, given_up=reason)
@@ -273,17 +227,15 @@ def collapsed(lines: Sequence[Mapping[str, float]]) -> bool:
     return max(recent) < PRUNE_BELOW_SPREAD
 
 
-def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
-    """Optuna's distribution for each swept key."""
-    result: dict[str, BaseDistribution] = {}
+def suggest(trial: Trial, space: SearchSpace) -> None:
+    """Let the study propose the parameters that a trial does not have yet; one that was killed meanwhile may have some."""
     for key, values in space.parameters.items():
         if not isinstance(values, Interval):
-            result[key] = CategoricalDistribution(list(values))
+            trial.suggest_categorical(key, list(values))
         elif values.whole:
-            result[key] = IntDistribution(int(values.low), int(values.high), log=values.logarithmic)
+            trial.suggest_int(key, int(values.low), int(values.high), log=values.logarithmic)
         else:
-            result[key] = FloatDistribution(values.low, values.high, log=values.logarithmic)
-    return result
+            trial.suggest_float(key, values.low, values.high, log=values.logarithmic)
 
 
 def resumed_trial(study: Study, frozen: FrozenTrial) -> Trial:

@@ -4,18 +4,14 @@ Finished jobs of the same sweep tell how long one takes; without any, the first 
 a folder that is removed. Jobs whose steps differ in cost are measured each, a few of them at most.
 """
 
-import json
-import math
 import re
 import shutil
-import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +20,11 @@ from twoviews.config.groups import ROOT
 from twoviews.console import Console, duration, in_bytes
 from twoviews.errors import counted
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job import LOG, JobSpec, JobState, assigned, text, with_varying_parameters
+from twoviews.sweeps.job import LOG, Job, JobSpec, JobState, assigned, text, with_varying_parameters
 from twoviews.sweeps.machine import Launcher
 from twoviews.sweeps.results import FINISHED, gather
 from twoviews.sweeps.runner import train_arguments
 from twoviews.sweeps.slurm import Slurm
-from twoviews.tracking.metrics import read
 
 MAX_MEASURED = 3  # kinds of jobs that are measured; the others are taken to cost as much as the most expensive of these
 MEASURED_SECONDS, MEASURED_LINES = 20.0, 4  # of training: until both are reached, but not longer than
@@ -41,23 +36,14 @@ FREE_OF_COST = ("seed", "epochs", "optimizer.", "schedule.")
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of jobs of one kind.
+    """The cost of jobs of one kind."""
 
-    Args:
-        fixed_s: seconds of a job besides its epochs.
-        epoch_s: seconds of an epoch.
-        disk: bytes of its folder at the end.
-        device: the GPU's name, or CPU.
-        device_count: GPUs, or threads of a CPU.
-        source: how that is known, for the user.
-    """
-
-    fixed_s: float
-    epoch_s: float
-    disk: int
-    device: str
-    device_count: int
-    source: str
+    fixed_s: float  # seconds of a job besides its epochs
+    epoch_s: float  # seconds of an epoch
+    disk: int  # bytes of its folder at the end
+    device: str  # the GPU's name, or CPU
+    device_count: int  # GPUs, or threads of a CPU
+    source: str  # how that is known, for the user
 
     def seconds(self, spec: JobSpec) -> float:
         """Seconds of the whole training of a job."""
@@ -74,12 +60,7 @@ def plan(
 ) -> None:
     """Print what launching these jobs would start and what that takes; nothing is submitted.
 
-    Args:
-        folder: of the sweep, which need not exist.
-        specs: its jobs.
-        states: of those that exist already, by digest.
-        launcher: which would run them.
-        console: where it is printed.
+    The folder of the sweep need not exist; states, by digest, are those of the jobs that exist already.
     """
     now = {spec.digest: states[spec.digest].state if spec.digest in states else "new" for spec in specs}
     rows = [
@@ -96,44 +77,38 @@ def plan(
         except NotMeasured as error:
             console.say(f"time      not known: {error}")
         else:
-            _print_time(todo, costs, launcher, console)
-            _print_disk(folder, costs, console)
-            if isinstance(launcher, Slurm):
-                _print_slurm(todo, costs, launcher, console)
+            _print_costs(folder, todo, costs, launcher, console)
     console.say("nothing was submitted: the same command without sweep.plan=true does that.")
 
 
-def _print_time(todo: Sequence[JobSpec], costs: Sequence[Cost], launcher: Launcher, console: Console) -> None:
+def _print_costs(
+    folder: Path, todo: Sequence[JobSpec], costs: Sequence[Cost], launcher: Launcher, console: Console
+) -> None:
+    """Print time, disk space and SLURM's part of the jobs that have to run, from the cost of each."""
     seconds = [cost.seconds(spec) for cost, spec in zip(costs, todo, strict=True)]
-    hours = sum(job_seconds * cost.device_count for job_seconds, cost in zip(seconds, costs, strict=True)) / 3600
+    total, longest, at_once = sum(seconds), max(seconds), min(launcher.capacity(), len(todo))
+    hours = sum(own * cost.device_count for own, cost in zip(seconds, costs, strict=True)) / 3600
     unit = "core-hours" if costs[0].device == "CPU" else "GPU-hours"
-    per_job = " to ".join(dict.fromkeys([duration(min(seconds)), duration(max(seconds))]))
-    console.say(f"time      about {per_job} per job, {duration(sum(seconds))} one after the other; {hours:.3g} {unit}")
-    at_once = min(launcher.capacity(), len(todo))
+    per_job = " to ".join(dict.fromkeys([duration(min(seconds)), duration(longest)]))
+    console.say(f"time      about {per_job} per job, {duration(total)} one after the other; {hours:.3g} {unit}")
     if at_once > 1:
-        together = max(sum(seconds) / at_once, max(seconds))
-        console.say(f"          about {duration(together)} with {at_once} at once, if that does not slow them down")
+        together = duration(max(total / at_once, longest))
+        console.say(f"          about {together} with {at_once} at once, if that does not slow them down")
     for source in dict.fromkeys(cost.source for cost in costs):
         console.say(f"          {source}")
-
-
-def _print_disk(folder: Path, costs: Sequence[Cost], console: Console) -> None:
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free, needed = shutil.disk_usage(existing).free, sum(cost.disk for cost in costs)
     per_job = in_bytes(needed // len(costs))
     console.say(f"disk      about {in_bytes(needed)}, {per_job} per job; {in_bytes(free)} are free")
     if needed > free:
         console.say("          that is more than there is: free some, or move with hydra.sweep.dir=.")
-
-
-def _print_slurm(todo: Sequence[JobSpec], costs: Sequence[Cost], launcher: Slurm, console: Console) -> None:
-    console.say(f"SLURM     would be asked for {counted(len(todo), 'job')}, each: {launcher.describe()}")
-    if any(cost.device == "CPU" for cost in costs) and launcher.gpus_per_node:
-        console.say("          the time above is that of a CPU, and these jobs get GPUs: it says little about them")
-    slow = sum(cost.seconds(spec) > 60 * launcher.timeout_min for cost, spec in zip(costs, todo, strict=True))
-    if slow:
-        limit = f"timeout_min={launcher.timeout_min}"
-        console.say(f"          {slow:,} of them need longer than {limit}: they are requeued and go on")
+    if isinstance(launcher, Slurm):
+        console.say(f"SLURM     would be asked for {counted(len(todo), 'job')}, each: {launcher.describe()}")
+        if launcher.gpus_per_node and any(cost.device == "CPU" for cost in costs):
+            console.say("          the time above is that of a CPU, and these jobs get GPUs: it says little about them")
+        if slow := sum(own > 60 * launcher.timeout_min for own in seconds):
+            limit = f"timeout_min={launcher.timeout_min}"
+            console.say(f"          {slow:,} of them need longer than {limit}: they are requeued and go on")
 
 
 def _costs(folder: Path, todo: Sequence[JobSpec], processes: int, console: Console) -> list[Cost]:
@@ -169,21 +144,20 @@ def _finished_costs(folder: Path) -> dict[str, Cost]:
     """The median cost of the finished jobs of a sweep, by kind."""
     if not (folder / "sweep.json").exists():
         return {}
-    sweep, costs = Sweep(folder), {}
+    sweep, costs, source = Sweep(folder), {}, "as finished jobs of this sweep took"
     rows = gather(sweep).jobs
     for job in with_varying_parameters(sweep.jobs):
         row = rows.loc[job.digest]
         if row["state"] == FINISHED and row["epoch"]:
-            seconds, device_count = float(row["seconds"] / row["epoch"]), int(row["device_count"])
-            source = "as finished jobs of this sweep took"
-            cost = Cost(0.0, seconds, _size(job.folder), str(row["device"]), device_count, source)
+            epoch_s, disk = float(row["seconds"] / row["epoch"]), _size(job.folder.rglob("*"))
+            cost = Cost(0.0, epoch_s, disk, row["device"], int(row["device_count"]), source)
             costs.setdefault(_kind(job.parameters), []).append(cost)
     return {kind: sorted(some, key=lambda cost: cost.epoch_s)[len(some) // 2] for kind, some in costs.items()}
 
 
-def _size(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _size(files: Iterable[Path]) -> int:
+    """Bytes of all files among these."""
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def _measured(spec: JobSpec, console: Console) -> Cost:
@@ -193,61 +167,53 @@ def _measured(spec: JobSpec, console: Console) -> Cost:
         NotMeasured: the training did not come so far.
     """
     console.say(f"measuring the first steps of {assigned(spec.parameters) or spec.digest} …")
-    with tempfile.TemporaryDirectory(prefix="twoviews-plan-") as name:
-        folder, started = Path(name), time.time()
-        (folder / "config.yaml").write_text(spec.config_yaml)
-        (folder / "point.json").write_text(
-            json.dumps({"axes": dict(spec.parameters), "overrides": list(spec.overrides)})
+    with tempfile.TemporaryDirectory(prefix="twoviews-plan-") as folder:
+        sweep, started = Sweep(folder), time.time()
+        (job,) = sweep.add([spec])
+        _train_first_steps(job)
+        results = gather(sweep)
+        row, lines = results.jobs.loc[job.digest], results.curves[job.digest]
+        # Before the first step, the images are decoded and kNN of the untrained encoder is measured; that is no part of epochs.
+        steps = lines[lines["step"] > 0] if len(lines) else lines
+        if len(steps) < 2 or steps["epoch"].nunique() < 2:
+            output = (job.folder / LOG).read_text(errors="replace").split("\n")
+            said = [line.strip() for line in output if line.strip()] or ["the measured training printed nothing"]
+            raise NotMeasured(said[-1].removeprefix("error: "))
+        first, last = steps.iloc[0], steps.iloc[-1]
+        epoch_s = (last["time"] - first["time"]) / (last["epoch"] - first["epoch"])
+        others = [path for path in job.folder.rglob("*") if path.suffix != ".pt"]
+        return Cost(
+            fixed_s=first["time"] - started - first["epoch"] * epoch_s,
+            epoch_s=epoch_s * _mean_cost(spec),
+            disk=_size(others) + 2 * _size([job.folder / "last.pt"]),  # and previous.pt
+            device=row["device"],
+            device_count=int(row["device_count"]),
+            source=f"as {len(steps)} lines of its first {last['step']:.0f} steps took on this machine, alone ({row['device']})",
         )
-        command = [sys.executable, str(ROOT / "train.py"), *train_arguments(folder), "tracking.mirror=false"]
-        if _mean_cost(spec) < 1:  # the first epochs are cheaper than the others
-            command.append("small_views.share=0")
-        with (folder / LOG).open("w") as log:
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-        try:
-            _wait_for_steps(child, folder)
-        finally:
-            if child.poll() is None:
-                child.send_signal(signal.SIGTERM)  # it leaves with a checkpoint, whose size is needed too
-                try:
-                    child.wait(MAX_MEASURED_SECONDS)
-                except subprocess.TimeoutExpired:
-                    child.kill()
-                    child.wait()
-        return _cost_of_folder(spec, folder, started)
 
 
-def _wait_for_steps(child: subprocess.Popen, folder: Path) -> None:
+def _train_first_steps(job: Job) -> None:
+    """Train a job until enough is known of its steps, with views of full size from the beginning."""
+    command = [sys.executable, str(ROOT / "train.py"), *train_arguments(job.folder), "tracking.mirror=false"]
+    command.append("small_views.share=0")  # the first epochs would be cheaper than the others
+    with (job.folder / LOG).open("w") as log:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     start = time.monotonic()
-    while child.poll() is None:
-        time.sleep(0.5)
-        lines = [line for line in read(folder) if line["step"] > 0]
-        spent = lines[-1]["time"] - lines[0]["time"] if lines else 0.0
-        enough = spent > MEASURED_SECONDS and len(lines) >= MEASURED_LINES
-        if enough or spent > MAX_MEASURED_SECONDS or (not lines and time.monotonic() - start > FIRST_STEP_SECONDS):
-            return
-
-
-def _cost_of_folder(spec: JobSpec, folder: Path, started: float) -> Cost:
-    """The cost of a job from the files of its measured training, which started at that time."""
-    lines = list(read(folder))
-    steps = [line for line in lines if "train/loss" in line]
-    if len(steps) < 2:
-        output = [line.strip() for line in (folder / LOG).read_text(errors="replace").splitlines() if line.strip()]
-        raise NotMeasured((output or ["the measured training printed nothing"])[-1].removeprefix("error: "))
-    environment = json.loads((folder / "environment.json").read_text())
-    result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {}
-    fixed_s, epoch_s = _seconds(spec, lines, steps, result, started)
-    checkpoints = {path.name: path.stat().st_size for path in folder.glob("*.pt")}
-    device = environment["gpu"] or "CPU"
-    return Cost(
-        fixed_s=fixed_s,
-        epoch_s=epoch_s * _mean_cost(spec),
-        disk=_size(folder) - sum(checkpoints.values()) + 2 * checkpoints.get("last.pt", 0),  # last.pt and previous.pt
-        device=device,
-        device_count=1 if environment["gpu"] else int(environment["threads"]),
-        source=f"as {len(steps)} lines of its first {steps[-1]['step']:.0f} steps took on this machine, alone ({device})",
-    )
+    try:
+        while child.poll() is None:
+            time.sleep(0.5)
+            times = [line["time"] for line in job.metrics() if line["step"] > 0]
+            spent = times[-1] - times[0] if times else 0.0
+            enough = spent > MEASURED_SECONDS and len(times) >= MEASURED_LINES
+            if enough or spent > MAX_MEASURED_SECONDS or (not times and time.monotonic() - start > FIRST_STEP_SECONDS):
+                break
+    finally:
+        child.terminate()  # it leaves with a checkpoint, whose size is needed too
+        try:
+            child.wait(MAX_MEASURED_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
 
 
 def _mean_cost(spec: JobSpec) -> float:
@@ -255,27 +221,3 @@ def _mean_cost(spec: JobSpec) -> float:
     match = re.search(r"^small_views:\n  share: (\S+)\n  scale: (\S+)", spec.config_yaml, re.MULTILINE)
     share, scale = map(float, match.groups()) if match else (0.0, 1.0)
     return 1 - share * (1 - scale**2)
-
-
-def _seconds(
-    spec: JobSpec,
-    lines: Sequence[Mapping[str, float]],
-    steps: Sequence[Mapping[str, float]],
-    result: Mapping[str, Any],
-    started: float,
-) -> tuple[float, float]:
-    """Seconds besides the epochs, and of an epoch; `steps` are the lines with a loss."""
-    end = max(line["time"] for line in lines)
-    if result.get("state") == "finished":  # it was so short that nothing has to be extrapolated
-        return lines[0]["time"] - started, (end - lines[0]["time"]) / steps[-1]["epoch"]
-    step_s = statistics.median(
-        (later["time"] - earlier["time"]) / (later["step"] - earlier["step"])
-        for earlier, later in zip(steps, steps[1:], strict=False)
-        if later["step"] > earlier["step"]
-    )
-    # Before the first step, kNN of the untrained encoder and of the pixels was measured, if that is possible. Later it is
-    # measured every so many epochs, and at the end linear accuracy too, which takes about as long again.
-    probes_s = max(0.0, result.get("seconds", 0.0) - (end - lines[0]["time"])) if lines[0]["step"] == 0 else 0.0
-    every = [int(epochs) for epochs in re.findall(r"^\s+every_epochs: ([1-9]\d*)", spec.config_yaml, re.MULTILINE)]
-    epoch_s = steps[-1]["step"] / steps[-1]["epoch"] * step_s + probes_s / min(every, default=math.inf)
-    return probes_s + lines[0]["time"] - started, epoch_s

@@ -5,14 +5,13 @@ These are choices of `hydra/sweeper=`, because a sweeper decides what the values
 """
 
 import itertools
-import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, IntervalSweep, Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, OverrideType
 
 from twoviews.config.groups import chooses, options
 from twoviews.errors import BadInput
@@ -36,7 +35,7 @@ class Interval:
     def value(self, fraction: float) -> str:
         """The number at a fraction in [0, 1] of the interval, rounded, as it is typed."""
         if self.logarithmic:
-            number = math.exp(math.log(self.low) + fraction * (math.log(self.high) - math.log(self.low)))
+            number = self.low * (self.high / self.low) ** fraction
         else:
             number = self.low + fraction * (self.high - self.low)
         return self.text(min(self.high, max(self.low, number)))
@@ -51,17 +50,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The search space that was typed.
+    """The search space that was typed."""
 
-    Args:
-        fixed: overrides that all jobs share.
-        parameters: the values by swept key, or the interval that contains them; without the seed.
-        seeds: seeds of each config; empty for the configured one alone.
-    """
-
-    fixed: Sequence[str]
-    parameters: Mapping[str, Sequence[str] | Interval]
-    seeds: Sequence[str]
+    fixed: Sequence[str]  # overrides that all jobs share
+    parameters: Mapping[str, Sequence[str] | Interval]  # the values by swept key, or their interval; without the seed
+    seeds: Sequence[str]  # of each config; empty for the configured one alone
 
     def combinations(self, config: Mapping[str, str]) -> list[list[str]]:
         """The overrides of a config (value by swept key) with each seed."""
@@ -93,32 +86,50 @@ def search_space(arguments: Sequence[str]) -> SearchSpace:
     """
     fixed, parameters = [], {}
     for override in merged(OverridesParser.create().parse_overrides(list(arguments))):
-        key = override.get_key_element()
-        if override.is_interval_sweep():
-            parameters[key] = _interval(override)
-        elif isinstance(pattern := override.value(), Glob):
-            parameters[key] = _matching_files(override, pattern)
-        elif override.is_sweep_override():
+        key, value = override.get_key_element(), override.value()
+        if not override.is_sweep_override():
+            fixed.append(f"{key}={override.get_value_element_as_str()}")
+        elif isinstance(value, IntervalSweep):
+            parameters[key] = _interval(str(override.input_line), value)
+        elif isinstance(value, Glob):
+            files = options(_key(override))
+            if not files:
+                why = f"glob chooses files of a group, and {_key(override)} is none; list the values."
+                raise BadInput(f"{override.input_line}: {why}")
+            parameters[key] = value.filter(files)
+            if not parameters[key]:
+                raise BadInput(f"{override.input_line} fits none of the files of {_key(override)}: {', '.join(files)}.")
+        else:
             parameters[key] = list(dict.fromkeys(override.sweep_string_iterator()))
             if not parameters[key]:
                 raise BadInput(f"{override.input_line} has no values; write some, as in {key}=1,2 or {key}=range(1,4).")
-        else:
-            fixed.append(f"{key}={override.get_value_element_as_str()}")
     seeds = parameters.pop(SEED, [])
     if isinstance(seeds, Interval):
         raise BadInput("seed=interval(…): seeds are not searched for; list them, as in seed=0,1,2.")
     return SearchSpace(fixed, parameters, seeds)
 
 
+def _interval(typed: str, value: IntervalSweep) -> Interval:
+    low, high, logarithmic = value.start, value.end, "log" in value.tags
+    assert low is not None and high is not None
+    if not low < high:
+        raise BadInput(f"{typed}: nothing lies between {low} and {high}; write the smaller number first.")
+    if logarithmic and low <= 0:
+        raise BadInput(f"{typed}: logarithms need numbers above 0, and it begins at {low}.")
+    return Interval(low, high, logarithmic, isinstance(low, int) and isinstance(high, int))
+
+
 def merged(overrides: Sequence[Override]) -> list[Override]:
     """The overrides without those that a later one for the same key replaces.
+
+    Of two fixed ones that is so unless they are merged, as dictionaries are, or one adds or removes the key.
 
     Raises:
         BadInput: one is swept, and another one sets a part of it or what it is a part of.
     """
     kept: list[Override] = []
     for override in overrides:
-        for earlier in kept:
+        for earlier in [*kept]:
             outer, inner = sorted((override, earlier), key=lambda each: len(_key(each)))
             swept = override.is_sweep_override() or earlier.is_sweep_override()
             if swept and _key(inner).startswith(f"{_key(outer)}.") and not chooses(outer):
@@ -126,42 +137,18 @@ def merged(overrides: Sequence[Override]) -> list[Override]:
                     f"{earlier.input_line} and {override.input_line} set the same values, and one of them is swept; "
                     "leave the other out."
                 )
-        kept = [earlier for earlier in kept if not _replaces(override, earlier)]
+            if _key(outer) == _key(inner) and (swept or (_sets_value(outer) and _sets_value(inner))):
+                kept.remove(earlier)
         kept.append(override)
     return kept
-
-
-def _replaces(override: Override, earlier: Override) -> bool:
-    """Whether an override makes an earlier one void. Hydra merges dictionaries, and + and ~ change the keys themselves."""
-    if override.is_sweep_override() or earlier.is_sweep_override():
-        return _key(override) == _key(earlier)
-    plain = not any(isinstance(each.value(), dict) or each.is_add() or each.is_delete() for each in (override, earlier))
-    return plain and override.get_key_element() == earlier.get_key_element()
 
 
 def _key(override: Override) -> str:
     return override.get_key_element().lstrip("+~")
 
 
-def _matching_files(override: Override, pattern: Glob) -> list[str]:
-    """The files of a group that match a pattern."""
-    group = _key(override)
-    if not (files := options(group)):
-        raise BadInput(f"{override.input_line}: glob chooses files of a group, and {group} is none; list the values.")
-    if not (matching := pattern.filter(files)):
-        raise BadInput(f"{override.input_line} fits none of the files of {group}: {', '.join(files)}.")
-    return matching
-
-
-def _interval(override: Override) -> Interval:
-    value = override.value()
-    assert isinstance(value, IntervalSweep) and value.start is not None and value.end is not None
-    low, high, logarithmic = value.start, value.end, "log" in value.tags
-    if not low < high:
-        raise BadInput(f"{override.input_line}: nothing lies between {low} and {high}; write the smaller number first.")
-    if logarithmic and low <= 0:
-        raise BadInput(f"{override.input_line}: logarithms need numbers above 0, and it begins at {low}.")
-    return Interval(low, high, logarithmic, isinstance(low, int) and isinstance(high, int))
+def _sets_value(override: Override) -> bool:
+    return override.type == OverrideType.CHANGE and not isinstance(override.value(), dict)
 
 
 class Search(ABC):
@@ -209,9 +196,8 @@ class Zip(Search):
             BadInput: keys have different numbers of values.
         """
         values = space.listed()
-        counts = {key: len(listed) for key, listed in values.items()}
-        if len(set(counts.values())) > 1:
-            shown = ", ".join(f"{key} has {count}" for key, count in counts.items())
+        if len({len(listed) for listed in values.values()}) > 1:
+            shown = ", ".join(f"{key} has {len(listed)}" for key, listed in values.items())
             raise BadInput(
                 f"hydra/sweeper=zip takes keys with equal numbers of values, and {shown}; leave some out or add some."
             )
@@ -239,7 +225,8 @@ class Random(Search):
                 key: values.value(source.random()) if isinstance(values, Interval) else source.choice(values)
                 for key, values in space.parameters.items()
             }
-            repeated = repeated + 1 if tuple(config.items()) in drawn else 0
-            if not repeated:
-                drawn.add(tuple(config.items()))
+            repeated += 1
+            if tuple(config.values()) not in drawn:
+                repeated = 0
+                drawn.add(tuple(config.values()))
                 yield config
