@@ -40,7 +40,7 @@ def build(node: "DictConfig | dict[str, Any]", *, _partial_: bool = False, _key_
         raise BadInput(*problems)
 
     def make(*more: Any) -> Any:
-        if group == "protocol":  # only `build_protocol` (protocols/named.py) knows its name
+        if group == "protocol":  # only `NamedProtocol` (protocols/protocol.py) knows its name
             return _call(values, arguments)(*more)
         with qualified_errors(group):
             return _call(values, arguments)(*more)

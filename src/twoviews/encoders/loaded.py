@@ -70,10 +70,7 @@ class LoadedEncoder:
         return (self.run.folder if self.run else self.folder) / "config.yaml"
 
     def load_data(self, chosen: Callable[[], ImageData] | None = None) -> ImageData:
-        """Images as the encoder takes them.
-
-        Args:
-            chosen: loads other images than those of the run.
+        """Images as the encoder takes them: what `chosen` loads or, without it, those of the run.
 
         Raises:
             BadInput: they have another number of channels or cannot be loaded, or there is neither a run nor `chosen`.
