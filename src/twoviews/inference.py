@@ -41,7 +41,10 @@ def fold_batchnorm(module: nn.Module, path: str | None = None, dtype: torch.dtyp
                 _fold(part, f"conv{number}", f"bn{number}")
             if isinstance(shortcut := getattr(part, "downsample", None), nn.Sequential):
                 _fold(shortcut, "0", "1")
-    if path is not None and (path not in FUSED_RELU_PATHS or _finite(module)):
+    # Whether all parameters are finite, and so are their squares, waits for the device once.
+    if path is not None and (
+        path not in FUSED_RELU_PATHS or nn.utils.get_total_norm(list(module.parameters())).isfinite()
+    ):
         for part in _resnets(module):
             _fuse(part, path, dtype)
     return module
@@ -72,14 +75,10 @@ def choose_path(module: nn.Module, device: torch.device, dtype: torch.dtype, ima
         if path == "cudnn" and (dtype == torch.float16 or torch.are_deterministic_algorithms_enabled()):
             # fp16 may overflow, which a ReLU that makes 0 of NaN would hide; and the operator knows no deterministic mode.
             continue
-        failures = [
-            reason
-            for network in networks
-            if (reason := reason_against(path, network, device, dtype, image_size, batch))
-        ]
-        if not failures:
+        found = (reason_against(path, network, device, dtype, image_size, batch) for network in networks)
+        if (reason := next(filter(None, found), None)) is None:
             return path
-        reasons.append(f"{path}: {failures[0]}")
+        reasons.append(f"{path}: {reason}")
     if reasons and (key := (device, dtype)) not in _warned:
         _warned.add(key)
         warnings.warn(
@@ -91,11 +90,6 @@ def choose_path(module: nn.Module, device: torch.device, dtype: torch.dtype, ima
 
 def _resnets(module: nn.Module) -> list[ResNet]:
     return [part for part in module.modules() if isinstance(part, ResNet)]
-
-
-def _finite(module: nn.Module) -> bool:
-    """Whether all parameters are finite, and so are their squares; waits for the device once."""
-    return bool(nn.utils.get_total_norm(list(module.parameters())).isfinite())
 
 
 def _fold(part: nn.Module, convolution: str, norm: str) -> None:
@@ -258,8 +252,6 @@ def _error(path: str, network: ResNet, device: torch.device, dtype: torch.dtype,
     finally:
         torch.backends.cudnn.benchmark = benchmark
     times = -(-batch // TRIAL_IMAGES)
-    fused, expected = (
-        fold_batchnorm(plain, path, dtype)(images.repeat(times, 1, 1, 1)[:batch]),
-        expected.repeat(times, 1)[:batch],
-    )
+    fused = fold_batchnorm(plain, path, dtype)(images.repeat(times, 1, 1, 1)[:batch])
+    expected = expected.repeat(times, 1)[:batch]
     return ((fused.double() - expected.double()).norm() / expected.double().norm()).item()

@@ -103,7 +103,6 @@ class KNN(Protocol):
     Args:
         k: neighbours that vote; clamped to the bank.
         temperature: of the votes.
-        every_epochs: how often it is measured in training; 0 is at the end only.
     """
 
     together = True

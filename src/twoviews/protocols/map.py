@@ -30,7 +30,6 @@ class Map(Protocol):
         split: train, memory or test; train is taken if there are no labelled images.
         algorithm: tsne (van der Maaten and Hinton, 2008) or umap (McInnes et al., arXiv:1802.03426), which needs umap-learn.
         seed: of the choice of images and of the map.
-        every_epochs: how often it is drawn in training; 0 is at the end only.
 
     Raises:
         BadInput: umap-learn is not installed.
