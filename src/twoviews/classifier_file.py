@@ -44,14 +44,7 @@ def as_linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def save_classifier(folder: Path, encoder: Encoder, head: Head, description: Mapping[str, Any]) -> None:
-    """Write classifier.safetensors and classifier.json.
-
-    Args:
-        folder: that gets them.
-        encoder: the network before the head.
-        head: the classifier of its features.
-        description: how to build the encoder and to prepare its images, as `encoder_file.describe` gives it.
-    """
+    """Write classifier.safetensors and classifier.json; `description` is as `encoder_file.describe` gives it."""
     parts = {"encoder": encoder, "head": head.linear}
     weights = {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
     write(folder / CLASSIFIER_FILE, weights, {**description, "classes": list(head.classes)})
@@ -80,25 +73,14 @@ def newest_classifier(folder: Path) -> Path | None:
 def save_head(folder: Path, head: Head, encoder: Encoder, size: int, statistics: Sequence[Sequence[float]]) -> None:
     """Write linear_head.safetensors and linear_head.json, which says by a digest whose features they classify.
 
-    Args:
-        folder: that gets them.
-        head: the classifier.
-        encoder: whose features it classifies.
-        size: of the images in px.
-        statistics: mean and std, per channel, that the images are normalised with.
+    They are those of images of `size` px that are normalised with `statistics`: mean and std, per channel.
     """
     description = {"encoder": _digest(encoder, size, statistics), "classes": list(head.classes)}
     write(folder / HEAD_FILE, head.linear.state_dict(), description)
 
 
 def find_head(folder: Path, encoder: Encoder, size: int, statistics: Sequence[Sequence[float]]) -> Head | None:
-    """The head of these features that an evaluation has written last; None: there is none.
-
-    Args:
-        folder: of the encoder's run or, without a run, of its results.
-        encoder: as in `save_head`, and likewise the others.
-        size: of the images in px.
-        statistics: mean and std.
+    """The head that an evaluation has written last below a folder, see `save_head`; None: there is none of these features.
 
     Raises:
         BadInput: the files of a head are damaged.

@@ -19,13 +19,7 @@ WEIGHTS_FILE, DESCRIPTION_FILE = "encoder.safetensors", "encoder.json"
 
 
 def save_encoder(folder: Path, encoder: Encoder, description: Mapping[str, Any]) -> None:
-    """Write both files into a run folder.
-
-    Args:
-        folder: of the run.
-        encoder: its weights are written.
-        description: content of encoder.json: the backbone's configuration, image_size, channels, mean, std and more.
-    """
+    """Write both files; `description` has the backbone's configuration, image_size, channels, mean, std and more."""
     write(folder / WEIGHTS_FILE, encoder.state_dict(), {**description, "features": encoder.out_dim})
 
 
@@ -93,12 +87,7 @@ def describe(encoder: Encoder, data: ImageData) -> dict[str, Any]:
 
 
 def describe_backbone(backbone: Any, data: ImageData) -> dict[str, Any]:
-    """The same of a network that need not be built.
-
-    Args:
-        backbone: its node of a configuration, as plain values.
-        data: whose images it takes.
-    """
+    """The same of a network that need not be built, by its node of a configuration as plain values."""
     return {
         "backbone": backbone,
         "channels": data.channels,

@@ -27,12 +27,8 @@ CHANNEL_MULTIPLE = 8  # on a GPU, images are padded to such a number of channels
 def fold_batchnorm(module: nn.Module, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A copy for inference, in which the batch norms of `ResNet`s are folded into the convolutions before them.
 
-    The running statistics are constants in eval mode, so this saves a pass over every feature map.
-
-    Args:
-        module: in train or eval mode.
-        path: one of `PREFERRED_PATHS`, by which ReLUs and shortcuts are fused, too; None: they are not.
-        dtype: number format of the `ResNet`s if there is a path.
+    The running statistics are constants in eval mode, so this saves a pass over every feature map. By a path, one of
+    `PREFERRED_PATHS`, ReLUs and shortcuts are fused, too, and the `ResNet`s get the number format `dtype`.
     """
     module = copy.deepcopy(module).eval()
     for part in list(module.modules()):
@@ -55,13 +51,6 @@ def choose_path(module: nn.Module, device: torch.device, dtype: torch.dtype, ima
 
     On a GPU each is tried before its first use for networks of one form, on random weights and images, which waits for
     the device. TWOVIEWS_KERNEL=0 turns them off there.
-
-    Args:
-        module: whose `ResNet`s are to be fused.
-        device: of the module.
-        dtype: number format of the forward pass.
-        image_size: H = W in px.
-        batch: B.
     """
     networks = _resnets(module)
     if not networks:

@@ -102,11 +102,7 @@ class LoadedEncoder:
 
 
 class UnknownImages(BadInput):
-    """It is not known what images an encoder takes.
-
-    Args:
-        run: what names the encoder, which is not of a run.
-    """
+    """It is not known what images an encoder takes, which `run` names and which is not of a run."""
 
     def __init__(self, run: Path | str):
         super().__init__(

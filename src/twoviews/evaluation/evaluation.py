@@ -131,11 +131,8 @@ def prepare_evaluation(
 def protocol_nodes(cfg: DictConfig, overrides: Sequence[str], recorded: Mapping[str, Any]) -> DictConfig:
     """The settings of each protocol: of its file, of the run's training, of the command line; the later ones win.
 
-    Args:
-        cfg: of evaluate.py.
-        overrides: of the command line. A protocol that they choose by another file, such as knn_small in place of knn, has
-            the settings of that file and none of the run's.
-        recorded: the run's configuration; empty without a run.
+    A protocol that the command line chooses by another file, such as knn_small in place of knn, has the settings of that file
+    and none of the run's. `recorded` is the run's configuration; empty without a run.
     """
     chosen = next((override for override in overrides if override.startswith("protocol=")), "knn linear")
     names, of_training, taken = re.findall(r"\w+", chosen), recorded.get("protocol") or {}, {}

@@ -81,13 +81,7 @@ def knn_scores(
 
 
 def clamped_notes(k: int, data: ImageData, key: str) -> list[str]:
-    """A sentence for the user if the bank has fewer than k images.
-
-    Args:
-        k: neighbours that vote.
-        data: with the bank.
-        key: name of the parameter.
-    """
+    """A sentence for the user if the bank has fewer than k images; `key` is the name of the parameter."""
     bank = len(data.memory or ())
     if not 0 < bank < k:
         return []

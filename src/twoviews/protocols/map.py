@@ -68,16 +68,7 @@ def draw_map(
 ) -> None:
     """Draw images in the plane so that images with similar features are close, from the PCA of unit features.
 
-    Distances between far groups and sizes of groups mean nothing. At most MAX_IMAGES images are shown.
-
-    Args:
-        path: of the picture.
-        x: features.
-        labels: classes, shown as colours; None: the images have none.
-        classes: names by label.
-        title: above the plot.
-        seed: of the choice of images and of the map.
-        algorithm: the algorithm.
+    Distances between far groups and sizes of groups mean nothing. At most MAX_IMAGES images are shown; labels are colours.
     """
     chosen = torch.randperm(len(x), generator=generator(seed, "map"))[:MAX_IMAGES]
     plane = _in_the_plane(x.cpu()[chosen].double(), algorithm, seed_of(seed, "map") % 2**32)
