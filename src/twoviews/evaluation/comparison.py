@@ -50,13 +50,8 @@ def compare(evaluations: Mapping[str, Evaluation], folder: Path, console: Consol
     """
     folder /= f"comparison-{digest({run: dict(evaluation.settings) for run, evaluation in evaluations.items()})}"
     folder.mkdir(parents=True, exist_ok=True)
-    order, names, shown, title = (
-        ordered(evaluations),
-        run_labels(evaluations),
-        headlines(evaluations),
-        _title(evaluations),
-    )
-    rows = short_table(evaluations)
+    order, names = ordered(evaluations), run_labels(evaluations)
+    rows, shown, title = short_table(evaluations), headlines(evaluations), _title(evaluations)
     write_atomic(folder / "comparison.csv", as_csv(table(evaluations)))
     write_atomic(folder / "comparison.md", page(evaluations))
     write_atomic(folder / "comparison.tex", as_latex(rows, [column_name(name) for name in shown]))
@@ -92,11 +87,8 @@ def ordered(evaluations: Mapping[str, Evaluation]) -> list[str]:
 
 def run_labels(evaluations: Mapping[str, Evaluation]) -> dict[str, str]:
     """A short name for each run, of what its training has otherwise than those of the others; by the run's name."""
-    titles = {
-        run: run if evaluation.config or not evaluation.title else evaluation.title
-        for run, evaluation in evaluations.items()
-    }
-    return labels(_configs(evaluations), titles)
+    titles = {run: evaluation.title for run, evaluation in evaluations.items() if not evaluation.config}
+    return labels(_configs(evaluations), {run: titles.get(run) or run for run in evaluations})
 
 
 def table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
@@ -133,9 +125,7 @@ def short_table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
         row |= {column_name(name): _cell(evaluation, name) for name in shown}
         rows.append(row | {name: _plain(evaluation.settings.get(name, "")) for name in settings})
     for baseline, (label, _) in BASELINES.items():
-        known = [
-            evaluation.baselines[baseline] for evaluation in evaluations.values() if baseline in evaluation.baselines
-        ]
+        known = [one.baselines[baseline] for one in evaluations.values() if baseline in one.baselines]
         if known and KNN_TOP1 in shown:
             row = dict.fromkeys(rows[0], "")
             rows.append({**row, next(iter(row)): label, column_name(KNN_TOP1): span(known)})
