@@ -143,6 +143,7 @@ COMMANDS = [
     (["temperature=0.1"], ["write method.temperature=0.1 or protocol.knn.temperature=0.1."]),
     (["size=64"], ["augmentation.views.both.size=64", "data.size=64 with data=array or data=folder"]),
     (["runtime.device=gpu"], ["runtime.device=cuda"]),
+    (["data.root=photos"], ["data has no key 'root'", "It is a key of data=array, cifar10, cifar100, folder, stl10."]),
     (["fresh"], ["write fresh=true."]),
 ]
 

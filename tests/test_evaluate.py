@@ -99,7 +99,10 @@ def test_what_a_protocol_measured_outlasts_an_interruption_of_the_next_one(runs:
     assert evaluating.wait(60) == 128 + signal.SIGINT
     assert "numbers of protocols that had finished are stored" in (tmp_path / "stderr.txt").read_text()
     out = (tmp_path / "stdout.txt").read_text()
-    assert f"written, with all settings, to {evaluation(run, 'knn+finetune')}" in out and "tracking sync" in out
+    assert (
+        f"written to {evaluation(run, 'knn+finetune')}: evaluation.json, knn_classes.csv, " in out
+        and "tracking sync" in out
+    )
 
 
 def test_several_runs_in_one_table(runs: Path, command) -> None:

@@ -730,6 +730,16 @@ def test_a_mirror_that_was_killed_is_said_and_sync_sends_the_rest(run):
     assert main(["sync", str(run)]) == 0
 
 
+def test_a_mirror_that_is_closed_before_it_has_started_is_not_said_to_be_silent(run):
+    said = []
+    metrics, mirror = Metrics(run), Mirror(run, said.append)
+    steps(metrics, 0, 1)
+    metrics.flush()
+    assert mirror.close(0.01) == 2
+    assert "(the process that sends it was still starting after 0.01 s; 2 values left)" in said[-1]
+    metrics.close()
+
+
 def test_a_training_imports_no_mlflow(run):
     code = ENDING.replace("time.sleep(300)", "mirror.close(); metrics.close(); print('mlflow' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True)

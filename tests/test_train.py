@@ -167,6 +167,9 @@ def test_evaluate_gives_the_number_of_the_training(finished: Path, command) -> N
     other = command("evaluate", f"run={run}", "protocol=knn", "protocol.knn.k=1")
     assert other.code == 0, other.err
     assert json.loads((run / "evaluation.json").read_text())["protocol"]["knn"]["k"] == 1
+    assert "│ kNN of raw pixels " in done.out and "│ kNN of raw pixels " not in other.out
+    said = "kNN of raw pixels and of the untrained encoder is not shown beside this kNN: the training measured it with"
+    assert f"{said} protocol.knn.k=20." in other.out and said not in done.out
 
 
 def test_preview_only_draws(command) -> None:
@@ -174,6 +177,9 @@ def test_preview_only_draws(command) -> None:
     assert done.code == 0, done.err
     assert sorted(path.name for path in Path("run").iterdir()) == ["views.pdf", "views.png"]
     assert "views.png" in done.out and "views.pdf" in done.out
+    refused(
+        command("evaluate", "run=run"), "run holds views.png alone, which preview=true wrote", "without preview=true"
+    )
     refused(command("train", *SMALL, "preview=true", "pictures.format=gif"), "pictures.format=gif", "png, pdf")
 
 

@@ -22,6 +22,7 @@ from twoviews.console import progress_of
 from twoviews.data.images import ImageData, Images
 from twoviews.encoders.loaded import LoadedEncoder, Preprocessing, UnknownImages
 from twoviews.encoders.opening import open_encoder
+from twoviews.encoders.run_names import LATEST
 from twoviews.errors import BadInput, counted
 from twoviews.features import embed
 from twoviews.prepared_images import ImagePreparation, Path, Pictures, picture_files
@@ -69,7 +70,10 @@ def load(
             f"{name} does not say what images it takes; give image_size=, mean= and std=, such as image_size=224, "
             "mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225) for most networks that were trained on ImageNet."
         ) from None
-    return PretrainedEncoder(loaded, place, os.fspath(name))
+    name = os.fspath(name)
+    if loaded.run and name.partition(":")[0] == LATEST:  # which is another one after the next training
+        name = f"{loaded.run.folder}{name.removeprefix(LATEST)}"
+    return PretrainedEncoder(loaded, place, name)
 
 
 def _data(images: Images, prepared: Preprocessing) -> ImageData:
@@ -97,7 +101,7 @@ class PretrainedEncoder:
 
     loaded: LoadedEncoder
     device: torch.device
-    name: str  # as it was given to `load`
+    name: str  # as it was given to `load`; the folder for "latest"
 
     def __post_init__(self) -> None:
         self.model.to(self.device).eval()

@@ -78,7 +78,7 @@ def drawing(
         width: of the figure, in inches.
         panels: rows and columns.
         title: above all panels.
-        note: below the title.
+        note: below the title; its parts have "; " between them.
         options: of `Figure.subplots`.
     """
     from matplotlib import rc_context
@@ -87,7 +87,9 @@ def drawing(
     with rc_context(STYLE):
         figure = Figure(figsize=(width, TRIAL_HEIGHT), layout="constrained")
         length = int(width * 13)
-        figure.suptitle("\n".join([*textwrap.wrap(printable(title), length), *textwrap.wrap(note, length)]))
+        # The lines of the note end between its parts.
+        parts = note.replace(" ", "\N{NO-BREAK SPACE}").replace(";\N{NO-BREAK SPACE}", "; ")
+        figure.suptitle("\n".join([*textwrap.wrap(printable(title), length), *textwrap.wrap(parts, length)]))
         axes = list(figure.subplots(*panels, squeeze=False, **options).flat)
         yield figure, axes
         figure.draw_without_rendering()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -16,7 +16,6 @@ from twoviews.protocols.units import KNN_TOP1
 from twoviews.randomness import generator
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont
@@ -127,7 +126,7 @@ def fitted(text: str, face: "FreeTypeFont", width: float, keep_end: bool = False
 def draw_curves(path: Path, lines: Iterable[Mapping[str, float]], title: str) -> None:
     """Draw loss, kNN accuracy with its baselines, spread and learning rate over epochs.
 
-    What was measured once is written in its panel: a curve needs two measurements.
+    What was measured once is a point with its value; the baselines have their values in the legend.
 
     Args:
         path: of the picture.
@@ -141,13 +140,17 @@ def draw_curves(path: Path, lines: Iterable[Mapping[str, float]], title: str) ->
         for axis, (name, heading) in zip(axes, PANELS.items(), strict=True):
             points = [(line["epoch"], line[name]) for line in lines if name in line]
             axis.set(title=heading, xlabel="epoch", xlim=(0, 1.03 * last or 1))
-            if len(points) > 1:
-                axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3)
-                if name == "train/spread":
-                    axis.set_ylim(0, max(1.02, axis.get_ylim()[1]))
-            else:
-                _write_single(axis, points, baselines if name == KNN_TOP1 else {})
-            if name == KNN_TOP1 and baselines and len(points) > 1:
+            if not points:
+                axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", va="center")
+                axis.set_axis_off()
+                continue
+            axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3)
+            if len(points) == 1:
+                style: Any = {"xytext": (-4, 5), "textcoords": "offset points", "ha": "right"}
+                axis.annotate(f"{points[0][1]:.4g}", points[0], **style)
+            if name == "train/spread":
+                axis.set_ylim(0, max(1.02, axis.get_ylim()[1]))
+            if name == KNN_TOP1 and baselines:
                 values = [
                     *(value for _, value in points),
                     *(value for accuracies in baselines.values() for value in accuracies),
@@ -155,11 +158,3 @@ def draw_curves(path: Path, lines: Iterable[Mapping[str, float]], title: str) ->
                 axis.set_ylim(min(values) - 2, max(values) + 2)
                 draw_baselines(axis, baselines)
                 axis.legend()
-
-
-def _write_single(axis: "Axes", points: list[tuple[float, float]], baselines: Mapping[str, list[float]]) -> None:
-    """Write into a panel, in place of a curve, what was measured at no more than one epoch."""
-    text = "not measured" if not points else "{1:.4g} at epoch {0:g}, measured once".format(*points[0])
-    others = [f"{label}: {baselines[name][0]:.4g}" for name, (label, _) in BASELINES.items() if name in baselines]
-    axis.text(0.5, 0.5, "\n".join([text, *others]), transform=axis.transAxes, ha="center", va="center")
-    axis.set_axis_off()

@@ -44,6 +44,11 @@ class Run:
             return cls(path)
         if path.is_file() and (path.parent / "config.yaml").exists():
             raise BadInput(f"{path} is a file of a run; give its folder, run={path.parent}.")
+        if (path / "views.png").exists():
+            raise BadInput(
+                f"{path} holds views.png alone, which preview=true wrote, and no run; train it by the same command without "
+                "preview=true."
+            )
         runs = [config.parent for config in path.parent.glob("*/config.yaml")]
         close = nearest(path.name, [run.name for run in runs])
         latest = max(runs, key=lambda run: run.stat().st_mtime, default=None)

@@ -27,6 +27,8 @@ from twoviews.step import eager_reason
 from twoviews.tracking.metrics import read
 from twoviews.tracking.state import run_page
 
+FEW_STEPS = 10  # of a training, with fewer of which an encoder stays as it was
+
 
 def print_summary(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
     """Print what a run will do."""
@@ -78,6 +80,11 @@ def _length_lines(cfg: DictConfig, parts: Parts) -> Iterator[str]:
     left = f"; the other {left_over:,} sit out, different ones each epoch" if left_over else ""
     length = f"{counted(cfg.epochs, 'epoch')} of {counted(steps, 'step')} of {size}"
     yield f"length    {length}: {steps * size:,} images an epoch{left}"
+    if steps * cfg.epochs < FEW_STEPS:
+        yield (
+            f"          {counted(steps * cfg.epochs, 'optimizer step')} in all: an encoder learns next to nothing below some "
+            f"hundred; use a smaller batch_size= (now {size}) or more epochs= (now {cfg.epochs})."
+        )
 
 
 def _device_lines(parts: Parts) -> Iterator[str]:

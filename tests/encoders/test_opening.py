@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from test_configs import composed
 
+import twoviews
 from twoviews.assembly import describe_encoder, load_data, make_parts, make_views
 from twoviews.backbones import ResNet, Timm
 from twoviews.checkpoints import save_checkpoint
@@ -432,6 +433,10 @@ def test_latest_is_the_run_begun_last(trained: Path, tmp_path: Path) -> None:
     assert open_encoder("latest").folder == Path("multirun/sweep/b")
     os.utime(places[0] / "config.yaml")
     assert open_encoder("latest").folder == Path("outputs/a")
+    assert open_encoder("latest").notes == ("run=latest is outputs/a.",) and open_encoder("outputs/a").notes == ()
+    assert repr(twoviews.load("latest", device="cpu")).startswith("PretrainedEncoder('outputs/a': ")
+    with pytest.raises(BadInput, match="run=lates: no run below .* has this name. Did you mean 'latest'"):
+        open_encoder("lates")
     with pytest.raises(BadInput, match="holds no run .* the latest beside it is .*a"):
         open_encoder("outputs/lost")
 

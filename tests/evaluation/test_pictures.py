@@ -18,6 +18,7 @@ from twoviews.evaluation.pictures import (
     draw_per_class,
     published_curve,
 )
+from twoviews.pictures import draw_curves
 from twoviews.protocols.classification import classification_scores
 
 MOCO = {
@@ -77,7 +78,8 @@ def test_confusion(classes, tmp_path, drawn):
     assert np.allclose(shares.sum(1), 100)
     assert np.allclose(shares.diagonal(), [row["accuracy"] for row in found.per_class])
     shown = {(int(text.get_position()[1]), int(text.get_position()[0])): text.get_text() for text in axis.texts}
-    expected = {(row, column): f"{shares[row, column]:.0f}" for row, column in found.confusion.nonzero().tolist()}
+    expected = {(row, column): f"{shares[row, column]:.0f}" for row in range(classes) for column in range(classes)}
+    assert "0" in expected.values() or classes == 50
     assert shown == (expected if classes == 10 else {})
     assert drawn[-1].axes[1].get_ylabel() == "% of the images of the class (row)"
     assert axis.get_yticklabels()[0].get_text() == f"class 0 ({600 // classes})"
@@ -93,7 +95,7 @@ def test_nothing_of_a_confusion_matrix_is_cut_off(names, tmp_path, drawn):
 
 def test_a_share_below_a_percent_is_no_0(tmp_path, drawn):
     draw_confusion(tmp_path / "a.png", torch.tensor([[999, 1], [0, 0]]), ["a", "b"], "A")
-    assert [text.get_text() for text in drawn[-1].axes[0].texts] == ["100", "<1"]
+    assert [text.get_text() for text in drawn[-1].axes[0].texts] == ["100", "<1"]  # none of a class without images
 
 
 def test_per_class(tmp_path, drawn):
@@ -116,9 +118,18 @@ def test_knn_curve(tmp_path, drawn):
         list(point) for point in MOCO_DEMO
     ]
     assert lines["raw pixels: 35.4"].get_ydata()[0] == 35.4
+    assert not drawn[-1].axes[0].get_legend() and drawn[-1].legends  # outside, where it covers nothing
     for count in (1, 2):  # not measured, and measured once
         assert not draw_knn_curve(tmp_path / "none.png", LINES[:count], {}, "no curve")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_what_was_measured_once_is_a_point_among_its_baselines(tmp_path, drawn):
+    twice(tmp_path, lambda path: draw_curves(path, LINES[:3], "moco"))
+    loss, knn, spread, _ = drawn[-1].axes
+    assert knn.lines[0].get_xydata().tolist() == [[10, 48.0]] and knn.texts[0].get_text() == "48"
+    assert [line.get_ydata()[0] for line in knn.lines[1:]] == [30.0, 35.4] and knn.axison
+    assert loss.texts[0].get_text() == "1" and spread.texts[0].get_text() == "not measured"
 
 
 def test_published_curve_is_of_that_recipe_alone():
@@ -152,6 +163,13 @@ def test_comparison(tmp_path, drawn):
     assert first.get_xlim()[0] > 30, "the axis begins where the data do"
     assert [text.get_text() for text in drawn[-1].legends[0].get_texts()] == ["untrained encoder", "raw pixels"]
     assert first.get_xlabel() == "kNN, %, with 95 % intervals" and second.get_xlabel() == "linear, %"
+
+
+def test_lines_of_a_note_end_between_its_parts(tmp_path, drawn):
+    parts = ["dots: seeds; line: mean", "whiskers: 95% t-interval of the mean, an arrow where it leaves the axis"]
+    with figures.drawing(tmp_path / "a.png", 1, title="A", note="; ".join(parts)):
+        pass
+    assert drawn[-1].get_suptitle().replace("\N{NO-BREAK SPACE}", " ").splitlines() == ["A", f"{parts[0]};", parts[1]]
 
 
 def test_formats_and_size_of_print(tmp_path, monkeypatch):

@@ -37,8 +37,10 @@ def test_values_of_protocols_that_are_left_stay_as_they_were(tmp_path: Path, cap
             assert "finetune/top1" not in found
         found = stored(record, "finetune", finetune, [])
         assert found["finetune/top1"] == finetune and found["intervals"]["knn/top1"] == [knn - 1, knn + 1]
+    (folder / "export").mkdir()
     record.end({"protocol.knn.k": 20}, Console())
-    assert capfd.readouterr().out == f"knn.k 20\nwritten, with all settings, to {folder}\n"
+    written = f"written to {folder}: evaluation.json, export/; evaluation.json has all settings"
+    assert capfd.readouterr().out == f"knn.k 20\n{written}\n"
     (folder / "evaluation.json").write_text('{"intervals": 3}')
     with pytest.raises(BadInput, match="evaluation.json cannot be read .* delete it, and evaluate.py"):
         EvaluationRecord(loaded, folder, "", {"step": 3})

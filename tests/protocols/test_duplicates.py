@@ -13,6 +13,7 @@ from twoviews.data.images import ImageData, Images
 from twoviews.data.sources import digits, folder
 from twoviews.features import PixelEncoder
 from twoviews.pictures import fitted, font
+from twoviews.protocols import duplicates
 from twoviews.protocols.duplicates import MAX_PAIRS, DuplicatePair, Duplicates, shown_pairs
 from twoviews.protocols.protocol import EvaluationContext
 
@@ -115,6 +116,18 @@ def test_captions_keep_the_ends_of_names() -> None:
     assert text.startswith("…") and text.endswith("_edited.png") and face.getlength(text) <= 96
     assert fitted("a.png", face, 96, keep_end=True) == "a.png"
     assert fitted("digit number 4 of the second hand", face, 96).startswith("digit num")
+
+
+def test_an_image_without_a_class_has_its_folder_in_the_caption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts: list[str] = []
+    monkeypatch.setattr(duplicates, "fitted", lambda text, *_, **__: texts.append(text) or text)
+    train, pair = digits().train, DuplicatePair(("train", "train"), 0, 1, 0.99, False)
+    for paths in (["p/cat/1.png", "p/dog/1.png"], ["p/1.png", "p/2.png"]):
+        images = Images(train.pixels[:2], train.sizes[:2], None, paths)
+        duplicates.draw_duplicates(tmp_path / "a.png", {"train": images}, [pair], (), 0.9)
+    assert texts == ["1.png", "cat", "1.png", "dog", "1.png", "2.png"]
 
 
 def test_the_sheet_shows_both_ends() -> None:

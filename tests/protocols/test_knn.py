@@ -86,9 +86,27 @@ def test_a_k_that_is_too_large_is_said_with_what_to_choose():
     assert note(200, 100) == [
         "k=200 is more than the 100 images of the bank, so all of them vote; choose a smaller k= or protocol=knn_small."
     ]
-    assert note(200, 10)[0].endswith("so all of them vote; choose a smaller k=.") and note(100, 100) == []
+    assert note(200, 10)[0].endswith("so all of them vote; choose a smaller k=.")
+    assert "all of them vote" not in note(100, 100)[0]
     small = yaml.safe_load((ROOT / "conf" / "protocol" / "knn_small.yaml").read_text())
     assert small["k"] == SMALL_K
+
+
+def test_a_k_of_more_than_a_class_has_is_said_with_what_to_choose():
+    data = digits()
+
+    def note(k: int, *counts: int) -> list[str]:
+        rows = [(data.memory.labels == label).nonzero()[:count, 0] for label, count in enumerate(counts)]
+        return KNN(k, 0.1, 0).notes(replace(data, memory=data.memory.subset(torch.cat(rows))))
+
+    assert note(200, 100, 30, 100) == [
+        "k=200: the bank has 30 images of class 1 and fewer than 200 of 2 other classes, so images of other classes always "
+        "vote, too; choose k=30 or less or protocol=knn_small."
+    ]
+    assert note(20, 30, 5, 30)[0].startswith("k=20: the bank has 5 images of class 1, so") and note(5, 30, 5) == []
+    assert note(20, 30, 5, 30)[0].endswith("choose k=5 or less.")
+    assert len(note(200, 30, 5)) == 1  # clamped: one sentence is enough
+    assert KNN(SMALL_K, 0.1, 0).notes(data) == []  # the default of digits
 
 
 def test_k_is_clamped_to_the_bank():

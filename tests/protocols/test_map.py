@@ -1,5 +1,7 @@
 """The map: images with similar features are close, and the same features give the same picture."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from sklearn.datasets import load_digits
 from sklearn.manifold import trustworthiness
 
 from twoviews import figures as figure_files
+from twoviews.data.sources import digits
 from twoviews.errors import BadInput
 from twoviews.protocols import map as module
 from twoviews.protocols.map import Map, draw_map
@@ -53,6 +56,13 @@ def test_a_map_fills_its_frame_and_names_what_colours_cannot_tell_apart(tmp_path
         assert len({tuple(handle.get_facecolor()[0]) for handle in axis.collections[1:]}) == count
         assert [text.get_text() for text in axis.texts] == (names if count == 100 else [])
         assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+
+
+def test_training_images_in_place_of_a_split_are_said():
+    data = digits()
+    assert Map("test", 0, 0).notes(data) == []
+    said = "split=test: digits has no test images, so the map is of its training images."
+    assert Map("test", 0, 0).notes(replace(data, memory=None, test=None)) == [said]
 
 
 def test_umap_that_is_not_installed_is_one_sentence(monkeypatch):

@@ -21,6 +21,7 @@ from twoviews.data.images import ImageData
 from twoviews.encoders.loaded import LoadedEncoder
 from twoviews.errors import BadInput, printable
 from twoviews.evaluation.evaluation import prepare_evaluation
+from twoviews.figures import files_of
 from twoviews.files import open_atomic, write_atomic
 from twoviews.randomness import seed_of
 from twoviews.runtime import format_name
@@ -83,14 +84,14 @@ def cluster_images(
     if loaded.preprocessing.statistics is not None:  # a run's are in its encoder.json
         settings |= {"mean": list(loaded.preprocessing.mean), "std": list(loaded.preprocessing.std)}
     record_scores(folder / f"{stem}.json", settings, scores)
+    console.rows(f"{loaded.title}: {len(x):,} images of {data.name}, split {cfg.split}", shown)
     if loaded.in_run_folder:
         flat = {f"{stem}/k{k}/{name}": value for k, values in scores.items() for name, value in values.items()}
         log_metrics(folder, flat)
         flush(folder, loaded.config["tracking"]["mirror"], console.say)
-    console.rows(f"{loaded.title}: {len(x):,} images of {data.name}, split {cfg.split}", shown)
-    if loaded.in_run_folder:
         console.say(f"MLflow: {run_page(folder)}")
-    console.say(f"written to {folder}: {stem}.json, and for each k {stem}_<k>.npz and a picture")
+    files = [path for k in counts for path in (Path(f"{stem}_{k}.npz"), *files_of(Path(f"{stem}_{k}.png")))]
+    console.say(f"written to {folder}: {', '.join([f'{stem}.json', *map(str, files)])}")
 
 
 def file_stem(data: ImageData, split: str, own: bool) -> str:

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from twoviews.config.checks import absent_key, check, unknown_key, with_group
 from twoviews.config.composition import compose, compose_unresolved
 from twoviews.config.digest import flat
-from twoviews.config.groups import CONF, PASSED_BY_PROGRAM, groups, options
+from twoviews.config.groups import CONF, PASSED_BY_PROGRAM, groups, options, options_with
 from twoviews.errors import mistakes, nearest, shown
 from twoviews.signatures import signature
 
@@ -207,7 +207,9 @@ def _unknown_part(override: Override, prefix: str, part: str, content: dict[str,
         target, passed = str(content.get("_target_")), PASSED_BY_PROGRAM.get(prefix.rstrip("."), ())
         if target.startswith("twoviews.") and part not in passed and part in signature(target):
             return absent_key(prefix, part, target)
-        return unknown_key(prefix, part, keys)
+        others = [] if nearest(part, keys) else options_with(prefix.rstrip("."), part)
+        found = f" It is a key of {prefix.rstrip('.')}={', '.join(others)}." if others else ""
+        return unknown_key(prefix, part, keys) + found
     if part in groups():
         chosen = ", ".join(options(part))
         return f"no {part} is chosen here for {override.key_or_group} to change; choose one of: {chosen}."

@@ -46,6 +46,12 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+def options_with(group: str, key: str) -> list[str]:
+    """The options of a group whose files have a key; none for anything that is no group."""
+    files, given = sorted((CONF / group).glob("*.yaml")), re.compile(rf"^{re.escape(key)}:", re.MULTILINE)
+    return [path.stem for path in files if given.search(path.read_text())]
+
+
 @cache
 def targets(group: str) -> frozenset[str]:
     """The classes and functions that the files of a group name, by dotted path; empty for anything that is no group.

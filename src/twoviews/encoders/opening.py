@@ -12,7 +12,7 @@ from twoviews.data.images import ImageData
 from twoviews.encoder_file import load_encoder
 from twoviews.encoders.libraries import open_library
 from twoviews.encoders.loaded import LoadedEncoder, Preprocessing, UnknownImages
-from twoviews.encoders.run_names import find_run
+from twoviews.encoders.run_names import FOLDER_NAME, LATEST, find_run, known_names
 from twoviews.encoders.weight_files import (
     SUFFIXES,
     checkpoint_weights,
@@ -89,7 +89,8 @@ def _open(run: str, data: Callable[[], ImageData] | None) -> LoadedEncoder:
             raise BadInput(
                 f"run={run}: {folder} has no fine-tuned classifier; `python evaluate.py run={name} protocol=finetune` makes one."
             )
-        return _open_classifier(path)
+        loaded = _open_classifier(path)
+        return replace(loaded, notes=(*_which(name, folder), *loaded.notes))
     file, colon, chosen = run.rpartition(":")  # <file>:<encoder> is one of several encoders in a file
     if not colon or Path(run).expanduser().is_file() or Path(file).suffix not in SUFFIXES:
         file, chosen = run, None
@@ -106,9 +107,17 @@ def _open(run: str, data: Callable[[], ImageData] | None) -> LoadedEncoder:
             raise BadInput(f"run={run}: there is no such file.{nearest(path.name, siblings)}")
         if close := nearest(library, ("torchvision", "timm")) if colon else "":
             raise BadInput(f"run={run}: networks come from torchvision: or timm:.{close}")
+        if FOLDER_NAME.fullmatch(run) and (close := nearest(run, known_names())):
+            raise BadInput(f"run={run}: no run below {Path.cwd()}/outputs or multirun has this name.{close}")
     opened = Run.existing(path)
     encoder, preprocessing = opened.encoder(), Preprocessing.of_description(opened.read("encoder.json"))
-    return LoadedEncoder(encoder, preprocessing, printable(path.resolve().name), opened.folder, opened)
+    notes = _which(run, path)
+    return LoadedEncoder(encoder, preprocessing, printable(path.resolve().name), opened.folder, opened, notes)
+
+
+def _which(run: str, folder: Path) -> tuple[str, ...]:
+    """A sentence about the folder that "latest" stands for."""
+    return (f"run=latest is {folder}.",) if run == LATEST else ()
 
 
 def _open_classifier(path: Path) -> LoadedEncoder:

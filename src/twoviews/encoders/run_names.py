@@ -12,6 +12,7 @@ from twoviews.tracking.state import UploadState
 from twoviews.tracking.uris import is_trusted, resolve
 
 ROOTS = ("outputs", "multirun")  # of all run folders
+LATEST = "latest"  # the name of the run that was started last
 FOLDER_NAME = re.compile(r"[^/~:]+")
 RUN_ID = re.compile(r"[0-9a-f]{32}")  # of MLflow
 
@@ -35,7 +36,7 @@ def find_run(run: str) -> Path | None:
     Raises:
         BadInput: there is no latest run, no run with this id, or there are several with this name.
     """
-    if run == "latest":
+    if run == LATEST:
         if runs := _run_folders():
             return runs[0]
         raise BadInput(f"run=latest: there is no run below {Path.cwd()}/outputs or multirun; give a run's folder.")
@@ -47,6 +48,11 @@ def find_run(run: str) -> Path | None:
     if same_name:
         return same_name[0]
     return _find_run_id(run) if RUN_ID.fullmatch(run) else None
+
+
+def known_names() -> list[str]:
+    """What `find_run` knows: "latest", and the names of all run folders."""
+    return [LATEST, *(folder.name for folder in _run_folders())]
 
 
 def _run_folders() -> list[Path]:

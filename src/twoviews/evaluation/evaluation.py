@@ -70,9 +70,9 @@ def evaluate(
         settings |= {"mean": list(loaded.preprocessing.mean), "std": list(loaded.preprocessing.std)}
     folder = context.folder = loaded.folder / FOLDER / prefix / f"{'+'.join(protocols)}-{digest(settings)}"
     folder.mkdir(parents=True, exist_ok=True)
-    test_images = counted(counts["test"], "image")
-    console.say(f"{loaded.title}: kNN bank {counts['memory']:,}, test {test_images} of {data.name}")
-    baselines = _baselines(loaded, data, settings["protocol"])
+    banks = f"kNN bank {counts['memory']:,}, test {counted(counts['test'], 'image')}" if all(counts.values()) else ""
+    console.say(f"{loaded.title}: {banks or counted(len(data.train), 'training image')} of {data.name}")
+    baselines = _baselines(loaded, data, settings["protocol"], console)
     flat_settings = {
         f"protocol.{key}": value
         for key, value in flat(settings["protocol"]).items()
@@ -155,13 +155,23 @@ def _warn_of_training(name: str, run_result: Mapping[str, Any], precision: str, 
         )
 
 
-def _baselines(loaded: LoadedEncoder, data: ImageData, settings: Any) -> dict[str, float]:
-    """KNN of raw pixels and of the untrained encoder from the run's training, if kNN is measured here in the same way."""
-    same = loaded.in_run_folder and loaded.trained_on(data) and "knn" in settings
-    of_training = (loaded.config.get("protocol") or {}).get("knn") or {}
-    if not same or {**settings["knn"], "every_epochs": 0} != {**of_training, "every_epochs": 0}:
+def _baselines(loaded: LoadedEncoder, data: ImageData, settings: Any, console: Console) -> dict[str, float]:
+    """KNN of raw pixels and of the untrained encoder from the run's training; none, said why, if it was measured otherwise."""
+    if not loaded.in_run_folder or not loaded.trained_on(data) or "knn" not in settings:
         return {}
-    return {name: line[name] for line in read(loaded.folder) for name in BASELINES if name in line}
+    baselines = {name: line[name] for line in read(loaded.folder) for name in BASELINES if name in line}
+    of_training = (loaded.config.get("protocol") or {}).get("knn") or {}
+    others = [
+        f"protocol.knn.{key}={of_training.get(key)}"
+        for key, value in settings["knn"].items()
+        if key != "every_epochs" and value != of_training.get(key)
+    ]
+    if baselines and others:
+        console.say(
+            f"kNN of raw pixels and of the untrained encoder is not shown beside this kNN: the training measured it with "
+            f"{' '.join(others)}."
+        )
+    return {} if others else baselines
 
 
 def _measure(

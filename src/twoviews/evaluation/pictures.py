@@ -1,5 +1,6 @@
 """Plots of an evaluation: confusion matrix, accuracy of each class, kNN accuracy over a training, comparison of runs."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,10 +53,13 @@ def draw_confusion(path: Path, confusion: Int[Tensor, "C C"], classes: Sequence[
         axis.set_yticks(places, rows)
         axis.set(xlabel="predicted as", ylabel="class (images)")
         axis.grid(visible=False)
-        for row, column in confusion.nonzero().tolist() if count <= MAX_NUMBERED_CLASSES else ():
+        cells = itertools.product(range(count), range(count)) if count <= MAX_NUMBERED_CLASSES else ()
+        for row, column in cells:
+            if not images[row]:  # there is no percentage
+                continue
             share = percent[row, column].item()
-            colour = "white" if share > 50 else "black"
-            number = f"{share:.0f}" if share >= 0.5 else "<1"
+            colour = "white" if share > 50 else "black" if share else "#999999"
+            number = "<1" if 0 < share < 0.5 else f"{share:.0f}"
             axis.text(column, row, number, ha="center", va="center", color=colour, fontsize=7)
 
 
@@ -97,7 +101,7 @@ def draw_knn_curve(
     if len(points) < 2:
         return False
     baselines = {name: [line[name]] for line in lines for name in BASELINES if name in line}
-    with drawing(path, 3, title=title) as (_, (axis,)):
+    with drawing(path, 3, title=title) as (figure, (axis,)):
         axis.plot(*zip(*points, strict=True), marker="o", label="this run")
         axis.annotate(f"{points[-1][1]:.1f}", points[-1], xytext=(4, 5), textcoords="offset points")
         for name, curve in published.items():
@@ -108,7 +112,7 @@ def draw_knn_curve(
         draw_baselines(axis, baselines)
         # Of published curves the epochs of this run.
         axis.set_xlim(0, max(1.08 * points[-1][0], 22 if published else 0))
-        axis.legend()
+        merged_legend(figure, [axis])
     return True
 
 

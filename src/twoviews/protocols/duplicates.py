@@ -21,13 +21,12 @@ from twoviews.data.images import ImageData, Images
 from twoviews.errors import counted
 from twoviews.figures import save_sheet
 from twoviews.pictures import GAP, GREY, HEADING_PX, LINE_PX, draw_frame, fitted, font, squares, titled_sheet
-from twoviews.protocols.neighbours import nearest_rows
+from twoviews.protocols.neighbours import CAPTION, nearest_rows
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol, TableRow
 from twoviews.ranges import Count, Index, Range
 
 MAX_PAIRS, COLUMNS = 40, 4  # of the sheet
 ROWS_SHOWN = 10  # of the table, whose rows are long
-CAPTION = 12  # px, of names, so that more of them fits
 EXACT_COSINE = 0.999  # equal pixels have equal features but for rounding, so only pairs above it are compared by pixels
 
 
@@ -201,7 +200,10 @@ def shown_pairs(pairs: Sequence[DuplicatePair]) -> list[DuplicatePair]:
 
 
 def draw_duplicates(path: Path, data: ImageData, pairs: Sequence[DuplicatePair], threshold: float) -> None:
-    """Draw `shown_pairs` of at least one pair with names, classes, cosine and splits; pairs of two classes have a red frame."""
+    """Draw `shown_pairs` of at least one pair with names, classes (without labels: folders), cosine and splits.
+
+    Pairs of two classes have a red frame.
+    """
     shown, rows = shown_pairs(pairs), {"train": set(), "memory": set(), "test": set()}
     for pair in shown:
         rows[pair.splits[0]].add(pair.first)
@@ -211,6 +213,8 @@ def draw_duplicates(path: Path, data: ImageData, pairs: Sequence[DuplicatePair],
     wide, high = 2 * side + 5 * GAP, side + 3 * LINE_PX + GAP
     face, bold, small = font("DejaVuSans"), font("DejaVuSans-Bold"), font("DejaVuSans", CAPTION)
     title = f"{counted(len(pairs), 'pair')} with a cosine of at least {threshold:g}"
+    paths = [path for images in (data.train, data.memory, data.test) if images for path in images.paths or ()]
+    several_folders = len({path.rpartition("/")[0] for path in paths}) > 1
     explanation, half = "by cosine; bold: equal pixels; red frame: of two classes", len(shown) // 2
     if len(shown) < len(pairs):
         explanation = f"the {half} most similar, then the {half} nearest to the threshold; {explanation}"
@@ -218,17 +222,22 @@ def draw_duplicates(path: Path, data: ImageData, pairs: Sequence[DuplicatePair],
     sheet, draw = titled_sheet(title, explanation, columns * wide + 2 * GAP, -(-len(shown) // columns) * high + GAP)
     for number, pair in enumerate(shown):
         left, top = GAP + number % columns * wide, HEADING_PX + number // columns * high
-        below, labels = top + side + 2, []
+        below, labels, captioned = top + side + 2, [], False
         for place, (split, row) in enumerate(zip(pair.splits, (pair.first, pair.second), strict=True)):
             x, images = left + place * (side + GAP), getattr(data, split)
             sheet.paste(tiles[split][row], (x, top))
             name = Path(images.paths[row]).name if images.paths else f"{row}"
             draw.text((x, below), fitted(name, small, side, keep_end=True), GREY, small)
+            # Of an image without a label, the folder tells more than its name.
+            caption = Path(images.paths[row]).parent.name if images.paths and several_folders else ""
             if images.labels is not None:
                 labels.append(int(images.labels[row]))
-                draw.text((x, below + LINE_PX), fitted(data.classes[labels[-1]], small, side), "black", small)
+                caption = data.classes[labels[-1]]
+            if caption:
+                draw.text((x, below + LINE_PX), fitted(caption, small, side), "black", small)
+                captioned = True
         cosine = f"{pair.cosine:.4f}  {', '.join(dict.fromkeys(pair.splits))}"
-        line = (left, below + (2 if labels else 1) * LINE_PX)
+        line = (left, below + (2 if captioned else 1) * LINE_PX)
         draw.text(line, cosine, "black" if pair.exact else GREY, bold if pair.exact else face)
         if len({*labels}) > 1:
             draw_frame(draw, left, top, 2 * side + GAP, side)

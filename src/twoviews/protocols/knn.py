@@ -14,6 +14,7 @@ from torch.nn import functional as nnf
 from twoviews import distributed
 from twoviews.console import progress_of
 from twoviews.data.images import ImageData
+from twoviews.errors import counted, printable
 from twoviews.features import Features
 from twoviews.protocols.classification import accuracies, mask_zeros
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
@@ -91,6 +92,22 @@ def clamped_notes(k: int, data: ImageData, key: str) -> list[str]:
     ]
 
 
+def _class_notes(k: int, data: ImageData) -> list[str]:
+    """A sentence for the user if the bank has fewer than k images of a class, which then votes with others always."""
+    if data.memory is None or data.memory.labels is None:
+        return []
+    counts = zip(torch.bincount(data.memory.labels).tolist(), data.classes, strict=False)
+    if not (small := [(count, name) for count, name in counts if 0 < count < k]):
+        return []
+    count, name = min(small)
+    others = f" and fewer than {k} of {counted(len(small) - 1, 'other class')}" if len(small) > 1 else ""
+    remedy = " or protocol=knn_small" if count >= SMALL_K else ""
+    return [
+        f"k={k}: the bank has {counted(count, 'image')} of class {printable(name)}{others}, so images of other classes always "
+        f"vote, too; choose k={count} or less{remedy}."
+    ]
+
+
 class KNN(Protocol):
     """Accuracy of the weighted vote of the k nearest bank images.
 
@@ -105,8 +122,8 @@ class KNN(Protocol):
         self.k, self.temperature, self.every_epochs = k, temperature, every_epochs
 
     def notes(self, data: ImageData) -> list[str]:
-        """A sentence if k is clamped."""
-        return clamped_notes(self.k, data, "k")
+        """A sentence if k is clamped or more than the bank has of a class."""
+        return clamped_notes(self.k, data, "k") or _class_notes(self.k, data)
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1, and top5 of more than five classes, of the encoder's features (before any projector), in percent."""

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from twoviews.data.images import ImageData
 from twoviews.errors import BadInput, counted, printable
 from twoviews.figures import WIDTH, drawing
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
@@ -45,6 +46,12 @@ class Map(Protocol):
     def __post_init__(self) -> None:
         if self.algorithm == "umap" and find_spec("umap") is None:
             raise BadInput("algorithm=umap needs umap-learn; run `pip install umap-learn`, or use algorithm=tsne.")
+
+    def notes(self, data: ImageData) -> list[str]:
+        """A sentence if the training images take the place of a split that the data do not have."""
+        if getattr(data, self.split) is not None:
+            return []
+        return [f"split={self.split}: {data.name} has no {self.split} images, so the map is of its training images."]
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """Draw the map into the context's folder; the value `images` is the number of images in the split."""

@@ -33,6 +33,7 @@ from twoviews.randomness import generator
 from twoviews.ranges import Count, Index, Seed
 
 MAX_ROWS, MAX_COLUMNS = 20, 10  # images on the sheet, and neighbours of each
+CAPTION = 12  # px, of names, so that more of them fits
 
 
 def nearest_rows(
@@ -79,7 +80,9 @@ class Neighbours(Protocol):
             check_images(self.images)
 
     def notes(self, data: ImageData) -> list[str]:
-        """A sentence if the encoder takes grey images and these have colours; otherwise none."""
+        """Sentences if the encoder takes grey images and these have colours, or if there are no test images to sample."""
+        if self.images is None and data.test is None:
+            return [f"{data.name} has no test images, so the sample is of its training images, each without itself."]
         return grey_notes(self.images, data)
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
@@ -151,7 +154,7 @@ def draw_neighbours(
     side = max(picture.width for picture in (*own.values(), *neighbours.values()))
     wide, high = side + GAP, side + 2 * LINE_PX + GAP
     start = GAP + wide + 3 * GAP  # a wider gap sets the image apart from its neighbours
-    face, bold = font("DejaVuSans"), font("DejaVuSans-Bold")
+    face, bold, small = font("DejaVuSans"), font("DejaVuSans-Bold"), font("DejaVuSans", CAPTION)
     explanation = "left: the image; then its nearest, with the cosine between their features"
     if any(row.label >= 0 for row in shown) and train.labels is not None:
         explanation += "; ✓ of the same class, ✗ and red frame: of another"
@@ -162,7 +165,7 @@ def draw_neighbours(
         top = HEADING_PX + number * high
         below, lowest = top + side + 2, top + side + 2 + LINE_PX
         sheet.paste(own[row.image], (GAP, top))
-        draw.text((GAP, below), fitted(Path(row.name).name, face, side, keep_end=True), GREY, face)
+        draw.text((GAP, below), fitted(Path(row.name).name, small, wide + GAP, keep_end=True), GREY, small)
         if row.label >= 0:
             draw.text((GAP, lowest), fitted(classes[row.label], bold, wide), "black", bold)
         for place, (image, cosine) in enumerate(zip(row.neighbours[:columns], row.cosines, strict=False)):

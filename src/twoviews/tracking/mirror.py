@@ -147,11 +147,18 @@ class Mirror:
             self._listener.join(LISTENER_TIMEOUT_S)
             pending = pending_values(self._folder)
             if "complete" not in self._told:
-                reason = self._told.get("failed") or ("the mirror has ended" if ended else NO_ANSWER)
+                reason = self._told.get("failed") or ("the mirror has ended" if ended else self._late(timeout_s))
                 self._say(
                     f"MLflow does not have all of this run ({reason}; {counted(pending, 'value')} left); {_later(self._folder)}"
                 )
         return pending
+
+    def _late(self, timeout_s: float) -> str:
+        """Why a mirror that still runs has not sent everything, as part of a sentence."""
+        if "imported" not in self._told:
+            return f"the process that sends it was still starting after {timeout_s:g} s"
+        is_file = UploadState.load(self._folder).tracking_uri.startswith("sqlite:")
+        return f"sending took longer than {timeout_s:g} s" if is_file else NO_ANSWER
 
     def _wait(self, timeout_s: float) -> None:
         is_file = UploadState.load(self._folder).tracking_uri.startswith("sqlite:")
