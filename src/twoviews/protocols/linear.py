@@ -175,7 +175,7 @@ class Linear(Protocol):
         """top1 on the test images and the weight decay it was reached with; the calibrated classifier is saved."""
         data, folder = context.data, context.folder
         probe, weight_decay, scale = self.fitted(context.memory, len(data.classes), calibrate=folder is not None)
+        scores = probe(context.test.x)
         if folder is not None:
             save_head(folder, probe.head(data.classes, scale), context.encoder, data.size, (data.mean, data.std))
-        scores = probe(context.test.x)
         return EvaluationResult({"top1": top1(scores, context.test.y), "weight_decay": weight_decay}, scores.softmax(1))
