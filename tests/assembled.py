@@ -25,6 +25,7 @@ CONF = Path(__file__).parents[1] / "conf"
 # Every method file, and the variants of one that are other code.
 METHODS = {path.stem: [] for path in sorted((CONF / "method").glob("*.yaml"))} | {
     # Of conf/method, not of conf/special, which is for short trainings on digits.
+    "byol": ["method.momentum=0.99"],
     "simclr": ["method.temperature=0.5"],
     "nnclr": ["method.temperature=0.2"],
     "moco_symmetric": ["method.symmetric=true"],
@@ -66,6 +67,7 @@ def config(name: str, *overrides: str) -> DictConfig:
         "backbone.stem=strided",
         "backbone.width=8",
         "backbone.depths=[1,1]",
+        "optimizer=sgd_short",
         f"batch_size={BATCH}",
         "epochs=4",
         "runtime.device=cpu",

@@ -347,6 +347,9 @@ def test_evaluate_without_a_run(command) -> None:
     refused(command("evaluate"), "run")
     refused(command("evaluate", "run=outputs/nothing"), "outputs/nothing")
     refused(command("evaluate", "run=x", "protocol=[knnn]"), "knnn")
+    refused(
+        command("evaluate", "run=x", "protocol=export", "format=torchvison"), "error: format=torchvison is not one of"
+    )
     refused(command("evaluate", "run=[]"), "run=[]", "empty list")
     refused(command("evaluate", "run=x", "protocol=[]"), "protocol=[knn,linear]")
     refused(command("evaluate", "outputs/moco-digits-1"), "write run=outputs/moco-digits-1.")

@@ -65,7 +65,7 @@ def test_files_scores_and_names(run: Path, command) -> None:
     head, *rows = [re.findall(r"[^│┃\s]+", line) for line in done.out.splitlines() if line[:1] in "│┃" and line]
     assert head[0] == "k" and "nmi," in head and [row[0] for row in rows] == ["5", "20"], "a row for each k"
     files = "clusters.json, clusters_5.npz, clusters_5.png, clusters_20.npz, clusters_20.png"
-    assert f"written to {run}: {files}\n" in done.out
+    assert f"written to outputs/run: {files}\n" in done.out  # below the working directory
     written = json.loads((run / "clusters.json").read_text())
     assert list(written["scores"]) == ["5", "20"] and written["settings"]["images"] == 256
     data = digits(train_images=256)

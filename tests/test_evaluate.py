@@ -88,21 +88,22 @@ def test_what_a_protocol_measured_outlasts_an_interruption_of_the_next_one(runs:
     metrics.write_text("".join(line for line in lines if '"evaluation/' not in line))  # of other tests
     slow = ("protocol=[knn_small,finetune]", "protocol.finetune.epochs=1000")
     evaluating = start([str(ROOT / "evaluate.py"), f"run={run}", *slow], tmp_path)
-    deadline = time.monotonic() + 120
-    while "knn/top1" not in (tmp_path / "stdout.txt").read_text():
-        assert evaluating.poll() is None and time.monotonic() < deadline, (tmp_path / "stderr.txt").read_text()
-        time.sleep(0.1)
-    found = json.loads((run / "evaluation.json").read_text())
-    assert found["knn/top1"] > 10 and found["protocol"]["finetune"]["epochs"] == 1000
-    assert list(read(run))[-1]["evaluation/knn/top1"] == found["knn/top1"]
-    evaluating.send_signal(signal.SIGINT)
-    assert evaluating.wait(60) == 128 + signal.SIGINT
+    try:
+        deadline = time.monotonic() + 120
+        while "knn/top1" not in (tmp_path / "stdout.txt").read_text():
+            assert evaluating.poll() is None and time.monotonic() < deadline, (tmp_path / "stderr.txt").read_text()
+            time.sleep(0.1)
+        found = json.loads((run / "evaluation.json").read_text())
+        assert found["knn/top1"] > 10 and found["protocol"]["finetune"]["epochs"] == 1000
+        assert list(read(run))[-1]["evaluation/knn/top1"] == found["knn/top1"]
+        evaluating.send_signal(signal.SIGINT)
+        assert evaluating.wait(60) == 128 + signal.SIGINT
+    finally:
+        evaluating.kill()  # a thousand epochs would go on for an hour
     assert "numbers of protocols that had finished are stored" in (tmp_path / "stderr.txt").read_text()
     out = (tmp_path / "stdout.txt").read_text()
-    assert (
-        f"written to {evaluation(run, 'knn+finetune')}: evaluation.json, knn_classes.csv, " in out
-        and "tracking sync" in out
-    )
+    folder = evaluation(run, "knn+finetune").relative_to(tmp_path)  # the working directory
+    assert f"written to {folder}: evaluation.json, knn_classes.csv, " in out and "tracking sync" in out
 
 
 def test_several_runs_in_one_table(runs: Path, command) -> None:

@@ -28,6 +28,7 @@ TRAINED = (
     "batch_size=64",
     "backbone.width=4",
     "backbone.depths=[1,1]",
+    "optimizer=sgd_short",
     "runtime.log_every=2",
     "runtime.checkpoint_seconds=0",
     "runtime.device=cpu",

@@ -123,7 +123,10 @@ def test_a_step_waits_for_nothing_and_computes_what_it_does_on_a_cpu(name: str, 
         assert all(map(math.isfinite, found))
         return
     expected = [one.item() for one in stepped(training(tmp_path, config(name, *overrides, "runtime.device=cpu")))]
-    assert found == pytest.approx(expected, **{"fp32": {"abs": 1e-4}, "bf16": {"rel": 0.02, "abs": 0.02}}[precision])
+    # Relative as well: VICReg's loss is about 25.
+    assert found == pytest.approx(
+        expected, **{"fp32": {"rel": 2e-5, "abs": 1e-4}, "bf16": {"rel": 0.02, "abs": 0.02}}[precision]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -158,9 +161,10 @@ class Counter(TorchDispatchMode):
 
 @pytest.mark.slow
 def test_an_eager_step_has_few_operators(tmp_path: Path) -> None:
-    """Those of torch, and for each of 20 batch norms three launches for queries, three for keys and three backward."""
+    """Those of torch, and for each of six batch norms three launches for queries, three for keys and three backward."""
     network = [
         "backbone=resnet18_cifar",
+        "backbone.depths=[1,1]",
         "backbone.width=4",
         "data.train_images=64",
         "batch_size=16",
@@ -178,8 +182,8 @@ def test_an_eager_step_has_few_operators(tmp_path: Path) -> None:
         launched.clear()
         with Counter() as counter:
             one.train_step(batch)
-    assert counter.count <= 621  # half of what it was with a batch norm for each part of the batch by reshaping
-    assert len(launched) == 180
+    assert counter.count <= 245
+    assert len(launched) == 54
 
 
 OPTIMIZERS = {"sgd": "fp32", "lars": "bf16", "larc": "fp16", "adamw": "bf16", "muon": "bf16"}

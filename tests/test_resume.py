@@ -306,8 +306,13 @@ def test_finished_run_says_so_and_fresh_starts_over(command) -> None:
     assert_same_weights(kept, fresh.folder)
 
 
-# For 256 images, of the parameters that a method has.
+# For 256 images and a network of 16 features, of the parameters that a method has.
 FITTING = {
+    "embed_dim": 32,
+    "hidden_dim": 48,
+    "predictor_hidden_dim": 48,
+    "prototypes": 32,
+    "directions": 32,
     "queue_size": 96,
     "bn_splits": 4,
     "clusters": "[8,20]",

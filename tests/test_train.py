@@ -271,10 +271,9 @@ def test_micro_batches_train_like_the_batch(command) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_processes_train_like_one(precision: str, tmp_path: Path) -> None:
+def test_two_processes_train_like_one(precision: str, tmp_path: Path, command) -> None:
     arguments = [*SMALL_MOCO, "method.bn_splits=4", "runtime.log_every=1", "epochs=2", f"runtime.precision={precision}"]
-    one = start([str(ROOT / "train.py"), *arguments, f"hydra.run.dir={tmp_path / 'one'}"], tmp_path / "o")
-    assert one.wait(300) == 0
+    assert command("train", *arguments, "hydra.run.dir=one").code == 0
     two = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py"), *arguments,
          f"hydra.run.dir={tmp_path / 'two'}"],

@@ -35,6 +35,11 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         file.write(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
 
 
+def shortened(path: Path) -> Path:
+    """A path for messages: relative to the working directory if it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 @contextmanager
 def open_atomic(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write that takes the place of `path` when the block ends without an error, as in `write_atomic`.

@@ -435,6 +435,8 @@ def test_latest_is_the_run_begun_last(trained: Path, tmp_path: Path) -> None:
     assert open_encoder("latest").folder == Path("outputs/a")
     assert open_encoder("latest").notes == ("run=latest is outputs/a.",) and open_encoder("outputs/a").notes == ()
     assert repr(twoviews.load("latest", device="cpu")).startswith("PretrainedEncoder('outputs/a': ")
+    with pytest.raises(BadInput, match="config.yaml is a file of a run; give its folder, run=outputs/a."):
+        open_encoder("outputs/a/config.yaml")
     with pytest.raises(BadInput, match="run=lates: no run below .* has this name. Did you mean 'latest'"):
         open_encoder("lates")
     with pytest.raises(BadInput, match="holds no run .* the latest beside it is .*a"):

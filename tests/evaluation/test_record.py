@@ -12,6 +12,13 @@ from twoviews.encoders.loaded import LoadedEncoder, Preprocessing
 from twoviews.errors import BadInput
 from twoviews.evaluation.record import EvaluationRecord
 from twoviews.features import PixelEncoder
+from twoviews.files import shortened
+
+
+def test_folders_below_the_working_directory_have_short_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shortened(tmp_path / "outputs" / "a") == shortened(Path("outputs/a")) == Path("outputs/a")
+    assert shortened(tmp_path.parent / "b") == tmp_path.parent / "b"
 
 
 def test_values_of_protocols_that_are_left_stay_as_they_were(tmp_path: Path, capfd) -> None:

@@ -14,6 +14,7 @@ from twoviews.data.sources import digits
 from twoviews.errors import BadInput
 from twoviews.protocols import map as module
 from twoviews.protocols.map import Map, draw_map
+from twoviews.protocols.neighbours import Neighbours
 from twoviews.randomness import generator
 
 
@@ -62,7 +63,11 @@ def test_training_images_in_place_of_a_split_are_said():
     data = digits()
     assert Map("test", 0, 0).notes(data) == []
     said = "split=test: digits has no test images, so the map is of its training images."
-    assert Map("test", 0, 0).notes(replace(data, memory=None, test=None)) == [said]
+    unlabelled = replace(data, memory=None, test=None)
+    assert Map("test", 0, 0).notes(unlabelled) == [said]
+    neighbours = Neighbours(images=None, k=10, sample=20, seed=0, every_epochs=0)
+    said = "digits has no test images, so the sample is of its training images, each without itself."
+    assert neighbours.notes(data) == [] and neighbours.notes(unlabelled) == [said]
 
 
 def test_umap_that_is_not_installed_is_one_sentence(monkeypatch):

@@ -22,7 +22,7 @@ from twoviews.encoders.loaded import LoadedEncoder
 from twoviews.errors import BadInput, printable
 from twoviews.evaluation.evaluation import prepare_evaluation
 from twoviews.figures import files_of
-from twoviews.files import open_atomic, write_atomic
+from twoviews.files import open_atomic, shortened, write_atomic
 from twoviews.randomness import seed_of
 from twoviews.runtime import format_name
 from twoviews.tracking.metrics import log_metrics
@@ -91,7 +91,7 @@ def cluster_images(
         flush(folder, loaded.config["tracking"]["mirror"], console.say)
         console.say(f"MLflow: {run_page(folder)}")
     files = [path for k in counts for path in (Path(f"{stem}_{k}.npz"), *files_of(Path(f"{stem}_{k}.png")))]
-    console.say(f"written to {folder}: {', '.join([f'{stem}.json', *map(str, files)])}")
+    console.say(f"written to {shortened(folder)}: {', '.join([f'{stem}.json', *map(str, files)])}")
 
 
 def file_stem(data: ImageData, split: str, own: bool) -> str:

@@ -114,7 +114,9 @@ def _without_repetitions(problems: Sequence[str], cfg: "DictConfig") -> list[str
 
     keys = {problem.partition("=")[0] for problem in problems}
     raw = flat(OmegaConf.to_container(cfg, resolve=False))
-    repeating = {key for key in keys if str(raw.get(key)).strip("${}") in keys - {key}}
+    # Also with a default, as ${oc.select:format,safetensors}.
+    repeated = {key: str(raw.get(key)).strip("${}").removeprefix("oc.select:").partition(",")[0] for key in keys}
+    repeating = {key for key in keys if repeated[key] in keys - {key}}
     return [problem for problem in problems if problem.partition("=")[0] not in repeating]
 
 

@@ -97,7 +97,7 @@ def _open(run: str, data: Callable[[], ImageData] | None) -> LoadedEncoder:
     path = Path(file).expanduser()
     if not path.is_dir():
         check_regular(path)
-    if path.is_file():
+    if path.is_file() and (path.suffix in SUFFIXES or not path.with_name("config.yaml").exists()):
         return _open_file(path, data, chosen)
     if (found := find_run(run)) is not None:
         path = found

@@ -10,7 +10,7 @@ from twoviews.console import Console
 from twoviews.encoders.loaded import LoadedEncoder
 from twoviews.evaluation.pictures import draw_knn_curve, published_curve
 from twoviews.figures import files_of
-from twoviews.files import write_atomic
+from twoviews.files import shortened, write_atomic
 from twoviews.protocols.units import MAX_SHOWN
 from twoviews.tracking.metrics import log_metrics, read
 from twoviews.tracking.mirror import flush
@@ -69,10 +69,10 @@ class EvaluationRecord:
         if len(settings) <= MAX_SHOWN:
             console.say(", ".join(f"{key.removeprefix('protocol.')} {value}" for key, value in settings.items()))
         files = sorted(f"{path.name}/" if path.is_dir() else path.name for path in self._folder.iterdir())
-        console.say(f"written to {self._folder}: {', '.join(files)}; evaluation.json has all settings")
+        console.say(f"written to {shortened(self._folder)}: {', '.join(files)}; evaluation.json has all settings")
         if self._loaded.in_run_folder:
             curve = self._loaded.folder / FOLDER / "knn_curve.png"
             lines, published = read(self._loaded.folder), published_curve(self._loaded.config)
             if draw_knn_curve(curve, lines, published, self._loaded.title):
-                console.say(f"written to {curve.parent}: {', '.join(file.name for file in files_of(curve))}")
+                console.say(f"written to {shortened(curve.parent)}: {', '.join(file.name for file in files_of(curve))}")
             flush(self._loaded.folder, self._loaded.config["tracking"]["mirror"], console.say)

@@ -107,7 +107,7 @@ def _page(sweep: Sweep, results: Results, plots: Mapping[str, Path]) -> str:
     once = [name for name in CURVES if name in results.metrics and results.measured_once(name)]
     if once:
         parts.append(
-            f"{' and '.join(once)}: measured at one epoch, so there is no learning curve; the numbers are above."
+            f"{' and '.join(once)}: measured at one epoch, so not among the learning curves; the numbers are above."
         )
     parts += [_cost(results), _failures(sweep, results)]
     return "\n\n".join(part for part in parts if part) + "\n"
