@@ -8,7 +8,7 @@ Shapes: N images of all splits, F features, P pairs.
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -113,7 +113,8 @@ class Duplicates(Protocol):
             leaked = {pair.second for pair in pairs if pair.splits[1] == "test" != pair.splits[0]}
             values["test_duplicated"] = 100 * len(leaked) / len(data.test)
         if context.folder is not None and pairs:
-            draw_duplicates(context.folder / "duplicates.png", data, pairs, self.threshold)
+            images = {split: context.images(split) for split in compared}
+            draw_duplicates(context.folder / "duplicates.png", images, pairs, data.classes, self.threshold)
         table = [_row(pair, data) for pair in pairs]
         shared = len(data.memory or ()) - len(compared.get("memory", ()))
         notes = self._notes(len(x), shared, full, [row for row in table if not row["exact"]])
@@ -199,22 +200,23 @@ def shown_pairs(pairs: Sequence[DuplicatePair]) -> list[DuplicatePair]:
     return [*pairs] if len(pairs) <= MAX_PAIRS else [*pairs[:half], *pairs[-half:]]
 
 
-def draw_duplicates(path: Path, data: ImageData, pairs: Sequence[DuplicatePair], threshold: float) -> None:
+def draw_duplicates(
+    path: Path, images: Mapping[str, Images], pairs: Sequence[DuplicatePair], classes: Sequence[str], threshold: float
+) -> None:
     """Draw `shown_pairs` of at least one pair with names, classes (without labels: folders), cosine and splits.
 
-    Pairs of two classes have a red frame.
+    Pairs of two classes have a red frame. `images` are those of each split, `classes` their names by label.
     """
-    shown, rows = shown_pairs(pairs), {"train": set(), "memory": set(), "test": set()}
+    shown, rows = shown_pairs(pairs), {split: set() for split in images}
     for pair in shown:
         rows[pair.splits[0]].add(pair.first)
         rows[pair.splits[1]].add(pair.second)
-    tiles = {split: squares(getattr(data, split), sorted(own)) for split, own in rows.items() if own}
+    tiles = {split: squares(images[split], sorted(own)) for split, own in rows.items() if own}
     side = max(tile.width for of_split in tiles.values() for tile in of_split.values())
     wide, high = 2 * side + 5 * GAP, side + 3 * LINE_PX + GAP
     face, bold, small = font("DejaVuSans"), font("DejaVuSans-Bold"), font("DejaVuSans", CAPTION)
     title = f"{counted(len(pairs), 'pair')} with a cosine of at least {threshold:g}"
-    paths = [path for images in (data.train, data.memory, data.test) if images for path in images.paths or ()]
-    several_folders = len({path.rpartition("/")[0] for path in paths}) > 1
+    several_folders = len({path.rpartition("/")[0] for its in images.values() for path in its.paths or ()}) > 1
     explanation, half = "by cosine; bold: equal pixels; red frame: of two classes", len(shown) // 2
     if len(shown) < len(pairs):
         explanation = f"the {half} most similar, then the {half} nearest to the threshold; {explanation}"
@@ -224,15 +226,15 @@ def draw_duplicates(path: Path, data: ImageData, pairs: Sequence[DuplicatePair],
         left, top = GAP + number % columns * wide, HEADING_PX + number // columns * high
         below, labels, captioned = top + side + 2, [], False
         for place, (split, row) in enumerate(zip(pair.splits, (pair.first, pair.second), strict=True)):
-            x, images = left + place * (side + GAP), getattr(data, split)
+            x, its = left + place * (side + GAP), images[split]
             sheet.paste(tiles[split][row], (x, top))
-            name = Path(images.paths[row]).name if images.paths else f"{row}"
+            name = Path(its.paths[row]).name if its.paths else f"{row}"
             draw.text((x, below), fitted(name, small, side, keep_end=True), GREY, small)
             # Of an image without a label, the folder tells more than its name.
-            caption = Path(images.paths[row]).parent.name if images.paths and several_folders else ""
-            if images.labels is not None:
-                labels.append(int(images.labels[row]))
-                caption = data.classes[labels[-1]]
+            caption = Path(its.paths[row]).parent.name if its.paths and several_folders else ""
+            if its.labels is not None:
+                labels.append(int(its.labels[row]))
+                caption = classes[labels[-1]]
             if caption:
                 draw.text((x, below + LINE_PX), fitted(caption, small, side), "black", small)
                 captioned = True
