@@ -233,8 +233,9 @@ def draw_duplicates(
             # Of an image without a label, the folder tells more than its name.
             caption = Path(its.paths[row]).parent.name if its.paths and several_folders else ""
             if its.labels is not None:
-                labels.append(int(its.labels[row]))
-                caption = classes[labels[-1]]
+                label = int(its.labels[row])
+                labels.append(label)
+                caption = classes[label]
             if caption:
                 draw.text((x, below + LINE_PX), fitted(caption, small, side), "black", small)
                 captioned = True
