@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -288,7 +289,7 @@ def test_two_processes_in_one_run_folder(tmp_path: Path) -> None:
     first = start(arguments, tmp_path / "first")
     try:
         while first.poll() is None and not (tmp_path / "run" / "last.pt").exists():
-            pass
+            time.sleep(0.05)
         second = subprocess.run(
             [*_python(), *arguments],
             capture_output=True,

@@ -454,7 +454,7 @@ def test_a_database_without_all_tables_is_kept_beside_a_new_one(tmp_path, monkey
     with sqlite3.connect(path) as database:  # as MLflow's own commands leave it when they are killed
         database.execute("create table metrics (key text)")
     (tmp_path / "mlflow.db-journal").write_bytes(b"")
-    monkeypatch.setattr("twoviews.tracking.client.INCOMPLETE_S", 0.5)
+    monkeypatch.setattr("twoviews.tracking.sqlite_file.INCOMPLETE_S", 0.5)
     uris.trust(f"sqlite:///{path}")
     client, experiment_id = connect(f"sqlite:///{path}", "x")
     assert client.create_run(experiment_id).info.status == "RUNNING"

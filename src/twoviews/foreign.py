@@ -64,7 +64,6 @@ FIELDS: dict[str, dict[str, Any]] = {
         },
         "launcher!": _Node,
         "commands": Sequence[str],
-        "command": Sequence[str],
         "parent!": str | None,
         "parent_key": str,
         "parent_experiment": str,

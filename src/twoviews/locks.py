@@ -111,16 +111,22 @@ def is_training(folder: Path) -> bool:
     return not acquired
 
 
+def try_acquire(lock: FileLock) -> bool:
+    """Acquire a lock without waiting; returns whether no other process, or other lock object of this one, holds it."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    return True
+
+
 def is_locked(lock: FileLock) -> bool:
     """Whether some process, this one included through another lock object, holds the lock."""
     if not Path(lock.lock_file).exists():
         return False
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    lock.release()
-    return False
+    if acquired := try_acquire(lock):
+        lock.release()
+    return not acquired
 
 
 def lock_for_training(folder: Path) -> FolderLock:

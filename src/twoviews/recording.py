@@ -29,7 +29,6 @@ from twoviews.stop_signal import StopSignal
 from twoviews.tracking.metrics import Metrics, read
 from twoviews.tracking.mirror import Mirror, flush
 from twoviews.tracking.state import PARENT_TAG, UploadState, run_id, set_target
-from twoviews.tracking.upload import is_uploaded
 
 FAILED = 1  # exit code of a training that went wrong
 MIRROR_TIMEOUT_S = 60.0  # for MLflow to take the end of a run
@@ -47,8 +46,7 @@ def show_if_finished(cfg: DictConfig, folder: Path) -> bool:
         if tracking.mirror:
             tracking.check(optional=True, say=console.say)
             set_target(folder, tracking.uri, tracking.experiment, encoder=tracking.encoder)
-            if not is_uploaded(folder):  # it was killed, or MLflow did not answer, before the end was sent
-                flush(folder, mirror=True, say=console.say)
+            flush(folder, mirror=True, say=console.say)  # it may have been killed before the end was sent
         show_result(folder, result, cfg.get("protocol") or (), console)
         print_last_line(folder)
     return bool(result)

@@ -40,7 +40,6 @@ class Run:
         """
         path = Path(folder)
         if (path / "config.yaml").exists():
-            foreign.refuse_links(path)
             return cls(path)
         if path.is_file() and (path.parent / "config.yaml").exists():
             raise BadInput(f"{path} is a file of a run; give its folder, run={path.parent}.")

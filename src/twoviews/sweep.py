@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from typing import get_args
 
 from twoviews import foreign
 from twoviews.console import ROWS, Console, duration
@@ -12,21 +13,15 @@ from twoviews.errors import BadInput, counted, nearest, system_reason
 from twoviews.figures import set_formats
 from twoviews.protocols.units import KNN_TOP1
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job import LOG, Job, JobState, short_names, typed, with_varying_parameters
+from twoviews.sweeps.job import LOG, Job, JobState, StateName, short_names, typed, with_varying_parameters
 from twoviews.sweeps.job_states import CANCEL_SECONDS, current_states, wait_until_ended
 
-EXIT_FINISHED, EXIT_UNFINISHED, EXIT_ACTIVE = 0, 1, 3  # exit codes; 2 is bad input
 EXIT_CODES = (
     "0 all jobs are finished or pruned, 3 some are queued or running, 1 some are neither, 2 bad input; report: 0 once it is "
     "written; collect: 1 where MLflow lacks something."
 )
 LOG_LINES = 40  # of a log that are shown
 MAX_SHOWN_NAMES = 8  # of other sweeps
-# States that need attention come first.
-ORDER = (
-    *("FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "PREEMPTED", "CANCELLED", "LOST", "INTERRUPTED"),
-    *("RUNNING", "QUEUED", "PRUNED", "FINISHED"),
-)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,13 +73,12 @@ def chosen(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
         short = "=" in name and any(value.endswith(f".{name}") for value in values)
         return job.digest.startswith(name) or name in values or short or name == job.label
 
+    # Values of one key are alternatives; of several keys, all have to fit.
+    by_key: dict[str, list[str]] = {}
     for name in names:
         if not any(fits(job, name) for job in jobs):
             choices = [choice for job in jobs for choice in (job.digest, *job.label.split(" "))]
             raise BadInput(f"there is no job '{name}' in this sweep.{nearest(name, choices)}")
-    # Values of one key are alternatives; of several keys, all have to fit.
-    by_key: dict[str, list[str]] = {}
-    for name in names:
         by_key.setdefault(name.partition("=")[0] if "=" in name else "", []).append(name)
     return [job for job in jobs if all(any(fits(job, name) for name in group) for group in by_key.values())]
 
@@ -92,8 +86,8 @@ def chosen(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
 def exit_code(states: Mapping[str, JobState]) -> int:
     """The exit code of a command for jobs with these states; its reason is printed on standard error if it is not 0."""
     if not (reason := unfinished_reason(states)):
-        return EXIT_FINISHED
-    code = EXIT_ACTIVE if any(state.active for state in states.values()) else EXIT_UNFINISHED
+        return 0
+    code = 3 if any(state.active for state in states.values()) else 1
     print(f"exit code {code}: {reason}.", file=sys.stderr)
     return code
 
@@ -113,7 +107,8 @@ def show_status(sweep: Sweep, jobs: Sequence[Job]) -> int:
     counts = Counter(state.state for state in states.values())
     console.say(f"{sweep.folder}: " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items())))
     names = short_names(dict.fromkeys(key for job in jobs for key in job.parameters))
-    shown = sorted(jobs, key=lambda job: ORDER.index(states[job.digest].state))[:ROWS]  # reading all takes long
+    order = get_args(StateName)
+    shown = sorted(jobs, key=lambda job: order.index(states[job.digest].state))[:ROWS]  # reading all takes long
     console.rows(sweep.name, [_row(job, states[job.digest], names) for job in shown], len(jobs))
     return exit_code(states)
 
@@ -171,9 +166,7 @@ def retry_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
     retry(sweep, [job for job in jobs if states[job.digest].unfinished])
     if sweep.record["parent"]:
         flush(sweep, console.say)
-    digests = {job.digest for job in jobs}
-    print_end(sweep, digests, console)
-    return exit_code(current_states(sweep.named(digests)))
+    return exit_code(print_end(sweep, {job.digest for job in jobs}, console))
 
 
 def collect_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
@@ -198,9 +191,9 @@ def cancel_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
     active = [job for job in active if job not in waiting]
     cancel(active)
     print(f"cancelled {counted(len(active), 'job')} of {sweep.name}")
-    if waiting:
+    if count := len(waiting):
         print(
-            f"the launcher on this machine goes on with {counted(len(waiting), 'job')} that wait for it; end it with Ctrl-C."
+            f"the launcher on this machine goes on with {counted(count, 'job')} that wait for it; end it with Ctrl-C."
         )
     if active and sweep.record["parent"]:  # MLflow would show killed jobs as running
         print("waiting until they have ended, to tell MLflow …", flush=True)

@@ -56,7 +56,7 @@ from twoviews.config.checks import (  # noqa: E402
     check,
     checked_plugin,
 )
-from twoviews.config.command_line_errors import wrong_choices  # noqa: E402
+from twoviews.config.command_line import parsed, wrong_choice  # noqa: E402
 from twoviews.config.composition import register_resolvers  # noqa: E402
 from twoviews.config.digest import flat  # noqa: E402
 from twoviews.config.groups import CONF, PASSED_BY_PROGRAM, PLUGIN_KEYS, groups, options  # noqa: E402
@@ -293,7 +293,8 @@ class Campaign:
         print(failure, file=sys.stderr, flush=True)
 
     def _outcome(self, key: Key, text: str) -> tuple[str, str]:
-        if wrong_choices([f"{key.path}={text}"]):  # which the command asks first
+        overrides, _ = parsed([f"{key.path}={text}"])
+        if any(wrong_choice(key.command, override) for override in overrides):  # which the command asks first
             self.by_hydra.append((key, text))
             return "said", ""
         try:

@@ -153,10 +153,10 @@ def test_a_bad_value_names_its_job(hydra_compose) -> None:
         job_specs(Composer(hydra_compose), jobs, ["method.temperature"])
 
 
-def test_two_thousand_jobs_take_seconds(hydra_compose) -> None:
+def test_five_hundred_jobs_take_seconds(hydra_compose) -> None:
     jobs = [
         [*BASE, f"method.temperature={t / 1000}", f"optimizer.lr={lr / 100}", f"seed={seed}"]
-        for t in range(1, 21)
+        for t in range(1, 6)
         for lr in range(1, 11)
         for seed in range(10)
     ]
@@ -167,6 +167,6 @@ def test_two_thousand_jobs_take_seconds(hydra_compose) -> None:
     start = time.process_time()
     new = job_specs(Composer(hydra_compose), jobs, ["method.temperature", "optimizer.lr", "seed"])
     spent = time.process_time() - start
-    assert len(new) == len({job.digest for job in new}) == 2000
-    assert spent < 200 * one  # a tenth of what Hydra would take for them
+    assert len(new) == len({job.digest for job in new}) == 500
+    assert spent < 50 * one  # a tenth of what Hydra would take for them
     check("train", OmegaConf.to_container(OmegaConf.create(new[-1].config_yaml)))  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import typing
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -40,9 +41,8 @@ def build(node: "DictConfig | dict[str, Any]", *, _partial_: bool = False, _key_
         raise BadInput(*problems)
 
     def make(*more: Any) -> Any:
-        if group == "protocol":  # only `NamedProtocol` (protocols/protocol.py) knows its name
-            return _call(values, arguments)(*more)
-        with qualified_errors(group):
+        # Of a protocol only `NamedProtocol` (protocols/protocol.py) knows the name.
+        with nullcontext() if group == "protocol" else qualified_errors(group):
             return _call(values, arguments)(*more)
 
     return make if _partial_ else make()

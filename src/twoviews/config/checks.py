@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from twoviews.config.digest import REDUCED_FROM, flat, plain
-from twoviews.config.groups import CONF, PASSED_BY_PROGRAM, PLUGIN_KEYS, files_without, groups, options, targets
+from twoviews.config.groups import PASSED_BY_PROGRAM, PLUGIN_KEYS, files_without, groups, options, options_with, targets
 from twoviews.errors import BadInput, nearest, shown
 from twoviews.ranges import Count, Fraction, Range, Seed, Size, Temperature
 from twoviews.signatures import Parameter, complaint, signature, unusable
@@ -74,22 +74,16 @@ _NEEDED = {
 
 
 def check(name: str, cfg: "DictConfig | dict[str, Any]") -> None:
-    """Compare every key and value of a configuration, resolved or not, with the signature that it goes to.
-
-    Args:
-        name: of the command: train, evaluate or cluster.
-        cfg: its configuration; Hydra's own node is left out.
+    """Compare every key and value of a command's configuration, resolved or not, with the signature that it goes to.
 
     Raises:
         BadInput: keys are unknown or missing, values have the wrong type or are out of range; with all of them.
     """
-    content = plain(cfg)
-    root = {field.name: field.type for field in fields(ROOTS[name])}
-    group_names = groups()
-    chosen = [key for key in content if key not in root and key in group_names]
+    content, group_names = plain(cfg), groups()
+    root = {field.name: Parameter(field.type, required=True) for field in fields(ROOTS[name])}
     nodes = [key for key in content if key in NODES]
-    annotations = {key: Parameter(annotation, required=True) for key, annotation in root.items()}
-    problems = [*_key_problems("", content, annotations, [*root, *chosen, *nodes, REDUCED_FROM])]
+    chosen = [key for key in content if key in group_names and key not in root]
+    problems = [*_key_problems("", content, root, others=[*chosen, *nodes, REDUCED_FROM])]
     for group in _NEEDED[name]:
         if content.get(group) is None:
             problems.append(f"{group}=null leaves nothing to work with; choose one of: {', '.join(options(group))}.")
@@ -98,8 +92,9 @@ def check(name: str, cfg: "DictConfig | dict[str, Any]") -> None:
     for group in chosen:
         if content[group] is not None:
             problems += node_problems(group, content[group], PASSED_BY_PROGRAM.get(group, ()))
-    views = _mapping(_mapping(content.get("augmentation")).get("views"))
-    for view, recipe in views.items():
+    augmentation = content.get("augmentation")
+    views = augmentation.get("views") if isinstance(augmentation, Mapping) else None
+    for view, recipe in views.items() if isinstance(views, Mapping) else ():
         if isinstance(recipe, Mapping):
             problems += _value_problems(f"augmentation.views.{view}", recipe, VIEW)
     if not isinstance(cfg, dict):
@@ -121,11 +116,7 @@ def _without_repetitions(problems: Sequence[str], cfg: "DictConfig") -> list[str
 
 
 def checked_plugin(cfg: "DictConfig", kind: Literal["launcher", "sweeper"]) -> dict[str, Any]:
-    """The node from which `build` makes the launcher or the search of a sweep, with its values checked.
-
-    Args:
-        cfg: a configuration with Hydra's own node.
-        kind: which of the two.
+    """The node from which `build` makes the launcher or the search of a sweep, from a configuration with Hydra's own node.
 
     Raises:
         BadInput: keys are unknown or missing, values have the wrong type or are out of range, or a plugin of Hydra's own
@@ -143,33 +134,15 @@ def checked_plugin(cfg: "DictConfig", kind: Literal["launcher", "sweeper"]) -> d
     return {"_target_": node[key], **values}
 
 
-def _mapping(node: Any) -> Mapping[str, Any]:
-    """The node, or an empty mapping for anything else."""
-    return node if isinstance(node, Mapping) else {}
-
-
 def is_node(value: Any) -> bool:
     """Whether a value describes an object to build."""
     return isinstance(value, Mapping) and "_target_" in value
 
 
-def _value_problems(path: str, node: Any, target: str) -> Iterator[str]:
-    """A sentence for each value that does not fit the signature of `target`; the node itself names no class."""
-    parameters = signature(target)
-    if isinstance(node, Mapping):
-        yield from _key_problems(f"{path}.", node, parameters, [*parameters], target)
-    else:
-        keys = ", ".join(f"{path}.{key}" for key in parameters)
-        yield f"{path}={shown(node)} is not possible, because {path} has keys; set them: {keys}."
-
-
 def node_problems(path: str, node: Any, passed: Sequence[str] = ()) -> Iterator[str]:
     """A sentence for each value of a group's node that does not fit the signature of its `_target_`.
 
-    Args:
-        path: dotted key of the node; `protocol` has a node for each chosen file.
-        node: its values.
-        passed: parameters that the program passes, which the node must not have.
+    The node of `protocol` has a node for each chosen file. It must not have parameters that the program passes.
     """
     group = path.partition(".")[0]
     if not isinstance(node, Mapping):
@@ -184,9 +157,18 @@ def node_problems(path: str, node: Any, passed: Sequence[str] = ()) -> Iterator[
     elif node.get("_target_") not in targets(group):
         yield str(unknown_target(shown(node.get("_target_")), group))
     else:
-        parameters = {key: value for key, value in signature(node["_target_"]).items() if key not in passed}
+        yield from _value_problems(path, node, node["_target_"], passed)
+
+
+def _value_problems(path: str, node: Any, target: str, passed: Sequence[str] = ()) -> Iterator[str]:
+    """A sentence for each value of a node that does not fit the signature of `target`."""
+    parameters = {key: parameter for key, parameter in signature(target).items() if key not in passed}
+    if isinstance(node, Mapping):
         values = {key: value for key, value in node.items() if key != "_target_"}
-        yield from _key_problems(f"{path}.", values, parameters, [*parameters], node["_target_"])
+        yield from _key_problems(f"{path}.", values, parameters, target)
+    else:
+        keys = ", ".join(f"{path}.{key}" for key in parameters)
+        yield f"{path}={shown(node)} is not possible, because {path} has keys; set them: {keys}."
 
 
 def unknown_target(target: str, group: str = "") -> BadInput:
@@ -199,7 +181,11 @@ def unknown_target(target: str, group: str = "") -> BadInput:
 
 
 def _key_problems(
-    prefix: str, values: Mapping, parameters: Mapping[str, Parameter], keys: Sequence[str], target: str = ""
+    prefix: str,
+    values: Mapping,
+    parameters: Mapping[str, Parameter],
+    target: str = "",
+    others: Sequence[str] = (),
 ) -> Iterator[str]:
     """A sentence for each key that is missing, unknown or not set, and for each value that does not fit its parameter.
 
@@ -207,9 +193,10 @@ def _key_problems(
         prefix: keys above these, with a dot behind each; empty at the root.
         values: by key.
         parameters: that they are passed to.
-        keys: that there may be.
         target: dotted path of the class or function that has the parameters; empty at the root.
+        others: keys that there may be beside the parameters.
     """
+    keys = [*parameters, *others]
     for key, parameter in parameters.items():
         if parameter.required and key not in values:
             yield absent_key(prefix, key, target)
@@ -234,13 +221,7 @@ def _key_problems(
 
 
 def absent_key(prefix: str, key: str, target: str) -> str:
-    """A sentence for a parameter that the configuration has no key for.
-
-    Args:
-        prefix: keys above it, with a dot behind each; empty at the root.
-        key: its name.
-        target: dotted path of the class or function that has it; empty at the root.
-    """
+    """A sentence for a parameter of `target` that the configuration has no key for; `prefix` as in `unknown_key`."""
     files = files_without(key, target, prefix.removeprefix("hydra.").partition(".")[0])
     if not files:
         return f"{prefix}{key} is missing; give it a value: {prefix}{key}=..."
@@ -261,13 +242,9 @@ def _unusable_annotation(key: str, parameter: Parameter, target: str) -> str:
 
 
 def unknown_key(prefix: str, key: str, keys: Sequence[str], suggestions: Sequence[str] = ()) -> str:
-    """A sentence for a key that does not exist.
+    """A sentence for a key that does not exist, with these overrides or the closest of the keys as a suggestion.
 
-    Args:
-        prefix: keys above it with a dot behind each; empty at the root.
-        key: as it was typed.
-        keys: keys that exist there, of which the closest is suggested.
-        suggestions: overrides to suggest in place of the closest key.
+    `prefix` are the keys above it with a dot behind each; empty at the root.
     """
     where = f"{prefix.rstrip('.')} has no key '{shown(key)}'" if prefix else f"there is no key or group '{shown(key)}'"
     if suggestions:
@@ -278,23 +255,17 @@ def unknown_key(prefix: str, key: str, keys: Sequence[str], suggestions: Sequenc
 
 
 def with_group(key: str, content: Any, value: str | None) -> list[str]:
-    """Overrides that were probably meant by a key typed without its group.
+    """Overrides that were probably meant by a key typed without its group: of this configuration first, then of other choices.
 
-    Args:
-        key: as it was typed.
-        content: the configuration of the command, whose keys of that name come first; other choices of groups follow.
-        value: as it was typed; None: the key had more behind it, and nothing is suggested.
+    `value` is as it was typed; None: the key had more behind it, and nothing is suggested.
     """
-    import yaml
-
     if value is None:
         return []
     paths = [path for path in flat(content) if path.endswith(f".{key}") and not path.startswith("hydra.")]
     paths.sort(key=lambda path: path.startswith("protocol."))
     overrides = [f"{path}={value}" for path in paths]
     for group in groups():
-        files = {path.stem: yaml.safe_load(path.read_text()) or {} for path in sorted((CONF / group).glob("*.yaml"))}
-        choices = [f"{group}={name}" for name, file in files.items() if "_target_" in file and key in file]
+        choices = [f"{group}={name}" for name in options_with(group, key)] if targets(group) else []
         if choices and not any(path.startswith(f"{group}.") for path in paths) and group != "protocol":
             overrides.append(f"{group}.{key}={value} with {' or '.join(choices)}")
     return overrides

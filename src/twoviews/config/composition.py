@@ -49,12 +49,7 @@ def register_resolvers() -> None:
 
 
 def compose(name: str, overrides: list[str]) -> DictConfig | None:
-    """The configuration of a command with Hydra's own node; None if Hydra refuses an override.
-
-    Args:
-        name: of the command: train, evaluate or cluster.
-        overrides: as typed.
-    """
+    """The configuration of a command with Hydra's own node; None if Hydra refuses an override."""
     try:
         with hydra.initialize_config_dir(**VERSION_BASE, config_dir=str(CONF)):
             return hydra.compose(name, overrides, return_hydra_config=True)
@@ -63,6 +58,6 @@ def compose(name: str, overrides: list[str]) -> DictConfig | None:
 
 
 def compose_unresolved(name: str, overrides: list[str]) -> Any:
-    """The configuration of a command as nested dictionaries, interpolations as text; None if Hydra refuses an override."""
+    """The same as nested dictionaries, interpolations as text; None if Hydra refuses an override."""
     cfg = compose(name, overrides)
     return None if cfg is None else OmegaConf.to_container(cfg, resolve=False)

@@ -16,8 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from twoviews import foreign, processes
 from twoviews.config.checks import ROOTS, check
-from twoviews.config.command_line import check_arguments, hydra_arguments
-from twoviews.config.command_line_errors import MULTIRUN_FLAGS, diagnose
+from twoviews.config.command_line import MULTIRUN_FLAGS, check_arguments, diagnose, hydra_arguments
 from twoviews.config.composition import VERSION_BASE, register_resolvers
 from twoviews.config.groups import CONF
 from twoviews.config.hydra_internals import hide_classes, start_faster
@@ -56,12 +55,7 @@ def entry(name: Name) -> Callable[[Main], Callable[[], None]]:
 
 
 class _Command:
-    """Runs one entry point.
-
-    Args:
-        name: of the command.
-        main: called with the configuration.
-    """
+    """Runs one entry point; see `entry`."""
 
     def __init__(self, name: Name, main: Main):
         self.name, self.main = name, main
@@ -88,10 +82,8 @@ class _Command:
             hydra.main(**VERSION_BASE, config_path=str(CONF), config_name=self.name)(self.job)()
         except BadInput as error:
             self._refuse(*error.messages)
-        except (HydraException, OmegaConfBaseException) as error:
-            self._refuse(*self._sentences(error))
-        except ValueError as error:
-            if self.composed:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            if self.composed and not isinstance(error, (HydraException, OmegaConfBaseException)):
                 raise
             self._refuse(*self._sentences(error))
         except BrokenPipeError:  # the reader of `train.py --help | head` has seen enough

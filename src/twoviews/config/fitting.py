@@ -17,11 +17,7 @@ BATCH, QUEUE = "batch_size", "method.queue_size"
 
 
 def keys_set_by_user(folder: Path) -> Set[str]:
-    """The keys that the command sets, or of a job of a sweep the command that launched it; of a recorded run all of them.
-
-    Args:
-        folder: of the run.
-    """
+    """The keys that the command sets, or of a job of a sweep the command that launched it; of a recorded run all of them."""
     if "method" in HydraConfig.get().runtime.choices:
         overrides = HydraConfig.get().overrides.task
     elif (folder / "point.json").exists():
@@ -34,13 +30,8 @@ def keys_set_by_user(folder: Path) -> Set[str]:
 def fit_to_data(cfg: DictConfig, images: int, processes: int, fixed: Set[str]) -> list[str]:
     """Reduce batch_size and method.queue_size, in place, where the data do not allow them; a sentence that says so.
 
-    The values before are kept in the configuration's `reduced_from`, so that the run has the name of its command.
-
-    Args:
-        cfg: the checked configuration of a training.
-        images: N, that it is trained on.
-        processes: which share a batch.
-        fixed: keys that stay as they are, and are refused later if they cannot work.
+    The values before are kept in the configuration's `reduced_from`, so that the run has the name of its command. `fixed` are
+    keys that stay as they are, and are refused later if they cannot work; `processes` share a batch.
     """
     if REDUCED_FROM in cfg:  # read from the folder of a run
         return []

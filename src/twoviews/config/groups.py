@@ -41,6 +41,12 @@ def chooses(override: "Override") -> bool:
     return override.package is not None or files
 
 
+def changes_value(override: "Override") -> bool:
+    """Whether an override changes one existing value, and chooses, merges, adds or removes nothing."""
+    added = override.is_add() or override.is_force_add() or override.is_delete() or override.is_hydra_override()
+    return not added and not chooses(override) and not isinstance(override.value(), dict)
+
+
 def options(group: str) -> list[str]:
     """What can be chosen in a group, sorted."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
@@ -54,11 +60,7 @@ def options_with(group: str, key: str) -> list[str]:
 
 @cache
 def targets(group: str) -> frozenset[str]:
-    """The classes and functions that the files of a group name, by dotted path; empty for anything that is no group.
-
-    Args:
-        group: a directory of conf/, or "launcher" or "sweeper" for those of conf/hydra.
-    """
+    """The classes and functions, by dotted path, that the files of a group, or of conf/hydra/launcher and sweeper, name."""
     return frozenset().union(*_targets_by_file(group).values())
 
 

@@ -38,7 +38,7 @@ def qualify(
         if keys and name in keys:
             return f"{keys[name]}{rest}"
         if group and name in parameters(group):
-            return f"{_prefix(group)}{name}{rest}"
+            return f"{'hydra.' if group in PLUGIN_KEYS else ''}{group}.{name}{rest}"
         if name in root:
             return match.group()
         others = [other for other in groups() if other not in _WITHOUT_PREFIX and name in parameters(other)]
@@ -80,7 +80,3 @@ def parameters(group: str) -> frozenset[str]:
         with suppress(BadInput):  # of a file that names no class: said when it is chosen, not in messages of others
             names |= signature(target).keys()
     return frozenset(names) - {*PASSED_BY_PROGRAM.get(group, ())}
-
-
-def _prefix(group: str) -> str:
-    return f"hydra.{group}." if group in PLUGIN_KEYS else f"{group}."

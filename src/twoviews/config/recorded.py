@@ -18,9 +18,6 @@ def largest_view(config: Mapping[str, Any]) -> dict[str, Any]:
 
     They say what leaves these images what they are: mirrored digits are other signs.
 
-    Args:
-        config: of the training.
-
     Raises:
         BadInput: it has views that no run has.
     """
@@ -38,10 +35,7 @@ def largest_view(config: Mapping[str, Any]) -> dict[str, Any]:
 def refuse_unsafe(folder: str | None, name: str | None, arguments: Sequence[str]) -> None:
     """Refuse a configuration outside of conf/, such as that of a job in a sweep, that is more than plain values.
 
-    Args:
-        folder: value of --config-path.
-        name: value of --config-name.
-        arguments: words of the command.
+    It is named by --config-path and --config-name of a command with these arguments.
 
     Raises:
         BadInput: it is, or it is not there.
@@ -78,12 +72,8 @@ def add_missing_runtime(cfg: DictConfig) -> None:
 def recorded_runtime(cfg: DictConfig, recorded: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Any, list[str]]:
     """The Runtime to evaluate a run with, and a note on recorded keys that this version does not know.
 
-    It is the one of the training except for the precision, unless the command sets a value.
-
-    Args:
-        cfg: configuration of the command, whose keys fill in for those that the run does not have.
-        recorded: the run's configuration; empty for weights that no run recorded.
-        overrides: of the command.
+    It is the one of the training (`recorded`; empty for weights that no run recorded) except for the precision, unless the
+    command sets a value. Keys that the run does not have are those of the command.
 
     Raises:
         BadInput: a value does not fit.
@@ -96,13 +86,7 @@ def recorded_runtime(cfg: DictConfig, recorded: Mapping[str, Any], overrides: Se
 
 
 def overridden(cfg: DictConfig, overrides: Sequence[str], node: str) -> dict[str, Any]:
-    """The values of a node that a command sets, where the last of several overrides of a key counts.
-
-    Args:
-        cfg: configuration of the command.
-        overrides: of the command.
-        node: a root key; an override that chooses a file for it sets no value.
-    """
+    """The values of a root key's node that the overrides of a command set; one that chooses a file sets no value."""
     values = OmegaConf.create({node: {}})
     for key in override_keys(overrides):
         if key.startswith(f"{node}."):

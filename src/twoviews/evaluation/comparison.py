@@ -18,7 +18,7 @@ from twoviews.protocols.units import KNN_TOP1, LINEAR_TOP1
 from twoviews.sweeps.job import short_names, typed
 from twoviews.tables import as_csv, as_latex, as_markdown, span
 from twoviews.tracking.client import short_error
-from twoviews.tracking.parent_run import log_files
+from twoviews.tracking.parent_run import open_parent_run, update_run
 
 MAX_PANELS = 4  # of the picture
 NAN = float("nan")
@@ -66,7 +66,10 @@ def compare(evaluations: Mapping[str, Evaluation], folder: Path, console: Consol
     if mlflow_target:
         key = hashlib.blake2b(repr(sorted(evaluations)).encode(), digest_size=16).hexdigest()
         try:
-            log_files(*mlflow_target, f"comparison of {len(order)} runs", key, {"runs": ", ".join(order)}, files)
+            run, _ = open_parent_run(
+                *mlflow_target, f"comparison of {len(order)} runs", key, {"runs": ", ".join(order)}
+            )
+            update_run(*mlflow_target, run, files=files, status="FINISHED")
         except Exception as error:  # whatever is wrong with MLflow, the results are in the folder
             console.say(f"MLflow does not have the comparison ({short_error(error)}); the same command sends it.")
 

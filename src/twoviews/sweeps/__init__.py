@@ -1,7 +1,14 @@
 """Sweeps: folders of jobs, each a run folder, which a launcher runs one after the other, several at once, or on SLURM.
 
-What happens to a job, in order: search.py (or optuna_search.py with optuna_trials.py) decides which jobs there are,
-composing.py makes their configurations, launching.py writes their folders (folder.py, job.py) or prints what they would take
-(plan.py), a launcher (machine.py, slurm.py) starts a runner for each (runner.py, in SLURM jobs by slurm_job.py),
-job_states.py tells their states, results.py, report.py and plots.py their results, and mlflow_sync.py sends them to MLflow.
+A SLURM job, from `train.py -m` to its row in the report:
+
+1. search.py (or optuna_search.py with optuna_trials.py) decides which jobs there are.
+2. launching.py checks the command, composing.py makes and checks the configuration of each job; plan.py may print what they take.
+3. folder.py writes the folder of each job (job.py), and sweep.json.
+4. slurm.py submits the jobs that do not run yet as arrays, and records their ids in sweep.json.
+5. On its node slurm_job.py calls runner.py, which trains the job and writes its state, and requeues it if it was interrupted.
+6. job_states.py tells its state: as the runner wrote it, or as SLURM reports it.
+7. results.py makes the table of all jobs, report.py and plots.py what is shown of it; mlflow_sync.py sends it to MLflow.
+
+On this machine machine.py starts a process of runner.py for each job, in place of 4 and 5.
 """

@@ -1,9 +1,8 @@
 """The configurations of many jobs, composed by Hydra once for each choice of files, and their specifications."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -12,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from twoviews.config.checks import check
-from twoviews.config.command_line_errors import diagnose
-from twoviews.config.digest import digest
-from twoviews.config.groups import chooses, is_group
+from twoviews.config.command_line import diagnose
+from twoviews.config.digest import digest, plain
+from twoviews.config.groups import changes_value, chooses, is_group
 from twoviews.errors import BadInput
 from twoviews.sweeps.job import JobSpec
 from twoviews.tracking import uris
@@ -22,17 +21,11 @@ from twoviews.tracking import uris
 SINGLE_RUN_FLAGS = ("fresh", "preview", "find_batch")  # root keys of conf/train.yaml that sweeps refuse
 
 
-@dataclass(frozen=True)
-class Composed:
-    """The configuration of a job.
+class Composed(NamedTuple):
+    """The configuration of a job."""
 
-    Args:
-        content: resolved, without Hydra's own node.
-        choices: the file chosen in each group, without Hydra's own groups and those that may have several.
-    """
-
-    content: dict[str, Any]
-    choices: dict[str, Any]
+    content: dict[str, Any]  # resolved, without Hydra's own node
+    choices: dict[str, Any]  # the file chosen in each group, without Hydra's own groups and those that may have several
 
 
 class Composer:
@@ -58,8 +51,8 @@ class Composer:
             HydraException, OmegaConfBaseException: Hydra refuses an override.
         """
         parsed = [_parsed(override) for override in overrides]
-        structural = [override for override in parsed if not _changes_value(override)]
-        values = [override for override in parsed if _changes_value(override) and not _overlaps(override, structural)]
+        structural = [override for override in parsed if not changes_value(override)]
+        values = [override for override in parsed if changes_value(override) and not _overlaps(override, structural)]
         left_to_hydra = tuple(str(override.input_line) for override in parsed if override not in values)
         # Jobs that set the same keys share the configuration: each sets them all, so nothing of another job is left.
         key = left_to_hydra, frozenset(override.key_or_group for override in values)
@@ -72,13 +65,14 @@ class Composer:
             self._compose(list(overrides))  # raises the same with Hydra's message
             raise
         self._bases[key] = cfg, choices
-        return Composed(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), choices)
+        return Composed(plain(cfg), choices)
 
     def _base(self, overrides: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
+        """The configuration with these overrides, whose values may be changed, and the chosen files."""
         whole = self._compose(list(overrides))
         cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
         OmegaConf.set_struct(cfg, True)  # which the copy does not keep: unknown keys are refused
-        chosen = cast(dict[str, Any], OmegaConf.select(whole, "hydra.runtime.choices") or {})
+        chosen = OmegaConf.select(whole, "hydra.runtime.choices") or {}
         choices = {key: file for key, file in chosen.items() if is_group(key) and not key.startswith("hydra/")}
         return cfg, choices
 
@@ -96,17 +90,11 @@ def _parsed(override: str) -> Override:
     return OverridesParser.create().parse_override(override)
 
 
-def _changes_value(override: Override) -> bool:
-    """Whether an override changes one existing value, and chooses, merges, adds or removes nothing."""
-    added = override.is_add() or override.is_force_add() or override.is_delete() or override.is_hydra_override()
-    return not added and not chooses(override) and not isinstance(override.value(), dict)
-
-
 def _overlaps(override: Override, others: Sequence[Override]) -> bool:
     """Whether one of the others sets a part of what this override sets, or the reverse: then their order matters."""
     path = f"{override.key_or_group}."
-    other_paths = [f"{other.key_or_group}." for other in others if not chooses(other)]
-    return any(path.startswith(other) or other.startswith(path) for other in other_paths)
+    others_paths = [f"{other.key_or_group}." for other in others if not chooses(other)]
+    return any(path.startswith(other) or other.startswith(path) for other in others_paths)
 
 
 def job_specs(composer: Composer, combinations: Sequence[Sequence[str]], swept: Sequence[str]) -> list[JobSpec]:

@@ -13,13 +13,11 @@ Nothing here needs torch, Hydra, MLflow or SLURM.
 import json
 import os
 import re
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,8 @@ from filelock import FileLock, Timeout
 from twoviews import foreign
 from twoviews.errors import BadInput, nearest
 from twoviews.files import write_atomic
-from twoviews.sweeps.job import ATTRIBUTES, Job, JobSpec
+from twoviews.locks import try_acquire
+from twoviews.sweeps.job import Job, JobSpec
 
 SWEEPS_FOLDER = Path("multirun")
 WRITER_THREADS = 32  # job folders that are written at once: each waits for the disk some milliseconds
@@ -95,11 +94,11 @@ class Sweep:
         Raises:
             BadInput: another process holds the lock for more than a minute.
         """
-        path, created = self.folder / "sweep.json", {"name": self.name, "created": time.time()}
-        empty = {"commands": [], "launcher": {}, "axes": {}, "parent": None, "commit": None, "points": {}}
+        path, new = self.folder / "sweep.json", {"name": self.name, "created": time.time(), "commands": []}
+        new |= {"launcher": {}, "axes": {}, "parent": None, "commit": None, "points": {}}
         try:
             with FileLock(self.folder / ".sweep.lock", timeout=SWEEP_LOCK_SECONDS):
-                record = self.record or {**created, **empty}
+                record = self.record or new
                 yield record
                 write_atomic(path, json.dumps(record, indent=1) + "\n")
         except Timeout as error:
@@ -110,17 +109,15 @@ class Sweep:
     @property
     def jobs(self) -> list[Job]:
         """The jobs in the order in which they were added."""
-        jobs, names = [], {field.name for field in fields(Job)} - {"folder"}
+        jobs = []
         for digest, entry in self.record["points"].items():
-            entry = {ATTRIBUTES.get(key, key): value for key, value in entry.items()}
-            slurm_id = entry.get("slurm_id")
+            slurm_id = entry.get("job")
             # Paths and arguments of SLURM's commands are made of these two.
-            if not re.fullmatch(r"\w[\w.-]*", digest) or not (
-                slurm_id is None or re.fullmatch(r"\d+(_\d+)?", slurm_id)
-            ):
+            if not (re.fullmatch(r"\w[\w.-]*", digest) and re.fullmatch(r"None|\d+(_\d+)?", str(slurm_id))):
                 path = self.folder / "sweep.json"
                 raise BadInput(f"{path} is refused: it has a job {digest!r} with the SLURM id {slurm_id!r}.")
-            jobs.append(Job(self.folder / digest, **{key: value for key, value in entry.items() if key in names}))
+            facts = {key: entry[key] for key in ("submitted", "cancelled", "given_up", "refused") if key in entry}
+            jobs.append(Job(self.folder / digest, entry["axes"], slurm_id, **facts))
         return jobs
 
     def named(self, digests: Iterable[str]) -> list[Job]:
@@ -131,7 +128,7 @@ class Sweep:
     @property
     def commands(self) -> list[str]:
         """The different commands that launched the sweep, in order."""
-        return _commands(self.record)
+        return self.record.get("commands", [])
 
     @property
     def launcher_lock(self) -> FileLock:
@@ -146,9 +143,7 @@ class Sweep:
             say: called with a sentence for the user if another one does, whose end is waited for.
         """
         lock = self.launcher_lock
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
+        if not try_acquire(lock):
             say(f"another process works on {self.name}; waiting for its end …")
             lock.acquire()
         try:
@@ -169,8 +164,8 @@ class Sweep:
         """
         with self.update() as record:
             record.update(facts)
-            if command not in ("", *(commands := _commands(record))):
-                record["commands"] = [*commands, command]
+            if command not in ("", *(commands := record.setdefault("commands", []))):
+                commands.append(command)
             with ThreadPoolExecutor(WRITER_THREADS) as pool:
                 list(pool.map(self._create, specs))
             for spec in specs:
@@ -196,13 +191,8 @@ class Sweep:
     def _create(self, spec: JobSpec) -> None:
         """The folder of a job, which appears as a whole or not at all."""
         folder = self.folder / spec.digest
-        description = {
-            "digest": spec.digest,
-            "axes": dict(spec.parameters),
-            "overrides": list(spec.overrides),
-            **spec.more,
-        }
-        content = json.dumps(description, indent=1) + "\n"
+        description = {"digest": spec.digest, "axes": dict(spec.parameters), "overrides": list(spec.overrides)}
+        content = json.dumps({**description, **spec.more}, indent=1) + "\n"
         if folder.exists():
             write_atomic(folder / "point.json", content)
             if foreign.load(folder / "result.json").get("state") != "finished":
@@ -214,9 +204,3 @@ class Sweep:
         write_atomic(part / "config.yaml", spec.config_yaml)
         write_atomic(part / "point.json", content)
         part.rename(folder)
-
-
-def _commands(record: Mapping[str, Any]) -> list[str]:
-    """The commands in a sweep.json; an early version kept the words of the last one alone."""
-    words = record.get("command")
-    return record.get("commands") or ([shlex.join(words)] if words else [])

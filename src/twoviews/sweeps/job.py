@@ -25,24 +25,20 @@ from twoviews.tracking.metrics import read
 
 SEED = "seed"  # the key of the parameter that is not searched for
 LOG = "log.txt"  # in the folder of a job: what its training printed
-# Keys of state.json and sweep.json by attribute, where the names differ.
-KEYS = {"slurm_id": "job", "parameters": "axes"}
-ATTRIBUTES = {key: name for name, key in KEYS.items()}
-ATTRIBUTES |= {"points_per_gpu": "jobs_per_gpu", "cores_per_point": "cores_per_job"}  # of launchers of earlier versions
 
-StateName = Literal[
-    "QUEUED",  # not started, or back in SLURM's queue
-    "RUNNING",
-    "FINISHED",
+StateName = Literal[  # states that need attention first, which is their order in tables
     "FAILED",  # in training, or because it made no progress, or because the scheduler refused it
-    "INTERRUPTED",  # stopped with a checkpoint, and nothing restarts it automatically
-    "TIMEOUT",  # this and the next four as SLURM calls them
-    "PREEMPTED",
+    "OUT_OF_MEMORY",  # this and the next four as SLURM calls them
     "NODE_FAIL",
-    "OUT_OF_MEMORY",
+    "TIMEOUT",
+    "PREEMPTED",
     "CANCELLED",
     "LOST",  # the process that should run it is gone
+    "INTERRUPTED",  # stopped with a checkpoint, and nothing restarts it automatically
+    "RUNNING",
+    "QUEUED",  # not started, or back in SLURM's queue
     "PRUNED",  # stopped by a search for good
+    "FINISHED",
 ]
 
 
@@ -80,25 +76,15 @@ class JobState:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep.
+    """One run of a sweep, as sweep.json describes it."""
 
-    Args:
-        folder: the run folder; its name is the digest of the configuration.
-        parameters: swept values by dotted key, and swept choices by group.
-        slurm_id: of the SLURM job that was submitted for it last; None where it was not SLURM.
-        submitted: time of the last submission, unix seconds; 0 if never.
-        cancelled: time of the last cancellation, unix seconds; 0 if never.
-        given_up: why a search stopped it for good; empty if none did.
-        refused: why the scheduler refused the last submission; empty if it did not.
-    """
-
-    folder: Path
-    parameters: Mapping[str, Any]
-    slurm_id: str | None = None
-    submitted: float = 0.0
-    cancelled: float = 0.0
-    given_up: str = ""
-    refused: str = ""
+    folder: Path  # the run folder; its name is the digest of the configuration
+    parameters: Mapping[str, Any]  # swept values by dotted key, and swept choices by group
+    slurm_id: str | None = None  # of the SLURM job that was submitted for it last; None where it was not SLURM
+    submitted: float = 0.0  # time of the last submission, unix seconds; 0 if never
+    cancelled: float = 0.0  # time of the last cancellation, unix seconds; 0 if never
+    given_up: str = ""  # why a search stopped it for good; empty if none did
+    refused: str = ""  # why the scheduler refused the last submission; empty if it did not
 
     @property
     def digest(self) -> str:
@@ -119,14 +105,15 @@ class Job:
     def state(self) -> JobState:
         """The state that the runner wrote last, QUEUED before that; `current_states` compares it with the scheduler."""
         names, path = {field.name for field in fields(JobState)}, self.folder / "state.json"
-        content = {ATTRIBUTES.get(key, key): value for key, value in foreign.load(path).items()}
+        content = foreign.load(path)
         if content and (wrong := complaint(content["state"], StateName)):
             raise foreign.damaged(path, f"state={content['state']} {wrong}")
+        content["slurm_id"] = content.get("job")
         return JobState(**{key: value for key, value in content.items() if key in names})
 
     def write(self, state: JobState) -> None:
         """Replace state.json; only for the runner that holds `lock`."""
-        content = {KEYS.get(name, name): value for name, value in asdict(state).items()}
+        content = {"job" if name == "slurm_id" else name: value for name, value in asdict(state).items()}
         write_atomic(self.folder / "state.json", json.dumps(content, indent=1) + "\n")
 
     @property
@@ -153,21 +140,13 @@ class Job:
 
 @dataclass(frozen=True)
 class JobSpec:
-    """A job that has no folder yet.
+    """A job that has no folder yet."""
 
-    Args:
-        digest: of the configuration.
-        parameters: swept values by dotted key, and swept choices by group.
-        overrides: the command line that describes it.
-        config_yaml: the resolved configuration.
-        more: other content of point.json: choices of groups, working directory, code.
-    """
-
-    digest: str
-    parameters: Mapping[str, Any]
-    overrides: Sequence[str]
-    config_yaml: str
-    more: Mapping[str, Any] = field(default_factory=dict)
+    digest: str  # of the configuration
+    parameters: Mapping[str, Any]  # swept values by dotted key, and swept choices by group
+    overrides: Sequence[str]  # the command line that describes it
+    config_yaml: str  # the resolved configuration
+    more: Mapping[str, Any] = field(default_factory=dict)  # the rest of point.json: choices, working directory, code
 
 
 def text(value: Any) -> str:
@@ -204,78 +183,63 @@ def with_varying_parameters(jobs: Sequence[Job]) -> list[Job]:
     A sweep may be launched again with other keys swept or other values fixed, to compare them. A job then has a value for
     what only other jobs swept, and what was fixed in each launch distinguishes the jobs of different launches.
     """
-    descriptions = {job.digest: job.description for job in jobs}
-    if len({_launch_key(job, descriptions[job.digest]) for job in jobs}) < 2:
+    descriptions = [job.description for job in jobs]
+    if len(set(map(_launch_key, jobs, descriptions))) < 2:
         return list(jobs)  # they differ in swept values alone, and no configuration has to be read
-    if not all(
-        "choices" in description for description in descriptions.values()
-    ):  # of jobs from before these were recorded
-        descriptions = {digest: {**description, "choices": {}} for digest, description in descriptions.items()}
-    values = {job.digest: _values(job, descriptions[job.digest]) for job in jobs}
+    recorded = all("choices" in description for description in descriptions)  # which the first version did not do
+    choices = [_choices(description) if recorded else {} for description in descriptions]
+    values = [{**_values(job), **chosen, **job.parameters} for job, chosen in zip(jobs, choices, strict=True)]
     keys = [*dict.fromkeys(key for job in jobs for key in job.parameters)]
-    fixed = dict.fromkeys(
-        _key(override) for description in descriptions.values() for override in description.get("overrides", ())
-    )
+    fixed = dict.fromkeys(_key(override) for description in descriptions for override in description["overrides"])
     for key in (*fixed, SEED):
-        if key not in keys and len({typed(job, key) for job in values.values() if key in job}) > 1:
+        if key not in keys and len({typed(job, key) for job in values if key in job}) > 1:
             keys.append(key)
-    groups = dict.fromkeys(group for description in descriptions.values() for group in _choices(description))
-    for key in dict.fromkeys([*groups, *(key for job in values.values() for key in job)]):
-        if key not in keys and _distinguishes(
-            key, [*values.values()], [other_key for other_key in keys if other_key != SEED]
-        ):
+    for key in dict.fromkeys(key for job in (*choices, *values) for key in job):
+        if key not in keys and _distinguishes(key, values, [other for other in keys if other != SEED]):
             keys.append(key)
     return [
-        replace(job, parameters={key: values[job.digest][key] for key in keys if key in values[job.digest]})
-        for job in jobs
+        replace(job, parameters={key: known[key] for key in keys if key in known})
+        for job, known in zip(jobs, values, strict=True)
     ]
 
 
 def _launch_key(job: Job, description: Mapping[str, Any]) -> tuple[object, ...]:
     """A key that is equal for jobs of one launch, whose configurations differ in swept values alone."""
-    fixed = [override for override in description.get("overrides", ()) if _key(override) not in job.parameters]
+    fixed = [override for override in description["overrides"] if _key(override) not in job.parameters]
     return tuple(job.parameters), tuple(fixed), description.get("code")
 
 
-def _values(job: Job, description: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that can change the result of a job, by dotted key or group."""
+def _choices(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The file chosen in each group that can change the result of a job; null of version 0.1.0 is "none"."""
+    choices = description["choices"].items()
+    return {group: choice or "none" for group, choice in choices if not group.startswith(NOT_IN_DIGEST)}
+
+
+def _values(job: Job) -> dict[str, Any]:
+    """The values of a configuration that can change the result of a job, by dotted key."""
     path = job.folder / "config.yaml"
     # A node of the configuration is at the left margin; most are the same in all jobs, and parsed once.
     nodes = re.split(r"\n(?=\w)", foreign.text(path) or "{}")
     try:
-        values = without_unused({key: value for node in nodes for key, value in _leaves(node).items()})
+        return without_unused({key: value for node in nodes for key, value in _leaves(node).items()})
     except BadInput:
         foreign.load(path)  # raises the same with the name of the file
         raise
-    return {**values, **_choices(description), **job.parameters}
-
-
-def _choices(description: Mapping[str, Any]) -> dict[str, Any]:
-    choices = description.get("choices", {}).items()
-    return {group: choice or "none" for group, choice in choices if _changes_results(group)}  # null in version 0.1.0
 
 
 @cache
 def _leaves(node: str) -> dict[str, Any]:
-    """The values of a part of a config.yaml by dotted key."""
     values = flat(foreign.parse(node, Path("config.yaml")))
-    return {key: value for key, value in values.items() if _changes_results(key)}
+    return {key: value for key, value in values.items() if not key.startswith(NOT_IN_DIGEST)}
 
 
 def _distinguishes(key: str, jobs: Sequence[Mapping[str, Any]], others: Sequence[str]) -> bool:
     """Whether two jobs with the same values of the other keys differ in this key."""
-    if len({typed(job, key) for job in jobs}) == 1:
+    values = [typed(job, key) for job in jobs]
+    if len(set(values)) == 1:
         return False
-    first: dict[tuple[str, ...], str] = {}
-    return any(
-        first.setdefault(tuple(typed(job, other_key) for other_key in others), value := typed(job, key)) != value
-        for job in jobs
-    )
-
-
-def _changes_results(key: str) -> bool:
-    """Whether the result of a run can depend on this key."""
-    return not key.startswith(NOT_IN_DIGEST)
+    configs = [tuple(typed(job, other) for other in others) for job in jobs]
+    return len({*zip(configs, values, strict=True)}) > len({*configs})
 
 
 def _key(override: str) -> str:

@@ -1,10 +1,9 @@
 """The present state of jobs: as their runners wrote it while these live, otherwise as SLURM reports it."""
 
 import math
-import shutil
 import subprocess
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from twoviews.locks import is_locked
@@ -18,10 +17,10 @@ IDS_PER_CALL = 500  # of arrays and single jobs, far below the longest command l
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 WORKING = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "SUSPENDED", "STOPPED", "RESIZING")
 RESUME_HINT = "the same command goes on"
-_SAME_NAME = ("FAILED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY", "CANCELLED")
 _OTHER_NAME = {"BOOT_FAIL": "NODE_FAIL", "DEADLINE": "TIMEOUT", "REVOKED": "CANCELLED"}
 _USUAL_REASONS = ("", "BeginTime", "JobArrayTaskLimit", "Priority", "Resources")  # to wait; others are shown
-_REASONS = {
+_REASONS = {  # of the states that SLURM and sweeps have in common
+    "FAILED": "SLURM reports FAILED, {reason}; its files are in {folder}",
     "TIMEOUT": "the time limit came before a checkpoint could be written",
     "PREEMPTED": "preempted, and the cluster does not requeue",
     "NODE_FAIL": "its node failed, and the cluster does not requeue",
@@ -32,66 +31,38 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class SlurmState:
-    """The state of a SLURM job.
+    """The state of a SLURM job."""
 
-    Args:
-        state: as squeue and sacct write it in full, such as NODE_FAIL.
-        node: one or several; empty before the job ran.
-        reason: why the job waits, or its exit code.
-    """
-
-    state: str
-    node: str = ""
-    reason: str = ""
+    state: str  # as squeue and sacct write it in full, such as NODE_FAIL
+    node: str  # one or several; empty before the job ran
+    reason: str  # why the job waits, or its exit code
 
 
 def current_states(jobs: Sequence[Job]) -> Mapping[str, JobState]:
     """The state of each job by its digest, from state.json, locks and the scheduler."""
     slurm_ids = {id_ for job in jobs if not is_final(job, state := job.state) for id_ in _slurm_ids(job, state)}
     # The scheduler is asked before the files are read: a job that ends in between has written its state by then.
-    queued = squeue_states([*slurm_ids]) if slurm_ids else {}
-    ended = [slurm_id for slurm_id in slurm_ids if queued is not None and slurm_id not in queued]
-    slurm_states = {**(sacct_states(ended) if ended else {}), **(queued or {})}
-    arrays = {slurm_id.partition("_")[0] for slurm_id in slurm_states}
-    states = {}
-    for job in jobs:
-        state = job.state
-        if is_final(job, state):
-            states[job.digest] = state
-        elif not (own_ids := _slurm_ids(job, state)):
-            states[job.digest] = _local_state(job)
-        elif queued is None:
-            last = _of_last_submission(job, state)
-            states[job.digest] = replace(last, slurm_id=own_ids[0], reason="SLURM's controller does not answer")
-        else:
-            states[job.digest] = _slurm_state(job, state, own_ids[0], slurm_states, arrays)
-    return {job.digest: with_recorded_end(job, states[job.digest]) for job in jobs}
+    queued = squeue_states(slurm_ids)
+    slurm_states = None if queued is None else {**sacct_states(slurm_ids - queued.keys()), **queued}
+    return {job.digest: with_recorded_end(job, _state(job, slurm_states)) for job in jobs}
 
 
-def wait_until_ended(
-    jobs: Sequence[Job], timeout_s: float = math.inf, poll_s: float = 1.0, say: Callable[[str], None] = lambda _: None
-) -> bool:
-    """Wait until none of these jobs is queued or running; whether that was so within the time.
-
-    Args:
-        jobs: of one sweep.
-        timeout_s: seconds.
-        poll_s: seconds between two looks at the states.
-        say: called with a sentence for each change of a state.
-    """
-    end, before = time.monotonic() + timeout_s, {}
-    while True:
-        states = current_states(jobs)
-        for job in jobs:
-            state = states[job.digest]
-            if before.get(job.digest, state.state) != state.state:
-                say(f"{job.label}: {state.state}{': ' if state.reason else ''}{state.reason}")
-            before[job.digest] = state.state
-        if not any(state.active for state in states.values()):
-            return True
-        if time.monotonic() > end:
-            return False
-        time.sleep(poll_s)
+def _state(job: Job, slurm_states: Mapping[str, SlurmState] | None) -> JobState:
+    """The state of a job by its files, its locks and SLURM's states by id; None if SLURM's controller does not answer."""
+    state = job.state
+    if is_final(job, state):
+        return state
+    if not (slurm_ids := _slurm_ids(job, state)):
+        return _local_state(job)
+    last = replace(state, slurm_id=slurm_ids[0])
+    if state.submitted < job.submitted:  # it belongs to an earlier submission
+        last = replace(last, state="QUEUED", submitted=job.submitted, started=None, ended=None, node=None, reason="")
+    if slurm_states is None:
+        return replace(last, reason="SLURM's controller does not answer")
+    writer = slurm_states.get(state.slurm_id or "")  # the SLURM job whose runner wrote the state
+    if state.state == "RUNNING" and writer and writer.state in WORKING:
+        return state
+    return _slurm_state(job, state, last, slurm_states)
 
 
 def with_recorded_end(job: Job, state: JobState) -> JobState:
@@ -122,97 +93,103 @@ def _slurm_ids(job: Job, state: JobState) -> list[str]:
     return [*dict.fromkeys(slurm_id for slurm_id in candidates if slurm_id)]
 
 
-def _of_last_submission(job: Job, state: JobState) -> JobState:
-    """The state, or QUEUED if it belongs to an earlier submission."""
-    if state.submitted >= job.submitted:
-        return state
-    return replace(state, state="QUEUED", submitted=job.submitted, started=None, ended=None, node=None, reason="")
-
-
 def _local_state(job: Job) -> JobState:
     """The state of a job on this machine: a lock is held exactly as long as its process lives."""
-    state = job.state
-    if is_locked(job.lock):
+    running, state = is_locked(job.lock), job.state  # read after that: the runner may have ended
+    if running:
         return state if state.state == "RUNNING" else replace(state, state="RUNNING", reason="")
-    state = job.state  # the runner may have written it since
-    if not state.active and state.submitted >= job.submitted:
+    written = state.submitted >= job.submitted
+    if written and not state.active:
         return state
     if is_locked(Sweep(job.folder.parent).launcher_lock):
         return replace(state, state="QUEUED", reason="")
-    if state.submitted >= job.submitted and state.state == "RUNNING":
-        return replace(state, state="LOST", reason=f"its runner was killed; {RESUME_HINT}")
-    return replace(state, state="LOST", reason=f"its launcher ended before it began; {RESUME_HINT}")
+    reason = "its runner was killed" if written and state.state == "RUNNING" else "its launcher ended before it began"
+    return replace(state, state="LOST", reason=f"{reason}; {RESUME_HINT}")
 
 
-def _slurm_state(
-    job: Job, state: JobState, slurm_id: str, slurm_states: Mapping[str, SlurmState], arrays: Collection[str]
-) -> JobState:
+def _slurm_state(job: Job, state: JobState, last: JobState, slurm_states: Mapping[str, SlurmState]) -> JobState:
     """The state of a job on SLURM whose runner wrote no final one.
 
     Args:
         job: whose state is wanted.
         state: in state.json.
-        slurm_id: of its last submission.
+        last: the same, or QUEUED if that is of an earlier submission, with the id of the last one.
         slurm_states: SLURM's states by id.
-        arrays: ids of the arrays in `slurm_states`.
     """
-    writer = slurm_states.get(state.slurm_id or "")  # the SLURM job whose runner wrote the state
-    if state.state == "RUNNING" and writer and writer.state in WORKING:
-        return state
-    last, reported = replace(_of_last_submission(job, state), slurm_id=slurm_id), slurm_states.get(slurm_id)
-    if reported is None:
+    slurm_id = str(last.slurm_id)
+    if not (reported := slurm_states.get(slurm_id)):
         # SLURM keeps no record of a task that is cancelled while it waits within its array; of other jobs it does.
-        if job.cancelled >= last.submitted or slurm_id.partition("_")[0] in arrays:
+        array = slurm_id.partition("_")[0]
+        if job.cancelled >= last.submitted or any(known.partition("_")[0] == array for known in slurm_states):
             return replace(last, state="CANCELLED", reason=f"cancelled before it began; {RESUME_HINT}")
         return replace(last, state="LOST", reason=f"SLURM does not know its job {slurm_id} any more; {RESUME_HINT}")
     if reported.state in WAITING:
         reason = last.reason if reported.reason in _USUAL_REASONS else f"waits: {reported.reason}"
         return replace(last, state="QUEUED", reason=reason)
-    node = last.node or reported.node
+    last = replace(last, node=last.node or reported.node)
     if reported.state in WORKING:
-        return replace(last, state="RUNNING", node=node, reason="")
+        return replace(last, state="RUNNING", reason="")
     name = _OTHER_NAME.get(reported.state, reported.state)
     if name == "FAILED" and state.state == "INTERRUPTED" and state.submitted >= job.submitted:
         return state  # it could not be requeued, and its runner wrote why
-    if name not in _SAME_NAME:
+    if name not in _REASONS:
         reason = f"SLURM reports {reported.state}, but its runner did not write how it ended; {RESUME_HINT}"
-        return replace(last, state="LOST", node=node, reason=reason)
-    details = f"SLURM reports {reported.state}, {reported.reason}; its files are in {job.folder.parent / 'slurm'}"
-    reason = f"{_REASONS.get(name, details)}; {RESUME_HINT}"
-    return replace(last, state=name, node=node, reason=reason)  # type: ignore[arg-type]
+        return replace(last, state="LOST", reason=reason)
+    reason = _REASONS[name].format(reason=reported.reason, folder=job.folder.parent / "slurm")
+    return replace(last, state=name, reason=f"{reason}; {RESUME_HINT}")  # type: ignore[arg-type]
 
 
-def squeue_states(slurm_ids: Sequence[str]) -> Mapping[str, SlurmState] | None:
+def wait_until_ended(
+    jobs: Sequence[Job], timeout_s: float = math.inf, poll_s: float = 1.0, say: Callable[[str], None] = lambda _: None
+) -> bool:
+    """Wait until none of these jobs is queued or running; whether that was so within the time.
+
+    Args:
+        jobs: of one sweep.
+        timeout_s: seconds.
+        poll_s: seconds between two looks at the states.
+        say: called with a sentence for each change of a state.
+    """
+    end, before = time.monotonic() + timeout_s, {}
+    while True:
+        states = current_states(jobs)
+        for job in jobs:
+            state = states[job.digest]
+            if before.get(job.digest, state.state) != state.state:
+                say(f"{job.label}: {state.state}{': ' if state.reason else ''}{state.reason}")
+            before[job.digest] = state.state
+        if not any(state.active for state in states.values()):
+            return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(poll_s)
+
+
+def squeue_states(slurm_ids: Iterable[str]) -> dict[str, SlurmState] | None:
     """States by id from squeue, also of jobs that ended a short time ago; None if the controller does not answer."""
+    return _reported(slurm_ids, "squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%N|%r")
+
+
+def sacct_states(slurm_ids: Iterable[str]) -> dict[str, SlurmState]:
+    """States by id from sacct; empty on a cluster without accounting."""
+    states = _reported(slurm_ids, "sacct", "-X", "-n", "-P", "--format=JobID,State,NodeList,ExitCode") or {}
+    return {slurm_id: replace(state, reason=f"exit code {state.reason}") for slurm_id, state in states.items()}
+
+
+def _reported(slurm_ids: Iterable[str], *command: str) -> dict[str, SlurmState] | None:
+    """States by id from a command that prints id, state, node and reason; None if it fails."""
     states: dict[str, SlurmState] = {}
-    for ids in _batches(slurm_ids):
-        answer = run_slurm("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%N|%r", f"--jobs={ids}")
+    names = sorted({slurm_id.partition("_")[0] for slurm_id in slurm_ids})  # an array is named once, not by its tasks
+    for start in range(0, len(names), IDS_PER_CALL):
+        answer = run_slurm(*command, f"--jobs={','.join(names[start : start + IDS_PER_CALL])}")
         if answer.returncode and "Invalid job id" not in answer.stderr:
             return None
         for line in answer.stdout.splitlines():
             slurm_id, state, node, reason = line.strip().split("|", 3)
-            states[slurm_id] = SlurmState(state, node, "" if reason == "None" else reason)
-    return states
-
-
-def sacct_states(slurm_ids: Sequence[str]) -> Mapping[str, SlurmState]:
-    """States by id from sacct; empty on a cluster without accounting."""
-    states: dict[str, SlurmState] = {}
-    for ids in _batches(slurm_ids) if shutil.which("sacct") else ():
-        answer = run_slurm("sacct", "-X", "-n", "-P", "--format=JobID,State,NodeList,ExitCode", "-j", ids)
-        for line in answer.stdout.splitlines():
-            slurm_id, state, node, code = line.strip().split("|", 3)
             # The state may be followed by other words, as in "CANCELLED by 1000".
-            node = "" if node.startswith("None") else node
-            states[slurm_id] = SlurmState(state.split()[0], node, f"exit code {code}")
+            node, reason = ("" if text.startswith("None") else text for text in (node, reason))
+            states[slurm_id] = SlurmState(state.split()[0], node, reason)
     return states
-
-
-def _batches(slurm_ids: Sequence[str]) -> Iterator[str]:
-    """Comma-separated ids for one call each; an array is named once, not by its tasks."""
-    names = sorted({slurm_id.partition("_")[0] for slurm_id in slurm_ids})
-    for start in range(0, len(names), IDS_PER_CALL):
-        yield ",".join(names[start : start + IDS_PER_CALL])
 
 
 def run_slurm(*command: str) -> subprocess.CompletedProcess[str]:

@@ -18,13 +18,13 @@ from twoviews import foreign, launched
 from twoviews.code import code_state, copy_digest, freeze, left_out, no_commit
 from twoviews.config.building import build
 from twoviews.config.checks import checked_plugin
-from twoviews.config.digest import as_float, flat, without_unused
+from twoviews.config.digest import as_float, flat, plain, without_unused
 from twoviews.console import Console
 from twoviews.errors import BadInput, counted
 from twoviews.sweeps import mlflow_sync
 from twoviews.sweeps.composing import Composer, job_specs
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job import ATTRIBUTES, Job, JobSpec, JobState
+from twoviews.sweeps.job import Job, JobSpec, JobState
 from twoviews.sweeps.job_states import current_states, wait_until_ended
 from twoviews.sweeps.machine import CLUSTER_POLL_SECONDS, Launcher
 from twoviews.sweeps.plan import plan
@@ -32,27 +32,16 @@ from twoviews.tracking import uris
 
 MAX_SHOWN_FILES = 5  # of those that git does not track
 # Overrides of Hydra's own node that matter to a sweep.
-_HYDRA_KEYS = (
-    "hydra.mode=",
-    "hydra.sweep.dir=",
-    "hydra.launcher",
-    "hydra/launcher=",
-    "hydra.sweeper",
-    "hydra/sweeper=",
-)
+_HYDRA_KEYS = re.compile(r"[+~]*hydra([.]mode=|[.]sweep[.]dir=|[.]launcher|[.]sweeper|/launcher=|/sweeper=)")
 # Root keys that may differ between launches of one sweep.
 FREE_KEYS = ("hydra", "sweep", "tracking", "runtime", "fresh", "preview", "find_batch")
+# Parameters of launchers that version 0.1.0 recorded, by their present names.
+_OLD_PARAMETERS = {"points_per_gpu": "jobs_per_gpu", "cores_per_point": "cores_per_job"}
 
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """The node `sweep` of conf/train.yaml.
-
-    Args:
-        name: of the folder below multirun/; None: <method>-<data>-<digest of the fixed values and the swept keys>.
-        wait: on a cluster, stay until the last job has ended.
-        plan: print what would be started, and start nothing.
-    """
+    """The node `sweep` of conf/train.yaml, where its keys are explained."""
 
     name: str | None
     wait: bool
@@ -76,7 +65,7 @@ class SweepCommand:
             raise BadInput(f"sweep.name={name} is a number and has to be a name; quote it: 'sweep.name=\"{name}\"'.")
         self.options, self.console = SweepOptions(**options), Console()
         for override in config.hydra.overrides.hydra:
-            if not override.lstrip("+~").startswith(_HYDRA_KEYS):
+            if not _HYDRA_KEYS.match(override):
                 raise BadInput(f"{override} would not reach the jobs of a sweep; leave it out, or leave out -m.")
         overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         self.swept = [override.get_key_element() for override in overrides if override.is_sweep_override()]
@@ -85,8 +74,8 @@ class SweepCommand:
         if not re.fullmatch(r"[\w+-][\w.+-]*", name):
             raise BadInput(f"sweep.name={name} is not the name of a folder; use letters, digits and any of . _ + -")
         self.folder = Path(config.hydra.sweep.dir) / name
-        tracking = OmegaConf.to_container(config.tracking, resolve=True)
-        self.tracking: dict[str, Any] = {**tracking, "uri": uris.resolve(tracking["uri"])}  # type: ignore[dict-item, index]
+        tracking = plain(config.tracking)
+        self.tracking = {**tracking, "uri": uris.resolve(tracking["uri"])}
         if self.tracking["mirror"]:
             uris.check_reachable(self.tracking["uri"])
         uris.trust(self.tracking["uri"])
@@ -121,18 +110,17 @@ class SweepCommand:
             BadInput: a job needs one of them.
         """
         files = left_out()
-        choices = {
-            f"conf/{group}/{choice}.yaml" for spec in specs for group, choice in spec.more.get("choices", {}).items()
-        }
-        needed = []
-        for file in files:
+        chosen = {f"conf/{group}/{choice}.yaml" for spec in specs for group, choice in spec.more["choices"].items()}
+
+        def needed(file: str) -> bool:
             module = file.removeprefix("src/").removesuffix(".py").replace("/", ".")
-            if file in choices or any(f"_target_: {module}." in spec.config_yaml for spec in specs):
-                needed.append(file)
-        if needed:
+            return file in chosen or any(f"_target_: {module}." in spec.config_yaml for spec in specs)
+
+        if lacking := [*filter(needed, files)]:
+            verb, them = ("is", "it") if len(lacking) == 1 else ("are", "them")
             raise BadInput(
-                f"{' and '.join(needed)} {'is' if len(needed) == 1 else 'are'} not tracked by git, so jobs would lack "
-                f"{'it' if len(needed) == 1 else 'them'}; run `git add {' '.join(needed)}`."
+                f"{' and '.join(lacking)} {verb} not tracked by git, so jobs would lack {them}; run "
+                f"`git add {' '.join(lacking)}`."
             )
         if files:
             shown = ", ".join(files[:MAX_SHOWN_FILES]) + (" …" if len(files) > MAX_SHOWN_FILES else "")
@@ -172,16 +160,24 @@ def launch_all(command: SweepCommand, combinations: Sequence[Sequence[str]]) -> 
     sweep, jobs = command.add(specs)
     states = current_states(jobs)
     todo = [job for job in jobs if states[job.digest].unfinished]
-    print_start(sweep, jobs, states, len(todo), command.console)
-    command.attach_jobs(sweep, todo)
     digests = {job.digest for job in jobs}
+    by_state = Counter(state.state for state in states.values())
+    counts = {
+        "finished": by_state["FINISHED"],
+        "given up by a search": by_state["PRUNED"],
+        "running or queued already": by_state["RUNNING"] + by_state["QUEUED"],
+        "to run": len(todo),
+    }
+    shown = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    command.console.say(f"sweep {sweep.name}: {counted(len(jobs), 'job')}, {shown}; {sweep.folder}")
+    command.attach_jobs(sweep, todo)
     try:
         command.launcher.submit(todo)
         if command.options.wait:
             wait_until_ended(sweep.named(digests), poll_s=CLUSTER_POLL_SECONDS, say=command.console.say)
     finally:
         command.flush(sweep)
-    return print_end(sweep, digests, command.console)
+    return 1 if any(state.unfinished for state in print_end(sweep, digests, command.console).values()) else 0
 
 
 def retry(sweep: Sweep, jobs: Sequence[Job]) -> None:
@@ -200,13 +196,13 @@ def retry(sweep: Sweep, jobs: Sequence[Job]) -> None:
         )
     for job in jobs:
         uris.refuse_untrusted(foreign.load(job.folder / "config.yaml").get("tracking", {}).get("uri"))
-    build({ATTRIBUTES.get(key, key): value for key, value in launcher.items()}).submit(jobs)
+    build({_OLD_PARAMETERS.get(key, key): value for key, value in launcher.items()}).submit(jobs)
 
 
 def default_name(config: DictConfig, swept: Sequence[str]) -> str:
     """The name of a sweep without sweep.name=, which does not depend on the values of the swept keys."""
     nodes = OmegaConf.masked_copy(config, [str(key) for key in config if key not in FREE_KEYS])
-    values = without_unused(flat(OmegaConf.to_container(nodes, resolve=True)))
+    values = without_unused(flat(plain(nodes)))
     fixed = {key: value for key, value in values.items() if not any(f"{key}.".startswith(f"{node}.") for node in swept)}
     text = repr((sorted((key, as_float(value)) for key, value in fixed.items()), sorted(swept)))
     choices = config.hydra.runtime.choices
@@ -214,35 +210,18 @@ def default_name(config: DictConfig, swept: Sequence[str]) -> str:
     return "-".join([*front, hashlib.blake2b(text.encode(), digest_size=4).hexdigest()])
 
 
-def print_start(
-    sweep: Sweep, jobs: Sequence[Job], states: Mapping[str, JobState], to_run: int, console: Console
-) -> None:
-    """Print how many jobs there are, how many are finished or active, and how many are run now."""
-    by_state = Counter(states[job.digest].state for job in jobs)
-    counts = {
-        "finished": by_state["FINISHED"],
-        "given up by a search": by_state["PRUNED"],
-        "running or queued already": by_state["RUNNING"] + by_state["QUEUED"],
-        "to run": to_run,
-    }
-    shown = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    console.say(f"sweep {sweep.name}: {counted(len(jobs), 'job')}, {shown}; {sweep.folder}")
-
-
-def print_end(sweep: Sweep, digests: set[str], console: Console) -> int:
-    """Print how many of these jobs are finished, and a line for each that failed; returns the exit code."""
-    jobs = sweep.named(digests)
+def print_end(sweep: Sweep, digests: set[str], console: Console) -> Mapping[str, JobState]:
+    """Print how many of these jobs are finished, and a line for each that failed; returns the states by digest."""
+    jobs, name = sweep.named(digests), shlex.quote(sweep.name)
     states = current_states(jobs)
     failed = [job for job in jobs if states[job.digest].unfinished]
     counts = Counter(state.state for state in states.values())
-    active, pruned = counts["RUNNING"] + counts["QUEUED"], counts["PRUNED"]
-    rest = (f", {pruned} given up by a search" if pruned else "") + (f", {active} queued or running" if active else "")
+    others = {"given up by a search": counts["PRUNED"], "queued or running": counts["RUNNING"] + counts["QUEUED"]}
+    rest = "".join(f", {count} {what}" for what, count in others.items() if count)
     console.say(f"sweep {sweep.name}: {counts['FINISHED']:,} of {counted(len(jobs), 'job')} finished{rest}")
     for job in failed:
-        state = states[job.digest]
-        console.say(f"  {state.state} {job.label}: {state.reason}")
-    name = shlex.quote(sweep.name)
-    if active:
+        console.say(f"  {states[job.digest].state} {job.label}: {states[job.digest].reason}")
+    if others["queued or running"]:
         console.say(f"`python -m twoviews.sweep status {name}` shows their states.")
     if place := mlflow_sync.sweep_page(sweep):
         console.say(f"MLflow: {place}")
@@ -251,4 +230,4 @@ def print_end(sweep: Sweep, digests: set[str], console: Console) -> int:
             f"{counted(len(failed), 'job')} did not finish; `python -m twoviews.sweep logs {name} <job>` shows the output of "
             "one, and the same command runs them again."
         )
-    return 1 if failed else 0
+    return states

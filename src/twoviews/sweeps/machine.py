@@ -14,15 +14,16 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
+from typing import NamedTuple
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from twoviews.console import Console, duration
 from twoviews.errors import BadInput
+from twoviews.locks import try_acquire
 from twoviews.protocols.units import KNN_TOP1
 from twoviews.ranges import Count
 from twoviews.sweeps import runner
@@ -45,7 +46,6 @@ class Launcher(ABC):
     The parameters of the constructor are the keys of conf/hydra/launcher/<name>.yaml.
     """
 
-    @abstractmethod
     def submit(self, jobs: Sequence[Job]) -> None:
         """Run these jobs, from their last checkpoints if they have any; those that run already are left alone.
 
@@ -55,6 +55,17 @@ class Launcher(ABC):
             BadInput: the scheduler refuses.
             SystemExit: a signal stopped them; its code is 128 + the signal's number.
         """
+        if jobs:
+            sweep = Sweep(jobs[0].folder.parent)
+            with sweep.launching(Console().say):
+                states = current_states(jobs)  # another process may have submitted some meanwhile
+                waiting = {digest for digest, state in states.items() if state.state == "QUEUED" and not state.slurm_id}
+                todo = [job for job in jobs if states[job.digest].unfinished or job.digest in waiting]
+                self.start(sweep, todo)
+
+    @abstractmethod
+    def start(self, sweep: Sweep, jobs: Sequence[Job]) -> None:
+        """What `submit` does with the jobs of a sweep that do not run, while no other process starts any."""
 
     @abstractmethod
     def capacity(self) -> int:
@@ -81,36 +92,11 @@ class Launcher(ABC):
             time.sleep(CLUSTER_POLL_SECONDS)
 
 
-@dataclass
-class Slot:
-    """A place for one job on this machine.
+class Slot(NamedTuple):
+    """A place for one job on this machine."""
 
-    Args:
-        name: of its lease, which all sweeps of this user respect; empty for no lease.
-        environment: variables that put a training there.
-    """
-
-    name: str = ""
-    environment: dict[str, str] = field(default_factory=dict)
-    lease: FileLock | None = None
-
-    def acquire(self) -> bool:
-        """Take the lease; False if another process of this user holds it."""
-        if not self.name:
-            return True
-        folder = Path(tempfile.gettempdir()) / f"twoviews-leases-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        self.lease = FileLock(folder / f"{self.name}.lock")
-        try:
-            self.lease.acquire(timeout=0)
-        except Timeout:
-            return False
-        return True
-
-    def release(self) -> None:
-        """Release the lock that `acquire` took, so that another process may use this slot."""
-        if self.lease:
-            self.lease.release()
+    environment: Mapping[str, str]  # variables that put a training there
+    lease: FileLock | None  # held while a job runs there, and respected by all sweeps of this user
 
 
 class Local(Launcher):
@@ -120,32 +106,80 @@ class Local(Launcher):
 
     def slots(self) -> list[Slot]:
         """All slots of this machine, leased or not."""
-        return [Slot()]
-
-    def print_warnings(self) -> None:
-        """Print what makes the jobs slower than they could be."""
+        return [Slot({}, None)]
 
     def capacity(self) -> int:
         """Number of slots, or `at_once` if that is smaller."""
         return min(self.at_once or sys.maxsize, len(self.slots()))
 
-    def submit(self, jobs: Sequence[Job]) -> None:
+    def start(self, sweep: Sweep, jobs: Sequence[Job]) -> None:
         """Run the jobs in their order; return when the last one has ended."""
-        self.print_warnings()
-        if jobs:
-            self._run(Sweep(jobs[0].folder.parent), jobs, lambda _: None)
+        batches = iter([jobs])
+        self._work(sweep, lambda _: next(batches, None), f"/{len(jobs)}")
 
     def serve(self, sweep: Sweep, source: JobSource) -> None:
         """Run jobs as `source` returns them."""
-        self.print_warnings()
-        self._run(sweep, [], source)
-
-    def _run(self, sweep: Sweep, jobs: Sequence[Job], source: JobSource) -> None:
-        slots = self.slots()
         with sweep.launching(Console().say):
-            states = current_states(jobs)
-            todo = [job for job in jobs if states[job.digest].state not in ("FINISHED", "RUNNING")]
-            _Work(sweep, slots, min(self.at_once or sys.maxsize, len(slots))).run(todo, source)
+            self._work(sweep, source)
+
+    def _work(self, sweep: Sweep, source: JobSource, total: str = "") -> None:
+        """Run the jobs of a source in the slots until there are no more; returns when all have ended.
+
+        Args:
+            sweep: to which the jobs belong.
+            source: called again and again.
+            total: printed behind the number of each job, such as "/9".
+
+        Raises:
+            SystemExit: a signal stopped them.
+        """
+        slots, console, report = self.slots(), Console(), BackgroundReport()
+        limit = min(self.at_once or sys.maxsize, len(slots))
+        queue: deque[tuple[str, Job]] = deque()  # with their titles
+        running: list[tuple[str, Job, Slot, subprocess.Popen]] = []
+        signals: list[int] = []
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        handlers = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in numbers}
+        count, more, stopping = 0, True, False
+        try:
+            while more or queue or running:
+                if signals and not stopping:
+                    more, stopping = False, True
+                    queue.clear()
+                    for *_, process in running:
+                        process.send_signal(signal.SIGTERM)
+                for entry in [entry for entry in running if entry[3].poll() is not None]:
+                    title, job, slot, _ = entry
+                    running.remove(entry)
+                    if slot.lease:
+                        slot.lease.release()
+                    console.say(f"{title}: {_outcome(job)}")
+                    report.update(sweep)
+                if more:
+                    jobs, when = source(max(0, limit - len(running) - len(queue))), time.time()
+                    more = jobs is not None
+                    if jobs:
+                        sweep.mark_submitted({job.digest: None for job in jobs}, when)
+                    for job in jobs or ():
+                        count += 1
+                        queue.append((f"[{count}{total}] {job.label}", replace(job, slurm_id=None, submitted=when)))
+                for slot in [slot for slot in slots if slot not in [entry[2] for entry in running]]:
+                    if queue and len(running) < limit and (slot.lease is None or try_acquire(slot.lease)):
+                        title, job = queue.popleft()
+                        running.append((title, job, slot, runner.start(job, slot.environment)))
+                        console.say(f"{title}: begins; {job.folder / LOG}")
+                if queue and not running:
+                    console.say_once("all slots are leased to other pools; waiting …")
+                if more or queue or running:
+                    time.sleep(POLL_SECONDS)
+        finally:
+            report.stop()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        if signals:
+            first = signal.Signals(signals[0])
+            console.say(f"stopped by {first.name}; what ran has a checkpoint, and the same command goes on.")
+            sys.exit(128 + first)
 
 
 class Pool(Local):
@@ -160,28 +194,33 @@ class Pool(Local):
     def __init__(self, at_once: Count | None, jobs_per_gpu: Count, cores_per_job: Count):
         self.at_once, self.jobs_per_gpu, self.cores_per_job = at_once, jobs_per_gpu, cores_per_job
 
-    def print_warnings(self) -> None:
-        """Print a line if jobs get cores although there is a GPU, because nvidia-smi cannot list it."""
-        if "CUDA_VISIBLE_DEVICES" not in os.environ and not gpus() and DRIVER.exists():
-            Console().say(
-                "slower    jobs share the cores: this machine has a GPU, and nvidia-smi, which is missing or fails, does not "
-                "name it; CUDA_VISIBLE_DEVICES=0 before the command does."
-            )
-
     def slots(self) -> list[Slot]:
-        """A slot for each share of a GPU; without GPUs, for each group of cores.
+        """A slot for each share of a GPU; without GPUs, for each group of cores, which is said if the machine has a GPU.
 
         Raises:
             BadInput: there is none.
         """
         threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.cores_per_job))}
-        shares = [(gpu, share) for share in range(self.jobs_per_gpu) for gpu in gpus()]
-        if shares:
-            return [Slot(f"gpu{gpu}-{share}", {**threads, "CUDA_VISIBLE_DEVICES": gpu}) for gpu, share in shares]
+        if shares := [(gpu, share) for share in range(self.jobs_per_gpu) for gpu in gpus()]:
+            return [
+                Slot({**threads, "CUDA_VISIBLE_DEVICES": gpu}, _lease(f"gpu{gpu}-{share}")) for gpu, share in shares
+            ]
+        if "CUDA_VISIBLE_DEVICES" not in os.environ and DRIVER.exists():
+            Console().say(
+                "slower    jobs share the cores: this machine has a GPU, and nvidia-smi, which is missing or fails, does not "
+                "name it; CUDA_VISIBLE_DEVICES=0 before the command does."
+            )
         cores, step = len(os.sched_getaffinity(0)), self.cores_per_job
         if step > cores:
             raise BadInput(f"hydra.launcher.cores_per_job={step}, but this machine has {cores} cores; lower it.")
-        return [Slot(f"cores{first}-{first + step - 1}", threads) for first in range(0, cores - step + 1, step)]
+        firsts = range(0, cores - step + 1, step)
+        return [Slot(threads, _lease(f"cores{first}-{first + step - 1}")) for first in firsts]
+
+
+def _lease(name: str) -> FileLock:
+    folder = Path(tempfile.gettempdir()) / f"twoviews-leases-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return FileLock(folder / f"{name}.lock")
 
 
 def gpus() -> list[str]:
@@ -208,91 +247,8 @@ def stop(jobs: Sequence[Job]) -> None:
             os.kill(int(process.parent.name), signal.SIGTERM)
 
 
-class _Work:
-    """Runs jobs in slots until there are no more, or a signal came.
-
-    Args:
-        sweep: to which the jobs belong.
-        slots: of this machine.
-        limit: most jobs that run at once.
-    """
-
-    def __init__(self, sweep: Sweep, slots: Sequence[Slot], limit: int):
-        self._sweep, self._slots, self._limit, self._console = sweep, slots, limit, Console()
-        self._count, self._total = 0, ""  # of the jobs so far; of all jobs, if that is known
-        self._queue: deque[tuple[int, Job]] = deque()
-        self._running: list[tuple[int, Job, Slot, subprocess.Popen]] = []
-        self._signal, self._report = 0, BackgroundReport()
-
-    def run(self, jobs: Sequence[Job], source: JobSource) -> None:
-        """Run these jobs, and those that a source returns meanwhile; return when all have ended.
-
-        Raises:
-            SystemExit: a signal stopped them.
-        """
-        self._total = f"/{len(jobs)}" if jobs else ""
-        self._add(jobs)
-        handlers = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            self._loop(source)
-        finally:
-            self._report.stop()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        if self._signal:
-            name = signal.Signals(self._signal).name
-            self._console.say(f"stopped by {name}; what ran has a checkpoint, and the same command goes on.")
-            sys.exit(128 + self._signal)
-
-    def _add(self, jobs: Sequence[Job]) -> None:
-        """Queue jobs, which are recorded as submitted now."""
-        when = time.time()
-        if jobs:
-            self._sweep.mark_submitted({job.digest: None for job in jobs}, when)
-        for job in jobs:
-            self._count += 1
-            self._queue.append((self._count, replace(job, slurm_id=None, submitted=when)))
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._signal = self._signal or number
-
-    def _loop(self, source: JobSource) -> None:
-        more, stopping, said = True, False, False
-        while more or self._queue or self._running:
-            if self._signal and not stopping:
-                more, stopping = False, True
-                self._queue.clear()
-                for *_, process in self._running:
-                    process.send_signal(signal.SIGTERM)
-            self._release_ended()
-            if more:
-                jobs = source(max(0, self._limit - len(self._running) - len(self._queue)))
-                more = jobs is not None
-                self._add(jobs or ())
-            self._fill_slots()
-            if self._queue and not self._running and not said:
-                said = True
-                self._console.say("all slots are leased to other pools; waiting …")
-            if more or self._queue or self._running:
-                time.sleep(POLL_SECONDS)
-
-    def _release_ended(self) -> None:
-        for entry in [entry for entry in self._running if entry[3].poll() is not None]:
-            number, job, slot, _ = entry
-            self._running.remove(entry)
-            slot.release()
-            self._console.say(f"[{number}{self._total}] {job.label}: {_outcome(job)}")
-            self._report.update(self._sweep)
-
-    def _fill_slots(self) -> None:
-        for slot in [slot for slot in self._slots if slot not in [entry[2] for entry in self._running]]:
-            if self._queue and len(self._running) < self._limit and slot.acquire():
-                number, job = self._queue.popleft()
-                self._running.append((number, job, slot, runner.start(job, slot.environment)))
-                self._console.say(f"[{number}{self._total}] {job.label}: begins; {job.folder / LOG}")
-
-
 def _outcome(job: Job) -> str:
+    """How a job ended, as it is printed."""
     state, result = job.state, job.result
     if state.state != "FINISHED":
         return f"{state.state}: {state.reason}"

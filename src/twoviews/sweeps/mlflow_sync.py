@@ -24,7 +24,7 @@ from twoviews.tracking import uris
 from twoviews.tracking.client import short_error
 from twoviews.tracking.metrics import METRICS_FILE
 from twoviews.tracking.mirror import SOURCES
-from twoviews.tracking.parent_run import attach_parent, end_parent_run, open_parent_run, value_tags
+from twoviews.tracking.parent_run import attach_parent, open_parent_run, update_run, value_tags
 from twoviews.tracking.state import new_run_key, page
 from twoviews.tracking.upload import is_uploaded, pending_values, upload
 
@@ -94,7 +94,7 @@ def collect(sweep: Sweep, jobs: Sequence[Job], say: Callable[[str], None] = prin
             left += 1
     if end := _parent_status([*states.values()]):
         with _mlflow_errors():
-            end_parent_run(tracking["uri"], tracking["experiment"], sweep.record["parent"], end)
+            update_run(tracking["uri"], tracking["experiment"], sweep.record["parent"], status=end)
         with sweep.update() as record:
             record["parent_status"] = end
     _report(sweep, states, say)

@@ -27,7 +27,7 @@ from twoviews.sweeps.results import (
 )
 from twoviews.tables import as_latex, as_markdown, span
 from twoviews.tracking.client import short_error
-from twoviews.tracking.parent_run import log_report
+from twoviews.tracking.parent_run import update_run
 
 NOT_FAILED = ("QUEUED", "RUNNING", "INTERRUPTED", "PRUNED", FINISHED)
 MAX_ROWS = 40  # of a table on the page; the CSV has all
@@ -81,7 +81,15 @@ def _send(sweep: Sweep, results: Results, files: Sequence[Path], say: Callable[[
     parts = [_best(results), _configs(results), *_heading(sweep, results).split("\n\n")[1:], _cost(results)]
     note = re.sub("^    (.+)$", r"`\1`", "\n\n".join([*parts, _failures(sweep, results)]), flags=re.MULTILINE)
     try:
-        log_report(tracking["uri"], tracking["experiment"], run, note, files, metrics, len(finished), tags)
+        more = {
+            "tags": tags,
+            "metrics": metrics,
+            "step": len(finished),
+            "note": note,
+            "files": files,
+            "place": "report",
+        }
+        update_run(tracking["uri"], tracking["experiment"], run, **more)
     except Exception as error:  # whatever fails in MLflow, the report is in the folder
         say(f"MLflow does not have the report ({short_error(error)}); the same command sends it again.")
 

@@ -11,7 +11,6 @@ import platform
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -20,7 +19,7 @@ from types import FrameType
 
 from filelock import Timeout
 
-from twoviews import foreign
+from twoviews import foreign, processes
 from twoviews.code import python_path
 from twoviews.errors import BadInput
 from twoviews.sweeps.job import LOG, Job, JobState, StateName
@@ -29,16 +28,33 @@ from twoviews.tracking import uris
 MODULE = "twoviews.sweeps.runner"
 OLD_MODULE = "twoviews.sweeps.supervise"  # its name in the code of sweeps that version 0.1.0 launched
 RUNNER_LOCK_SECONDS = 60.0  # longest wait for the end of an earlier runner of the same job
+POLL_SECONDS = 0.5  # between two looks at a training
 MAX_STALLED_STARTS = 3  # starts in a row without a checkpoint after which a job has failed
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)  # train.py writes a checkpoint and leaves
 LOG_TAIL_BYTES = 20_000  # of a log in which the reason of a failure is looked for
-_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_TORCHRUN_VARIABLES = (*processes.PLACE, "MASTER_ADDR", "MASTER_PORT")
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def is_old(code: Path) -> bool:
     """Whether a frozen copy of the code is from version 0.1.0, where this module had another name."""
     return (code / "src" / Path(*OLD_MODULE.split("."))).with_suffix(".py").exists()
+
+
+def start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen:
+    """The runner of a job as a process, with the code that was frozen for it.
+
+    Args:
+        job: submitted to this machine.
+        environment: variables beside those of this process.
+    """
+    code = Path(job.description["code"])
+    return subprocess.Popen(
+        [sys.executable, "-m", OLD_MODULE if is_old(code) else MODULE, str(job.folder), repr(job.submitted)],
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **environment, "PYTHONPATH": python_path(code / "src")},
+        start_new_session=True,  # Ctrl-C in the terminal reaches this process alone, which passes it on once
+    )
 
 
 def run(
@@ -60,32 +76,26 @@ def run(
         slurm_id: of the SLURM job that this process belongs to, if any.
         failure: polled while the training runs; returns why it has to be killed, or an empty string.
     """
-    lock = job.lock
     try:
-        lock.acquire(timeout=RUNNER_LOCK_SECONDS)
+        with job.lock.acquire(timeout=RUNNER_LOCK_SECONDS):
+            before = job.state
+            if before.state == "FINISHED":
+                return before
+            state = _started(job, before, submitted, slurm_id)
+            job.write(state)
+            if state.state == "FAILED":
+                return state
+            # This machine may have another cache folder than that where the job was launched.
+            with contextlib.suppress(BadInput):  # the training reports it
+                uris.trust(foreign.load(job.folder / "config.yaml").get("tracking", {}).get("uri"))
+            name, reason = _run_training(job, environment or {}, failure)
+            metrics = job.metrics()
+            step = int(metrics[-1]["step"]) if metrics else 0
+            state = replace(state, state=name, reason=reason, ended=time.time(), step=step)
+            job.write(state)
+            return state
     except Timeout:
         return job.state
-    try:
-        before = job.state
-        if before.state == "FINISHED":
-            return before
-        state = _started(job, before, submitted, slurm_id)
-        job.write(state)
-        if state.state == "FAILED":
-            return state
-        # This machine may have another cache folder than that where the job was launched.
-        with contextlib.suppress(BadInput):  # the training reports it
-            uris.trust(foreign.load(job.folder / "config.yaml").get("tracking", {}).get("uri"))
-        with TrainingProcess(job, LOG, environment or {}) as training:
-            training.wait(failure)
-        name, reason = training.job_state(failure())
-        metrics = job.metrics()
-        step = int(metrics[-1]["step"]) if metrics else 0
-        state = replace(state, state=name, reason=reason, ended=time.time(), step=step)
-        job.write(state)
-    finally:
-        lock.release()
-    return state
 
 
 def _started(job: Job, before: JobState, submitted: float, slurm_id: str | None) -> JobState:
@@ -113,134 +123,101 @@ def _started(job: Job, before: JobState, submitted: float, slurm_id: str | None)
     return replace(state, state="FAILED", ended=time.time(), starts=before.starts, reason=reason)
 
 
-def start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen:
-    """The runner of a job as a process, with the code that was frozen for it.
+def _run_training(job: Job, environment: Mapping[str, str], failure: Callable[[], str]) -> tuple[StateName, str]:
+    """Run the training of a job, or process 0 of it; returns state and reason of the job, as result.json has them."""
+    begun = time.time()
+    name, reason = train(job, LOG, environment, failure)
+    result = job.result
+    if result.get("state") == "finished":
+        return "FINISHED", ""
+    if failed := failure():
+        return "FAILED", failed
+    if name == "FINISHED":
+        return "FAILED", "train.py ended without a result"
+    if name == "FAILED" and result.get("reason") and (job.folder / "result.json").stat().st_mtime >= begun:
+        return name, str(result["reason"])
+    return name, reason
+
+
+def train(
+    job: Job, log: str, environment: Mapping[str, str], failure: Callable[[], str] = lambda: ""
+) -> tuple[StateName, str]:
+    """Run train.py for a job, with the configuration and the code that were frozen for it; stop signals are passed on to it.
 
     Args:
-        job: submitted to this machine.
-        environment: variables beside those of this process.
-    """
-    code = Path(job.description["code"])
-    return subprocess.Popen(
-        [sys.executable, "-m", OLD_MODULE if is_old(code) else MODULE, str(job.folder), repr(job.submitted)],
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, **environment, "PYTHONPATH": python_path(code / "src")},
-        start_new_session=True,  # Ctrl-C in the terminal reaches this process alone, which passes it on once
-    )
-
-
-class TrainingProcess:
-    """The training of a job as a child process; a context in which stop signals are passed on to it.
-
-    Args:
-        job: trained with the configuration and the code that were frozen for it.
+        job: which is trained.
         log: name of the file in its folder that gets the output.
         environment: variables beside those of this process.
+        failure: polled; returns why the training has to be killed, or an empty string.
+
+    Returns:
+        State and reason that follow from how this process ended, whatever other processes of the job did.
     """
+    description, child, early, passed_on = job.description, None, 0, False
+    code = Path(description["code"])
+    inherited = {name: value for name, value in os.environ.items() if name not in _TORCHRUN_VARIABLES}
 
-    def __init__(self, job: Job, log: str, environment: Mapping[str, str]):
-        self._job, self._environment, self._log = job, environment, job.folder / log
-        self._child: subprocess.Popen | None = None
-        self._stop_signal, self._early_signals = 0, []  # the latter came before there was a child
-        self._handlers = {}
-        self._started, self._oom_kills = time.time(), _oom_kills()
-
-    def __enter__(self) -> "TrainingProcess":
-        description = self._job.description
-        code = Path(description["code"])
-        inherited = {name: value for name, value in os.environ.items() if name not in _TORCHRUN_VARIABLES}
-        with self._log.open("a") as log:
-            log.write(f"--- {platform.node()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-            log.flush()
-            self._log_start = log.tell()
-            for number in STOP_SIGNALS:  # before the child exists, so that no signal is lost
-                self._handlers[number] = signal.signal(number, self._pass_on)
-            child = subprocess.Popen(
-                [sys.executable, str(code / "train.py"), *train_arguments(self._job.folder)],
-                cwd=description["cwd"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**inherited, "PYTHONPATH": python_path(code / "src"), **self._environment},
-                preexec_fn=_stop_with_parent,
-            )
-        self._child = child
-        for number in self._early_signals:
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal early, passed_on
+        if passed_on:  # the first only: a second SIGINT would end the training without a checkpoint
+            return
+        passed_on = True
+        if child:
             child.send_signal(number)
-        return self
+        else:
+            early = number
 
-    def __exit__(self, *_: object) -> None:
-        assert self._child
-        if self._child.poll() is None:
-            self._child.kill()
-            self._child.wait()
-        for number, handler in self._handlers.items():
+    with (job.folder / log).open("a") as file:
+        file.write(f"--- {platform.node()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        begin, oom_kills = file.tell(), _oom_kills()
+        # Before the child exists, so that no signal is lost.
+        handlers = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+        child = subprocess.Popen(
+            [sys.executable, str(code / "train.py"), *train_arguments(job.folder)],
+            cwd=description["cwd"],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env={**inherited, "PYTHONPATH": python_path(code / "src"), **environment},
+            preexec_fn=_stop_with_parent,
+        )
+    try:
+        if early:
+            child.send_signal(early)
+        while child.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(POLL_SECONDS)
+            if failure():
+                child.kill()
+    finally:
+        child.kill()
+        child.wait()
+        for number, handler in handlers.items():
             signal.signal(number, handler)
+    return _end(child.returncode, _oom_kills() > oom_kills, job.folder / log, begin)
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        # The first signal only: a second SIGINT would end the training without a checkpoint.
-        if not self._stop_signal:
-            self._stop_signal = number
-            if self._child:
-                self._child.send_signal(number)
-            else:
-                self._early_signals.append(number)
 
-    def wait(self, failure: Callable[[], str]) -> None:
-        """Return when the training has ended; kill it when `failure` returns a reason."""
-        assert self._child
-        while True:
-            try:
-                self._child.wait(0.5)
-                return
-            except subprocess.TimeoutExpired:
-                if failure():
-                    self._child.kill()
-
-    def job_state(self, failure: str) -> tuple[StateName, str]:
-        """State and reason of the job, from result.json and from how process 0 ended.
-
-        Args:
-            failure: why the training had to be killed; empty if it had not.
-        """
-        result = self._job.result
-        if result.get("state") == "finished":
-            return "FINISHED", ""
-        if failure:
-            return "FAILED", failure
-        state, reason = self.process_state()
-        if state == "FINISHED":
-            return "FAILED", "train.py ended without a result"
-        written = (self._job.folder / "result.json").stat().st_mtime if result else 0.0
-        if state == "FAILED" and written >= self._started and result.get("reason"):
-            return state, str(result["reason"])
-        return state, reason
-
-    def process_state(self) -> tuple[StateName, str]:
-        """State and reason that follow from how this process ended, whatever other processes of the job did."""
-        assert self._child and self._child.returncode is not None
-        code = self._child.returncode
-        number = -code if code < 0 else code - 128
-        if code == 0:
-            return "FINISHED", ""
-        if number in STOP_SIGNALS:
-            return "INTERRUPTED", f"stopped by {signal.Signals(number).name}"
-        if number > 0:
-            if _oom_kills() > self._oom_kills:
-                return "OUT_OF_MEMORY", "killed because the memory of the SLURM job was used up"
-            name = signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
-            hint = "; the kernel does that when memory is used up" if number == signal.SIGKILL else ""
-            return "FAILED", f"killed by {name}{hint}"
-        lines = [line.strip() for line in self._log_tail().splitlines() if line.strip()]
-        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        return "FAILED", errors[-1] if errors else lines[-1] if lines else f"exit code {code}"
-
-    def _log_tail(self) -> str:
-        """The end of the output of this start."""
-        with self._log.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(self._log_start, size - LOG_TAIL_BYTES))
-            return file.read().decode(errors="replace")
+def _end(code: int, out_of_memory: bool, log: Path, begin: int) -> tuple[StateName, str]:
+    """State and reason of a training with this exit code, whose output begins at this byte of its log."""
+    number = -code if code < 0 else code - 128
+    if code == 0:
+        return "FINISHED", ""
+    if number in STOP_SIGNALS:
+        return "INTERRUPTED", f"stopped by {signal.Signals(number).name}"
+    if number > 0 and out_of_memory:
+        return "OUT_OF_MEMORY", "killed because the memory of the SLURM job was used up"
+    if number > 0:
+        name = signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
+        hint = "; the kernel does that when memory is used up" if number == signal.SIGKILL else ""
+        return "FAILED", f"killed by {name}{hint}"
+    with log.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(begin, size - LOG_TAIL_BYTES))
+        output = file.read().decode(errors="replace")
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return "FAILED", [f"exit code {code}", *lines, *errors][-1]
 
 
 def train_arguments(folder: Path) -> list[str]:
@@ -277,7 +254,6 @@ def _oom_kills() -> int:
 
 def main() -> int:
     """`python -m twoviews.sweeps.runner <folder> <submitted>`, as launchers of this machine start it."""
-    assert threading.current_thread() is threading.main_thread()
     _stop_with_parent()
     state = run(Job(Path(sys.argv[1]), {}), float(sys.argv[2]))
     return 0 if state.state == "FINISHED" else 1

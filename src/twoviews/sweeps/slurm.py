@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,13 +20,13 @@ from twoviews.ranges import Count, Index, Length
 from twoviews.sweeps import runner
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job
-from twoviews.sweeps.job_states import IDS_PER_CALL, RESUME_HINT, current_states, run_slurm
+from twoviews.sweeps.job_states import IDS_PER_CALL, RESUME_HINT, run_slurm
 from twoviews.sweeps.machine import Launcher, stop
 
 # What sbatch prints if a user, an account or the cluster may have no more jobs (MaxSubmitJobs, MaxJobCount).
 QUEUE_FULL = re.compile(r"SubmitJob\w*Limit|job submit limit|temporarily un|limit on the number of jobs", re.IGNORECASE)
 RETRY_SECONDS = 30.0  # between two attempts to submit to a full queue
-# Options of sbatch that parameters of the launcher set, by parameter, and options that would break the array.
+# Options of sbatch that parameters of the launcher set, by option, and options that would break the array.
 PARAMETERS = {
     **{"time": "timeout_min", "signal": "signal_delay_s", "cpus_per_task": "cpus_per_task", "mem": "mem_gb"},
     **{"gpus_per_node": "gpus_per_node", "partition": "partition", "account": "account", "nodes": "nodes"},
@@ -40,21 +40,7 @@ OLD_JOB_FUNCTION = "twoviews.sweeps.slurm:run_point"  # its name in the code of 
 
 @dataclass
 class Slurm(Launcher):
-    """Jobs as tasks of SLURM job arrays.
-
-    Args:
-        timeout_min: time limit; a job that needs more is requeued and goes on from its checkpoint.
-        signal_delay_s: seconds before the time limit at which a job is asked to stop; at most a quarter of the limit.
-        array_parallelism: jobs of an array that run at once; the cluster limits the length of arrays, often to 1001.
-        cpus_per_task: cores per process.
-        gpus_per_node: GPUs per node; None for none.
-        mem_gb: memory per node; None: the cluster's default.
-        partition: None: the cluster's default.
-        account: None: the user's default.
-        nodes: nodes per job.
-        tasks_per_node: processes of a job on each node.
-        setup: shell commands before the training, such as module load.
-        options: any other option of sbatch, by name; false removes one.
+    """Jobs as tasks of SLURM job arrays; conf/hydra/launcher/slurm.yaml says what its parameters mean.
 
     Raises:
         BadInput: an option is one that the launcher sets itself.
@@ -77,10 +63,9 @@ class Slurm(Launcher):
         self._console = Console()
         self.options = {name.replace("-", "_"): value for name, value in self.options.items()}
         for name in self.options:
-            if name in PARAMETERS:
-                raise BadInput(f"options.{name}= is set by the launcher; use {PARAMETERS[name]}=.")
-            if name in RESERVED:
-                raise BadInput(f"options.{name}= is set by the launcher; leave it out.")
+            if name in (*PARAMETERS, *RESERVED):
+                remedy = f"use {PARAMETERS[name]}=" if name in PARAMETERS else "leave it out"
+                raise BadInput(f"options.{name}= is set by the launcher; {remedy}.")
 
     def capacity(self) -> int:
         """Number of jobs of each array that run at once."""
@@ -90,25 +75,14 @@ class Slurm(Launcher):
         """Number of processes per job, on all its nodes."""
         return self.nodes * self.tasks_per_node
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Put the jobs into SLURM's queue and return.
+    def start(self, sweep: Sweep, jobs: Sequence[Job]) -> None:
+        """Put the jobs into SLURM's queue, in as many arrays as it takes; waits here while the queue is full.
 
         Raises:
             BadInput: this machine has no SLURM, or it refuses.
         """
-        if not jobs:
-            return
         require_slurm()
-        sweep = Sweep(jobs[0].folder.parent)
-        with sweep.launching(self._console.say):
-            states = current_states(jobs)  # another process may have submitted some meanwhile
-            waiting = {digest for digest, state in states.items() if state.state == "QUEUED" and not state.slurm_id}
-            todo = [job for job in jobs if states[job.digest].unfinished or job.digest in waiting]
-            self._submit_arrays(sweep, todo)
-
-    def _submit_arrays(self, sweep: Sweep, jobs: Sequence[Job]) -> None:
-        """Submit in as many arrays as it takes; waits here while the queue is full."""
-        left, waiting = list(jobs), False
+        left = list(jobs)
         size = max_size = max_array_size()
         while left:
             array, when = left[:size], time.time()
@@ -119,12 +93,10 @@ class Slurm(Launcher):
                 if full and len(array) > 1:
                     size = len(array) // 2
                 elif full and len(left) < len(jobs):
-                    if not waiting:
-                        self._console.say(
-                            f"waiting with {counted(len(left), 'job')} until the queue has room ({full[0]}); this command may "
-                            f"be stopped (Ctrl-C), and {RESUME_HINT}."
-                        )
-                    waiting = True
+                    self._console.say_once(
+                        f"waiting with {counted(len(left), 'job')} until the queue has room ({full[0]}); this command may "
+                        f"be stopped (Ctrl-C), and {RESUME_HINT}."
+                    )
                     time.sleep(RETRY_SECONDS)
                 else:
                     sweep.mark([job.digest for job in left], refused=str(error))
@@ -133,21 +105,21 @@ class Slurm(Launcher):
             sweep.mark_submitted(dict(zip((job.digest for job in array), slurm_ids, strict=True)), when)
             array_id = slurm_ids[0].partition("_")[0]
             self._console.say(f"submitted {counted(len(array), 'job')} as SLURM job {array_id}: {self.describe()}")
-            left, size, waiting = left[len(array) :], min(max_size, 2 * size), False
+            left, size = left[len(array) :], min(max_size, 2 * size)
 
     def describe(self) -> str:
         """The resources that SLURM is asked for, per job."""
         nodes = f"{counted(self.nodes, 'node')} with {counted(self.tasks_per_node, 'task')} each"
-        parts = [
-            nodes if self.processes() > 1 else "",
-            f"{counted(self.cpus_per_task, 'core')} per process",
-            f"{counted(self.gpus_per_node, 'GPU')} per node" if self.gpus_per_node else "",
-            f"{self.mem_gb} GB" if self.mem_gb else "",
-            f"time limit {self.timeout_min} min",
-            f"{counted(self.array_parallelism, 'job')} at once",
-            f"partition {self.partition}" if self.partition else "",
-        ]
-        return ", ".join(part for part in parts if part)
+        parts = {
+            nodes: self.processes() > 1,
+            f"{counted(self.cpus_per_task, 'core')} per process": True,
+            f"{counted(self.gpus_per_node or 0, 'GPU')} per node": self.gpus_per_node,
+            f"{self.mem_gb} GB": self.mem_gb,
+            f"time limit {self.timeout_min} min": True,
+            f"{counted(self.array_parallelism, 'job')} at once": True,
+            f"partition {self.partition}": self.partition,
+        }
+        return ", ".join(part for part, asked in parts.items() if asked)
 
     def _submit_array(self, sweep: Sweep, jobs: Sequence[Job], when: float) -> list[str]:
         import submitit
@@ -159,9 +131,12 @@ class Slurm(Launcher):
         executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=0)
         executor.update_parameters(**self._parameters(sweep, code))
         function: Any = NamedFunction(OLD_JOB_FUNCTION if runner.is_old(code) else JOB_FUNCTION)
+        conf = {name: value for name, value in os.environ.items() if name == "SLURM_CONF"}
         try:
-            # submitit prints the error of sbatch, which is in its exception too.
-            with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):
+            # Without the variables of a surrounding SLURM job, which would be passed on to the submitted ones. submitit
+            # prints the error of sbatch, which is in its exception too.
+            with submitit.helpers.clean_env(), contextlib.redirect_stderr(io.StringIO()):
+                os.environ.update(conf)
                 submitted = executor.map_array(function, [str(job.folder) for job in jobs], [when] * len(jobs))
         except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
             shutil.rmtree(folder, ignore_errors=True)
@@ -188,25 +163,22 @@ class Slurm(Launcher):
             "export SLURM_KILL_BAD_EXIT=1",
             *self.setup,
         ]
-        optional = {
-            "gpus_per_node": self.gpus_per_node or None,
-            "mem": f"{self.mem_gb}GB" if self.mem_gb else None,
-            "partition": self.partition,
-            "account": self.account,
-        }
         options = {"requeue": True, **self.options}
-        return {
+        return {  # submitit leaves out what is None
             "job_name": sweep.name,
             "time": self.timeout_min,
             # Early enough to write a checkpoint, late enough to use most of a short limit.
             "signal_delay_s": min(self.signal_delay_s, self.timeout_min * 60 // 4),
             "array_parallelism": self.array_parallelism,
             "cpus_per_task": self.cpus_per_task,
+            "gpus_per_node": self.gpus_per_node or None,
+            "mem": f"{self.mem_gb}GB" if self.mem_gb else None,
+            "partition": self.partition,
+            "account": self.account,
             "nodes": self.nodes,
             "ntasks_per_node": self.tasks_per_node,
             "setup": setup,
             "additional_parameters": {key: value for key, value in options.items() if value is not False},
-            **{key: value for key, value in optional.items() if value is not None},
         }
 
 
@@ -257,14 +229,3 @@ class NamedFunction:
 
     def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
         return pkgutil.resolve_name, (self._name,)
-
-
-@contextlib.contextmanager
-def _outside_of_jobs() -> Iterator[None]:
-    """A block without the variables of a surrounding SLURM job, which would be passed on to the submitted ones."""
-    import submitit
-
-    conf = {name: value for name, value in os.environ.items() if name == "SLURM_CONF"}
-    with submitit.helpers.clean_env():
-        os.environ.update(conf)
-        yield

@@ -1,13 +1,11 @@
-"""MLflow's client for a tracking URI; an SQLite file is made whole or not at all, and moved together with its artifacts."""
+"""MLflow's client for a tracking URI, its limits, and its errors in one line."""
 
 import contextlib
 import functools
 import getpass
-import importlib.metadata
 import logging
 import os
 import re
-import sqlite3
 import time
 import traceback
 from collections.abc import Mapping
@@ -15,31 +13,24 @@ from hashlib import sha256
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
 
-from filelock import FileLock
-
-from twoviews.errors import BadInput, without_secrets
+from twoviews.errors import BadInput, printable, without_secrets
 from twoviews.files import write_atomic
 from twoviews.tracking import uris
+from twoviews.tracking.sqlite_file import prepare_sqlite
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 RUN_KEY_TAG = "twoviews.run_key"
-# MLflow's limits, in characters and in items per call.
+# MLflow's limits, in characters.
 MAX_KEY_LENGTH, MAX_PARAM_LENGTH, MAX_TAG_LENGTH, MAX_DATASET_DIGEST_LENGTH = 250, 6000, 8000, 36
-MAX_PARAMS_PER_CALL, MAX_VALUES_PER_CALL = 100, 1000  # parameters, and tags; values of metrics
 ERROR_LOG, NO_ANSWER = "mlflow.log", "it does not answer"
 MAX_ERROR_LENGTH = 300  # characters of an error in a message
 # MLflow has a section of charts for each beginning of a metric's name, in alphabetical order. With these names kNN, linear
 # accuracy and the losses come first.
 METRIC_NAMES = {"baseline/pixels_knn_top1": "knn/top1_pixels", "baseline/untrained_knn_top1": "knn/top1_untrained"}
-SQLITE_SUFFIXES = ("", "-journal", "-wal", "-shm")  # of a database and of SQLite's own files beside it
-SQLITE_TIMEOUT_S = 60.0
-DATABASE_LOCK_TIMEOUT_S = 300.0  # MLflow takes seconds to make its tables
-INCOMPLETE_S = 10.0  # a database without all tables that changed within this time may be in the making
 
 
 @functools.cache
@@ -56,16 +47,30 @@ def connect(uri: str | None, experiment: str) -> tuple["MlflowClient", str]:
     """
     uris.refuse_untrusted(uri)
     uris.require_mlflow()
-    uri = uris.resolve(uri)
+    uri, artifacts = uris.resolve(uri), None
     prepare_environment()
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
-    if uri.startswith("sqlite:"):
-        return _connect_sqlite(uri, experiment)
-    if uri.startswith("http") and (reason := uris.health_error(uri)):  # MLflow's client would wait for minutes
+    if uri.startswith(uris.SQLITE):
+        artifacts = prepare_sqlite(Path(uri.removeprefix(uris.SQLITE)))
+    elif uri.startswith("http") and (reason := uris.health_error(uri)):  # MLflow's client would wait for minutes
         raise ConnectionError(f"{uri} does not answer ({reason})")
     client = MlflowClient(uri)
-    return client, _experiment_id(client, experiment)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        try:
+            return client, client.create_experiment(experiment, artifact_location=artifacts)
+        except MlflowException:  # another process was first
+            found = client.get_experiment_by_name(experiment)
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise BadInput(
+            f"experiment {experiment} was deleted in MLflow; restore it with "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}` or name another: tracking.experiment=."
+        )
+    return client, found.experiment_id
 
 
 def prepare_environment() -> None:
@@ -83,126 +88,12 @@ def prepare_environment() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _experiment_id(client: "MlflowClient", name: str, artifacts: str | None = None) -> str:
-    from mlflow.exceptions import MlflowException
-
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        try:
-            return client.create_experiment(name, artifact_location=artifacts)
-        except MlflowException:  # another process was first
-            experiment = client.get_experiment_by_name(name)
-            if experiment is None:
-                raise
-    if experiment.lifecycle_stage != "active":
-        raise BadInput(
-            f"experiment {name} was deleted in MLflow; restore it with "
-            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}` or name another: tracking.experiment=."
-        )
-    return experiment.experiment_id
-
-
-def _connect_sqlite(uri: str, experiment: str) -> tuple["MlflowClient", str]:
-    from mlflow import MlflowClient
-
-    path = uris.sqlite_path(uri)
-    if not path.parent.is_dir():  # as after a checkout was moved: nobody would look into a database made there
-        raise BadInput(
-            f"the folder of MLflow's database {path} is not there; name the database where it is now with `python -m "
-            "twoviews.tracking sync --uri sqlite:///<path>` or, in training, tracking.uri=."
-        )
-    made, version, artifacts = Path(f"{path}.made"), importlib.metadata.version("mlflow"), path.parent / "mlartifacts"
-    # MLflow makes its tables without a lock: of 8 processes that open a new file at once, 7 fail. Opening takes each of
-    # them seconds, so once the tables are there they do not queue for it.
-    ready = _is_complete(path) and made.exists() and made.read_text() == version
-    with contextlib.nullcontext() if ready else FileLock(f"{path}.lock", timeout=DATABASE_LOCK_TIMEOUT_S):
-        if not ready:
-            _make_database(path, artifacts.as_uri())
-        client = MlflowClient(uri)
-        experiment_id = _experiment_id(client, experiment, artifacts.as_uri())
-        if not ready:
-            made.write_text(version)
-    if client.get_experiment(experiment_id).artifact_location != artifacts.as_uri():
-        with FileLock(f"{path}.lock", timeout=DATABASE_LOCK_TIMEOUT_S):
-            _move_artifacts(path, artifacts)
-    return client, experiment_id
-
-
-def _is_complete(path: Path) -> bool:
-    """Whether the file has MLflow's tables: MLflow adds its first experiment after the last of them."""
-    if not path.exists():
-        return False
-    with contextlib.closing(sqlite3.connect(path, timeout=SQLITE_TIMEOUT_S)) as database:
-        try:
-            return bool(database.execute("select 1 from experiments limit 1").fetchall())
-        except sqlite3.OperationalError as error:
-            if "no such table" in str(error):
-                return False
-            raise
-
-
-def _make_database(path: Path, artifacts: str) -> None:
-    """Make a database with MLflow's tables, if there is none; one process at a time calls it.
-
-    MLflow cannot use a file in which it was killed while it made its tables, so they are made in another file, which is
-    renamed.
-
-    Args:
-        path: where it goes. A file without experiments, which another program left there, is renamed to <name>.incomplete.
-        artifacts: URI of the artifacts of MLflow's first experiment.
-    """
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    while path.exists() and not _is_complete(path) and time.time() - path.stat().st_mtime < INCOMPLETE_S:
-        time.sleep(0.2)  # `mlflow ui` may be making it at this moment
-    if _is_complete(path):
-        return
-    new = path.with_name(f".{path.name}.new")
-    for suffix in SQLITE_SUFFIXES:  # a journal that stays would be applied to the new database
-        if (file := Path(f"{path}{suffix}")).exists():
-            file.replace(f"{path}.incomplete{suffix}")
-        Path(f"{new}{suffix}").unlink(missing_ok=True)
-    SqlAlchemyStore(f"sqlite:///{new}", artifacts).engine.dispose()
-    new.replace(path)
-
-
-def _move_artifacts(path: Path, artifacts: Path) -> None:
-    """Point a database that was moved or copied to the artifacts beside it, as MLflow never changes their addresses.
-
-    Experiments whose artifacts a user put elsewhere stay as they are.
-
-    Args:
-        path: the database.
-        artifacts: the folder beside it; a folder of the same name elsewhere is where it was before.
-    """
-    with contextlib.closing(sqlite3.connect(path, timeout=SQLITE_TIMEOUT_S)) as database, database:
-        for (old,) in database.execute("select distinct artifact_location from experiments").fetchall():
-            address = urlsplit(old or "")
-            place = Path(unquote(address.path))
-            if address.scheme != "file" or place.name != artifacts.name or place.resolve() == artifacts.resolve():
-                continue
-            update = "update experiments set artifact_location = ? where artifact_location = ?"
-            database.execute(update, (artifacts.as_uri(), old))
-            runs = "select run_uuid, artifact_uri from runs where substr(artifact_uri, 1, ?) = ?"
-            for run, uri in database.execute(runs, (len(old) + 1, f"{old}/")).fetchall():
-                rest = uri[len(old) :]
-                if (place / unquote(rest[1:])).exists() and not (artifacts / unquote(rest[1:])).exists():
-                    continue  # the database was moved without them
-                new = (f"{artifacts.as_uri()}{rest}", run)
-                database.execute("update runs set artifact_uri = ? where run_uuid = ?", new)
-
-
 def get_or_create_run(
     client: "MlflowClient", experiment_id: str, key: str, tags: Mapping[str, str], **options: Any
 ) -> "Run":
-    """The run with this key, made if there is none; if the server's answer is lost, no second run is made.
+    """The run with this key (`new_run_key`); if there is none, a new one with these tags and options of `create_run`.
 
-    Args:
-        client: of MLflow.
-        experiment_id: of the run.
-        key: from `new_run_key`.
-        tags: of a new run.
-        options: of `MlflowClient.create_run`.
+    If the server's answer is lost, no second run is made.
 
     Raises:
         MlflowException: MLflow does not answer or refuses.
@@ -211,10 +102,14 @@ def get_or_create_run(
 
     if runs := runs_with_key(client, experiment_id, key):
         return runs[0]
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # no variable names one, and the system does not know the id, as in containers
+        user = "unknown"
     before = RETRIES.get()
     RETRIES.set(0)  # MLflow's client would repeat the request, whether the first one made a run or not
     try:
-        return client.create_run(experiment_id, tags={RUN_KEY_TAG: key, "mlflow.user": _user(), **tags}, **options)
+        return client.create_run(experiment_id, tags={RUN_KEY_TAG: key, "mlflow.user": user, **tags}, **options)
     finally:
         RETRIES.set(before)
 
@@ -226,11 +121,12 @@ def runs_with_key(client: "MlflowClient", experiment_id: str, key: str) -> "list
     )
 
 
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # no variable names one, and the system does not know the id, as in containers
-        return "unknown"
+def set_status(client: "MlflowClient", run_id: str, status: str, ended: float | None = None) -> None:
+    """Set a status of MLflow; of one that is final `ended` (unix s, now if it is None) is the time."""
+    if status == "RUNNING":
+        client.update_run(run_id, status=status)
+    else:
+        client.set_terminated(run_id, status, end_time=int(1000 * (ended or time.time())))
 
 
 def metric_name(name: str) -> str:
@@ -253,7 +149,7 @@ def shortened(text: str, length: int) -> str:
 
     Bytes of file names that are not UTF-8, which MLflow refuses, are written as escapes.
     """
-    text = text.encode(errors="backslashreplace").decode()
+    text = printable(text)
     if len(text) <= length:
         return text
     end = f"... sha256 {sha256(text.encode()).hexdigest()[:16]}"

@@ -118,24 +118,21 @@ def log_metrics(folder: Path, values: Mapping[str, float]) -> None:
     The caller holds the evaluation lock. Values that are not finite, and those that are the last recorded ones already, are
     left out. An interrupted run that goes on cuts the line off again, like everything after its last checkpoint.
     """
-    recorded = [*read(folder)]
-    position = {key: recorded[-1][key] if recorded else 0 for key in ("step", "epoch")}
-    last = {name: (line["step"], value) for line in recorded for name, value in line.items()}
+    size, position, last = 0, {"step": 0, "epoch": 0}, {}
+    for end, line in lines(folder / METRICS_FILE):
+        size, position = end, {"step": line["step"], "epoch": float(line["epoch"])}
+        last |= {name: (line["step"], value) for name, value in measured(line).items()}
     new = {
         name: value
         for name, value in values.items()
         if math.isfinite(value) and last.get(name) != (position["step"], value)
     }
-    if not new:
-        return
-    path = folder / METRICS_FILE
-    size = max((end for end, _ in lines(path)), default=0)
-    with path.open("r+b" if path.exists() else "w+b") as file:
-        file.truncate(size)  # a line that a crash left incomplete
-        file.seek(size)
-        file.write(json.dumps({**position, "time": round(time.time(), 3), **new}).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    if new:
+        with (folder / METRICS_FILE).open("ab") as file:
+            file.truncate(size)  # a line that a crash left incomplete
+            file.write(json.dumps({**position, "time": round(time.time(), 3), **new}).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read(folder: Path) -> Iterator[dict[str, float]]:

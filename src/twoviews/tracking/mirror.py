@@ -1,9 +1,9 @@
 """The mirror of a run in MLflow: a process beside the training that sends the run folder.
 
 The process imports MLflow and talks to the server, so that the training never shares its interpreter lock with them. It is
-`python -m twoviews.tracking.mirror <run folder> <pid> <interval in s> <tracking URI>`; on its standard output it tells the
-training, in lines of JSON, [kind, text], that MLflow is "imported", what to "say", why the end "failed", or that it is
-"complete".
+`python -m twoviews.tracking.mirror <run folder> <pid> <interval in s> <tracking URI>`. A line on its standard input asks it to
+send the end of the run and to end; on its standard output it tells the training, in lines of JSON, [kind, text], that MLflow is
+"imported", what to "say", why the end "failed", or that it is "complete".
 """
 
 import contextlib
@@ -19,13 +19,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from twoviews.code import python_path
 from twoviews.errors import BadInput, counted
 from twoviews.tracking import uris
 from twoviews.tracking.client import NO_ANSWER, logged_error, prepare_environment, short_error
-from twoviews.tracking.state import UploadState, set_target
+from twoviews.tracking.state import STATE_FILE, UploadState, set_target
 from twoviews.tracking.upload import is_uploaded, pending_artifact_bytes, pending_values, upload
 
 FLUSH_TIMEOUT_S = 120.0
@@ -66,8 +65,6 @@ class Tracking:
             BadInput: the tracking URI is wrong, or (in a run that is mirrored) MLflow is not installed, or (unless it is
                 optional) does not answer.
         """
-        if not self.experiment:
-            raise BadInput("tracking.experiment is empty; name MLflow's experiment, for example twoviews.")
         uris.resolve(self.uri)
         if not self.mirror:
             return
@@ -106,9 +103,10 @@ class Mirror:
     def __init__(self, folder: Path, say: Callable[[str], None] = print, interval_s: float = 5.0):
         self._folder, self._say = folder, say
         self._told: dict[str, str] = {}  # the last message of each kind
-        uri = UploadState.load(folder).uri
+        uri = UploadState.load(folder).tracking_uri
         uris.refuse_untrusted(uri)
-        arguments = [str(folder), str(os.getpid()), str(interval_s), uris.resolve(uri)]
+        self._is_server = not uri.startswith(uris.SQLITE)
+        arguments = [str(folder), str(os.getpid()), str(interval_s), uri]
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the new process inherits this
         try:
             self._process = subprocess.Popen(
@@ -120,13 +118,9 @@ class Mirror:
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self.pid = self._process.pid
         self._listener = threading.Thread(target=self._listen, name="mlflow-mirror", daemon=True)
         self._listener.start()
-
-    @property
-    def pid(self) -> int:
-        """The id of the process that sends to MLflow."""
-        return self._process.pid
 
     def close(self, timeout_s: float | int = 60) -> int:
         """Send the rest and the final status from result.json; returns the number of values that MLflow does not have.
@@ -147,29 +141,25 @@ class Mirror:
             self._listener.join(LISTENER_TIMEOUT_S)
             pending = pending_values(self._folder)
             if "complete" not in self._told:
-                reason = self._told.get("failed") or ("the mirror has ended" if ended else self._late(timeout_s))
-                self._say(
-                    f"MLflow does not have all of this run ({reason}; {counted(pending, 'value')} left); {_later(self._folder)}"
-                )
+                if ended:
+                    reason = "the mirror has ended"
+                elif "imported" not in self._told:
+                    reason = f"the process that sends it was still starting after {timeout_s:g} s"
+                else:
+                    reason = NO_ANSWER if self._is_server else f"sending took longer than {timeout_s:g} s"
+                left = f"{self._told.get('failed', reason)}; {counted(pending, 'value')} left"
+                self._say(f"MLflow does not have all of this run ({left}); {_later(self._folder)}")
         return pending
 
-    def _late(self, timeout_s: float) -> str:
-        """Why a mirror that still runs has not sent everything, as part of a sentence."""
-        if "imported" not in self._told:
-            return f"the process that sends it was still starting after {timeout_s:g} s"
-        is_file = UploadState.load(self._folder).tracking_uri.startswith("sqlite:")
-        return f"sending took longer than {timeout_s:g} s" if is_file else NO_ANSWER
-
     def _wait(self, timeout_s: float) -> None:
-        is_file = UploadState.load(self._folder).tracking_uri.startswith("sqlite:")
-        path, saved = self._folder / "tracking.json", 0
+        path, saved = self._folder / STATE_FILE, 0
         start = answered_at = time.monotonic()
         while self._process.poll() is None and time.monotonic() < start + timeout_s:
             now = path.stat().st_mtime_ns if path.exists() else 0  # changes with each answer
-            if is_file or now != saved or "imported" not in self._told:
+            if now != saved or "imported" not in self._told:
                 saved, answered_at = now, time.monotonic()
             silent_s = time.monotonic() - answered_at - uris.ANSWER_TIMEOUT_S
-            if silent_s > 0 and silent_s > pending_artifact_bytes(self._folder) / SLOW_BYTES_PER_S:
+            if self._is_server and silent_s > 0 and silent_s > pending_artifact_bytes(self._folder) / SLOW_BYTES_PER_S:
                 break
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(POLL_SECONDS)
@@ -201,23 +191,30 @@ def _later(folder: Path) -> str:
     return f"`python -m twoviews.tracking sync {shlex.quote(str(folder))}` sends the rest."
 
 
-def _mirror(folder: Path, interval_s: float, closing: threading.Event, messages: TextIO) -> None:
-    """Send a run folder until `closing` is set, and its end then.
+def _end_with(parent: int) -> None:
+    """End this process, whatever it waits for, when the parent process has ended."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_S)
+    os._exit(1)
 
-    Args:
-        folder: the run folder.
-        interval_s: seconds between two tries, at first and while all goes well.
-        closing: the run has ended.
-        messages: to the training process.
-    """
+
+def _main() -> None:
+    """What the process does: send the run folder again and again, and its end when it is asked to."""
+    folder, parent, interval_s, uri = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    uris.trust(uri)  # the parent process has checked that the user trusts it, which may be written down nowhere
+    messages = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever MLflow prints must not come between the messages
 
     def send(kind: str, text: str = "") -> None:
         print(json.dumps([kind, text]), file=messages, flush=True)
 
     # Not at once: importing MLflow takes as long as importing torch, and would slow down the first steps.
-    pause_s, failing, imported = interval_s, False, False
-    while True:
-        closed = closing.wait(pause_s)
+    pause_s, failing, imported, closed = interval_s, False, False, False
+    while not closed:
+        closed = bool(select.select([sys.stdin], [], [], pause_s)[0])
+        if closed and not sys.stdin.readline():
+            return  # the training has ended without asking
         try:
             if not imported:
                 prepare_environment()
@@ -239,32 +236,6 @@ def _mirror(folder: Path, interval_s: float, closing: threading.Event, messages:
             if closed:
                 send("complete")
             failing, pause_s = False, interval_s
-        if closed:
-            return
-
-
-def _watch(parent: int, closing: threading.Event) -> None:
-    """Set `closing` when the parent process asks for it, and end this process when the parent has ended."""
-    asked = False
-    while os.getppid() == parent:
-        readable, _, _ = select.select([] if asked else [sys.stdin], [], [], PARENT_CHECK_S)
-        if readable:
-            if not os.read(sys.stdin.fileno(), 16):
-                break
-            asked = True
-            closing.set()
-    os._exit(1)
-
-
-def _main() -> None:
-    folder, parent, interval_s, uri = sys.argv[1:]
-    uris.trust(uri)  # the parent process has checked that the user trusts it, which may be written down nowhere
-    # Whatever MLflow prints must not come between the messages.
-    messages = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    closing = threading.Event()
-    threading.Thread(target=_watch, args=(int(parent), closing), daemon=True).start()
-    _mirror(Path(folder), float(interval_s), closing, messages)
 
 
 if __name__ == "__main__":

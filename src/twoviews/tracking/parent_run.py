@@ -1,88 +1,54 @@
-"""A sweep in MLflow: a parent run, made before any job begins, with the jobs' runs as its children."""
+"""Runs of MLflow that no training writes: the parent run of a sweep, made before any job begins, and comparisons."""
 
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from twoviews.tracking.client import MAX_KEY_LENGTH, connect, get_or_create_run, mlflow_tags, shortened
+from twoviews.tracking.client import MAX_KEY_LENGTH, connect, get_or_create_run, mlflow_tags, set_status, shortened
 from twoviews.tracking.description import set_note
 from twoviews.tracking.state import NAME_TAG, PARENT_TAG, set_target
 
 
 def open_parent_run(uri: str | None, experiment: str, name: str, key: str, tags: Mapping[str, str]) -> tuple[str, str]:
-    """MLflow's ids of the parent run and its experiment; the run is made once however often this is called.
-
-    It gets the status RUNNING.
-
-    Args:
-        uri: the tracking URI.
-        experiment: MLflow's experiment, made where it is missing.
-        name: of the sweep.
-        key: from `new_run_key`, the same for all calls for this sweep.
-        tags: set in each call.
+    """MLflow's ids of a run that is RUNNING from now on, and of its experiment; made once for each key (`new_run_key`).
 
     Raises:
         BadInput: the experiment was deleted in MLflow.
         MlflowException: MLflow does not answer or refuses.
     """
     client, experiment_id = connect(uri, experiment)
-    from mlflow.entities import RunTag
-
     run_id = get_or_create_run(client, experiment_id, key, tags={}, run_name=name).info.run_id
-    client.log_batch(run_id, tags=[RunTag(*tag) for tag in mlflow_tags(tags).items()], synchronous=True)
-    client.update_run(run_id, status="RUNNING")
+    update_run(uri, experiment, run_id, status="RUNNING", tags=tags)
     return run_id, experiment_id
 
 
-def end_parent_run(uri: str | None, experiment: str, run_id: str, status: str) -> None:
-    """Set the final status of a sweep: FINISHED, FAILED or KILLED.
-
-    Raises:
-        MlflowException: MLflow does not answer or refuses.
-    """
-    client, _ = connect(uri, experiment)
-    client.set_terminated(run_id, status)
-
-
-def log_files(
-    uri: str | None, experiment: str, name: str, key: str, tags: Mapping[str, str], files: Sequence[Path]
-) -> str:
-    """MLflow's id of a run that only holds files, such as a comparison; another call with the same key replaces them.
-
-    Raises:
-        BadInput: the experiment was deleted in MLflow.
-        MlflowException: MLflow does not answer or refuses.
-    """
-    run_id, _ = open_parent_run(uri, experiment, name, key, tags)
-    client, _ = connect(uri, experiment)
-    for file in files:
-        client.log_artifact(run_id, str(file))
-    end_parent_run(uri, experiment, run_id, "FINISHED")
-    return run_id
-
-
-def log_report(
+def update_run(
     uri: str | None,
     experiment: str,
     run_id: str,
-    note: str,
-    files: Sequence[Path],
-    metrics: Mapping[str, float],
-    step: int,
-    tags: Mapping[str, str],
+    *,
+    status: str = "",
+    tags: Mapping[str, str] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    step: int = 0,
+    note: str = "",
+    files: Sequence[Path] = (),
+    place: str | None = None,
 ) -> None:
-    """Send the report of a sweep to its parent run.
+    """Send what is given to a run from `open_parent_run`.
 
     Args:
         uri: the tracking URI.
-        experiment: MLflow's experiment.
-        run_id: of the parent run.
+        experiment: of the run.
+        run_id: MLflow's id of it.
+        status: RUNNING, FINISHED, FAILED or KILLED.
+        tags: set in each call.
+        metrics: values by name; those that MLflow has already are left out.
+        step: of the metrics.
         note: the description of the run, in Markdown.
         files: become artifacts, in place of earlier versions.
-        metrics: values by name; those that MLflow has already are left out.
-        step: number of finished jobs.
-        tags: of the run.
+        place: their folder among the artifacts.
 
     Raises:
         MlflowException: MLflow does not answer or refuses.
@@ -91,11 +57,16 @@ def log_report(
     from mlflow.entities import Metric, RunTag
 
     run, now = client.get_run(run_id), int(time.time() * 1000)
-    new = [Metric(name, value, now, step) for name, value in metrics.items() if run.data.metrics.get(name) != value]
-    client.log_batch(run_id, metrics=new, tags=[RunTag(*tag) for tag in mlflow_tags(tags).items()], synchronous=True)
-    set_note(client, run, note)
+    new = [
+        Metric(name, value, now, step) for name, value in (metrics or {}).items() if run.data.metrics.get(name) != value
+    ]
+    client.log_batch(run_id, new, tags=[RunTag(*tag) for tag in mlflow_tags(tags or {}).items()], synchronous=True)
+    if note:
+        set_note(client, run, note)
     for file in files:
-        client.log_artifact(run_id, str(file), "report")
+        client.log_artifact(run_id, str(file), place)
+    if status:
+        set_status(client, run_id, status)
 
 
 def attach_parent(

@@ -109,7 +109,7 @@ def _login(user: str | None, programs: Path, sockets: Path, owner: str, folder: 
     password, file = secrets.token_hex(24), folder / "password"
     file.unlink(missing_ok=True)
     with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
-        out.write(f"*:*:mlflow:mlflow:{password}\n")  # as libpq reads it
+        out.write(f"*:*:mlflow:mlflow:{password}\n")
     commands = f"""
         SET log_min_error_statement = panic;  -- or a statement that fails is logged with the password
         SET password_encryption = 'scram-sha-256';
@@ -128,21 +128,16 @@ def postgres_programs() -> Path:
     Raises:
         BadInput: PostgreSQL is not installed.
     """
-    folders = [
-        path for place in PROGRAM_FOLDERS for path in sorted(Path("/").glob(place[1:])) if (path / "initdb").exists()
-    ]
-    if not folders and (initdb := shutil.which("initdb")):
-        folders = [Path(initdb).resolve().parent]
-    if not folders:
+    found = [initdb for place in PROGRAM_FOLDERS for initdb in sorted(Path("/").glob(f"{place[1:]}/initdb"))]
+    if not found and (initdb := shutil.which("initdb")):
+        found = [Path(initdb).resolve()]
+    if not found:
         raise BadInput("there is no PostgreSQL on this machine; install it, for example apt-get install postgresql.")
-    return folders[-1]
+    return found[-1].parent
 
 
 def _user(*owned: Path) -> str | None:
-    """The user that PostgreSQL runs as, which must not be root; None is the present user.
-
-    Args:
-        owned: folders that are given to that user.
+    """The user that PostgreSQL runs as, which must not be root, and who is given these folders; None is the present user.
 
     Raises:
         BadInput: the present user is root, and there is no user postgres.

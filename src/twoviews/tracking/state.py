@@ -11,47 +11,36 @@ from typing import get_type_hints
 
 from twoviews import foreign
 from twoviews.config.groups import ROOT
-from twoviews.errors import BadInput
 from twoviews.files import write_atomic
 from twoviews.locks import locked_for_upload
 from twoviews.ranges import Total
 from twoviews.signatures import complaint
 from twoviews.tracking import uris
 
+STATE_FILE = "tracking.json"
 PARENT_TAG = "mlflow.parentRunId"  # MLflow nests runs by this tag
-WORKFLOW = "workflowType=machine_learning"  # without it MLflow's pages are those for language models
 NAME_TAG = "mlflow.runName"  # setting it renames a run
+WORKFLOW = "workflowType=machine_learning"  # without it MLflow's pages are those for language models
 
 
 @dataclass
 class UploadState:
-    """What MLflow has of one run; changed only under `locked_for_upload`.
+    """What MLflow has of one run; changed only under `locked_for_upload`."""
 
-    Args:
-        uri: the tracking URI; None is the default one.
-        experiment: MLflow's experiment.
-        run_key: a random tag, known before MLflow answers, which finds a run whose id was never written down.
-        run_id: MLflow's id of the run.
-        experiment_id: MLflow's id of the experiment.
-        sent_bytes: of metrics.jsonl.
-        status: the status that was sent last.
-        files: [mtime in ns, size in bytes] of each artifact that was sent.
-        tags: of the run; in a sweep the parent's id, the job's name and the varying values.
-        encoder: send the weights of the encoder, too.
-        already: names by step of values that were sent and then cut off metrics.jsonl, because an earlier checkpoint is
-            resumed. They are computed again, not always to the last digit (images_per_s never is), and must not be sent twice.
-    """
-
-    uri: str | None = None
+    uri: str | None = None  # the tracking URI; None is the default one
     experiment: str = "twoviews"
-    run_key: str = ""
-    run_id: str | None = None
-    experiment_id: str | None = None
-    sent_bytes: Total = 0
-    status: str = ""
-    files: dict[str, list[int]] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-    encoder: bool = True
+    run_key: str = ""  # a random tag, known before MLflow answers, which finds a run whose id was never written down
+    run_id: str | None = None  # of MLflow
+    experiment_id: str | None = None  # of MLflow
+    sent_bytes: Total = 0  # of metrics.jsonl
+    status: str = ""  # that was sent last
+    files: dict[str, list[int]] = field(default_factory=dict)  # [mtime in ns, bytes] of each artifact that was sent
+    tags: dict[str, str] = field(
+        default_factory=dict
+    )  # of a sweep's job: the parent's id, its name, the varying values
+    encoder: bool = True  # send the weights of the encoder, too
+    # Names by step of values that were sent and then cut off metrics.jsonl, because an earlier checkpoint is resumed. They are
+    # computed again, not always to the last digit (images_per_s never is), and must not be sent twice.
     already: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
@@ -61,14 +50,11 @@ class UploadState:
         Raises:
             BadInput: tracking.json is damaged or has other keys.
         """
-        path = folder / "tracking.json"
-        content, kinds = foreign.load(path), get_type_hints(cls, include_extras=True)
-        wrong = [f"there is no {key}" for key in content if key not in kinds]
-        wrong += [f"{key} {why}" for key in kinds if key in content and (why := complaint(content[key], kinds[key]))]
-        if wrong:
-            raise BadInput(
-                f"{path} cannot be read ({wrong[0]}); delete it, and the run is sent to MLflow as a new one."
-            )
+        path, kinds = folder / STATE_FILE, get_type_hints(cls, include_extras=True)
+        content = foreign.load(path)
+        for key, value in content.items():
+            if wrong := complaint(value, kinds[key]) if key in kinds else "is no key of it":
+                raise foreign.damaged(path, f"{key} {wrong}")
         return cls(**content)
 
     def save(self, folder: Path) -> None:
@@ -76,15 +62,11 @@ class UploadState:
         content = asdict(self)
         if self.encoder:  # code that a sweep froze before there was this key refuses it
             del content["encoder"]
-        write_atomic(folder / "tracking.json", json.dumps(content, indent=1))
+        write_atomic(folder / STATE_FILE, json.dumps(content, indent=1))
 
     @property
     def tracking_uri(self) -> str:
-        """The complete tracking URI.
-
-        Raises:
-            BadInput: MLflow cannot use it.
-        """
+        """The complete tracking URI; BadInput, if MLflow cannot use it."""
         return uris.resolve(self.uri)
 
     def forget_run(self) -> None:
@@ -116,7 +98,7 @@ def set_target(
     uris.trust(uri)
     with locked_for_upload(folder):
         state = UploadState.load(folder)
-        before = replace(state) if (folder / "tracking.json").exists() else None
+        before = replace(state) if (folder / STATE_FILE).exists() else None
         if (uris.resolve(uri), experiment) != (state.tracking_uri, state.experiment):
             state.forget_run()
         state.uri, state.experiment = None if uri is None else uris.resolve(uri), experiment
@@ -139,7 +121,7 @@ def run_id(folder: Path) -> str | None:
 
 
 def run_page(folder: Path) -> str:
-    """How to see the run: its address on a server, or, in two lines, the command that serves MLflow's pages and the address."""
+    """How to see the run: see `page`; before MLflow has it, the command that sends it."""
     state = UploadState.load(folder)
     if not state.run_id:
         return f"python -m twoviews.tracking sync {shlex.quote(str(folder))}"
@@ -147,16 +129,13 @@ def run_page(folder: Path) -> str:
 
 
 def page(uri: str, experiment_id: str | None, run_id: str) -> str:
-    """How to see a run of this complete tracking URI, as `run_page`."""
+    """The address of a run on a server; for a database in two lines the command that serves MLflow's pages, and the address."""
     place = f"/#/experiments/{experiment_id}/runs/{run_id}?{WORKFLOW}"
     if uri.startswith("http"):
         return uri + place
-    return f"{_serving(uri)}\n        http://127.0.0.1:5000{place}"
-
-
-def _serving(uri: str) -> str:
-    """The command that serves MLflow's pages on this complete URI, from the present folder."""
     if uri == uris.resolve(None) and (ROOT / ".venv" / "train").exists():  # or make would install an environment first
-        return "make mlflow" if Path.cwd() == ROOT else f"make -C {shlex.quote(str(ROOT))} mlflow"
-    command = shlex.quote(str(Path(sys.executable).absolute().with_name("mlflow")))
-    return f"MLFLOW_DISABLE_TELEMETRY=true {command} ui --workers 1 --backend-store-uri {shlex.quote(uri)}"
+        command = "make mlflow" if Path.cwd() == ROOT else f"make -C {shlex.quote(str(ROOT))} mlflow"
+    else:
+        mlflow = shlex.quote(str(Path(sys.executable).absolute().with_name("mlflow")))
+        command = f"MLFLOW_DISABLE_TELEMETRY=true {mlflow} ui --workers 1 --backend-store-uri {shlex.quote(uri)}"
+    return f"{command}\n        http://127.0.0.1:5000{place}"

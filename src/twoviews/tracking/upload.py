@@ -21,25 +21,25 @@ from twoviews.files import write_atomic
 from twoviews.locks import locked_for_upload
 from twoviews.tracking.client import (
     MAX_KEY_LENGTH,
-    MAX_VALUES_PER_CALL,
     connect,
     get_or_create_run,
     metric_name,
     runs_with_key,
+    set_status,
     shortened,
 )
-from twoviews.tracking.description import describe
+from twoviews.tracking.description import DESCRIPTION_FILES, describe
 from twoviews.tracking.metrics import METRICS_FILE, durable_bytes, lines, measured
-from twoviews.tracking.state import NAME_TAG, UploadState, new_run_key
+from twoviews.tracking.state import NAME_TAG, STATE_FILE, UploadState, new_run_key
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-DESCRIPTION_FILES = ("config.yaml", "environment.json", "data.json", "commit.txt")  # parameters and tags are in these
-ARTIFACT_FILES = (*DESCRIPTION_FILES, "diff.patch", "encoder.json", "result.json")
-ENCODER_FILE = "encoder.safetensors"  # the largest artifact, sent last
+ARTIFACTS = (*DESCRIPTION_FILES, "diff.patch", "encoder.json")
 ARTIFACT_PATTERNS = ("*.png", "*.pdf", "clusters*.json", "clusters*.npz", "evaluation/**/*.*")
+ENCODER_FILE = "encoder.safetensors"  # the largest artifact, sent last
+LINES_PER_CALL = 200  # of metrics.jsonl, between two records of what was sent
 MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # by "state" of result.json
 
 
@@ -65,15 +65,13 @@ def upload(folder: Path, closed: bool) -> int:
         run = _open_run(client, experiment_id, folder, state)
         _write_run_id(folder, run.info.run_id)
         changed = _changed_artifacts(folder, state)
-        _check_artifact_folder(run)
-        if status != state.status or changed.keys() & {*DESCRIPTION_FILES, "result.json"}:
-            describe(client, run, folder)
-        sent = _send_values(client, run.info.run_id, folder, state, closed)
+        if status != state.status or changed.keys() & {*DESCRIPTION_FILES}:
+            describe(client, run, folder, state.tags)
+        sent = _send_values(client, folder, state, closed)
         if status != state.status:
-            _send_status(client, run.info.run_id, folder, state, status)
+            _send_status(client, run, folder, state, status)
         for name, stamp in changed.items():
-            subfolder = str(Path(name).parent)
-            client.log_artifact(run.info.run_id, str(folder / name), None if subfolder == "." else subfolder)
+            client.log_artifact(run.info.run_id, str(folder / name), name.rpartition("/")[0] or None)
             state.files[name] = stamp
             state.save(folder)
         return sent
@@ -103,14 +101,33 @@ def _unsent_lines(folder: Path, state: UploadState, closed: bool) -> Iterator[tu
     return itertools.takewhile(lambda line: line[0] <= limit, lines(folder / METRICS_FILE, state.sent_bytes))
 
 
+def _changed_artifacts(folder: Path, state: UploadState) -> dict[str, list[int]]:
+    """[mtime in ns, bytes] by name of the artifacts of which MLflow does not have the present version."""
+    paths = [*(folder / name for name in ARTIFACTS)]
+    paths += sorted(path for pattern in ARTIFACT_PATTERNS for path in folder.glob(pattern) if path.is_file())
+    # That of an interrupted run is not the trained one, and the seconds after a signal are for the values.
+    if state.encoder and foreign.load(folder / "result.json").get("state") == "finished":
+        paths.append(folder / ENCODER_FILE)
+    stamps = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.stat()
+            stamps[path.relative_to(folder).as_posix()] = [stat.st_mtime_ns, stat.st_size]
+    return {name: stamp for name, stamp in stamps.items() if state.files.get(name) != stamp}
+
+
+def _status(folder: Path, closed: bool) -> str:
+    return MLFLOW_STATUS.get(foreign.load(folder / "result.json").get("state", ""), "KILLED") if closed else "RUNNING"
+
+
 def _is_current(folder: Path, state: UploadState, closed: bool) -> bool:
-    has_status = bool(state.run_id) and state.status == _status(folder, closed)
-    pending = any(True for _ in _unsent_lines(folder, state, closed))
-    return has_status and not pending and not _changed_artifacts(folder, state)
+    if not state.run_id or state.status != _status(folder, closed) or any(_unsent_lines(folder, state, closed)):
+        return False
+    return not _changed_artifacts(folder, state)
 
 
 def _open_run(client: "MlflowClient", experiment_id: str, folder: Path, state: UploadState) -> "Run":
-    """The run in MLflow with the tags of the state, made once however often this is interrupted."""
+    """The run in MLflow, made once however often this is interrupted."""
     from mlflow.exceptions import MlflowException
 
     run = None
@@ -124,7 +141,7 @@ def _open_run(client: "MlflowClient", experiment_id: str, folder: Path, state: U
     if run and run.info.lifecycle_stage != "active":
         raise BadInput(
             f"run {state.run_id} was deleted in MLflow; restore it with `mlflow runs restore --run-id {state.run_id}`, or "
-            f"delete {folder / 'tracking.json'} to send it as a new one"
+            f"delete {folder / STATE_FILE} to send it as a new one"
         )
     if run is None:
         state.run_key = state.run_key or new_run_key()
@@ -135,9 +152,14 @@ def _open_run(client: "MlflowClient", experiment_id: str, folder: Path, state: U
         run = get_or_create_run(client, experiment_id, state.run_key, state.tags, **options)
         state.run_id, state.experiment_id, state.status = run.info.run_id, experiment_id, run.info.status
         state.save(folder)
-    for key, value in state.tags.items():
-        if run.data.tags.get(key) != value:  # it may have become a run of a sweep after it was made
-            client.set_tag(run.info.run_id, key, value)
+    # A database from elsewhere could have artifacts written into a folder that is not the run's.
+    address = urlsplit(run.info.artifact_uri or "")
+    place = Path(unquote(address.path)).resolve()
+    if address.scheme in ("", "file") and place.parts[-2:] != (run.info.run_id, "artifacts"):
+        raise BadInput(
+            f"MLflow names {place} for the files of run {run.info.run_id}, which is not a folder of that run; name another "
+            "database with `python -m twoviews.tracking sync --uri`."
+        )
     return run
 
 
@@ -151,71 +173,33 @@ def _write_run_id(folder: Path, run_id: str) -> None:
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def _check_artifact_folder(run: "Run") -> None:
-    """Refuse a database from elsewhere that would have artifacts written into a folder that is not the run's."""
-    place = urlsplit(run.info.artifact_uri or "")
-    path = Path(unquote(place.path)).resolve()
-    if place.scheme in ("", "file") and path.parts[-2:] != (run.info.run_id, "artifacts"):
-        raise BadInput(
-            f"MLflow names {path} for the files of run {run.info.run_id}, which is not a folder of that run; name another "
-            "database with `python -m twoviews.tracking sync --uri`."
-        )
-
-
-def _send_values(client: "MlflowClient", run_id: str, folder: Path, state: UploadState, closed: bool) -> int:
+def _send_values(client: "MlflowClient", folder: Path, state: UploadState, closed: bool) -> int:
     """Send the lines that MLflow does not have; the number of values sent."""
     from mlflow.entities import Metric
 
-    sent, batch = 0, []
-
-    def flush() -> None:
-        if batch:
-            client.log_batch(run_id, metrics=batch, synchronous=True)
+    sent, unsent = 0, _unsent_lines(folder, state, closed)
+    while part := list(itertools.islice(unsent, LINES_PER_CALL)):
+        values = []
+        for _, line in part:
+            step, stamp, already = line["step"], round(line["time"] * 1000), state.already.pop(str(line["step"]), [])
+            new = {name: value for name, value in measured(line).items() if name not in already}
+            # NaN is stored as NaN, an infinity as the largest double: MLflow's own rule.
+            values += [Metric(metric_name(name), value, stamp, step) for name, value in new.items()]
+            if left := [name for name in already if name not in line]:
+                state.already[str(step)] = left
+        client.log_batch(str(state.run_id), values, synchronous=True)
+        state.sent_bytes = part[-1][0]
         state.save(folder)
-
-    for end, line in _unsent_lines(folder, state, closed):
-        step, stamp, already = line["step"], round(line["time"] * 1000), state.already.get(str(line["step"]), [])
-        new = {name: value for name, value in measured(line).items() if name not in already}
-        if len(batch) + len(new) > MAX_VALUES_PER_CALL:
-            flush()
-            batch = []
-        # NaN is stored as NaN, an infinity as the largest double: MLflow's own rule.
-        batch.extend(Metric(metric_name(name), value, stamp, step) for name, value in new.items())
-        sent += len(new)
-        state.sent_bytes = end
-        if already:
-            state.already[str(step)] = [name for name in already if name not in line]
-    flush()
+        sent += len(values)
     return sent
 
 
-def _send_status(client: "MlflowClient", run_id: str, folder: Path, state: UploadState, status: str) -> None:
-    if state.experiment_id and state.run_key:
-        for run in runs_with_key(client, state.experiment_id, state.run_key):
-            if run.info.run_id != run_id:  # a slow server made it after all
-                client.delete_run(run.info.run_id)
-    if status == "RUNNING":
-        client.update_run(run_id, status=status)
-    else:
-        last = next((path for name in ("result.json", METRICS_FILE) if (path := folder / name).exists()), None)
-        ended = last.stat().st_mtime if last else time.time()
-        client.set_terminated(run_id, status, end_time=int(ended * 1000))
+def _send_status(client: "MlflowClient", run: "Run", folder: Path, state: UploadState, status: str) -> None:
+    """Set the status of the run, with the time of the last file that was written as that of its end."""
+    for other in runs_with_key(client, run.info.experiment_id, state.run_key):
+        if other.info.run_id != run.info.run_id:  # a slow server made it after all
+            client.delete_run(other.info.run_id)
+    last = next((path for name in ("result.json", METRICS_FILE) if (path := folder / name).exists()), None)
+    set_status(client, run.info.run_id, status, last.stat().st_mtime if last else None)
     state.status = status
     state.save(folder)
-
-
-def _status(folder: Path, closed: bool) -> str:
-    return MLFLOW_STATUS.get(foreign.load(folder / "result.json").get("state", ""), "KILLED") if closed else "RUNNING"
-
-
-def _changed_artifacts(folder: Path, state: UploadState) -> dict[str, list[int]]:
-    """[mtime in ns, bytes] by name of the artifacts of which MLflow does not have the present version."""
-    matching = sorted(path for pattern in ARTIFACT_PATTERNS for path in folder.glob(pattern) if path.is_file())
-    # That of an interrupted run is not the trained one, and the seconds after a signal are for the values.
-    trained = state.encoder and foreign.load(folder / "result.json").get("state") == "finished"
-    stamps = {}
-    for path in [*(folder / name for name in ARTIFACT_FILES), *matching, *([folder / ENCODER_FILE] if trained else ())]:
-        with contextlib.suppress(FileNotFoundError):
-            stat = path.stat()
-            stamps[path.relative_to(folder).as_posix()] = [stat.st_mtime_ns, stat.st_size]
-    return {name: stamp for name, stamp in stamps.items() if state.files.get(name) != stamp}

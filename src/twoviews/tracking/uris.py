@@ -13,11 +13,15 @@ from twoviews import launched
 from twoviews.config.groups import ROOT
 from twoviews.errors import BadInput, without_secrets
 
-DATABASES = ("postgresql", "mysql", "mssql")
-# Keys of a database URI's query that hold no credentials.
-PLAIN_KEYS = {"host", "port", "user", "sslmode", "sslrootcert", "connect_timeout", "charset", "driver"}
+SQLITE = "sqlite:///"  # with an absolute path behind it: what `resolve` makes of every SQLite URI
 ANSWER_TIMEOUT_S = 5.0  # for a server to answer anything at all
-HINT = "use sqlite:///<path> or http(s)://<host>:<port>"
+# What can hold no credentials: paths; addresses without user, query and fragment; of databases also a user's name alone, and
+# these keys of a query.
+_DATABASES = "postgresql|mysql|mssql"
+_PLAIN_QUERY = r"\?((host|port|user|sslmode|sslrootcert|connect_timeout|charset|driver)=[^&#]*(&|$))+"
+_NO_CREDENTIALS = re.compile(
+    rf"sqlite[^:]*:///[^?]*|[^@?#]*|({_DATABASES})(\+\w+)?://([^:/@?#]*@)?[^@?#]*({_PLAIN_QUERY})?"
+)
 
 
 def resolve(uri: str | None) -> str:
@@ -27,59 +31,49 @@ def resolve(uri: str | None) -> str:
         BadInput: MLflow cannot keep runs there, or the URI may hold credentials.
     """
     if uri is None:
-        return f"sqlite:///{ROOT / 'mlflow.db'}"
-    scheme, path, shown = uri.partition(":")[0].partition("+")[0], uri.partition(":///")[2], _without_credentials(uri)
-    if _may_hold_credentials(uri, scheme):
+        return f"{SQLITE}{ROOT / 'mlflow.db'}"
+    scheme, shown = uri.partition(":")[0], _without_credentials(uri)
+    kind, plus, _ = scheme.partition("+")
+    if not _NO_CREDENTIALS.fullmatch(uri):
         raise BadInput(
             f"tracking.uri={shown} may hold credentials, which a run would record in plain text; give them in the environment: "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN; for PostgreSQL PGPASSWORD or a "
             "PGPASSFILE."
         )
-    if scheme == "sqlite":
+    if kind == "sqlite":
+        path = uri.partition(":///")[2]
         if not path or path.startswith(":") or path.endswith("/"):
             raise BadInput(
                 f"tracking.uri={shown} names no file; write sqlite:///<path>, for example sqlite:///mlflow.db."
             )
-        return f"sqlite:///{Path(path).expanduser().absolute()}"
-    if scheme == "file" or "://" not in uri:
-        raise BadInput(
-            f"tracking.uri={shown} is a folder or unknown, and MLflow no longer keeps runs in plain folders; {HINT}."
-        )
+        return f"{SQLITE}{Path(path).expanduser().absolute()}"
     try:
         parts = urlsplit(uri)
         host, _ = parts.hostname, parts.port
     except ValueError:  # its text may hold a part of the URI
         host = None
-    if scheme not in ("http", "https", *DATABASES) or not host:
-        raise BadInput(f"tracking.uri={shown} is not an address of MLflow; {HINT}.")
-    if "+" in uri.partition(":")[0]:
-        _check_driver(uri.partition(":")[0], shown)
+    if not host or not re.fullmatch(f"https?|{_DATABASES}", kind):
+        raise BadInput(
+            f"tracking.uri={shown} is not an address of MLflow, which no longer keeps runs in plain folders; use "
+            "sqlite:///<path> or http://<host>:5000."
+        )
+    if plus and not _has_driver(scheme):
+        raise BadInput(
+            f"tracking.uri={shown} names no driver that SQLAlchemy has; use for example postgresql+psycopg2 or mysql+pymysql."
+        )
     return uri.rstrip("/")
 
 
-def _check_driver(scheme: str, shown: str) -> None:
-    """Refuse a scheme such as mysql+pymysql whose driver SQLAlchemy, by which MLflow opens databases, does not have."""
+def _has_driver(scheme: str) -> bool:
+    """Whether SQLAlchemy, by which MLflow opens databases, has the driver of a scheme such as mysql+pymysql."""
     from sqlalchemy.engine.url import URL
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
     try:
         URL.create(scheme).get_dialect()
     except (ArgumentError, NoSuchModuleError):
-        raise BadInput(
-            f"tracking.uri={shown} names no driver that SQLAlchemy has; use for example postgresql+psycopg2 or "
-            "mysql+pymysql."
-        ) from None
-
-
-def _may_hold_credentials(uri: str, scheme: str) -> bool:
-    """Whether there may be credentials in a URI, valid or not; a database's user name alone is not one."""
-    address, question, query = uri.partition("?")
-    front, at, _ = address.rpartition("@")
-    if scheme == "sqlite":
-        return bool(question) or not uri.partition(":")[2].startswith("///") and bool(at)
-    only_user = scheme in DATABASES and re.fullmatch(r"[\w+]+://[^:/@]*", front)
-    keys = {part.partition("=")[0] for part in query.split("&")} if question else set()
-    return bool(at) and not only_user or not keys <= (PLAIN_KEYS if scheme in DATABASES else set()) or "#" in uri
+        return False
+    return True
 
 
 def _without_credentials(uri: str) -> str:
@@ -134,18 +128,13 @@ def check_reachable(uri: str | None) -> None:
     """
     require_mlflow()
     uri = resolve(uri)
-    if uri.startswith("sqlite:"):
-        _check_file(sqlite_path(uri))
+    if uri.startswith(SQLITE):
+        _check_file(Path(uri.removeprefix(SQLITE)))
     elif uri.startswith("http") and (reason := health_error(uri)):
         raise BadInput(
             f"no MLflow answers at {uri}/health ({reason}); start it, give another tracking.uri=, or train with "
             "tracking=files and send the run later with `python -m twoviews.tracking sync`."
         )
-
-
-def sqlite_path(uri: str) -> Path:
-    """The file of an SQLite URI."""
-    return Path(re.sub(r"^sqlite(\+\w+)?:///", "", uri))
 
 
 def health_error(uri: str) -> str:
