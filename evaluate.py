@@ -20,11 +20,11 @@ def main(cfg, folder: Path) -> int:
     from twoviews.evaluation.comparison import compare
     from twoviews.evaluation.evaluation import evaluate
     from twoviews.locks import locked_for_evaluation
-    from twoviews.protocols.named import build_protocol
+    from twoviews.protocols.protocol import NamedProtocol
 
     if "protocol" not in cfg:
         raise BadInput("protocol=[] leaves nothing to measure; choose one or more, such as protocol=[knn,linear].")
-    if problems := mistakes(*(partial(build_protocol, name, node) for name, node in cfg.protocol.items())):
+    if problems := mistakes(*(partial(NamedProtocol, name, node) for name, node in cfg.protocol.items())):
         raise BadInput(*problems)
     console, overrides, evaluations = Console(), HydraConfig.get().overrides.task, {}
     data = cache(lambda: load_data(cfg)) if "data" in cfg else None

@@ -15,13 +15,12 @@ from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from twoviews.classifier_file import Head, find_head
 from twoviews.console import progress_of
 from twoviews.data.images import ImageData, Images
-from twoviews.encoders.loaded import LoadedEncoder, UnknownImages
+from twoviews.encoders.loaded import LoadedEncoder, Preprocessing, UnknownImages
 from twoviews.encoders.opening import open_encoder
 from twoviews.encoders.run_names import LATEST
 from twoviews.errors import BadInput, counted
@@ -62,10 +61,8 @@ def load(
             raise BadInput(
                 f"image_size={image_size} is for weights that do not say what they take; give mean= and std=, too."
             )
-        data = partial(
-            _data, Images(torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, 2, dtype=torch.int64), None)
-        )
-        data = partial(data, channels=3, size=image_size, mean=tuple(mean), std=tuple(std))
+        none = Images(torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, 2, dtype=torch.int64), None)
+        data = partial(_data, none, Preprocessing(3, image_size, tuple(mean), tuple(std)))
     try:
         loaded = open_encoder(os.fspath(name), data, mean, std)
     except UnknownImages:
@@ -79,19 +76,23 @@ def load(
     return PretrainedEncoder(loaded, place, name)
 
 
-def _data(images: Images, channels: int, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> ImageData:
+def _data(images: Images, prepared: Preprocessing) -> ImageData:
     """Images as a data set, which says how they are prepared."""
-    facts = {"memory": None, "test": None, "classes": (), "digest": "", "notes": ()}
-    return ImageData(name="images", train=images, channels=channels, size=size, mean=mean, std=std, **facts)
+    statistics = {
+        "channels": prepared.channels,
+        "size": prepared.image_size,
+        "mean": prepared.mean,
+        "std": prepared.std,
+    }
+    return ImageData("images", images, memory=None, test=None, classes=(), digest="", notes=(), **statistics)
 
 
 class Predictions(NamedTuple):
     """Classes of images."""
 
     names: list[str]  # of the most probable class of each image, N
-    probabilities: (
-        Any  # [N, K] float32, columns in the order of the encoder's `classes`; an array, or a tensor on the device
-    )
+    # [N, K] float32, columns in the order of the encoder's `classes`; an array, or a tensor on the device.
+    probabilities: Any
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,9 @@ class PretrainedEncoder:
         self.model.to(self.device).eval()
 
     def __repr__(self) -> str:
-        side = self.image_size
         return (
-            f"PretrainedEncoder({self.name!r}: {type(self.model).__name__}, {counted(self.num_features, 'feature')}, "
-            f"images of {counted(self.channels, 'channel')} and {side}x{side} px, on {self.device})"
+            f"PretrainedEncoder({self.name!r}: {type(self.model).__name__}, {counted(self.num_features, 'feature')}, images of "
+            f"{counted(self.channels, 'channel')} and {self.image_size}x{self.image_size} px, on {self.device})"
         )
 
     @cached_property
@@ -133,10 +133,6 @@ class PretrainedEncoder:
     def model(self) -> nn.Module:
         """The network in eval mode: normalized images [N, C, S, S] -> [N, F]."""
         return self.loaded.encoder
-
-    @property
-    def _preparation(self) -> ImagePreparation:
-        return ImagePreparation(self.image_size, self.channels)
 
     @property
     def num_features(self) -> int:
@@ -201,11 +197,13 @@ class PretrainedEncoder:
             raise BadInput('precision="fp16" needs a GPU; use "bf16" or "fp32".')
         if batch_size is not None and batch_size < 1:
             raise BadInput(f"batch_size={batch_size} is out of range: it must be at least 1.")
-        count, chunks = self._preparation.of(images)
+        count, chunks = ImagePreparation(self.image_size, self.channels).of(images)
+        dtype, channels_last = PRECISIONS[precision], self.device.type == "cuda"
         rows = [torch.empty(0, self.num_features, device=self.device)]
         with progress_of("Features", count if progress else 0, "images", at_end=progress) as advance:
             for chunk in chunks:
-                rows.append(self._embedded(chunk, PRECISIONS[precision], batch_size))
+                data = _data(chunk, self.loaded.preprocessing)
+                rows.append(embed(self.model, chunk, data, self.device, dtype, channels_last, batch_size=batch_size))
                 if progress:
                     advance(len(chunk))
         x = torch.cat(rows)
@@ -256,13 +254,6 @@ class PretrainedEncoder:
     def paths(self, images: Path) -> list[str]:
         """The files that `features` reads for a folder or a pattern, in its order."""
         return picture_files(images)
-
-    def _embedded(self, images: Images, dtype: torch.dtype, batch_size: int | None) -> Float[Tensor, "n F"]:
-        wanted = self.loaded.preprocessing
-        data = _data(images, wanted.channels, wanted.image_size, wanted.mean, wanted.std)
-        return embed(
-            self.loaded.encoder, images, data, self.device, dtype, self.device.type == "cuda", batch_size=batch_size
-        )
 
     def to(self, device: str) -> "PretrainedEncoder":
         """The encoder on another device, such as "cpu"."""

@@ -26,8 +26,7 @@ from twoviews.errors import BadInput, mistakes
 from twoviews.features import embed
 from twoviews.memory import check_networks, check_views
 from twoviews.methods.method import Method
-from twoviews.protocols.named import build_protocol
-from twoviews.protocols.protocol import EvaluationContext
+from twoviews.protocols.protocol import EvaluationContext, NamedProtocol
 from twoviews.randomness import seed_of
 from twoviews.ranges import Repeats, Size
 from twoviews.runtime import Runtime
@@ -89,7 +88,7 @@ def check_without_data(cfg: DictConfig, runtime: Runtime, device: torch.device) 
         lambda: build(cfg.schedule),
         lambda: build(cfg.augmentation, **any_images),
         lambda: uris.resolve(build(cfg.tracking).uri),
-        *(partial(build_protocol, str(name), node) for name, node in (cfg.get("protocol") or {}).items()),
+        *(partial(NamedProtocol, str(name), node) for name, node in (cfg.get("protocol") or {}).items()),
         *([lambda: build(cfg.data)] if "root" in cfg.data and cfg.data.root is None else []),
     )
     if problems:
@@ -138,7 +137,7 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
     if distributed.processes() > 1:
         sync_batch_norms(method, device)
     method.to(device, memory_format=torch.channels_last if runtime.channels_last else torch.contiguous_format)
-    protocols = {name: build_protocol(str(name), node) for name, node in (cfg.get("protocol") or {}).items()}
+    protocols = {name: NamedProtocol(str(name), node) for name, node in (cfg.get("protocol") or {}).items()}
     protocols = {name: protocol for name, protocol in protocols.items() if data.test or not protocol.needs_labels}
     optimizer = build(cfg.optimizer, batch_size=cfg.batch_size, _partial_=True)(method.param_groups())
     return Parts(

@@ -6,9 +6,8 @@ Shapes: N images, F features, C classes.
 """
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,7 @@ from torch import Tensor, nn
 
 from twoviews import foreign
 from twoviews.backbones import Encoder
-from twoviews.encoder_file import LOADING_ERRORS, check_finite, encoder_of, read_weights, weight_file
-from twoviews.errors import BadInput, system_reason
-from twoviews.files import write_atomic
+from twoviews.encoder_file import check_finite, encoder_of, loading, read_weights, write
 
 CLASSIFIER_FILE, HEAD_FILE = "classifier.safetensors", "linear_head.safetensors"
 EVALUATIONS = "evaluation"  # the folder of a run's evaluations
@@ -47,18 +44,10 @@ def as_linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def save_classifier(folder: Path, encoder: Encoder, head: Head, description: Mapping[str, Any]) -> None:
-    """Write classifier.safetensors and classifier.json.
-
-    Args:
-        folder: that gets them.
-        encoder: the network before the head.
-        head: the classifier of its features.
-        description: how to build the encoder and to prepare its images, as `encoder_file.describe` gives it.
-    """
-    weights = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
-    weights |= {f"head.{name}": value for name, value in head.linear.state_dict().items()}
-    write_atomic(folder / CLASSIFIER_FILE, weight_file(weights))
-    _write_description(folder / CLASSIFIER_FILE, {**description, "classes": list(head.classes)})
+    """Write classifier.safetensors and classifier.json; `description` is as `encoder_file.describe` gives it."""
+    parts = {"encoder": encoder, "head": head.linear}
+    weights = {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
+    write(folder / CLASSIFIER_FILE, weights, {**description, "classes": list(head.classes)})
 
 
 def load_classifier(path: Path) -> tuple[Encoder, Head, dict[str, Any]]:
@@ -67,68 +56,53 @@ def load_classifier(path: Path) -> tuple[Encoder, Head, dict[str, Any]]:
     Raises:
         BadInput: the two files do not make a classifier.
     """
-    foreign.check_regular(path)
-    description = foreign.load(path.with_suffix(".json"), needed=True)
+    description, weights = foreign.load(path.with_suffix(".json"), needed=True), {"encoder": {}, "head": {}}
     with _loading(path, "a classifier"):
-        weights = read_weights(path)
-        encoder = encoder_of(description, _below("encoder.", weights))
-        return encoder, _head_of(description, _below("head.", weights), encoder.out_dim), description
+        for name, value in read_weights(path).items():
+            part, _, rest = name.partition(".")
+            weights[part][rest] = value
+        encoder = encoder_of(description, weights["encoder"])
+        return encoder, _head_of(description, weights["head"], encoder.out_dim), description
 
 
 def newest_classifier(folder: Path) -> Path | None:
     """The classifier.safetensors that was written last by an evaluation of the encoder in this folder; None: there is none."""
-    return next((path for path in _newest(folder, CLASSIFIER_FILE)), None)
+    return next(iter(_newest(folder, CLASSIFIER_FILE)), None)
 
 
 def save_head(folder: Path, head: Head, encoder: Encoder, size: int, statistics: Sequence[Sequence[float]]) -> None:
     """Write linear_head.safetensors and linear_head.json, which says by a digest whose features they classify.
 
-    Args:
-        folder: that gets them.
-        head: the classifier.
-        encoder: whose features it classifies.
-        size: of the images in px.
-        statistics: mean and std, per channel, that the images are normalised with.
+    They are those of images of `size` px that are normalised with `statistics`: mean and std, per channel.
     """
-    write_atomic(folder / HEAD_FILE, weight_file(head.linear.state_dict()))
-    digest = _digest(encoder, size, statistics)
-    _write_description(folder / HEAD_FILE, {"encoder": digest, "classes": list(head.classes)})
+    description = {"encoder": _digest(encoder, size, statistics), "classes": list(head.classes)}
+    write(folder / HEAD_FILE, head.linear.state_dict(), description)
 
 
 def find_head(folder: Path, encoder: Encoder, size: int, statistics: Sequence[Sequence[float]]) -> Head | None:
-    """The head of these features that an evaluation has written last; None: there is none.
-
-    Args:
-        folder: of the encoder's run or, without a run, of its results.
-        encoder: as in `save_head`, and likewise the others.
-        size: of the images in px.
-        statistics: mean and std.
+    """The head that an evaluation has written last below a folder, see `save_head`; None: there is none of these features.
 
     Raises:
         BadInput: the files of a head are damaged.
     """
-    digest = None
-    for path in _newest(folder, HEAD_FILE):
-        digest = digest or _digest(encoder, size, statistics)
+    paths = _newest(folder, HEAD_FILE)
+    digest = _digest(encoder, size, statistics) if paths else None
+    for path in paths:
         description = foreign.load(path.with_suffix(".json"))
         if description.get("encoder") == digest:
-            foreign.check_regular(path)
             with _loading(path, "a linear classifier"):
                 return _head_of(description, read_weights(path), encoder.out_dim)
     return None
 
 
+def _loading(path: Path, what: str) -> AbstractContextManager[None]:
+    mismatch = f"{path.with_suffix('.json').name} beside it do not make {what}"
+    return loading(path, mismatch, "evaluate.py wrote, or delete both and run the evaluation again, which writes them")
+
+
 def _newest(folder: Path, name: str) -> list[Path]:
     paths = [path for path in folder.glob(f"{EVALUATIONS}/*/{name}") if path.with_suffix(".json").exists()]
     return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
-
-
-def _write_description(weights: Path, content: Mapping[str, Any]) -> None:
-    write_atomic(weights.with_suffix(".json"), json.dumps(content, indent=2) + "\n")
-
-
-def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def _head_of(description: Mapping[str, Any], weights: Mapping[str, Tensor], features: int) -> Head:
@@ -145,16 +119,3 @@ def _digest(encoder: Encoder, size: int, statistics: Sequence[Sequence[float]]) 
         content.update(name.encode())
         content.update(value.detach().cpu().contiguous().numpy().data)
     return content.hexdigest()
-
-
-@contextmanager
-def _loading(path: Path, what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read ({system_reason(error)}); make it readable.") from error
-    except LOADING_ERRORS as error:
-        raise BadInput(
-            f"{path} and {path.with_suffix('.json').name} beside it do not make {what}: {foreign.short(error)}; put the files "
-            "back that evaluate.py wrote, or delete both and run the evaluation again, which writes them."
-        ) from error

@@ -1,7 +1,8 @@
 """encoder.safetensors and encoder.json: an encoder's weights, and beside them what is needed to build and use the network."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,17 @@ from twoviews.errors import BadInput, system_reason
 from twoviews.files import write_atomic
 
 WEIGHTS_FILE, DESCRIPTION_FILE = "encoder.safetensors", "encoder.json"
-# What files that do not fit together raise.
-LOADING_ERRORS = (BadInput, SafetensorError, RuntimeError, KeyError, TypeError, ValueError)
 
 
 def save_encoder(folder: Path, encoder: Encoder, description: Mapping[str, Any]) -> None:
-    """Write both files into a run folder.
+    """Write both files; `description` has the backbone's configuration, image_size, channels, mean, std and more."""
+    write(folder / WEIGHTS_FILE, encoder.state_dict(), {**description, "features": encoder.out_dim})
 
-    Args:
-        folder: of the run.
-        encoder: its weights are written.
-        description: content of encoder.json: the backbone's configuration, image_size, channels, mean, std and more.
-    """
-    write_atomic(folder / WEIGHTS_FILE, weight_file(encoder.state_dict()))
-    content = {**description, "features": encoder.out_dim}
-    write_atomic(folder / DESCRIPTION_FILE, json.dumps(content, indent=2) + "\n")
+
+def write(path: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """Write weights as a .safetensors file, and beside it their description as a JSON file of the same name."""
+    write_atomic(path, weight_file(weights))
+    write_atomic(path.with_suffix(".json"), json.dumps(description, indent=2) + "\n")
 
 
 def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
@@ -38,19 +35,25 @@ def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
     Raises:
         BadInput: the two files do not make an encoder.
     """
-    foreign.check_regular(path)
     description = foreign.load(path.with_name(DESCRIPTION_FILE), needed=True)
+    remedy = (
+        "the run wrote, or delete both and result.json, and the same train.py command writes them again from its last "
+    )
+    with loading(path, f"{DESCRIPTION_FILE} beside it do not make an encoder", f"{remedy}checkpoint"):
+        return encoder_of(description, read_weights(path)), description
+
+
+@contextmanager
+def loading(path: Path, mismatch: str, remedy: str) -> Iterator[None]:
+    """Turn what files raise that do not fit together into a sentence."""
+    foreign.check_regular(path)
     try:
-        encoder = encoder_of(description, read_weights(path))
+        yield
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({system_reason(error)}); make it readable.") from error
-    except LOADING_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise BadInput(
-            f"{path} and {DESCRIPTION_FILE} beside it do not make an encoder: {reason[:200]}; put the files back that the run "
-            "wrote, or delete both and result.json, and the same train.py command writes them again from its last checkpoint."
-        ) from error
-    return encoder, description
+    except (BadInput, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        reason = foreign.short(error)
+        raise BadInput(f"{path} and {mismatch}: {reason}; put the files back that {remedy}.") from error
 
 
 def encoder_of(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Encoder:
@@ -84,12 +87,7 @@ def describe(encoder: Encoder, data: ImageData) -> dict[str, Any]:
 
 
 def describe_backbone(backbone: Any, data: ImageData) -> dict[str, Any]:
-    """The same of a network that need not be built.
-
-    Args:
-        backbone: its node of a configuration, as plain values.
-        data: whose images it takes.
-    """
+    """The same of a network that need not be built, by its node of a configuration as plain values."""
     return {
         "backbone": backbone,
         "channels": data.channels,

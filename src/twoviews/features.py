@@ -28,6 +28,11 @@ class Features:
     x: Float[Tensor, "N F"]
     y: Int[Tensor, " N"]
 
+    def subset(self, index: Int[Tensor, " n"]) -> "Features":
+        """Those of these images, in this order."""
+        index = index.to(self.y.device)
+        return Features(self.x[index], self.y[index])
+
 
 class PixelEncoder(Encoder):
     """The baseline without a network: normalized pixels, averaged down to 32 x 32 px if there are more."""

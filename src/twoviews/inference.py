@@ -27,12 +27,8 @@ CHANNEL_MULTIPLE = 8  # on a GPU, images are padded to such a number of channels
 def fold_batchnorm(module: nn.Module, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A copy for inference, in which the batch norms of `ResNet`s are folded into the convolutions before them.
 
-    The running statistics are constants in eval mode, so this saves a pass over every feature map.
-
-    Args:
-        module: in train or eval mode.
-        path: one of `PREFERRED_PATHS`, by which ReLUs and shortcuts are fused, too; None: they are not.
-        dtype: number format of the `ResNet`s if there is a path.
+    The running statistics are constants in eval mode, so this saves a pass over every feature map. By a path, one of
+    `PREFERRED_PATHS`, ReLUs and shortcuts are fused, too, and the `ResNet`s get the number format `dtype`.
     """
     module = copy.deepcopy(module).eval()
     for part in list(module.modules()):
@@ -41,7 +37,10 @@ def fold_batchnorm(module: nn.Module, path: str | None = None, dtype: torch.dtyp
                 _fold(part, f"conv{number}", f"bn{number}")
             if isinstance(shortcut := getattr(part, "downsample", None), nn.Sequential):
                 _fold(shortcut, "0", "1")
-    if path is not None and (path not in FUSED_RELU_PATHS or _finite(module)):
+    # Whether all parameters are finite, and so are their squares, waits for the device once.
+    if path is not None and (
+        path not in FUSED_RELU_PATHS or nn.utils.get_total_norm(list(module.parameters())).isfinite()
+    ):
         for part in _resnets(module):
             _fuse(part, path, dtype)
     return module
@@ -52,13 +51,6 @@ def choose_path(module: nn.Module, device: torch.device, dtype: torch.dtype, ima
 
     On a GPU each is tried before its first use for networks of one form, on random weights and images, which waits for
     the device. TWOVIEWS_KERNEL=0 turns them off there.
-
-    Args:
-        module: whose `ResNet`s are to be fused.
-        device: of the module.
-        dtype: number format of the forward pass.
-        image_size: H = W in px.
-        batch: B.
     """
     networks = _resnets(module)
     if not networks:
@@ -72,14 +64,10 @@ def choose_path(module: nn.Module, device: torch.device, dtype: torch.dtype, ima
         if path == "cudnn" and (dtype == torch.float16 or torch.are_deterministic_algorithms_enabled()):
             # fp16 may overflow, which a ReLU that makes 0 of NaN would hide; and the operator knows no deterministic mode.
             continue
-        failures = [
-            reason
-            for network in networks
-            if (reason := reason_against(path, network, device, dtype, image_size, batch))
-        ]
-        if not failures:
+        found = (reason_against(path, network, device, dtype, image_size, batch) for network in networks)
+        if (reason := next(filter(None, found), None)) is None:
             return path
-        reasons.append(f"{path}: {failures[0]}")
+        reasons.append(f"{path}: {reason}")
     if reasons and (key := (device, dtype)) not in _warned:
         _warned.add(key)
         warnings.warn(
@@ -91,11 +79,6 @@ def choose_path(module: nn.Module, device: torch.device, dtype: torch.dtype, ima
 
 def _resnets(module: nn.Module) -> list[ResNet]:
     return [part for part in module.modules() if isinstance(part, ResNet)]
-
-
-def _finite(module: nn.Module) -> bool:
-    """Whether all parameters are finite, and so are their squares; waits for the device once."""
-    return bool(nn.utils.get_total_norm(list(module.parameters())).isfinite())
 
 
 def _fold(part: nn.Module, convolution: str, norm: str) -> None:
@@ -258,8 +241,6 @@ def _error(path: str, network: ResNet, device: torch.device, dtype: torch.dtype,
     finally:
         torch.backends.cudnn.benchmark = benchmark
     times = -(-batch // TRIAL_IMAGES)
-    fused, expected = (
-        fold_batchnorm(plain, path, dtype)(images.repeat(times, 1, 1, 1)[:batch]),
-        expected.repeat(times, 1)[:batch],
-    )
+    fused = fold_batchnorm(plain, path, dtype)(images.repeat(times, 1, 1, 1)[:batch])
+    expected = expected.repeat(times, 1)[:batch]
     return ((fused.double() - expected.double()).norm() / expected.double().norm()).item()

@@ -17,6 +17,7 @@ from twoviews.randomness import generator
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont
 
 SHOWN_SIDE = 96  # px; smaller views are enlarged to at least this, pixel by pixel
@@ -24,6 +25,7 @@ LARGEST_SIDE = 128  # px; larger images on a sheet are reduced to it
 IMAGES = 10
 GAP = 8  # px, between images on a sheet
 TEXT = 16  # px
+HEADING_PX, LINE_PX = 66, TEXT + 6  # heights, of a sheet's heading and of a line below a picture
 GREY, RED, GREEN = (110, 110, 110), (220, 40, 40), (0, 130, 60)
 PANELS = {  # of curves.png
     "train/loss": "loss",
@@ -83,6 +85,24 @@ def squares(images: Images, index: list[int]) -> "dict[int, Image]":
             picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
             pictures[image] = picture
     return pictures
+
+
+def titled_sheet(title: str, explanation: str, width: int, height: int) -> "tuple[Image, ImageDraw]":
+    """A white sheet under two lines of text, HEADING_PX high; at least `width` px wide, below the text `height` px high."""
+    from PIL import Image, ImageDraw
+
+    face, bold = font("DejaVuSans"), font("DejaVuSans-Bold")
+    text_width = max(bold.getlength(title), face.getlength(explanation))
+    sheet = Image.new("RGB", (max(width, round(text_width) + 2 * GAP), HEADING_PX + height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, 8), title, "black", bold)
+    draw.text((GAP, 34), explanation, GREY, face)
+    return sheet, draw
+
+
+def draw_frame(draw: "ImageDraw", left: int, top: int, width: int, height: int) -> None:
+    """Draw a red frame around pictures, as of an image of another class."""
+    draw.rectangle((left - 3, top - 3, left + width + 2, top + height + 2), outline=RED, width=3)
 
 
 def font(name: str, size: int = TEXT) -> "FreeTypeFont":

@@ -9,7 +9,7 @@ from twoviews.config.building import build
 from twoviews.config.parameter_names import qualified_errors, qualify
 from twoviews.data.sources import digits
 from twoviews.errors import BadInput
-from twoviews.protocols.named import build_protocol
+from twoviews.protocols.protocol import NamedProtocol
 
 
 @pytest.mark.parametrize(
@@ -70,23 +70,23 @@ def test_protocols_are_told_by_their_keys(choice: str) -> None:
     for key, value in changes.items():
         OmegaConf.update(node, key, value)
     with pytest.raises(BadInput) as caught:
-        build_protocol(name, node)
+        NamedProtocol(name, node)
     assert sentence in str(caught.value)
 
 
 def test_what_a_protocol_says_while_it_works_has_its_keys_too() -> None:
     ((name, node),) = composed("protocol=[knn]", "protocol.knn.k=5000").protocol.items()
-    assert build_protocol(name, node).notes(digits())[0].startswith("protocol.knn.k=5000 is more than the 1,437 images")
+    assert NamedProtocol(name, node).notes(digits())[0].startswith("protocol.knn.k=5000 is more than the 1,437 images")
     context = small(20)
     ((name, node),) = composed("protocol=[finetune]", "protocol.finetune.unfreeze_from=layer9").protocol.items()
     with pytest.raises(BadInput, match=r"^protocol\.finetune\.unfreeze_from=layer9 is no layer"):
-        build_protocol(name, node)(context)
+        NamedProtocol(name, node)(context)
     node["unfreeze_from"], node["epochs"], node["lr"], node["batch_size"] = None, 1, 0.1, 64
-    notes = build_protocol(name, node)(context).notes
+    notes = NamedProtocol(name, node)(context).notes
     assert notes == ["protocol.finetune.batch_size=64 is larger than the 20 images: batches have 20."]
 
 
 def test_keys_that_evaluate_has_for_all_protocols_stay_short() -> None:
     ((name, node),) = composed("protocol=[predict]", "run=x", name="evaluate").protocol.items()
     with pytest.raises(BadInput, match="^images= names no pictures"):
-        build_protocol(name, node)(small(20))
+        NamedProtocol(name, node)(small(20))

@@ -5,8 +5,17 @@ import io
 from pathlib import Path
 
 from twoviews.console import Console
-from twoviews.evaluation.comparison import Evaluation, compare, headlines, ordered, page, short_table, table
-from twoviews.evaluation.differences import differences, labels
+from twoviews.evaluation.comparison import (
+    Evaluation,
+    compare,
+    differences,
+    headlines,
+    labels,
+    ordered,
+    page,
+    short_table,
+    table,
+)
 from twoviews.tables import as_csv, as_latex
 from twoviews.tracking.client import connect
 from twoviews.tracking.uris import trust

@@ -5,8 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from adapting import LINEAR, assert_same, context, probe, some_digits, state, without_batch_norm
+from adapting import LINEAR, assert_same, context, probe, some_digits, state
+from omegaconf import OmegaConf
+from test_configs import composed
 
+from twoviews.config.building import build
 from twoviews.data.corruptions import CORRUPTIONS, corrupt
 from twoviews.errors import BadInput
 from twoviews.protocols.classification import top1
@@ -74,10 +77,11 @@ def test_a_misspelt_name_is_corrected():
     assert "did you mean 'fog'" in complaint(["fgo"], names)
 
 
-@pytest.mark.parametrize("arguments", [([], [1]), (["fog"], [])])
-def test_nothing_to_measure_is_refused(arguments):
-    with pytest.raises(BadInput, match="nothing to measure"):
-        Corruptions(LINEAR, *arguments, None, seed=0, every_epochs=0)(without_batch_norm())
+@pytest.mark.parametrize("key", ["corruptions", "severities"])
+def test_nothing_to_measure_is_refused(key):
+    ((_, node),) = composed("protocol=[corruptions]").protocol.items()
+    with pytest.raises(BadInput, match=rf"{key}=\[\] is an empty list"):
+        build({**OmegaConf.to_container(node, resolve=True), key: []})
 
 
 def test_labels_are_needed():

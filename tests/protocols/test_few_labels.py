@@ -5,11 +5,14 @@ import statistics
 import pytest
 import torch
 from contexts import small
+from omegaconf import OmegaConf
 from sklearn.linear_model import LogisticRegression
+from test_configs import composed
 from test_finetune import protocol as finetune
 from test_labelled import same, state
 from test_linear import context, pixels
 
+from twoviews.config.building import build
 from twoviews.errors import BadInput
 from twoviews.features import Features
 from twoviews.protocols.few_labels import FewLabels, drawn, quota
@@ -111,5 +114,6 @@ def test_fine_tuning_of_each_draw_stands_beside_the_probe():
 
 @pytest.mark.parametrize("changes", [{"shares": []}, {"weight_decays": []}])
 def test_what_leaves_nothing_to_do_is_refused(changes):
+    ((_, node),) = composed("protocol=[few_labels]").protocol.items()
     with pytest.raises(BadInput, match=r"(shares|weight_decays)=\[\]"):
-        protocol(**{"shares": [0.1], "per_class": [], **changes})
+        build({**OmegaConf.to_container(node, resolve=True), **changes})

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from twoviews.backbones import ResNet
+from twoviews.config.building import build
 from twoviews.data.sources import digits
 from twoviews.errors import BadInput
 from twoviews.features import Features, PixelEncoder
@@ -65,8 +66,9 @@ def test_copies_of_an_image_in_the_bank():
 
 
 def test_an_empty_grid_is_refused():
-    with pytest.raises(BadInput, match="no grid"):
-        KNNGrid([], [0.1], 0)
+    grid = {"_target_": "twoviews.protocols.knn_grid.KNNGrid", "ks": [], "temperatures": [0.1], "every_epochs": 0}
+    with pytest.raises(BadInput, match=r"ks=\[\] is an empty list"):
+        build(grid)
 
 
 def test_order_and_repetition_do_not_matter():

@@ -8,6 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
+from twoviews.config.building import build
 from twoviews.data.sources import digits
 from twoviews.errors import BadInput
 from twoviews.features import Features, PixelEncoder
@@ -85,7 +86,7 @@ def test_images_that_cannot_be_held_out_choose_nothing_and_that_is_said():
     (note,) = linear.notes(data)
     assert "one labelled image" in note and "0.01 is used" in note
     there = EvaluationContext(PixelEncoder(1, 32), data, torch.device("cpu"), torch.float32)
-    assert linear(there).values["weight_decay"] == 1e-2 and linear.calibrated(there)[1] == 1
+    assert linear(there).values["weight_decay"] == 1e-2 and linear.fitted(there.memory, 10, calibrate=True)[2] == 1
     assert linear.notes(digits()) == Linear([1e-2], 0.1, 20, 0).notes(data) == []
 
 
@@ -146,5 +147,6 @@ def test_scale_and_offset_of_features_do_not_matter():
 
 
 def test_refuses_an_empty_list_of_candidates():
+    numbers = {"held_out": 0.2, "iterations": 30, "every_epochs": 0}
     with pytest.raises(BadInput, match=r"weight_decays=\[\]"):
-        Linear([], held_out=0.2, iterations=30, every_epochs=0)
+        build({"_target_": "twoviews.protocols.linear.Linear", "weight_decays": [], **numbers})

@@ -7,6 +7,7 @@ from test_linear import context, pixels
 from torch import nn
 from torch.nn import functional as nnf
 
+from twoviews.config.building import build
 from twoviews.errors import BadInput
 from twoviews.features import Features
 from twoviews.protocols.classification import top1
@@ -112,6 +113,8 @@ def test_diverging_candidates_come_last_and_are_refused_alone():
 
 
 def test_refuses_an_empty_list_of_candidates():
+    numbers = {"held_out": 0.2, "batch_size": 64, "epochs": 5, "momentum": 0.9, "seed": 0, "every_epochs": 0}
     for rates, decays in (([], [0.0]), ([0.1], [])):
-        with pytest.raises(BadInput, match=r"=\[\] leaves nothing"):
-            protocol(rates, decays)
+        lists = {"learning_rates": rates, "weight_decays": decays}
+        with pytest.raises(BadInput, match=r"=\[\] is an empty list"):
+            build({"_target_": "twoviews.protocols.linear_sgd.LinearSGD", **lists, **numbers})

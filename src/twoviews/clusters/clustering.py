@@ -20,7 +20,7 @@ from twoviews.console import Console, progress_of
 from twoviews.data.images import ImageData
 from twoviews.encoders.loaded import LoadedEncoder
 from twoviews.errors import BadInput, printable
-from twoviews.evaluation.preparation import prepare_evaluation
+from twoviews.evaluation.evaluation import prepare_evaluation
 from twoviews.figures import files_of
 from twoviews.files import open_atomic, shortened, write_atomic
 from twoviews.randomness import seed_of

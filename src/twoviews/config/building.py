@@ -41,7 +41,7 @@ def build(node: "DictConfig | dict[str, Any]", *, _partial_: bool = False, _key_
         raise BadInput(*problems)
 
     def make(*more: Any) -> Any:
-        # Of a protocol only `build_protocol` (protocols/named.py) knows the name.
+        # Of a protocol only `NamedProtocol` (protocols/protocol.py) knows the name.
         with nullcontext() if group == "protocol" else qualified_errors(group):
             return _call(values, arguments)(*more)
 

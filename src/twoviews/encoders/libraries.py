@@ -6,85 +6,77 @@ from pathlib import Path
 
 import torch
 
-from twoviews.backbones import Timm
+from twoviews.backbones import Encoder, Timm
 from twoviews.data.images import ImageData
 from twoviews.encoders.loaded import LoadedEncoder, Preprocessing, UnknownImages
-from twoviews.encoders.networks import RESNETS, fill, random_network, resnet_network
-from twoviews.encoders.weight_files import read_tensors, resnet_weights
+from twoviews.encoders.weight_files import RESNETS, fill, random_network, read_tensors, resnet_network, resnet_weights
 from twoviews.errors import BadInput, nearest
 
 OF_WEIGHTS = "which belong to these weights"
+Opened = tuple[Encoder, Preprocessing, list[str]]  # how its images are prepared, and notes for the user
 
 
-def open_torchvision(name: str, pretrained: bool, data: Callable[[], ImageData] | None) -> LoadedEncoder:
-    """A ResNet of torchvision.
+def open_library(library: str, name: str, pretrained: bool, data: Callable[[], ImageData] | None) -> LoadedEncoder:
+    """A ResNet of torchvision, or a network of timm.
 
     Args:
-        name: torchvision's, such as resnet18.
-        pretrained: with the best weights of torchvision that are in torch's cache; False: with random ones.
+        library: "torchvision" or "timm".
+        name: theirs, such as resnet18 or vit_tiny_patch16_224.
+        pretrained: with the best weights that are in the cache of torch or Hugging Face; False: with random ones.
         data: loads the images that random weights are for.
 
     Raises:
-        BadInput: there is no such ResNet, its weights are not in the cache, or images are needed and missing.
+        BadInput: there is no such network, its weights are not in the cache, or images are needed and missing.
     """
+    run, title = f"{library}:{name}", re.sub(r"[^\w.-]", "_", f"{library}-{name}{'-pretrained' if pretrained else ''}")
+
+    def of_images() -> Preprocessing:
+        if data is None:
+            raise UnknownImages(run)
+        return Preprocessing.of_images(data())
+
+    open_one = _open_torchvision if library == "torchvision" else _open_timm
+    encoder, preprocessing, notes = open_one(name, run, None if pretrained else of_images)
+    return LoadedEncoder(encoder, preprocessing, title, Path("outputs") / f"evaluation-{title}", notes=tuple(notes))
+
+
+def _open_torchvision(name: str, run: str, random_for: Callable[[], Preprocessing] | None) -> Opened:
+    """A network, how its images are prepared, and notes; with random weights for such images, or pretrained."""
     from torchvision.models import get_model_weights, list_models
 
-    run = f"torchvision:{name}"
     if name not in RESNETS:
         other = f" It is no ResNet; timm has more networks, run=timm:{name}." if name in list_models() else ""
         raise BadInput(
             f"run={run}: of torchvision the ResNets can be evaluated: {', '.join(RESNETS)}."
             f"{other or nearest(name, RESNETS)}"
         )
-    block, depths = RESNETS[name]
-    recipe = {
-        "_target_": "twoviews.backbones.ResNet",
-        "block": block,
-        "depths": depths,
-        "width": 64,
-        "stem": "imagenet",
-    }
-    title = f"torchvision-{name}{'-pretrained' if pretrained else ''}"
-    if not pretrained:
-        network = resnet_network(recipe, _of_images(run, data), None, title)
-        return _loaded(title, *network)
-    paths = {
-        weights: _cache() / weights.url.rpartition("/")[2] for weights in reversed(get_model_weights(name))
-    }  # the best ones first
+    recipe = {"_target_": "twoviews.backbones.ResNet", "width": 64, "stem": "imagenet"}
+    recipe |= dict(zip(("block", "depths"), RESNETS[name], strict=True))
+    if random_for is not None:
+        return resnet_network(recipe, random_for(), None, run)
+    paths = {weights: _cache() / weights.url.rpartition("/")[2] for weights in reversed(get_model_weights(name))}
+    best = next(iter(paths))
     cached = next((weights for weights, path in paths.items() if path.is_file()), None)
     if cached is None:
-        best, path = next(iter(paths.items()))
-        raise _not_cached(run, path, best.url)
+        raise _not_cached(run, paths[best], best.url)
     weights, _, channels, notes = resnet_weights(read_tensors(paths[cached]), paths[cached])
     transform = cached.transforms()
     mean, std = tuple(transform.mean), tuple(transform.std)
     preprocessing = Preprocessing(channels, transform.crop_size[0], mean, std, OF_WEIGHTS)
-    encoder, preprocessing, more = resnet_network(recipe, preprocessing, weights, title)
-    return _loaded(title, encoder, preprocessing, [*notes, *more])
+    encoder, preprocessing, more = resnet_network(recipe, preprocessing, weights, run)
+    return encoder, preprocessing, [*notes, *more]
 
 
-def open_timm(name: str, pretrained: bool, data: Callable[[], ImageData] | None) -> LoadedEncoder:
-    """A network of timm.
-
-    Args:
-        name: timm's, such as vit_tiny_patch16_224.
-        pretrained: with the weights that are in the cache of torch or Hugging Face; False: with random ones.
-        data: loads the images that random weights are for.
-
-    Raises:
-        BadInput: there is no such network, its weights are not in the cache, or images are needed and missing.
-    """
+def _open_timm(name: str, run: str, random_for: Callable[[], Preprocessing] | None) -> Opened:
+    """As `_open_torchvision`."""
     import timm
     from huggingface_hub import try_to_load_from_cache
 
-    run = f"timm:{name}"
     if name not in timm.list_models():
         raise BadInput(f"run={run} is not a model of timm {timm.__version__}.{nearest(name, timm.list_models())}")
-    if not pretrained:
-        preprocessing = _of_images(run, data)
-        recipe = {"_target_": "twoviews.backbones.Timm", "name": name}
-        encoder = random_network(recipe, preprocessing.channels, preprocessing.image_size)
-        return _loaded(f"timm-{name}", encoder, preprocessing)
+    if random_for is not None:
+        recipe, preprocessing = {"_target_": "twoviews.backbones.Timm", "name": name}, random_for()
+        return random_network(recipe, preprocessing.channels, preprocessing.image_size), preprocessing, []
     cfg = timm.models.get_pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:
         raise BadInput(
@@ -102,20 +94,7 @@ def open_timm(name: str, pretrained: bool, data: Callable[[], ImageData] | None)
     encoder = Timm(channels, size, name)
     weights, wanted = read_tensors(path), encoder.model.state_dict()
     fill(encoder.model, {key: value for key, value in weights.items() if key in wanted}, path)
-    preprocessing = Preprocessing(channels, size, tuple(cfg.mean), tuple(cfg.std), OF_WEIGHTS)
-    return _loaded(f"timm-{name}-pretrained", encoder, preprocessing)
-
-
-def _loaded(title: str, encoder, preprocessing: Preprocessing, notes=()) -> LoadedEncoder:
-    name = re.sub(r"[^\w.-]", "_", title)
-    folder = Path("outputs") / f"evaluation-{name}"
-    return LoadedEncoder(encoder, preprocessing, name, folder, notes=tuple(notes))
-
-
-def _of_images(run: str, data: Callable[[], ImageData] | None) -> Preprocessing:
-    if data is None:
-        raise UnknownImages(run)
-    return Preprocessing.of_images(data())
+    return encoder, Preprocessing(channels, size, tuple(cfg.mean), tuple(cfg.std), OF_WEIGHTS), []
 
 
 def _cache() -> Path:

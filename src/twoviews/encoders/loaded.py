@@ -70,10 +70,7 @@ class LoadedEncoder:
         return (self.run.folder if self.run else self.folder) / "config.yaml"
 
     def load_data(self, chosen: Callable[[], ImageData] | None = None) -> ImageData:
-        """Images as the encoder takes them.
-
-        Args:
-            chosen: loads other images than those of the run.
+        """Images as the encoder takes them: what `chosen` loads or, without it, those of the run.
 
         Raises:
             BadInput: they have another number of channels or cannot be loaded, or there is neither a run nor `chosen`.
@@ -105,11 +102,7 @@ class LoadedEncoder:
 
 
 class UnknownImages(BadInput):
-    """It is not known what images an encoder takes.
-
-    Args:
-        run: what names the encoder, which is not of a run.
-    """
+    """It is not known what images an encoder takes, which `run` names and which is not of a run."""
 
     def __init__(self, run: Path | str):
         super().__init__(

@@ -10,11 +10,17 @@ from twoviews.config.building import build, build_data
 from twoviews.config.digest import digest
 from twoviews.data.images import ImageData
 from twoviews.encoder_file import load_encoder
-from twoviews.encoders.libraries import open_timm, open_torchvision
+from twoviews.encoders.libraries import open_library
 from twoviews.encoders.loaded import LoadedEncoder, Preprocessing, UnknownImages
-from twoviews.encoders.networks import fill, resnet_network
 from twoviews.encoders.run_names import FOLDER_NAME, LATEST, find_run, known_names
-from twoviews.encoders.weight_files import SUFFIXES, checkpoint_weights, read_tensors, resnet_weights, split_name
+from twoviews.encoders.weight_files import (
+    SUFFIXES,
+    checkpoint_weights,
+    fill,
+    read_tensors,
+    resnet_network,
+    resnet_weights,
+)
 from twoviews.errors import BadInput, nearest, printable
 from twoviews.foreign import check_regular, errors_naming
 from twoviews.run import Run
@@ -75,17 +81,26 @@ def _open(run: str, data: Callable[[], ImageData] | None) -> LoadedEncoder:
             raise BadInput(
                 f"run={run}: what follows the name can only be :pretrained, run={library}:{name}:pretrained."
             )
-        return (open_torchvision if library == "torchvision" else open_timm)(name, bool(pretrained), data)
+        return open_library(library, name, bool(pretrained), data)
     name, _, part = run.rpartition(":")
     if part == FINE_TUNED and name and Path(name).suffix not in SUFFIXES:
-        return _open_fine_tuned(name)
-    path, chosen = split_name(run)
+        folder = find_run(name) or Path(name).expanduser()
+        if (path := newest_classifier(Run.existing(folder).folder)) is None:
+            raise BadInput(
+                f"run={run}: {folder} has no fine-tuned classifier; `python evaluate.py run={name} protocol=finetune` makes one."
+            )
+        loaded = _open_classifier(path)
+        return replace(loaded, notes=(*_which(name, folder), *loaded.notes))
+    file, colon, chosen = run.rpartition(":")  # <file>:<encoder> is one of several encoders in a file
+    if not colon or Path(run).expanduser().is_file() or Path(file).suffix not in SUFFIXES:
+        file, chosen = run, None
+    path = Path(file).expanduser()
     if not path.is_dir():
         check_regular(path)
     if path.is_file() and (path.suffix in SUFFIXES or not path.with_name("config.yaml").exists()):
         return _open_file(path, data, chosen)
-    if (folder := find_run(run)) is not None:
-        path = folder
+    if (found := find_run(run)) is not None:
+        path = found
     elif not path.exists():
         if path.suffix in SUFFIXES:
             siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -100,18 +115,6 @@ def _open(run: str, data: Callable[[], ImageData] | None) -> LoadedEncoder:
     return LoadedEncoder(encoder, preprocessing, printable(path.resolve().name), opened.folder, opened, notes)
 
 
-def _open_fine_tuned(run: str) -> LoadedEncoder:
-    """The newest fine-tuned encoder of a run."""
-    folder = find_run(run) or Path(run).expanduser()
-    if (path := newest_classifier(Run.existing(folder).folder)) is None:
-        raise BadInput(
-            f"run={run}:{FINE_TUNED}: {folder} has no fine-tuned classifier; `python evaluate.py run={run} protocol=finetune` "
-            "makes one."
-        )
-    loaded = _open_classifier(path)
-    return replace(loaded, notes=(*_which(run, folder), *loaded.notes))
-
-
 def _which(run: str, folder: Path) -> tuple[str, ...]:
     """A sentence about the folder that "latest" stands for."""
     return (f"run=latest is {folder}.",) if run == LATEST else ()
@@ -120,22 +123,14 @@ def _which(run: str, folder: Path) -> tuple[str, ...]:
 def _open_classifier(path: Path) -> LoadedEncoder:
     """A fine-tuned encoder with its classifier, which belongs to a run if it lies among the run's evaluations."""
     encoder, head, description = load_classifier(path)
-    preprocessing, (name, folder), run = Preprocessing.of_description(description), _name_and_folder(path, None), None
-    place = path.resolve().parents[2]
+    (name, folder), run, place = _name_and_folder(path, None), None, path.resolve().parents[2]
     if path.resolve().parents[1].name == EVALUATIONS and (place / "config.yaml").exists():
-        run = Run.existing(place)
-        name = f"{printable(place.name)}-{FINE_TUNED}"
-    return LoadedEncoder(encoder, preprocessing, name, folder, run, head=head)
+        run, name = Run.existing(place), f"{printable(place.name)}-{FINE_TUNED}"
+    return LoadedEncoder(encoder, Preprocessing.of_description(description), name, folder, run, head=head)
 
 
 def _open_file(path: Path, data: Callable[[], ImageData] | None, chosen: str | None) -> LoadedEncoder:
-    """Weights from anywhere; those in a run folder are built as its config.yaml says.
-
-    Args:
-        path: of the file.
-        data: loads images, see `open_encoder`.
-        chosen: name of one of several encoders in the file.
-    """
+    """Weights from anywhere, of several encoders the chosen one; those in a run folder are built as its config.yaml says."""
     name, folder = _name_and_folder(path, chosen)
     if path.name == HEAD_FILE:
         raise BadInput(f"run={path} is a classifier of a run's features alone; name the run, whose features it takes.")

@@ -18,11 +18,7 @@ RUN_ID = re.compile(r"[0-9a-f]{32}")  # of MLflow
 
 
 def expand_runs(run: str | Sequence[str]) -> list[str]:
-    """The names in `run`; a folder of runs, such as that of a sweep, becomes the folders of its runs.
-
-    Args:
-        run: one name or several, see `open_encoder`.
-    """
+    """The names in `run`, see `open_encoder`; a folder of runs, such as that of a sweep, becomes the folders of its runs."""
     expanded = []
     for name in [run] if isinstance(run, str) else run:
         folder = Path(name).expanduser()

@@ -1,25 +1,30 @@
 """Evaluations of several runs as one table and one picture, in which the runs are called by what differs in them."""
 
 import hashlib
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twoviews.config.digest import digest
+from twoviews.config.digest import NOT_IN_DIGEST, digest, flat, without_unused
 from twoviews.console import Console
 from twoviews.errors import printable
-from twoviews.evaluation.differences import differences, labels
 from twoviews.evaluation.pictures import Measured, draw_comparison
 from twoviews.figures import BASELINES, files_of
 from twoviews.files import write_atomic
 from twoviews.protocols.units import KNN_TOP1, LINEAR_TOP1
+from twoviews.sweeps.job import short_names, typed
 from twoviews.tables import as_csv, as_latex, as_markdown, span
 from twoviews.tracking.client import short_error
 from twoviews.tracking.parent_run import open_parent_run, update_run
 
 MAX_PANELS = 4  # of the picture
 NAN = float("nan")
+ALWAYS = ("method.", "backbone.")  # keys of these groups, and root keys, are shown wherever they differ
+# Not of the training, or without influence on what it learns but for rounding.
+LEFT_OUT = (*NOT_IN_DIGEST, "protocol", "runtime.device", "runtime.channels_last", "runtime.compile")
 
 
 @dataclass(frozen=True)
@@ -43,20 +48,19 @@ def compare(evaluations: Mapping[str, Evaluation], folder: Path, console: Consol
 
     The files go into a folder below `folder`, another one for other runs or settings.
     """
-    settings_by_run = {run: dict(evaluation.settings) for run, evaluation in evaluations.items()}
-    folder = folder / f"comparison-{digest(settings_by_run)}"
+    folder /= f"comparison-{digest({run: dict(evaluation.settings) for run, evaluation in evaluations.items()})}"
     folder.mkdir(parents=True, exist_ok=True)
-    order, names, shown = ordered(evaluations), run_labels(evaluations), headlines(evaluations)
-    rows = short_table(evaluations)
+    order, names = ordered(evaluations), run_labels(evaluations)
+    rows, shown, title = short_table(evaluations), headlines(evaluations), _title(evaluations)
     write_atomic(folder / "comparison.csv", as_csv(table(evaluations)))
     write_atomic(folder / "comparison.md", page(evaluations))
     write_atomic(folder / "comparison.tex", as_latex(rows, [column_name(name) for name in shown]))
     files = [folder / f"comparison.{kind}" for kind in ("csv", "md", "tex")]
     if shown:
         measured = {column_name(name): [_measured(evaluations[run], name) for run in order] for name in shown}
-        draw_comparison(folder / "comparison.png", measured, [names[run] for run in order], _title(evaluations))
+        draw_comparison(folder / "comparison.png", measured, [names[run] for run in order], title)
         files += files_of(folder / "comparison.png")
-    console.rows(f"{_title(evaluations)}, the best first", rows)
+    console.rows(f"{title}, the best first", rows)
     console.say(f"written to {folder}: {', '.join(file.name for file in files)}")
     mlflow_target = next((evaluation.mirror for evaluation in evaluations.values() if evaluation.mirror), None)
     if mlflow_target:
@@ -78,28 +82,22 @@ def headlines(evaluations: Mapping[str, Evaluation]) -> list[str]:
 
 def ordered(evaluations: Mapping[str, Evaluation]) -> list[str]:
     """Names of the runs, the best first headline first; those without it come last, and equals stay as they were."""
-    name = next(iter(headlines(evaluations)), None)
-
-    def key(run: str) -> float:
-        value = evaluations[run].values.get(name, NAN) if name else NAN
-        return -value if value == value else float("inf")  # NaN is no number to be ordered by
-
-    return sorted(evaluations, key=key)
+    name = next(iter(headlines(evaluations)), "")
+    values = {run: evaluation.values.get(name, NAN) for run, evaluation in evaluations.items()}
+    # NaN is no number to be ordered by.
+    return sorted(evaluations, key=lambda run: math.inf if math.isnan(values[run]) else -values[run])
 
 
 def run_labels(evaluations: Mapping[str, Evaluation]) -> dict[str, str]:
     """A short name for each run, of what its training has otherwise than those of the others; by the run's name."""
-    titles = {
-        run: run if evaluation.config or not evaluation.title else evaluation.title
-        for run, evaluation in evaluations.items()
-    }
-    return labels({run: evaluation.config for run, evaluation in evaluations.items()}, titles)
+    titles = {run: evaluation.title for run, evaluation in evaluations.items() if not evaluation.config}
+    return labels(_configs(evaluations), {run: titles.get(run) or run for run in evaluations})
 
 
 def table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
     """All that is known of each run: its name, what differs in the trainings, values each with its ends (" low", " high"),
     baselines, settings."""
-    differing, _ = differences({run: evaluation.config for run, evaluation in evaluations.items()})
+    differing, _ = differences(_configs(evaluations))
     rows = []
     for run in ordered(evaluations):
         evaluation = evaluations[run]
@@ -108,9 +106,8 @@ def table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
             row[name] = value
             if name in evaluation.intervals:
                 row[f"{name} low"], row[f"{name} high"] = evaluation.intervals[name]
-        rows.append(
-            row | dict(evaluation.baselines) | {name: _plain(value) for name, value in evaluation.settings.items()}
-        )
+        settings = {name: _plain(value) for name, value in evaluation.settings.items()}
+        rows.append({**row, **evaluation.baselines, **settings})
     return rows
 
 
@@ -119,7 +116,7 @@ def short_table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
 
     Rows with the kNN accuracy of raw pixels and of the untrained encoders follow, where they are known.
     """
-    differing, _ = differences({run: evaluation.config for run, evaluation in evaluations.items()})
+    differing, _ = differences(_configs(evaluations))
     keys, shown, names = _names(differing.values()), headlines(evaluations), run_labels(evaluations)
     # Columns for what differs, if that tells all runs apart.
     values_identify_runs = keys and len({tuple(values.items()) for values in differing.values()}) == len(evaluations)
@@ -131,12 +128,10 @@ def short_table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
         row |= {column_name(name): _cell(evaluation, name) for name in shown}
         rows.append(row | {name: _plain(evaluation.settings.get(name, "")) for name in settings})
     for baseline, (label, _) in BASELINES.items():
-        accuracies = [
-            evaluation.baselines[baseline] for evaluation in evaluations.values() if baseline in evaluation.baselines
-        ]
-        if accuracies and KNN_TOP1 in shown:
+        known = [one.baselines[baseline] for one in evaluations.values() if baseline in one.baselines]
+        if known and KNN_TOP1 in shown:
             row = dict.fromkeys(rows[0], "")
-            rows.append({**row, next(iter(row)): label, column_name(KNN_TOP1): span(accuracies)})
+            rows.append({**row, next(iter(row)): label, column_name(KNN_TOP1): span(known)})
     return rows
 
 
@@ -147,25 +142,73 @@ def page(evaluations: Mapping[str, Evaluation]) -> str:
     parts.append("In brackets: 95 % intervals over test images. comparison.csv has all values.")
     if shared := [f"{name} = {values[0]}" for name, values in _settings(evaluations).items() if len(values) == 1]:
         parts.append(f"The same for all: {', '.join(shared)}.")
-    if following := differences({run: evaluation.config for run, evaluation in evaluations.items()})[1]:
+    if following := differences(_configs(evaluations))[1]:
         parts.append(f"The trainings also differ in what follows from that: {', '.join(following)}.")
     parts.append("\n".join(f"- {names[run]}: `{run}`" for run in order if names[run] != run))
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
+def differences(configs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """The values in which runs differ, as they are typed, by run; and the other keys that differ, which follow from those.
+
+    Runs with other classes of a group, such as other methods, differ in that group, and not in each key inside it. What
+    only comes with these classes, such as the augmentation of a method, or repeats a root key follows from them. An empty
+    configuration is that of no run, and has no values.
+    """
+    values = {
+        run: {key: value for key, value in without_unused(flat(dict(config))).items() if not key.startswith(LEFT_OUT)}
+        for run, config in configs.items()
+        if config
+    }
+
+    def column(key: str) -> list[str]:
+        return [typed(config_values, key) for config_values in values.values()]
+
+    keys = dict.fromkeys(key for config_values in values.values() for key in config_values)
+    keys = [key for key in keys if len({*column(key)}) > 1]
+    groups = [key.removesuffix("._target_") for key in keys if key.endswith("._target_")]
+    for config_values in values.values():
+        for group in groups:
+            config_values[group] = str(config_values.get(f"{group}._target_", "-")).rpartition(".")[2]
+    keys = [key for key in keys if not key.startswith(tuple(f"{group}." for group in groups))]
+    shown, following = groups + [key for key in keys if "." not in key], []
+    roots, by_group = [column(key) for key in shown], list(zip(*map(column, groups), strict=True))
+    for key in keys:
+        if key not in shown:
+            explained = groups and len({*by_group}) == len({*zip(by_group, column(key), strict=True)})
+            follows = column(key) in roots or (explained and not key.startswith(ALWAYS))
+            (following if follows else shown).append(key)
+    shown.sort(key="seed".__eq__)  # the last, as it says least
+    names = short_names(shown)
+    differing = {run: {names[key]: typed(own, key) for key in shown} for run, own in values.items()}
+    return differing, following
+
+
+def labels(configs: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str]) -> dict[str, str]:
+    """A name for each run that says what differs, such as "temperature=0.2, seed=1"; other encoders keep their titles."""
+    differing, _ = differences(configs)
+    label_by_run = {
+        run: ", ".join(f"{key}={value}" for key, value in differing.get(run, {}).items()) or title
+        for run, title in titles.items()
+    }
+    counts = Counter(label_by_run.values())
+    return {run: f"{label} ({run})" if counts[label] > 1 else label for run, label in label_by_run.items()}
+
+
+def _configs(evaluations: Mapping[str, Evaluation]) -> dict[str, Mapping[str, Any]]:
+    return {run: evaluation.config for run, evaluation in evaluations.items()}
+
+
 def _settings(evaluations: Mapping[str, Evaluation]) -> dict[str, list[str]]:
     """The different values of each setting of the protocols, "" among them where a run has none."""
-    names = _names(evaluation.settings for evaluation in evaluations.values())
-    values_by_name = {
-        name: [str(_plain(evaluation.settings.get(name, ""))) for evaluation in evaluations.values()] for name in names
-    }
-    return {name: [*dict.fromkeys(values)] for name, values in values_by_name.items()}
+    settings = [evaluation.settings for evaluation in evaluations.values()]
+    return {name: [*dict.fromkeys(str(_plain(own.get(name, ""))) for own in settings)] for name in _names(settings)}
 
 
 def _title(evaluations: Mapping[str, Evaluation]) -> str:
     """What all runs have in common, and their number."""
-    parts = [evaluation.title.split(", ") for evaluation in evaluations.values()]
-    shared = ", ".join(part for part in parts[0] if all(part in other for other in parts))
+    first, *others = [evaluation.title.split(", ") for evaluation in evaluations.values()]
+    shared = ", ".join(part for part in first if all(part in other for other in others))
     data = {str(evaluation.settings.get("data", "")) for evaluation in evaluations.values()}
     shared = shared or ("images of " + data.pop() if len(data) == 1 and "" not in data else "")
     return ": ".join(filter(None, (printable(shared), f"{len(evaluations)} runs")))
@@ -173,8 +216,7 @@ def _title(evaluations: Mapping[str, Evaluation]) -> str:
 
 def column_name(name: str) -> str:
     """The name of a value in tables to read."""
-    labels = {KNN_TOP1: "kNN, %", LINEAR_TOP1: "linear, %"}
-    return labels.get(name) or name.replace("/top1", ", %")
+    return {KNN_TOP1: "kNN, %", LINEAR_TOP1: "linear, %"}.get(name) or name.replace("/top1", ", %")
 
 
 def _measured(evaluation: Evaluation, name: str) -> Measured:

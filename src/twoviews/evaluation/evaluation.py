@@ -3,33 +3,33 @@
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from twoviews.backbones import Encoder
-from twoviews.config.building import build
 from twoviews.config.digest import digest, flat
-from twoviews.config.recorded import overridden
+from twoviews.config.recorded import overridden, recorded_runtime
 from twoviews.console import Console, progress_of
 from twoviews.data.images import ImageData
 from twoviews.encoders.loaded import LoadedEncoder
 from twoviews.encoders.projection import projected
-from twoviews.errors import BadInput, counted, printable
+from twoviews.errors import counted, printable
 from twoviews.evaluation.comparison import Evaluation
 from twoviews.evaluation.pictures import draw_confusion, draw_per_class
-from twoviews.evaluation.preparation import prepare_evaluation
 from twoviews.evaluation.record import FOLDER, EvaluationRecord
+from twoviews.fallbacks import slower
 from twoviews.figures import BASELINES
 from twoviews.files import write_atomic
+from twoviews.foreign import errors_naming
 from twoviews.protocols.classification import classification_scores
-from twoviews.protocols.named import build_protocol
-from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol, TableRow
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, NamedProtocol, TableRow
 from twoviews.protocols.units import MAX_SHOWN, with_unit
 from twoviews.runtime import format_name
 from twoviews.tables import as_csv
 from twoviews.tracking.metrics import read
 from twoviews.tracking.state import UploadState
+from twoviews.unseen_pixels import unseen_pixels_note
 
 
 def evaluate(
@@ -44,38 +44,40 @@ def evaluate(
     evaluation.json beside the run is that of its newest evaluation. The numbers of a protocol are stored and shown as soon as
     it has finished, so that they outlast whatever ends the command during a later one.
 
-    Args:
-        loaded: the encoder.
-        chosen_data: loads the images of the command line; None: those of the run.
-        cfg: the checked configuration of evaluate.py.
-        overrides: of the command line.
-        console: to print to.
+    Arguments are those of `prepare_evaluation`.
 
     Raises:
         BadInput: a protocol cannot evaluate this encoder on these images.
     """
     context = prepare_evaluation(loaded, chosen_data, cfg, overrides, console)
-    data, precision = context.data, format_name(context.dtype)
-    encoder, prefix = _encoder(loaded, cfg.feature)
-    context.encoder = encoder.to(context.device)
+    data, precision, prefix = context.data, format_name(context.dtype), ""
+    if cfg.feature == "projection":
+        context.encoder, prefix = projected(loaded).to(context.device), "projection/"
     nodes = protocol_nodes(cfg, overrides, loaded.config)
-    protocols = {str(name): build_protocol(str(name), node) for name, node in nodes.items()}
+    protocols = {str(name): NamedProtocol(str(name), node) for name, node in nodes.items()}
     for note in [note for protocol in protocols.values() for note in protocol.notes(data)]:
         console.say(note)
     run_result = loaded.run.read("result.json") if loaded.run else {}
     _warn_of_training(loaded.name, run_result, precision, console)
-    protocol_settings = OmegaConf.to_container(nodes, resolve=True)
-    settings = {"data": _description(data), "protocol": protocol_settings, "precision": precision}
-    settings["step"] = run_result.get("step")
+    counts = {split: len(getattr(data, split) or ()) for split in ("memory", "test")}
+    settings: dict[str, Any] = {
+        "data": {"name": data.name, "digest": data.digest, **counts, "size": data.size},
+        "protocol": OmegaConf.to_container(nodes, resolve=True),
+        "precision": precision,
+        "step": run_result.get("step"),
+    }
     if loaded.preprocessing.statistics is not None:  # a run's are in its encoder.json
         settings |= {"mean": list(loaded.preprocessing.mean), "std": list(loaded.preprocessing.std)}
     folder = context.folder = loaded.folder / FOLDER / prefix / f"{'+'.join(protocols)}-{digest(settings)}"
     folder.mkdir(parents=True, exist_ok=True)
-    of = f"kNN bank {len(data.memory):,}, test {counted(len(data.test), 'image')}" if data.memory and data.test else ""
-    console.say(f"{loaded.title}: {of or counted(len(data.train), 'training image')} of {data.name}")
-    baselines = _baselines(loaded, data, protocol_settings, console)
-    flat_settings = {f"protocol.{key}": value for key, value in flat(protocol_settings).items()}
-    flat_settings = {k: value for k, value in flat_settings.items() if not k.endswith(("_target_", "every_epochs"))}
+    banks = f"kNN bank {counts['memory']:,}, test {counted(counts['test'], 'image')}" if all(counts.values()) else ""
+    console.say(f"{loaded.title}: {banks or counted(len(data.train), 'training image')} of {data.name}")
+    baselines = _baselines(loaded, data, settings["protocol"], console)
+    flat_settings = {
+        f"protocol.{key}": value
+        for key, value in flat(settings["protocol"]).items()
+        if not key.endswith(("_target_", "every_epochs"))
+    }
     measured = EvaluationRecord(loaded, folder, prefix, settings)
     try:
         _measure(protocols, context, measured, baselines, console)
@@ -84,37 +86,60 @@ def evaluate(
             measured.end(flat_settings, console)
     state = {key: run_result[key] for key in ("state", "epoch") if key in run_result}
     shown_settings = {**flat_settings, "data": data.name, "digest": data.digest, **state}
-    about = (_mlflow_experiment(loaded), loaded.title, loaded.config, baselines)
+    about = (_mlflow_target(loaded), loaded.title, loaded.config, baselines)
     return Evaluation(measured.values, measured.intervals, shown_settings, *about)
+
+
+def prepare_evaluation(
+    loaded: LoadedEncoder,
+    chosen_data: Callable[[], ImageData] | None,
+    cfg: DictConfig,
+    overrides: Sequence[str],
+    console: Console,
+) -> EvaluationContext:
+    """The context that an encoder is evaluated in; the user is told how its images are prepared and what is slow.
+
+    `chosen_data` loads the images of the command line, without which they are those of the run; `cfg` is the checked
+    configuration of evaluate.py or cluster.py.
+
+    Raises:
+        BadInput: the images cannot be loaded, or the encoder cannot take them.
+    """
+    with errors_naming(loaded.config_path):
+        runtime, runtime_notes = recorded_runtime(cfg, loaded.config, overrides)
+    device = runtime.torch_device()
+    runtime.configure_evaluation(device)
+    data, wanted = loaded.load_data(chosen_data).to(device), loaded.preprocessing
+    unseen = unseen_pixels_note(loaded.encoder, wanted.channels, wanted.image_size)
+    for note in filter(None, (*loaded.notes, unseen, *runtime_notes, *data.notes)):
+        console.say(note)
+    for sentence in slower(runtime.device, device):
+        console.say_once(sentence)
+    if chosen_data is None and not loaded.trained_on(data):
+        console.say("warning: these are not the images of the run (their digest differs), so the numbers are not its.")
+    return EvaluationContext(
+        loaded.encoder.to(device),
+        data,
+        device,
+        runtime.evaluation_dtype(device),
+        runtime.channels_last,
+        head=loaded.head,
+        title=loaded.title,
+    )
 
 
 def protocol_nodes(cfg: DictConfig, overrides: Sequence[str], recorded: Mapping[str, Any]) -> DictConfig:
     """The settings of each protocol: of its file, of the run's training, of the command line; the later ones win.
 
-    Args:
-        cfg: of evaluate.py.
-        overrides: of the command line. A protocol that they choose by another file, such as knn_small in place of knn, has
-            the settings of that file and none of the run's.
-        recorded: the run's configuration; empty without a run.
+    A protocol that the command line chooses by another file, such as knn_small in place of knn, has the settings of that file
+    and none of the run's. `recorded` is the run's configuration; empty without a run.
     """
     chosen = next((override for override in overrides if override.startswith("protocol=")), "knn linear")
-    names = re.findall(r"\w+", chosen)
-    of_training = recorded.get("protocol") or {}
-    taken = {}
+    names, of_training, taken = re.findall(r"\w+", chosen), recorded.get("protocol") or {}, {}
     for name, node in cfg.protocol.items():
-        protocol: Protocol = build(node)
         own = of_training.get(name, {}) if name in names else {}
-        taken[name] = {**protocol.settings_from_run(recorded), **own}
+        taken[name] = {**NamedProtocol(str(name), node).settings_from_run(recorded), **own}
     return OmegaConf.merge(cfg, {"protocol": taken}, {"protocol": overridden(cfg, overrides, "protocol")}).protocol
-
-
-def _encoder(loaded: LoadedEncoder, feature: str) -> tuple[Encoder, str]:
-    """The encoder to evaluate, and the prefix of the names of its values."""
-    if feature == "backbone":
-        return loaded.encoder, ""
-    if loaded.run is None or loaded.head is not None:
-        raise BadInput(f"feature=projection needs a run, and {loaded.name} is a network alone; use feature=backbone.")
-    return projected(loaded.encoder, loaded.run), "projection/"
 
 
 def _warn_of_training(name: str, run_result: Mapping[str, Any], precision: str, console: Console) -> None:
@@ -149,33 +174,24 @@ def _baselines(loaded: LoadedEncoder, data: ImageData, settings: Any, console: C
     return {} if others else baselines
 
 
-def _description(data: ImageData) -> dict[str, Any]:
-    return {
-        "name": data.name,
-        "digest": data.digest,
-        "memory": len(data.memory or ()),
-        "test": len(data.test or ()),
-        "size": data.size,
-    }
-
-
 def _measure(
-    protocols: Mapping[str, Protocol],
+    protocols: Mapping[str, NamedProtocol],
     context: EvaluationContext,
     measured: EvaluationRecord,
     baselines: Mapping[str, float],
     console: Console,
 ) -> None:
     """Run all protocols; after each of them its files are written, its numbers stored, and tables and notes shown."""
-    assert context.folder is not None
+    folder = context.folder
+    assert folder is not None
     for number, (name, protocol) in enumerate(protocols.items(), 1):
         try:
             with progress_of(f"protocol {name}"):
                 result = protocol(context)
-                values, intervals = _write(name, result, context, f"{context.title}: {name} on {context.data.name}")
+                values, intervals = _write(name, result, context, folder)
         except BaseException:
-            if not any(context.folder.iterdir()):  # a refused command leaves nothing behind
-                context.folder.rmdir()
+            if not any(folder.iterdir()):  # a refused command leaves nothing behind
+                folder.rmdir()
             raise
         measured.add(values, intervals, [*protocols][number:])
         for table, rows in result.tables.items():
@@ -193,6 +209,29 @@ def _measure(
             console.table(name, shown)
 
 
+def _write(
+    name: str, result: EvaluationResult, context: EvaluationContext, folder: Path
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Write the tables and, for a classifier, the pictures of a protocol; its values and intervals by full name."""
+    values, intervals, tables = result.values, {}, result.tables
+    if result.probabilities is not None:
+        title, classes = f"{context.title}: {name} on {context.data.name}", context.data.classes
+        scores = classification_scores(result.probabilities, context.test.y, classes)
+        values, intervals, tables = scores.values | values, scores.intervals, {**tables, "classes": scores.per_class}
+        draw_confusion(folder / f"{name}_confusion.png", scores.confusion, classes, title)
+        draw_per_class(folder / f"{name}_classes.png", scores.per_class, title)
+    for table, rows in tables.items():
+        write_atomic(folder / _file(name, table), as_csv(rows))
+    order = sorted(values, key=lambda key: (not key.startswith("top"), key))
+    full = {f"{name}/{key}": interval for key, interval in intervals.items()}
+    return {f"{name}/{key}": values[key] for key in order}, full
+
+
+def _file(name: str, table: str) -> str:
+    """The file of a protocol's table."""
+    return f"{table}.csv" if table.startswith(name) else f"{name}_{table}.csv"
+
+
 def _show_rows(name: str, table: str, rows: Sequence[TableRow], limit: int, data: ImageData, console: Console) -> None:
     """Show the first rows of a protocol's table, with the paths of the data's images below the folder that they share."""
     paths = [path for images in (data.train, data.memory, data.test) if images for path in images.paths or ()]
@@ -208,31 +247,7 @@ def _show_rows(name: str, table: str, rows: Sequence[TableRow], limit: int, data
     console.rows(title, first, len(rows), limit, f"; all are in {_file(name, table)}")
 
 
-def _file(name: str, table: str) -> str:
-    """The file of a protocol's table."""
-    return f"{table}.csv" if table.startswith(name) else f"{name}_{table}.csv"
-
-
-def _write(
-    name: str, result: EvaluationResult, context: EvaluationContext, title: str
-) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Write the tables and, for a classifier, the pictures of a protocol; its values and intervals by full name."""
-    values, intervals, tables = dict(result.values), {}, dict(result.tables)
-    assert context.folder is not None
-    if result.probabilities is not None:
-        scores = classification_scores(result.probabilities, context.test.y, context.data.classes)
-        values, intervals = {**scores.values, **values}, scores.intervals
-        tables["classes"] = scores.per_class
-        draw_confusion(context.folder / f"{name}_confusion.png", scores.confusion, context.data.classes, title)
-        draw_per_class(context.folder / f"{name}_classes.png", scores.per_class, title)
-    for table, rows in tables.items():
-        write_atomic(context.folder / _file(name, table), as_csv(rows))
-    order = sorted(values, key=lambda key: (not key.startswith("top"), key))
-    full = {f"{name}/{key}": interval for key, interval in intervals.items()}
-    return {f"{name}/{key}": values[key] for key in order}, full
-
-
-def _mlflow_experiment(loaded: LoadedEncoder) -> tuple[str | None, str] | None:
+def _mlflow_target(loaded: LoadedEncoder) -> tuple[str | None, str] | None:
     """Tracking URI and experiment of the run in MLflow; None if it is not there."""
     if not loaded.in_run_folder or not loaded.config["tracking"]["mirror"]:
         return None

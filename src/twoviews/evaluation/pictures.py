@@ -64,17 +64,11 @@ def draw_confusion(path: Path, confusion: Int[Tensor, "C C"], classes: Sequence[
 
 
 def draw_per_class(path: Path, rows: Sequence[TableRow], title: str) -> None:
-    """Draw the accuracy of each class with its interval, the best first, and a line at the accuracy of all images.
-
-    Args:
-        path: of the picture.
-        rows: `per_class` of `ClassificationScores`.
-        title: above the plot.
-    """
+    """Draw `per_class` of `ClassificationScores`: the best class first, and a line at the accuracy of all images."""
     judged = sorted((row for row in rows if row["images"]), key=lambda row: -float(row["accuracy"]))
-    images = [int(row["images"]) for row in judged]
     measured = [Measured(float(row["accuracy"]), (float(row["low"]), float(row["high"]))) for row in judged]
-    mean = sum(measurement.value * count for measurement, count in zip(measured, images, strict=True)) / sum(images)
+    images = [int(row["images"]) for row in judged]
+    mean = sum(one.value * count for one, count in zip(measured, images, strict=True)) / sum(images)
     labels = [f"{row['class']} ({count:,})" for row, count in zip(judged, images, strict=True)]
     draw_comparison(path, {"accuracy of the class (images), %": measured}, labels, title, mean)
 
@@ -98,13 +92,9 @@ def draw_knn_curve(
     published: Mapping[str, Sequence[tuple[float, float]]],
     title: str,
 ) -> bool:
-    """Draw kNN accuracy over the epochs of a run with its baselines and published curves; False if it is not a curve.
+    """Draw kNN accuracy over the epochs of a run with its baselines and published curves, see `published_curve`.
 
-    Args:
-        path: of the picture.
-        lines: of metrics.jsonl. There is no picture of kNN that was measured at fewer than two epochs.
-        published: see `published_curve`.
-        title: above the plot.
+    `lines` are those of metrics.jsonl. False if kNN was measured at fewer than two epochs: there is no picture of that.
     """
     lines = list(lines)
     points = [(line["epoch"], line[KNN_TOP1]) for line in lines if KNN_TOP1 in line]
@@ -116,9 +106,8 @@ def draw_knn_curve(
         axis.annotate(f"{points[-1][1]:.1f}", points[-1], xytext=(4, 5), textcoords="offset points")
         for name, curve in published.items():
             axis.plot(*zip(*curve, strict=True), marker="s", linestyle="--", color="black", label=name)
-        seen = [value for curve in (points, *published.values()) for _, value in curve] + [
-            *(accuracy for accuracies in baselines.values() for accuracy in accuracies)
-        ]
+        seen = [value for curve in (points, *published.values()) for _, value in curve]
+        seen += [accuracy for (accuracy,) in baselines.values()]
         axis.set(xlabel="epoch", ylabel="kNN top-1, %", ylim=(min(seen) - 2, max(seen) + 3))
         draw_baselines(axis, baselines)
         # Of published curves the epochs of this run.
@@ -143,38 +132,26 @@ def draw_comparison(
         metrics: what each run measured, by the name and unit of the number.
         labels: of the runs.
         title: above the panels.
-        mean: where a dashed line is.
+        mean: where a dashed line is; None: there is none.
     """
     height = min(8.0, 0.3 + 0.2 * len(labels))
     with drawing(path, height, panels=(1, len(metrics)), sharey=True, title=title) as (figure, panels):
         for panel, (name, measured) in zip(panels, metrics.items(), strict=True):
-            values, ends = (
-                [measurement.value for measurement in measured],
-                [measurement.interval or (measurement.value,) * 2 for measurement in measured],
-            )
-            widths = [
-                (max(0.0, measurement.value - low), max(0.0, high - measurement.value))
-                for measurement, (low, high) in zip(measured, ends, strict=True)
-            ]
+            values = [one.value for one in measured]
+            ends = [one.interval or (one.value, one.value) for one in measured]
+            below = [max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)]
+            above = [max(0.0, high - value) for value, (_, high) in zip(values, ends, strict=True)]
             style: Any = {"fmt": "o", "ecolor": "#7fa8d1", "elinewidth": 1.5}
-            panel.errorbar(values, range(len(values)), xerr=[*zip(*widths, strict=True)], **style)
+            panel.errorbar(values, range(len(values)), xerr=[below, above], **style)
             for baseline, (label, _) in BASELINES.items():
-                points = [
-                    (measurement.baselines[baseline], row)
-                    for row, measurement in enumerate(measured)
-                    if baseline in measurement.baselines
-                ]
-                marker = "|" if "untrained" in baseline else "x"
-                if points:
+                points = [(one.baselines.get(baseline), row) for row, one in enumerate(measured)]
+                if points := [point for point in points if point[0] is not None]:
+                    marker = "|" if "untrained" in baseline else "x"
                     panel.plot(*zip(*points, strict=True), marker, color="black", label=label)
             if mean is not None:
                 panel.axvline(mean, color="black", linestyle="--", linewidth=1, label=f"all: {mean:.1f}")
-            interval = (
-                f", with {CONFIDENCE_PERCENT} % intervals"
-                if any(measurement.interval for measurement in measured)
-                else ""
-            )
-            panel.set_xlabel(name + interval)
+            with_intervals = any(one.interval for one in measured)
+            panel.set_xlabel(f"{name}, with {CONFIDENCE_PERCENT} % intervals" if with_intervals else name)
         panels[0].set_yticks(*_ticks(labels))
         panels[0].set_ylim(len(labels) - 0.5, -0.5)
         merged_legend(figure, panels)

@@ -56,19 +56,16 @@ class EvaluationRecord:
         )
         numbers = {**kept, **self.values, "intervals": {**kept_intervals, **self.intervals}}
         content = json.dumps({**numbers, **self._settings}, indent=2) + "\n"
-        for folder in (self._folder, *([] if self._prefix else [self._loaded.folder])):
-            write_atomic(folder / "evaluation.json", content)
+        write_atomic(self._folder / "evaluation.json", content)
+        if not self._prefix:
+            write_atomic(self._loaded.folder / "evaluation.json", content)
         if self._loaded.in_run_folder:
             named = {f"evaluation/{self._prefix}{name}": value for name, value in values.items()}
             log_metrics(self._loaded.folder, named)
 
     def end(self, settings: Mapping[str, object], console: Console) -> None:
-        """Say how it was measured and where the files are; draw the kNN curve of the training, and send all to MLflow.
-
-        Args:
-            settings: of the protocols, by names such as protocol.knn.k; they are shown if they are few.
-            console: to print to.
-        """
+        """Say by which settings it was measured, if they are few, and where the files are; draw the kNN curve of the training,
+        and send all to MLflow."""
         if len(settings) <= MAX_SHOWN:
             console.say(", ".join(f"{key.removeprefix('protocol.')} {value}" for key, value in settings.items()))
         files = sorted(f"{path.name}/" if path.is_dir() else path.name for path in self._folder.iterdir())

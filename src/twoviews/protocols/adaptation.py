@@ -9,7 +9,6 @@ Shapes: B images of a batch, F features, K classes, N supports.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated
 
 import torch
@@ -17,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from twoviews.batch_norms import BatchNorm, SplitBatchNorm, SyncBatchNorm
+from twoviews.batch_norms import BatchNorm, whole_batch_norms
 from twoviews.errors import BadInput
 from twoviews.protocols.classification import bootstrap_interval
 from twoviews.protocols.linear import Probe
@@ -54,17 +53,8 @@ class Model(nn.Module):
 
     def batch_norms(self) -> list[BatchNorm]:
         """Its batch norms, switched to normalise by the statistics of the batch; dropout stays off."""
-        norms = [module for module in self.encoder.modules() if isinstance(module, BatchNorm)]
-        for norm in norms:
-            norm.train()
-            if isinstance(norm, (SplitBatchNorm, SyncBatchNorm, nn.SyncBatchNorm)):
-                # One whole batch in one process, however the run divided its own.
-                norm.forward = partial(_normalised, norm)  # type: ignore[method-assign]
-        return norms
-
-
-def _normalised(norm: BatchNorm, x: Tensor) -> Tensor:
-    return nnf.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
+        whole_batch_norms(self.encoder)  # one batch in one process, however the run divided its own
+        return [module.train() for module in self.encoder.modules() if isinstance(module, BatchNorm)]
 
 
 def affine(norms: Sequence[BatchNorm], protocol: str) -> list[nn.Parameter]:
@@ -150,22 +140,17 @@ class Adaptation(OnStreams):
 
         Each with the limits of its 95 % interval, `_low` and `_high`; that of the gain is of paired differences.
         """
-        streams = self.streams(context)
-        probe, name = self.linear.probe(context)[0], self.label
-
-        def unadapted() -> Classify:
-            return torch.no_grad()(Model(context, probe))
-
-        before = streams.answers(self.batch_size, unadapted)
-        after = streams.answers(self.batch_size, lambda: self.start(Model(context, probe)))
-        tables = {"none": streams.table(before), name: streams.table(after)}
-        values = {**headline(tables[name], "top1"), **headline(tables["none"], "unadapted")}
-        difference = after.shares[-1:] - before.shares[-1:]
-        low, high = bootstrap_interval(100 * difference[0], self.seed)
-        values |= {"gain": 100 * difference.mean().item(), "gain_low": low, "gain_high": high}
-        rows = [
-            {"method": method, **row}
-            for pair in zip(*tables.values(), strict=True)
-            for method, row in zip(tables, pair, strict=True)
+        streams, probe = self.streams(context), self.linear.probe(context)[0]
+        before, table = streams.answers(self.batch_size, lambda: torch.no_grad()(Model(context, probe)))
+        after, adapted = streams.answers(self.batch_size, lambda: self.start(Model(context, probe)))
+        difference = after[-1] - before[-1]
+        low, high = bootstrap_interval(100 * difference, self.seed)
+        values = {
+            **headline(adapted[-1], "top1"),
+            **headline(table[-1], "unadapted"),
+            **{"gain": 100 * difference.mean().item(), "gain_low": low, "gain_high": high},
+        }
+        pairs = [
+            ({"method": "none", **row}, {"method": self.label, **own}) for row, own in zip(table, adapted, strict=True)
         ]
-        return EvaluationResult(values, tables={"adaptation": rows})
+        return EvaluationResult(values, tables={"adaptation": [row for pair in pairs for row in pair]})

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as nnf
 
 from twoviews.errors import BadInput
 from twoviews.protocols.protocol import TableRow
@@ -120,10 +121,9 @@ def _roc_auc(p: Float[Tensor, "M C"], labels: Int[Tensor, " M"]):
     import numpy as np
     from sklearn.metrics import roc_auc_score
 
-    images = torch.bincount(labels, minlength=p.shape[1])
-    auc = np.full(p.shape[1], np.nan)
-    for number in ((images > 0) & (images < len(labels))).nonzero()[:, 0].tolist():
-        auc[number] = roc_auc_score(labels == number, p[:, number])
+    one_hot, auc = nnf.one_hot(labels, p.shape[1]), np.full(p.shape[1], np.nan)
+    if (defined := one_hot.any(0) & ~one_hot.all(0)).any():
+        auc[defined] = roc_auc_score(one_hot[:, defined], p[:, defined], average=None)  # type: ignore[arg-type]
     return auc
 
 

@@ -25,7 +25,6 @@ class Corruptions(OnStreams):
         """
         streams = self.streams(context)
         model = Model(context, self.linear.probe(context)[0])
-        table = streams.table(streams.answers(BATCH[context.device.type], lambda: torch.no_grad()(model)))
-        return EvaluationResult(
-            {**headline(table, "top1"), **headline(table[:1], "clean")}, tables={"corruptions": table}
-        )
+        _, table = streams.answers(BATCH[context.device.type], lambda: torch.no_grad()(model))
+        values = {**headline(table[-1], "top1"), **headline(table[0], "clean")}
+        return EvaluationResult(values, tables={"corruptions": table})

@@ -36,7 +36,6 @@ class Embed(Protocol):
         split: train, memory or test; the last two are labelled, where there are any.
         images: in place of the split a picture file, a folder of them, or a pattern.
         formats: of the files.
-        every_epochs: how often it is done in training; 0 is at the end only.
     """
 
     needs_labels = False
@@ -72,7 +71,7 @@ class Embed(Protocol):
             raise BadInput(f"images={self.images}: none of them is a sound picture ({tables['broken'][0]['broken']}).")
         if context.folder is not None:
             for kind in self.formats:
-                write = {"npz": _write_npz, "parquet": _write_table, "csv": _write_table}[kind]
+                write = _write_npz if kind == "npz" else _write_table
                 write(context.folder / f"embeddings.{kind}", x.cpu(), images, context.data.classes)
         notes = []
         if context.dtype != torch.float32:
@@ -82,14 +81,9 @@ class Embed(Protocol):
 
 def _write_npz(path: Path, x: Float[Tensor, "N F"], images: Images, classes: tuple[str, ...]) -> None:
     labels = torch.full((len(x),), -1) if images.labels is None else images.labels.long().cpu()
+    paths = np.array(images.paths or [""] * len(x))
     with open_atomic(path) as file:
-        np.savez(
-            file,
-            features=x.numpy(),
-            labels=labels.numpy(),
-            paths=np.array(images.paths or [""] * len(x)),
-            classes=np.array(classes, dtype=str),
-        )
+        np.savez(file, features=x.numpy(), labels=labels.numpy(), paths=paths, classes=np.array(classes, dtype=str))
 
 
 def _write_table(path: Path, x: Float[Tensor, "N F"], images: Images, classes: tuple[str, ...]) -> None:
@@ -97,12 +91,12 @@ def _write_table(path: Path, x: Float[Tensor, "N F"], images: Images, classes: t
     import pyarrow.csv
     import pyarrow.parquet
 
-    labels = None if images.labels is None else images.labels.tolist()
-    names = None if labels is None else [printable(classes[label]) for label in labels]
+    labels = [None] * len(x) if images.labels is None else images.labels.tolist()
+    names = [None if label is None else printable(classes[label]) for label in labels]
     columns = {
         "path": pyarrow.array([printable(name) for name in images.paths or [""] * len(x)], pyarrow.string()),
-        "label": pyarrow.nulls(len(x), pyarrow.int64()) if labels is None else pyarrow.array(labels, pyarrow.int64()),
-        "class": pyarrow.nulls(len(x), pyarrow.string()) if names is None else pyarrow.array(names, pyarrow.string()),
+        "label": pyarrow.array(labels, pyarrow.int64()),
+        "class": pyarrow.array(names, pyarrow.string()),
         **{f"feature_{number}": column for number, column in enumerate(np.ascontiguousarray(x.numpy().T))},
     }
     table = pyarrow.table(columns)

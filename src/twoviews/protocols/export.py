@@ -4,7 +4,7 @@ import copy
 import importlib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from twoviews.backbones import Encoder, ResNet, Timm
 from twoviews.classifier_file import CLASSIFIER_FILE, load_classifier, save_classifier
 from twoviews.data.views import eval_view
-from twoviews.encoder_file import DESCRIPTION_FILE, WEIGHTS_FILE, describe, load_encoder, weight_file
-from twoviews.encoders.networks import RESNETS
+from twoviews.encoder_file import WEIGHTS_FILE, describe, load_encoder, save_encoder, weight_file
+from twoviews.encoders.weight_files import RESNETS
 from twoviews.errors import BadInput
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.ranges import Index
@@ -28,6 +28,8 @@ TOLERANCE = 1e-4  # of a feature, or of the largest feature where that is above 
 LOGITS = "[B, C] logits of the classes, in their order; softmax makes them probabilities"
 NOTE = "The stem is one for small images: replace conv1 and maxpool as shown before loading the weights."
 ONNX = ("onnx", "onnxscript", "onnxruntime")
+# Of an exported file: its name, the code that loads it, and what makes of images what it makes of them.
+Written = tuple[str, list[str], Callable[[Tensor], Tensor]]
 
 
 @dataclass
@@ -39,7 +41,6 @@ class Export(Protocol):
     Args:
         format: "torchvision" and "timm" are weights for their networks of the same name, "safetensors" is read by
             run=<file>, "onnx" is a graph for batches of any size.
-        every_epochs: how often it is done in training; 0 is at the end only.
     """
 
     needs_labels = False
@@ -56,20 +57,18 @@ class Export(Protocol):
         if context.folder is None:
             raise BadInput("protocol=export writes files and is for evaluate.py: evaluate.py run=... protocol=export.")
         encoder = copy.deepcopy(context.encoder).cpu().float().eval()
-        images, head = _images(context), None if context.head is None else copy.deepcopy(context.head.linear).cpu()
-        network = encoder if head is None else nn.Sequential(encoder, head)
+        head = None if context.head is None else copy.deepcopy(context.head.linear).cpu()
         write = {"torchvision": _torchvision, "timm": _timm, "safetensors": _safetensors, "onnx": _onnx}[self.format]
+        images, data = _images(context), context.data
         with TemporaryDirectory(dir=context.folder, prefix="export.") as place, torch.no_grad():
-            expected = network(images)
-            name, load, loaded = write(encoder, head, context, Path(place), images)
-            difference = (loaded - expected).abs().max().item()
-            largest = expected.abs().max().item()
+            expected = (encoder if head is None else nn.Sequential(encoder, head))(images)
+            name, load, loaded = write(encoder, head, context, Path(place))
+            difference, largest = (loaded(images) - expected).abs().max().item(), expected.abs().max().item()
             if not difference <= TOLERANCE * max(1.0, largest):
                 raise BadInput(
                     f"format={self.format}: outputs of the exported file differ by {difference:.2g} from the network's "
                     f"(at most {TOLERANCE * max(1.0, largest):.2g} is rounding), so it was not kept."
                 )
-            data = context.data
             about = {
                 "file": name,
                 "load": load,
@@ -83,7 +82,7 @@ class Export(Protocol):
                 "largest_difference": difference,
                 "compared_images": len(images),
             }
-            beside = {"safetensors": "README.json"}.get(self.format, Path(name).with_suffix(".json").name)
+            beside = "README.json" if self.format == "safetensors" else Path(name).with_suffix(".json").name
             (Path(place) / beside).write_text(json.dumps(about, indent=2) + "\n")
             folder = context.folder / "export"
             folder.mkdir(exist_ok=True)
@@ -101,74 +100,39 @@ def _images(context: EvaluationContext) -> Float[Tensor, "B C S S"]:
     return eval_view(pixels.cpu(), sizes, size=data.size, crop=1.0, mean=data.mean, std=data.std)
 
 
-def _library_name(encoder: Encoder, library: str) -> tuple[str, str]:
-    """The name of a ResNet in torchvision and timm, and the kind of its stem."""
-    recipe = getattr(encoder, "recipe", {})
-    for name, (block, depths) in RESNETS.items():
-        if isinstance(encoder, ResNet) and (recipe["block"], recipe["depths"], recipe["width"]) == (block, depths, 64):
-            return name, recipe["stem"]
-    shape = (
-        f"blocks {recipe['depths']} of width {recipe['width']}"
-        if isinstance(encoder, ResNet)
-        else type(encoder).__name__
-    )
+def _library_name(encoder: Encoder, library: str) -> str:
+    """The name of a ResNet in torchvision and timm."""
+    shape = type(encoder).__name__
+    if isinstance(encoder, ResNet):
+        recipe = encoder.recipe
+        for name, (block, depths) in RESNETS.items():
+            if (recipe["block"], recipe["depths"], recipe["width"]) == (block, depths, 64):
+                return name
+        shape = f"blocks {recipe['depths']} of width {recipe['width']}"
     raise BadInput(
         f"format={library}: {library} has no such network ({shape}), only {', '.join(RESNETS)} of width 64; use "
         "format=safetensors or onnx."
     )
 
 
-def _stem(stem: str, channels: int) -> tuple[Sequence[nn.Module | None], list[str]]:
-    """Modules that replace conv1 and maxpool of an ImageNet network (None: unchanged), and the code that does it."""
-    if stem == "imagenet":
-        if channels == 3:
-            return [None, None], []
-        shape = f"{channels}, 64, 7, 2, 3, bias=False"
-        return [nn.Conv2d(channels, 64, 7, 2, 3, bias=False), None], [f"model.conv1 = torch.nn.Conv2d({shape})"]
-    stride = 2 if stem == "strided" else 1
-    lines = [
-        f"model.conv1 = torch.nn.Conv2d({channels}, 64, 3, {stride}, 1, bias=False)",
-        "model.maxpool = torch.nn.Identity()",
-    ]
-    return [nn.Conv2d(channels, 64, 3, stride, 1, bias=False), nn.Identity()], lines
+def _stem(encoder: Encoder, channels: int) -> dict[str, str]:
+    """The code of the modules by which those of an ImageNet network are replaced, by name."""
+    if (stem := encoder.recipe["stem"]) == "imagenet":
+        return {} if channels == 3 else {"conv1": f"torch.nn.Conv2d({channels}, 64, 7, 2, 3, bias=False)"}
+    conv1 = f"torch.nn.Conv2d({channels}, 64, 3, {2 if stem == 'strided' else 1}, 1, bias=False)"
+    return {"conv1": conv1, "maxpool": "torch.nn.Identity()"}
 
 
-def _loaded(
-    model: nn.Module, modules: Sequence[nn.Module | None], weights: dict[str, Tensor], images: Tensor
-) -> Tensor:
-    """What a library's network makes of the images with these weights."""
-    for name, module in zip(("conv1", "maxpool"), modules, strict=True):
-        if module is not None:
-            setattr(model, name, module)
+def _loaded(model: nn.Module, modules: Mapping[str, str], weights: Mapping[str, Tensor]) -> nn.Module:
+    """A library's network with these weights, after the code has replaced some of its modules."""
+    for name, code in modules.items():
+        setattr(model, name, eval(code, {"torch": torch}))  # by what the user is told to do; all of it is made above
     model.load_state_dict(weights)
-    return model.eval()(images)
+    return model.eval()
 
 
-def _layer(head: nn.Linear | None) -> str:
-    """The code of the last layer."""
-    return "torch.nn.Identity()" if head is None else f"torch.nn.Linear({head.in_features}, {head.out_features})"
-
-
-def _torchvision(
-    encoder: Encoder, head: nn.Linear | None, context: EvaluationContext, place: Path, images: Tensor
-) -> tuple[str, list[str], Tensor]:
-    import torchvision
-
-    name, stem = _library_name(encoder, "torchvision")
-    file = f"torchvision_{name}.pth"
-    torch.save({**encoder.state_dict(), **_named("fc", head)}, place / file)
-    model = torchvision.models.get_model(name, weights=None)
-    model.fc = nn.Identity() if head is None else nn.Linear(head.in_features, head.out_features)
-    modules, lines = _stem(stem, context.data.channels)
-    load = [
-        "import torch, torchvision",
-        f"model = torchvision.models.{name}()",
-        *lines,
-        f"model.fc = {_layer(head)}",
-        f'model.load_state_dict(torch.load("{file}", weights_only=True))',
-        "model.eval()",
-    ]
-    return file, load, _loaded(model, modules, torch.load(place / file, weights_only=True), images)
+def _lines(modules: Mapping[str, str]) -> list[str]:
+    return [f"model.{name} = {code}" for name, code in modules.items()]
 
 
 def _named(layer: str, head: nn.Linear | None) -> dict[str, Tensor]:
@@ -176,40 +140,51 @@ def _named(layer: str, head: nn.Linear | None) -> dict[str, Tensor]:
     return {} if head is None else {f"{layer}.{name}": value for name, value in head.state_dict().items()}
 
 
-def _timm(
-    encoder: Encoder, head: nn.Linear | None, context: EvaluationContext, place: Path, images: Tensor
-) -> tuple[str, list[str], Tensor]:
+def _torchvision(encoder: Encoder, head: nn.Linear | None, context: EvaluationContext, place: Path) -> Written:
+    import torchvision
+
+    name = _library_name(encoder, "torchvision")
+    last = "torch.nn.Identity()" if head is None else f"torch.nn.Linear({head.in_features}, {head.out_features})"
+    modules, file = {**_stem(encoder, context.data.channels), "fc": last}, f"torchvision_{name}.pth"
+    torch.save({**encoder.state_dict(), **_named("fc", head)}, place / file)
+    load = [
+        "import torch, torchvision",
+        f"model = torchvision.models.{name}()",
+        *_lines(modules),
+        f'model.load_state_dict(torch.load("{file}", weights_only=True))',
+        "model.eval()",
+    ]
+    model = torchvision.models.get_model(name, weights=None)
+    return file, load, _loaded(model, modules, torch.load(place / file, weights_only=True))
+
+
+def _timm(encoder: Encoder, head: nn.Linear | None, context: EvaluationContext, place: Path) -> Written:
     import timm
     from safetensors.torch import load_file
 
-    options: dict[str, Any] = {}
     if isinstance(encoder, Timm):
-        name, options, weights = encoder.recipe["name"], encoder.options, encoder.model.state_dict()
-        modules, lines = [None, None], []
+        name, options, weights, modules = encoder.recipe["name"], encoder.options, encoder.model.state_dict(), {}
     else:
-        (name, stem), weights = _library_name(encoder, "timm"), encoder.state_dict()
-        modules, lines = _stem(stem, context.data.channels)
+        name, options, weights = _library_name(encoder, "timm"), {}, encoder.state_dict()
+        modules = _stem(encoder, context.data.channels)
     options = {**options, "num_classes": 0 if head is None else head.out_features}
     layer = timm.models.get_pretrained_cfg_value(name, "classifier")
     if head is not None and not isinstance(layer, str):
         raise BadInput(f"format=timm: {name} has no single layer as its classifier; use format=safetensors or onnx.")
-    weights = {**weights, **_named(str(layer), head)}
     file = f"timm_{name}.safetensors"
-    (place / file).write_bytes(weight_file(weights))
+    (place / file).write_bytes(weight_file({**weights, **_named(str(layer), head)}))
     load = [
         "import timm, torch",
         "from safetensors.torch import load_file",
         f"model = timm.create_model({', '.join([repr(name), *(f'{key}={value}' for key, value in options.items())])})",
-        *lines,
+        *_lines(modules),
         f'model.load_state_dict(load_file("{file}"))',
         "model.eval()",
     ]
-    return file, load, _loaded(timm.create_model(name, **options), modules, load_file(place / file), images)
+    return file, load, _loaded(timm.create_model(name, **options), modules, load_file(place / file))
 
 
-def _safetensors(
-    encoder: Encoder, head: nn.Linear | None, context: EvaluationContext, place: Path, images: Tensor
-) -> tuple[str, list[str], Tensor]:
+def _safetensors(encoder: Encoder, head: nn.Linear | None, context: EvaluationContext, place: Path) -> Written:
     description = describe(encoder, context.data)
     if context.head is not None and head is not None:
         save_classifier(place, encoder, replace(context.head, linear=head), description)
@@ -222,22 +197,18 @@ def _safetensors(
             "model.eval()",
         ]
         again, head_again, _ = load_classifier(place / CLASSIFIER_FILE)
-        return CLASSIFIER_FILE, load, head_again.linear(again.eval()(images))
-    file = WEIGHTS_FILE
-    (place / file).write_bytes(weight_file(encoder.state_dict()))
-    (place / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
+        return CLASSIFIER_FILE, load, nn.Sequential(again, head_again.linear).eval()
+    save_encoder(place, encoder, description)
     load = [
         "from pathlib import Path",
         "from twoviews.encoder_file import load_encoder",
-        f'model, _ = load_encoder(Path("{file}"))',
+        f'model, _ = load_encoder(Path("{WEIGHTS_FILE}"))',
         "model.eval()",
     ]
-    return file, load, load_encoder(place / file)[0].eval()(images)
+    return WEIGHTS_FILE, load, load_encoder(place / WEIGHTS_FILE)[0].eval()
 
 
-def _onnx(
-    encoder: Encoder, head: nn.Linear | None, context: EvaluationContext, place: Path, images: Tensor
-) -> tuple[str, list[str], Tensor]:
+def _onnx(encoder: Encoder, head: nn.Linear | None, context: EvaluationContext, place: Path) -> Written:
     missing = [name for name in ONNX if importlib.util.find_spec(name) is None]
     if missing:
         raise BadInput(
@@ -248,7 +219,7 @@ def _onnx(
     batch: Any = torch.export.Dim("batch", min=1)
     torch.onnx.export(
         encoder if head is None else nn.Sequential(encoder, head).eval(),
-        (images[:2],),
+        (_images(context)[:2],),
         place / file,
         dynamo=True,
         verbose=False,
@@ -264,4 +235,4 @@ def _onnx(
         f'session = onnxruntime.InferenceSession("{file}")',
         f'{output} = session.run(["{output}"], {{"images": images}})[0]',
     ]
-    return file, load, torch.from_numpy(session.run([output], {"images": images.numpy()})[0])
+    return file, load, lambda images: torch.from_numpy(session.run([output], {"images": images.numpy()})[0])

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from twoviews.errors import BadInput
 from twoviews.features import Features
-from twoviews.protocols.classification import accuracies, top1
+from twoviews.protocols.classification import accuracies
 from twoviews.protocols.finetune import FineTune
 from twoviews.protocols.labelled import labelled
-from twoviews.protocols.linear import Probe, fit, held_out
-from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
+from twoviews.protocols.linear import Linear, Probe, held_out
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol, TableRow
 from twoviews.randomness import generator
 from twoviews.ranges import Count, Index, Length, NotNegative, Range, Seed
 
@@ -56,10 +56,9 @@ class FewLabels(Protocol):
         iterations: of LBFGS, at most.
         finetune: fine-tune on each draw, too; null: only the linear probe.
         seed: of the draws.
-        every_epochs: how often it is measured in training; 0 is at the end only.
 
     Raises:
-        BadInput: there is no setting or no candidate, or `finetune` is something else.
+        BadInput: there is no setting.
     """
 
     shares: Annotated[Sequence[Annotated[float, Range(above=0, at_most=1, usual="0.01 and 0.1")]], Length()]
@@ -75,10 +74,6 @@ class FewLabels(Protocol):
     def __post_init__(self) -> None:
         if not [*self.shares, *self.per_class]:
             raise BadInput("shares=[] and per_class=[] leave nothing to do; use shares=[0.01,0.1].")
-        if not self.weight_decays:
-            raise BadInput("weight_decays=[] leaves nothing to choose from; use weight_decays=[0] for none.")
-        if self.finetune is not None and not isinstance(self.finetune, FineTune):
-            raise BadInput("finetune= is null or comes with protocol=few_labels_finetune.")
 
     def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that fine-tuning takes from the run; empty without fine-tuning."""
@@ -106,62 +101,46 @@ class FewLabels(Protocol):
             settings[f"{count}_per_class"] = torch.full_like(members, count), ""
         return settings
 
-    def probe(self, memory: Features, index: Int[Tensor, " n"], classes: int) -> Probe:
-        """Softmax regression on some of the memory images, standardised like all of them, which takes no labels."""
-        mean, std = memory.x.mean(0), memory.x.std(0) + 1e-6
-        rows = index.to(memory.y.device)
-        x, y = (memory.x[rows] - mean) / std, memory.y[rows]
-        return Probe(mean, std, fit(x, y, classes, self._weight_decay(x, y, classes), self.iterations))
-
-    def _weight_decay(self, x: Tensor, y: Tensor, classes: int) -> float:
-        rest, chooses = held_out(y, self.held_out)
-        if len(self.weight_decays) == 1 or len(y[chooses].unique()) < len(y.unique()):
-            return max(self.weight_decays)
-        fits = [fit(x[rest], y[rest], classes, candidate, self.iterations) for candidate in self.weight_decays]
-        held_out_top1 = [top1(linear(x[chooses]), y[chooses]) for linear in fits]
-        return self.weight_decays[held_out_top1.index(max(held_out_top1))]
-
-    def _finetuned(self, context: EvaluationContext, index: Tensor, probe: Probe, *key: int | str) -> Tensor:
-        """Logits of the test images after fine-tuning on some of the memory images, from their probe if `linear` is set."""
-        assert self.finetune is not None
-        memory, test = labelled(context)
-        rows = index.to(context.memory.y.device)
-        few = Features(context.memory.x[rows], context.memory.y[rows])
-        start = None if self.finetune.linear is None else probe
-        model = self.finetune.fitted(context, few, memory.subset(index), *key, probe=start).model
-        return self.finetune.scores(context, model, test)
+    def probe(self, memory: Features, few: Features, classes: int) -> Probe:
+        """Softmax regression on few memory images, standardised like all of them, which takes no labels."""
+        chooses = held_out(few.y, self.held_out)[1]
+        each_chooses = len(few.y[chooses].unique()) == len(few.y.unique())
+        weight_decays = self.weight_decays if each_chooses else [max(self.weight_decays)]
+        linear = Linear(weight_decays, self.held_out, self.iterations, self.every_epochs)
+        return linear.fitted(few, classes, scaled_as=memory.x)[0]
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1_<setting> and top1_<setting>_std of the probe, the same after finetune_, and all as a table.
 
         top1 is the first setting's.
         """
-        classes, y = len(context.data.classes), context.test.y
-        values: dict[str, float] = {}
-        rows: list[dict[str, float | int | str]] = []
+        memory, y, values = context.memory, context.test.y, {}
+        rows: list[TableRow] = []
         for name, (counts, note) in self.settings(context).items():
-            accuracies_of_draws: dict[str, list[dict[str, float]]] = {"": [], "finetune_": []}
+            draws: dict[str, list[dict[str, float]]] = {"linear": [], "fine-tuned": []}
             for draw in range(self.draws):
-                index = drawn(context.memory.y, counts, self.seed, name, draw)
-                probe = self.probe(context.memory, index, classes)
-                accuracies_of_draws[""].append(accuracies(probe(context.test.x), y))
-                if self.finetune:
-                    scores = self._finetuned(context, index, probe, name, draw)
-                    accuracies_of_draws["finetune_"].append(accuracies(scores, y))
-            for prefix, draws in accuracies_of_draws.items():
-                if not draws:
+                index = drawn(memory.y, counts, self.seed, name, draw)
+                few = memory.subset(index)
+                probe = self.probe(memory, few, len(context.data.classes))
+                draws["linear"].append(accuracies(probe(context.test.x), y))
+                if self.finetune is not None:
+                    images, test = labelled(context)
+                    start = None if self.finetune.linear is None else probe
+                    tuned = self.finetune.fitted(context, few, images.subset(index), name, draw, probe=start)
+                    draws["fine-tuned"].append(accuracies(self.finetune.scores(context, tuned.model, test), y))
+            for classifier, found in draws.items():
+                if not found:
                     continue
-                row: dict[str, float | int | str] = {
+                row: TableRow = {
                     "setting": name,
-                    "classifier": "fine-tuned" if prefix else "linear",
+                    "classifier": classifier,
                     "images": int(counts.sum()),
                     "draws": self.draws,
                 }
-                for key in draws[0]:
-                    of_draws = [draw[key] for draw in draws]
-                    row[key], row[f"{key}_std"] = statistics.fmean(of_draws), statistics.stdev(of_draws)
-                    if key == "top1":
-                        values[f"{prefix}top1_{name}"] = float(row[key])
-                        values[f"{prefix}top1_{name}_std"] = float(row[f"{key}_std"])
+                for key in found[0]:
+                    of_draws = [accuracy[key] for accuracy in found]
+                    row |= {key: statistics.fmean(of_draws), f"{key}_std": statistics.stdev(of_draws)}
+                prefix = "finetune_" if classifier == "fine-tuned" else ""
+                values |= {f"{prefix}top1_{name}{end}": float(row[f"top1{end}"]) for end in ("", "_std")}
                 rows.append({**row, "note": note})
         return EvaluationResult({"top1": next(iter(values.values())), **values}, None, {"few_labels": rows})

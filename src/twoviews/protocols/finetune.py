@@ -24,9 +24,9 @@ from twoviews.data.images import Images
 from twoviews.encoder_file import describe, is_buildable
 from twoviews.errors import BadInput, counted, nearest
 from twoviews.features import Features, embed
-from twoviews.optim import LrScaling, sgd
+from twoviews.optim import sgd
 from twoviews.protocols.classification import accuracies, top1
-from twoviews.protocols.encoder_layers import Layer, layers
+from twoviews.protocols.encoder_layers import layers
 from twoviews.protocols.labelled import Diverged, classifier, crops, labelled, train_classifier
 from twoviews.protocols.linear import Linear, Probe, held_out, linear_of_run, temperature
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
@@ -60,6 +60,7 @@ class FineTuned:
         return nn.Sequential(self.encoder, self.head)
 
 
+@dataclass
 class FineTune(Protocol):
     """Accuracy of the encoder after training it with a linear classifier; the run's own encoder is not touched.
 
@@ -85,35 +86,30 @@ class FineTune(Protocol):
         smallest_crop: smallest area of a crop as a share of the picture.
         flip: probability of mirroring left to right.
         seed: of classifier, order, crops and dropout.
-        every_epochs: how often it is measured in training; 0 is at the end only.
     """
 
-    def __init__(
-        self,
-        unfreeze_from: str | None,
-        layer_decay: Annotated[float, Range(above=0, at_most=1, usual="0.65 to 1")],
-        epochs: Count,
-        warmup_epochs: NotNegative,
-        batch_size: Annotated[int, Range(at_least=2)] | None,
-        lr: Positive | Sequence[Positive],
-        lr_scaling: Literal["none", "linear"],
-        momentum: Annotated[float, Range(at_least=0, below=1, usual="0.9")],
-        weight_decay: NotNegative,
-        smallest_crop: Annotated[float, Range(above=0, at_most=1, usual="0.08")],
-        flip: Fraction,
-        seed: Seed,
-        every_epochs: Index,
-        linear: Linear | None = None,  # this and held_out are missing in configurations of version 0.1.0
-        held_out: Annotated[float, Range(above=0, below=1, usual="0.1")] = 0.1,
-    ):
-        if warmup_epochs > epochs:
-            raise BadInput(f"warmup_epochs={warmup_epochs:g} is longer than the training of {epochs} epochs; use less.")
-        self.linear, self.unfreeze_from, self.layer_decay, self.epochs = linear, unfreeze_from, layer_decay, epochs
-        self.warmup_epochs, self.batch_size, self.held_out = warmup_epochs, batch_size, held_out
-        self.lr = list(lr) if isinstance(lr, Sequence) else [lr]
-        self.lr_scaling: LrScaling = lr_scaling
-        self.momentum, self.weight_decay = momentum, weight_decay
-        self.smallest_crop, self.flip, self.seed, self.every_epochs = smallest_crop, flip, seed, every_epochs
+    unfreeze_from: str | None
+    layer_decay: Annotated[float, Range(above=0, at_most=1, usual="0.65 to 1")]
+    epochs: Count
+    warmup_epochs: NotNegative
+    batch_size: Annotated[int, Range(at_least=2)] | None
+    lr: Positive | Sequence[Positive]
+    lr_scaling: Literal["none", "linear"]
+    momentum: Annotated[float, Range(at_least=0, below=1, usual="0.9")]
+    weight_decay: NotNegative
+    smallest_crop: Annotated[float, Range(above=0, at_most=1, usual="0.08")]
+    flip: Fraction
+    seed: Seed
+    every_epochs: Index
+    linear: Linear | None = None  # this and held_out are missing in configurations of version 0.1.0
+    held_out: Annotated[float, Range(above=0, below=1, usual="0.1")] = 0.1
+
+    def __post_init__(self) -> None:
+        if self.warmup_epochs > self.epochs:
+            raise BadInput(
+                f"warmup_epochs={self.warmup_epochs:g} is longer than the training of {self.epochs} epochs; use less."
+            )
+        self.rates = list(self.lr) if isinstance(self.lr, Sequence) else [self.lr]
 
     def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of the run's linear probe, and crops and flips of its views; of several the one with the largest crops."""
@@ -121,8 +117,8 @@ class FineTune(Protocol):
         crops = {"smallest_crop": view["scale"][0], "flip": view["flip"]} if view else {}
         return {**linear_of_run(config), **crops}
 
-    def trained_layers(self, encoder: Encoder) -> list[Layer]:
-        """The layers that are trained; they are put into training mode, and the others are frozen.
+    def trained_layers(self, encoder: Encoder) -> list[list[nn.Parameter]]:
+        """The parameters of each layer that is trained, in training mode from here on; the other layers are frozen.
 
         Raises:
             BadInput: there is no layer of that name.
@@ -132,27 +128,16 @@ class FineTune(Protocol):
             names = [layer.name for layer in all_layers]
             named = [i for i, name in enumerate(names) if f"{name}.".startswith(f"{self.unfreeze_from}.")]
             if not named:
-                close = nearest(self.unfreeze_from, names)
                 raise BadInput(
-                    f"unfreeze_from={self.unfreeze_from} is no layer of this encoder.{close} Layers: "
-                    f"{', '.join(names)}; null trains all."
+                    f"unfreeze_from={self.unfreeze_from} is no layer of this encoder."
+                    f"{nearest(self.unfreeze_from, names)} Layers: {', '.join(names)}; null trains all."
                 )
             begin = named[0]
         encoder.train(begin == 0).requires_grad_(False)
         for layer in all_layers[begin:]:
-            for module in layer.modules:
-                module.train()
-            for parameter in layer.parameters:
-                parameter.requires_grad_(True)
-        return all_layers[begin:]
-
-    def rates(self, trained: list[Layer], head: nn.Linear) -> list[dict]:
-        """Parameter groups of the trained layers and the classifier, with `scale`, the factor of their learning rate."""
-        groups = [
-            {"params": layer.parameters, "scale": self.layer_decay ** (len(trained) - number)}
-            for number, layer in enumerate(trained)
-        ]
-        return [*groups, {"params": list(head.parameters()), "scale": 1.0}]
+            for part in (*layer.modules, *layer.parameters):
+                part.train() if isinstance(part, nn.Module) else part.requires_grad_(True)
+        return [layer.parameters for layer in all_layers[begin:]]
 
     def trained(
         self,
@@ -163,7 +148,7 @@ class FineTune(Protocol):
         *key: int | str,
         length: float = 1.0,
     ) -> tuple[Encoder, nn.Linear, list[str]]:
-        """A copy of the encoder with a classifier, trained on these images, and notes for the user; a function of `key`.
+        """A copy of the encoder with a classifier, trained on labelled images, and notes for the user; a function of `key`.
 
         Args:
             context: of the encoder.
@@ -176,11 +161,8 @@ class FineTune(Protocol):
         Raises:
             Diverged: the loss became infinite or not a number.
         """
-        encoder = copy.deepcopy(context.encoder)
-        whole_batch_norms(encoder)  # as evaluate.py has them; and other processes would never answer
-        if context.channels_last:
-            encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        trained, seed = self.trained_layers(encoder), seed_of(self.seed, "finetune", *key)
+        encoder = _copied(context.encoder).to(memory_format=context.memory_format)  # type: ignore[call-overload]
+        layers_trained, seed = self.trained_layers(encoder), seed_of(self.seed, "finetune", *key)
         batch_size = self.batch_size or default_batch_size(len(images))
         loader, notes = crops(context, images, batch_size, self.smallest_crop, self.flip, seed)
         classes = context.data.classes
@@ -188,35 +170,30 @@ class FineTune(Protocol):
             head = classifier(encoder.out_dim, len(classes), context.device, seed)
         else:
             head = probe.head(classes).linear.requires_grad_(True)
+        groups: list[dict] = [{"params": parameters} for parameters in (*layers_trained, [*head.parameters()])]
         numbers = (loader.batch_size, lr, self.lr_scaling, self.momentum, self.weight_decay)
-        optimizer = sgd(self.rates(trained, head), *numbers, exclude_norm_and_bias=False)
-        for group in optimizer.param_groups:
-            group["lr"] *= group["scale"]
+        optimizer = sgd(groups, *numbers, exclude_norm_and_bias=False)
+        for place, group in enumerate(reversed(optimizer.param_groups)):
+            group["lr"] *= self.layer_decay**place
         model = nn.Sequential(encoder, head)
 
         def logits(images: Float[Tensor, "B _ _h _w"]) -> Tensor:
             with autocast(context.device, context.dtype):
                 return model(images)
 
-        devices = [context.device] if context.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        epochs = math.ceil(length * self.epochs)
+        schedule = Cosine(epochs, length * self.warmup_epochs)
+        with torch.random.fork_rng([context.device] if context.device.type == "cuda" else []):
             torch.manual_seed(seed)  # of dropout, which takes no generator
-            epochs = math.ceil(length * self.epochs)
-            schedule = Cosine(epochs, length * self.warmup_epochs)
             train_classifier(logits, loader, optimizer, schedule, epochs, context)
         return encoder, head, notes
 
     def fitted(
         self, context: EvaluationContext, memory: Features, images: Images, *key: int | str, probe: Probe | None = None
     ) -> FineTuned:
-        """The encoder after fine-tuning on these images with the best of the learning rates; a function of `key`.
+        """The encoder after fine-tuning on images with the best of the learning rates; a function of `key`.
 
-        Args:
-            context: of the encoder.
-            memory: features and labels of the images.
-            images: labelled.
-            key: of the random numbers.
-            probe: what the classifier begins as; None: what `linear` makes of `memory`.
+        `memory` are features and labels of the images. The classifier begins as `probe`, by default what `linear` makes of them.
         """
         classes = len(context.data.classes)
         if probe is None and self.linear is not None:
@@ -225,8 +202,7 @@ class FineTune(Protocol):
         if lr or probe is None:
             encoder, head, more = self.trained(context, images, lr, probe, *key)
             return FineTuned(encoder, head, lr, temperature, [*more, *notes])
-        encoder = copy.deepcopy(context.encoder)
-        whole_batch_norms(encoder)
+        encoder = _copied(context.encoder)
         return FineTuned(encoder, probe.head(context.data.classes).linear, lr, temperature, notes)
 
     def _chosen(
@@ -234,36 +210,35 @@ class FineTune(Protocol):
     ) -> tuple[float, float, list[str]]:
         """The learning rate that is best on held-out images, 0 if the probe is better there; its temperature, and notes."""
         rest, chooses = (index.cpu() for index in held_out(memory.y, self.held_out))
-        if len(self.lr) == 1:
-            return self.lr[0], 1.0, []
+        if len(self.rates) == 1:
+            return self.rates[0], 1.0, []
         if not len(chooses):
-            note = f"each class has one labelled image, so none is held out to choose a learning rate: lr={self.lr[0]:g} is used."
-            return self.lr[0], 1.0, [note]
-        here = memory.x.device
-        training, labels = Features(memory.x[rest.to(here)], memory.y[rest.to(here)]), memory.y[chooses.to(here)]
+            why = "each class has one labelled image, so none is held out to choose a learning rate"
+            return self.rates[0], 1.0, [f"{why}: lr={self.rates[0]:g} is used."]
+        training, held = (memory.subset(index) for index in (rest, chooses))
         logits: dict[float, Tensor] = {}
         probe = None
         if self.linear is not None:
             probe = self.linear.fitted(training, len(context.data.classes))[0]
-            logits[0.0] = probe(memory.x[chooses.to(here)])
-        for lr in self.lr:
+            logits[0.0] = probe(held.x)
+        for lr in self.rates:
             with contextlib.suppress(Diverged):
                 encoder, head, _ = self.trained(context, images.subset(rest), lr, probe, "choice", *key, length=CHOICE)
                 logits[lr] = self.scores(context, nn.Sequential(encoder, head), images.subset(chooses))
         if not logits:
-            raise BadInput(f"all of lr={self.lr} diverge; use smaller ones, such as lr={min(self.lr) / 10:g}.")
-        accuracy = {lr: top1(scores, labels) for lr, scores in logits.items()}
+            raise BadInput(f"all of lr={self.rates} diverge; use smaller ones, such as lr={min(self.rates) / 10:g}.")
+        accuracy = {lr: top1(scores, held.y) for lr, scores in logits.items()}
         best = max(accuracy, key=lambda lr: (accuracy[lr], lr > 0, -lr))
         if best:
             note = f"lr={best:g} was chosen, with an accuracy of {accuracy[best]:.2f} % on {len(chooses):,} held-out images."
         else:
-            least, held = min(self.lr), counted(len(chooses), "held-out image")
+            least, many = min(self.rates), counted(len(chooses), "held-out image")
             note = (
-                f"none of lr={self.lr} is better than the linear probe (a linear classifier of the features), which has "
-                f"{accuracy[best]:.2f} % on {held}, so that probe is kept and the encoder is unchanged; for a fine-tuned one try "
+                f"none of lr={self.rates} is better than the linear probe (a linear classifier of the features), which has "
+                f"{accuracy[best]:.2f} % on {many}, so that probe is kept and the encoder is unchanged; for a fine-tuned one try "
                 f"smaller rates, such as lr=[{least / 10:g},{least / 2:g}], or longer training, such as epochs={2 * self.epochs}."
             )
-        return best, temperature(logits[best], labels), [note]
+        return best, temperature(logits[best], held.y), [note]
 
     def scores(self, context: EvaluationContext, model: nn.Module, images: Images) -> Float[Tensor, "M C"]:
         """Logits of images under the eval transform."""
@@ -274,10 +249,16 @@ class FineTune(Protocol):
         memory, test = labelled(context)
         tuned = self.fitted(context, context.memory, memory)
         scores = self.scores(context, tuned.model, test)
-        assert test.labels is not None
-        labels = test.labels.to(context.device).long()
         if context.folder is not None and is_buildable(tuned.encoder):
             weight, bias = (value.detach() / tuned.temperature for value in (tuned.head.weight, tuned.head.bias))
             head = as_head(weight, bias, context.data.classes)
             save_classifier(context.folder, tuned.encoder, head, describe(tuned.encoder, context.data))
-        return EvaluationResult({**accuracies(scores, labels), "lr": tuned.lr}, scores.softmax(1), notes=tuned.notes)
+        return EvaluationResult(
+            {**accuracies(scores, context.test.y), "lr": tuned.lr}, scores.softmax(1), notes=tuned.notes
+        )
+
+
+def _copied(encoder: Encoder) -> Encoder:
+    encoder = copy.deepcopy(encoder)
+    whole_batch_norms(encoder)  # as evaluate.py has them; and other processes would never answer
+    return encoder

@@ -105,7 +105,6 @@ class Health(Protocol):
         images: number of images; RankMe is at most so large, and at most the number of features.
         scale: area of a crop as a share of the picture, smallest and largest.
         flip: probability of mirroring left to right.
-        every_epochs: how often it is measured in training; 0 is at the end only.
     """
 
     needs_labels = False
@@ -151,9 +150,8 @@ class Health(Protocol):
         rows = []
         for number, (pixels, sizes, _) in enumerate(images.batches(BATCH[context.device.type])):
             views = make(pixels.to(context.device), make.draw(sizes, generator("health", "views", number)))
-            form = torch.channels_last if context.channels_last else torch.contiguous_format
             with autocast(context.device, context.dtype):
-                rows.append([encoder(view.to(memory_format=form)).float() for view in views])
+                rows.append([encoder(view.to(memory_format=context.memory_format)).float() for view in views])
         encoder.train(training)
         first, second = zip(*rows, strict=True)
         return torch.cat(first), torch.cat(second)

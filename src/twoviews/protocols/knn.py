@@ -82,13 +82,7 @@ def knn_scores(
 
 
 def clamped_notes(k: int, data: ImageData, key: str) -> list[str]:
-    """A sentence for the user if the bank has fewer than k images.
-
-    Args:
-        k: neighbours that vote.
-        data: with the bank.
-        key: name of the parameter.
-    """
+    """A sentence for the user if the bank has fewer than k images; `key` is the name of the parameter."""
     bank = len(data.memory or ())
     if not 0 < bank < k:
         return []
@@ -120,7 +114,6 @@ class KNN(Protocol):
     Args:
         k: neighbours that vote; clamped to the bank.
         temperature: of the votes.
-        every_epochs: how often it is measured in training; 0 is at the end only.
     """
 
     together = True

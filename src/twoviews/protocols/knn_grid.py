@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twoviews.data.images import ImageData
-from twoviews.errors import BadInput
 from twoviews.features import Features
 from twoviews.protocols.classification import mask_zeros, ranks
 from twoviews.protocols.knn import clamped_notes, neighbours, votes
@@ -29,15 +28,9 @@ class KNNGrid(Protocol):
     Args:
         ks: numbers of neighbours that vote; clamped to the bank.
         temperatures: of the votes.
-        every_epochs: how often it is measured in training; 0 is at the end only.
-
-    Raises:
-        BadInput: the grid is empty.
     """
 
     def __init__(self, ks: Sequence[Count], temperatures: Sequence[Temperature], every_epochs: Index):
-        if not ks or not temperatures:
-            raise BadInput(f"ks={list(ks)} and temperatures={list(temperatures)} are no grid; each needs a number.")
         self.ks, self.temperatures, self.every_epochs = sorted(set(ks)), sorted(set(temperatures)), every_epochs
 
     def notes(self, data: ImageData) -> list[str]:

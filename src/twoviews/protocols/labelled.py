@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from twoviews.classifier_file import as_linear
 from twoviews.console import progress_of
 from twoviews.data.images import Images
 from twoviews.data.loader import Loader
@@ -36,11 +37,8 @@ def labelled(context: EvaluationContext) -> tuple[Images, Images]:
 
 def classifier(features: int, classes: int, device: torch.device, *key: int | str) -> nn.Linear:
     """Weights from N(0, 0.01^2) and biases of 0, as MoCo, SimSiam and SwAV begin; a function of `key`."""
-    # On meta first: torch's own initialisation would draw from the global generator.
-    linear = nn.Linear(features, classes, device="meta").to_empty(device="cpu")
-    nn.init.normal_(linear.weight, std=0.01, generator=generator("classifier", *key))
-    nn.init.zeros_(linear.bias)
-    return linear.to(device)
+    weight = torch.empty(classes, features).normal_(std=0.01, generator=generator("classifier", *key))
+    return as_linear(weight, torch.zeros(classes)).to(device).requires_grad_(True)
 
 
 def crops(
@@ -77,7 +75,6 @@ def train_classifier(
     """
     assert loader.images.labels is not None
     labels = loader.images.labels.to(context.device).long()
-    form = torch.channels_last if context.channels_last else torch.contiguous_format
     rates = [group["lr"] for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(context.device.type, enabled=context.dtype == torch.float16)
     with progress_of("training on labelled images", epochs * len(loader), "steps") as advance:
@@ -87,7 +84,7 @@ def train_classifier(
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * schedule(epoch + step / len(loader))
                 with torch.enable_grad():
-                    scores = logits(batch.views[0].to(memory_format=form))
+                    scores = logits(batch.views[0].to(memory_format=context.memory_format))
                     loss = nnf.cross_entropy(scores.float(), labels[batch.index])
                     scaler.scale(loss).backward()
                 scaler.step(optimizer)

@@ -18,7 +18,6 @@ from torch.nn import functional as nnf
 from twoviews.classifier_file import Head, as_head, save_head
 from twoviews.console import progress_of
 from twoviews.data.images import ImageData
-from twoviews.errors import BadInput
 from twoviews.features import Features
 from twoviews.protocols.classification import top1
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
@@ -125,20 +124,12 @@ class Linear(Protocol):
         weight_decays: candidates; the one with the best accuracy on the held-out memory images is fitted again on all.
         held_out: share of the memory images that chooses.
         iterations: of LBFGS, at most.
-        every_epochs: how often it is measured in training; 0 is at the end only.
-
-    Raises:
-        BadInput: there is no candidate.
     """
 
     weight_decays: Sequence[NotNegative]
     held_out: Annotated[float, Range(above=0, below=1, usual="0.1")]
     iterations: Count
     every_epochs: Index
-
-    def __post_init__(self) -> None:
-        if not self.weight_decays:
-            raise BadInput("weight_decays=[] leaves nothing to choose from; use weight_decays=[0] for no weight decay.")
 
     def notes(self, data: ImageData) -> list[str]:
         """A sentence if the weight decay cannot be chosen for want of held-out images."""
@@ -153,20 +144,19 @@ class Linear(Protocol):
         """The classifier, and the weight decay that was chosen for it, without use of the test images."""
         return self.fitted(context.memory, len(context.data.classes))[:2]
 
-    def calibrated(self, context: EvaluationContext) -> tuple[Probe, float]:
-        """The classifier, and the temperature that calibrates the one which was fitted without the held-out images."""
-        probe, _, temperature = self.fitted(context.memory, len(context.data.classes), calibrate=True)
-        return probe, temperature
-
-    def fitted(self, memory: Features, classes: int, calibrate: bool = False) -> tuple[Probe, float, float]:
+    def fitted(
+        self, memory: Features, classes: int, calibrate: bool = False, scaled_as: Float[Tensor, "A F"] | None = None
+    ) -> tuple[Probe, float, float]:
         """A classifier of these features, its weight decay, and its temperature, which is 1 where it is not to be calibrated.
 
         Args:
             memory: what it learns from, and is chosen and calibrated on.
             classes: C.
-            calibrate: find the temperature, see `temperature`.
+            calibrate: find the `temperature` of the classifier that was fitted without the held-out images.
+            scaled_as: features whose mean and variance are made 0 and 1; None: those of `memory`.
         """
-        mean, std = memory.x.mean(0), memory.x.std(0) + 1e-6
+        scaled_as = memory.x if scaled_as is None else scaled_as
+        mean, std = scaled_as.mean(0), scaled_as.std(0) + 1e-6
         x, y = (memory.x - mean) / std, memory.y
         rest, chooses = held_out(y, self.held_out)
         best, chosen, scale = -1.0, self.weight_decays[0], 1.0
@@ -175,8 +165,7 @@ class Linear(Protocol):
         with progress_of("linear classifier", len(candidates) + 1, "fits") as advance:
             for weight_decay in candidates:
                 logits = fit(x[rest], y[rest], classes, weight_decay, self.iterations)(x[chooses])
-                accuracy = top1(logits, y[chooses])
-                if accuracy > best:
+                if (accuracy := top1(logits, y[chooses])) > best:
                     best, chosen = accuracy, weight_decay
                     scale = temperature(logits, y[chooses]) if calibrate else 1.0
                 advance(1)
@@ -184,10 +173,9 @@ class Linear(Protocol):
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1 on the test images and the weight decay it was reached with; the calibrated classifier is saved."""
-        data, save = context.data, context.folder is not None
-        probe, weight_decay, scale = self.fitted(context.memory, len(data.classes), calibrate=save)
+        data, folder = context.data, context.folder
+        probe, weight_decay, scale = self.fitted(context.memory, len(data.classes), calibrate=folder is not None)
         scores = probe(context.test.x)
-        if context.folder is not None:
-            head = probe.head(data.classes, scale)
-            save_head(context.folder, head, context.encoder, data.size, (data.mean, data.std))
+        if folder is not None:
+            save_head(folder, probe.head(data.classes, scale), context.encoder, data.size, (data.mean, data.std))
         return EvaluationResult({"top1": top1(scores, context.test.y), "weight_decay": weight_decay}, scores.softmax(1))

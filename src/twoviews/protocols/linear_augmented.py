@@ -9,6 +9,7 @@ Shapes: B images of a batch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -42,7 +43,6 @@ class LinearAugmented(Protocol):
         smallest_crop: smallest area of a crop as a share of the picture.
         flip: probability of mirroring left to right.
         seed: of classifier, order and crops.
-        every_epochs: how often it is measured in training; 0 is at the end only.
     """
 
     optimizer: Literal["sgd", "larc"]
@@ -65,14 +65,10 @@ class LinearAugmented(Protocol):
         before = {name: value.clone() for name, value in encoder.state_dict().items()}
         loader, notes = crops(context, memory, self.batch_size, self.smallest_crop, self.flip, self.seed)
         head = classifier(encoder.out_dim, len(context.data.classes), context.device, self.seed)
+        make = sgd if self.optimizer == "sgd" else partial(larc, trust_coefficient=TRUST, clip=False)
         numbers = (loader.batch_size, self.lr, self.lr_scaling, self.momentum, self.weight_decay)
-        groups = [{"params": list(head.parameters())}]
-        if self.optimizer == "sgd":
-            optimizer = sgd(groups, *numbers, exclude_norm_and_bias=False)
-        else:
-            optimizer = larc(groups, *numbers, trust_coefficient=TRUST, exclude_norm_and_bias=False, clip=False)
-        cosine = Cosine(self.epochs, every="epoch")
-        schedule = cosine if self.milestones is None else Step(self.milestones, 0.1)
+        optimizer = make([{"params": list(head.parameters())}], *numbers, exclude_norm_and_bias=False)
+        schedule = Cosine(self.epochs, every="epoch") if self.milestones is None else Step(self.milestones, 0.1)
 
         def logits(images: Float[Tensor, "B _ _h _w"]) -> Tensor:
             with torch.no_grad(), autocast(context.device, context.dtype):
@@ -86,8 +82,7 @@ class LinearAugmented(Protocol):
         assert not changed, f"the frozen encoder changed: {changed}"
         with torch.no_grad():
             scores = head(context.test.x)
-        used = {
-            "learning_rate": scaled_lr(self.lr, self.lr_scaling, loader.batch_size),
-            "batch_size": float(loader.batch_size),
-        }
-        return EvaluationResult({**accuracies(scores, context.test.y), **used}, scores.softmax(1), notes=notes)
+        values = accuracies(scores, context.test.y)
+        values["learning_rate"] = scaled_lr(self.lr, self.lr_scaling, loader.batch_size)
+        values["batch_size"] = float(loader.batch_size)
+        return EvaluationResult(values, scores.softmax(1), notes=notes)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +20,7 @@ from twoviews.classifier_file import as_linear
 from twoviews.console import progress_of
 from twoviews.errors import BadInput
 from twoviews.protocols.classification import accuracies, top1
-from twoviews.protocols.linear import Probe, held_out
+from twoviews.protocols.linear import held_out
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import generator
 from twoviews.ranges import Count, Index, NotNegative, Positive, Range, Seed
@@ -96,10 +96,6 @@ class LinearSGD(Protocol):
         batch_size: images a step; more than there are means all of them.
         epochs: passes over the features.
         seed: of the order.
-        every_epochs: how often it is measured in training; 0 is at the end only.
-
-    Raises:
-        BadInput: there is no candidate.
     """
 
     learning_rates: Sequence[Positive]
@@ -111,20 +107,15 @@ class LinearSGD(Protocol):
     seed: Seed
     every_epochs: Index
 
-    def __post_init__(self) -> None:
-        for name in ("learning_rates", "weight_decays"):
-            if not getattr(self, name):
-                raise BadInput(f"{name}=[] leaves nothing to choose from; give one number or more.")
-
-    def probe(self, context: EvaluationContext) -> tuple[Probe, list[dict[str, float]]]:
-        """The classifier, and the candidates from best to worst; the test images are not looked at.
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
+        """top1 and top5 on the test images, the pair they were reached with, and all pairs, the best first, as a table.
 
         Raises:
             BadInput: none of the candidates stays finite, or no class has two images.
         """
-        memory = context.memory
+        memory, test, classes = context.memory, context.test, len(context.data.classes)
         mean, std = memory.x.mean(0), memory.x.std(0) + 1e-6
-        x, y, classes = (memory.x - mean) / std, memory.y, len(context.data.classes)
+        x, y = (memory.x - mean) / std, memory.y
         rest, chooses = held_out(y, self.held_out)
         if not len(chooses):
             raise BadInput(
@@ -132,7 +123,9 @@ class LinearSGD(Protocol):
                 "protocol=linear."
             )
         grid = list(product(self.learning_rates, self.weight_decays))
-        stack, rows = self._sgd(x[rest], y[rest], classes, grid), []
+        settings = {key: getattr(self, key) for key in ("momentum", "batch_size", "epochs", "seed")}
+        stack = sgd(x[rest], y[rest], classes, grid, **settings)
+        rows: list[dict[str, Any]] = []
         for point, (learning_rate, weight_decay) in enumerate(grid):
             # A candidate that ran away scores nan, of which the loss is nan, too; it comes last.
             scores = stack.linear(point)(x[chooses]).nan_to_num(torch.nan, torch.nan, torch.nan)
@@ -142,17 +135,6 @@ class LinearSGD(Protocol):
         rows.sort(key=lambda row: (row["held_out_loss"] == math.inf, -row["held_out_top1"], row["held_out_loss"]))
         if rows[0]["held_out_loss"] == math.inf:
             raise BadInput(f"all of learning_rates={self.learning_rates} diverge; use smaller ones, such as [0.001].")
-        best = rows[0]["learning_rate"], rows[0]["weight_decay"]
-        return Probe(mean, std, self._sgd(x, y, classes, [best]).linear(0)), rows
-
-    def _sgd(self, x: Tensor, y: Tensor, classes: int, grid: list[tuple[float, float]]) -> Stack:
-        numbers = {"momentum": self.momentum, "batch_size": self.batch_size, "epochs": self.epochs, "seed": self.seed}
-        return sgd(x, y, classes, grid, **numbers)
-
-    def __call__(self, context: EvaluationContext) -> EvaluationResult:
-        """top1 and top5 on the test images, the pair they were reached with, and all pairs as a table."""
-        probe, rows = self.probe(context)
-        scores, chosen = probe(context.test.x), {key: rows[0][key] for key in ("learning_rate", "weight_decay")}
-        return EvaluationResult(
-            {**accuracies(scores, context.test.y), **chosen}, scores.softmax(1), {"grid": [{**row} for row in rows]}
-        )
+        chosen = {key: rows[0][key] for key in ("learning_rate", "weight_decay")}
+        scores = sgd(x, y, classes, [(*chosen.values(),)], **settings).linear(0)((test.x - mean) / std)
+        return EvaluationResult({**accuracies(scores, test.y), **chosen}, scores.softmax(1), {"grid": rows})

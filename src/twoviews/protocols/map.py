@@ -31,7 +31,6 @@ class Map(Protocol):
         split: train, memory or test; train is taken if there are no labelled images.
         algorithm: tsne (van der Maaten and Hinton, 2008) or umap (McInnes et al., arXiv:1802.03426), which needs umap-learn.
         seed: of the choice of images and of the map.
-        every_epochs: how often it is drawn in training; 0 is at the end only.
 
     Raises:
         BadInput: umap-learn is not installed.
@@ -76,16 +75,7 @@ def draw_map(
 ) -> None:
     """Draw images in the plane so that images with similar features are close, from the PCA of unit features.
 
-    Distances between far groups and sizes of groups mean nothing. At most MAX_IMAGES images are shown.
-
-    Args:
-        path: of the picture.
-        x: features.
-        labels: classes, shown as colours; None: the images have none.
-        classes: names by label.
-        title: above the plot.
-        seed: of the choice of images and of the map.
-        algorithm: the algorithm.
+    Distances between far groups and sizes of groups mean nothing. At most MAX_IMAGES images are shown; labels are colours.
     """
     chosen = torch.randperm(len(x), generator=generator(seed, "map"))[:MAX_IMAGES]
     plane = _in_the_plane(x.cpu()[chosen].double(), algorithm, seed_of(seed, "map") % 2**32)

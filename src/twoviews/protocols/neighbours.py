@@ -13,15 +13,26 @@ from torch import Tensor
 
 from twoviews.data.images import ImageData, Images
 from twoviews.figures import save_sheet
-from twoviews.pictures import GAP, GREEN, GREY, RED, TEXT, fitted, font, squares
+from twoviews.pictures import (
+    GAP,
+    GREEN,
+    GREY,
+    HEADING_PX,
+    LINE_PX,
+    RED,
+    draw_frame,
+    fitted,
+    font,
+    squares,
+    titled_sheet,
+)
 from twoviews.protocols.knn import neighbours
-from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol, TableRow
 from twoviews.protocols.user_images import check_images, embed_user_images, grey_notes, image_paths
 from twoviews.randomness import generator
 from twoviews.ranges import Count, Index, Seed
 
 MAX_ROWS, MAX_COLUMNS = 20, 10  # images on the sheet, and neighbours of each
-HEADING_PX, LINE_PX = 66, TEXT + 6  # heights
 CAPTION = 12  # px, of names, so that more of them fits
 
 
@@ -44,6 +55,7 @@ class NeighbourRow:
     cosines: list[float]  # of the angles to them
 
 
+@dataclass
 class Neighbours(Protocol):
     """A table of the nearest training images, and neighbours.png, a sheet of them.
 
@@ -53,15 +65,19 @@ class Neighbours(Protocol):
         k: neighbours of each; clamped to the training images.
         sample: how many images the sample has.
         seed: of the sample.
-        every_epochs: how often it is done in training; 0 is at the end only.
     """
 
     needs_labels = False
 
-    def __init__(self, images: str | None, k: Count, sample: Count, seed: Seed, every_epochs: Index):
-        if images is not None:
-            check_images(images)
-        self.images, self.k, self.sample, self.seed, self.every_epochs = images, k, sample, seed, every_epochs
+    images: str | None
+    k: Count
+    sample: Count
+    seed: Seed
+    every_epochs: Index
+
+    def __post_init__(self) -> None:
+        if self.images is not None:
+            check_images(self.images)
 
     def notes(self, data: ImageData) -> list[str]:
         """Sentences if the encoder takes grey images and these have colours, or if there are no test images to sample."""
@@ -75,40 +91,34 @@ class Neighbours(Protocol):
         Raises:
             BadInput: there are no such pictures.
         """
-        data, broken = context.data, []
-        paths = None if self.images is None else image_paths(self.images)
-        train, bank = context.split("train")
-        if paths is not None:
-            decoded = embed_user_images(paths, context)
+        data, broken = context.data, {}
+        if self.images is not None:
+            decoded = embed_user_images(image_paths(self.images), context)
             shown, x, names, own = decoded.images, decoded.x, decoded.images.paths or [], None
-            broken = [(decoded.paths[row], why) for row, why in decoded.broken.items()]
+            broken = {decoded.paths[row]: why for row, why in decoded.broken.items()}
         else:
             shown, x, names, own = self._sampled(context)
+        train, bank = context.split("train")
         cosines, rows = nearest_rows(x, bank, self.k, own) if len(x) else (torch.empty(0, 1), torch.empty(0, 1).long())
+        labels = [-1] * len(x) if shown.labels is None else shown.labels.tolist()
         made = [
-            NeighbourRow(
-                name=names[number],
-                image=number,
-                label=-1 if shown.labels is None else int(shown.labels[number]),
-                neighbours=rows[number].tolist(),
-                cosines=cosines[number].tolist(),
-            )
-            for number in range(len(x))
+            NeighbourRow(*row)
+            for row in zip(names, range(len(x)), labels, rows.tolist(), cosines.tolist(), strict=True)
         ]
-        table = [
+        table: list[TableRow] = [
             {
                 "image": row.name,
-                "rank": rank + 1,
+                "rank": rank,
                 "neighbour": train.paths[neighbour] if train.paths else f"{neighbour}",
                 "class": "" if train.labels is None else data.classes[int(train.labels[neighbour])],
-                "cosine": round(row.cosines[rank], 4),
+                "cosine": round(cosine, 4),
                 "broken": "",
             }
             for row in made
-            for rank, neighbour in enumerate(row.neighbours)
+            for rank, (neighbour, cosine) in enumerate(zip(row.neighbours, row.cosines, strict=True), 1)
         ]
-        empty = dict.fromkeys(("rank", "neighbour", "class", "cosine"), "")
-        table += [{"image": name, **empty, "broken": why} for name, why in broken]
+        empty: TableRow = dict.fromkeys(("rank", "neighbour", "class", "cosine"), "")
+        table += [{"image": name, **empty, "broken": why} for name, why in broken.items()]
         if context.folder is not None and made:
             title = f"{context.title}: the nearest of {len(train):,} training images of {data.name}"
             draw_neighbours(context.folder / "neighbours.png", shown, train, made, data.classes, title)
@@ -135,18 +145,8 @@ def draw_neighbours(
     """Draw a row for each of at most MAX_ROWS images: the image, and after a gap its nearest training images.
 
     Below each neighbour stand its class, after a green ✓ if it is that of the image and else a red ✗, and the cosine; below
-    the image its name and its class. Neighbours of another class have a red frame.
-
-    Args:
-        path: of the picture.
-        images: that `rows` are about.
-        train: the training images.
-        rows: at least one.
-        classes: names by label.
-        title: first line of the heading.
+    the image its name and its class. Neighbours of another class have a red frame. `rows`, at least one, are about `images`.
     """
-    from PIL import Image, ImageDraw
-
     shown = rows[:MAX_ROWS]
     columns = min(MAX_COLUMNS, max(len(row.neighbours) for row in shown))
     own = squares(images, [row.image for row in shown])
@@ -160,26 +160,22 @@ def draw_neighbours(
         explanation += "; ✓ of the same class, ✗ and red frame: of another"
     if len(rows) > len(shown):
         explanation = f"{len(shown)} of {len(rows):,} images; {explanation}"
-    width = max(start + columns * wide, round(max(bold.getlength(title), face.getlength(explanation))) + 2 * GAP)
-    sheet = Image.new("RGB", (width, HEADING_PX + len(shown) * high + GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, 8), title, "black", bold)
-    draw.text((GAP, 34), explanation, GREY, face)
+    sheet, draw = titled_sheet(title, explanation, start + columns * wide, len(shown) * high + GAP)
     for number, row in enumerate(shown):
         top = HEADING_PX + number * high
+        below, lowest = top + side + 2, top + side + 2 + LINE_PX
         sheet.paste(own[row.image], (GAP, top))
-        draw.text((GAP, top + side + 2), fitted(Path(row.name).name, small, wide + GAP, keep_end=True), GREY, small)
+        draw.text((GAP, below), fitted(Path(row.name).name, small, wide + GAP, keep_end=True), GREY, small)
         if row.label >= 0:
-            draw.text((GAP, top + side + 2 + LINE_PX), fitted(classes[row.label], bold, wide), "black", bold)
+            draw.text((GAP, lowest), fitted(classes[row.label], bold, wide), "black", bold)
         for place, (image, cosine) in enumerate(zip(row.neighbours[:columns], row.cosines, strict=False)):
             left = start + place * wide
             sheet.paste(neighbours[image], (left, top))
-            label = -1 if train.labels is None else int(train.labels[image])
-            draw.text((left, top + side + 2), f"cos {cosine:.3f}", GREY, face)
-            if label >= 0:
+            draw.text((left, below), f"cos {cosine:.3f}", GREY, face)
+            if train.labels is not None:
+                label = int(train.labels[image])
                 mark, colour = ("", "black") if row.label < 0 else ("✓ ", GREEN) if row.label == label else ("✗ ", RED)
-                text = fitted(f"{mark}{classes[label]}", face, side)
-                draw.text((left, top + side + 2 + LINE_PX), text, colour, face)
+                draw.text((left, lowest), fitted(f"{mark}{classes[label]}", face, side), colour, face)
                 if colour == RED:
-                    draw.rectangle((left - 3, top - 3, left + side + 2, top + side + 2), outline=RED, width=3)
+                    draw_frame(draw, left, top, side, side)
     save_sheet(sheet, path)

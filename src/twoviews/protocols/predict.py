@@ -37,11 +37,6 @@ def distances(x: Float[Tensor, "n F"], bank: Features) -> Float[Tensor, " n"]:
     return torch.cat([x.new_empty(0), *chunks])
 
 
-def percentiles(distance: Float[Tensor, " n"], test: Float[Tensor, " M"]) -> Float[Tensor, " n"]:
-    """Share of the test images that are closer to the bank, in percent."""
-    return 100 * torch.searchsorted(test.sort().values, distance).float() / len(test)
-
-
 @dataclass
 class Predict(Protocol):
     """Class names and probabilities of the user's images; writes predictions.json.
@@ -54,7 +49,6 @@ class Predict(Protocol):
         weight_decays: of the linear probe, as in `Linear`.
         held_out: share of the memory images that chooses the weight decay and the temperature.
         iterations: as in `Linear`.
-        every_epochs: how often it is done in training; 0 is at the end only.
 
     Raises:
         BadInput: `images` is missing, or there is no such file or folder.
@@ -92,18 +86,18 @@ class Predict(Protocol):
         if context.data.memory is None:
             raise BadInput(f"{context.data.name} has no labelled images, so there are no classes to predict.")
         decoded = embed_user_images(paths, context)
+        classes, temperature = context.data.classes, 1.0
         if context.head is not None:
-            classes, temperature = context.head.classes, 1.0
-            probabilities = context.head.linear.to(context.device)(decoded.x).softmax(1)
+            classes, logits = context.head.classes, context.head.linear.to(context.device)(decoded.x)
         else:
-            classes, (probe, temperature) = context.data.classes, self.linear.calibrated(context)
-            probabilities = (probe(decoded.x) / temperature).softmax(1)
+            probe, _, temperature = self.linear.fitted(context.memory, len(classes), calibrate=True)
+            logits = probe(decoded.x) / temperature
         distance, test = distances(decoded.x, context.memory), distances(context.test.x, context.memory)
-        unlike = percentiles(distance, test)
+        closer = 100 * torch.searchsorted(test.sort().values, distance).float() / len(test)  # % of the test images
         predictions: list[dict[str, Any]] = [
             {"image": path, "broken": decoded.broken.get(place, "")} for place, path in enumerate(paths)
         ]
-        columns = (decoded.positions, probabilities, distance, unlike)
+        columns = (decoded.positions, logits.softmax(1), distance, closer)
         for place, shares, far, percentile in zip(*(column.tolist() for column in columns), strict=True):
             by_class = {name: share for share, name in sorted(zip(shares, classes, strict=True), reverse=True)}
             predictions[place] = {"image": paths[place], "class": next(iter(by_class)), "probabilities": by_class}
@@ -117,13 +111,16 @@ class Predict(Protocol):
                 "predictions": predictions,
             }
             write_atomic(context.folder / "predictions.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        count = int((unlike >= FAR_PERCENTILE).sum())
-        values = {"images": len(paths), "broken": len(decoded.broken), "far": count, "temperature": temperature}
-        return EvaluationResult(
-            {name: float(value) for name, value in values.items()},
-            tables={"predictions": [*map(_row, predictions)]},
-            notes=_warning(count, len(unlike), len(test)),
-        )
+        count, notes = int((closer >= FAR_PERCENTILE).sum()), []
+        if count:
+            are = f"{count:,} of {counted(len(closer), 'picture')} {'are' if count > 1 else 'is'}"
+            notes = [
+                f"warning: {are} farther from the training images than {FAR_PERCENTILE:g} % of the {len(test):,} test images "
+                "(column distance_percentile): such a picture may show none of the classes, whatever the probability."
+            ]
+        values = {"images": float(len(paths)), "broken": float(len(decoded.broken)), "far": float(count)}
+        values["temperature"] = temperature
+        return EvaluationResult(values, tables={"predictions": [*map(_row, predictions)]}, notes=notes)
 
 
 def _row(prediction: Mapping[str, Any]) -> TableRow:
@@ -140,14 +137,3 @@ def _row(prediction: Mapping[str, Any]) -> TableRow:
         "distance_percentile": prediction.get("distance_percentile", ""),
         "broken": prediction.get("broken", ""),
     }
-
-
-def _warning(far: int, pictures: int, test: int) -> list[str]:
-    """A warning about images that are far from the training images, if there are any."""
-    if not far:
-        return []
-    return [
-        f"warning: {far:,} of {counted(pictures, 'picture')} {'are' if far > 1 else 'is'} farther from the training images than "
-        f"{FAR_PERCENTILE:g} % of the {test:,} test images (column distance_percentile): such a picture may show none of the "
-        "classes, whatever the probability."
-    ]

@@ -6,10 +6,10 @@ Shapes: N bank images, M test images, F features, C classes.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -18,10 +18,16 @@ from torch import Tensor
 from twoviews import distributed, process_group
 from twoviews.backbones import Encoder
 from twoviews.classifier_file import Head
+from twoviews.config.building import build
+from twoviews.config.digest import plain
+from twoviews.config.parameter_names import protocol_keys, qualified_errors, qualify
 from twoviews.console import ROWS
 from twoviews.data.images import ImageData, Images
 from twoviews.errors import BadInput
 from twoviews.features import Features, embed
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 TableRow = dict[str, float | int | str]
 
@@ -51,6 +57,11 @@ class EvaluationContext:
     shared: bool = False
     head: Head | None = None
     title: str = "encoder"
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of the images, as torch calls it."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     @cached_property
     def memory(self) -> Features:
@@ -116,8 +127,8 @@ class EvaluationResult:
 class Protocol:
     """Abstract: evaluates an encoder.
 
-    Every protocol has the parameter `every_epochs`: it is run each time that many epochs of a training are done, and at its end;
-    0 means only at the end.
+    Args:
+        every_epochs: how often it is run in training; 0 is at the end only.
     """
 
     every_epochs: int
@@ -129,16 +140,55 @@ class Protocol:
         return []
 
     def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings that evaluate.py takes from the run's training, such as those of its linear probe.
-
-        Args:
-            config: of the training; empty without a run.
-        """
+        """Settings that evaluate.py takes from the configuration of the run, such as those of its linear probe."""
         return {}
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """Evaluate the encoder, which is left as it was."""
         raise NotImplementedError
+
+
+class NamedProtocol(Protocol):
+    """A protocol of a configuration, whose messages name parameters as they are typed there, as protocol.finetune.lr=0.1.
+
+    Args:
+        name: of the protocol.
+        node: its configuration.
+
+    Raises:
+        BadInput: as `build`.
+    """
+
+    def __init__(self, name: str, node: "DictConfig | dict[str, Any]"):
+        self._keys = protocol_keys(name, plain(node)) if isinstance(node, Mapping) else {}
+        with qualified_errors(keys=self._keys):
+            self.protocol: Protocol = build(node, _key_=f"protocol.{name}")
+        self.every_epochs, self.needs_labels = self.protocol.every_epochs, self.protocol.needs_labels
+        self.together = self.protocol.together
+
+    def notes(self, data: ImageData) -> list[str]:
+        """The protocol's notes."""
+        return [qualify(note, keys=self._keys) for note in self.protocol.notes(data)]
+
+    def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """As the protocol."""
+        return self.protocol.settings_from_run(config)
+
+    def __call__(self, context: EvaluationContext) -> EvaluationResult:
+        """Evaluate the encoder by the protocol.
+
+        Raises:
+            BadInput: as the protocol does, or it returned something else than its result.
+        """
+        with qualified_errors(keys=self._keys):
+            result = self.protocol(context)
+        if not isinstance(result, EvaluationResult):
+            name = f"{type(self.protocol).__module__}.{type(self.protocol).__name__}"
+            raise BadInput(
+                f"{name} returned {type(result).__name__}, and a protocol returns EvaluationResult(values, …) of "
+                "twoviews.protocols.protocol."
+            )
+        return replace(result, notes=[qualify(note, keys=self._keys) for note in result.notes])
 
 
 def run_protocols(protocols: Mapping[str, Protocol], context: EvaluationContext) -> dict[str, EvaluationResult]:

@@ -1,6 +1,6 @@
 """Streams of corrupted test images, and the accuracies of a classifier on them.
 
-Shapes: B images of a batch, M test images, S streams, C channels, H = W the side in px.
+Shapes: B images of a batch, M test images, R rows: the streams and their mean, C channels, H = W the side in px.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from twoviews.data.corruptions import CORRUPTIONS, check, corrupt
@@ -20,25 +20,11 @@ from twoviews.data.views import eval_view
 from twoviews.errors import BadInput
 from twoviews.protocols.classification import bootstrap_intervals
 from twoviews.protocols.linear import Linear, linear_of_run
-from twoviews.protocols.protocol import EvaluationContext, Protocol
+from twoviews.protocols.protocol import EvaluationContext, Protocol, TableRow
 from twoviews.randomness import generator
 from twoviews.ranges import Corruption, Count, Index, Seed, Severity
 
 Classify = Callable[[Float[Tensor, "B C H W"]], Float[Tensor, "B K"]]  # normalised images to logits
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Which images of each stream a classifier classified correctly, and how fast."""
-
-    right: Bool[Tensor, "S M"]
-    seconds: Float[Tensor, " S"]  # per image, without the time for the corruption
-
-    @property
-    def shares(self) -> Float[Tensor, "R M"]:
-        """1 where an answer is correct, and 0 elsewhere; the last row is the mean over the corrupted streams."""
-        right = self.right.double()
-        return torch.cat([right, right[1:].mean(0, keepdim=True)])
 
 
 class Streams:
@@ -52,7 +38,7 @@ class Streams:
         seed: of the order, the choice of images and the corruptions.
 
     Raises:
-        BadInput: there are no labelled test images, no streams, or a corruption that these images cannot have.
+        BadInput: there are no labelled test images, or a corruption that these images cannot have.
     """
 
     def __init__(
@@ -68,11 +54,6 @@ class Streams:
             raise BadInput(f"the data ({context.data.name}) has no labelled test images to corrupt; use labelled data.")
         names = list(CORRUPTIONS) if corruptions is None else list(dict.fromkeys(corruptions))
         check(names, context.data.channels)
-        if not names or not severities:
-            raise BadInput(
-                "there is nothing to measure: give at least one corruption and one severity, such as "
-                "corruptions=[fog] severities=[5], or corruptions=null for all fifteen."
-            )
         self.context, self.test, self.seed = context, test, seed
         labels = test.labels.cpu().long()
         index = torch.arange(len(test)) if images is None else stratified(labels, len(test), min(images, len(test)))
@@ -97,40 +78,33 @@ class Streams:
             pixels = (x * 255).round_().clamp_(0, 255).to(torch.uint8)
             if severity:
                 pixels = corrupt(pixels.cpu(), index, name, severity, self.seed).to(device)
-            x = normalise(pixels.float() / 255, mean, std)
-            yield (x.to(memory_format=torch.channels_last) if self.context.channels_last else x), rows
+            yield normalise(pixels.float() / 255, mean, std).to(memory_format=self.context.memory_format), rows
 
-    def answers(self, batch_size: int, start: Callable[[], Classify]) -> Answers:
-        """Which images a classifier gets right in each stream, and its seconds per image; `start` makes one for each stream."""
-        right = torch.zeros(len(self.names), len(self.index), dtype=torch.bool)
-        seconds = torch.zeros(len(self.names), dtype=torch.double)
+    def answers(self, batch_size: int, start: Callable[[], Classify]) -> tuple[Float[Tensor, "R M"], list[TableRow]]:
+        """1 where a classifier is right and 0 elsewhere, and the same as a table; `start` makes a classifier for each stream."""
+        right = torch.zeros(len(self.names), len(self.index), dtype=torch.double)
+        seconds = torch.zeros(len(self.names), dtype=torch.double)  # without those of the corruption
         for number, (name, severity) in enumerate(self.names):
             classify = start()
             for images, rows in self.batches(name, severity, batch_size):
                 begun = time.perf_counter()
-                right[number, rows] = classify(images).argmax(1).cpu() == self.labels[rows]
+                right[number, rows] = (classify(images).argmax(1).cpu() == self.labels[rows]).double()
                 seconds[number] += time.perf_counter() - begun
-        return Answers(right, seconds / len(self.index))
-
-    def table(self, answers: Answers) -> list[dict[str, float | int | str]]:
-        """A row for each stream with accuracies in percent; the last row is the mean over the corrupted streams."""
-        shares = answers.shares
-        accuracy, limits = 100 * shares.mean(1), 100 * bootstrap_intervals(shares, self.seed)
-        seconds = [*answers.seconds.tolist(), answers.seconds[1:].mean().item()]
-        rows: list[dict[str, float | int | str]] = []
-        for number, (name, severity) in enumerate([*self.names, ("mean", "all")]):
-            low, high = limits[number].tolist()
-            rows.append(
-                {
-                    "corruption": "frost (procedural)" if name == "frost" else name,
-                    "severity": severity,
-                    "accuracy": accuracy[number].item(),
-                    "low": low,
-                    "high": high,
-                    "ms_per_image": 1000 * seconds[number],
-                }
-            )
-        return rows
+        right = torch.cat([right, right[1:].mean(0, keepdim=True)])
+        milliseconds = 1000 * torch.cat([seconds, seconds[1:].mean(0, keepdim=True)]) / len(self.index)
+        columns = (100 * right.mean(1), 100 * bootstrap_intervals(right, self.seed), milliseconds)
+        rows_of_table = zip([*self.names, ("mean", "all")], *(column.tolist() for column in columns), strict=True)
+        return right, [
+            {
+                "corruption": "frost (procedural)" if name == "frost" else name,
+                "severity": severity,
+                "accuracy": accuracy,
+                "low": low,
+                "high": high,
+                "ms_per_image": ms,
+            }
+            for (name, severity), accuracy, (low, high), ms in rows_of_table
+        ]
 
 
 @dataclass
@@ -143,7 +117,6 @@ class OnStreams(Protocol):
         severities: 1 to 5 each.
         images: how many of the test images, with the shares of the classes kept; None is all.
         seed: of corruptions, choice and order of images, and bootstrap.
-        every_epochs: how often it is measured in training; 0 is at the end only.
     """
 
     linear: Linear
@@ -162,8 +135,6 @@ class OnStreams(Protocol):
         return Streams(context, self.corruptions, self.severities, self.images, self.seed)
 
 
-def headline(table: Sequence[dict[str, float | int | str]], key: str) -> dict[str, float]:
-    """Accuracy in the last row of a table of streams, and the limits of its interval, by the name `key`."""
-    return {
-        key + end: float(table[-1][column]) for end, column in (("", "accuracy"), ("_low", "low"), ("_high", "high"))
-    }
+def headline(row: TableRow, key: str) -> dict[str, float]:
+    """Accuracy of a row of a table of streams, and the limits of its interval, by the name `key`."""
+    return {f"{key}{end}": float(row[column]) for end, column in (("", "accuracy"), ("_low", "low"), ("_high", "high"))}

@@ -22,13 +22,7 @@ def unit(name: str) -> str:
 
 
 def with_unit(name: str, value: float, interval: tuple[float, float] | None = None) -> str:
-    """A value with its unit and its interval, percentages with two digits: "88.06 %  [84.72, 91.39]", "1 image".
-
-    Args:
-        name: in full, such as knn/top1.
-        value: in the unit of `unit(name)`.
-        interval: its ends.
-    """
+    """A value with its unit and its interval, percentages with two digits: "88.06 %  [84.72, 91.39]", "1 image"."""
     of = unit(name)
     text = f"{value:.2f}" if of.startswith("%") else f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
     if value == 1 and not of.startswith("%"):

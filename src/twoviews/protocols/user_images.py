@@ -31,8 +31,8 @@ class UserImages:
     x: Float[Tensor, "n F"]  # features of `images`, on the device
 
 
-def check_images(images: str | None) -> None:
-    """Refuse what names neither a file nor a folder nor a pattern, without looking for pictures yet.
+def check_images(images: str | None) -> Path:
+    """The path or pattern in `images`; refuses what names neither a file nor a folder nor a pattern, without looking further.
 
     Raises:
         BadInput: it does not.
@@ -40,12 +40,12 @@ def check_images(images: str | None) -> None:
     if not images:
         raise BadInput("images= names no pictures; give a file, a folder or a pattern such as photos/*.jpg.")
     place = Path(images).expanduser()
-    if place.is_dir() or place.is_file():
-        return
-    check_regular(place)
-    if not any(sign in images for sign in "*?["):
-        siblings = [path.name for path in place.parent.iterdir()] if place.parent.is_dir() else []
-        raise BadInput(f"images={images}: there is no such file or folder.{nearest(place.name, siblings)}")
+    if not place.is_dir():
+        check_regular(place)
+        if not place.is_file() and not any(sign in images for sign in "*?["):
+            siblings = [path.name for path in place.parent.iterdir()] if place.parent.is_dir() else []
+            raise BadInput(f"images={images}: there is no such file or folder.{nearest(place.name, siblings)}")
+    return place
 
 
 def image_paths(images: str | None) -> list[str]:
@@ -54,9 +54,7 @@ def image_paths(images: str | None) -> list[str]:
     Raises:
         BadInput: there are none, or it names something that is not a regular file.
     """
-    check_images(images)
-    assert images
-    place = Path(images).expanduser()
+    place = check_images(images)
     if place.is_dir():
         return tree(place).paths
     if place.is_file():
