@@ -80,7 +80,7 @@ COMMANDS = [
     (["simclr"], ["write augmentation=simclr or method=simclr"]),
     (["simclr", "-m"], ["write augmentation=simclr or method=simclr"]),
     (["experiment=laptop", "optimizer.lrr=1"], ["optimizer.lr", "lrr"]),
-    (["schedule.warmup_epochs=200"], ["warmup_epochs=200", "100 epochs"]),
+    (["schedule.warmup_epochs=200"], ["warmup_epochs=200", "50 epochs"]),
     (["data=folder", "data.root=2024"], ["data.root=2024"]),
     (["method=null"], ["method"]),
     (["method=simsiam", "batch_size=1"], ["batch_size=2"]),

@@ -104,7 +104,7 @@ def tensors(tree: Any) -> Iterator[torch.Tensor]:
 CLUSTERED = ("pcl_masked", "deepcluster_v2")  # an image between two clusters is in either, as bf16 happens to round
 IN_BF16 = ("moco", "simclr", "swav", *CLUSTERED)
 # Gradients of a loss with weights of 25 are so large that rounding errors grow a thousandfold in each step of the usual rate.
-SMALL_STEPS = {"vicreg": ["optimizer.lr=0.002"], "nnclr": ["optimizer.lr=0.1"]}
+SMALL_STEPS = {name: [f"optimizer.lr={lr}"] for name, lr in {"vicreg": 0.0005, "barlow": 0.02, "nnclr": 0.1}.items()}
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_step_waits_for_nothing_and_computes_what_it_does_on_a_cpu(name: str, 
     expected = [one.item() for one in stepped(training(tmp_path, config(name, *overrides, "runtime.device=cpu")))]
     # Relative as well: VICReg's loss is about 25.
     assert found == pytest.approx(
-        expected, **{"fp32": {"rel": 2e-5, "abs": 1e-4}, "bf16": {"rel": 0.02, "abs": 0.02}}[precision]
+        expected, **{"fp32": {"rel": 1e-4, "abs": 1e-4}, "bf16": {"rel": 0.02, "abs": 0.02}}[precision]
     )
 
 
@@ -169,6 +169,7 @@ def test_an_eager_step_has_few_operators(tmp_path: Path) -> None:
         "data.train_images=64",
         "batch_size=16",
         "augmentation=digits",
+        "optimizer=sgd_short",
     ]
     shared = ["data=digits", "protocol=[]", "runtime.device=cuda", "runtime.precision=bf16", "tracking=files"]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):

@@ -16,7 +16,7 @@ from twoviews.locks import try_acquire
 from twoviews.sweeps import machine
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import JobState
-from twoviews.sweeps.job_states import current_states
+from twoviews.sweeps.job_states import SILENT, current_states
 from twoviews.sweeps.machine import Local, Pool, gpus
 from twoviews.sweeps.slurm import cancel
 
@@ -63,8 +63,11 @@ def test_in_sequence_and_a_failure_keeps_no_other_from_running(tmp_path: Path, c
     assert "[2/3] seed=1: FAILED: broken" in capsys.readouterr().out
 
 
-def test_a_job_that_slurm_once_had_runs_here(tmp_path: Path) -> None:
-    """Whatever its old state says, and however the objects of the caller were read."""
+def test_a_job_that_slurm_once_had_runs_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Whatever its old state says; one that another process has submitted meanwhile does not."""
+    (tmp_path / "squeue").write_text("#!/bin/sh\nexit 1\n")  # a controller that does not answer
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     old, submitted = sweep(tmp_path / "s", FINISH, FINISH)
     old.write(JobState("QUEUED", submitted=1.0, slurm_id="12_0"))
     made = Sweep(tmp_path / "s")
@@ -74,7 +77,7 @@ def test_a_job_that_slurm_once_had_runs_here(tmp_path: Path) -> None:
     before = made.named([submitted.digest])
     made.mark_submitted({submitted.digest: "7"}, time.time())  # by another process
     Local().submit(before)
-    assert not starts(submitted)
+    assert not starts(submitted) and f"left out: seed=1, QUEUED: {SILENT}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_pool_runs_several_but_no_more_than_fit(tmp_path: Path) -> None:
