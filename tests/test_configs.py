@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from twoviews.assembly import make_parts, make_views
 from twoviews.config.building import build
 from twoviews.config.checks import check
+from twoviews.config.command_line import check_arguments
 from twoviews.config.composition import register_resolvers
 from twoviews.config.digest import digest
 from twoviews.data.images import ImageData, Images
@@ -180,3 +181,27 @@ def test_top_level_has_the_files_that_the_readme_maps() -> None:
             or path.name in text
             or path.stem in ("distributed", "ranges", "errors", "randomness", "pictures", "console")
         ), path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "protocol=[knn],[knn,linear]"],
+        ["-m", "protocol=choice([knn],[linear])", "seed=1,2"],
+        ["-m", "method='simclr','pcl'"],
+        ["hydra/help=default"],
+        ["~tracking"],
+    ],
+)
+def test_choices_that_hydra_understands_are_accepted(words: list[str]) -> None:
+    check_arguments("train", words)
+
+
+def test_choices_of_another_folder_are_known_and_others_refused(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").touch()
+    more = ["--config-dir", str(tmp_path)]
+    check_arguments("train", ["experiment=mine", *more])
+    for word in ("experiment=typo", "hydra/launcher=basic", "method=mine"):
+        with pytest.raises(BadInput, match="there is no such"):
+            check_arguments("train", [word, *more])

@@ -403,11 +403,16 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in chi
 """
 
 
-def test_eight_processes_on_a_fresh_file(tmp_path):
-    fresh = f"sqlite:///{tmp_path / 'mlflow.db'}"
+def test_eight_processes_on_a_fresh_file_and_on_one_of_an_earlier_release(tmp_path):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     folders = [tmp_path / f"run{n}" for n in range(8)]
-    done = subprocess.run([sys.executable, "-c", EIGHT, fresh, *folders], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    for some in (folders[:5], folders[5:]):
+        done = subprocess.run([sys.executable, "-c", EIGHT, uri, *some], capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        if some[0] == folders[0]:
+            with sqlite3.connect(tmp_path / "mlflow.db") as database:
+                database.execute("drop table trace_metrics")  # as before the release that added it
+                database.execute("pragma user_version = 0")
     for folder in folders:
         assert len(history(folder, "a")) == 50
     with sqlite3.connect(tmp_path / "mlflow.db") as database:

@@ -80,6 +80,24 @@ def test_a_job_that_slurm_once_had_runs_here(tmp_path: Path, monkeypatch: pytest
     assert not starts(submitted) and f"left out: seed=1, QUEUED: {SILENT}" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_job_whose_runner_is_killed_is_lost_and_runs_again(tmp_path: Path) -> None:
+    killed = (
+        "if len((folder / 'starts').read_text().split()) == 1: os.kill(os.getppid(), signal.SIGKILL); sys.exit(1)\n"
+    )
+    (job,) = sweep(tmp_path / "s", killed + FINISH)
+    batches = iter([[job], []])
+
+    def source(_: int) -> list | None:
+        if job.state.state == "LOST" or len(starts(job)) > 1:
+            return None
+        return next(batches, [])
+
+    Local().serve(Sweep(tmp_path / "s"), source)
+    assert "its runner was killed" in job.state.reason
+    Local().submit([job])
+    assert states([job]) == ["FINISHED"]
+
+
 def test_a_pool_runs_several_but_no_more_than_fit(tmp_path: Path) -> None:
     jobs = sweep(tmp_path / "s", *[overlap(2)] * 4)
     Pool(at_once=None, jobs_per_gpu=1, cores_per_job=2).submit(jobs)

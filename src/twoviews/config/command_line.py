@@ -1,10 +1,12 @@
 """The words of a command: what Hydra would not report or would refuse, and a sentence for each mistake in them."""
 
 import contextlib
+import itertools
 import os
 import re
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
@@ -25,6 +27,7 @@ from twoviews.signatures import signature
 MULTIRUN_FLAGS = frozenset({"-m", "--multirun"})
 _FLAGS_WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd")  # of Hydra's command line
 _OPEN_NODE = "hydra.launcher.options"  # a dictionary whose keys no file of conf/ lists
+_PLUGINS = ("hydra/launcher", "hydra/sweeper")
 _OPTIONAL = ("experiment", "special")  # groups of conf/train.yaml that may have no file: "none"
 
 
@@ -50,7 +53,7 @@ def check_arguments(name: str, arguments: Sequence[str]) -> None:
             raise BadInput(
                 f"{word} changes nothing, because dictionaries are merged; set single keys of {key} instead."
             )
-    if flags.config_dir is None and any(wrong_choice(name, override) for override in parsed(arguments)[0]):
+    if any(wrong_choice(name, override, flags.config_dir) for override in parsed(arguments)[0]):
         raise BadInput(*diagnose(name, arguments))
 
 
@@ -85,7 +88,8 @@ def diagnose(name: str, arguments: Sequence[str], error: Exception | None = None
     GlobalHydra.instance().clear()
     overrides, unreadable = parsed(arguments)
     choices = [override for override in overrides if is_group(override.key_or_group)]
-    wrong = {choice.input_line: sentence for choice in choices if (sentence := wrong_choice(name, choice))}
+    folder = parse_options(arguments)[0].config_dir
+    wrong = {choice.input_line: sentence for choice in choices if (sentence := wrong_choice(name, choice, folder))}
     problems = [*wrong.values()]
     # Of a group without a valid choice no key is known.
     unknown = tuple(f"{choice.key_or_group}." for choice in choices if choice.input_line in wrong)
@@ -131,11 +135,21 @@ def parsed(arguments: Sequence[str]) -> tuple[list[Override], list[str]]:
     return overrides, unreadable
 
 
-def wrong_choice(name: str, override: Override) -> str:
-    """A sentence for the first value of a choice that is not a file of its group; empty if all are, or if it is no choice."""
+def wrong_choice(name: str, override: Override, config_dir: str | None = None) -> str:
+    """A sentence for the first value of a choice that is not a file of its group; empty if all are, or if it is no choice.
+
+    Args:
+        name: of the command.
+        override: of any kind.
+        config_dir: of --config-dir, whose files can be chosen, too; launchers and sweepers are those of this project.
+    """
     group, value = override.key_or_group, override.value()
     keys = isinstance(value, dict) and (override.is_add() or override.is_force_add())  # of the chosen file
-    if not is_group(group) or keys or isinstance(value, Glob):
+    others = group.startswith("hydra/") and group not in _PLUGINS  # Hydra has files of its own for them
+    removed = (
+        override.is_delete() and value is None and group not in _OPTIONAL
+    )  # Hydra and the checks of values judge it
+    if not is_group(group) or keys or others or removed or isinstance(value, Glob):
         return ""
     if name != "train" and override.input_line == "data=digits":
         return (
@@ -143,11 +157,16 @@ def wrong_choice(name: str, override: Override) -> str:
             "data=folder or data=array data.root=<images>, data=cifar10 and so on."
         )
     if isinstance(value, Sweep):
-        value = list(override.sweep_string_iterator()) if override.is_choice_sweep() else []
-    known = [*(["none"] if group in _OPTIONAL else []), *options(group)]
-    for choice in value if isinstance(value, list) else [value]:
+        elements = override.sweep_string_iterator() if override.is_choice_sweep() else ()
+        value = [OverridesParser.create().parse_override(f"{group}={element}").value() for element in elements]
+    files = options(group)
+    if config_dir is not None and group not in _PLUGINS:
+        files += sorted(path.stem for path in Path(config_dir, group).glob("*.yaml"))
+    known = [*(["none"] if group in _OPTIONAL else []), *files]
+    lists = [one if isinstance(one, list) else [one] for one in (value if isinstance(value, list) else [value])]
+    for choice in itertools.chain(*lists):
         text = choice.text if isinstance(choice, QuotedString) else "null" if choice is None else str(choice)
-        if text.removesuffix(".yaml") not in known:
+        if text not in known and text.removesuffix(".yaml") not in files:
             return f"{group}={shown(text)}: there is no such {group}.{nearest(text, known)} Known: {', '.join(known)}."
     return ""
 

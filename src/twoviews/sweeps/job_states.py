@@ -59,7 +59,8 @@ def _state(job: Job, slurm_states: Mapping[str, SlurmState] | None) -> JobState:
     if state.submitted < job.submitted:  # it belongs to an earlier submission
         last = replace(last, state="QUEUED", submitted=job.submitted, started=None, ended=None, node=None, reason="")
     if slurm_states is None:
-        return replace(last, reason=SILENT)
+        # One that was interrupted waits to be put back into the queue, which the controller has to do.
+        return replace(last, state="QUEUED" if last.state == "INTERRUPTED" else last.state, reason=SILENT)
     writer = slurm_states.get(state.slurm_id or "")  # the SLURM job whose runner wrote the state
     if state.state == "RUNNING" and writer and writer.state in WORKING:
         return state

@@ -5,6 +5,7 @@ The launchers of this machine stay in the foreground. Ctrl-C and SIGTERM stop th
 killed otherwise, the runners notice that and stop their trainings with checkpoints too.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -29,7 +30,7 @@ from twoviews.ranges import Count
 from twoviews.sweeps import runner
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import LOG, Job
-from twoviews.sweeps.job_states import current_states
+from twoviews.sweeps.job_states import RESUME_HINT, current_states
 from twoviews.sweeps.mlflow_sync import BackgroundReport
 
 POLL_SECONDS = 0.2  # between two looks at the processes
@@ -155,6 +156,7 @@ class Local(Launcher):
                 for entry in [entry for entry in running if entry[3].poll() is not None]:
                     title, job, slot, _ = entry
                     running.remove(entry)
+                    _record_killed(job)
                     if slot.lease:
                         slot.lease.release()
                     console.say(f"{title}: {_outcome(job)}")
@@ -251,7 +253,18 @@ def stop(jobs: Sequence[Job]) -> None:
         except OSError:
             continue
         if words & modules and words & folders:
-            os.kill(int(process.parent.name), signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.kill(int(process.parent.name), signal.SIGTERM)
+
+
+def _record_killed(job: Job) -> None:
+    """Write LOST for a job whose runner ended without a final state: as long as its launcher lives it would pass for queued."""
+    if try_acquire(lock := job.lock):
+        state = job.state
+        if state.state != "FINISHED" and (state.active or state.submitted < job.submitted):
+            reason = f"its runner was killed; {RESUME_HINT}"
+            job.write(replace(state, state="LOST", submitted=job.submitted, slurm_id=None, reason=reason))
+        lock.release()
 
 
 def _outcome(job: Job) -> str:

@@ -111,6 +111,11 @@ class TrialRunner:
         except BadInput:
             self.study.tell(trial, state=TrialState.FAIL)
             raise
+        digests = {spec.digest for spec in specs}
+        for running in self._running:
+            if digests == {job.digest for job in running.jobs}:  # the same values written otherwise, or unused ones
+                running.trials.append(trial)
+                return
         _, jobs = self.command.add(specs)
         self.command.attach_jobs(self.sweep, jobs)
         self._running.append(RunningConfig(config, [trial], jobs))
@@ -152,6 +157,9 @@ class TrialRunner:
         self, running: RunningConfig, states: Mapping[str, JobState]
     ) -> tuple[TrialState, str, list[str]] | None:
         """The arguments of `_stop` for a config that failed or is weak."""
+        for job in running.jobs:
+            if states[job.digest].state == "PRUNED":  # as the jobs of an earlier trial, which were these
+                return TrialState.PRUNED, job.given_up, []
         failed = [job for job in running.jobs if states[job.digest].unfinished]
         for job in failed:
             state = states[job.digest]

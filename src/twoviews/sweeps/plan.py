@@ -188,7 +188,8 @@ def _measured(spec: JobSpec, console: Console) -> Cost:
             disk=_size(others) + 2 * _size([job.folder / "last.pt"]),  # and previous.pt
             device=row["device"],
             device_count=int(row["device_count"]),
-            source=f"as {len(steps)} lines of its first {last['step']:.0f} steps took on this machine, alone ({row['device']})",
+            source=f"as {len(steps)} lines of its first {last['step']:.0f} steps took on this machine, alone ({row['device']}), "
+            "without later evaluations",
         )
 
 

@@ -1,8 +1,10 @@
 """MLflow's SQLite file: made whole or not at all, and moved together with its artifacts."""
 
 import contextlib
+import importlib.metadata
 import sqlite3
 import time
+import zlib
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -19,7 +21,8 @@ INCOMPLETE_S = 10.0  # a database without all tables that changed within this ti
 def prepare_sqlite(path: Path) -> str:
     """Make MLflow's database where there is none; returns the URI of the folder of artifacts beside it.
 
-    MLflow makes its tables without a lock: of 8 processes that open a new file at once, 7 fail. So the first one makes them.
+    MLflow makes its tables, and brings those of an earlier release up to date, without a lock: of 8 processes that open a new
+    file at once, 7 fail. So the first one does, and writes its release into the file.
 
     Raises:
         BadInput: the folder of the database is not there.
@@ -30,9 +33,11 @@ def prepare_sqlite(path: Path) -> str:
             "twoviews.tracking sync --uri sqlite:///<path>` or, in training, tracking.uri=."
         )
     artifacts = path.parent / "mlartifacts"
-    if not _is_complete(path):
+    if not _is_current(path):
         with FileLock(f"{path}.lock", timeout=LOCK_TIMEOUT_S):
-            _make(path, artifacts)
+            if not _is_current(path):
+                _make(path, artifacts)
+                _update(path, artifacts)
     _move_artifacts(path, artifacts)
     return artifacts.as_uri()
 
@@ -48,6 +53,28 @@ def _is_complete(path: Path) -> bool:
             if "no such table" in str(error):
                 return False
             raise
+
+
+def _release() -> int:
+    """A number for MLflow's release, which SQLite keeps for us as the file's user_version."""
+    return zlib.crc32(importlib.metadata.version("mlflow").encode()) & 0x7FFFFFFF
+
+
+def _is_current(path: Path) -> bool:
+    """Whether the file has the tables of the MLflow that is installed."""
+    if not _is_complete(path):
+        return False
+    with contextlib.closing(sqlite3.connect(path, timeout=TIMEOUT_S)) as database:
+        return database.execute("pragma user_version").fetchone() == (_release(),)
+
+
+def _update(path: Path, artifacts: Path) -> None:
+    """Bring the tables up to date."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    SqlAlchemyStore(f"sqlite:///{path}", artifacts.as_uri()).engine.dispose()
+    with contextlib.closing(sqlite3.connect(path, timeout=TIMEOUT_S)) as database:
+        database.execute(f"pragma user_version = {_release()}")
 
 
 def _make(path: Path, artifacts: Path) -> None:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 ARTIFACTS = (*DESCRIPTION_FILES, "diff.patch", "encoder.json")
 ARTIFACT_PATTERNS = ("*.png", "*.pdf", "clusters*.json", "clusters*.npz", "evaluation/**/*.*")
 ENCODER_FILE = "encoder.safetensors"  # the largest artifact, sent last
-LINES_PER_CALL = 200  # of metrics.jsonl, between two records of what was sent
+VALUES_PER_CALL = 1000  # MLflow's limit of a request: what is recorded as sent was one
 MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # by "state" of result.json
 
 
@@ -177,20 +177,23 @@ def _send_values(client: "MlflowClient", folder: Path, state: UploadState, close
     """Send the lines that MLflow does not have; the number of values sent."""
     from mlflow.entities import Metric
 
-    sent, unsent = 0, _unsent_lines(folder, state, closed)
-    while part := list(itertools.islice(unsent, LINES_PER_CALL)):
-        values = []
-        for _, line in part:
-            step, stamp, already = line["step"], round(line["time"] * 1000), state.already.pop(str(line["step"]), [])
-            new = {name: value for name, value in measured(line).items() if name not in already}
-            # NaN is stored as NaN, an infinity as the largest double: MLflow's own rule.
-            values += [Metric(metric_name(name), value, stamp, step) for name, value in new.items()]
-            if left := [name for name in already if name not in line]:
-                state.already[str(step)] = left
+    sent, values = 0, []
+    for end, line in _unsent_lines(folder, state, closed):
+        step, stamp, already = line["step"], round(line["time"] * 1000), state.already.get(str(line["step"]), [])
+        new = {name: value for name, value in measured(line).items() if name not in already}
+        if len(values) + len(new) > VALUES_PER_CALL:
+            client.log_batch(str(state.run_id), values, synchronous=True)
+            state.save(folder)
+            values = []
+        # NaN is stored as NaN, an infinity as the largest double: MLflow's own rule.
+        values += [Metric(metric_name(name), value, stamp, step) for name, value in new.items()]
+        sent, state.sent_bytes = sent + len(new), end
+        state.already.pop(str(step), None)
+        if left := [name for name in already if name not in line]:
+            state.already[str(step)] = left
+    if values:
         client.log_batch(str(state.run_id), values, synchronous=True)
-        state.sent_bytes = part[-1][0]
-        state.save(folder)
-        sent += len(values)
+    state.save(folder)
     return sent
 
 
