@@ -29,7 +29,7 @@ def test_memory_that_runs_out(command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_size, "free_memory", lambda: 400_000_000)
     before = resource.getrlimit(resource.RLIMIT_DATA)
     big = ("augmentation.views.both.size=64", "backbone.width=16", "backbone.stem=cifar")
-    done = command("train", *SIMCLR, *big, "batch_size=16")
+    done = command("train", *SIMCLR, *big, "batch_size=64")
     assert done.code == 0, done.out + done.err
     fit, not_fit = sizes(done.out, "images/s"), sizes(done.out, "does not fit")
     assert fit and not_fit and largest(done.out) == max(fit) < min(not_fit)
