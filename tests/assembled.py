@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 from twoviews import distributed, process_group
 from twoviews.assembly import Parts, load_data, make_parts, make_views
 from twoviews.config.checks import check
-from twoviews.config.composition import register_resolvers
 from twoviews.data.loader import Batch
 from twoviews.methods.method import Progress
 from twoviews.signatures import signature
@@ -74,7 +73,6 @@ def config(name: str, *overrides: str) -> DictConfig:
         "runtime.device=cpu",
         "runtime.precision=fp32",
     ]
-    register_resolvers()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = hydra.compose("train", [*shared, *fitting(method, SMALL), *METHODS[name], *overrides])
     check("train", cfg)

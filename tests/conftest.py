@@ -107,6 +107,14 @@ def refused(finished: Finished, *parts: str) -> None:
         assert part in error[0], f"{part!r} is not in {error[0]!r}"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def resolvers() -> None:
+    """What files of conf/ interpolate, as in the commands."""
+    from twoviews.config.composition import register_resolvers
+
+    register_resolvers()
+
+
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> Callable[..., Finished]:
     """command("train", "method=moco", ...): the entry point in this process, in an empty working directory."""
