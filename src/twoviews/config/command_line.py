@@ -146,9 +146,8 @@ def wrong_choice(name: str, override: Override, config_dir: str | None = None) -
     group, value = override.key_or_group, override.value()
     keys = isinstance(value, dict) and (override.is_add() or override.is_force_add())  # of the chosen file
     others = group.startswith("hydra/") and group not in _PLUGINS  # Hydra has files of its own for them
-    removed = (
-        override.is_delete() and value is None and group not in _OPTIONAL
-    )  # Hydra and the checks of values judge it
+    # A removed group is judged by Hydra and by the checks of values.
+    removed = override.is_delete() and value is None and group not in _OPTIONAL
     if not is_group(group) or keys or others or removed or isinstance(value, Glob):
         return ""
     if name != "train" and override.input_line == "data=digits":

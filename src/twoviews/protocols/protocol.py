@@ -167,11 +167,11 @@ class NamedProtocol(Protocol):
         self.together = self.protocol.together
 
     def notes(self, data: ImageData) -> list[str]:
-        """The protocol's notes."""
+        """Sentences that the user should read before these images are evaluated, with parameters as they are typed."""
         return [qualify(note, keys=self._keys) for note in self.protocol.notes(data)]
 
     def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """As the protocol."""
+        """Settings of this protocol that evaluate.py takes from the configuration of the run, by parameter."""
         return self.protocol.settings_from_run(config)
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
