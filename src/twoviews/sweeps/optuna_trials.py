@@ -94,13 +94,9 @@ class TrialRunner:
         return True
 
     def _begin(self, trial: Trial) -> None:
-        """Create the jobs of a trial and queue those that have to run, unless another trial had the same config."""
+        """Create the jobs of a trial and queue those that have to run, unless another trial has the same jobs."""
         suggest(trial, self.space)
         config = self._config(trial)
-        for running in self._running:
-            if running.config == config:
-                running.trials.append(trial)
-                return
         for earlier in self.study.get_trials(deepcopy=False, states=(TrialState.PRUNED, TrialState.FAIL)):
             if self._config(earlier) == config:
                 trial.set_user_attr("reason", f"as trial {earlier.number}: {earlier.user_attrs.get('reason', '')}")
@@ -113,7 +109,7 @@ class TrialRunner:
             raise
         digests = {spec.digest for spec in specs}
         for running in self._running:
-            if digests == {job.digest for job in running.jobs}:  # the same values written otherwise, or unused ones
+            if digests == {job.digest for job in running.jobs}:  # also where values are written otherwise, or unused
                 running.trials.append(trial)
                 return
         _, jobs = self.command.add(specs)
