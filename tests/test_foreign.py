@@ -13,13 +13,14 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL_MOCO, Finished, refused
+from safetensors.torch import save_file
 from test_configs import composed
 
 import twoviews
 from twoviews import launched
 from twoviews.assembly import describe_encoder, load_data, make_parts, make_views
 from twoviews.checkpoints import save_checkpoint
-from twoviews.classifier_file import as_head, save_classifier, save_head
+from twoviews.classifier_file import as_head, load_classifier, save_classifier, save_head
 from twoviews.code import copy_digest
 from twoviews.config.building import build
 from twoviews.config.groups import targets
@@ -252,7 +253,7 @@ def test_classifier_json(entry: Call, place: Path, number: int) -> None:
         harmless(entry, next(commands))
 
 
-@pytest.mark.parametrize("kind", ["json", "classes", "pickle", "pipe", "link"])
+@pytest.mark.parametrize("kind", ["json", "classes", "tensors", "pickle", "pipe", "link"])
 def test_heads_that_are_none(entry: Call, place: Path, kind: str) -> None:
     """Those of a linear evaluation, which twoviews.load reads; and the weights of a classifier."""
     run = place / "aa"
@@ -266,6 +267,8 @@ def test_heads_that_are_none(entry: Call, place: Path, kind: str) -> None:
             json_file.write_text('{"a":' * 50_000)
         elif kind == "classes":
             json_file.write_text(json.dumps({**json.loads(json_file.read_text()), "classes": ["0"]}))
+        elif kind == "tensors":
+            save_file({"other.weight": torch.zeros(1)}, weights)
         elif kind == "pickle":
             torch.save({"weight": torch.zeros(1), "bias": Path.touch}, weights)
         else:
@@ -273,6 +276,9 @@ def test_heads_that_are_none(entry: Call, place: Path, kind: str) -> None:
             os.mkfifo(weights) if kind == "pipe" else weights.symlink_to("/dev/zero")
     with pytest.raises(BadInput, match="linear_head|classifier"):
         _ = twoviews.load(run, device="cpu").classes
+    if kind == "tensors":
+        with pytest.raises(BadInput, match=r"its tensor other\.weight belongs neither to an encoder nor to a head"):
+            load_classifier(run / "evaluation/finetune-0/classifier.safetensors")
     harmless(entry, ["evaluate", f"run={run}:finetune"])
 
 

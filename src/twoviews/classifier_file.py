@@ -60,6 +60,8 @@ def load_classifier(path: Path) -> tuple[Encoder, Head, dict[str, Any]]:
     with _loading(path, "a classifier"):
         for name, value in read_weights(path).items():
             part, _, rest = name.partition(".")
+            if part not in weights:
+                raise ValueError(f"its tensor {name} belongs neither to an encoder nor to a head")
             weights[part][rest] = value
         encoder = encoder_of(description, weights["encoder"])
         return encoder, _head_of(description, weights["head"], encoder.out_dim), description

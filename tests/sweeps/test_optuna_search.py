@@ -50,6 +50,7 @@ class StandInCommand(SweepCommand):
     def __init__(self, folder: Path, launcher: Launcher, **plan: object):
         self.folder, self.launcher = folder, launcher
         self.plan = {"epochs": 3, "collapse": False, "behind": False, "fail": "", "pause": 0.0, **plan}
+        self.not_in_digest = ("workers",)
         self.options, self.console = SimpleNamespace(plan=False), Console()
         self.tracking, self.protocols = {"mirror": False}, ["knn", "linear", "few_labels"]
         code = folder / "code" / "fake"
@@ -61,7 +62,8 @@ class StandInCommand(SweepCommand):
         made = []
         for one in combinations:
             parameters = {key: float(value) for key, value in (override.split("=") for override in one)}
-            digest = f"{abs(hash(tuple(sorted(parameters.items())))) % 2**32:08x}"
+            own = sorted((key, value) for key, value in parameters.items() if key not in self.not_in_digest)
+            digest = f"{abs(hash(tuple(own))) % 2**32:08x}"
             plan = PLAN.format(**{"seed": 0, **parameters}, **self.plan)
             made.append(JobSpec(digest, parameters, list(one), config(parameters.get("seed", 0), plan)))
         return made
@@ -117,6 +119,20 @@ def test_a_value_is_the_mean_over_seeds_and_each_job_runs_once(tmp_path: Path, c
     assert len(jobs) == 12 and set(started(folder).values()) == {1}
     assert {job.parameters["seed"] for job in jobs} == {0, 1} and len({job.parameters["x"] for job in jobs}) == 6
     assert "best: x=" in capsys.readouterr().out
+
+
+def test_values_that_change_no_job_are_trials_of_the_same_jobs(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    typed = ["x=0.4,0.6", "workers=1,2,3,4", "seed=0,1"]
+    command = StandInCommand(folder, pool(), pause=0.3)
+    assert search(trials=8, at_once=4).run(command, typed) == 0
+    found = trials(folder)
+    assert [one.state.name for one in found] == ["COMPLETE"] * 8
+    for one in found:
+        assert one.value == pytest.approx(80 - 40 * abs(float(one.params["x"]) - 0.7) + 0.5, abs=0.01)
+    proposed = {one.params["x"] for one in found}
+    assert len({tuple(one.params.values()) for one in found}) > len(proposed), "no two trials had the same jobs"
+    assert len(started(folder)) == 2 * len(proposed) and set(started(folder).values()) == {1}
 
 
 def test_the_same_command_adds_only_what_is_missing(tmp_path: Path) -> None:
