@@ -90,7 +90,7 @@ def training(overrides: list[str]) -> Callable[[], object]:
 
     def steps() -> None:
         for _ in range(STEPS):
-            assert one.train_step(next(batches))["loss"].isfinite()
+            assert one.train_on_batch(next(batches))["loss"].isfinite()
 
     return steps
 

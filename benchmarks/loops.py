@@ -154,7 +154,7 @@ def ours(parts: Parts, cfg: DictConfig, folder: Path, ready: bool = False, read:
     training.method.train()
     batches = _batches(parts, cfg.epochs)
     for batch in repeat(next(batches)) if ready else batches:
-        loss = training.train_step(batch)["loss"]
+        loss = training.train_on_batch(batch)["loss"]
         yield loss.item() if read else math.nan
 
 

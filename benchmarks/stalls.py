@@ -102,8 +102,8 @@ def checkpoints(folder: Path, rounds: int) -> list[dict[str, Any]]:
 
     def ours() -> Seconds:
         stalls = [timed(training.save)]
-        training.step.before_update = lambda: stalls.append(timed(wait_for_copy))
-        training.train_step(batch)
+        training.train_step.before_update = lambda: stalls.append(timed(wait_for_copy))
+        training.train_on_batch(batch)
         assert len(stalls) == 2
         return stalls[0][0] + stalls[1][0], stalls[0][1] + stalls[1][1]
 

@@ -39,11 +39,11 @@ SECONDS = 5.0  # for 1,000 jobs
 ONE_STEP = """
 import os, runpy, sys
 from twoviews.loop import Training
-step = Training.train_step
+step = Training.train_on_batch
 def one_step(self, batch):
     step(self, batch)
     os._exit(77)
-Training.train_step = one_step
+Training.train_on_batch = one_step
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -101,7 +101,7 @@ def step(parts: Parts, number: int, batch: Batch | None = None, wrapped: Callabl
     torch.manual_seed(number)
     output = (wrapped or parts.method)(batch.views, batch.index)
     output.loss.backward()
-    parts.method.before_step(parts.method.phase(number / len(parts.loader)))
+    parts.method.before_optimizer_step(parts.method.phase(number / len(parts.loader)))
     parts.optimizer.step()
     parts.optimizer.zero_grad()
     rows = {name: distributed.gather(x) for name, x in output.rows.items()}

@@ -14,7 +14,8 @@ SGD = ["optimizer=sgd", "optimizer.lr=0.05", "optimizer.lr_scaling=none"]
 
 FORGOTTEN = (
     "losses of micro-batches are not those of the whole batch: if the loss of an image depends on others of its forward pass, "
-    "say in the class {} what it takes from them, as in within_batch = 'negatives'; otherwise the loss is no mean over images"
+    "say in the class {} what it takes from them, as in batch_dependence = 'negatives'; otherwise the loss is no mean over "
+    "images"
 )
 
 
@@ -34,9 +35,9 @@ def trained(name: str, accumulate: int, steps: int) -> tuple[Parts, list[Values]
 def test_steps_are_those_of_the_whole_batch_unless_the_method_says_what_is_not(name):
     (whole, expected), (parts, found) = (trained(name, accumulate, steps=6) for accumulate in (1, 2))
     losses = [[values["loss"].item() for values in one] for one in (expected, found)]
-    if whole.method.within_batch:
+    if whole.method.batch_dependence:
         assert losses[1][0] != pytest.approx(losses[0][0], rel=1e-5), (
-            f"losses of micro-batches are those of the whole batch: remove within_batch={whole.method.within_batch!r}"
+            f"losses of micro-batches are those of the whole batch: remove batch_dependence={whole.method.batch_dependence!r}"
         )
         return
     assert losses[1] == pytest.approx(losses[0], rel=1e-4), FORGOTTEN.format(type(whole.method).__name__)

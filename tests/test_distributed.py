@@ -93,10 +93,10 @@ def exchanges() -> dict[str, object]:
         "kept_channels_last": in_channels_last.is_contiguous(memory_format=torch.channels_last),
         "sum": total.detach(),
         "sum_gradient": mine.grad,
-        "mean": distributed.mean(value),
+        "mean": distributed.mean_over_processes(value),
         "untouched": value,
-        "largest": distributed.largest(3 * rank, torch.device("cpu")),
-        "from_first": distributed.from_first(torch.tensor([7.0 + rank])),
+        "max": distributed.max_over_processes(3 * rank, torch.device("cpu")),
+        "broadcast": distributed.broadcast(torch.tensor([7.0 + rank])),
     }
 
 
@@ -110,7 +110,7 @@ def losses() -> dict[str, list[torch.Tensor]]:
         value = loss(local_rows(a), local_rows(b), queue)
         value.backward()
         gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in (a, b)]
-        found[name] = [distributed.mean(x) for x in (value.detach(), *gradients)]
+        found[name] = [distributed.mean_over_processes(x) for x in (value.detach(), *gradients)]
     return found
 
 
@@ -128,7 +128,9 @@ def norms() -> dict[str, list[torch.Tensor]]:
             y = norm(x)
             (y * local_rows(goal)).sum().backward()
         rows = [distributed.gather(value.detach()) for value in (y, x.grad)]
-        weights = [distributed.mean(value.grad) * distributed.processes() for value in (norm.weight, norm.bias)]
+        weights = [
+            distributed.mean_over_processes(value.grad) * distributed.processes() for value in (norm.weight, norm.bias)
+        ]
         found[name] = [*rows, *weights, norm.running_mean, norm.running_var]
     return found
 
@@ -147,7 +149,7 @@ def train_two_steps(name: str) -> dict[str, object]:
                 gradients.setdefault(key, parameter.grad.clone())
 
     parts.optimizer.register_step_pre_hook(keep)
-    losses = [distributed.mean(step(parts, number, wrapped=wrapped)) for number in range(2)]
+    losses = [distributed.mean_over_processes(step(parts, number, wrapped=wrapped)) for number in range(2)]
     return {"losses": torch.stack(losses), "gradients": gradients, "state": parts.method.state_dict()}
 
 
@@ -158,7 +160,7 @@ def train_in_micro_batches(name: str) -> dict[str, object]:
     taken = TrainStep(parts.method, parts.optimizer, parts.runtime, parts.device, print)
     shared = {"lr_factor": 1.0, "steps": len(parts.loader), "epochs": 4}
     losses = [taken(batch_of(parts, number), seed=number, step=number, **shared)["loss"] for number in range(2)]
-    return {"losses": distributed.mean(torch.stack(losses)), "state": parts.method.state_dict()}
+    return {"losses": distributed.mean_over_processes(torch.stack(losses)), "state": parts.method.state_dict()}
 
 
 class Counted(KNN):
@@ -240,8 +242,8 @@ def test_sums_means_flags_and_broadcasts(two):
         assert found["sum_gradient"].tolist() == [7, 7]  # 3 of one process and 4 of the other
         assert found["mean"].tolist() == [0.5]
         assert found["untouched"].tolist() == [rank]
-        assert found["largest"] == 3
-        assert found["from_first"].tolist() == [7]
+        assert found["max"] == 3
+        assert found["broadcast"].tolist() == [7]
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -317,8 +319,8 @@ with process_group.group(Runtime(**values).torch_device()) as device:
 """
 ABSENT = {
     "barrier": "if rank == 1: time.sleep(20)\nprocess_group.barrier()",
-    "exchange": "if rank == 1: time.sleep(20)\ndistributed.largest(1, device)",
-    "frozen": "import signal\nif rank == 1: os.kill(os.getpid(), signal.SIGSTOP)\ndistributed.largest(1, device)",
+    "exchange": "if rank == 1: time.sleep(20)\ndistributed.max_over_processes(1, device)",
+    "frozen": "import signal\nif rank == 1: os.kill(os.getpid(), signal.SIGSTOP)\ndistributed.max_over_processes(1, device)",
 }
 
 
@@ -350,7 +352,8 @@ def test_a_process_that_does_not_come_is_named(program: str, tmp_path: Path):
 def test_a_process_that_is_killed_is_no_traceback(tmp_path: Path):
     """In the middle of an exchange, where torch says that a connection was lost."""
     children = meet(
-        "import signal\nif rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ndistributed.largest(1, device)", tmp_path
+        "import signal\nif rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ndistributed.max_over_processes(1, device)",
+        tmp_path,
     )
     assert [child.wait(60) for child in children] == [1, -9, 1]
     for rank in (0, 2):
@@ -382,8 +385,8 @@ def test_alone_everything_is_the_identity():
     assert distributed.processes() == 1
     for function in (distributed.gather, distributed.gather_with_gradient, distributed.sum_with_gradient, local_rows):
         assert function(x) is x
-    assert torch.equal(distributed.mean(x), x)
-    assert distributed.largest(5, torch.device("cpu")) == 5
+    assert torch.equal(distributed.mean_over_processes(x), x)
+    assert distributed.max_over_processes(5, torch.device("cpu")) == 5
 
 
 def _features_of_few(count: int) -> torch.Tensor:

@@ -25,8 +25,8 @@ def advice(method: Method, output: Output, monkeypatch, epoch: float = 1.0) -> l
     monkeypatch.setattr(Console, "say", lambda self, message: said.append(message))
     monitor = Monitor(lambda encoder: None, {}, None, Console(), 1, torch.device("cpu"), method.collapses)
     values = {f"train/{name}": value.item() for name, value in output.metrics.items()}
-    monitor.advise(values, epoch)
-    monitor.advise(values, epoch)
+    monitor.warn_of_collapse(values, epoch)
+    monitor.warn_of_collapse(values, epoch)
     return said
 
 

@@ -82,7 +82,7 @@ def stepped(one: Training, count: int = STEPS) -> list[torch.Tensor]:
     waits.clear()
     for _ in range(count):
         created.clear()
-        found += [value.clone() for value in one.train_step(batch).values()]
+        found += [value.clone() for value in one.train_on_batch(batch).values()]
         assert not created, created
         batch = next(batches)
     # GradScaler asks whether the gradients were finite before it lets the optimizer step, and a capture compares.
@@ -178,10 +178,10 @@ def test_an_eager_step_has_few_operators(tmp_path: Path) -> None:
         assert reason_for_plain(one.device) is None
         one.loader.set_epoch(0)
         batch = next(iter(one.loader))
-        one.train_step(batch)
+        one.train_on_batch(batch)
         launched.clear()
         with Counter() as counter:
-            one.train_step(batch)
+            one.train_on_batch(batch)
     assert counter.count <= 245
     assert len(launched) == 54
 

@@ -216,7 +216,7 @@ def interrupted(function):
     return wrapper
 
 from twoviews import loop, recording
-of = {"step": (loop.Training, "train_step"), "close": (recording.Recording, "_close")}[where]
+of = {"step": (loop.Training, "train_on_batch"), "close": (recording.Recording, "_close")}[where]
 setattr(*of, interrupted(getattr(*of)))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -395,7 +395,7 @@ def test_a_step_waits_until_the_checkpoint_before_it_is_copied(tmp_path: Path) -
     training = build(overrides, tmp_path)
     training.method.train()
     batches = iter(training.loader)
-    training.train_step(next(batches))  # from here on the optimizer has momentum
+    training.train_on_batch(next(batches))  # from here on the optimizer has momentum
     waited = []
 
     def slowly(state: dict, old: dict) -> dict:
@@ -408,7 +408,7 @@ def test_a_step_waits_until_the_checkpoint_before_it_is_copied(tmp_path: Path) -
         expected = copied({key: training.state()[key] for key in ("method", "optimizer")})
         training.save()
         before = time.monotonic()
-        training.train_step(next(batches))
+        training.train_on_batch(next(batches))
         waited.append(time.monotonic() - before)
         training.checkpoints.wait()
         state = load_last_checkpoint(tmp_path, print)
@@ -425,7 +425,7 @@ def test_what_cannot_be_copied_is_not_written(tmp_path: Path) -> None:
     """The checkpoint before it stays, and the training does not pass for a finished one."""
     training = build([*SMALL_MOCO, "protocol=[]"], tmp_path)
     training.method.train()
-    training.train_step(next(iter(training.loader)))
+    training.train_on_batch(next(iter(training.loader)))
     training.save()
     training.checkpoints.wait()
     before = (tmp_path / "last.pt").read_bytes()

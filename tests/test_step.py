@@ -46,7 +46,7 @@ def stepped(one: Training, count: int = STEPS) -> list[dict[str, float]]:
             one.e_step(epoch)
         one.loader.set_epoch(epoch, start=start)
         for batch, _ in zip(one.loader, range(count - len(found)), strict=False):
-            found.append({name: value.item() for name, value in one.train_step(batch).items()})
+            found.append({name: value.item() for name, value in one.train_on_batch(batch).items()})
     return found
 
 

@@ -55,13 +55,13 @@ class Parts:
         dtype = self.runtime.dtype(self.device)
         return EvaluationContext(encoder, self.data, self.device, dtype, self.runtime.channels_last, shared=True)
 
-    def embed(self, module: nn.Module) -> Float[Tensor, "N D"]:
-        """What a module makes of all training images, at the size of the views, as PCL's code does with its 224 px."""
+    def embed(self, module: nn.Module) -> Float[Tensor, "N F"]:
+        """Outputs of a module for all training images, at the size of the views, as PCL's code does with its 224 px."""
         dtype, data = self.runtime.dtype(self.device), replace(self.data, size=max(self.views.sizes))
         title = f"features of {data.name} for the E-step"
         return embed(module, data.train, data, self.device, dtype, self.runtime.channels_last, True, title=title)
 
-    def score(self, clustered: Clustered) -> dict[str, float]:
+    def score_clusters(self, clustered: Clustered) -> dict[str, float]:
         """How clusterings of the training images agree with their labels and with the epoch before."""
         labels, index, scores = self.data.train.labels, clustered.index, {}
         if labels is not None and index is not None:
@@ -84,7 +84,7 @@ def check_without_data(cfg: DictConfig, runtime: Runtime, device: torch.device) 
     problems = mistakes(
         lambda: runtime.dtype(device),
         lambda: check_batch(cfg, runtime),
-        lambda: build(cfg.optimizer, batch_size=cfg.batch_size, _partial_=True)(groups),
+        lambda: build(cfg.optimizer, batch_size=cfg.batch_size, param_groups=groups),
         lambda: build(cfg.schedule),
         lambda: build(cfg.augmentation, **any_images),
         lambda: uris.resolve(build(cfg.tracking).uri),
@@ -117,29 +117,29 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
         BadInput: they do not, with the value to change.
     """
     runtime.configure(device)
-    extra: dict[str, Any] = {}
+    label_arguments: dict[str, Any] = {}
     if "labels" in signature(cfg.method._target_):
         if data.train.labels is None:
             raise BadInput(
                 f"this method learns from labels, and the training images of {data.name} have none; choose another method."
             )
-        extra = {"labels": data.train.labels, "classes": len(data.classes)}
+        label_arguments = {"labels": data.train.labels, "classes": len(data.classes)}
     loader = _loader(cfg, data.train, views, runtime, device)
     check_batch(cfg, runtime)
-    check_networks(lambda: _method(cfg, data, len(views), extra, _encoder(cfg, data))[0], device, _sizes(cfg))
+    check_networks(lambda: _method(cfg, data, len(views), label_arguments, _encoder(cfg, data))[0], device, _sizes(cfg))
     check_views(views, cfg.batch_size // distributed.processes(), data.channels, device)
     torch.manual_seed(seed_of(cfg.seed, "initialisation"))
     encoder = _encoder(cfg, data)
     sizes = {data.size, *views.sizes, *(views.scaled_sizes(loader.small_scale) if loader.small_epochs else ())}
     unseen = [note for size in sorted(sizes) if (note := unseen_pixels_note(encoder, data.channels, size))]
-    method, notes = _method(cfg, data, len(views), extra, encoder)
-    notes += _seen_in_parts(method, cfg.batch_size, cfg.batch_size // runtime.accumulate)
+    method, notes = _method(cfg, data, len(views), label_arguments, encoder)
+    notes += _micro_batch_notes(method, cfg.batch_size, cfg.batch_size // runtime.accumulate)
     if distributed.processes() > 1:
         sync_batch_norms(method, device)
     method.to(device, memory_format=torch.channels_last if runtime.channels_last else torch.contiguous_format)
     protocols = {name: NamedProtocol(str(name), node) for name, node in (cfg.get("protocol") or {}).items()}
     protocols = {name: protocol for name, protocol in protocols.items() if data.test or not protocol.needs_labels}
-    optimizer = build(cfg.optimizer, batch_size=cfg.batch_size, _partial_=True)(method.param_groups())
+    optimizer = build(cfg.optimizer, batch_size=cfg.batch_size, param_groups=method.param_groups())
     return Parts(
         runtime=runtime,
         device=device,
@@ -176,10 +176,10 @@ def _loader(cfg: DictConfig, images: Images, views: Views, runtime: Runtime, dev
     )
 
 
-def _seen_in_parts(method: Method, batch_size: int, micro_batch: int) -> list[str]:
-    """In what steps of several micro-batches differ from steps of one batch, for the user; nothing where they do not."""
+def _micro_batch_notes(method: Method, batch_size: int, micro_batch: int) -> list[str]:
+    """A note on what is computed per micro-batch instead of per batch; none if nothing is."""
     norms = any(isinstance(part, BatchNorm) for part in method.modules())
-    parts = [*([method.within_batch] if method.within_batch else []), *(["batch-norm statistics"] if norms else [])]
+    parts = [part for part in (method.batch_dependence, "batch-norm statistics" if norms else None) if part]
     if micro_batch == batch_size or not parts:
         return []
     return [
@@ -212,10 +212,10 @@ def _encoder(cfg: DictConfig, data: ImageData) -> Encoder:
 
 
 def _method(
-    cfg: DictConfig, data: ImageData, views: int, extra: dict[str, Any], encoder: Encoder
+    cfg: DictConfig, data: ImageData, views: int, label_arguments: dict[str, Any], encoder: Encoder
 ) -> tuple[Any, list[str]]:
     """The method around its encoder, prepared for the data, and its sentences for the user."""
-    method = build(cfg.method, encoder=encoder, **extra)
+    method = build(cfg.method, encoder=encoder, **label_arguments)
     if method.views not in (None, views):
         raise BadInput(
             f"this method takes {method.views} views of an image and the augmentation makes {views}; "

@@ -42,7 +42,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         y = _Split.apply(x, self.weight, self.bias, *statistics, parts, self.momentum, self.eps)
         if processes > 1:
             for statistic in statistics:
-                statistic.copy_(distributed.mean(statistic))
+                statistic.copy_(distributed.mean_over_processes(statistic))
         return y
 
 
@@ -143,7 +143,7 @@ def encode_keys(key_encoder: nn.Module, x: Float[Tensor, "B C H W"], splits: int
     if splits == 1:
         return nnf.normalize(key_encoder(x).float(), dim=1)
     everything = distributed.gather(x)
-    order = distributed.from_first(torch.randperm(len(everything), device=x.device))
+    order = distributed.broadcast(torch.randperm(len(everything), device=x.device))
     k = nnf.normalize(key_encoder(everything[distributed.local_rows(order)]).float(), dim=1)
     return distributed.local_rows(distributed.gather(k)[order.argsort()])
 

@@ -221,8 +221,8 @@ def _two_steps(cfg: DictConfig, runtime: Runtime, device: torch.device, scratch:
     parts.loader, parts.protocols = cast(Loader, _FewSteps(parts.loader, steps)), {}
     training = Training(parts, folder=scratch, metrics=None, console=Console(quiet=True), epochs=1, seed=cfg.seed)
     training.fit(StopSignal())
-    peak = training.latest["memory/gpu_mb" if device.type == "cuda" else "memory/process_mb"]
-    return Trial(cfg.batch_size, 1e6 * peak, training.latest["images_per_s"], images=len(data.train))
+    peak = training.monitor.latest["memory/gpu_mb" if device.type == "cuda" else "memory/process_mb"]
+    return Trial(cfg.batch_size, 1e6 * peak, training.monitor.latest["images_per_s"], images=len(data.train))
 
 
 class _FewSteps:

@@ -73,7 +73,7 @@ def sum_with_gradient(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def total(x: Tensor) -> Tensor:
+def sum_over_processes(x: Tensor) -> Tensor:
     """The sum over processes, without gradient."""
     if processes() > 1:
         x = x.clone()
@@ -81,13 +81,13 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
-def mean(x: Tensor) -> Tensor:
+def mean_over_processes(x: Tensor) -> Tensor:
     """The mean over processes, without gradient."""
-    return total(x.detach()) / processes()
+    return sum_over_processes(x.detach()) / processes()
 
 
 @torch.no_grad()
-def largest(number: int, device: torch.device) -> int:
+def max_over_processes(number: int, device: torch.device) -> int:
     """The largest number of any process."""
     if processes() == 1:
         return number
@@ -97,7 +97,7 @@ def largest(number: int, device: torch.device) -> int:
 
 
 @torch.no_grad()
-def from_first(x: Tensor) -> Tensor:
+def broadcast(x: Tensor) -> Tensor:
     """The value of process 0, in every process."""
     if processes() > 1:
         dist.broadcast(x, 0)

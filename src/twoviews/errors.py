@@ -41,7 +41,9 @@ def shown(value: object) -> str:
 
 
 class Stopped(BaseException):
-    """A signal stops the command where nothing is lost by that; nothing but entry points and the loop catch it.
+    """A signal stops the command where nothing is lost by that.
+
+    The loop and the entry points catch it, and `Recording.finish` while it waits for MLflow.
 
     Args:
         number: of the signal.

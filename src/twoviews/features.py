@@ -102,8 +102,8 @@ def embed(
             x[first : first + len(index)] = rows
             advance(len(index))
     if shared:  # fewer batches than processes leave some without any
-        width = distributed.largest(0 if x is None else x.shape[1], device)
-        x = distributed.total(torch.zeros(len(images), width, device=device) if x is None else x)
+        width = distributed.max_over_processes(0 if x is None else x.shape[1], device)
+        x = distributed.sum_over_processes(torch.zeros(len(images), width, device=device) if x is None else x)
     assert x is not None
     _check_finite(x, dtype)
     return x

@@ -112,7 +112,7 @@ def _fused(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, relu: bool)
     )
     if isinstance(norm, SplitBatchNorm) and processes > 1:
         for statistic in (norm.running_mean, norm.running_var):
-            statistic.copy_(distributed.mean(statistic))
+            statistic.copy_(distributed.mean_over_processes(statistic))
     return y
 
 

@@ -11,7 +11,7 @@ from twoviews.checkpoints import LAST, Checkpointer, all_finite
 from twoviews.console import Console
 from twoviews.data.loader import Batch
 from twoviews.errors import Stopped
-from twoviews.monitoring import FORECAST_STEPS, Monitor, NotFinite, Throughput, mean_over_processes
+from twoviews.monitoring import FORECAST_STEPS, Monitor, NotFinite, Throughput, reduced_metrics
 from twoviews.randomness import seed_of
 from twoviews.runtime import format_name
 from twoviews.step import TrainStep, Values
@@ -29,12 +29,12 @@ class Position:
     Args:
         step: optimizer steps done.
         seconds: spent on this run before this process.
-        unmeasured: at the end of an epoch whose evaluations are not done yet.
+        evaluation_due: at the end of an epoch whose evaluations are not done yet.
     """
 
     step: int = 0
     seconds: float = 0.0
-    unmeasured: bool = False
+    evaluation_due: bool = False
 
 
 class Training:
@@ -54,20 +54,25 @@ class Training:
     ):
         self.method, self.loader, self.device = parts.method, parts.loader, parts.device
         self.optimizer, self.schedule, self.runtime = parts.optimizer, parts.schedule, parts.runtime
-        self.embed, self.score_clusters = parts.embed, parts.score
+        self.embed, self.score_clusters = parts.embed, parts.score_clusters
         self.folder, self.metrics, self.console, self.epochs, self.seed = folder, metrics, console, epochs, seed
-        self.step = TrainStep(self.method, self.optimizer, self.runtime, self.device, console.say)
-        self.dtype = self.step.dtype
+        self.train_step = TrainStep(self.method, self.optimizer, self.runtime, self.device, console.say)
+        self.dtype = self.train_step.dtype
         self.checkpoints = Checkpointer(folder, metrics)
-        self.step.before_update = self.checkpoints.wait_for_copy
+        self.train_step.before_update = self.checkpoints.wait_for_copy
         self.monitor = Monitor(
-            *(parts.evaluation_context, parts.protocols, metrics, console, epochs, self.device),
-            parts.method.collapses,
-            self.loader.small_epochs,
-            parts.views.cost(self.loader.small_scale),
+            make_context=parts.evaluation_context,
+            protocols=parts.protocols,
+            metrics=metrics,
+            console=console,
+            epochs=epochs,
+            device=self.device,
+            collapses=parts.method.collapses,
+            small_epochs=self.loader.small_epochs,
+            small_cost=parts.views.cost(self.loader.small_scale),
         )
         self.position = Position()
-        self.whole = True  # False during an E-step, which changes the method step by step
+        self.in_e_step = False  # the E-step changes the method bit by bit, so its state is not saved
         self._started_at, self._saved_at, self._saved_step = time.monotonic(), -math.inf, -1
         self._throughput = Throughput(self.loader.batch_size, 0)
         self._first_step = 0
@@ -82,13 +87,8 @@ class Training:
     @property
     def lr(self) -> float:
         """Learning rate of the last step, of the parameters that follow the schedule."""
-        groups = zip(self.optimizer.param_groups, self.step.lrs, strict=True)
+        groups = zip(self.optimizer.param_groups, self.train_step.lrs, strict=True)
         return next(lr for group, lr in groups if not group.get("fixed_lr"))
-
-    @property
-    def latest(self) -> dict[str, float]:
-        """The last recorded value of each name."""
-        return self.monitor.latest
 
     def seconds(self) -> float:
         """Time spent on this run, without interruptions."""
@@ -98,20 +98,25 @@ class Training:
         """Everything the next step depends on; order, views and dropout are functions of (seed, epoch, step)."""
         return {
             "method": self.method.state_dict(),
-            "optimizer": self.step.optimizer_state(),
-            "scaler": self.step.scaler.state_dict(),
-            "position": {**vars(self.position), "seconds": self.seconds()},
+            "optimizer": self.train_step.optimizer_state(),
+            "scaler": self.train_step.scaler.state_dict(),
+            "position": {
+                "step": self.position.step,
+                "seconds": self.seconds(),
+                "unmeasured": self.position.evaluation_due,  # its name in all checkpoints
+            },
             "precision": format_name(self.dtype),
             "metrics_bytes": self.metrics.flush() if self.metrics else 0,
-            "latest": self.latest,
+            "latest": self.monitor.latest,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
         self.method.load_state_dict(state["method"])
-        self.step.load_optimizer(state["optimizer"])
-        self.step.scaler.load_state_dict(state["scaler"])
-        self.position = Position(**state["position"])
+        self.train_step.load_optimizer(state["optimizer"])
+        self.train_step.scaler.load_state_dict(state["scaler"])
+        position = dict(state["position"])
+        self.position = Position(evaluation_due=position.pop("unmeasured", False), **position)
         self.monitor.latest = dict(state["latest"])
 
     def save(self) -> None:
@@ -130,7 +135,7 @@ class Training:
 
     def _save_after(self, seconds: float) -> None:
         """Save if the last checkpoint is that old; all processes must call this together."""
-        if distributed.largest(int(time.monotonic() - self._saved_at >= seconds), self.device):
+        if distributed.max_over_processes(int(time.monotonic() - self._saved_at >= seconds), self.device):
             self.save()
 
     # ------------------------------------------------------------------------------------------------------------- loop
@@ -149,24 +154,24 @@ class Training:
         self._first_step = self.position.step
         self._throughput = Throughput(self.loader.batch_size, self._first_step)
         try:
-            if self.position.step == 0 and not self.latest:
+            if self.position.step == 0 and not self.monitor.latest:
                 with stop.at_once():
                     self._log(self.monitor.baselines(self.method.encoder))
                 self.save()
             self.console.start(last, self.position.step)
-            while (self.position.step < last or self.position.unmeasured) and not stop.received(self.device):
+            while (self.position.step < last or self.position.evaluation_due) and not stop.received(self.device):
                 epoch = self.position.step // steps
-                if self.position.unmeasured:
+                if self.position.evaluation_due:
                     with stop.at_once():
                         self._log(self.monitor.evaluate(self.method.encoder, epoch))
-                    self.position.unmeasured, self._saved_step = False, -1
+                    self.position.evaluation_due, self._saved_step = False, -1
                     self._save_after(self.runtime.checkpoint_seconds)
                     continue
                 if self.position.step % steps == 0:
                     with stop.at_once():
                         self.e_step(epoch)
                 self.loader.set_epoch(epoch, start=self.position.step - epoch * steps)
-                self.position.unmeasured = self._train_epoch(stop)
+                self.position.evaluation_due = self._train_epoch(stop)
         except (Stopped, RuntimeError) as error:
             cause = process_group.cause_of(error)
             if not isinstance(cause, Stopped):
@@ -177,10 +182,10 @@ class Training:
         finally:
             self.console.stop()
             self.checkpoints.wait()
-        if self.whole and self.position.step and self._saved_step != self.position.step:
+        if not self.in_e_step and self.position.step and self._saved_step != self.position.step:
             self.save()
             self.checkpoints.wait()
-        return self.position.step == last and not self.position.unmeasured
+        return self.position.step == last and not self.position.evaluation_due
 
     def e_step(self, epoch: int) -> None:
         """Run the method's E-step before an epoch, if it has one, and log its time and scores.
@@ -188,9 +193,9 @@ class Training:
         Nothing is saved between this and the first step of the epoch: an interrupted E-step is repeated, from the weights
         and centroids that it began with.
         """
-        start, self.whole = time.monotonic(), False
+        start, self.in_e_step = time.monotonic(), True
         clustered = self.method.before_epoch(epoch, self.embed, seed_of(self.seed, "e-step", epoch))
-        self.whole = True
+        self.in_e_step = False
         if clustered:
             values = {"time/e_step": time.monotonic() - start}
             self._log({**values, **(self.score_clusters(clustered) if distributed.rank() == 0 else {})})
@@ -203,7 +208,7 @@ class Training:
         batches = iter(self.loader)
         batch = next(batches)
         while batch:
-            values = self.train_step(batch)
+            values = self.train_on_batch(batch)
             batch = next(batches, None)  # made before values are read, so that a GPU has work while the host waits
             step = self.position.step
             logged = step % log_every == 0 or step % steps == 0
@@ -219,9 +224,9 @@ class Training:
                     self._save_after(60 * self.runtime.checkpoint_minutes)
         return True
 
-    def train_step(self, batch: Batch) -> Values:
+    def train_on_batch(self, batch: Batch) -> Values:
         """Make one optimizer step; returns its loss and metrics, which the next step may overwrite."""
-        values = self.step(
+        values = self.train_step(
             batch,
             seed=seed_of(self.seed, "step", self.position.step, distributed.rank()),
             lr_factor=self.schedule(self.epoch),
@@ -241,11 +246,11 @@ class Training:
     def _log_step(self, values: Values) -> None:
         """Log the values of a step with learning rate and throughput: the only wait for the device between two log lines."""
         try:
-            numbers = mean_over_processes(values)
+            numbers = reduced_metrics(values)
         except NotFinite as error:
             raise self._not_finite(str(error)) from None
         images_per_s = self._throughput.measure(self.position.step)
-        self.monitor.advise(numbers, self.epoch)
+        self.monitor.warn_of_collapse(numbers, self.epoch)
         self._log({**numbers, "lr": self.lr, "images_per_s": images_per_s})
         if self.position.step - self._first_step >= FORECAST_STEPS:
             images = len(self.loader) * self.loader.batch_size

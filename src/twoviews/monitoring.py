@@ -76,20 +76,20 @@ class Monitor:
     """Logs values to metrics.jsonl and the console, and evaluates the encoder while it is trained.
 
     Args:
-        context: makes the evaluation context of an encoder.
+        make_context: of an encoder, for its evaluation.
         protocols: what is evaluated, by name.
         metrics: the record; only process 0 has one.
         console: shows progress and messages.
         epochs: length of the training.
         device: whose peak memory is logged at the end.
-        collapses: what the metrics of the method are when its embeddings collapse.
+        collapses: the method's `Collapse` criteria.
         small_epochs: at the beginning, with smaller views.
         small_cost: of such an epoch, as a share of a later one's.
     """
 
     def __init__(
         self,
-        context: Callable[[Encoder], EvaluationContext],
+        make_context: Callable[[Encoder], EvaluationContext],
         protocols: Mapping[str, Protocol],
         metrics: "Metrics | None",
         console: Console,
@@ -99,7 +99,7 @@ class Monitor:
         small_epochs: int = 0,
         small_cost: float = 1.0,
     ):
-        self._context, self._protocols, self._metrics, self._console = context, protocols, metrics, console
+        self._make_context, self._protocols, self._metrics, self._console = make_context, protocols, metrics, console
         self._epochs, self._device = epochs, device
         self._small_epochs, self._small_cost = small_epochs, small_cost
         self.latest: dict[str, float] = {}
@@ -121,7 +121,7 @@ class Monitor:
         at_end = epoch >= self._epochs and "train/loss" not in values  # of the last evaluation, not of the last step
         self._console.progress(step, epoch, shown, self._seconds_left(epoch), important=at_end)
 
-    def advise(self, values: Mapping[str, float], epoch: float) -> None:
+    def warn_of_collapse(self, values: Mapping[str, float], epoch: float) -> None:
         """Warn, once for each metric, when the embeddings collapse.
 
         Args:
@@ -171,11 +171,11 @@ class Monitor:
             return {}
         self._console.say("measuring kNN of raw pixels and of the untrained encoder …")
         knn, start = {"knn": self._protocols["knn"]}, time.monotonic()
-        untrained = self._context(encoder)
+        untrained = self._make_context(encoder)
         results = {"untrained": run_protocols(knn, untrained)}
         self._knn_seconds = time.monotonic() - start
         results["pixels"] = run_protocols(
-            knn, self._context(PixelEncoder(untrained.data.channels, untrained.data.size))
+            knn, self._make_context(PixelEncoder(untrained.data.channels, untrained.data.size))
         )
         if distributed.rank() > 0:
             return {}
@@ -189,21 +189,21 @@ class Monitor:
             for name, protocol in self._protocols.items()
             if end or (protocol.every_epochs and epoch % protocol.every_epochs == 0)
         }
-        results = run_protocols(due, self._context(encoder)) if due else {}
+        results = run_protocols(due, self._make_context(encoder)) if due else {}
         for note in dict.fromkeys(note for result in results.values() for note in result.notes):
             self._console.say(note)
         values = {f"{name}/{key}": value for name, result in results.items() for key, value in result.values.items()}
         return values | (peak_memory(self._device) if end else {})
 
 
-def mean_over_processes(values: Values) -> dict[str, float]:
-    """Loss and metrics of a step as numbers, means over processes; waits for the device.
+def reduced_metrics(values: Values) -> dict[str, float]:
+    """Loss and metrics of a step as numbers, train/<name>: means over processes; waits for all of them and for the device.
 
     Raises:
         NotFinite: the loss is infinite or not a number.
     """
-    process_group.barrier()  # names a process that does not come
-    means = distributed.mean(torch.stack(list(values.values()))).tolist()
+    process_group.barrier()  # its error names the missing process
+    means = distributed.mean_over_processes(torch.stack(list(values.values()))).tolist()
     numbers = {f"train/{name}": mean for name, mean in zip(values, means, strict=True)}
     if not math.isfinite(numbers["train/loss"]):
         raise NotFinite(f"loss is {numbers['train/loss']}")

@@ -136,7 +136,7 @@ class Recording:
                     f"warning: the run was begun in {before} and goes on in {now}, which runtime.precision=auto means on this "
                     f"device; for {before} throughout, interrupt it and continue on a device of the first kind{other}."
                 )
-            if self._first:  # it is that of an interruption; after a kill -9 it would pass for the last step's
+            if self._first:  # remove the interrupted run's encoder: after kill -9 it would look current
                 self.run.folder.joinpath(WEIGHTS_FILE).unlink(missing_ok=True)
         self._state = None
 
@@ -156,7 +156,7 @@ class Recording:
                 self._close(STOPPED_MIRROR_TIMEOUT_S if stop.number else MIRROR_TIMEOUT_S)
             show_result(folder, result, self.parts.protocols, self.console)
             if not finished:
-                where = "there" if training.whole else "the checkpoint before it"
+                where = "the checkpoint before it" if training.in_e_step else "there"
                 self.console.say(
                     f"interrupted by {stop.name} at step {training.position.step}; the same command goes on from {where}."
                 )
@@ -178,7 +178,7 @@ class Recording:
         self.metrics.flush()
         result = {
             "state": state,
-            **training.latest,
+            **training.monitor.latest,
             **peak_memory(training.device),
             "step": training.position.step,
             "epoch": training.epoch,

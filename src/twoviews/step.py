@@ -44,7 +44,7 @@ class TrainStep:
 
     Args:
         method: what is trained; several processes share their gradients.
-        optimizer: of the method's parameters; its learning rates are those of the schedule's multiplier 1.
+        optimizer: of the method's parameters; its lr is the base rate, which `lr_factor` multiplies.
         runtime: precision, memory format, micro-batches, and whether steps are captured.
         device: of method and batches.
         say: takes a sentence for the user, where a captured step cannot be used.
@@ -89,9 +89,9 @@ class TrainStep:
         """
         progress = (step + 1) / steps, (step + 1) / (steps * epochs)
         torch.manual_seed(seed)
-        self._set(lr_factor, *progress)
+        self._set_lrs_and_progress(lr_factor, *progress)
         phase = self.method.phase(step / steps)
-        views = [self._as_trained(view) for view in batch.views]
+        views = [self._on_device(view) for view in batch.views]
         index = batch.index.to(self.device)
         if not self._captures:
             return self._run(views, index, phase)
@@ -102,7 +102,7 @@ class TrainStep:
         if self._graph is None and self._eager_steps == EAGER_STEPS:
             self._graph = self._capture(views, index, phase, seed)
             torch.manual_seed(seed)
-            self._set(lr_factor, *progress)
+            self._set_lrs_and_progress(lr_factor, *progress)
         if self._graph is None:
             self._eager_steps += 1
             return self._run(views, index, phase)
@@ -123,7 +123,7 @@ class TrainStep:
         groups = [{**group, "lr": lr} for group, lr in zip(state["param_groups"], self.lrs, strict=True)]
         return {**state, "param_groups": groups}
 
-    def _set(self, lr_factor: float, epoch: float, fraction: float) -> None:
+    def _set_lrs_and_progress(self, lr_factor: float, epoch: float, fraction: float) -> None:
         """What changes between steps besides the batch: numbers for eager steps, tensors for captured ones."""
         groups = self.optimizer.param_groups
         fixed = [group.get("fixed_lr") for group in groups]
@@ -133,7 +133,7 @@ class TrainStep:
         self._progress.epoch.fill_(epoch)
         self._progress.fraction.fill_(fraction)
 
-    def _as_trained(self, view: Tensor) -> Tensor:
+    def _on_device(self, view: Tensor) -> Tensor:
         form = torch.channels_last if self.runtime.channels_last else torch.contiguous_format
         return view.to(self.device, memory_format=form, non_blocking=True)
 
@@ -141,7 +141,7 @@ class TrainStep:
         """The step itself, in `accumulate` micro-batches, whose loss and metrics are averaged.
 
         They are of one size and follow one another in the batch, so that they hold the same images for any number of
-        processes. What a method keeps of images, it gets once, of the whole batch.
+        processes. `after_step` gets the rows of the whole batch once.
         """
         parts, values, rows = self.runtime.accumulate, [], []
         for part in range(parts):
@@ -150,12 +150,12 @@ class TrainStep:
                     stack.enter_context(self._wrapped.no_sync())
                 with autocast(self.device, self.dtype):
                     output = self._wrapped([view.chunk(parts)[part] for view in views], index.chunk(parts)[part])
-                _check(output, self.method)
+                _check_output(output, self.method)
                 self.scaler.scale(output.loss / parts).backward()
             values.append({"loss": output.loss.detach().float(), **{k: v.float() for k, v in output.metrics.items()}})
             rows.append(output.rows)
         self.before_update()
-        self.method.before_step(phase)
+        self.method.before_optimizer_step(phase)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -172,7 +172,7 @@ class TrainStep:
 
         def prepare(trial: int) -> None:
             torch.manual_seed(seed + trial)
-            self._set(lr_factor=0.5 + trial, epoch=0.25 + trial, fraction=0.25 + trial / 2)
+            self._set_lrs_and_progress(lr_factor=0.5 + trial, epoch=0.25 + trial, fraction=0.25 + trial / 2)
 
         try:
             return capture(self._run, (views, index, phase), state, prepare)
@@ -184,7 +184,7 @@ class TrainStep:
             self.optimizer.zero_grad(set_to_none=True)
 
 
-def _check(output: Any, method: Method) -> None:
+def _check_output(output: Any, method: Method) -> None:
     """Check that a forward pass gave what the contract of methods asks for.
 
     Raises:

@@ -22,7 +22,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-            self._handlers[number] = signal.signal(number, self._remember)
+            self._handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -40,7 +40,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise again inside `deferred`, around work that takes long and can be repeated.
+        """Within `deferred`, raise `Stopped` at once after all: around work that takes long and can be repeated.
 
         Raises:
             Stopped: a signal came, before the block or during it.
@@ -53,16 +53,15 @@ class StopSignal:
         finally:
             self._deferred = before
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.number == signal.SIGINT:
             raise KeyboardInterrupt
         first, self.number = not self.number, number
         if distributed.rank() == 0 and first:
             # Not print, which the signal may have interrupted.
             os.write(2, f"{self.name}: stopping as soon as the state can be saved\n".encode())
-        if (
-            not self._deferred and first
-        ):  # SLURM sends two signals, and the second one must not interrupt the handling of the first
+        # SLURM sends two signals, and the second one must not interrupt the handling of the first.
+        if first and not self._deferred:
             raise Stopped(number)
 
     @property
@@ -72,5 +71,5 @@ class StopSignal:
 
     def received(self, device: torch.device) -> bool:
         """Whether any process got a signal; all processes must call this together."""
-        self.number = distributed.largest(self.number, device)
+        self.number = distributed.max_over_processes(self.number, device)
         return self.number != 0

@@ -149,7 +149,7 @@ def test_the_last_layer_stays_for_the_first_epochs():
     for step in range(8):  # 4 steps an epoch
         method(crops(16, 16), torch.arange(4)).loss.backward()
         before, head = method.prototypes.weight.clone(), method.projector[0].weight.clone()
-        method.before_step(method.phase(step / 4))
+        method.before_optimizer_step(method.phase(step / 4))
         optimizer.step()
         optimizer.zero_grad()
         kept.append(torch.equal(method.prototypes.weight, before))

@@ -136,7 +136,7 @@ def codes_and_loss() -> dict[str, torch.Tensor]:
     loss.backward()
     found = {
         "codes": torch.stack([distributed.gather(one) for one in codes]),
-        "loss": distributed.mean(loss.detach()),
+        "loss": distributed.mean_over_processes(loss.detach()),
         # Averaged over processes, as DistributedDataParallel does: each row's is from one process alone.
         "gradient": torch.stack([distributed.gather(one) for one in own.grad]) / distributed.processes(),
     }
@@ -309,7 +309,7 @@ def test_prototypes_stay_for_the_first_epochs():
         method(crops(16, 16), torch.arange(4)).loss.backward()
         before = method.prototypes.weight.clone()
         head = method.projector[0].weight.clone()
-        method.before_step(method.phase(step / 4))
+        method.before_optimizer_step(method.phase(step / 4))
         optimizer.step()
         optimizer.zero_grad()
         kept.append(torch.equal(method.prototypes.weight, before))
@@ -325,7 +325,7 @@ def step(method: SwAV, number: int) -> torch.Tensor:
     torch.manual_seed(number)
     output = method(crops(16, 16, 8), torch.arange(4))
     output.loss.backward()
-    method.before_step(method.phase(number / 4))
+    method.before_optimizer_step(method.phase(number / 4))
     with torch.no_grad():
         for parameter in method.parameters():
             if parameter.grad is not None:

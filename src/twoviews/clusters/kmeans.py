@@ -118,7 +118,7 @@ def kmeans(
         distance = (points - centroids[assignment]).square().sum(1)
     process_group.wait_for_first()
     shared = (assignment, centroids, distance, torch.tensor(steps))
-    assignment, centroids, distance, count = (distributed.from_first(value.to(x.device)) for value in shared)
+    assignment, centroids, distance, count = (distributed.broadcast(value.to(x.device)) for value in shared)
     return Clusters(assignment, centroids, distance, int(count))
 
 

@@ -4,7 +4,6 @@ import typing
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +19,11 @@ if TYPE_CHECKING:
     from twoviews.data.images import ImageData
 
 
-def build(node: "DictConfig | dict[str, Any]", *, _partial_: bool = False, _key_: str = "", **arguments: Any) -> Any:
+def build(node: "DictConfig | dict[str, Any]", *, _key_: str = "", **arguments: Any) -> Any:
     """The object that a node of a configuration describes.
 
     Args:
         node: values of a group, with the dotted path of a class or function as `_target_`.
-        _partial_: return a function that makes the object of further arguments.
         _key_: dotted key of the node, where it is not the group.
         arguments: passed beside the values of the node.
 
@@ -39,17 +37,13 @@ def build(node: "DictConfig | dict[str, Any]", *, _partial_: bool = False, _key_
         raise unknown_target(target)
     if problems := [*node_problems(_key_ or group, values, (*arguments, *PASSED_BY_PROGRAM.get(group, ())))]:
         raise BadInput(*problems)
-
-    def make(*more: Any) -> Any:
-        # Of a protocol only `NamedProtocol` (protocols/protocol.py) knows the name.
-        with nullcontext() if group == "protocol" else qualified_errors(group):
-            return _call(values, arguments)(*more)
-
-    return make if _partial_ else make()
+    # `NamedProtocol` (protocols/protocol.py) qualifies the errors of a protocol, by its name in the configuration.
+    with nullcontext() if group == "protocol" else qualified_errors(group):
+        return _instance(values, arguments)
 
 
 def build_data(node: "DictConfig | dict[str, Any]") -> "ImageData":
-    """The data set of a configuration's `data`; parameters in its notes have the group in front, as in data.size=64.
+    """The data set of a configuration's `data`; its notes name parameters as they are typed, as in data.size=64.
 
     Raises:
         BadInput: as `build` does; or what its function returned is no ImageData that a training can use.
@@ -61,11 +55,13 @@ def build_data(node: "DictConfig | dict[str, Any]") -> "ImageData":
     return replace(data, notes=tuple(qualify(note, "data") for note in data.notes))
 
 
-def _call(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> partial:
-    """The call that a checked node describes.
+def _instance(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
+    """The object that a checked node describes.
 
     Not Hydra's instantiate, which also builds what was not checked.
     """
-    values = {key: _call(value, {})() if is_node(value) else value for key, value in node.items() if key != "_target_"}
+    values = {
+        key: _instance(value, {}) if is_node(value) else value for key, value in node.items() if key != "_target_"
+    }
     module, _, name = typing.cast(str, node["_target_"]).rpartition(".")
-    return partial(getattr(import_module(module), name), **values, **arguments)
+    return getattr(import_module(module), name)(**values, **arguments)

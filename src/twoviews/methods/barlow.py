@@ -53,7 +53,7 @@ class BarlowTwins(Method):
             ratio of the learning rates of norms and biases to that of weights.
     """
 
-    within_batch = "correlations"
+    batch_dependence = "correlations"
     collapses = (
         Collapse(
             "redundancy",

@@ -189,7 +189,7 @@ class DINO(Method):
         """Whether the prototypes are frozen."""
         return epoch < self.freeze_prototypes_epochs
 
-    def before_step(self, phase: Hashable) -> None:
+    def before_optimizer_step(self, phase: Hashable) -> None:
         """Prototypes without gradient stay as they are."""
         if phase:
             self.prototypes.weight.grad = None

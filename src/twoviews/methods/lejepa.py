@@ -31,7 +31,7 @@ def invariance(z: Float[Tensor, "V B D"], z_global: Float[Tensor, "G B D"]) -> F
 
 def random_directions(dim: int, count: int, device: torch.device) -> Float[Tensor, "D M"]:
     """Unit columns from the device's generator, uniform over the sphere, equal on all processes."""
-    a = distributed.from_first(torch.randn(dim, count, device=device))
+    a = distributed.broadcast(torch.randn(dim, count, device=device))
     return nnf.normalize(a, dim=0)
 
 
@@ -65,7 +65,7 @@ class LeJEPA(Method):
     """
 
     views = None
-    within_batch = "characteristic functions"
+    batch_dependence = "characteristic functions"
     collapses = (
         Collapse(
             "std",

@@ -29,8 +29,9 @@ class Output:
 
     Args:
         loss: mean over these images.
-        metrics: detached scalars on the device, logged as train/<name> every `runtime.log_every` steps: means over
-            micro-batches and processes. Every forward pass has the same names. A `spread` near 0 is reported as collapse.
+        metrics: detached scalars on the device, logged as train/<name> every `runtime.log_every` steps and at the last step of
+            an epoch: of that step alone, means over micro-batches and processes. Every forward pass has the same names. A
+            `spread` near 0 is reported as collapse.
         rows: a row per image for `after_step`, which gets those of all micro-batches and processes, such as keys for a queue.
     """
 
@@ -41,7 +42,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Collapse:
-    """Values of a metric that mean that embeddings have lost what tells images apart.
+    """Range of a metric that indicates collapse: embeddings have lost what tells images apart.
 
     Args:
         metric: its name in `Output.metrics`.
@@ -70,8 +71,9 @@ class Method(nn.Module):
     A step may consist of several forward passes, each of a micro-batch, so what it leaves to the next step is changed in
     `after_step`, from the rows of the whole batch. A forward pass changes nothing but batch-norm statistics; an E-step may
     change buffers, but no parameters: a checkpoint is still being copied while it runs.
-    On a GPU the forward pass, `before_step` and `after_step` are captured as a CUDA graph: what changes between steps must
-    be in tensors, random numbers must be drawn on the device, and nothing may wait for it (no .item(), no `if` on a tensor).
+    On a GPU the forward pass, `before_optimizer_step` and `after_step` are captured as a CUDA graph: what changes between
+    steps must be in tensors, random numbers must be drawn on the device, and nothing may wait for it (no .item(), no `if` on
+    a tensor).
     Python values that a step depends on belong into `phase`.
     """
 
@@ -79,7 +81,7 @@ class Method(nn.Module):
     views: int | None = 2  # how many views an image needs; None takes any number
     # What the loss of an image takes from the other images of its forward pass, such as "negatives", for a sentence to the
     # user of micro-batches; None: nothing, the loss is a mean over images.
-    within_batch: str | None = None
+    batch_dependence: str | None = None
     collapses: Sequence[Collapse] = ()  # beside that of the `spread`; the user is warned of each once, after an epoch
     queue_within_data: bool = False  # whether queue_size, where there is one, is at most the number of training images
 
@@ -119,7 +121,7 @@ class Method(nn.Module):
         """
         return None
 
-    def before_step(self, phase: Hashable) -> None:
+    def before_optimizer_step(self, phase: Hashable) -> None:
         """Called after the backward pass and before the optimizer's step; removes the gradients of what is frozen in this
         phase, such as SwAV's prototypes."""
 

@@ -49,7 +49,7 @@ class MoCoV3(Method):
         BadInput: `freeze_patch_embed` for an encoder without patches.
     """
 
-    within_batch = "negatives"
+    batch_dependence = "negatives"
 
     def __init__(
         self,

@@ -60,7 +60,7 @@ class NNCLR(Method):
         temperature: tau, which divides cosines before the softmax.
     """
 
-    within_batch = "negatives"
+    batch_dependence = "negatives"
     collapses = (
         Collapse(
             "distinct_neighbours",

@@ -93,7 +93,7 @@ class PCL(Method):
         nredo: starts of each k-means, of which the best is kept; None: ten up to k = 8, and one from k = 41 on.
     """
 
-    within_batch = "prototypes of other images"
+    batch_dependence = "prototypes of other images"
 
     queue_within_data = True
 
@@ -186,7 +186,7 @@ class PCL(Method):
         """
         absent = part.filled.index_fill(0, positives, False)
         if self.negative_prototypes:
-            keys = distributed.from_first(torch.rand(part.k, device=absent.device))
+            keys = distributed.broadcast(torch.rand(part.k, device=absent.device))
             rest = keys.masked_fill(~absent, -1).topk(self.negative_prototypes).indices
         else:
             rest = torch.arange(part.k, device=absent.device)

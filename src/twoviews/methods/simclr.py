@@ -55,7 +55,7 @@ class SimCLR(Method):
         decoupled: leave the positive out of the denominator (DCL), for small batches.
     """
 
-    within_batch = "negatives"
+    batch_dependence = "negatives"
 
     def __init__(
         self, encoder: Encoder, hidden_dim: Size, embed_dim: Size, temperature: Temperature, decoupled: bool = False

@@ -75,7 +75,7 @@ class SwAV(Method):
     """
 
     views = None
-    within_batch = "codes"
+    batch_dependence = "codes"
     collapses = (
         Collapse(
             "code_entropy",
@@ -183,7 +183,7 @@ class SwAV(Method):
         """Whether the prototypes are frozen."""
         return epoch < self.freeze_prototypes_epochs
 
-    def before_step(self, phase: Hashable) -> None:
+    def before_optimizer_step(self, phase: Hashable) -> None:
         """Prototypes without gradient stay as they are."""
         if phase:
             self.prototypes.weight.grad = None

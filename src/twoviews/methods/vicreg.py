@@ -50,7 +50,7 @@ class VICReg(Method):
         covariance_weight: nu, of the sum of both views' terms.
     """
 
-    within_batch = "variances, covariances"
+    batch_dependence = "variances, covariances"
     collapses = (
         Collapse(
             "std",

@@ -78,7 +78,7 @@ def knn_scores(
         for which, nearest, index in neighbours(queries, bank.x, k, shared=shared):
             scores[which].scatter_add_(1, bank.y[index], votes(nearest, temperature))
             advance(len(index))
-    return distributed.total(scores) if shared else scores
+    return distributed.sum_over_processes(scores) if shared else scores
 
 
 def clamped_notes(k: int, data: ImageData, key: str) -> list[str]:
