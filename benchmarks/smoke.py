@@ -25,8 +25,8 @@ import yaml
 from omegaconf import OmegaConf
 from PIL import Image
 
-from twoviews.config.digest import flat
 from twoviews.config.groups import CONF
+from twoviews.config.values import flat
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {  # of a method's file, which are other code

@@ -12,7 +12,8 @@ from twoviews.assembly import Parts, describe_data, describe_encoder
 from twoviews.checkpoints import has_checkpoint, load_last_checkpoint
 from twoviews.code import code_state
 from twoviews.config.building import build
-from twoviews.config.digest import NOT_IN_DIGEST, digest, flat, plain, without_unused
+from twoviews.config.digest import NOT_IN_DIGEST, digest, without_unused
+from twoviews.config.values import flat, plain
 from twoviews.console import Console
 from twoviews.encoder_file import WEIGHTS_FILE, save_encoder
 from twoviews.environment import environment

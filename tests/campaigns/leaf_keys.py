@@ -58,8 +58,8 @@ from twoviews.config.checks import (  # noqa: E402
 )
 from twoviews.config.command_line import parsed, wrong_choice  # noqa: E402
 from twoviews.config.composition import register_resolvers  # noqa: E402
-from twoviews.config.digest import flat  # noqa: E402
 from twoviews.config.groups import CONF, PASSED_BY_PROGRAM, PLUGIN_KEYS, groups, options  # noqa: E402
+from twoviews.config.values import flat  # noqa: E402
 from twoviews.data.images import ImageData, Images  # noqa: E402
 from twoviews.errors import BadInput  # noqa: E402
 from twoviews.ranges import Length, Range  # noqa: E402

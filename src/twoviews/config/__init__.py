@@ -8,5 +8,6 @@ The signature of what a group builds is the schema of its YAML: names, types and
     checks.py        compares each value with the signature of the class that it goes to
     building.py      `build(cfg.method, ...)` makes the object; what it refuses is told by keys (parameter_names.py)
 
-digest.py names a run by its values, fitting.py adapts some to the data, recorded.py reads those of runs.
+values.py turns a configuration into plain dictionaries, digest.py names a run by its values, fitting.py adapts some to the
+data, recorded.py reads those of runs.
 """

@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from twoviews.config.checks import is_node, node_problems, unknown_target
-from twoviews.config.digest import plain
 from twoviews.config.groups import PASSED_BY_PROGRAM, group_of
 from twoviews.config.parameter_names import qualified_errors, qualify
+from twoviews.config.values import plain
 from twoviews.errors import BadInput
 
 if TYPE_CHECKING:

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from twoviews.config.digest import REDUCED_FROM, flat, plain
+from twoviews.config.digest import REDUCED_FROM
 from twoviews.config.groups import PASSED_BY_PROGRAM, PLUGIN_KEYS, files_without, groups, options, options_with, targets
+from twoviews.config.values import flat, plain
 from twoviews.errors import BadInput, nearest, shown
 from twoviews.ranges import Count, Fraction, Range, Seed, Size, Temperature
 from twoviews.signatures import Parameter, complaint, signature, unusable

@@ -17,10 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from twoviews.config.checks import absent_key, check, unknown_key, with_group
 from twoviews.config.composition import compose, compose_unresolved
-from twoviews.config.digest import flat
 from twoviews.config.groups import PASSED_BY_PROGRAM, changes_value, chooses, groups, is_group, options, options_with
 from twoviews.config.hydra_internals import parse_options
 from twoviews.config.recorded import refuse_unsafe
+from twoviews.config.values import flat
 from twoviews.errors import BadInput, mistakes, nearest, shown
 from twoviews.signatures import signature
 

@@ -1,9 +1,10 @@
 """The digest of a configuration, which names a run: eight hex digits of all values that its result depends on."""
 
 import hashlib
-import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from twoviews.config.values import flat, plain
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -42,7 +43,7 @@ def digest(cfg: "DictConfig | dict[str, Any]") -> str:
 
 
 def without_unused(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of a configuration without those of small_views where the run has none, as in runs of earlier versions."""
+    """The leaves of a configuration without those of small_views if the run trains no smaller views: earlier runs lack them."""
     unused = () if values.get("small_views.share") else ("small_views.",)
     return {key: value for key, value in values.items() if not key.startswith(unused)}
 
@@ -50,20 +51,3 @@ def without_unused(values: Mapping[str, Any]) -> dict[str, Any]:
 def as_float(value: Any) -> Any:
     """An int as the float of the same value, where there is one, so that 1 and 1.0 are equal; anything else unchanged."""
     return float(value) if isinstance(value, int) and abs(value) <= 2**53 else value
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested dictionaries by dotted key."""
-    if not isinstance(tree, dict):
-        return {prefix.rstrip("."): tree}
-    return {key: value for name, node in tree.items() for key, value in flat(node, f"{prefix}{name}.").items()}
-
-
-def plain(cfg: "DictConfig | dict[str, Any]") -> dict[str, Any]:
-    """A configuration without Hydra's own node, or a node of one, as nested dictionaries, with interpolations resolved."""
-    if isinstance(cfg, dict):
-        return cfg
-    from omegaconf import OmegaConf
-
-    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]) if "hydra" in cfg else cfg
-    return typing.cast(dict[str, Any], OmegaConf.to_container(own, resolve=True))

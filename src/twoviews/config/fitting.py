@@ -9,8 +9,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from twoviews import foreign
-from twoviews.config.digest import REDUCED_FROM, flat, plain
+from twoviews.config.digest import REDUCED_FROM
 from twoviews.config.recorded import override_keys
+from twoviews.config.values import flat, plain
 
 STEPS_PER_EPOCH = 4  # at least, where the data allow it
 BATCH, QUEUE = "batch_size", "method.queue_size"

@@ -8,8 +8,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from twoviews import foreign
 from twoviews.config.building import build
-from twoviews.config.digest import NOT_IN_DIGEST, flat, plain
+from twoviews.config.digest import NOT_IN_DIGEST
 from twoviews.config.groups import CONF
+from twoviews.config.values import flat, plain
 from twoviews.errors import BadInput
 
 

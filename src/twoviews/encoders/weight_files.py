@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from twoviews.backbones import Encoder
 from twoviews.checkpoints import refuse_compressed
 from twoviews.config.building import build
-from twoviews.config.digest import flat
+from twoviews.config.values import flat
 from twoviews.encoder_file import check_finite, read_weights
 from twoviews.encoders.loaded import Preprocessing
 from twoviews.errors import BadInput

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twoviews.config.digest import NOT_IN_DIGEST, digest, flat, without_unused
+from twoviews.config.digest import NOT_IN_DIGEST, digest, without_unused
+from twoviews.config.values import flat
 from twoviews.console import Console
 from twoviews.errors import printable
 from twoviews.evaluation.pictures import Measured, draw_comparison

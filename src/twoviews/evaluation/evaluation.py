@@ -8,8 +8,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from twoviews.config.digest import digest, flat
+from twoviews.config.digest import digest
 from twoviews.config.recorded import overridden, recorded_runtime
+from twoviews.config.values import flat
 from twoviews.console import Console, progress_of
 from twoviews.data.images import ImageData
 from twoviews.encoders.loaded import LoadedEncoder

@@ -19,8 +19,8 @@ from twoviews import distributed, process_group
 from twoviews.backbones import Encoder
 from twoviews.classifier_file import Head
 from twoviews.config.building import build
-from twoviews.config.digest import plain
 from twoviews.config.parameter_names import protocol_keys, qualified_errors, qualify
+from twoviews.config.values import plain
 from twoviews.console import ROWS
 from twoviews.data.images import ImageData, Images
 from twoviews.errors import BadInput

@@ -12,8 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from twoviews.config.checks import check
 from twoviews.config.command_line import diagnose
-from twoviews.config.digest import digest, plain
+from twoviews.config.digest import digest
 from twoviews.config.groups import changes_value, chooses, is_group
+from twoviews.config.values import plain
 from twoviews.errors import BadInput
 from twoviews.sweeps.job import JobSpec
 from twoviews.tracking import uris

@@ -17,7 +17,8 @@ from typing import Any, Literal
 from filelock import FileLock
 
 from twoviews import foreign
-from twoviews.config.digest import NOT_IN_DIGEST, flat, without_unused
+from twoviews.config.digest import NOT_IN_DIGEST, without_unused
+from twoviews.config.values import flat
 from twoviews.errors import BadInput
 from twoviews.files import write_atomic
 from twoviews.signatures import complaint

@@ -18,7 +18,8 @@ from twoviews import foreign, launched
 from twoviews.code import code_state, copy_digest, freeze, left_out, no_commit
 from twoviews.config.building import build
 from twoviews.config.checks import checked_plugin
-from twoviews.config.digest import as_float, flat, plain, without_unused
+from twoviews.config.digest import as_float, without_unused
+from twoviews.config.values import flat, plain
 from twoviews.console import Console
 from twoviews.errors import BadInput, counted
 from twoviews.sweeps import mlflow_sync
