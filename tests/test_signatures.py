@@ -9,7 +9,7 @@ from twoviews.config.checks import NODES, VIEW
 from twoviews.config.groups import PASSED_BY_PROGRAM, PLUGIN_KEYS, groups, targets
 from twoviews.data.corruptions import CORRUPTIONS
 from twoviews.ranges import Corruption, Count, Length, Positive, Size
-from twoviews.signatures import Component, complaint, signature, unusable
+from twoviews.signatures import Component, invalid_value, mismatch, signature
 
 TARGETS = [
     *((group, target) for group in (*groups(), *PLUGIN_KEYS) for target in sorted(targets(group))),
@@ -18,9 +18,9 @@ TARGETS = [
 
 
 def compare(annotation: Any) -> None:
-    """Let `complaint` see every part of an annotation."""
+    """Let `mismatch` see every part of an annotation."""
     assert annotation is not Any
-    complaint(0, annotation)
+    mismatch(0, annotation)
     if get_origin(annotation) is not Literal:
         for part in get_args(annotation):
             if not isinstance(part, (Length, type(Ellipsis))) and type(part).__name__ != "Range":
@@ -69,7 +69,7 @@ class Linear(Component):
 )
 def test_values(annotation: Any, good: list[Any], bad: list[Any]) -> None:
     def wrong(value: Any) -> str:
-        return complaint(value, annotation) or unusable(value, annotation)
+        return mismatch(value, annotation) or invalid_value(value, annotation)
 
     assert [value for value in good if wrong(value)] == []
     assert [value for value in bad if not wrong(value)] == []

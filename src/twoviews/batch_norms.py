@@ -135,7 +135,7 @@ def check_splits(splits: int, batch_size: int, micro_batch: int, processes: int)
 
 @torch.no_grad()
 def encode_keys(key_encoder: nn.Module, x: Float[Tensor, "B C H W"], splits: int) -> Float[Tensor, "B D"]:
-    """Unit embeddings of keys by ShuffleBN, for `splits` above 1.
+    """Unit-length embeddings of keys; with `splits` > 1 the whole batch is shuffled first (ShuffleBN).
 
     The whole batch, over all processes, is encoded in a random order and put back, so that a key and its query share no batch
     statistics.

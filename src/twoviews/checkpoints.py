@@ -21,7 +21,7 @@ from twoviews import distributed, foreign
 from twoviews.errors import BadInput
 from twoviews.files import sync
 from twoviews.ranges import Total
-from twoviews.signatures import complaint
+from twoviews.signatures import mismatch
 from twoviews.tracking.metrics import Metrics, durable_bytes
 
 LAST, PREVIOUS, NEW = "last.pt", "previous.pt", "new.pt"
@@ -71,7 +71,7 @@ def load_last_checkpoint(folder: Path, say: Callable[[str], None]) -> dict[str, 
             state = load_checkpoint(path)
             if missing := [key for key in CHECKPOINT_KEYS if key not in state]:
                 raise ValueError(f"{missing[0]} is missing")
-            if wrong := complaint(state["metrics_bytes"], Total):
+            if wrong := mismatch(state["metrics_bytes"], Total):
                 raise ValueError(f"metrics_bytes {wrong}")
         except (OSError, ValueError) as error:
             damaged[path] = str(error).splitlines()[0]

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Column, Table
 from rich.text import Text
 
+from twoviews import processes
 from twoviews.errors import printable
 
 PLAIN_SECONDS = 10.0  # between two progress lines where the output is not a terminal
@@ -205,7 +206,7 @@ def progress_of(
         unit: what they are.
         at_end: print a plain line at the end even if none was needed before.
     """
-    if not _is_first_process():
+    if processes.rank() > 0:
         yield lambda count: None
         return
     output = RichConsole(stderr=True, highlight=False, soft_wrap=True)
@@ -225,12 +226,8 @@ def progress_of(
 
 def say_on_stderr(sentence: str) -> None:
     """Print a sentence on standard error, once for all processes of a run."""
-    if _is_first_process():
+    if processes.rank() == 0:
         print(sentence, file=sys.stderr, flush=True)
-
-
-def _is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _plain(text: str, style: str = "") -> Text:

@@ -4,16 +4,11 @@ Row r of process p is row r * processes + p of the whole batch, everywhere. The 
 by process_group.py.
 """
 
-import os
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def rank() -> int:
-    """This process's number, 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
+from twoviews.processes import rank
 
 
 def processes() -> int:

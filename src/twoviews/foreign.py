@@ -18,11 +18,10 @@ import yaml
 from twoviews.config.groups import targets
 from twoviews.errors import BadInput, system_reason
 from twoviews.ranges import Count, NotNegative, Total
-from twoviews.signatures import complaint
+from twoviews.signatures import INT_LIMIT, mismatch
 
 LARGEST = {".yaml": 2**18, ".json": 2**25}  # bytes; YAML takes far longer to read
 DEPTH = 20  # of dictionaries and lists in each other; those of conf/ have five
-WHOLE = 2**63  # of a whole number's size
 
 _Node = Mapping[str, Any]
 _STATISTICS = dict.fromkeys(("mean!", "std!"), Sequence[float])
@@ -197,7 +196,7 @@ def damaged(path: Path, why: object) -> BadInput:
 
 @contextmanager
 def errors_naming(path: Path) -> Iterator[None]:
-    """What is wrong with the values of a file that are used here is said with its name."""
+    """Prefix BadInput with the file's path."""
     try:
         yield
     except BadInput as error:
@@ -216,7 +215,7 @@ def _misfit(tree: Mapping[str, Any], fields: Mapping[str, Any], prefix: str = ""
     for key, value in tree.items():
         kind = named.get(str(key), named.get("*", Any))
         inner = kind if isinstance(kind, dict) else None
-        if wrong := complaint(value, _Node if inner is not None else kind):
+        if wrong := mismatch(value, _Node if inner is not None else kind):
             return f"{prefix}{short(key)}={short(value)} {wrong.partition(';')[0]}"
         if inner is not None and (wrong := _misfit(value, inner, f"{prefix}{short(key)}.")):
             return wrong
@@ -289,7 +288,7 @@ def _impure(path: str, value: Any, group: str, literal: bool, depth: int) -> str
     if isinstance(value, str):
         return f"{path[:60]!r} is the interpolation {short(value)}" if literal and "${" in value else ""
     if isinstance(value, int):
-        return f"{path[:60]!r} is out of range" if abs(value) > WHOLE else ""
+        return f"{path[:60]!r} is out of range" if abs(value) > INT_LIMIT else ""
     return "" if value is None or isinstance(value, float) else f"{path[:60]!r} is a {type(value).__name__}"
 
 

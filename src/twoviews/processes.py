@@ -9,6 +9,11 @@ REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # without all o
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
+def rank() -> int:
+    """This process's number, 0 without torchrun."""
+    return int(os.environ.get("RANK") or 0)
+
+
 def drop_incomplete_variables(command: str, sweep: bool) -> None:
     """Remove the variables of torchrun from the environment if they are incomplete, so that this is a single process.
 

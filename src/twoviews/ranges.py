@@ -62,7 +62,7 @@ MANY = 10**9  # of anything that is done again and again
 Size = Annotated[int, Range(at_least=1)]
 Repeats = Annotated[int, Range(at_least=1, at_most=200)]  # of what is made one after the other: layers, views, draws
 Count = Annotated[int, Range(at_least=1, at_most=MANY)]
-Index = Annotated[int, Range(at_least=0, at_most=MANY)]
+NonNegativeInt = Annotated[int, Range(at_least=0, at_most=MANY)]  # counts that may be 0
 Trials = Annotated[int, Range(at_least=1, at_most=100_000)]
 Seed = Annotated[int, Range(at_least=0)]
 Total = Annotated[int, Range(at_least=0)]  # of what adds up: bytes, steps

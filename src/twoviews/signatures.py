@@ -21,7 +21,7 @@ _KNOWN = {**vars(builtins), **vars(typing), "Sequence": Sequence, "Mapping": Map
 SYNONYMS = {"gpu": "cuda"}  # of choices, as people type them
 
 
-WHOLE = 2**63  # whole numbers are smaller, as torch's and YAML's readers need them
+INT_LIMIT = 2**63  # whole numbers are smaller, as torch's and YAML's readers need them
 LONGEST = 4096  # characters of a text, which may be a path
 
 
@@ -31,7 +31,7 @@ class Component:
     target: str
 
 
-def complaint(value: Any, annotation: Any) -> str:
+def mismatch(value: Any, annotation: Any) -> str:
     """What is wrong with a value, as the end of a sentence that begins with it; empty when nothing is.
 
     Understands int, float, bool, str, None, Literal, unions, sequences, fixed tuples, dictionaries, components of this
@@ -42,17 +42,17 @@ def complaint(value: Any, annotation: Any) -> str:
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return complaint(value, arguments[0]) or _out_of_range(value, arguments[1:])
+        return mismatch(value, arguments[0]) or _out_of_range(value, arguments[1:])
     if origin in (types.UnionType, typing.Union):
-        complaints = {argument: complaint(value, argument) for argument in arguments}
-        if "" in complaints.values():
+        mismatches = {argument: mismatch(value, argument) for argument in arguments}
+        if "" in mismatches.values():
             return ""
         alike = [
             argument
             for argument in arguments
             if _container(argument) == _container(value) and argument is not types.NoneType
         ]
-        return complaints[(alike or arguments)[0]]
+        return mismatches[(alike or arguments)[0]]
     if origin is Literal:
         return _wrong_choice(value, arguments)
     if annotation is Any:
@@ -68,7 +68,7 @@ def complaint(value: Any, annotation: Any) -> str:
             return "is not a dictionary, such as {a:1}"
         for key, inner in value.items():
             for part, kind in zip((key, inner), arguments, strict=False):
-                if wrong := complaint(part, kind):
+                if wrong := mismatch(part, kind):
                     return f"has {shown(key)}={shown(inner)}, where {shown(part)} {wrong}"
         return ""
     if isinstance(annotation, type) and issubclass(annotation, Component):
@@ -100,10 +100,10 @@ def _wrong_text(value: Any) -> str:
     return "" if isinstance(value, str) else "is not a text"
 
 
-def unusable(value: Any, annotation: Any = None) -> str:
-    """What keeps a value from being typed for any parameter, as the end of a sentence that begins with it.
+def invalid_value(value: Any, annotation: Any = None) -> str:
+    """Why no parameter may have this value, as the end of a sentence that begins with it; empty where one may.
 
-    That is to be empty, unless the annotation has a Length that says otherwise, or infinite, or no number, or too long.
+    It is empty (unless a Length of the annotation allows that), not finite, or too long.
     """
     if value in ("", []):
         lengths = [limit for limit in get_args(annotation) if isinstance(limit, Length)]
@@ -114,11 +114,11 @@ def unusable(value: Any, annotation: Any = None) -> str:
             return f"is longer than {LONGEST:,} characters"
         return "has a control character" if any(sign < " " for sign in value) else ""
     if isinstance(value, int):
-        return f"is too large; whole numbers end at {WHOLE - 1}" if abs(value) >= WHOLE else ""
+        return f"is too large; whole numbers end at {INT_LIMIT - 1}" if abs(value) >= INT_LIMIT else ""
     if isinstance(value, float):
         return "" if math.isfinite(value) else "is not a finite number"
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    return next(filter(None, map(unusable, inner)), "")
+    return next(filter(None, map(invalid_value, inner)), "")
 
 
 def _wrong_choice(value: Any, choices: Sequence[Any]) -> str:
@@ -155,8 +155,8 @@ def _wrong_elements(values: Sequence[Any], annotation: Any) -> str:
     fixed = get_origin(annotation) is tuple and Ellipsis not in kinds
     if fixed and len(values) != len(kinds):
         return f"needs {len(kinds)} numbers"
-    complaints = (complaint(value, kinds[number] if fixed else kinds[0]) for number, value in enumerate(values))
-    return next(filter(None, complaints), "")
+    mismatches = (mismatch(value, kinds[number] if fixed else kinds[0]) for number, value in enumerate(values))
+    return next(filter(None, mismatches), "")
 
 
 @dataclass(frozen=True)

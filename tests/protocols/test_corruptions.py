@@ -16,7 +16,7 @@ from twoviews.protocols.classification import top1
 from twoviews.protocols.corruptions import Corruptions
 from twoviews.protocols.protocol import EvaluationContext
 from twoviews.protocols.streams import Streams
-from twoviews.signatures import complaint, signature
+from twoviews.signatures import mismatch, signature
 
 
 def test_values_and_table():
@@ -74,7 +74,7 @@ def test_all_fifteen():
 
 def test_a_misspelt_name_is_corrected():
     names = signature("twoviews.protocols.corruptions.Corruptions")["corruptions"].annotation
-    assert "did you mean 'fog'" in complaint(["fgo"], names)
+    assert "did you mean 'fog'" in mismatch(["fgo"], names)
 
 
 @pytest.mark.parametrize("key", ["corruptions", "severities"])

@@ -43,7 +43,7 @@ def build(node: "DictConfig | dict[str, Any]", *, _key_: str = "", **arguments: 
 
 
 def build_data(node: "DictConfig | dict[str, Any]") -> "ImageData":
-    """The data set of a configuration's `data`; its notes name parameters as they are typed, as in data.size=64.
+    """The data set of a configuration's `data`; its notes name parameters as they are typed, such as data.size=64.
 
     Raises:
         BadInput: as `build` does; or what its function returned is no ImageData that a training can use.

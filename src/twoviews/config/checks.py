@@ -9,7 +9,7 @@ from twoviews.config.groups import PASSED_BY_PROGRAM, PLUGIN_KEYS, files_without
 from twoviews.config.values import flat, plain
 from twoviews.errors import BadInput, nearest, shown
 from twoviews.ranges import Count, Fraction, Range, Seed, Size, Temperature
-from twoviews.signatures import Parameter, complaint, signature, unusable
+from twoviews.signatures import Parameter, invalid_value, mismatch, signature
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -212,7 +212,7 @@ def _key_problems(
             yield from problems
             annotation = parameters[key].annotation
             try:
-                wrong = not problems and (complaint(value, annotation) or unusable(value, annotation))
+                wrong = not problems and (mismatch(value, annotation) or invalid_value(value, annotation))
             except TypeError:
                 yield _unusable_annotation(key, parameters[key], target)
                 continue

@@ -32,7 +32,7 @@ _OPTIONAL = ("experiment", "special")  # groups of conf/train.yaml that may have
 
 
 def check_arguments(name: str, arguments: Sequence[str]) -> None:
-    """Refuse what Hydra would ignore without a word, or answer with a page of usage or a traceback.
+    """Refuse what Hydra would ignore silently, or answer with a page of usage or a traceback.
 
     `name` is that of the command: train, evaluate or cluster.
 
@@ -60,9 +60,9 @@ def check_arguments(name: str, arguments: Sequence[str]) -> None:
 def hydra_arguments(name: str, arguments: Sequence[str]) -> list[str]:
     """The words of a command as Hydra accepts them.
 
-    Hydra sets only keys that exist, and composes the configuration of a sweep before it looks at what is swept. So a key
-    of `_OPEN_NODE` is added with "++", and a key that exists only with swept choices of groups is swept, too, over its one
-    value.
+    Hydra sets only keys that exist, so a key of `_OPEN_NODE` is added with "++". It composes the configuration of a sweep
+    without the swept choices, so a key that only these have, such as method.queue_size with method=moco,moco_v3, is itself
+    made a sweep over its one value.
     """
     words = [f"++{word}" if word.startswith((f"{_OPEN_NODE}.", f"{_OPEN_NODE}={{")) else word for word in arguments]
     if MULTIRUN_FLAGS.isdisjoint(words):

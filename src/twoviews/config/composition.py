@@ -18,7 +18,7 @@ VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.star
 
 
 def register_resolvers() -> None:
-    """Make known to OmegaConf what files of conf/ use.
+    """Register the resolvers that files of conf/ use.
 
     `run_name` is the name of a run's folder, `options` those of a group with * behind the chosen ones, `largest_view` a value
     of the training's views.

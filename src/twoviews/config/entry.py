@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -29,9 +28,6 @@ from twoviews.files import file_error
 BAD_INPUT = 2  # exit code for mistakes that the user can correct
 SIGNAL_EXIT_BASE = 128  # plus the signal's number: exit code of a run that was stopped and can be continued
 
-Name = Literal["train", "evaluate", "cluster"]
-Main = Callable[[DictConfig, Path], int | None]
-
 _LESS_MEMORY = {
     "train": "find_batch=true finds the largest batch_size that fits",
     "evaluate": "close other programs, or choose other protocols",
@@ -44,8 +40,8 @@ _AFTER_CTRL_C = {
 }
 
 
-def entry(name: Name) -> Callable[[Main], Callable[[], None]]:
-    """A command whose configuration is conf/<name>.yaml: main(cfg, folder) is called with it, checked, and the run folder.
+def entry(name: str) -> Callable[[Callable[[DictConfig, Path], int | None]], Callable[[], None]]:
+    """A command that calls main(cfg, folder) with the checked configuration, of conf/<name>.yaml, and the run folder.
 
     BadInput and errors of Hydra are printed in one sentence for each mistake, with exit code 2; other exceptions are defects
     and keep their traceback. A number returned by main becomes the exit code.
@@ -57,10 +53,10 @@ def entry(name: Name) -> Callable[[Main], Callable[[], None]]:
 class _Command:
     """Runs one entry point; see `entry`."""
 
-    def __init__(self, name: Name, main: Main):
+    def __init__(self, name: str, main: Callable[[DictConfig, Path], int | None]):
         self.name, self.main = name, main
         self.exit_codes: list[int] = []
-        self.composed = False  # whether Hydra has called `job`
+        self.composed = False  # whether Hydra has called `run_composed`
 
     def run(self) -> None:
         """Read sys.argv, run, and leave with the exit code."""
@@ -69,7 +65,7 @@ class _Command:
         # Threads that spin while they wait for one that lost its core to another program make a step several times
         # slower on a busy machine; waiting asleep costs some per cent on an idle one. Read when torch is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        # argparse takes overrides from one place only: none behind a -m that has some before it.
+        # argparse refuses overrides on both sides of -m, so flags go first.
         sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in MULTIRUN_FLAGS)
         self.exit_codes, self.composed = [], False
         register_resolvers()
@@ -79,7 +75,7 @@ class _Command:
             processes.drop_incomplete_variables(self.name, sweep=not MULTIRUN_FLAGS.isdisjoint(sys.argv[1:]))
             check_arguments(self.name, sys.argv[1:])
             sys.argv[1:] = hydra_arguments(self.name, sys.argv[1:])
-            hydra.main(**VERSION_BASE, config_path=str(CONF), config_name=self.name)(self.job)()
+            hydra.main(**VERSION_BASE, config_path=str(CONF), config_name=self.name)(self.run_composed)()
         except BadInput as error:
             self._refuse(*error.messages)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -96,20 +92,20 @@ class _Command:
             self.exit_codes.append(SIGNAL_EXIT_BASE + signal.SIGINT)
         sys.exit(max(self.exit_codes, default=0))
 
-    def job(self, cfg: DictConfig) -> None:
-        """Called by Hydra with each configuration that it has composed.
+    def run_composed(self, cfg: DictConfig) -> None:
+        """Called by Hydra with each configuration that it has composed: one or, by evaluate.py -m or cluster.py -m, several.
 
-        A sweep of train.py does not come here: its jobs are processes of their own (sweeps/runner.py).
+        The jobs of a sweep of train.py are processes of their own (sweeps/runner.py).
 
-        Errors that the user can correct are not raised through Hydra, which would print the command around them, and which
-        would skip the other jobs of a sweep.
+        Errors that the user can correct are not raised through Hydra, which would print the command around them and leave
+        out the configurations that follow.
         """
         self.composed = True
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
             self._check_and_run(cfg, folder)
         except Stopped as stopped:
-            if os.environ.get("RANK", "0") == "0":
+            if processes.rank() == 0:
                 print("stopped before the training began; the same command begins again.", file=sys.stderr)
             sys.exit(SIGNAL_EXIT_BASE + stopped.number)
         except BadInput as error:
@@ -142,7 +138,7 @@ class _Command:
             print("loading torch …", flush=True)  # some seconds, in which a person would see nothing
         self.exit_codes.append(self.main(cfg, folder) or 0)
         if self.exit_codes[-1] >= SIGNAL_EXIT_BASE:
-            sys.exit(self.exit_codes[-1])  # Hydra must not begin the next jobs of a sweep
+            sys.exit(self.exit_codes[-1])  # Hydra must not begin with the next configuration
 
     def _sentences(self, error: Exception) -> list[str]:
         """What is wrong with sys.argv, without values that may hold a password, however they are quoted."""
@@ -155,7 +151,7 @@ class _Command:
 
     def _refuse(self, *messages: str) -> None:
         """Print the messages and record the exit code for bad input."""
-        if os.environ.get("RANK", "0") == "0":  # all processes of torchrun find the same mistakes
+        if processes.rank() == 0:  # all processes of torchrun find the same mistakes
             for message in messages:
                 print(f"error: {without_secrets(message)}", file=sys.stderr)
         self.exit_codes.append(BAD_INPUT)

@@ -18,7 +18,10 @@ BATCH, QUEUE = "batch_size", "method.queue_size"
 
 
 def keys_set_by_user(folder: Path) -> Set[str]:
-    """The keys that the command sets, or of a job of a sweep the command that launched it; of a recorded run all of them."""
+    """The keys that the command sets, or for a job of a sweep the command that launched it.
+
+    Of a run that is read from its config.yaml those that `fit_to_data` would change: they stay as they were recorded.
+    """
     if "method" in HydraConfig.get().runtime.choices:
         overrides = HydraConfig.get().overrides.task
     elif (folder / "point.json").exists():

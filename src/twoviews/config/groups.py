@@ -12,10 +12,10 @@ ROOT = Path(__file__).resolve().parents[3]  # of the checkout
 _PACKAGED = Path(__file__).resolve().parents[1] / "conf"  # of a package that `pip install .` made
 CONF = _PACKAGED if _PACKAGED.is_dir() else ROOT / "conf"
 
-# The key of conf/hydra/<kind>/*.yaml that names a class of this package; of a sweeper, `_target_` names the plugin of Hydra.
+# The key of conf/hydra/<kind>/*.yaml that names our class. In a sweeper's, `_target_` names the plugin that Hydra starts.
 PLUGIN_KEYS = {"launcher": "_target_", "sweeper": "search"}
 
-# Parameters that the program passes: a configuration must not set them, or its value would be replaced without a word.
+# Parameters that the program passes: a configuration must not set them, or its value would be replaced silently.
 PASSED_BY_PROGRAM = {
     "backbone": ("channels", "image_size"),
     "augmentation": ("size", "channels", "mean", "std"),

@@ -17,7 +17,11 @@ from twoviews.signatures import signature
 _PARAMETER = re.compile(r"(?<![\w.$/:-])([a-z_]\w*)((?:\.[\w<>]+)*=)")
 _WITHOUT_PREFIX = ("protocol", "hydra", "experiment", "special")  # groups with several nodes, or with none of their own
 _ROOT_KEYS = ("seed", "epochs", "batch_size", "fresh", "preview", "find_batch")
-_OF_ALL_PROTOCOLS = ("images", "format")  # evaluate.py has them as keys of its own, from which protocols take them
+# Root keys of evaluate.py that predict, embed, neighbours and export have as parameters; health.images is none of these.
+_SET_BY_ROOT_KEYS = ("images", "format")
+    "images",
+    "format",
+)  # parameters of some protocols (predict, embed, neighbours, export): root keys of evaluate.py
 
 
 def qualify(
@@ -51,10 +55,10 @@ def protocol_keys(name: str, node: Mapping[str, Any]) -> dict[str, str]:
     """How the parameters of a protocol are typed, by their names: lr is protocol.finetune.lr.
 
     Args:
-        name: of the protocol, which can be given to two files of conf/protocol in turn.
+        name: of the protocol's node; several files (knn, knn_small) may share it.
         node: its configuration; parameters of a node inside it are those that the protocol itself does not have.
     """
-    keys = {key: f"protocol.{name}.{key}" for key in node if key not in ("_target_", *_OF_ALL_PROTOCOLS)}
+    keys = {key: f"protocol.{name}.{key}" for key in node if key not in ("_target_", *_SET_BY_ROOT_KEYS)}
     for key, value in node.items():
         if isinstance(value, Mapping):
             keys = protocol_keys(f"{name}.{key}", value) | keys

@@ -21,7 +21,7 @@ from twoviews.data.store import Recipe, Store, statistics, stored
 from twoviews.errors import BadInput, counted, printable
 from twoviews.foreign import check_regular
 from twoviews.randomness import generator
-from twoviews.ranges import Fraction, Index, Length, Positive, Range, Size
+from twoviews.ranges import Fraction, Length, NonNegativeInt, Positive, Range, Size
 
 Side = Annotated[int, Range(at_least=8, at_most=4096)]
 Workers = Annotated[int, Range(at_least=0, at_most=1000)]
@@ -195,7 +195,7 @@ def folder(
     size: Side | None = None,
     channels: Literal[1, 3] = 3,
     train_images: Size | None = None,
-    max_broken: Index = 0,
+    max_broken: NonNegativeInt = 0,
     workers: Workers | None = None,
     cache: str = "~/.cache/twoviews",
 ) -> ImageData:

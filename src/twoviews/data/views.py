@@ -20,7 +20,7 @@ from twoviews.data.draws import NUMBERS_PER_IMAGE, Draw, View, distributions, dr
 from twoviews.data.rendering import compiled, normalise, render_boxes, render_views
 from twoviews.errors import BadInput, nearest, shown
 from twoviews.ranges import Length
-from twoviews.signatures import complaint, unusable
+from twoviews.signatures import invalid_value, mismatch
 
 
 class Views:
@@ -161,7 +161,7 @@ def _recipe(name: str, numbers: dict[str, Any]) -> View:
         if key not in annotations:
             close = nearest(key, annotations).replace("'", f"'{where}.", 1)
             raise BadInput(f"{where}.{key} is no number of a view.{close} Known: {', '.join(annotations)}.")
-        if wrong := complaint(value, annotations[key]) or unusable(value):
+        if wrong := mismatch(value, annotations[key]) or invalid_value(value):
             raise BadInput(f"{where}.{key}={shown(value)} {wrong}.")
         if get_origin(annotations[key]) is tuple and value[0] > value[1]:
             raise BadInput(f"{where}.{key}={shown(value)} has the larger number first: use [{value[1]},{value[0]}].")

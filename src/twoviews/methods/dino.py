@@ -18,7 +18,7 @@ from twoviews.backbones import Encoder
 from twoviews.errors import BadInput
 from twoviews.layers import ema_update, encode_crops, frozen_copy, rising_momentum, spread, targets
 from twoviews.methods.method import Collapse, Method, Output, Progress, Rows
-from twoviews.ranges import EmaMomentum, Index, NotNegative, Range, Repeats, Size, Temperature
+from twoviews.ranges import EmaMomentum, NonNegativeInt, NotNegative, Range, Repeats, Size, Temperature
 
 TeacherTemperature = Annotated[float, Range(above=0, usual="0.04 to 0.07")]
 
@@ -123,7 +123,7 @@ class DINO(Method):
         student_temperature: Temperature,
         teacher_temperature: TeacherTemperature,
         teacher_start_temperature: TeacherTemperature,
-        teacher_warmup_epochs: Index,
+        teacher_warmup_epochs: NonNegativeInt,
         teacher_crops: Repeats,
         momentum: EmaMomentum,
         center_momentum: Annotated[float, Range(at_least=0, below=1, usual="0.9")],

@@ -94,6 +94,6 @@ class MoCo(Method):
         return Output(loss, {"spread": spread(q1)}, keys)
 
     def after_step(self, progress: Progress, rows: Rows) -> None:
-        """Keys are queued. The key encoder follows; batch-norm statistics stay its own, as in the original."""
+        """Enqueue the keys; update the key encoder by EMA, whose batch-norm statistics stay its own, as in the original."""
         self.queue.push(torch.cat(list(rows.values())))
         ema_update(self.key_encoder, (self.encoder, self.projector), self.momentum)

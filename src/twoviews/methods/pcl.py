@@ -23,7 +23,7 @@ from twoviews.layers import Queue, ema_update, frozen_copy, mlp, spread
 from twoviews.methods.method import Embed, Method, Output, Progress, Rows
 from twoviews.methods.moco import info_nce
 from twoviews.randomness import seed_of
-from twoviews.ranges import Count, EmaMomentum, Index, Size, Temperature
+from twoviews.ranges import Count, EmaMomentum, NonNegativeInt, Size, Temperature
 
 IMAGES_PER_CLUSTER = (200, 100, 50)  # of the default: k = 250, 500 and 1000 for CIFAR's 50,000 images
 
@@ -109,7 +109,7 @@ class PCL(Method):
         clusters: list[Size] | None,
         negative_prototypes: Size | None,
         mask_same_cluster: bool,
-        warmup_epochs: Index,
+        warmup_epochs: NonNegativeInt,
         nredo: Count | None = None,
     ):
         super().__init__()

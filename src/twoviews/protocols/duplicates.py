@@ -23,7 +23,7 @@ from twoviews.figures import save_sheet
 from twoviews.pictures import GAP, GREY, HEADING_PX, LINE_PX, draw_frame, fitted, font, squares, titled_sheet
 from twoviews.protocols.neighbours import CAPTION, nearest_rows
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol, TableRow
-from twoviews.ranges import Count, Index, Range
+from twoviews.ranges import Count, NonNegativeInt, Range
 
 MAX_PAIRS, COLUMNS = 40, 4  # of the sheet
 ROWS_SHOWN = 10  # of the table, whose rows are long
@@ -92,7 +92,7 @@ class Duplicates(Protocol):
 
     threshold: Annotated[float, Range(above=0, below=1, usual="0.9 to 0.99")]
     k: Annotated[Count, Range(at_most=1000)]
-    every_epochs: Index
+    every_epochs: NonNegativeInt
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """Numbers of pairs: `pairs` of all, `exact` of these with equal pixels, and <split> within and <split>_<other> across.

@@ -18,7 +18,7 @@ from twoviews.errors import BadInput, printable
 from twoviews.files import open_atomic
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.protocols.user_images import check_images, embed_user_images, grey_notes, image_paths
-from twoviews.ranges import Index
+from twoviews.ranges import NonNegativeInt
 from twoviews.runtime import format_name
 
 Format = Literal["npz", "parquet", "csv"]
@@ -43,7 +43,7 @@ class Embed(Protocol):
     split: Literal["train", "memory", "test"]
     images: str | None
     formats: Sequence[Format]
-    every_epochs: Index
+    every_epochs: NonNegativeInt
 
     def __post_init__(self) -> None:
         if self.images is not None:

@@ -21,7 +21,7 @@ from twoviews.encoder_file import WEIGHTS_FILE, describe, load_encoder, save_enc
 from twoviews.encoders.weight_files import RESNETS
 from twoviews.errors import BadInput
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
-from twoviews.ranges import Index
+from twoviews.ranges import NonNegativeInt
 
 COMPARED_IMAGES = 32
 TOLERANCE = 1e-4  # of a feature, or of the largest feature where that is above 1
@@ -46,7 +46,7 @@ class Export(Protocol):
     needs_labels = False
 
     format: Literal["torchvision", "timm", "safetensors", "onnx"]
-    every_epochs: Index
+    every_epochs: NonNegativeInt
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """The value `difference` is the largest one between an output of the network and of the exported file.

@@ -22,7 +22,7 @@ from twoviews.protocols.labelled import labelled
 from twoviews.protocols.linear import Linear, Probe, held_out
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol, TableRow
 from twoviews.randomness import generator
-from twoviews.ranges import Count, Index, Length, NotNegative, Range, Seed
+from twoviews.ranges import Count, Length, NonNegativeInt, NotNegative, Range, Seed
 
 
 def quota(y: Int[Tensor, " N"], classes: int, share: float) -> tuple[Int[Tensor, " C"], int]:
@@ -69,7 +69,7 @@ class FewLabels(Protocol):
     iterations: Count
     finetune: FineTune | None
     seed: Seed
-    every_epochs: Index
+    every_epochs: NonNegativeInt
 
     def __post_init__(self) -> None:
         if not [*self.shares, *self.per_class]:

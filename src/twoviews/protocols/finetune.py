@@ -31,7 +31,7 @@ from twoviews.protocols.labelled import Diverged, classifier, crops, labelled, t
 from twoviews.protocols.linear import Linear, Probe, held_out, linear_of_run, temperature
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import seed_of
-from twoviews.ranges import Count, Fraction, Index, NotNegative, Positive, Range, Seed
+from twoviews.ranges import Count, Fraction, NonNegativeInt, NotNegative, Positive, Range, Seed
 from twoviews.runtime import autocast
 from twoviews.schedule import Cosine
 
@@ -100,7 +100,7 @@ class FineTune(Protocol):
     smallest_crop: Annotated[float, Range(above=0, at_most=1, usual="0.08")]
     flip: Fraction
     seed: Seed
-    every_epochs: Index
+    every_epochs: NonNegativeInt
     linear: Linear | None = None  # this and held_out are missing in configurations of version 0.1.0
     held_out: Annotated[float, Range(above=0, below=1, usual="0.1")] = 0.1
 

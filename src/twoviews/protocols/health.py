@@ -19,7 +19,7 @@ from twoviews.features import BATCH
 from twoviews.layers import spread
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import generator
-from twoviews.ranges import Fraction, Index, Range
+from twoviews.ranges import Fraction, NonNegativeInt, Range
 from twoviews.runtime import autocast
 
 # Thresholds of the advice. Small ResNets on CIFAR-10 and on digits had a spread of 0.16 and 22 to 27 effective dimensions
@@ -112,7 +112,7 @@ class Health(Protocol):
     images: Annotated[int, Range(at_least=2, usual="2000")]
     scale: Sequence[Annotated[float, Range(above=0, at_most=1)]]
     flip: Fraction
-    every_epochs: Index
+    every_epochs: NonNegativeInt
 
     def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Crops and flips of the run's views; of several the one with the largest crops."""

@@ -18,7 +18,7 @@ from twoviews.errors import counted, printable
 from twoviews.features import Features
 from twoviews.protocols.classification import accuracies, mask_zeros
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
-from twoviews.ranges import Count, Index, Temperature
+from twoviews.ranges import Count, NonNegativeInt, Temperature
 
 CHUNK_BYTES = 64 * 2**20  # of similarities held in memory
 SMALL_K = 20  # of protocol=knn_small
@@ -118,7 +118,7 @@ class KNN(Protocol):
 
     together = True
 
-    def __init__(self, k: Count, temperature: Temperature, every_epochs: Index):
+    def __init__(self, k: Count, temperature: Temperature, every_epochs: NonNegativeInt):
         self.k, self.temperature, self.every_epochs = k, temperature, every_epochs
 
     def notes(self, data: ImageData) -> list[str]:

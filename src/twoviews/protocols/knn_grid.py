@@ -15,7 +15,7 @@ from twoviews.features import Features
 from twoviews.protocols.classification import mask_zeros, ranks
 from twoviews.protocols.knn import clamped_notes, neighbours, votes
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
-from twoviews.ranges import Count, Index, Temperature
+from twoviews.ranges import Count, NonNegativeInt, Temperature
 
 
 class KNNGrid(Protocol):
@@ -30,7 +30,7 @@ class KNNGrid(Protocol):
         temperatures: of the votes.
     """
 
-    def __init__(self, ks: Sequence[Count], temperatures: Sequence[Temperature], every_epochs: Index):
+    def __init__(self, ks: Sequence[Count], temperatures: Sequence[Temperature], every_epochs: NonNegativeInt):
         self.ks, self.temperatures, self.every_epochs = sorted(set(ks)), sorted(set(temperatures)), every_epochs
 
     def notes(self, data: ImageData) -> list[str]:

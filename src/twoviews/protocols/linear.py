@@ -22,7 +22,7 @@ from twoviews.features import Features
 from twoviews.protocols.classification import top1
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import generator
-from twoviews.ranges import Count, Index, NotNegative, Range
+from twoviews.ranges import Count, NonNegativeInt, NotNegative, Range
 from twoviews.torch_optimizers import LBFGS
 
 
@@ -129,7 +129,7 @@ class Linear(Protocol):
     weight_decays: Sequence[NotNegative]
     held_out: Annotated[float, Range(above=0, below=1, usual="0.1")]
     iterations: Count
-    every_epochs: Index
+    every_epochs: NonNegativeInt
 
     def notes(self, data: ImageData) -> list[str]:
         """A sentence if the weight decay cannot be chosen for want of held-out images."""

@@ -20,7 +20,7 @@ from twoviews.optim import larc, scaled_lr, sgd
 from twoviews.protocols.classification import accuracies
 from twoviews.protocols.labelled import classifier, crops, labelled, train_classifier
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
-from twoviews.ranges import Count, Fraction, Index, NotNegative, Positive, Range, Seed
+from twoviews.ranges import Count, Fraction, NonNegativeInt, NotNegative, Positive, Range, Seed
 from twoviews.runtime import autocast
 from twoviews.schedule import Cosine, Step
 
@@ -56,7 +56,7 @@ class LinearAugmented(Protocol):
     smallest_crop: Annotated[float, Range(above=0, at_most=1, usual="0.08")]
     flip: Fraction
     seed: Seed
-    every_epochs: Index
+    every_epochs: NonNegativeInt
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1 and top5 on the test images, learning rate and batch size that were used, and a note if it was clamped."""

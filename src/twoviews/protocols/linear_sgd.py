@@ -23,7 +23,7 @@ from twoviews.protocols.classification import accuracies, top1
 from twoviews.protocols.linear import held_out
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import generator
-from twoviews.ranges import Count, Index, NotNegative, Positive, Range, Seed
+from twoviews.ranges import Count, NonNegativeInt, NotNegative, Positive, Range, Seed
 from twoviews.schedule import Cosine
 
 MIN_PROBABILITY = 1e-30  # smaller ones count as 0
@@ -105,7 +105,7 @@ class LinearSGD(Protocol):
     batch_size: Count
     epochs: Count
     seed: Seed
-    every_epochs: Index
+    every_epochs: NonNegativeInt
 
     def __call__(self, context: EvaluationContext) -> EvaluationResult:
         """top1 and top5 on the test images, the pair they were reached with, and all pairs, the best first, as a table.

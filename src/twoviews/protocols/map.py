@@ -15,7 +15,7 @@ from twoviews.errors import BadInput, counted, printable
 from twoviews.figures import WIDTH, drawing
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import generator, seed_of
-from twoviews.ranges import Index, Seed
+from twoviews.ranges import NonNegativeInt, Seed
 
 MAX_IMAGES = 3_000
 MAX_PLAIN_CLASSES = 10  # more are not told apart by colour alone: their names stand on the map, too
@@ -40,7 +40,7 @@ class Map(Protocol):
 
     split: Literal["train", "memory", "test"]
     seed: Seed
-    every_epochs: Index
+    every_epochs: NonNegativeInt
     algorithm: Literal["tsne", "umap"] = "tsne"
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ from twoviews.protocols.knn import neighbours
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol, TableRow
 from twoviews.protocols.user_images import check_images, embed_user_images, grey_notes, image_paths
 from twoviews.randomness import generator
-from twoviews.ranges import Count, Index, Seed
+from twoviews.ranges import Count, NonNegativeInt, Seed
 
 MAX_ROWS, MAX_COLUMNS = 20, 10  # images on the sheet, and neighbours of each
 CAPTION = 12  # px, of names, so that more of them fits
@@ -73,7 +73,7 @@ class Neighbours(Protocol):
     k: Count
     sample: Count
     seed: Seed
-    every_epochs: Index
+    every_epochs: NonNegativeInt
 
     def __post_init__(self) -> None:
         if self.images is not None:

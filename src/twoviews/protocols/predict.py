@@ -20,7 +20,7 @@ from twoviews.protocols.knn import neighbours
 from twoviews.protocols.linear import Linear, linear_of_run
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol, TableRow
 from twoviews.protocols.user_images import check_images, embed_user_images, grey_notes, image_paths
-from twoviews.ranges import Count, Index, NotNegative, Range
+from twoviews.ranges import Count, NonNegativeInt, NotNegative, Range
 
 NEAREST = 10  # bank images whose mean distance is taken
 FAR_PERCENTILE = 99.0  # of the distances of test images: from there on an image is far from the bank
@@ -58,7 +58,7 @@ class Predict(Protocol):
     weight_decays: Sequence[NotNegative]
     held_out: Annotated[float, Range(above=0, below=1, usual="0.1")]
     iterations: Count
-    every_epochs: Index
+    every_epochs: NonNegativeInt
 
     def __post_init__(self) -> None:
         check_images(self.images)

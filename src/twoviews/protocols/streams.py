@@ -22,7 +22,7 @@ from twoviews.protocols.classification import bootstrap_intervals
 from twoviews.protocols.linear import Linear, linear_of_run
 from twoviews.protocols.protocol import EvaluationContext, Protocol, TableRow
 from twoviews.randomness import generator
-from twoviews.ranges import Corruption, Count, Index, Seed, Severity
+from twoviews.ranges import Corruption, Count, NonNegativeInt, Seed, Severity
 
 Classify = Callable[[Float[Tensor, "B C H W"]], Float[Tensor, "B K"]]  # normalised images to logits
 
@@ -124,7 +124,7 @@ class OnStreams(Protocol):
     severities: Sequence[Severity]
     images: Count | None
     seed: Seed
-    every_epochs: Index
+    every_epochs: NonNegativeInt
 
     def settings_from_run(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of the run's linear probe."""

@@ -21,7 +21,7 @@ from twoviews.config.digest import NOT_IN_DIGEST, without_unused
 from twoviews.config.values import flat
 from twoviews.errors import BadInput
 from twoviews.files import write_atomic
-from twoviews.signatures import complaint
+from twoviews.signatures import mismatch
 from twoviews.tracking.metrics import read
 
 SEED = "seed"  # the key of the parameter that is not searched for
@@ -112,7 +112,7 @@ class Job:
         """The state that the runner wrote last, QUEUED before that; `current_states` compares it with the scheduler."""
         names, path = {field.name for field in fields(JobState)}, self.folder / "state.json"
         content = foreign.load(path)
-        if content and (wrong := complaint(content["state"], StateName)):
+        if content and (wrong := mismatch(content["state"], StateName)):
             raise foreign.damaged(path, f"state={content['state']} {wrong}")
         content["slurm_id"] = content.get("job")
         return JobState(**{key: value for key, value in content.items() if key in names})

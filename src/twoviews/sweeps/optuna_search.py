@@ -14,7 +14,7 @@ import optuna
 from filelock import FileLock, Timeout
 
 from twoviews.errors import BadInput, nearest
-from twoviews.ranges import Count, Index, Trials
+from twoviews.ranges import Count, NonNegativeInt, Trials
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job_states import CANCEL_SECONDS, wait_until_ended
 from twoviews.sweeps.launching import FREE_KEYS, SweepCommand, launch_all
@@ -41,7 +41,7 @@ class Optuna(Search):
     """
 
     trials: Trials
-    draw: Index
+    draw: NonNegativeInt
     metric: str
     prune: bool
     at_once: Count

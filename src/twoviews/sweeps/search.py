@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Over
 
 from twoviews.config.groups import chooses, options
 from twoviews.errors import BadInput
-from twoviews.ranges import Index, Trials
+from twoviews.ranges import NonNegativeInt, Trials
 from twoviews.sweeps.job import SEED
 from twoviews.sweeps.launching import SweepCommand, launch_all
 
@@ -215,7 +215,7 @@ class Random(Search):
     """
 
     trials: Trials
-    draw: Index
+    draw: NonNegativeInt
 
     def configs(self, space: SearchSpace) -> Iterator[dict[str, str]]:
         """Different configs; more trials begin with the same ones as fewer."""

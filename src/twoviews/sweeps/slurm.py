@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from twoviews.console import Console
 from twoviews.errors import BadInput, counted
-from twoviews.ranges import Count, Index, Length
+from twoviews.ranges import Count, Length, NonNegativeInt
 from twoviews.sweeps import runner
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job
@@ -50,7 +50,7 @@ class Slurm(Launcher):
     signal_delay_s: Count
     array_parallelism: Count
     cpus_per_task: Count
-    gpus_per_node: Index | None
+    gpus_per_node: NonNegativeInt | None
     mem_gb: Count | None
     partition: str | None
     account: str | None

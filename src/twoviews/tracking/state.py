@@ -14,7 +14,7 @@ from twoviews.config.groups import ROOT
 from twoviews.files import write_atomic
 from twoviews.locks import locked_for_upload
 from twoviews.ranges import Total
-from twoviews.signatures import complaint
+from twoviews.signatures import mismatch
 from twoviews.tracking import uris
 
 STATE_FILE = "tracking.json"
@@ -53,7 +53,7 @@ class UploadState:
         path, kinds = folder / STATE_FILE, get_type_hints(cls, include_extras=True)
         content = foreign.load(path)
         for key, value in content.items():
-            if wrong := complaint(value, kinds[key]) if key in kinds else "is no key of it":
+            if wrong := mismatch(value, kinds[key]) if key in kinds else "is no key of it":
                 raise foreign.damaged(path, f"{key} {wrong}")
         return cls(**content)
 
