@@ -19,10 +19,10 @@ def main(cfg, folder: Path) -> int:
     from twoviews.locks import locked_for_evaluation
 
     console, overrides = Console(), HydraConfig.get().overrides.task
-    data = partial(load_data, cfg) if "data" in cfg else None
-    loaded = open_encoder(cfg.run, data, cfg.mean, cfg.std)
+    load_chosen = partial(load_data, cfg) if "data" in cfg else None
+    loaded = open_encoder(cfg.run, load_chosen, cfg.mean, cfg.std)
     with locked_for_evaluation(loaded.folder, console.say):
-        cluster_images(loaded, data, cfg, overrides, console)
+        cluster_images(loaded, load_chosen, cfg, overrides, console)
     return 0
 
 

@@ -27,12 +27,12 @@ def main(cfg, folder: Path) -> int:
     if problems := mistakes(*(partial(NamedProtocol, name, node) for name, node in cfg.protocol.items())):
         raise BadInput(*problems)
     console, overrides, evaluations = Console(), HydraConfig.get().overrides.task, {}
-    data = cache(lambda: load_data(cfg)) if "data" in cfg else None
+    load_chosen = cache(partial(load_data, cfg)) if "data" in cfg else None
     for run in expand_runs(cfg.run):
-        loaded = open_encoder(run, data, cfg.mean, cfg.std)
+        loaded = open_encoder(run, load_chosen, cfg.mean, cfg.std)
         name = run if loaded.name in evaluations else loaded.name
         with locked_for_evaluation(loaded.folder, console.say):
-            evaluations[name] = evaluate(loaded, data, cfg, overrides, console)
+            evaluations[name] = evaluate(loaded, load_chosen, cfg, overrides, console)
     if len(evaluations) > 1:
         compare(evaluations, Path("outputs"), console)
     return 0

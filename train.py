@@ -26,7 +26,8 @@ def main(cfg, folder: Path) -> int:
     from twoviews.run_summary import print_summary
     from twoviews.stop_signal import StopSignal
 
-    with StopSignal() as stop, process_group.group((runtime := build(cfg.runtime)).torch_device()) as device:
+    runtime = build(cfg.runtime)
+    with StopSignal() as stop, process_group.group(runtime.torch_device()) as device:
         check_without_data(cfg, runtime, device)
         if cfg.find_batch:
             return find_batch(cfg, device, folder)
@@ -48,7 +49,8 @@ def main(cfg, folder: Path) -> int:
             )
             recording.resume(training)
             try:
-                return recording.finish(training, finished=training.fit(stop), stop=stop)
+                finished = training.fit(stop)
+                return recording.finish(training, finished, stop)
             except NotFinite as error:
                 return recording.fail(training, str(error))
 

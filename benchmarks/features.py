@@ -24,7 +24,7 @@ from twoviews import features, inference
 from twoviews.backbones import ResNet
 from twoviews.data.images import ImageData, Images
 from twoviews.features import embed
-from twoviews.inference import choose_path, fold_batchnorm
+from twoviews.inference import choose_backend, fold_batchnorm
 from twoviews.runtime import autocast
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -103,14 +103,14 @@ def case(
     """The row of one path."""
     device, dtype = exact.device, DTYPES[name]
     features.BATCH[device.type], inference.CHANNEL_MULTIPLE = size, aligned
-    inference.PREFERRED_PATHS[device.type] = () if path == "plain" else (path,)
+    inference.PREFERRED_BACKENDS[device.type] = () if path == "plain" else (path,)
     inference._reasons.clear()
     torch.backends.cudnn.benchmark = name != "fp32"
     row: dict[str, Any] = {"path": path, "dtype": name, "batch": size, "channels": aligned if path != "plain" else 3}
     used = None
     if path != "plain":
         start = time.perf_counter()
-        used = choose_path(encoder, device, dtype, 32, size)
+        used = choose_backend(encoder, device, dtype, 32, size)
         row["trial_ms"] = 1e3 * (time.perf_counter() - start)
         if used != path:
             return {**row, "reason": next(filter(None, inference._reasons.values()), "does not serve here")}
@@ -142,7 +142,7 @@ def main() -> None:
     device, start = torch.device(given.device), time.perf_counter()
     torch.backends.cudnn.allow_tf32 = False
     data, encoder = random_images(given.images, device), resnet18_cifar(device, given.width)
-    features.BATCH[device.type], inference.PREFERRED_PATHS[device.type] = 1024, ()
+    features.BATCH[device.type], inference.PREFERRED_BACKENDS[device.type] = 1024, ()
     exact = embed(encoder, data.train, data, device, torch.float32, channels_last=True)
     title = f"{'path':8}{'dtype':>6}{'batch':>7}{'channels':>10}{'ms':>9}{'host':>9}{'forward':>9}{'first':>9}"
     print(f"{title}{'error':>10}{'cosine':>9}", flush=True)

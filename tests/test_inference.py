@@ -18,7 +18,7 @@ from twoviews import features, fused_norm_triton, inference
 from twoviews.backbones import ResNet
 from twoviews.data.sources import digits
 from twoviews.features import embed
-from twoviews.inference import PREFERRED_PATHS, _Block, choose_path, fold_batchnorm
+from twoviews.inference import PREFERRED_BACKENDS, _Block, choose_backend, fold_batchnorm
 
 CPU = torch.device("cpu")
 FORMS = [("basic", "cifar"), ("bottleneck", "strided"), ("basic", "imagenet")]
@@ -38,11 +38,11 @@ def add_relu(x: Tensor, weight: Tensor, z: Tensor, alpha: float, bias: Tensor | 
 
 
 @contextlib.contextmanager
-def operators(path: str | None) -> Iterator[None]:
+def operators(backend: str | None) -> Iterator[None]:
     """Those of a GPU, on the CPU."""
-    if path == "triton" and GPU:
+    if backend == "triton" and GPU:
         pytest.skip("Triton has no interpreter beside a GPU")
-    with pytest.MonkeyPatch.context() as patch, interpreted() if path == "triton" else contextlib.nullcontext():
+    with pytest.MonkeyPatch.context() as patch, interpreted() if backend == "triton" else contextlib.nullcontext():
         patch.setattr(torch, "cudnn_convolution_relu", relu)
         patch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
         patch.setattr(inference, "_reasons", {})
@@ -64,77 +64,79 @@ def trained(
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("path", [None, "mkldnn", "cudnn", "triton"])
+@pytest.mark.parametrize("backend", [None, "mkldnn", "cudnn", "triton"])
 @pytest.mark.parametrize(("block", "stem"), FORMS)
-def test_folded_networks_compute_the_same_and_leave_the_original(block, stem, path, memory_format) -> None:
+def test_folded_networks_compute_the_same_and_leave_the_original(block, stem, backend, memory_format) -> None:
     encoder = trained(block, stem, memory_format)
     images = torch.randn(16, 3, 32, 32).to(memory_format=memory_format)
     before, given = {name: value.clone() for name, value in encoder.state_dict().items()}, images.clone()
-    with operators(path), torch.no_grad():
-        network = fold_batchnorm(nn.Sequential(encoder, nn.Linear(encoder.out_dim, 4)), path)
+    with operators(backend), torch.no_grad():
+        network = fold_batchnorm(nn.Sequential(encoder, nn.Linear(encoder.out_dim, 4)), backend)
         assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
-        assert any(isinstance(module, _Block) for module in network.modules()) == (path is not None)
+        assert any(isinstance(module, _Block) for module in network.modules()) == (backend is not None)
         found = network[0](images)  # type: ignore[index]
     assert torch.equal(images, given)
     assert encoder.training and all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     torch.testing.assert_close(found, encoder.eval()(images), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("path", [None, "mkldnn"])
-def test_folded_networks_with_few_channels_compute_the_same(path) -> None:
+@pytest.mark.parametrize("backend", [None, "mkldnn"])
+def test_folded_networks_with_few_channels_compute_the_same(backend) -> None:
     encoder, images = trained("basic", "cifar", width=4), torch.randn(16, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(fold_batchnorm(encoder, path)(images), encoder.eval()(images), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            fold_batchnorm(encoder, backend)(images), encoder.eval()(images), rtol=1e-4, atol=1e-4
+        )
 
 
-@pytest.mark.parametrize("path", PREFERRED_PATHS["cuda"])
+@pytest.mark.parametrize("backend", PREFERRED_BACKENDS["cuda"])
 @pytest.mark.parametrize(("block", "stem"), FORMS)
-def test_fused_networks_in_bf16_are_as_exact_as_autocast(block, stem, path) -> None:
+def test_fused_networks_in_bf16_are_as_exact_as_autocast(block, stem, backend) -> None:
     encoder, images = trained(block, stem), torch.randn(16, 3, 32, 32)
-    with operators(path), torch.no_grad():
-        network = fold_batchnorm(encoder, path, torch.bfloat16)
+    with operators(backend), torch.no_grad():
+        network = fold_batchnorm(encoder, backend, torch.bfloat16)
         assert {part.weight.dtype for part in network.modules() if isinstance(part, nn.Conv2d)} == {torch.bfloat16}
         with torch.autocast("cpu", torch.bfloat16):
             found, plain = network(images), fold_batchnorm(encoder)(images)
         exact = encoder.eval()(images)
     assert found.dtype == torch.bfloat16
     # Triton's interpreter cuts digits off, where a GPU rounds.
-    assert (found - exact).norm() < {"cudnn": 1.5, "triton": 6}[path] * (plain - exact).norm()
+    assert (found - exact).norm() < {"cudnn": 1.5, "triton": 6}[backend] * (plain - exact).norm()
 
 
-@pytest.mark.parametrize("path", [None, "mkldnn", "cudnn", "triton"])
+@pytest.mark.parametrize("backend", [None, "mkldnn", "cudnn", "triton"])
 @pytest.mark.parametrize("broken", ["conv1.weight", "bn1.running_var"])
-def test_what_is_no_number_is_seen(broken: str, path: str | None) -> None:
+def test_what_is_no_number_is_seen(broken: str, backend: str | None) -> None:
     encoder = ResNet(3, 32, "basic", [1, 1], width=8)
     encoder.state_dict()[broken].fill_(torch.nan)
-    with operators(path), torch.no_grad():
-        network = fold_batchnorm(encoder, path)
-        assert any(isinstance(module, _Block) for module in network.modules()) == (path == "triton")
+    with operators(backend), torch.no_grad():
+        network = fold_batchnorm(encoder, backend)
+        assert any(isinstance(module, _Block) for module in network.modules()) == (backend == "triton")
         assert network(torch.randn(2, 3, 32, 32)).isnan().all()
 
 
 def test_without_the_operators_nothing_is_fused(monkeypatch) -> None:
     encoder = ResNet(3, 32, "basic", [1, 1], width=8)
-    assert choose_path(encoder, CPU, torch.float32, 32, 40) == "mkldnn"
-    assert choose_path(encoder, CPU, torch.bfloat16, 32, 40) is None
-    assert choose_path(nn.Linear(3, 3), CPU, torch.float32, 32, 40) is None
+    assert choose_backend(encoder, CPU, torch.float32, 32, 40) == "mkldnn"
+    assert choose_backend(encoder, CPU, torch.bfloat16, 32, 40) is None
+    assert choose_backend(nn.Linear(3, 3), CPU, torch.float32, 32, 40) is None
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert choose_path(encoder, CPU, torch.float32, 32, 40) is None
+    assert choose_backend(encoder, CPU, torch.float32, 32, 40) is None
 
 
-@pytest.mark.parametrize("path", PREFERRED_PATHS["cuda"])
+@pytest.mark.parametrize("backend", PREFERRED_BACKENDS["cuda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("block", "stem"), FORMS)
-def test_a_path_is_tried_before_it_is_used(block, stem, dtype, path, monkeypatch) -> None:
+def test_a_backend_is_tried_before_it_is_used(block, stem, dtype, backend, monkeypatch) -> None:
     encoder = ResNet(3, 32, block, [2, 1], width=8, stem=stem)
 
     def reason() -> str | None:
         inference._reasons.clear()
-        return inference.reason_against(path, encoder, CPU, dtype, 32, 40)
+        return inference.reason_against(backend, encoder, CPU, dtype, 32, 40)
 
-    with operators(path):
+    with operators(backend):
         assert reason() is None
-        if path == "cudnn":
+        if backend == "cudnn":
             for name, wrong in (
                 ("relu", lambda *given: nnf.conv2d(*given)),  # without ReLU
                 ("relu", lambda x, weight, bias, *given: nnf.conv2d(x, weight, None, *given).relu()),
@@ -162,7 +164,7 @@ def test_rounding_to_tf32_is_found_in_fp32(monkeypatch) -> None:
         assert inference.reason_against("cudnn", encoder, CPU, torch.float32, 32, 40) is None
 
 
-def test_the_next_path_serves_where_one_fails_and_the_last_is_plain_with_one_warning(monkeypatch) -> None:
+def test_the_next_backend_serves_where_one_fails_and_the_last_is_plain_with_one_warning(monkeypatch) -> None:
     """Tried on the CPU, where cuDNN's operators raise."""
     if GPU:
         pytest.skip("Triton has no interpreter beside a GPU")
@@ -171,7 +173,7 @@ def test_the_next_path_serves_where_one_fails_and_the_last_is_plain_with_one_war
     monkeypatch.setattr(inference, "_warned", set())
     monkeypatch.setattr(inference, "_error", lambda *given, error=inference._error: error(*given[:2], CPU, *given[3:]))
     with interpreted():
-        assert choose_path(encoder, there, torch.float32, 32, 40) == "triton"
+        assert choose_backend(encoder, there, torch.float32, 32, 40) == "triton"
 
     def missing() -> None:
         raise ImportError("no Triton")
@@ -179,31 +181,31 @@ def test_the_next_path_serves_where_one_fails_and_the_last_is_plain_with_one_war
     inference._reasons.clear()
     monkeypatch.setattr(fused_norm_triton, "kernels", missing)
     with pytest.warns(UserWarning, match="fused convolutions are of no use.*cudnn: .*triton: ImportError: no Triton"):
-        assert choose_path(encoder, there, torch.float32, 32, 40) is None
+        assert choose_backend(encoder, there, torch.float32, 32, 40) is None
     with warnings.catch_warnings(action="error"):
-        assert choose_path(encoder, there, torch.float32, 32, 40) is None
+        assert choose_backend(encoder, there, torch.float32, 32, 40) is None
     monkeypatch.setenv("TWOVIEWS_KERNEL", "0")
-    assert choose_path(encoder, there, torch.bfloat16, 32, 40) is None
+    assert choose_backend(encoder, there, torch.bfloat16, 32, 40) is None
     monkeypatch.delenv("TWOVIEWS_KERNEL")
     monkeypatch.undo()
     monkeypatch.setattr(inference, "_error", lambda *given, error=inference._error: error(*given[:2], CPU, *given[3:]))
     with operators("cudnn"):
-        assert choose_path(encoder, there, torch.float32, 32, 40) == "cudnn"
+        assert choose_backend(encoder, there, torch.float32, 32, 40) == "cudnn"
         with interpreted():
-            assert choose_path(encoder, there, torch.float16, 32, 40) == "triton"  # what overflows is seen
+            assert choose_backend(encoder, there, torch.float16, 32, 40) == "triton"  # what overflows is seen
 
 
-@pytest.mark.parametrize("path", PREFERRED_PATHS["cuda"])
-def test_features_by_the_paths_of_a_gpu(path, monkeypatch) -> None:
-    """On the pretended one: the path is found, nothing is waited for but whether weights are finite, once."""
+@pytest.mark.parametrize("backend", PREFERRED_BACKENDS["cuda"])
+def test_features_by_the_backends_of_a_gpu(backend, monkeypatch) -> None:
+    """On the pretended one: the backend is found, nothing is waited for but whether weights are finite, once."""
     monkeypatch.setitem(features.BATCH, "cuda", 40)
-    monkeypatch.setitem(inference.PREFERRED_PATHS, "cuda", (path,))
+    monkeypatch.setitem(inference.PREFERRED_BACKENDS, "cuda", (backend,))
     torch.manual_seed(0)
     data, encoder = digits(), ResNet(1, 32, "basic", [1, 1], width=8, stem="strided")
     encoder(torch.randn(16, 1, 32, 32))
     images = data.train.subset(torch.arange(100))
     here = embed(encoder, images, data, CPU, torch.float32)
-    with pretended(), operators(path):
+    with pretended(), operators(backend):
         monkeypatch.setenv("TWOVIEWS_KERNEL", "1")
         device = torch.device("cuda", 0)
         images = replace(images, pixels=images.pixels.to(device))  # type: ignore[union-attr]
@@ -212,13 +214,13 @@ def test_features_by_the_paths_of_a_gpu(path, monkeypatch) -> None:
             waits.clear()
             there = embed(network, images, data, device, torch.float32, channels_last=True)
         assert list(inference._reasons.values()) == [None]
-        assert len(waits) == 1 + (path == "cudnn"), waits  # to see that weights and features are finite
+        assert len(waits) == 1 + (backend == "cudnn"), waits  # to see that weights and features are finite
         torch.testing.assert_close(there.cpu(), here, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_all_paths_of_a_gpu_agree(dtype, monkeypatch) -> None:
+def test_all_backends_of_a_gpu_agree(dtype, monkeypatch) -> None:
     device, data = torch.device("cuda", 0), digits()
     torch.manual_seed(0)
     encoder = ResNet(1, 32, "basic", [1, 1], width=32)
@@ -227,9 +229,9 @@ def test_all_paths_of_a_gpu_agree(dtype, monkeypatch) -> None:
     encoder = encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setitem(features.BATCH, "cuda", 512)
-    for paths in ((), *((path,) for path in PREFERRED_PATHS["cuda"])):
+    for backends in ((), *((backend,) for backend in PREFERRED_BACKENDS["cuda"])):
         monkeypatch.setattr(inference, "_reasons", {})
-        monkeypatch.setitem(inference.PREFERRED_PATHS, "cuda", paths)
+        monkeypatch.setitem(inference.PREFERRED_BACKENDS, "cuda", backends)
         with warnings.catch_warnings(action="ignore"):  # cuDNN may have no such operator for this GPU
             found = embed(encoder, data.train, data, device, dtype, channels_last=True).cpu()
         apart = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]

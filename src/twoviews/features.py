@@ -1,4 +1,4 @@
-"""Features of whole sets of images under the eval transform. Shapes: N images, D features."""
+"""Features of whole sets of images under the eval transform. Shapes: N images, F features."""
 
 import contextlib
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from twoviews.console import progress_of
 from twoviews.data.images import ImageData, Images, sent
 from twoviews.data.views import eval_view
 from twoviews.errors import BadInput
-from twoviews.inference import choose_path, fold_batchnorm
+from twoviews.inference import choose_backend, fold_batchnorm
 from twoviews.runtime import autocast, format_name
 
 # Images per forward pass. On a CPU 128 were measured 1.16 times as fast as 256 with conf/backbone/tiny.yaml: its cache is small.
@@ -35,7 +35,7 @@ class Features:
 
 
 class PixelEncoder(Encoder):
-    """The baseline without a network: normalized pixels, averaged down to 32 x 32 px if there are more."""
+    """The baseline without a network: normalised pixels, averaged down to 32 x 32 px if there are more."""
 
     def __init__(self, channels: int, image_size: int):
         super().__init__()
@@ -43,7 +43,7 @@ class PixelEncoder(Encoder):
         self.out_dim = channels * self.side**2
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
-        """PixelEncoder as features [B, out_dim]."""
+        """Normalised pixels as features [B, out_dim]."""
         return nnf.adaptive_avg_pool2d(images, self.side).flatten(1)
 
 
@@ -58,17 +58,17 @@ def embed(
     shared: bool = False,
     batch_size: int | None = None,
     title: str = "",
-) -> Float[Tensor, "N D"]:
+) -> Float[Tensor, "N F"]:
     """Outputs of a module for all images, in their order, under the eval transform; float32, on the device.
 
     Args:
-        module: images [B, C, S, S] -> [B, D]; a copy of it runs in eval mode.
+        module: images [B, C, S, S] -> [B, F]; a copy of it runs in eval mode.
         images: a split of `data`.
         data: for the size and the channel statistics.
         device: where to compute.
         dtype: number format of the forward pass.
         channels_last: memory format of the images.
-        shared: each process computes a part, and all get the whole; all must call.
+        shared: each process computes a part, and all get the whole, so all must call.
         batch_size: images per forward pass; None: `BATCH`.
         title: shown with the progress; empty: no progress is shown.
 
@@ -76,24 +76,24 @@ def embed(
         BadInput: an output is not finite.
     """
     rank, processes = (distributed.rank(), distributed.processes()) if shared else (0, 1)
-    size, path = batch_size or BATCH[device.type], None
+    batch_size, backend = batch_size or BATCH[device.type], None
     if channels_last or device.type == "cpu":
-        path = choose_path(module, device, dtype, data.size, size)
+        backend = choose_backend(module, device, dtype, data.size, batch_size)
     # The fused networks of a GPU convert the images themselves.
-    convert = channels_last and (path is None or device.type == "cpu")
-    network, x = _network(module, path, dtype, convert), None
-    # Processes get whole batches, so that each image is in the same batch, and rounded alike, for any number of them.
-    own = torch.arange(len(images)).split(size)[rank::processes]
+    convert = channels_last and (backend is None or device.type == "cpu")
+    network, x = _network(module, backend, dtype, convert), None
+    # Processes get whole batches, so that each image is in the same batch, and rounded alike, for any number of processes.
+    own = torch.arange(len(images)).split(batch_size)[rank::processes]
     shown = progress_of(title, sum(map(len, own)), "images") if title else contextlib.nullcontext(lambda _: None)
     with torch.autocast(device.type, enabled=False), shown as advance:
         rows_of_own = torch.cat([torch.empty(0, dtype=torch.int64), *own]) if processes > 1 else None
-        for pixels, sizes, index in images.batches(size, rows_of_own):
+        for pixels, sizes, index in images.batches(batch_size, rows_of_own):
             batch = eval_view(sent(pixels, device), sizes, size=data.size, crop=1.0, mean=data.mean, std=data.std)
             if convert:
                 batch = batch.to(memory_format=torch.channels_last)
-            if device.type == "cuda" and len(batch) < size < len(images):
+            if device.type == "cuda" and len(batch) < batch_size < len(images):
                 # cuDNN chooses algorithms for each size of a batch, by trial in a training.
-                batch = nnf.pad(batch, (0,) * 7 + (size - len(batch),))
+                batch = nnf.pad(batch, (0,) * 7 + (batch_size - len(batch),))
             with autocast(device, dtype):
                 rows = network(batch)[: len(index)]
             if x is None:
@@ -109,16 +109,16 @@ def embed(
     return x
 
 
-def _network(module: nn.Module, path: str | None, dtype: torch.dtype, channels_last: bool) -> nn.Module:
+def _network(module: nn.Module, backend: str | None, dtype: torch.dtype, channels_last: bool) -> nn.Module:
     """A copy of a module as `embed` runs it; see `fold_batchnorm`."""
-    network = fold_batchnorm(module, path, dtype)
+    network = fold_batchnorm(module, backend, dtype)
     # Autocast caches weights that it has cast until the outermost autocast ends, but only if they require a gradient.
     for parameter in network.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return network.to(memory_format=torch.channels_last) if channels_last else network  # type: ignore[call-overload]
 
 
-def _check_finite(x: Float[Tensor, "N D"], dtype: torch.dtype) -> None:
+def _check_finite(x: Float[Tensor, "N F"], dtype: torch.dtype) -> None:
     broken = int((~x.isfinite().all(1)).sum())
     if broken:
         precision = "" if dtype == torch.float32 else f", or runtime.precision=fp32 in place of {format_name(dtype)}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from twoviews.errors import counted, printable
 from twoviews.files import open_atomic
+from twoviews.protocols.units import PIXELS_KNN_TOP1, UNTRAINED_KNN_TOP1
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,8 +23,8 @@ STYLE: Any = {
     **{"pdf.fonttype": 42, "savefig.dpi": 200, "text.parse_math": False},
 }
 BASELINES = {  # name in metrics.jsonl: name, style of the line
-    "baseline/untrained_knn_top1": ("untrained encoder", ":"),
-    "baseline/pixels_knn_top1": ("raw pixels", "--"),
+    UNTRAINED_KNN_TOP1: ("untrained encoder", ":"),
+    PIXELS_KNN_TOP1: ("raw pixels", "--"),
 }
 TRIAL_HEIGHT = 40.0  # inches; it has room for all that stands around the panels
 MAX_SPAN = 5.0  # percent points between baselines; with more, a line at the mean would be of no run

@@ -20,15 +20,15 @@ from twoviews.backbones import BasicBlock, Bottleneck, ResNet
 from twoviews.batch_norms import BatchNorm
 
 # By type of device, the first that serves is used.
-PREFERRED_PATHS: dict[str, tuple[str, ...]] = {"cpu": ("mkldnn",), "cuda": ("cudnn", "triton")}
+PREFERRED_BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("mkldnn",), "cuda": ("cudnn", "triton")}
 CHANNEL_MULTIPLE = 8  # on a GPU, images are padded to such a number of channels: tensor cores load 16 bytes of bf16
 
 
-def fold_batchnorm(module: nn.Module, path: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+def fold_batchnorm(module: nn.Module, backend: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A copy for inference, in which the batch norms of `ResNet`s are folded into the convolutions before them.
 
-    The running statistics are constants in eval mode, so this saves a pass over every feature map. By a path, one of
-    `PREFERRED_PATHS`, ReLUs and shortcuts are fused, too, and the `ResNet`s get the number format `dtype`.
+    The running statistics are constants in eval mode, so this saves a pass over every feature map. With a backend, one of
+    `PREFERRED_BACKENDS`, ReLUs and shortcuts are fused, too, and the `ResNet`s get the number format `dtype`.
     """
     module = copy.deepcopy(module).eval()
     for part in list(module.modules()):
@@ -38,16 +38,18 @@ def fold_batchnorm(module: nn.Module, path: str | None = None, dtype: torch.dtyp
             if isinstance(shortcut := getattr(part, "downsample", None), nn.Sequential):
                 _fold(shortcut, "0", "1")
     # Whether all parameters are finite, and so are their squares, waits for the device once.
-    if path is not None and (
-        path not in FUSED_RELU_PATHS or nn.utils.get_total_norm(list(module.parameters())).isfinite()
+    if backend is not None and (
+        backend not in FUSED_RELU_BACKENDS or nn.utils.get_total_norm(list(module.parameters())).isfinite()
     ):
         for part in _resnets(module):
-            _fuse(part, path, dtype)
+            _fuse(part, backend, dtype)
     return module
 
 
-def choose_path(module: nn.Module, device: torch.device, dtype: torch.dtype, image_size: int, batch: int) -> str | None:
-    """The first of `PREFERRED_PATHS` that works for a module on a device; None: there is none, or nothing to fuse.
+def choose_backend(
+    module: nn.Module, device: torch.device, dtype: torch.dtype, image_size: int, batch: int
+) -> str | None:
+    """The first of `PREFERRED_BACKENDS` that works for a module on a device; None: there is none, or nothing to fuse.
 
     On a GPU each is tried before its first use for networks of one form, on random weights and images, which waits for
     the device. TWOVIEWS_KERNEL=0 turns them off there.
@@ -56,18 +58,18 @@ def choose_path(module: nn.Module, device: torch.device, dtype: torch.dtype, ima
     if not networks:
         return None
     if device.type == "cpu":
-        return next(iter(PREFERRED_PATHS["cpu"]), None) if dtype == torch.float32 and convolutions_fuse() else None
+        return next(iter(PREFERRED_BACKENDS["cpu"]), None) if dtype == torch.float32 and convolutions_fuse() else None
     if os.environ.get("TWOVIEWS_KERNEL") == "0":
         return None
     reasons = []
-    for path in PREFERRED_PATHS[device.type]:
-        if path == "cudnn" and (dtype == torch.float16 or torch.are_deterministic_algorithms_enabled()):
+    for backend in PREFERRED_BACKENDS[device.type]:
+        if backend == "cudnn" and (dtype == torch.float16 or torch.are_deterministic_algorithms_enabled()):
             # fp16 may overflow, which a ReLU that makes 0 of NaN would hide; and the operator knows no deterministic mode.
             continue
-        found = (reason_against(path, network, device, dtype, image_size, batch) for network in networks)
+        found = (reason_against(backend, network, device, dtype, image_size, batch) for network in networks)
         if (reason := next(filter(None, found), None)) is None:
-            return path
-        reasons.append(f"{path}: {reason}")
+            return backend
+        reasons.append(f"{backend}: {reason}")
     if reasons and (key := (device, dtype)) not in _warned:
         _warned.add(key)
         warnings.warn(
@@ -88,11 +90,11 @@ def _fold(part: nn.Module, convolution: str, norm: str) -> None:
         setattr(part, norm, nn.Identity())
 
 
-def _fuse(network: ResNet, path: str, dtype: torch.dtype) -> None:
+def _fuse(network: ResNet, backend: str, dtype: torch.dtype) -> None:
     """Replace the blocks of a network whose batch norms are folded by fused ones."""
-    kind = {"mkldnn": _Mkldnn, "cudnn": _Cudnn, "triton": _Triton}[path]
+    kind = {"mkldnn": _Mkldnn, "cudnn": _Cudnn, "triton": _Triton}[backend]
     first = network.conv1
-    if path == "mkldnn":
+    if backend == "mkldnn":
         network.add_module("conv1", kind(first))
     else:
         missing = -first.in_channels % CHANNEL_MULTIPLE
@@ -103,7 +105,7 @@ def _fuse(network: ResNet, path: str, dtype: torch.dtype) -> None:
     for stage in range(network.stages):
         blocks = getattr(network, f"layer{stage + 1}")
         setattr(network, f"layer{stage + 1}", nn.Sequential(*(_Block(block, kind) for block in blocks)))
-    if path != "mkldnn":
+    if backend != "mkldnn":
         for part in network.modules():
             if isinstance(part, nn.Conv2d):
                 part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -172,7 +174,7 @@ class _Triton(_Rectified):
 
 
 # In these a fused ReLU may turn NaN into 0, which would hide a diverged network.
-FUSED_RELU_PATHS = ("mkldnn", "cudnn")
+FUSED_RELU_BACKENDS = ("mkldnn", "cudnn")
 
 
 class _Block(nn.Module):
@@ -205,15 +207,15 @@ _warned: set[tuple] = set()
 
 
 def reason_against(
-    path: str, network: ResNet, device: torch.device, dtype: torch.dtype, image_size: int, batch: int
+    backend: str, network: ResNet, device: torch.device, dtype: torch.dtype, image_size: int, batch: int
 ) -> str | None:
-    """Why a path cannot be used for networks of this form on a GPU; None: its results were compared there."""
+    """Why a backend cannot be used for networks of this form on a GPU; None: its results were compared there."""
     form = tuple((*part.weight.shape, *part.stride) for part in network.modules() if isinstance(part, nn.Conv2d))
     settings = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
-    key = path, device, dtype, image_size, batch, *settings, type(network.maxpool), form
+    key = backend, device, dtype, image_size, batch, *settings, type(network.maxpool), form
     if key not in _reasons:
         try:
-            error = _error(path, network, device, dtype, image_size, batch)
+            error = _error(backend, network, device, dtype, image_size, batch)
             largest = MAX_ERROR_TF32 if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else MAX_ERROR[dtype]
             _reasons[key] = None if error <= largest else f"an error of {error:.1g}"  # nan is not
         except Exception as error:  # of cuDNN, Triton, a driver
@@ -222,7 +224,9 @@ def reason_against(
 
 
 @torch.no_grad()
-def _error(path: str, network: ResNet, device: torch.device, dtype: torch.dtype, image_size: int, batch: int) -> float:
+def _error(
+    backend: str, network: ResNet, device: torch.device, dtype: torch.dtype, image_size: int, batch: int
+) -> float:
     """Relative error of the features of random images by a network of this form with random weights."""
     random = torch.Generator().manual_seed(0)
     plain = fold_batchnorm(network).float()
@@ -241,6 +245,6 @@ def _error(path: str, network: ResNet, device: torch.device, dtype: torch.dtype,
     finally:
         torch.backends.cudnn.benchmark = benchmark
     times = -(-batch // TRIAL_IMAGES)
-    fused = fold_batchnorm(plain, path, dtype)(images.repeat(times, 1, 1, 1)[:batch])
+    fused = fold_batchnorm(plain, backend, dtype)(images.repeat(times, 1, 1, 1)[:batch])
     expected = expected.repeat(times, 1)[:batch]
     return ((fused.double() - expected.double()).norm() / expected.double().norm()).item()

@@ -13,7 +13,7 @@ from twoviews.console import Console, duration
 from twoviews.features import PixelEncoder
 from twoviews.methods.method import Collapse
 from twoviews.protocols.protocol import EvaluationContext, Protocol, run_protocols
-from twoviews.protocols.units import KNN_TOP1
+from twoviews.protocols.units import KNN_TOP1, PIXELS_KNN_TOP1, UNTRAINED_KNN_TOP1
 from twoviews.runtime import peak_memory
 from twoviews.step import Values
 
@@ -172,14 +172,14 @@ class Monitor:
         self._console.say("measuring kNN of raw pixels and of the untrained encoder …")
         knn, start = {"knn": self._protocols["knn"]}, time.monotonic()
         untrained = self._make_context(encoder)
-        results = {"untrained": run_protocols(knn, untrained)}
+        results = {UNTRAINED_KNN_TOP1: run_protocols(knn, untrained)}
         self._knn_seconds = time.monotonic() - start
-        results["pixels"] = run_protocols(
+        results[PIXELS_KNN_TOP1] = run_protocols(
             knn, self._make_context(PixelEncoder(untrained.data.channels, untrained.data.size))
         )
         if distributed.rank() > 0:
             return {}
-        return {f"baseline/{name}_knn_top1": result["knn"].values["top1"] for name, result in results.items()}
+        return {name: result["knn"].values["top1"] for name, result in results.items()}
 
     def evaluate(self, encoder: Encoder, epoch: int) -> dict[str, float]:
         """The values of all protocols that are due after `epoch` epochs; at the end all are, and peak memory is added."""

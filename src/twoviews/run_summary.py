@@ -21,7 +21,7 @@ from twoviews.errors import counted
 from twoviews.fallbacks import slower, unrecorded
 from twoviews.fused_norm import reason_for_plain
 from twoviews.optim import parameter_count
-from twoviews.protocols.units import KNN_TOP1, LINEAR_TOP1, MAX_SHOWN, with_unit
+from twoviews.protocols.units import KNN_TOP1, LINEAR_TOP1, MAX_SHOWN, PIXELS_KNN_TOP1, UNTRAINED_KNN_TOP1, with_unit
 from twoviews.runtime import format_name
 from twoviews.step import eager_reason
 from twoviews.tracking.metrics import read
@@ -132,8 +132,8 @@ def show_result(folder: Path, result: dict[str, Any], protocols: Iterable[str], 
         "kNN": accuracy(KNN_TOP1),
         "linear": accuracy(LINEAR_TOP1),
         **_further_values(result, protocols),
-        "kNN, untrained encoder": accuracy("baseline/untrained_knn_top1"),
-        "kNN, raw pixels": accuracy("baseline/pixels_knn_top1"),
+        "kNN, untrained encoder": accuracy(UNTRAINED_KNN_TOP1),
+        "kNN, raw pixels": accuracy(PIXELS_KNN_TOP1),
         "images/s": f"{statistics.median(rates):.0f}" if rates else "-",
         "time": duration(result["seconds"]),
         "precision": result.get("precision", "-"),
@@ -147,7 +147,7 @@ def show_result(folder: Path, result: dict[str, Any], protocols: Iterable[str], 
     console.table(f"{folder.name}: {result['state']} after {counted(result['epoch'], 'epoch', '.4g')}", rows)
     console.say(f"MLflow: {run_page(folder)}")  # not in the table, which would break a command that is to be copied
     knn = result.get(KNN_TOP1, 100.0)
-    floors = {"the untrained encoder": "baseline/untrained_knn_top1", "raw pixels": "baseline/pixels_knn_top1"}
+    floors = {"the untrained encoder": UNTRAINED_KNN_TOP1, "raw pixels": PIXELS_KNN_TOP1}
     ahead = [
         f"{label} ({result[name]:.2f} %)" for label, name in floors.items() if name in result and knn <= result[name]
     ]

@@ -410,7 +410,7 @@ def test_a_run_and_its_files(trained: Path, tmp_path: Path) -> None:
     assert (found.prepare(digits()).mean, found.prepare(digits()).size) == (digits().mean, 32)
     last = open_encoder(str(trained / "last.pt"))
     assert same(last.encoder, encoder) and last.config == found.config
-    assert last.preprocessing == replace(found.preprocessing, statistics="those of digits")
+    assert last.preprocessing == replace(found.preprocessing, statistics_source="those of digits")
     assert last.folder.match("outputs/evaluation-run-last-????????")
     file = open_encoder(str(trained / "encoder.safetensors"), digits)
     assert same(file.encoder, encoder) and file.folder.match("outputs/evaluation-run-encoder-????????")

@@ -5,17 +5,8 @@ import io
 from pathlib import Path
 
 from twoviews.console import Console
-from twoviews.evaluation.comparison import (
-    Evaluation,
-    compare,
-    differences,
-    headlines,
-    labels,
-    ordered,
-    page,
-    short_table,
-    table,
-)
+from twoviews.evaluation.comparison import Comparison, compare, differences, labels
+from twoviews.evaluation.record import Evaluation
 from twoviews.tables import as_csv, as_latex
 from twoviews.tracking.client import connect
 from twoviews.tracking.uris import trust
@@ -33,17 +24,18 @@ RUNS = {
 
 
 def test_order_and_headline():
-    assert headlines(RUNS) == ["knn/top1", "linear/top1"]
-    assert ordered(RUNS) == ["moco", "simclr", "untrained|resnet18", "unlabelled"]
-    assert headlines({"a": Evaluation({"health/rankme": 3.0})}) == ["health/rankme"]
-    assert headlines({}) == [] and table({}) == []
+    comparison = Comparison(RUNS)
+    assert comparison.headlines == ["knn/top1", "linear/top1"]
+    assert comparison.order == ["moco", "simclr", "untrained|resnet18", "unlabelled"]
+    assert Comparison({"a": Evaluation({"health/rankme": 3.0})}).headlines == ["health/rankme"]
+    assert Comparison({}).headlines == [] and Comparison({}).table() == []
     same = {name: Evaluation({"knn/top1": 50.0}) for name in ("c", "a", "b")}
-    assert ordered({"nan": Evaluation({"knn/top1": float("nan")}), **same}) == ["c", "a", "b", "nan"]
+    assert Comparison({"nan": Evaluation({"knn/top1": float("nan")}), **same}).order == ["c", "a", "b", "nan"]
 
 
 def test_csv_has_every_number_and_empty_cells_for_the_others():
-    rows = list(csv.DictReader(io.StringIO(as_csv(table(RUNS)))))
-    assert [row["run"] for row in rows] == ordered(RUNS)
+    rows = list(csv.DictReader(io.StringIO(as_csv(Comparison(RUNS).table()))))
+    assert [row["run"] for row in rows] == Comparison(RUNS).order
     expected = set()
     for row in rows:
         one = RUNS[row["run"]]
@@ -57,7 +49,7 @@ def test_csv_has_every_number_and_empty_cells_for_the_others():
 
 
 def test_markdown():
-    lines = page(RUNS).splitlines()
+    lines = Comparison(RUNS).page().splitlines()
     assert lines[0] == "| run | kNN, % | linear, % | knn.k | knn.temperature |"
     assert lines[2:5] == [
         "| moco | 82.50 | 88.00 | 200 |  |",
@@ -65,8 +57,8 @@ def test_markdown():
         "| untrained\\|resnet18 | 34.00 |  | 200 | 0.07 |",
     ]
     two = {name: RUNS[name] for name in ("simclr", "untrained|resnet18")}
-    assert "The same for all: knn.k = 200." in page(two).splitlines()
-    assert "knn.k" not in page(two).splitlines()[0]
+    assert "The same for all: knn.k = 200." in Comparison(two).page().splitlines()
+    assert "knn.k" not in Comparison(two).page().splitlines()[0]
 
 
 def config(target: str = "moco.MoCo", seed: int = 0, lr: float = 0.1, blur: float = 0.0, **method: float) -> dict:
@@ -85,7 +77,11 @@ def config(target: str = "moco.MoCo", seed: int = 0, lr: float = 0.1, blur: floa
 def test_runs_are_called_by_what_differs_in_them():
     two = {"a": config(seed=0, temperature=0.1), "b": config(seed=1, temperature=0.2)}
     titles = {"a": "a", "b": "b", "timm:x": "timm:x"}
-    assert labels(two, titles) == {"a": "temperature=0.1, seed=0", "b": "temperature=0.2, seed=1", "timm:x": "timm:x"}
+    assert labels(differences(two)[0], titles) == {
+        "a": "temperature=0.1, seed=0",
+        "b": "temperature=0.2, seed=1",
+        "timm:x": "timm:x",
+    }
     # What a method brings along is no difference of its own; other keys of a class that both have are.
     methods = {
         "a": config(temperature=0.1),
@@ -103,7 +99,7 @@ def test_runs_are_called_by_what_differs_in_them():
     found, following = differences(rates)
     assert found["c"] == {"epochs": "8", "lr": "0.2"} and following == ["schedule.epochs"]
     same = {"a": config(), "b": config()}
-    assert labels(same, {"a": "MoCo on digits", "b": "MoCo on digits"}) == {
+    assert labels(differences(same)[0], {"a": "MoCo on digits", "b": "MoCo on digits"}) == {
         "a": "MoCo on digits (a)",
         "b": "MoCo on digits (b)",
     }
@@ -124,7 +120,8 @@ def test_the_table_of_a_paper_has_what_differs_and_baselines():
         )
         for number, name in enumerate(("moco-digits-1a", "moco-digits-2b"))
     }
-    rows = short_table(runs)
+    comparison = Comparison(runs)
+    rows = comparison.short_table()
     assert rows == [
         {"seed": "1", "kNN, %": "51.00 [48.00, 53.00]", "linear, %": "60.00"},
         {"seed": "0", "kNN, %": "50.00 [48.00, 53.00]", "linear, %": "60.00"},
@@ -133,16 +130,17 @@ def test_the_table_of_a_paper_has_what_differs_and_baselines():
     ]
     latex = as_latex(rows, ["kNN, %"])
     assert "\\begin{tabular}{lrl}" in latex and "kNN, \\%" in latex and "\\toprule" in latex
-    assert "- seed=1: `moco-digits-2b`" in page(runs)
-    assert [row["run.seed"] for row in table(runs)] == ["1", "0"] and table(runs)[1][
-        "baseline/pixels_knn_top1"
-    ] == 60.28
+    assert "- seed=1: `moco-digits-2b`" in comparison.page()
+    assert [row["run.seed"] for row in comparison.table()] == ["1", "0"]
+    assert comparison.table()[1]["baseline/pixels_knn_top1"] == 60.28
 
 
 def test_a_comparison_is_one_run_of_mlflow_however_often_it_is_made(tmp_path: Path) -> None:
     trust(store := f"sqlite:///{tmp_path / 'mlflow.db'}")
     for value in (50.0, 60.0):
-        both = {name: Evaluation({"knn/top1": value + add}, mirror=(store, "here")) for add, name in enumerate("ab")}
+        both = {
+            name: Evaluation({"knn/top1": value + add}, mlflow_target=(store, "here")) for add, name in enumerate("ab")
+        }
         compare(both, tmp_path / "out", Console(quiet=True))
     client, experiment = connect(store, "here")
     (run,) = client.search_runs([experiment])

@@ -10,27 +10,15 @@ from PIL import Image
 
 from twoviews import figures
 from twoviews.evaluation.pictures import (
-    MOCO_DEMO,
     Measured,
     draw_comparison,
     draw_confusion,
     draw_knn_curve,
     draw_per_class,
-    published_curve,
 )
 from twoviews.pictures import draw_curves
 from twoviews.protocols.classification import classification_scores
 
-MOCO = {
-    "method": {
-        "_target_": "twoviews.methods.moco.MoCo",
-        "queue_size": 4096,
-        "momentum": 0.99,
-        "temperature": 0.1,
-        "symmetric": False,
-    },
-    "data": {"_target_": "twoviews.data.sources.cifar10"},
-}
 LINES = [
     {"step": 0, "epoch": 0, "baseline/untrained_knn_top1": 30.0, "baseline/pixels_knn_top1": 35.4},
     {"step": 9, "epoch": 10, "knn/top1": 48.0},
@@ -110,17 +98,13 @@ def test_per_class(tmp_path, drawn):
 
 
 def test_knn_curve(tmp_path, drawn):
-    curve = published_curve(MOCO)
-    twice(tmp_path, lambda path: draw_knn_curve(path, LINES, curve, "moco"))
+    twice(tmp_path, lambda path: draw_knn_curve(path, LINES, "moco"))
     lines = {line.get_label(): line for line in drawn[-1].axes[0].lines}
     assert lines["this run"].get_xydata().tolist() == [[10, 48.0], [20, 61.0]]
-    assert lines["MoCo's CIFAR-10 demo, 200 epochs, of the projection"].get_xydata().tolist() == [
-        list(point) for point in MOCO_DEMO
-    ]
     assert lines["raw pixels: 35.4"].get_ydata()[0] == 35.4
     assert not drawn[-1].axes[0].get_legend() and drawn[-1].legends  # outside, where it covers nothing
     for count in (1, 2):  # not measured, and measured once
-        assert not draw_knn_curve(tmp_path / "none.png", LINES[:count], {}, "no curve")
+        assert not draw_knn_curve(tmp_path / "none.png", LINES[:count], "no curve")
     assert not (tmp_path / "none.png").exists()
 
 
@@ -130,18 +114,6 @@ def test_what_was_measured_once_is_a_point_among_its_baselines(tmp_path, drawn):
     assert knn.lines[0].get_xydata().tolist() == [[10, 48.0]] and knn.texts[0].get_text() == "48"
     assert [line.get_ydata()[0] for line in knn.lines[1:]] == [30.0, 35.4] and knn.axison
     assert loss.texts[0].get_text() == "1" and spread.texts[0].get_text() == "not measured"
-
-
-def test_published_curve_is_of_that_recipe_alone():
-    assert list(published_curve(MOCO)) == ["MoCo's CIFAR-10 demo, 200 epochs, of the projection"]
-    for part, change in (
-        ("method", {"symmetric": True}),
-        ("method", {"temperature": 0.2}),
-        ("method", {"_target_": "twoviews.methods.simclr.SimCLR"}),
-        ("data", {"_target_": "twoviews.data.sources.cifar100"}),
-    ):
-        assert published_curve({**MOCO, part: {**MOCO[part], **change}}) == {}
-    assert published_curve({}) == {}
 
 
 def test_comparison(tmp_path, drawn):

@@ -34,7 +34,7 @@ PERCENT = ("nmi", "ari", "accuracy", "purity")  # of the scores; they come first
 
 def cluster_images(
     loaded: LoadedEncoder,
-    chosen_data: Callable[[], ImageData] | None,
+    load_chosen: Callable[[], ImageData] | None,
     cfg: DictConfig,
     overrides: Sequence[str],
     console: Console,
@@ -43,7 +43,7 @@ def cluster_images(
 
     Args:
         loaded: the encoder.
-        chosen_data: loads the images of the command line; None: those of the run.
+        load_chosen: loads the images of the command line; None: those of the run.
         cfg: the checked configuration of cluster.py.
         overrides: of the command line.
         console: to print to.
@@ -51,7 +51,7 @@ def cluster_images(
     Raises:
         BadInput: the data have no such split, fewer images than clusters, or images that the encoder cannot take.
     """
-    context = prepare_evaluation(loaded, chosen_data, cfg, overrides, console)
+    context = prepare_evaluation(loaded, load_chosen, cfg, overrides, console)
     data, images, folder = context.data, context.images(cfg.split), loaded.folder
     counts = sorted({cfg.clusters} if isinstance(cfg.clusters, int) else set(cfg.clusters))
     if counts[-1] > len(images):
@@ -62,7 +62,7 @@ def cluster_images(
     precision = format_name(context.dtype)
     console.say(f"features of {len(images):,} images of {data.name}, split {cfg.split}, in {precision}")
     x = nnf.normalize(context.embed(images), dim=1)  # kNN and PCL compare directions, too
-    stem, scores, shown = file_stem(data, cfg.split, own=chosen_data is None), {}, []
+    stem, scores, shown = file_stem(data, cfg.split, own=load_chosen is None), {}, []
     with progress_of("clusterings", len(counts), "values of k") as advance:
         for k in counts:
             # Until they stop to improve: a clustering is made once here, not every epoch.
@@ -81,7 +81,7 @@ def cluster_images(
         **{"rows": "unit length", "seed": cfg.seed, "nredo": cfg.nredo, "temperature": cfg.temperature},
         "precision": precision,
     }
-    if loaded.preprocessing.statistics is not None:  # a run's are in its encoder.json
+    if loaded.preprocessing.statistics_source is not None:  # a run's are in its encoder.json
         settings |= {"mean": list(loaded.preprocessing.mean), "std": list(loaded.preprocessing.std)}
     record_scores(folder / f"{stem}.json", settings, scores)
     console.rows(f"{loaded.title}: {len(x):,} images of {data.name}, split {cfg.split}", shown)

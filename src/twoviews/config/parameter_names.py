@@ -19,9 +19,6 @@ _WITHOUT_PREFIX = ("protocol", "hydra", "experiment", "special")  # groups with 
 _ROOT_KEYS = ("seed", "epochs", "batch_size", "fresh", "preview", "find_batch")
 # Root keys of evaluate.py that predict, embed, neighbours and export have as parameters; health.images is none of these.
 _SET_BY_ROOT_KEYS = ("images", "format")
-    "images",
-    "format",
-)  # parameters of some protocols (predict, embed, neighbours, export): root keys of evaluate.py
 
 
 def qualify(

@@ -16,14 +16,16 @@ OF_WEIGHTS = "which belong to these weights"
 Opened = tuple[Encoder, Preprocessing, list[str]]  # how its images are prepared, and notes for the user
 
 
-def open_library(library: str, name: str, pretrained: bool, data: Callable[[], ImageData] | None) -> LoadedEncoder:
+def open_library(
+    library: str, name: str, pretrained: bool, load_chosen: Callable[[], ImageData] | None
+) -> LoadedEncoder:
     """A ResNet of torchvision, or a network of timm.
 
     Args:
         library: "torchvision" or "timm".
         name: theirs, such as resnet18 or vit_tiny_patch16_224.
         pretrained: with the best weights that are in the cache of torch or Hugging Face; False: with random ones.
-        data: loads the images that random weights are for.
+        load_chosen: loads the images that random weights are for.
 
     Raises:
         BadInput: there is no such network, its weights are not in the cache, or images are needed and missing.
@@ -31,9 +33,9 @@ def open_library(library: str, name: str, pretrained: bool, data: Callable[[], I
     run, title = f"{library}:{name}", re.sub(r"[^\w.-]", "_", f"{library}-{name}{'-pretrained' if pretrained else ''}")
 
     def of_images() -> Preprocessing:
-        if data is None:
+        if load_chosen is None:
             raise UnknownImages(run)
-        return Preprocessing.of_images(data())
+        return Preprocessing.of_images(load_chosen())
 
     open_one = _open_torchvision if library == "torchvision" else _open_timm
     encoder, preprocessing, notes = open_one(name, run, None if pretrained else of_images)

@@ -23,7 +23,7 @@ class Preprocessing:
     image_size: int  # px, side of the central square after resizing
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
-    statistics: str | None = None  # where mean and std come from, for the user; None: encoder.json of the run
+    statistics_source: str | None = None  # of mean and std, as the user is told; None: encoder.json of the run
 
     @classmethod
     def of_images(cls, data: ImageData) -> "Preprocessing":
@@ -31,10 +31,10 @@ class Preprocessing:
         return cls(data.channels, data.size, data.mean, data.std, f"those of {data.name}")
 
     @classmethod
-    def of_description(cls, description: dict[str, Any], statistics: str | None = None) -> "Preprocessing":
+    def of_description(cls, description: dict[str, Any], statistics_source: str | None = None) -> "Preprocessing":
         """The preprocessing that an encoder.json describes."""
         mean, std = tuple(description["mean"]), tuple(description["std"])
-        return cls(description["channels"], description["image_size"], mean, std, statistics)
+        return cls(description["channels"], description["image_size"], mean, std, statistics_source)
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ class LoadedEncoder:
         """Where the run's configuration is; without a run there is no such file."""
         return (self.run.folder if self.run else self.folder) / "config.yaml"
 
-    def load_data(self, chosen: Callable[[], ImageData] | None = None) -> ImageData:
-        """Images as the encoder takes them: what `chosen` loads or, without it, those of the run.
+    def load_data(self, load_chosen: Callable[[], ImageData] | None = None) -> ImageData:
+        """Images as the encoder takes them: what `load_chosen` loads or, without it, those of the run.
 
         Raises:
-            BadInput: they have another number of channels or cannot be loaded, or there is neither a run nor `chosen`.
+            BadInput: they have another number of channels or cannot be loaded, or there is neither a run nor `load_chosen`.
         """
-        if chosen is not None:
-            return self.prepare(chosen())
+        if load_chosen is not None:
+            return self.prepare(load_chosen())
         if self.run is None:
             raise UnknownImages(self.name)
         with errors_naming(self.config_path):
@@ -102,7 +102,7 @@ class LoadedEncoder:
 
 
 class UnknownImages(BadInput):
-    """It is not known what images an encoder takes, which `run` names and which is not of a run."""
+    """It is not known what images an encoder takes that is not of a run; `run` is its name."""
 
     def __init__(self, run: Path | str):
         super().__init__(

@@ -4,7 +4,6 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from twoviews.config.values import flat
 from twoviews.console import Console
 from twoviews.errors import printable
 from twoviews.evaluation.pictures import Measured, draw_comparison
+from twoviews.evaluation.record import Evaluation
 from twoviews.figures import BASELINES, files_of
 from twoviews.files import write_atomic
 from twoviews.protocols.units import KNN_TOP1, LINEAR_TOP1
@@ -28,19 +28,6 @@ ALWAYS = ("method.", "backbone.")  # keys of these groups, and root keys, are sh
 LEFT_OUT = (*NOT_IN_DIGEST, "protocol", "runtime.device", "runtime.channels_last", "runtime.compile")
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured of a run, and how."""
-
-    values: Mapping[str, float]  # by name, such as knn/top1
-    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of some of the values
-    settings: Mapping[str, object] = field(default_factory=dict)  # of the protocols, such as knn.k
-    mirror: tuple[str | None, str] | None = None  # MLflow's store and experiment of the run; None: it is not mirrored
-    title: str = ""  # method, data and epochs
-    config: Mapping[str, Any] = field(default_factory=dict)  # of the training; empty without a run
-    baselines: Mapping[str, float] = field(default_factory=dict)  # kNN, as in metrics.jsonl, where they are comparable
-
-
 Row = dict[str, float | int | str]
 
 
@@ -51,110 +38,111 @@ def compare(evaluations: Mapping[str, Evaluation], folder: Path, console: Consol
     """
     folder /= f"comparison-{digest({run: dict(evaluation.settings) for run, evaluation in evaluations.items()})}"
     folder.mkdir(parents=True, exist_ok=True)
-    order, names = ordered(evaluations), run_labels(evaluations)
-    rows, shown, title = short_table(evaluations), headlines(evaluations), _title(evaluations)
-    write_atomic(folder / "comparison.csv", as_csv(table(evaluations)))
-    write_atomic(folder / "comparison.md", page(evaluations))
-    write_atomic(folder / "comparison.tex", as_latex(rows, [column_name(name) for name in shown]))
+    comparison = Comparison(evaluations)
+    order, rows, title = comparison.order, comparison.short_table(), _title(evaluations)
+    columns = {name: column_name(name) for name in comparison.headlines}
+    write_atomic(folder / "comparison.csv", as_csv(comparison.table()))
+    write_atomic(folder / "comparison.md", comparison.page())
+    write_atomic(folder / "comparison.tex", as_latex(rows, [*columns.values()]))
     files = [folder / f"comparison.{kind}" for kind in ("csv", "md", "tex")]
-    if shown:
-        measured = {column_name(name): [_measured(evaluations[run], name) for run in order] for name in shown}
-        draw_comparison(folder / "comparison.png", measured, [names[run] for run in order], title)
+    if columns:
+        measured = {column: [_measured(evaluations[run], name) for run in order] for name, column in columns.items()}
+        draw_comparison(folder / "comparison.png", measured, [comparison.labels[run] for run in order], title)
         files += files_of(folder / "comparison.png")
     console.rows(f"{title}, the best first", rows)
     console.say(f"written to {folder}: {', '.join(file.name for file in files)}")
-    mlflow_target = next((evaluation.mirror for evaluation in evaluations.values() if evaluation.mirror), None)
-    if mlflow_target:
+    target = next((evaluation.mlflow_target for evaluation in evaluations.values() if evaluation.mlflow_target), None)
+    if target:
         key = hashlib.blake2b(repr(sorted(evaluations)).encode(), digest_size=16).hexdigest()
         try:
-            run, _ = open_parent_run(
-                *mlflow_target, f"comparison of {len(order)} runs", key, {"runs": ", ".join(order)}
-            )
-            update_run(*mlflow_target, run, files=files, status="FINISHED")
+            run, _ = open_parent_run(*target, f"comparison of {len(order)} runs", key, {"runs": ", ".join(order)})
+            update_run(*target, run, files=files, status="FINISHED")
         except Exception as error:  # whatever is wrong with MLflow, the results are in the folder
             console.say(f"MLflow does not have the comparison ({short_error(error)}); the same command sends it.")
 
 
-def headlines(evaluations: Mapping[str, Evaluation]) -> list[str]:
-    """The accuracy of each protocol, or other values where there is none; at most MAX_PANELS."""
-    names = _names(evaluation.values for evaluation in evaluations.values())
-    return [name for name in names if name.endswith("/top1")][:MAX_PANELS] or names[:MAX_PANELS]
+class Comparison:
+    """Evaluations of several runs, in order, with labels that say what differs in their trainings.
 
-
-def ordered(evaluations: Mapping[str, Evaluation]) -> list[str]:
-    """Names of the runs, the best first headline first; those without it come last, and equals stay as they were."""
-    name = next(iter(headlines(evaluations)), "")
-    values = {run: evaluation.values.get(name, NAN) for run, evaluation in evaluations.items()}
-    # NaN is no number to be ordered by.
-    return sorted(evaluations, key=lambda run: math.inf if math.isnan(values[run]) else -values[run])
-
-
-def run_labels(evaluations: Mapping[str, Evaluation]) -> dict[str, str]:
-    """A short name for each run, of what its training has otherwise than those of the others; by the run's name."""
-    titles = {run: evaluation.title for run, evaluation in evaluations.items() if not evaluation.config}
-    return labels(_configs(evaluations), {run: titles.get(run) or run for run in evaluations})
-
-
-def table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
-    """All that is known of each run: its name, what differs in the trainings, values each with its ends (" low", " high"),
-    baselines, settings."""
-    differing, _ = differences(_configs(evaluations))
-    rows = []
-    for run in ordered(evaluations):
-        evaluation = evaluations[run]
-        row: Row = {"run": run, **{f"run.{key}": value for key, value in differing.get(run, {}).items()}}
-        for name, value in evaluation.values.items():
-            row[name] = value
-            if name in evaluation.intervals:
-                row[f"{name} low"], row[f"{name} high"] = evaluation.intervals[name]
-        settings = {name: _plain(value) for name, value in evaluation.settings.items()}
-        rows.append({**row, **evaluation.baselines, **settings})
-    return rows
-
-
-def short_table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
-    """A row for each run: what differs in the trainings, the headlines with their intervals, and settings that differ.
-
-    Rows with the kNN accuracy of raw pixels and of the untrained encoders follow, where they are known.
+    Args:
+        evaluations: by the names of the runs.
     """
-    differing, _ = differences(_configs(evaluations))
-    keys, shown, names = _names(differing.values()), headlines(evaluations), run_labels(evaluations)
-    # Columns for what differs, if that tells all runs apart.
-    values_identify_runs = keys and len({tuple(values.items()) for values in differing.values()}) == len(evaluations)
-    settings = [name for name, values in _settings(evaluations).items() if len(values) > 1]
-    rows: list[Row] = []
-    for run in ordered(evaluations):
-        evaluation = evaluations[run]
-        row: Row = {key: differing[run][key] for key in keys} if values_identify_runs else {"run": names[run]}
-        row |= {column_name(name): _cell(evaluation, name) for name in shown}
-        rows.append(row | {name: _plain(evaluation.settings.get(name, "")) for name in settings})
-    for baseline, (label, _) in BASELINES.items():
-        known = [one.baselines[baseline] for one in evaluations.values() if baseline in one.baselines]
-        if known and KNN_TOP1 in shown:
-            row = dict.fromkeys(rows[0], "")
-            rows.append({**row, next(iter(row)): label, column_name(KNN_TOP1): span(known)})
-    return rows
 
+    def __init__(self, evaluations: Mapping[str, Evaluation]):
+        self.evaluations = evaluations
+        names = _names(evaluation.values for evaluation in evaluations.values())
+        # The accuracy of each protocol, or other values where there is none.
+        self.headlines = [name for name in names if name.endswith("/top1")][:MAX_PANELS] or names[:MAX_PANELS]
+        first = self.headlines[0] if self.headlines else ""
+        values = {run: evaluation.values.get(first, NAN) for run, evaluation in evaluations.items()}
+        # The best first headline first; runs without it come last, and equals stay as they were. NaN has no order.
+        self.order = sorted(evaluations, key=lambda run: math.inf if math.isnan(values[run]) else -values[run])
+        self.differing, self.following = differences({run: one.config for run, one in evaluations.items()})
+        titles = {run: "" if evaluation.config else evaluation.title for run, evaluation in evaluations.items()}
+        self.labels = labels(self.differing, {run: title or run for run, title in titles.items()})
 
-def page(evaluations: Mapping[str, Evaluation]) -> str:
-    """Markdown: the short table, what does not differ, and which run is which."""
-    names, order = run_labels(evaluations), ordered(evaluations)
-    parts = [as_markdown(short_table(evaluations), [column_name(name) for name in headlines(evaluations)])]
-    parts.append("In brackets: 95 % intervals over test images. comparison.csv has all values.")
-    if shared := [f"{name} = {values[0]}" for name, values in _settings(evaluations).items() if len(values) == 1]:
-        parts.append(f"The same for all: {', '.join(shared)}.")
-    if following := differences(_configs(evaluations))[1]:
-        parts.append(f"The trainings also differ in what follows from that: {', '.join(following)}.")
-    parts.append("\n".join(f"- {names[run]}: `{run}`" for run in order if names[run] != run))
-    return "\n\n".join(filter(None, parts)) + "\n"
+    def table(self) -> list[Row]:
+        """All that is known of each run: its name, what differs in the trainings, values each with its ends (" low",
+        " high"), baselines, settings."""
+        rows = []
+        for run in self.order:
+            evaluation = self.evaluations[run]
+            row: Row = {"run": run, **{f"run.{key}": value for key, value in self.differing.get(run, {}).items()}}
+            for name, value in evaluation.values.items():
+                row[name] = value
+                if name in evaluation.intervals:
+                    row[f"{name} low"], row[f"{name} high"] = evaluation.intervals[name]
+            settings = {name: _plain(value) for name, value in evaluation.settings.items()}
+            rows.append({**row, **evaluation.baselines, **settings})
+        return rows
+
+    def short_table(self) -> list[Row]:
+        """A row for each run: what differs in the trainings, the headlines with their intervals, and settings that differ.
+
+        Rows with the kNN accuracy of raw pixels and of the untrained encoders follow, where they are known.
+        """
+        differing = self.differing
+        keys = _names(differing.values())
+        # Columns for what differs, if that tells all runs apart.
+        distinct = {tuple(values.items()) for values in differing.values()}
+        values_identify_runs = keys and len(distinct) == len(self.evaluations)
+        settings = [name for name, values in self._settings().items() if len(values) > 1]
+        rows: list[Row] = []
+        for run in self.order:
+            evaluation = self.evaluations[run]
+            row: Row = {key: differing[run][key] for key in keys} if values_identify_runs else {"run": self.labels[run]}
+            row |= {column_name(name): _cell(evaluation, name) for name in self.headlines}
+            rows.append(row | {name: _plain(evaluation.settings.get(name, "")) for name in settings})
+        for baseline, (label, _) in BASELINES.items():
+            known = [one.baselines[baseline] for one in self.evaluations.values() if baseline in one.baselines]
+            if known and KNN_TOP1 in self.headlines:
+                row = dict.fromkeys(rows[0], "")
+                rows.append({**row, next(iter(row)): label, column_name(KNN_TOP1): span(known)})
+        return rows
+
+    def page(self) -> str:
+        """Markdown: the short table, what does not differ, and which run is which."""
+        parts = [as_markdown(self.short_table(), [column_name(name) for name in self.headlines])]
+        parts.append("In brackets: 95 % intervals over test images. comparison.csv has all values.")
+        if shared := [f"{name} = {values[0]}" for name, values in self._settings().items() if len(values) == 1]:
+            parts.append(f"The same for all: {', '.join(shared)}.")
+        if self.following:
+            parts.append(f"The trainings also differ in what follows from that: {', '.join(self.following)}.")
+        parts.append("\n".join(f"- {self.labels[run]}: `{run}`" for run in self.order if self.labels[run] != run))
+        return "\n\n".join(filter(None, parts)) + "\n"
+
+    def _settings(self) -> dict[str, list[str]]:
+        """The different values of each setting of the protocols, "" among them where a run has none."""
+        settings = [evaluation.settings for evaluation in self.evaluations.values()]
+        return {name: [*dict.fromkeys(str(_plain(one.get(name, ""))) for one in settings)] for name in _names(settings)}
 
 
 def differences(configs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dict[str, str]], list[str]]:
     """The values in which runs differ, as they are typed, by run; and the other keys that differ, which follow from those.
 
-    Runs with other classes of a group, such as other methods, differ in that group, and not in each key inside it. What
-    only comes with these classes, such as the augmentation of a method, or repeats a root key follows from them. An empty
-    configuration is that of no run, and has no values.
+    Runs with different classes in a group, such as different methods, differ in that group and not in each key inside it. A
+    key follows if it has one value for each combination of these classes, as the augmentation of a method, or the values of
+    a root key. An empty configuration is that of no run, and has no values.
     """
     values = {
         run: {key: value for key, value in without_unused(flat(dict(config))).items() if not key.startswith(LEFT_OUT)}
@@ -185,25 +173,14 @@ def differences(configs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dic
     return differing, following
 
 
-def labels(configs: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str]) -> dict[str, str]:
+def labels(differing: Mapping[str, Mapping[str, str]], titles: Mapping[str, str]) -> dict[str, str]:
     """A name for each run that says what differs, such as "temperature=0.2, seed=1"; other encoders keep their titles."""
-    differing, _ = differences(configs)
     label_by_run = {
         run: ", ".join(f"{key}={value}" for key, value in differing.get(run, {}).items()) or title
         for run, title in titles.items()
     }
     counts = Counter(label_by_run.values())
     return {run: f"{label} ({run})" if counts[label] > 1 else label for run, label in label_by_run.items()}
-
-
-def _configs(evaluations: Mapping[str, Evaluation]) -> dict[str, Mapping[str, Any]]:
-    return {run: evaluation.config for run, evaluation in evaluations.items()}
-
-
-def _settings(evaluations: Mapping[str, Evaluation]) -> dict[str, list[str]]:
-    """The different values of each setting of the protocols, "" among them where a run has none."""
-    settings = [evaluation.settings for evaluation in evaluations.values()]
-    return {name: [*dict.fromkeys(str(_plain(own.get(name, ""))) for own in settings)] for name in _names(settings)}
 
 
 def _title(evaluations: Mapping[str, Evaluation]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from twoviews.classifier_file import EVALUATIONS
 from twoviews.config.digest import digest
 from twoviews.config.recorded import overridden, recorded_runtime
 from twoviews.config.values import flat
@@ -16,14 +17,13 @@ from twoviews.data.images import ImageData
 from twoviews.encoders.loaded import LoadedEncoder
 from twoviews.encoders.projection import projected
 from twoviews.errors import counted, printable
-from twoviews.evaluation.comparison import Evaluation
 from twoviews.evaluation.pictures import draw_confusion, draw_per_class
-from twoviews.evaluation.record import FOLDER, EvaluationRecord
+from twoviews.evaluation.record import Evaluation, EvaluationRecord
 from twoviews.fallbacks import slower
 from twoviews.figures import BASELINES
 from twoviews.files import write_atomic
 from twoviews.foreign import errors_naming
-from twoviews.protocols.classification import classification_scores
+from twoviews.protocols.classification import ClassificationScores, classification_scores
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, NamedProtocol, TableRow
 from twoviews.protocols.units import MAX_SHOWN, with_unit
 from twoviews.runtime import format_name
@@ -35,7 +35,7 @@ from twoviews.unseen_pixels import unseen_pixels_note
 
 def evaluate(
     loaded: LoadedEncoder,
-    chosen_data: Callable[[], ImageData] | None,
+    load_chosen: Callable[[], ImageData] | None,
     cfg: DictConfig,
     overrides: Sequence[str],
     console: Console,
@@ -45,12 +45,17 @@ def evaluate(
     evaluation.json beside the run is that of its newest evaluation. The numbers of a protocol are stored and shown as soon as
     it has finished, so that they outlast whatever ends the command during a later one.
 
-    Arguments are those of `prepare_evaluation`.
+    Args:
+        loaded: the encoder.
+        load_chosen: loads the images of the command line; None: those of the run.
+        cfg: the checked configuration of evaluate.py.
+        overrides: of the command line.
+        console: to print to.
 
     Raises:
         BadInput: a protocol cannot evaluate this encoder on these images.
     """
-    context = prepare_evaluation(loaded, chosen_data, cfg, overrides, console)
+    context = prepare_evaluation(loaded, load_chosen, cfg, overrides, console)
     data, precision, prefix = context.data, format_name(context.dtype), ""
     if cfg.feature == "projection":
         context.encoder, prefix = projected(loaded).to(context.device), "projection/"
@@ -67,40 +72,48 @@ def evaluate(
         "precision": precision,
         "step": run_result.get("step"),
     }
-    if loaded.preprocessing.statistics is not None:  # a run's are in its encoder.json
+    if loaded.preprocessing.statistics_source is not None:  # a run's are in its encoder.json
         settings |= {"mean": list(loaded.preprocessing.mean), "std": list(loaded.preprocessing.std)}
-    folder = context.folder = loaded.folder / FOLDER / prefix / f"{'+'.join(protocols)}-{digest(settings)}"
+    folder = context.folder = loaded.folder / EVALUATIONS / prefix / f"{'+'.join(protocols)}-{digest(settings)}"
     folder.mkdir(parents=True, exist_ok=True)
-    banks = f"kNN bank {counts['memory']:,}, test {counted(counts['test'], 'image')}" if all(counts.values()) else ""
-    console.say(f"{loaded.title}: {banks or counted(len(data.train), 'training image')} of {data.name}")
+    images = counted(len(data.train), "training image")
+    if all(counts.values()):
+        images = f"kNN bank {counts['memory']:,}, test {counted(counts['test'], 'image')}"
+    console.say(f"{loaded.title}: {images} of {data.name}")
     baselines = _baselines(loaded, data, settings["protocol"], console)
     flat_settings = {
         f"protocol.{key}": value
         for key, value in flat(settings["protocol"]).items()
         if not key.endswith(("_target_", "every_epochs"))
     }
-    measured = EvaluationRecord(loaded, folder, prefix, settings)
+    record = EvaluationRecord(loaded, folder, prefix, settings)
     try:
-        _measure(protocols, context, measured, baselines, console)
+        _measure(protocols, context, record, baselines, console)
     finally:
-        if measured.values:
-            measured.end(flat_settings, console)
+        if record.values:
+            record.end(flat_settings, console)
     state = {key: run_result[key] for key in ("state", "epoch") if key in run_result}
-    shown_settings = {**flat_settings, "data": data.name, "digest": data.digest, **state}
-    about = (_mlflow_target(loaded), loaded.title, loaded.config, baselines)
-    return Evaluation(measured.values, measured.intervals, shown_settings, *about)
+    return Evaluation(
+        record.values,
+        record.intervals,
+        settings={**flat_settings, "data": data.name, "digest": data.digest, **state},
+        mlflow_target=_mlflow_target(loaded),
+        title=loaded.title,
+        config=loaded.config,
+        baselines=baselines,
+    )
 
 
 def prepare_evaluation(
     loaded: LoadedEncoder,
-    chosen_data: Callable[[], ImageData] | None,
+    load_chosen: Callable[[], ImageData] | None,
     cfg: DictConfig,
     overrides: Sequence[str],
     console: Console,
 ) -> EvaluationContext:
     """The context that an encoder is evaluated in; the user is told how its images are prepared and what is slow.
 
-    `chosen_data` loads the images of the command line, without which they are those of the run; `cfg` is the checked
+    `load_chosen` loads the images of the command line, without which they are those of the run; `cfg` is the checked
     configuration of evaluate.py or cluster.py.
 
     Raises:
@@ -110,14 +123,16 @@ def prepare_evaluation(
         runtime, runtime_notes = recorded_runtime(cfg, loaded.config, overrides)
     device = runtime.torch_device()
     runtime.configure_evaluation(device)
-    data, wanted = loaded.load_data(chosen_data).to(device), loaded.preprocessing
+    data, wanted = loaded.load_data(load_chosen).to(device), loaded.preprocessing
     unseen = unseen_pixels_note(loaded.encoder, wanted.channels, wanted.image_size)
     for note in filter(None, (*loaded.notes, unseen, *runtime_notes, *data.notes)):
         console.say(note)
     for sentence in slower(runtime.device, device):
         console.say_once(sentence)
-    if chosen_data is None and not loaded.trained_on(data):
-        console.say("warning: these are not the images of the run (their digest differs), so the numbers are not its.")
+    if load_chosen is None and not loaded.trained_on(data):
+        console.say(
+            "warning: these are not the images of the run (their digest differs), so these numbers do not describe the run's own data."
+        )
     return EvaluationContext(
         loaded.encoder.to(device),
         data,
@@ -130,13 +145,14 @@ def prepare_evaluation(
 
 
 def protocol_nodes(cfg: DictConfig, overrides: Sequence[str], recorded: Mapping[str, Any]) -> DictConfig:
-    """The settings of each protocol: of its file, of the run's training, of the command line; the later ones win.
+    """The settings of each protocol: of its file, of the run's training, of the command line; later ones win.
 
     A protocol that the command line chooses by another file, such as knn_small in place of knn, has the settings of that file
     and none of the run's. `recorded` is the run's configuration; empty without a run.
     """
-    chosen = next((override for override in overrides if override.startswith("protocol=")), "knn linear")
-    names, of_training, taken = re.findall(r"\w+", chosen), recorded.get("protocol") or {}, {}
+    chosen = next((override for override in overrides if override.startswith("protocol=")), None)
+    names = [*cfg.protocol] if chosen is None else re.findall(r"\w+", chosen)
+    of_training, taken = recorded.get("protocol") or {}, {}
     for name, node in cfg.protocol.items():
         own = of_training.get(name, {}) if name in names else {}
         taken[name] = {**NamedProtocol(str(name), node).settings_from_run(recorded), **own}
@@ -157,7 +173,10 @@ def _warn_of_training(name: str, run_result: Mapping[str, Any], precision: str, 
 
 
 def _baselines(loaded: LoadedEncoder, data: ImageData, settings: Any, console: Console) -> dict[str, float]:
-    """KNN of raw pixels and of the untrained encoder from the run's training; none, said why, if it was measured otherwise."""
+    """KNN of raw pixels and of the untrained encoder, from the training of the run.
+
+    Empty, after a message, if the training measured kNN with other settings; empty if it did not, or on other images.
+    """
     if not loaded.in_run_folder or not loaded.trained_on(data) or "knn" not in settings:
         return {}
     baselines = {name: line[name] for line in read(loaded.folder) for name in BASELINES if name in line}
@@ -178,7 +197,7 @@ def _baselines(loaded: LoadedEncoder, data: ImageData, settings: Any, console: C
 def _measure(
     protocols: Mapping[str, NamedProtocol],
     context: EvaluationContext,
-    measured: EvaluationRecord,
+    record: EvaluationRecord,
     baselines: Mapping[str, float],
     console: Console,
 ) -> None:
@@ -189,12 +208,16 @@ def _measure(
         try:
             with progress_of(f"protocol {name}"):
                 result = protocol(context)
-                values, intervals = _write(name, result, context, folder)
+                scores = None
+                if result.probabilities is not None:
+                    scores = classification_scores(result.probabilities, context.test.y, context.data.classes)
+                _write_files(name, result, scores, context, folder)
         except BaseException:
             if not any(folder.iterdir()):  # a refused command leaves nothing behind
                 folder.rmdir()
             raise
-        measured.add(values, intervals, [*protocols][number:])
+        values, intervals = _numbers(name, result, scores)
+        record.add(values, intervals, [*protocols][number:])
         for table, rows in result.tables.items():
             _show_rows(name, table, rows, result.rows_shown, context.data, console)
         for note in result.notes:
@@ -210,22 +233,28 @@ def _measure(
             console.table(name, shown)
 
 
-def _write(
-    name: str, result: EvaluationResult, context: EvaluationContext, folder: Path
-) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Write the tables and, for a classifier, the pictures of a protocol; its values and intervals by full name."""
-    values, intervals, tables = result.values, {}, result.tables
-    if result.probabilities is not None:
-        title, classes = f"{context.title}: {name} on {context.data.name}", context.data.classes
-        scores = classification_scores(result.probabilities, context.test.y, classes)
-        values, intervals, tables = scores.values | values, scores.intervals, {**tables, "classes": scores.per_class}
-        draw_confusion(folder / f"{name}_confusion.png", scores.confusion, classes, title)
+def _write_files(
+    name: str, result: EvaluationResult, scores: ClassificationScores | None, context: EvaluationContext, folder: Path
+) -> None:
+    """Write the tables of a protocol and, of a classifier, the pictures."""
+    tables = result.tables
+    if scores:
+        title = f"{context.title}: {name} on {context.data.name}"
+        tables = {**tables, "classes": scores.per_class}
+        draw_confusion(folder / f"{name}_confusion.png", scores.confusion, context.data.classes, title)
         draw_per_class(folder / f"{name}_classes.png", scores.per_class, title)
     for table, rows in tables.items():
         write_atomic(folder / _file(name, table), as_csv(rows))
+
+
+def _numbers(
+    name: str, result: EvaluationResult, scores: ClassificationScores | None
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Values and intervals of a protocol by full name; its own values go before those of every classifier."""
+    values = {**(scores.values if scores else {}), **result.values}
     order = sorted(values, key=lambda key: (not key.startswith("top"), key))
-    full = {f"{name}/{key}": interval for key, interval in intervals.items()}
-    return {f"{name}/{key}": values[key] for key in order}, full
+    intervals = scores.intervals if scores else {}
+    return {f"{name}/{key}": values[key] for key in order}, {f"{name}/{key}": ends for key, ends in intervals.items()}
 
 
 def _file(name: str, table: str) -> str:

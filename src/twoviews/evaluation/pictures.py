@@ -19,11 +19,6 @@ MAX_NUMBERED_CLASSES = 20  # with more, the cells of a confusion matrix have no 
 MAX_NAME = 40  # characters of a name beside an axis
 MAX_TICKS = 40  # with more classes or runs, only every second, third, … has its name
 
-# Of the log in the notebook of MoCo's CIFAR-10 demo (facebookresearch/moco, branch colab-notebook): ResNet-18, asymmetric,
-# 200 epochs; kNN with k = 200 and T = 0.1 on the 128 outputs of the last layer.
-MOCO_DEMO = ((1, 32.0), (20, 61.4), (50, 73.3), (100, 78.1), (200, 82.6))
-MOCO_DEMO_METHOD = {"queue_size": 4096, "momentum": 0.99, "temperature": 0.1, "symmetric": False}
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -73,28 +68,10 @@ def draw_per_class(path: Path, rows: Sequence[TableRow], title: str) -> None:
     draw_comparison(path, {"accuracy of the class (images), %": measured}, labels, title, mean)
 
 
-def published_curve(config: Mapping[str, Any]) -> dict[str, Sequence[tuple[float, float]]]:
-    """Published kNN curves of a run's recipe: points (epoch, top-1 in percent) by name of the source; often none.
+def draw_knn_curve(path: Path, lines: Iterable[Mapping[str, float]], title: str) -> bool:
+    """Draw kNN accuracy over the epochs of a run with its baselines; `lines` are those of metrics.jsonl.
 
-    The only one known is that of MoCo's CIFAR-10 demo, whose kNN compares projections and not, as here, features.
-    """
-    method, data = config.get("method") or {}, config.get("data") or {}
-    target, source = str(method.get("_target_")), str(data.get("_target_"))
-    same = all(method.get(name) == value for name, value in MOCO_DEMO_METHOD.items())
-    if target.endswith(".MoCo") and source.endswith(".cifar10") and same:
-        return {"MoCo's CIFAR-10 demo, 200 epochs, of the projection": MOCO_DEMO}
-    return {}
-
-
-def draw_knn_curve(
-    path: Path,
-    lines: Iterable[Mapping[str, float]],
-    published: Mapping[str, Sequence[tuple[float, float]]],
-    title: str,
-) -> bool:
-    """Draw kNN accuracy over the epochs of a run with its baselines and published curves, see `published_curve`.
-
-    `lines` are those of metrics.jsonl. False if kNN was measured at fewer than two epochs: there is no picture of that.
+    False if kNN was measured at fewer than two epochs: there is no picture of that.
     """
     lines = list(lines)
     points = [(line["epoch"], line[KNN_TOP1]) for line in lines if KNN_TOP1 in line]
@@ -104,14 +81,10 @@ def draw_knn_curve(
     with drawing(path, 3, title=title) as (figure, (axis,)):
         axis.plot(*zip(*points, strict=True), marker="o", label="this run")
         axis.annotate(f"{points[-1][1]:.1f}", points[-1], xytext=(4, 5), textcoords="offset points")
-        for name, curve in published.items():
-            axis.plot(*zip(*curve, strict=True), marker="s", linestyle="--", color="black", label=name)
-        seen = [value for curve in (points, *published.values()) for _, value in curve]
-        seen += [accuracy for (accuracy,) in baselines.values()]
+        seen = [*(value for _, value in points), *(accuracy for (accuracy,) in baselines.values())]
         axis.set(xlabel="epoch", ylabel="kNN top-1, %", ylim=(min(seen) - 2, max(seen) + 3))
         draw_baselines(axis, baselines)
-        # Of published curves the epochs of this run.
-        axis.set_xlim(0, max(1.08 * points[-1][0], 22 if published else 0))
+        axis.set_xlim(0, 1.08 * points[-1][0])
         merged_legend(figure, [axis])
     return True
 

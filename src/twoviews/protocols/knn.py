@@ -21,37 +21,37 @@ from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Pro
 from twoviews.ranges import Count, NonNegativeInt, Temperature
 
 CHUNK_BYTES = 64 * 2**20  # of similarities held in memory
-SMALL_K = 20  # of protocol=knn_small
+SMALL_K = 20  # k of conf/protocol/knn_small.yaml, as a test compares
 
 
 def neighbours(
     queries: Float[Tensor, "M F"],
     bank: Float[Tensor, "N F"],
     k: int,
-    own: Int[Tensor, " M"] | None = None,
+    exclude: Int[Tensor, " M"] | None = None,
     shared: bool = False,
 ) -> Iterator[tuple[slice, Float[Tensor, "m k"], Int[Tensor, "m k"]]]:
     """For each chunk of queries its slice, and cosines (largest first) and indices of the k most similar bank rows.
 
-    Exact; of rows with equal cosines, such as copies of an image, `torch.topk` may take any, in any order. Needs a
-    normalised copy of the bank and CHUNK_BYTES of similarities (one query's, if the bank is so large that they are more).
+    Exact; of rows with equal cosines, such as copies of an image, `torch.topk` may take any, in any order. In memory are a
+    normalised copy of the bank and CHUNK_BYTES of similarities, or those of one query where they are more.
 
     Args:
         queries: features.
         bank: features to search.
         k: clamped to the bank.
-        own: for each query the bank row that is the query itself, and is left out; None: there is none.
+        exclude: for each query a bank row to leave out, as the query itself; None: there is none.
         shared: each process gets a part of the chunks.
     """
     rows = nnf.normalize(bank, dim=1)
-    k = min(k, len(rows) - (own is not None))
+    k = min(k, len(rows) - (exclude is not None))
     chunk = max(1, CHUNK_BYTES // (4 * len(rows)))
     rank, processes = (distributed.rank(), distributed.processes()) if shared else (0, 1)
     for start in range(0, len(queries), chunk)[rank::processes]:
         which = slice(start, start + chunk)
         similarity = nnf.normalize(queries[which], dim=1) @ rows.T
-        if own is not None:
-            similarity.scatter_(1, own.to(rows.device)[which, None], -2.0)  # less than any cosine
+        if exclude is not None:
+            similarity.scatter_(1, exclude.to(rows.device)[which, None], -2.0)  # less than any cosine
         nearest = similarity.topk(k, dim=1)
         yield which, nearest.values, nearest.indices
 
@@ -73,8 +73,8 @@ def knn_scores(
     Needs the memory of `neighbours` beside the result. With `shared` each process computes a part, and all get the whole.
     """
     scores = torch.zeros(len(queries), classes, device=queries.device)
-    own = -(-len(queries) // (distributed.processes() if shared else 1))
-    with progress_of("kNN", own, "images") as advance:
+    count = -(-len(queries) // (distributed.processes() if shared else 1))  # of this process, about
+    with progress_of("kNN", count, "images") as advance:
         for which, nearest, index in neighbours(queries, bank.x, k, shared=shared):
             scores[which].scatter_add_(1, bank.y[index], votes(nearest, temperature))
             advance(len(index))
@@ -93,7 +93,7 @@ def clamped_notes(k: int, data: ImageData, key: str) -> list[str]:
 
 
 def _class_notes(k: int, data: ImageData) -> list[str]:
-    """A sentence for the user if the bank has fewer than k images of a class, which then votes with others always."""
+    """A sentence for the user if the bank has fewer than k images of a class, so that images of other classes always vote."""
     if data.memory is None or data.memory.labels is None:
         return []
     counts = zip(torch.bincount(data.memory.labels).tolist(), data.classes, strict=False)
@@ -116,7 +116,7 @@ class KNN(Protocol):
         temperature: of the votes.
     """
 
-    together = True
+    on_all_processes = True
 
     def __init__(self, k: Count, temperature: Temperature, every_epochs: NonNegativeInt):
         self.k, self.temperature, self.every_epochs = k, temperature, every_epochs

@@ -37,10 +37,10 @@ CAPTION = 12  # px, of names, so that more of them fits
 
 
 def nearest_rows(
-    queries: Float[Tensor, "M F"], bank: Float[Tensor, "N F"], k: int, own: Int[Tensor, " M"] | None
+    queries: Float[Tensor, "M F"], bank: Float[Tensor, "N F"], k: int, exclude: Int[Tensor, " M"] | None
 ) -> tuple[Float[Tensor, "M K"], Int[Tensor, "M K"]]:
     """Cosines and indices of the k bank rows most similar to each query, see `neighbours`; on the CPU."""
-    cosines, rows = zip(*(nearest for _, *nearest in neighbours(queries, bank, k, own)), strict=True)
+    cosines, rows = zip(*(nearest for _, *nearest in neighbours(queries, bank, k, exclude)), strict=True)
     return torch.cat(cosines).cpu(), torch.cat(rows).cpu()
 
 
@@ -94,12 +94,14 @@ class Neighbours(Protocol):
         data, broken = context.data, {}
         if self.images is not None:
             decoded = embed_user_images(image_paths(self.images), context)
-            shown, x, names, own = decoded.images, decoded.x, decoded.images.paths or [], None
+            shown, x, names, exclude = decoded.images, decoded.x, decoded.images.paths or [], None
             broken = {decoded.paths[row]: why for row, why in decoded.broken.items()}
         else:
-            shown, x, names, own = self._sampled(context)
+            shown, x, names, exclude = self._sampled(context)
         train, bank = context.split("train")
-        cosines, rows = nearest_rows(x, bank, self.k, own) if len(x) else (torch.empty(0, 1), torch.empty(0, 1).long())
+        cosines, rows = (
+            nearest_rows(x, bank, self.k, exclude) if len(x) else (torch.empty(0, 1), torch.empty(0, 1).long())
+        )
         labels = [-1] * len(x) if shown.labels is None else shown.labels.tolist()
         made = [
             NeighbourRow(*row)

@@ -1,5 +1,4 @@
-"""The contract of a protocol: an evaluator of encoders, for train.py, which records its values and shows its notes, and for
-evaluate.py, which uses all of its result.
+"""A protocol evaluates an encoder. train.py records its values and notes; evaluate.py uses the whole result.
 
 `protocol=` is its name on the command line and in conf/. It gets an `EvaluationContext` and returns an `EvaluationResult`.
 Shapes: N bank images, M test images, F features, C classes.
@@ -74,7 +73,10 @@ class EvaluationContext:
         return self._labelled_features(self.data.test)
 
     def embed(self, images: Images, shared: bool = False) -> Float[Tensor, "N F"]:
-        """Features of images that have the size of `data`, as `twoviews.features.embed` computes them."""
+        """Features of images that have the size of `data`, as `twoviews.features.embed` computes them.
+
+        They are computed by this process alone, whatever the context's `shared`, unless `shared` is set here.
+        """
         title = f"features of {self.data.name}"
         return embed(self.encoder, images, self.data, self.device, self.dtype, self.channels_last, shared, title=title)
 
@@ -133,7 +135,7 @@ class Protocol:
 
     every_epochs: int
     needs_labels: bool = True  # whether the images must be labelled; a training without labels leaves it out
-    together: bool = False  # with several processes: all call it and have its result; False: only the first process
+    on_all_processes: bool = False  # True: every process runs it; False: only the first
 
     def notes(self, data: ImageData) -> list[str]:
         """Sentences that the user should read before these images are evaluated."""
@@ -164,7 +166,7 @@ class NamedProtocol(Protocol):
         with qualified_errors(keys=self._keys):
             self.protocol: Protocol = build(node, _key_=f"protocol.{name}")
         self.every_epochs, self.needs_labels = self.protocol.every_epochs, self.protocol.needs_labels
-        self.together = self.protocol.together
+        self.on_all_processes = self.protocol.on_all_processes
 
     def notes(self, data: ImageData) -> list[str]:
         """Sentences that the user should read before these images are evaluated, with parameters as they are typed."""
@@ -192,12 +194,15 @@ class NamedProtocol(Protocol):
 
 
 def run_protocols(protocols: Mapping[str, Protocol], context: EvaluationContext) -> dict[str, EvaluationResult]:
-    """The result of each protocol on process 0; the other processes help to compute features and get an empty dictionary."""
+    """The result of each protocol on process 0; the other processes help to compute features and get an empty dictionary.
+
+    Protocols of the first process alone come last, and from then on the context is no longer `shared`.
+    """
     if any(protocol.needs_labels for protocol in protocols.values()):
         _ = context.memory, context.test  # by all processes, where they are shared
-    results = {name: protocol(context) for name, protocol in protocols.items() if protocol.together}
+    results = {name: protocol(context) for name, protocol in protocols.items() if protocol.on_all_processes}
     if distributed.rank() == 0:
         context.shared = False  # the other processes do not take part in what follows
-        results |= {name: protocol(context) for name, protocol in protocols.items() if not protocol.together}
+        results |= {name: protocol(context) for name, protocol in protocols.items() if not protocol.on_all_processes}
     process_group.wait_for_first()
     return results if distributed.rank() == 0 else {}

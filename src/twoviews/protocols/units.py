@@ -2,7 +2,9 @@
 
 import re
 
-KNN_TOP1, LINEAR_TOP1 = "knn/top1", "linear/top1"  # accuracies in percent, in metrics.jsonl and result.json
+# Accuracies in percent, by their names in metrics.jsonl and result.json.
+KNN_TOP1, LINEAR_TOP1 = "knn/top1", "linear/top1"
+UNTRAINED_KNN_TOP1, PIXELS_KNN_TOP1 = "baseline/untrained_knn_top1", "baseline/pixels_knn_top1"
 MAX_SHOWN = 12  # a protocol with more values is in the files only
 _PERCENT = "top[15]|precision|recall|f1|roc_auc|ece|clean|unadapted|gain|agreement"
 UNITS = {  # pattern of a whole name, such as knn/top1: unit; the first that fits, and none for what fits none
@@ -23,9 +25,10 @@ def unit(name: str) -> str:
 
 def with_unit(name: str, value: float, interval: tuple[float, float] | None = None) -> str:
     """A value with its unit and its interval, percentages with two digits: "88.06 %  [84.72, 91.39]", "1 image"."""
-    of = unit(name)
-    text = f"{value:.2f}" if of.startswith("%") else f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
-    if value == 1 and not of.startswith("%"):
-        of = of.removesuffix("s")
-    text = f"{text} {of}".rstrip()
+    suffix = unit(name)
+    percent, whole = suffix.startswith("%"), float(value).is_integer()
+    text = f"{value:.2f}" if percent else f"{value:,.0f}" if whole else f"{value:.4g}"
+    if value == 1 and not percent:
+        suffix = suffix.removesuffix("s")
+    text = f"{text} {suffix}".rstrip()
     return text if interval is None else f"{text}  [{interval[0]:.2f}, {interval[1]:.2f}]"
