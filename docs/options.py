@@ -111,17 +111,21 @@ def _letters(target: str) -> str:
 
 
 def comments(path: Path) -> dict[str, str]:
-    """The comments beside the keys of a file, with the lines of comment that continue them."""
+    """The comments beside the keys of a file by dotted key, with the lines of comment that continue them."""
     found: dict[str, str] = {}
     key, above = "", ""
+    parents: dict[int, str] = {}  # dotted key by indentation, of the node that the line is in
     for line in path.read_text().splitlines():
         above = f"{above} {line[2:]}" if line.startswith("# ") and (above or not key) else above
-        if match := re.match(r"^ *(\w+):.*?(?:\s+# (.*))?$", line):
-            key = match[1] if match[2] else ""
-            if key and key not in found:
-                found[key] = match[2]
-            elif above and not match[2]:
-                found.setdefault(match[1], above.strip())
+        if match := re.match(r"^( *)(\w+):.*?(?:\s+# (.*))?$", line):
+            parents = {indent: parent for indent, parent in parents.items() if indent < len(match[1])}
+            dotted = ".".join([*([*parents.values()][-1:]), match[2]])
+            parents[len(match[1])] = dotted
+            key = dotted if match[3] else ""
+            if key:
+                found[key] = match[3]
+            elif above:
+                found[dotted] = above.strip()
             above = ""
         elif (
             key and line.startswith("# ") and found[key].count(" ") > 12
@@ -196,7 +200,7 @@ def rows(
         target: dotted path of the class or function.
         files: values of each file that names it, by the name of the choice.
         passed: parameters that the program passes.
-        notes: comments beside keys.
+        notes: comments beside these keys.
     """
     meanings, lines = described(target), []
     for key, parameter in signature(target).items():
@@ -228,7 +232,9 @@ def group_lines(group: str) -> list[str]:
     lines = [f"## {group}", "", GROUPS[group], "", "| choice | what it is |", "|---|---|"]
     lines += [f"| `{path.stem}` | {_sentence(about(path))} |" for path in paths]
     files = {path.stem: nodes(path, group) for path in paths}
-    notes: dict[str, dict[str, str]] = {path.stem: comments(path) for path in paths}
+    notes: dict[str, dict[str, str]] = {
+        path.stem: {key.removeprefix(f"{group}."): note for key, note in comments(path).items()} for path in paths
+    }
     by_target: dict[str, dict[str, dict[str, Any]]] = {}
     for name, values in files.items():
         if target := values.get(PLUGIN_KEYS.get(group, "_target_")):
@@ -264,7 +270,8 @@ def root_lines(name: str) -> list[str]:
         )
     for node, target in NODES.items():
         if node in values:
-            found = rows(target, {name: values[node]}, (), notes)
+            inside = {key.removeprefix(f"{node}."): note for key, note in notes.items() if key.startswith(f"{node}.")}
+            found = rows(target, {name: values[node]}, (), inside)
             lines += [line.replace("| `", f"| `{node}.", 1) for line in found]
     return [*lines, ""]
 

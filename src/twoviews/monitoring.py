@@ -103,8 +103,8 @@ class Monitor:
         self._epochs, self._device = epochs, device
         self._small_epochs, self._small_cost = small_epochs, small_cost
         self.latest: dict[str, float] = {}
-        self._knn_epoch: float | None = None  # of the latest kNN accuracy, unless that is of before a resume
-        self._collapses = [SPREAD_WARNING, *collapses]  # without those that the user was warned of
+        self._knn_epoch: float | None = None  # of the latest kNN accuracy; None: that is of before a resume
+        self._collapses = [SPREAD_WARNING, *collapses]  # those that the user was not warned of yet
         self._epoch_seconds: float | None = None  # of training steps with views of full size, as forecast
         self._knn_seconds = 0.0
 

@@ -27,6 +27,7 @@ GAP = 8  # px, between images on a sheet
 TEXT = 16  # px
 HEADING_PX, LINE_PX = 66, TEXT + 6  # heights, of a sheet's heading and of a line below a picture
 GREY, RED, GREEN = (110, 110, 110), (220, 40, 40), (0, 130, 60)
+COLUMNS = 2  # of curves.png
 PANELS = {  # of curves.png
     "train/loss": "loss",
     KNN_TOP1: "kNN accuracy, %",
@@ -136,8 +137,10 @@ def draw_curves(path: Path, lines: Iterable[Mapping[str, float]], title: str) ->
     lines = list(lines)
     last = max((line["epoch"] for line in lines), default=0)
     baselines = {name: [line[name]] for line in lines for name in BASELINES if name in line}
-    with drawing(path, 1.6, panels=(2, 2), title=title) as (_, axes):
-        for axis, (name, heading) in zip(axes, PANELS.items(), strict=True):
+    with drawing(path, 1.6, panels=(-(-len(PANELS) // COLUMNS), COLUMNS), title=title) as (_, axes):
+        for axis in axes[len(PANELS) :]:
+            axis.set_axis_off()
+        for axis, (name, heading) in zip(axes, PANELS.items(), strict=False):
             points = [(line["epoch"], line[name]) for line in lines if name in line]
             axis.set(title=heading, xlabel="epoch", xlim=(0, 1.03 * last or 1))
             if not points:

@@ -28,7 +28,8 @@ class Runtime:
             in any order, which takes longer.
         accumulate: micro-batches an optimizer step; batch_size counts all of them. Queues, moving averages and
             the like advance once a step; negatives within a batch, and batch norm, see one micro-batch.
-        log_every: optimizer steps between two lines of metrics.jsonl.
+        log_every: optimizer steps between two lines of metrics.jsonl. A line has the values of that step alone, and the last
+            step of an epoch has one, too.
         checkpoint_seconds: shortest time between two checkpoints at epoch ends; the last step and signals always write one.
         checkpoint_minutes: longest time between two checkpoints within an epoch; 0 writes them at epoch ends only.
     """

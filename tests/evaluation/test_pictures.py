@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from twoviews import figures
+from twoviews import figures, pictures
 from twoviews.evaluation.pictures import (
     Measured,
     draw_comparison,
@@ -114,6 +114,13 @@ def test_what_was_measured_once_is_a_point_among_its_baselines(tmp_path, drawn):
     assert knn.lines[0].get_xydata().tolist() == [[10, 48.0]] and knn.texts[0].get_text() == "48"
     assert [line.get_ydata()[0] for line in knn.lines[1:]] == [30.0, 35.4] and knn.axison
     assert loss.texts[0].get_text() == "1" and spread.texts[0].get_text() == "not measured"
+
+
+def test_a_fifth_panel_of_curves(tmp_path, drawn, monkeypatch):
+    monkeypatch.setitem(pictures.PANELS, "train/norm", "norm of the gradient")
+    draw_curves(tmp_path / "curves.png", [*LINES, {"step": 18, "epoch": 20, "train/norm": 3.0}], "moco")
+    *_, norm, unused = drawn[-1].axes
+    assert norm.get_title() == "norm of the gradient" and norm.texts[0].get_text() == "3" and not unused.axison
 
 
 def test_comparison(tmp_path, drawn):

@@ -100,8 +100,8 @@ def test_a_k_of_more_than_a_class_has_is_said_with_what_to_choose():
         return KNN(k, 0.1, 0).notes(replace(data, memory=data.memory.subset(torch.cat(rows))))
 
     assert note(200, 100, 30, 100) == [
-        "k=200: the bank has 30 images of class 1 and fewer than 200 of 2 other classes, so images of other classes always "
-        "vote, too; choose k=30 or less or protocol=knn_small."
+        "k=200: the bank has 30 images of class 1 and fewer than 200 of 2 other classes, so that images of other classes "
+        "always vote; choose k=30 or less or protocol=knn_small."
     ]
     assert note(20, 30, 5, 30)[0].startswith("k=20: the bank has 5 images of class 1, so") and note(5, 30, 5) == []
     assert note(20, 30, 5, 30)[0].endswith("choose k=5 or less.")

@@ -258,7 +258,7 @@ def unknown_key(prefix: str, key: str, keys: Sequence[str], suggestions: Sequenc
 def with_group(key: str, content: Any, value: str | None) -> list[str]:
     """Overrides that were probably meant by a key typed without its group: of this configuration first, then of other choices.
 
-    `value` is as it was typed; None: the key had more behind it, and nothing is suggested.
+    `value` is as it was typed; None for a dotted key, as in a.b=1: then nothing is suggested.
     """
     if value is None:
         return []

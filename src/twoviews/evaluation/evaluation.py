@@ -131,7 +131,8 @@ def prepare_evaluation(
         console.say_once(sentence)
     if load_chosen is None and not loaded.trained_on(data):
         console.say(
-            "warning: these are not the images of the run (their digest differs), so these numbers do not describe the run's own data."
+            "warning: these are not the images of the run (their digest differs), so these numbers do not describe the run's "
+            "own data."
         )
     return EvaluationContext(
         loaded.encoder.to(device),

@@ -103,8 +103,8 @@ def _class_notes(k: int, data: ImageData) -> list[str]:
     others = f" and fewer than {k} of {counted(len(small) - 1, 'other class')}" if len(small) > 1 else ""
     remedy = " or protocol=knn_small" if count >= SMALL_K else ""
     return [
-        f"k={k}: the bank has {counted(count, 'image')} of class {printable(name)}{others}, so images of other classes always "
-        f"vote, too; choose k={count} or less{remedy}."
+        f"k={k}: the bank has {counted(count, 'image')} of class {printable(name)}{others}, so that images of other classes "
+        f"always vote; choose k={count} or less{remedy}."
     ]
 
 

@@ -186,7 +186,7 @@ def _plot_curves(path: Path, results: Results, metrics: Sequence[str]) -> None:
                 limits = [*panel.get_ylim(), *(value for values in results.baselines.values() for value in values)]
                 panel.set_ylim(min(limits) - 1, max(limits) + 1)
                 draw_baselines(panel, results.baselines)
-            else:
+            elif metric == "train/spread":
                 panel.set_ylim(0, max(1.02, panel.get_ylim()[1]))
         merged_legend(figure, panels)
 
