@@ -76,7 +76,7 @@ class Monitor:
     """Logs values to metrics.jsonl and the console, and evaluates the encoder while it is trained.
 
     Args:
-        make_context: of an encoder, for its evaluation.
+        make_context: makes the evaluation context of an encoder.
         protocols: what is evaluated, by name.
         metrics: the record; only process 0 has one.
         console: shows progress and messages.

@@ -76,10 +76,10 @@ def evaluate(
         settings |= {"mean": list(loaded.preprocessing.mean), "std": list(loaded.preprocessing.std)}
     folder = context.folder = loaded.folder / EVALUATIONS / prefix / f"{'+'.join(protocols)}-{digest(settings)}"
     folder.mkdir(parents=True, exist_ok=True)
-    images = counted(len(data.train), "training image")
+    described = counted(len(data.train), "training image")
     if all(counts.values()):
-        images = f"kNN bank {counts['memory']:,}, test {counted(counts['test'], 'image')}"
-    console.say(f"{loaded.title}: {images} of {data.name}")
+        described = f"kNN bank {counts['memory']:,}, test {counted(counts['test'], 'image')}"
+    console.say(f"{loaded.title}: {described} of {data.name}")
     baselines = _baselines(loaded, data, settings["protocol"], console)
     flat_settings = {
         f"protocol.{key}": value
@@ -251,7 +251,7 @@ def _write_files(
 def _numbers(
     name: str, result: EvaluationResult, scores: ClassificationScores | None
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Values and intervals of a protocol by full name; its own values go before those of every classifier."""
+    """Values and intervals of a protocol by full name; its own values replace those of every classifier."""
     values = {**(scores.values if scores else {}), **result.values}
     order = sorted(values, key=lambda key: (not key.startswith("top"), key))
     intervals = scores.intervals if scores else {}
