@@ -144,7 +144,7 @@ def test_what_cannot_be_captured_trains_eagerly_and_is_said(kind: str, tmp_path:
         one = training(tmp_path, "simsiam")
         method = Keeping(one.method.encoder, kept[kind])
         optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9, fused=True)
-        one.method, one.step = method, TrainStep(method, optimizer, one.runtime, one.device, one.console.say)
+        one.method, one.train_step = method, TrainStep(method, optimizer, one.runtime, one.device, one.console.say)
         found = stepped(one)
         assert graphs.replays == 0
     reason = {"counting on the host": "two eager steps", "waiting for the device": "_local_scalar_dense"}[kind]
@@ -201,7 +201,7 @@ def test_on_a_gpu(name: str, precision: str, tmp_path: Path, capfd) -> None:
         overrides = (f"runtime.cuda_graph={captured}", f"runtime.precision={precision}", "runtime.accumulate=1")
         one = training(tmp_path, name, *overrides, device="cuda")
         losses.append([values["loss"] for values in stepped(one)])
-        assert (one.step._graph is not None) == (captured == "true")
+        assert (one.train_step._graph is not None) == (captured == "true")
     assert "eager (no CUDA graph" not in capfd.readouterr().out
     assert losses[0] == pytest.approx(losses[1], rel=0.02, abs=0.02)
 
@@ -218,7 +218,7 @@ def test_every_optimizer_on_a_gpu(name: str, optimizer: str, tmp_path: Path) -> 
         overrides = (f"optimizer={optimizer}", f"runtime.cuda_graph={captured}", "runtime.precision=fp32", *frozen)
         one = training(tmp_path, name, *overrides, device="cuda")
         losses.append([values["loss"] for values in stepped(one, 12)])
-        assert (one.step._graph is not None) == (captured == "true")
+        assert (one.train_step._graph is not None) == (captured == "true")
     assert losses[0] == pytest.approx(losses[1], rel=0.02, abs=0.02)
 
 
@@ -235,7 +235,7 @@ def test_a_capture_that_fails_leaves_eager_steps_behind(tmp_path: Path, capfd) -
 
     method = Keeping(one.method.encoder, waiting)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9, fused=True)
-    one.method, one.step = method, TrainStep(method, optimizer, one.runtime, one.device, one.console.say)
+    one.method, one.train_step = method, TrainStep(method, optimizer, one.runtime, one.device, one.console.say)
     losses = [values["loss"] for values in stepped(one)]
     assert "eager (no CUDA graph" in capfd.readouterr().out and len(set(losses)) == STEPS
 
