@@ -15,7 +15,7 @@ from twoviews.backbones import Encoder
 from twoviews.clusters.kmeans import Clustered
 from twoviews.layers import without_duplicates
 
-# Computes the outputs of a module for all N training images, [N, D] in the order of their index, in float32: in eval mode,
+# Computes the outputs of a module for all N training images, [N, F] in the order of their index, in float32: in eval mode,
 # without gradient, under the eval transform, and the same on every process.
 Embed = Callable[[nn.Module], Tensor]
 
