@@ -34,6 +34,8 @@ METHODS = {path.stem: [] for path in sorted((CONF / "method").glob("*.yaml"))} |
     "pcl_masked": ["method.mask_same_cluster=true"],
     "pcl_drawn": ["method.negative_prototypes=3"],
 }
+# One name for each: moco_v1 and pcl_v1 are moco and pcl with other numbers, and pcl_v2 has the head of moco_v2.
+DIFFERENT_CODE = [name for name in METHODS if name not in ("moco_v1", "pcl_v1", "pcl_v2")]
 # Where a method has such a parameter, the test gives it this value.
 SMALL = {
     "embed_dim": 16,
