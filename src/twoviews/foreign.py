@@ -39,6 +39,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "epoch": NotNegative,
         "seconds": NotNegative,
         "reason": str,
+        "diverged": bool,
         "precision": str,
         "mlflow_run_id": str | None,
         "*": float,

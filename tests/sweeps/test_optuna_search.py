@@ -39,7 +39,7 @@ for epoch in range(1, epochs + 1):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
     stop_when_told(); time.sleep({pause})
 if {fail!r} and bad:
-    result("failed", reason={fail!r}); sys.exit(1)
+    result("failed", reason={fail!r}, **{facts!r}); sys.exit(1)
 checkpoint(); result("finished", **{{"knn/top1": knn}})
 """
 
@@ -49,7 +49,7 @@ class StandInCommand(SweepCommand):
 
     def __init__(self, folder: Path, launcher: Launcher, **plan: object):
         self.folder, self.launcher = folder, launcher
-        self.plan = {"epochs": 3, "collapse": False, "behind": False, "fail": "", "pause": 0.0, **plan}
+        self.plan = {"epochs": 3, "collapse": False, "behind": False, "fail": "", "facts": {}, "pause": 0.0, **plan}
         self.not_in_digest = ("workers",)
         self.options, self.console = SimpleNamespace(plan=False), Console()
         self.tracking, self.protocols = {"mirror": False}, ["knn", "linear", "few_labels"]
@@ -315,13 +315,14 @@ def test_a_trial_below_the_median_is_stopped(tmp_path: Path) -> None:
 
 def test_a_diverged_trial_is_a_bad_one_and_another_failure_is_no_value(tmp_path: Path) -> None:
     diverged = tmp_path / "diverged"
-    search(trials=12, at_once=3).run(StandInCommand(diverged, pool(), fail="the loss is nan at step 3"), ["x=0.1,0.6"])
+    command = StandInCommand(diverged, pool(), fail="the loss is nan at step 3", facts={"diverged": True})
+    search(trials=12, at_once=3).run(command, ["x=0.1,0.6"])
     states = {one.params["x"]: one.state.name for one in trials(diverged)}
     assert states == {"0.1": "PRUNED", "0.6": "COMPLETE"}
     now = {job.parameters["x"]: current_states([job])[job.digest] for job in Sweep(diverged).jobs}
     assert now[0.1].state == "PRUNED" and "diverged: the loss is nan at step 3" in now[0.1].reason
     failed = tmp_path / "failed"
-    search(trials=12, at_once=3).run(StandInCommand(failed, pool(), fail="out of luck"), ["x=0.1,0.6"])
+    search(trials=12, at_once=3).run(StandInCommand(failed, pool(), fail="the loss is out of luck"), ["x=0.1,0.6"])
     states = {one.params["x"]: one.state.name for one in trials(failed)}
     assert states == {"0.1": "FAIL", "0.6": "COMPLETE"}
     reasons = [one.user_attrs["reason"] for one in trials(failed) if one.state.name == "FAIL"]

@@ -30,7 +30,6 @@ POLL_SECONDS = 2.0  # between two looks at the states of running jobs
 SPREAD = "train/spread"
 PRUNE_BELOW_SPREAD = 0.05  # embeddings with a lower spread are collapsed; 1 is even
 COLLAPSE_EPOCHS = 1.0  # a collapse has to last so long, after as many epochs at the start
-DIVERGED = ("loss is", "weights are not finite")  # in the reason of a training that is not finite any more
 
 
 @dataclass(eq=False)
@@ -159,7 +158,7 @@ class TrialRunner:
         failed = [job for job in running.jobs if states[job.digest].unfinished]
         for job in failed:
             state = states[job.digest]
-            if any(words in state.reason for words in DIVERGED):
+            if state.state == "FAILED" and job.result.get("diverged"):
                 return TrialState.PRUNED, f"{job.label} diverged: {state.reason}", []
             return TrialState.FAIL, f"{job.label}: {state.state} {state.reason}", [job.digest for job in failed]
         for job in running.jobs if self.search.prune else ():

@@ -28,7 +28,8 @@ COLUMNS = (
     *("seconds", "device", "device_count", "device_hours", "overrides"),
 )
 MAX_GAP_SECONDS = 600.0  # between two lines of metrics.jsonl; after a longer one the training was interrupted
-_NOT_MEASURED = ("state", "step", "epoch", "seconds", "precision", "mlflow_run_id", "reason")  # of result.json
+# Keys of result.json that are no metrics.
+_NO_METRICS = ("state", "step", "epoch", "seconds", "precision", "mlflow_run_id", "reason", "diverged")
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def _row(job: Job, state: JobState | None, lines: Sequence[Mapping[str, Any]]) -
     # The last of each name; NaN stays, as the loss of a training that diverged.
     values: dict[str, Any] = {name: value for line in lines for name, value in line.items() if name != "time"}
     step, epoch = int(values.pop("step", 0)), float(values.pop("epoch", 0.0))
-    values |= {name: float(value) for name, value in result.items() if name not in _NOT_MEASURED}
+    values |= {name: float(value) for name, value in result.items() if name not in _NO_METRICS}
     gaps = [line["time"] - before["time"] for before, line in itertools.pairwise(lines)]
     seconds = float(result.get("seconds", sum(gap for gap in gaps if 0 < gap < MAX_GAP_SECONDS)))
     gpu = environment.get("gpu")
