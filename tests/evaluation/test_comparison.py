@@ -17,7 +17,7 @@ from twoviews.evaluation.comparison import (
     table,
 )
 from twoviews.tables import as_csv, as_latex
-from twoviews.tracking.client import connect
+from twoviews.tracking.client import open_experiment
 from twoviews.tracking.uris import trust
 
 RUNS = {
@@ -144,7 +144,7 @@ def test_a_comparison_is_one_run_of_mlflow_however_often_it_is_made(tmp_path: Pa
     for value in (50.0, 60.0):
         both = {name: Evaluation({"knn/top1": value + add}, mirror=(store, "here")) for add, name in enumerate("ab")}
         compare(both, tmp_path / "out", Console(quiet=True))
-    client, experiment = connect(store, "here")
+    client, experiment = open_experiment(store, "here")
     (run,) = client.search_runs([experiment])
     assert run.info.run_name == "comparison of 2 runs" and run.info.status == "FINISHED"
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {

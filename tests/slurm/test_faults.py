@@ -91,7 +91,7 @@ from twoviews.tracking.upload import upload
 metrics = Metrics(folder)
 metrics.log(1, 1.0, {"train/loss": 0.5})
 metrics.commit(metrics.flush())
-upload(folder, closed=False)
+upload(folder, training_ended=False)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 until("never")
 """

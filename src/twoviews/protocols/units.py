@@ -3,6 +3,10 @@
 import re
 
 KNN_TOP1, LINEAR_TOP1 = "knn/top1", "linear/top1"  # accuracies in percent, in metrics.jsonl and result.json
+ACCURACIES = {
+    KNN_TOP1: "kNN",
+    LINEAR_TOP1: "linear",
+}  # names in tables; configs of a sweep are ranked by the first measured
 MAX_SHOWN = 12  # a protocol with more values is in the files only
 _PERCENT = "top[15]|precision|recall|f1|roc_auc|ece|clean|unadapted|gain|agreement"
 UNITS = {  # pattern of a whole name, such as knn/top1: unit; the first that fits, and none for what fits none

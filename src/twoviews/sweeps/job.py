@@ -151,7 +151,12 @@ class JobSpec:
     parameters: Mapping[str, Any]  # swept values by dotted key, and swept choices by group
     overrides: Sequence[str]  # the command line that describes it
     config_yaml: str  # the resolved configuration
-    more: Mapping[str, Any] = field(default_factory=dict)  # the rest of point.json: choices, working directory, code
+    details: Mapping[str, Any] = field(default_factory=dict)  # the rest of point.json: choices, working directory, code
+
+
+def summary(states: Iterable[str]) -> str:
+    """The number of jobs in each state, such as "1 FAILED, 3 FINISHED"."""
+    return ", ".join(f"{count:,} {state}" for state, count in sorted(Counter(states).items()))
 
 
 def text(value: Any) -> str:

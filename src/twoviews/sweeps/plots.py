@@ -9,9 +9,9 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from twoviews.figures import draw_baselines, drawing, merged_legend
-from twoviews.protocols.units import KNN_TOP1
+from twoviews.protocols.units import ACCURACIES, KNN_TOP1
 from twoviews.sweeps.job import text
-from twoviews.sweeps.results import ACCURACIES, CONFIDENCE, ConfigResults, Results, as_numbers, estimate
+from twoviews.sweeps.results import CONFIDENCE, ConfigResults, Results, as_numbers, estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,13 +13,12 @@ from typing import Any
 
 from twoviews import foreign
 from twoviews.figures import BASELINES, training_title
-from twoviews.protocols.units import KNN_TOP1, LINEAR_TOP1
+from twoviews.protocols.units import ACCURACIES
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import SEED, Job, JobState, assigned, short_names, text, typed, with_varying_parameters
 from twoviews.sweeps.job_states import with_recorded_end
 
 DataFrame = Series = Any  # of pandas, which takes long to import
-ACCURACIES = {KNN_TOP1: "kNN", LINEAR_TOP1: "linear"}  # what is compared; configs are ranked by the first measured
 CONFIDENCE = 95  # %
 FINISHED = "FINISHED"
 # Of `Results.jobs`. seconds: of training, over all starts. device: a GPU's name, or CPU. device_count: GPUs, or CPU threads.
