@@ -205,7 +205,7 @@ import os, signal, sys
 sys.path[:0] = {[str(Path(__file__).parent)]!r}
 from on_slurm import launcher
 from twoviews.sweeps.folder import Sweep
-Sweep.mark_submitted = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # after sbatch, before it is written down
+Sweep.mark = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # after sbatch, before it is written down
 launcher().submit(Sweep({str(tmp_path / "s")!r}).jobs)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL

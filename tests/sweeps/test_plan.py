@@ -77,7 +77,7 @@ def test_finished_jobs_are_better_than_a_measurement(tmp_path: Path, monkeypatch
     now = {"00000000": JobState("FINISHED"), "00000001": JobState("FAILED")}
     plan(sweep.folder, new, now, Local(), Console())
     out = capsys.readouterr().out
-    assert "1 FINISHED, 1 FAILED, 1 new; 2 to run" in out and "about 2 min 0 s per job, 4 min 0 s" in out
+    assert "1 FAILED, 1 FINISHED, 1 new; 2 to run" in out and "about 2 min 0 s per job, 4 min 0 s" in out
     assert "as finished jobs of this sweep took" in out
 
 

@@ -69,14 +69,14 @@ class JobState:
         return self.state in ("FINISHED", "PRUNED")
 
     @property
-    def unfinished(self) -> bool:
-        """Whether the job ended without a result that is still wanted: the same command runs it again."""
+    def ended_without_result(self) -> bool:
+        """Whether the job stopped without the result that is wanted of it: the same command runs it again."""
         return not (self.active or self.finished_or_pruned)
 
     @property
     def needs_start(self) -> bool:
-        """Whether a launcher has to start the job: it is unfinished, or queued without being in SLURM's queue."""
-        return self.unfinished or (self.state == "QUEUED" and not self.slurm_id)
+        """Whether a launcher has to start the job: it has ended without a result, or is queued without being in SLURM's queue."""
+        return self.ended_without_result or (self.state == "QUEUED" and not self.slurm_id)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from twoviews.locks import try_acquire
 from twoviews.protocols.units import KNN_TOP1
 from twoviews.ranges import Count
 from twoviews.sweeps import runner
-from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.folder import Sweep, submission
 from twoviews.sweeps.job import LOG, Job
 from twoviews.sweeps.job_states import RESUME_HINT, current_states
 from twoviews.sweeps.mlflow_sync import BackgroundReport
@@ -165,7 +165,7 @@ class Local(Launcher):
                     jobs, when = source(max(0, limit - len(running) - len(queue))), time.time()
                     more = jobs is not None
                     if jobs:
-                        sweep.mark_submitted({job.digest: None for job in jobs}, when)
+                        sweep.mark({job.digest: submission(None, when) for job in jobs})
                     for job in jobs or ():
                         count += 1
                         queue.append((f"[{count}{total}] {job.label}", replace(job, slurm_id=None, submitted=when)))

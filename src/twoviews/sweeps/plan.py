@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from twoviews.config.groups import ROOT
 from twoviews.console import Console, duration, in_bytes
 from twoviews.errors import counted
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job import LOG, Job, JobSpec, JobState, assigned, text, with_varying_parameters
+from twoviews.sweeps.job import LOG, Job, JobSpec, JobState, assigned, summary, text, with_varying_parameters
 from twoviews.sweeps.machine import Launcher
 from twoviews.sweeps.results import FINISHED, gather
 from twoviews.sweeps.runner import train_arguments
@@ -69,8 +68,7 @@ def plan(
     ]
     console.rows(f"{folder.name}: {counted(len(specs), 'job')}", rows)
     todo = [spec for spec in specs if now[spec.digest] not in (FINISHED, "PRUNED", "RUNNING", "QUEUED")]
-    counts = ", ".join(f"{count:,} {state}" for state, count in Counter(now.values()).items())
-    console.say(f"jobs      {counts}; {len(todo):,} to run")
+    console.say(f"jobs      {summary(now.values())}; {len(todo):,} to run")
     if todo:
         try:
             costs = _costs(folder, todo, launcher.processes(), console)

@@ -18,7 +18,7 @@ from twoviews.console import Console
 from twoviews.errors import BadInput, counted
 from twoviews.ranges import Count, Index, Length
 from twoviews.sweeps import runner
-from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.folder import Sweep, submission
 from twoviews.sweeps.job import Job
 from twoviews.sweeps.job_states import IDS_PER_CALL, RESUME_HINT, run_slurm
 from twoviews.sweeps.machine import Launcher, stop
@@ -99,10 +99,11 @@ class Slurm(Launcher):
                     )
                     time.sleep(RETRY_SECONDS)
                 else:
-                    sweep.mark([job.digest for job in left], refused=str(error))
+                    sweep.mark({job.digest: {"refused": str(error)} for job in left})
                     raise
                 continue
-            sweep.mark_submitted(dict(zip((job.digest for job in array), slurm_ids, strict=True)), when)
+            ids = zip(array, slurm_ids, strict=True)
+            sweep.mark({job.digest: submission(slurm_id, when) for job, slurm_id in ids})
             array_id = slurm_ids[0].partition("_")[0]
             self._console.say(f"submitted {counted(len(array), 'job')} as SLURM job {array_id}: {self.describe()}")
             left, size = left[len(array) :], min(max_size, 2 * size)
@@ -189,13 +190,13 @@ def cancel(jobs: Sequence[Job]) -> None:
         BadInput: SLURM does not answer.
     """
     stop([job for job in jobs if job.slurm_id is None])
-    if not (submitted := [job for job in jobs if job.slurm_id]):
+    if not (on_slurm := [job for job in jobs if job.slurm_id]):
         return
     require_slurm()
     # SLURM keeps no record of tasks that are cancelled before they begin.
-    Sweep(jobs[0].folder.parent).mark([job.digest for job in submitted], cancelled=time.time())
-    for start in range(0, len(submitted), IDS_PER_CALL):
-        slurm_ids = [str(job.slurm_id) for job in submitted[start : start + IDS_PER_CALL]]
+    Sweep(jobs[0].folder.parent).mark({job.digest: {"cancelled": time.time()} for job in on_slurm})
+    for start in range(0, len(on_slurm), IDS_PER_CALL):
+        slurm_ids = [str(job.slurm_id) for job in on_slurm[start : start + IDS_PER_CALL]]
         answer = run_slurm("scancel", "--quiet", *slurm_ids)
         if answer.returncode and "Invalid job id" not in answer.stderr:
             raise BadInput(f"scancel refused: {answer.stderr.strip()}")
