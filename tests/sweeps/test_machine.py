@@ -16,7 +16,7 @@ from twoviews.locks import try_acquire
 from twoviews.sweeps import machine
 from twoviews.sweeps.folder import Sweep, submission
 from twoviews.sweeps.job import JobState
-from twoviews.sweeps.job_states import SILENT, current_states
+from twoviews.sweeps.job_states import NO_CONTROLLER, current_states
 from twoviews.sweeps.machine import Local, Pool, gpus
 from twoviews.sweeps.slurm import cancel
 
@@ -77,7 +77,9 @@ def test_a_job_that_slurm_once_had_runs_here(tmp_path: Path, monkeypatch: pytest
     before = made.named([submitted.digest])
     made.mark({submitted.digest: submission("7", time.time())})  # by another process
     Local().submit(before)
-    assert not starts(submitted) and f"left out: seed=1, QUEUED: {SILENT}" in " ".join(capsys.readouterr().out.split())
+    assert not starts(submitted) and f"left out: seed=1, QUEUED: {NO_CONTROLLER}" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_a_job_whose_runner_is_killed_is_lost_and_runs_again(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_a_plan_measures_one_of_them(tmp_path: Path, new: list[JobSpec], monkeyp
         measured.append(job.digest)
         return Cost(10.0, 9.0, 1_000_000, "CPU", 2, "as measured")
 
-    monkeypatch.setattr(planning, "_measured", measure)
+    monkeypatch.setattr(planning, "_measured_cost", measure)
     plan(tmp_path / "s", new, {}, Local(), Console())
     out = capsys.readouterr().out
     assert "s: 2,000 jobs (the first 40 of 2,000)" in out and "2,000 new; 2,000 to run" in out

@@ -88,7 +88,7 @@ class Job:
     slurm_id: str | None = None  # of the SLURM job that was submitted for it last; None where it was not SLURM
     submitted: float = 0.0  # time of the last submission, unix seconds; 0 if never
     cancelled: float = 0.0  # time of the last cancellation, unix seconds; 0 if never
-    given_up: str = ""  # why a search stopped it for good; empty if none did
+    given_up: str = ""  # why a search stopped it for good, after which it is PRUNED; empty if none did
     refused: str = ""  # why the scheduler refused the last submission; empty if it did not
 
     @property
@@ -184,14 +184,15 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def with_varying_parameters(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs with the value of every parameter in which they differ among their `parameters`, swept or not.
+    """The jobs, whose `parameters` have a value for every key in which the jobs differ, swept or not.
 
-    A parameter that the command fixed for all jobs of a launch is one of them if jobs differ in it. Any other, such as a
-    default that has changed, is one only if jobs differ in it that would be taken for the same config without it. A
-    parameter that the configuration of a job lacks is not among them.
+    A sweep may be launched again with other keys swept or other values fixed, to compare them. So these keys vary:
 
-    A sweep may be launched again with other keys swept or other values fixed, to compare them. A job then has a value for
-    what only other jobs swept, and what was fixed in each launch distinguishes the jobs of different launches.
+    - those that any launch swept,
+    - those that a command fixed, if jobs differ in them,
+    - any other key, such as a default that has changed, if two jobs would pass for the same config without it.
+
+    A key that the configuration of a job lacks is not among its parameters.
     """
     descriptions = [job.description for job in jobs]
     if len(set(map(_launch_key, jobs, descriptions))) < 2:

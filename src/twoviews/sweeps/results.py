@@ -16,7 +16,7 @@ from twoviews.figures import BASELINES, training_title
 from twoviews.protocols.units import ACCURACIES
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import SEED, Job, JobState, assigned, short_names, text, typed, with_varying_parameters
-from twoviews.sweeps.job_states import with_recorded_end
+from twoviews.sweeps.job_states import pruned_or_refused
 
 DataFrame = Series = Any  # of pandas, which takes long to import
 CONFIDENCE = 95  # %
@@ -174,7 +174,7 @@ def as_numbers(texts: Sequence[str] | Series) -> Series:
 
 def _row(job: Job, state: JobState | None, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A row of the table; without a state, with that in state.json."""
-    state = state or with_recorded_end(job, job.state)
+    state = state or pruned_or_refused(job, job.state)
     result, environment = job.result, foreign.load(job.folder / "environment.json")
     # The last of each name; NaN stays, as the loss of a training that diverged.
     values: dict[str, Any] = {name: value for line in lines for name, value in line.items() if name != "time"}

@@ -138,7 +138,7 @@ class Slurm(Launcher):
             # prints the error of sbatch, which is in its exception too.
             with submitit.helpers.clean_env(), contextlib.redirect_stderr(io.StringIO()):
                 os.environ.update(conf)
-                submitted = executor.map_array(function, [str(job.folder) for job in jobs], [when] * len(jobs))
+                slurm_jobs = executor.map_array(function, [str(job.folder) for job in jobs], [when] * len(jobs))
         except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             errors = [line.rpartition("error: ")[2] for line in str(error).splitlines() if "error: " in line]
@@ -146,14 +146,14 @@ class Slurm(Launcher):
                 f"sbatch refused: {'; '.join(dict.fromkeys(errors)) or error}; with other values of hydra.launcher, or later, "
                 f"{RESUME_HINT}."
             ) from error
-        return [slurm_job.job_id for slurm_job in submitted]
+        return [slurm_job.job_id for slurm_job in slurm_jobs]
 
     def _parameters(self, sweep: Sweep, code: Path) -> dict[str, object]:
         """Parameters of submitit's executor."""
         commands = filter(None, map(shutil.which, ("srun", "squeue", "scontrol")))  # which the PATH of jobs may lack
         path = shlex.quote(os.pathsep.join(dict.fromkeys(str(Path(command).parent) for command in commands)))
         setup = [
-            # With options.export, SLURM would pass on as little to the processes of a job as to the job itself.
+            # Otherwise options.export, which limits the environment of a job, would limit that of its processes (srun) as well.
             "export SLURM_EXPORT_ENV=ALL",
             f"export PATH=${{PATH:+$PATH:}}{path}",
             f"export PYTHONPATH={shlex.quote(str(code / 'src'))}${{PYTHONPATH:+:$PYTHONPATH}}",
