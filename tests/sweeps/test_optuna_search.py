@@ -277,8 +277,15 @@ def test_what_was_given_up_is_done_with_and_says_why(tmp_path: Path, capsys) -> 
 def test_a_search_that_is_killed_while_it_gives_up_a_trial_gives_it_up_later(tmp_path: Path, monkeypatch) -> None:
     folder = tmp_path / "s"
     command = StandInCommand(folder, pool(), collapse=True, pause=0.1)
+    mark = Sweep.mark
+
+    def killed_mark(sweep: Sweep, facts: dict) -> None:
+        if any("given_up" in changed for changed in facts.values()):
+            raise KeyboardInterrupt
+        mark(sweep, facts)
+
     with monkeypatch.context() as killed:
-        killed.setattr(Sweep, "mark", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        killed.setattr(Sweep, "mark", killed_mark)
         with pytest.raises(KeyboardInterrupt):
             search(trials=1, prune=True).run(command, ["x=interval(0.0,0.2)", "seed=0,1"])
     assert [one.state.name for one in trials(folder)] == ["PRUNED"]

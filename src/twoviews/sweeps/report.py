@@ -138,37 +138,35 @@ def _best(results: Results) -> list[str]:
 def _ranking(results: Results) -> tuple[str, str]:
     """A heading that says what the ranking is worth, and a comparison of the best config with the next, if there is one."""
     ranked, metric, heading, sentence = results.ranked, str(results.metric), "Result", ""
-    if pair := results.comparison:
-        difference, seeds = pair.difference, pair.difference.count
-        sentence = f"The next is {results.label(pair.second)}: {ACCURACIES[metric]} {pair.second.accuracies[metric]}. "
+    if len(ranked) > 1:
+        first, second, *others = ranked
+        difference, p = compare(first, second, metric)
+        seeds = difference.count
+        sentence = f"The next is {results.label(second)}: {ACCURACIES[metric]} {second.accuracies[metric]}. "
         differ = f"They differ by {difference.mean:.2f} on"
         if seeds < 2:
-            heading = (
-                "Highest, by one seed each" if ranked[0].accuracies[metric].count == 1 else "Highest, without a test"
-            )
+            heading = "Highest, by one seed each" if first.accuracies[metric].count == 1 else "Highest, without a test"
         else:
-            heading = "A tie" if difference.mean == 0 else "No clear best" if pair.p > 0.05 else "Best"
+            heading = "A tie" if difference.mean == 0 else "No clear best" if p > 0.05 else "Best"
         if not seeds:
             sentence += "The two have no seed in common, so they cannot be compared in pairs."
         elif seeds == 1:
             sentence += f"{differ} the one seed that both have; a paired test needs two, better five."
-        elif math.isnan(pair.p):
+        elif math.isnan(p):
             sentence += f"{differ} every common seed, so there is nothing to test."
         else:
-            chance = "." if pair.p <= 0.05 else ", which chance alone may do."
-            sentence += (
-                f"Paired t-test over {seeds} seeds: the first is ahead by {difference}, p = {pair.p:.2g}{chance}"
-            )
-            if near := sum(not compare(ranked[0], config, metric).p <= 0.05 for config in ranked[2:]):
+            chance = "." if p <= 0.05 else ", which chance alone may do."
+            sentence += f"Paired t-test over {seeds} seeds: the first is ahead by {difference}, p = {p:.2g}{chance}"
+            if near := sum(not compare(first, config, metric)[1] <= 0.05 for config in others):
                 sentence += f" {counted(near, 'config')} more cannot be told from it."
-            if len(ranked) > 2:
+            if others:
                 sentence += f" It was chosen among {len(ranked)} configs on the same numbers, which flatters it."
             if seeds < 5:
                 sentence += " With fewer than five seeds only large differences show."
     floors = [config.jobs.reindex(columns=[*BASELINES]).mean().max() for config in ranked]
     beaten = [not config.accuracies[metric].mean <= floor for config, floor in zip(ranked, floors, strict=True)]
     if metric == KNN_TOP1 and not any(beaten):
-        heading = "No config beats the baselines" if pair else "The baselines are not beaten"
+        heading = "No config beats the baselines" if len(ranked) > 1 else "The baselines are not beaten"
     return heading, sentence
 
 

@@ -75,23 +75,15 @@ class ConfigResults:
         return {name: estimate(values.tolist()) for name in ACCURACIES if len(values := self.values(name))}
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A config against another one, paired by seed."""
-
-    best: ConfigResults
-    second: ConfigResults
-    difference: Estimate  # mean advantage of the first over the seeds that both have
-    p: float  # two-sided p-value of the paired t-test; NaN if there is nothing to test
-
-
-def compare(best: ConfigResults, second: ConfigResults, metric: str) -> Comparison:
-    """Two configs by their values of a metric over the seeds that both have."""
+def compare(first: ConfigResults, second: ConfigResults, metric: str) -> tuple[Estimate, float]:
+    """How far the first config is ahead of the second by a metric, as a mean over the seeds that both have, and the two-sided
+    p-value of the paired t-test; NaN if there is nothing to test.
+    """
     from scipy import stats
 
-    differences = (best.values(metric) - second.values(metric)).dropna()
+    differences = (first.values(metric) - second.values(metric)).dropna()
     p = float(stats.ttest_1samp(differences, 0).pvalue) if differences.nunique() > 1 else math.nan  # type: ignore[attr-defined]
-    return Comparison(best, second, estimate(differences.tolist()), p)
+    return estimate(differences.tolist()), p
 
 
 @dataclass(frozen=True)
@@ -128,11 +120,6 @@ class Results:
     def ranked(self) -> list[ConfigResults]:
         """The configs with an accuracy. The first has the highest mean among those with as many seeds as any has."""
         return [config for config in self.configs if self.metric in config.accuracies]
-
-    @cached_property
-    def comparison(self) -> Comparison | None:
-        """The best config against the second best, by a paired test; None if fewer than two have an accuracy."""
-        return compare(self.ranked[0], self.ranked[1], self.metric) if self.metric and len(self.ranked) > 1 else None
 
 
 def gather(sweep: Sweep, states: Mapping[str, JobState] | None = None) -> Results:
