@@ -18,7 +18,7 @@ from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import SEED, Job, JobState, assigned, short_names, text, typed, with_varying_parameters
 from twoviews.sweeps.job_states import pruned_or_refused
 
-DataFrame = Series = Any  # of pandas, which takes long to import
+DataFrame = Series = Any  # of pandas, which takes long to import, and whose annotations are too wide for pyright
 CONFIDENCE = 95  # %
 FINISHED = "FINISHED"
 # Of `Results.jobs`. seconds: of training, over all starts. device: a GPU's name, or CPU. device_count: GPUs, or CPU threads.
