@@ -31,8 +31,9 @@ class _WithoutValues(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        same = func in (Tensor.normal_, Tensor.uniform_, nnf.normalize)
-        return args[0] if same else func(*args, **(kwargs or {}))
+        if func in (Tensor.normal_, Tensor.uniform_, nnf.normalize):
+            return args[0]
+        return (torch.empty if func in (torch.rand, torch.randn) else func)(*args, **(kwargs or {}))
 
 
 def check_networks(make: Callable[[], Method], device: torch.device, sizes: str) -> None:

@@ -1,5 +1,6 @@
 """Entry points: a command with its configuration, messages and exit codes."""
 
+import gc
 import os
 import signal
 import sys
@@ -138,8 +139,7 @@ class _Command:
         set_formats(**cfg.get("pictures", {}))
         if self.name == "train":  # the other commands read no folder of this name
             foreign.refuse_links(folder)
-        if sys.stdout.isatty():
-            print("loading torch …", flush=True)  # some seconds, in which a person would see nothing
+        _load_torch()
         self.exit_codes.append(self.main(cfg, folder) or 0)
         if self.exit_codes[-1] >= SIGNAL_EXIT_BASE:
             sys.exit(self.exit_codes[-1])  # Hydra must not begin the next jobs of a sweep
@@ -159,6 +159,17 @@ class _Command:
             for message in messages:
                 print(f"error: {without_secrets(message)}", file=sys.stderr)
         self.exit_codes.append(BAD_INPUT)
+
+
+def _load_torch() -> None:
+    """Import torch without the garbage collector, which would look through a million new objects, none of them garbage."""
+    if sys.stdout.isatty():
+        print("loading torch …", flush=True)  # some seconds, in which a person would see nothing
+    gc.disable()
+    import torch  # noqa: F401
+
+    gc.freeze()  # nor will it look through them during the training
+    gc.enable()
 
 
 def _remove_if_empty(folder: Path) -> None:

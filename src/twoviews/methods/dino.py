@@ -141,7 +141,8 @@ class DINO(Method):
         self.teacher = frozen_copy(nn.Sequential(self.encoder, self.projector))
         self.teacher_prototypes = frozen_copy(self.prototypes)
         self.register_buffer("center", torch.zeros(prototypes))
-        self.register_buffer("temperature", self._temperature(torch.zeros((), dtype=torch.float64)))
+        first = teacher_start_temperature if teacher_warmup_epochs else teacher_temperature
+        self.register_buffer("temperature", torch.full((), first))  # of the first step; then `after_step` sets it
 
     def _temperature(self, epoch: Tensor) -> Tensor:
         ends = self.teacher_start_temperature, self.teacher_temperature
