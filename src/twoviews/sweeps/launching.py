@@ -20,7 +20,7 @@ from twoviews.config.checks import checked_plugin
 from twoviews.config.digest import as_float, flat, plain, without_unused
 from twoviews.console import Console
 from twoviews.errors import BadInput, counted
-from twoviews.sweeps.composing import Composer, job_specs
+from twoviews.sweeps.composing import SINGLE_RUN_FLAGS, Composer, job_specs
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobSpec, JobState, summary
 from twoviews.sweeps.job_states import current_states, wait_until_ended
@@ -33,7 +33,7 @@ MAX_SHOWN_FILES = 5  # of those that git does not track
 # Overrides of Hydra's own node that matter to a sweep.
 _HYDRA_KEYS = re.compile(r"[+~]*hydra([.]mode=|[.]sweep[.]dir=|[.]launcher|[.]sweeper|/launcher=|/sweeper=)")
 # Root keys that may differ between launches of one sweep.
-FREE_KEYS = ("hydra", "sweep", "tracking", "runtime", "fresh", "preview", "find_batch")
+FREE_KEYS = ("hydra", "sweep", "tracking", "runtime", *SINGLE_RUN_FLAGS)
 # Parameters of launchers that version 0.1.0 recorded, by their present names.
 _OLD_PARAMETERS = {"points_per_gpu": "jobs_per_gpu", "cores_per_point": "cores_per_job"}
 
