@@ -1,5 +1,6 @@
 """What several test files share: commands run as a user runs them, and a small training."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -8,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from hydra.core.global_hydra import GlobalHydra
+
+gc.disable()  # while torch and thousands of tests are imported, which are no garbage; see `pytest_collection_finish`
+
+import torch  # noqa: E402
+from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for train.py and evaluate.py
@@ -38,6 +42,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from here on, but do not look for it among what was imported."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Let Triton's objects be freed at the end, which would print a warning for each otherwise."""
+    gc.unfreeze()
 
 
 # A view with every operation.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from assembled import METHODS, batch_of, build, config
+from assembled import DIFFERENT_CODE, batch_of, build, config
 from torch import nn
 
 from twoviews.assembly import Parts
@@ -30,7 +30,7 @@ def trained(name: str, accumulate: int, steps: int) -> tuple[Parts, list[Values]
     return parts, [step(batch_of(parts, number), seed=number, step=number, **shared) for number in range(steps)]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", DIFFERENT_CODE)
 def test_steps_are_those_of_the_whole_batch_unless_the_method_says_what_is_not(name):
     (whole, expected), (parts, found) = (trained(name, accumulate, steps=6) for accumulate in (1, 2))
     losses = [[values["loss"].item() for values in one] for one in (expected, found)]
@@ -45,7 +45,7 @@ def test_steps_are_those_of_the_whole_batch_unless_the_method_says_what_is_not(n
         torch.testing.assert_close(state[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", DIFFERENT_CODE)
 def test_a_step_leaves_the_whole_batch_in_queues_and_banks(name):
     """Of any method: in the first step, embeddings of micro-batches are made with the same weights."""
     (whole, _), (parts, _) = (trained(name, accumulate, steps=1) for accumulate in (1, 2))
@@ -54,7 +54,7 @@ def test_a_step_leaves_the_whole_batch_in_queues_and_banks(name):
         torch.testing.assert_close(buffers[key], value, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", DIFFERENT_CODE)
 def test_forward_passes_give_rows_of_their_images_and_change_nothing(name):
     parts = build(config(name))
     parts.method.eval()

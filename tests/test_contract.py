@@ -1,4 +1,4 @@
-"""What holds for every method: each file of conf/method is built and trained for a few steps.
+"""What holds for every method: each method is built and trained for a few steps.
 
 That two processes compute what one does is in test_distributed.py.
 """
@@ -7,10 +7,10 @@ import io
 
 import pytest
 import torch
-from assembled import BATCH, METHODS, batch_of, build, config, step
+from assembled import BATCH, DIFFERENT_CODE, batch_of, build, config, step
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=DIFFERENT_CODE)
 def name(request) -> str:
     return request.param
 
@@ -36,7 +36,7 @@ def test_loss_is_a_finite_scalar_that_reaches_every_weight(name):
 
 def test_e_step_forward_and_backward_change_no_parameter(name):
     """Checkpoints are copied meanwhile."""
-    parts = build(config(name))
+    parts = build(config(name, "data.train_images=256"))
     for number in range(len(parts.loader)):  # a whole epoch, which DeepCluster-v2 clusters
         step(parts, number)
     before = {key: parameter.detach().clone() for key, parameter in parts.method.named_parameters()}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from assembled import METHODS, batch_of, build, config, in_processes, step
+from assembled import DIFFERENT_CODE, batch_of, build, config, in_processes, step
 from conftest import start
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -269,7 +269,7 @@ def assert_same_state(one: dict, first: dict, second: dict) -> None:
     assert all(torch.equal(second[key], value) for key, value in first.items())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", DIFFERENT_CODE)
 def test_methods_compute_what_one_process_does(name, two):
     one = train_two_steps(name)
     both = [results["methods"][name] for results in two]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from assembled import METHODS, batch_of, build, config
+from assembled import DIFFERENT_CODE, batch_of, build, config
 from torch import nn
 
 from twoviews import console as console_module
@@ -121,7 +121,7 @@ def test_an_older_knn_is_shown_with_its_epoch(capfd, monkeypatch):
     assert capfd.readouterr().out.splitlines()[0].endswith("loss 1.5  kNN 50")
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "supervised"])
+@pytest.mark.parametrize("name", [name for name in DIFFERENT_CODE if name != "supervised"])
 def test_declared_metrics_exist(name):
     parts = build(config(name))
     assert {collapse.metric for collapse in parts.method.collapses} <= {*forward(parts.method, parts).metrics}

@@ -163,6 +163,8 @@ class _Command:
 
 def _load_torch() -> None:
     """Import torch without the garbage collector, which would look through a million new objects, none of them garbage."""
+    if "torch" in sys.modules:
+        return
     if sys.stdout.isatty():
         print("loading torch …", flush=True)  # some seconds, in which a person would see nothing
     gc.disable()
