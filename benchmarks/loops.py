@@ -8,10 +8,10 @@ images through torchvision's transforms in a DataLoader without workers, one for
 for MoCo the update of the momentum encoder and lightly's memory bank. Both sides begin from images in memory: the peers
 from decoded pictures, ours from the store. A round is `--steps` steps of each, in turns, after a warm-up; what counts is
 the median of the ratios within a round. Many short rounds tell small differences: in rounds of ten steps, during which the
-machine changes, the share of views was anything from 0.90 to 1.02. Times are CPU seconds of the process. Before that the
-losses of both are compared: with other random views they cannot be equal, but their means over the last steps have to be
-near each other. In the same turns our loop runs on one batch of views again and again: its time over that of the whole
-loop is the share of the time that is not spent on making views.
+machine changes, the share of views was anything from 0.90 to 1.02. Each side is a process, and times are its CPU seconds.
+Then the losses of both are compared: with other random views they cannot be equal, but their means over the last steps have
+to be near each other. In the same turns our loop runs on one batch of views again and again: its time over that of the
+whole loop is the share of the time that is not spent on making views.
 """
 
 import math
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from itertools import repeat
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -187,34 +188,56 @@ def seconds(steps: Steps, count: int) -> tuple[float, list[float]]:
     return time.process_time() - start, losses
 
 
+def _parts(cfg: DictConfig) -> tuple[Parts, ImageData]:
+    data, runtime = load_data(cfg), build(cfg.runtime)
+    return make_parts(cfg, data, make_views(cfg, data), runtime, torch.device("cpu")), data
+
+
+def _run_side(pipe: Connection, side: str, method: str, overrides: list[str], encoder: nn.Module) -> None:
+    """Time as many steps of one side as are asked for, until 0 are.
+
+    The peer's process does not have the settings of ours, as of the memory allocator.
+    """
+    cfg = composed(method, overrides)
+    if side == "peer":
+        steps = PEERS[method](encoder, encoder.out_dim, load_data(cfg), cfg.batch_size)  # type: ignore[arg-type]
+    else:
+        steps = ours(_parts(cfg)[0], cfg, Path(tempfile.gettempdir()), ready=side == "ready")  # writes nothing
+    while count := pipe.recv():
+        pipe.send(seconds(steps, count))
+
+
 def compare(method: str, overrides: list[str], rounds: int, count: int) -> dict[str, Any]:
     """Images a second of both sides and the ratio."""
     cfg = composed(method, overrides)
-    data, runtime = load_data(cfg), build(cfg.runtime)
-    parts, again = (make_parts(cfg, data, make_views(cfg, data), runtime, runtime.torch_device()) for _ in range(2))
-    encoder, sides = deepcopy(parts.method.encoder), ("ours", "ready", "peer")
+    precision = build(cfg.runtime).dtype(torch.device("cpu"))
+    encoder = _parts(cfg)[0].method.encoder
+    context, sides = torch.multiprocessing.get_context("spawn"), ("ours", "ready", "peer")
     times: dict[str, list[float]] = {side: [] for side in sides}
     losses: dict[str, list[float]] = {side: [] for side in sides}
-    with tempfile.TemporaryDirectory() as folder:
-        steps = {
-            "ours": ours(parts, cfg, Path(folder)),
-            "ready": ours(again, cfg, Path(folder), ready=True),
-            "peer": PEERS[method](encoder, encoder.out_dim, data, cfg.batch_size),
-        }
-        for turn in range(-1, rounds):
-            for side in sides if turn % 2 else sides[::-1]:
-                taken, found = seconds(steps[side], count)
-                losses[side] += found
-                if turn >= 0:
-                    times[side].append(taken)
-        ends = {side: statistics.mean(losses[side][-max(count, LAST) :]) for side in ("ours", "peer")}
-        apart = abs(ends["ours"] - ends["peer"]) / SCALES[method]
-        assert apart < APART, f"{method}: the losses end at {ends}, so these are not the same trainings"
+    pipes, processes = {}, []
+    for side in sides:
+        pipes[side], end = context.Pipe()
+        processes.append(context.Process(target=_run_side, args=(end, side, method, overrides, encoder), daemon=True))
+        processes[-1].start()
+    for turn in range(-1, rounds):
+        for side in sides if turn % 2 else sides[::-1]:
+            pipes[side].send(count)
+            taken, found = pipes[side].recv()
+            losses[side] += found
+            if turn >= 0:
+                times[side].append(taken)
+    for side, process in zip(sides, processes, strict=True):
+        pipes[side].send(0)
+        process.join()
+    ends = {side: statistics.mean(losses[side][-max(count, LAST) :]) for side in ("ours", "peer")}
+    apart = abs(ends["ours"] - ends["peer"]) / SCALES[method]
+    assert apart < APART, f"{method}: the losses end at {ends}, so these are not the same trainings"
     ratios = [peer / own for peer, own in zip(times["peer"], times["ours"], strict=True)]
     rates = {side: count * cfg.batch_size / statistics.median(taken) for side, taken in times.items()}
     ratio = statistics.median(ratios)
     share = statistics.median(ready / own for ready, own in zip(times["ready"], times["ours"], strict=True))
-    goal, precision = GOALS[method], runtime.dtype(parts.device)
+    goal = GOALS[method]
     if named := [one.partition("=")[2] for one in overrides if one.startswith("backbone=")]:
         goal = 1.0 if precision == torch.float32 else 1.8  # in fp32 it is arithmetic that both sides do alike
     elif precision != torch.float32:
