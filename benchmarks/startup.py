@@ -123,7 +123,7 @@ def jobs(count: int) -> dict[str, Any]:
         composer = Composer(compose)
         for combination in combinations[:: count // 5]:
             whole = OmegaConf.to_container(compose(combination), resolve=True)
-            assert composer(combination).content == whole, "not what Hydra composes"
+            assert composer(combination).config == whole, "not what Hydra composes"
         start = time.process_time()
         new = job_specs(Composer(compose), combinations, axes)
         taken = time.process_time() - start

@@ -194,7 +194,7 @@ def compose(command: Command) -> None:
     else:
         overrides_of_jobs = [overrides]
     for job in overrides_of_jobs:
-        check(command.entry, composer(job).content)
+        check(command.entry, composer(job).config)
 
 
 def _values(overrides: Sequence[str]) -> Iterator[list[str]]:

@@ -341,7 +341,7 @@ def test_loss_that_is_not_finite(command) -> None:
     for part in ("step", "lr", "last.pt", "optimizer.lr"):
         assert part in finished.err
     result = json.loads((finished.folder / "result.json").read_text())
-    assert result["state"] == "failed" and "at step" in result["reason"]
+    assert result["state"] == "failed" and result["diverged"] and "at step" in result["reason"]
 
 
 def test_evaluate_without_a_run(command) -> None:

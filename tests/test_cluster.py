@@ -241,7 +241,7 @@ def test_everything_in_the_same_mlflow_run(run: Path, store: str, command) -> No
     from mlflow.tracking import MlflowClient
 
     mirror(run, store, "same")
-    upload(run, closed=True)
+    upload(run, training_ended=True)
     made = run_id(run)
     done = command("cluster", f"run={run}", "clusters=[6,12]")
     assert done.code == 0, done.err

@@ -23,7 +23,7 @@ from twoviews.errors import BadInput
 from twoviews.locks import FolderLock
 from twoviews.tracking import state, uris
 from twoviews.tracking.__main__ import main
-from twoviews.tracking.client import RUN_KEY_TAG, connect, get_or_create_run, logged_error, prepare_environment
+from twoviews.tracking.client import RUN_KEY_TAG, get_or_create_run, logged_error, open_experiment, prepare_environment
 from twoviews.tracking.metrics import Metrics, read
 from twoviews.tracking.mirror import Mirror, Tracking, flush
 from twoviews.tracking.state import UploadState, run_id, run_page, set_target
@@ -60,7 +60,7 @@ def steps(metrics, first, last, slow=0.0):
 
 def client_of(folder):
     state = UploadState.load(folder)
-    return connect(state.tracking_uri, state.experiment)[0]
+    return open_experiment(state.tracking_uri, state.experiment)[0]
 
 
 def history(folder, name):
@@ -269,9 +269,9 @@ def test_only_what_the_checkpoint_holds_is_sent_and_nothing_doubles_after_resume
     metrics.commit(newer)
     steps(metrics, 20, 30)
     metrics.flush()
-    assert upload(run, closed=False) == 40
+    assert upload(run, training_ended=False) == 40
     assert history(run, "train/loss")[-1][0] == 19
-    assert upload(run, closed=False) == 0
+    assert upload(run, training_ended=False) == 0
     first = history(run, "images_per_s")
     metrics.close()
 
@@ -279,7 +279,7 @@ def test_only_what_the_checkpoint_holds_is_sent_and_nothing_doubles_after_resume
     state = UploadState.load(run)
     state.sent_bytes = older
     state.save(run)
-    assert upload(run, closed=False) == 20
+    assert upload(run, training_ended=False) == 20
     assert history(run, "images_per_s") == first
 
     # The last checkpoint is damaged and the one before it is resumed, twice; speed is never measured the same.
@@ -287,7 +287,7 @@ def test_only_what_the_checkpoint_holds_is_sent_and_nothing_doubles_after_resume
         metrics = Metrics(run, older)
         steps(metrics, 10, 25)
         metrics.commit(metrics.flush())
-        upload(run, closed=False)
+        upload(run, training_ended=False)
         metrics.close()
     assert history(run, "train/loss") == in_file(run, "train/loss")
     assert [step for step, *_ in history(run, "images_per_s")] == list(range(25))
@@ -296,11 +296,11 @@ def test_only_what_the_checkpoint_holds_is_sent_and_nothing_doubles_after_resume
 
 def test_a_run_whose_id_was_never_written_down_is_found(run):
     Metrics(run).close()
-    upload(run, closed=False)
+    upload(run, training_ended=False)
     made, state = run_id(run), UploadState.load(run)
     state.run_id, state.status = None, ""
     state.save(run)
-    upload(run, closed=False)
+    upload(run, training_ended=False)
     assert run_id(run) == made
 
 
@@ -308,11 +308,11 @@ def test_status_follows_the_run_and_a_changed_value_is_told(run):
     (run / "config.yaml").write_text("epochs: 2\n")
     Metrics(run).close()
     (run / "result.json").write_text('{"state": "failed"}')
-    upload(run, closed=True)
+    upload(run, training_ended=True)
     assert client_of(run).get_run(run_id(run)).info.status == "FAILED"
     metrics = Metrics(run)
     (run / "config.yaml").write_text("epochs: 40\n")
-    upload(run, closed=False)
+    upload(run, training_ended=False)
     found = client_of(run).get_run(run_id(run))
     assert (found.info.status, found.data.params["epochs"]) == ("RUNNING", "2")
     assert found.data.tags["changed.epochs"] == "40"
@@ -323,13 +323,13 @@ def test_a_deleted_run_is_a_sentence_and_another_store_gets_everything(run, tmp_
     metrics = Metrics(run)
     steps(metrics, 0, 5)
     metrics.close()
-    upload(run, closed=True)
+    upload(run, training_ended=True)
     client_of(run).delete_run(run_id(run))
     (run / "views.png").write_bytes(b"new")
     with pytest.raises(BadInput, match="was deleted in MLflow; restore it with"):
-        upload(run, closed=True)
+        upload(run, training_ended=True)
     set_target(run, UploadState.load(run).uri, "another-experiment")
-    assert upload(run, closed=True) == 10
+    assert upload(run, training_ended=True) == 10
 
 
 def test_a_killed_run_is_closed_by_sync(run, capsys):
@@ -390,7 +390,7 @@ def job(name):
         metrics.log(step, 0.1, {"a": step})
     metrics.commit(metrics.flush())
     (folder / "result.json").write_text('{"state": "finished"}')
-    upload(folder, closed=True)
+    upload(folder, training_ended=True)
     assert is_telemetry_disabled() and not any("elemetry" in thread.name for thread in threading.enumerate())
 
 children = []
@@ -424,7 +424,7 @@ KILLED = """
 import os, signal, sys
 from sqlalchemy import Engine, event
 from twoviews.tracking import uris
-from twoviews.tracking.client import connect
+from twoviews.tracking.client import open_experiment
 
 left = int(sys.argv[2])
 
@@ -436,7 +436,7 @@ def kill(connection, cursor, statement, *_):
         os.kill(os.getpid(), signal.SIGKILL)
 
 uris.trust(sys.argv[1])
-connect(uris.resolve(sys.argv[1]), "x")
+open_experiment(uris.resolve(sys.argv[1]), "x")
 """
 
 
@@ -449,7 +449,7 @@ def test_killed_again_and_again_while_mlflow_makes_its_tables(tmp_path):
     metrics = Metrics(targeted(tmp_path / "run", fresh, "x"))
     steps(metrics, 0, 3)
     metrics.close()
-    assert upload(tmp_path / "run", closed=True) == 6
+    assert upload(tmp_path / "run", training_ended=True) == 6
     left = {path.name for path in tmp_path.iterdir()}
     assert left <= {"run", "mlflow.db", "mlflow.db.made", "mlflow.db.lock", "mlartifacts"}
 
@@ -461,7 +461,7 @@ def test_a_database_without_all_tables_is_kept_beside_a_new_one(tmp_path, monkey
     (tmp_path / "mlflow.db-journal").write_bytes(b"")
     monkeypatch.setattr("twoviews.tracking.sqlite_file.INCOMPLETE_S", 0.5)
     uris.trust(f"sqlite:///{path}")
-    client, experiment_id = connect(f"sqlite:///{path}", "x")
+    client, experiment_id = open_experiment(f"sqlite:///{path}", "x")
     assert client.create_run(experiment_id).info.status == "RUNNING"
     with sqlite3.connect(tmp_path / "mlflow.db.incomplete") as database:
         assert database.execute("select name from sqlite_master").fetchall() == [("metrics",)]
@@ -473,13 +473,13 @@ def moved_store(uri, tmp_path):
     run = targeted(tmp_path / "run", f"sqlite:///{tmp_path / 'here' / 'mlflow.db'}", "moved")
     (run / "views.png").write_bytes(b"picture")
     Metrics(run).close()
-    upload(run, closed=True)
+    upload(run, training_ended=True)
     assert (tmp_path / "here" / "mlartifacts" / run_id(run) / "artifacts" / "views.png").exists()
     return run, tmp_path / "here", (tmp_path / "here").rename(tmp_path / "there")
 
 
 def test_files_go_where_the_database_was_moved(run, uri, tmp_path):
-    upload(run, closed=False)  # so that there is a store to copy
+    upload(run, training_ended=False)  # so that there is a store to copy
     moved, here, there = moved_store(uri, tmp_path)
     made, address = run_id(moved), f"sqlite:///{there / 'mlflow.db'}"
     (moved / "curves.png").write_bytes(b"another")
@@ -490,14 +490,14 @@ def test_files_go_where_the_database_was_moved(run, uri, tmp_path):
     assert {file.path for file in client_of(moved).list_artifacts(made)} == {"views.png", "curves.png"}
     new = targeted(tmp_path / "new", address, "moved")
     (new / "views.png").write_bytes(b"picture")
-    upload(new, closed=True)
+    upload(new, training_ended=True)
     assert (there / "mlartifacts" / run_id(new) / "artifacts" / "views.png").exists() and not here.exists()
 
 
 def test_a_database_that_was_moved_away_is_not_made_again(run, uri, tmp_path, capsys):
-    upload(run, closed=False)
+    upload(run, training_ended=False)
     moved, here, _ = moved_store(uri, tmp_path)
-    connect.cache_clear()  # as in another process
+    open_experiment.cache_clear()  # as in another process
     (moved / "curves.png").write_bytes(b"another")
     assert main(["sync", str(moved)]) == 2
     assert re.search(r"error: the folder of .*here/mlflow\.db is not there; .*sync --uri", capsys.readouterr().err)
@@ -505,10 +505,10 @@ def test_a_database_that_was_moved_away_is_not_made_again(run, uri, tmp_path, ca
 
 
 def test_an_experiment_with_a_place_of_its_own_keeps_it(uri, tmp_path):
-    client, _ = connect(uri, "any")
+    client, _ = open_experiment(uri, "any")
     own = (tmp_path / "large disk").as_uri()
     client.create_experiment("own place", artifact_location=own)
-    assert client.get_experiment(connect(uri, "own place")[1]).artifact_location == own
+    assert client.get_experiment(open_experiment(uri, "own place")[1]).artifact_location == own
 
 
 # A server
@@ -592,10 +592,10 @@ def test_a_refusal_is_no_missing_answer_whatever_was_tried_before(tmp_path):
 
 def test_a_run_that_was_made_after_all_is_removed(run):
     Metrics(run).close()
-    upload(run, closed=False)
+    upload(run, training_ended=False)
     client, state = client_of(run), UploadState.load(run)
     late = client.create_run(state.experiment_id, tags={RUN_KEY_TAG: state.run_key}).info.run_id
-    upload(run, closed=True)
+    upload(run, training_ended=True)
     assert client.get_run(late).info.lifecycle_stage == "deleted"
     assert client.get_run(run_id(run)).info.status == "KILLED"
 

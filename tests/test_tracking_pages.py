@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from twoviews import environment
 from twoviews.tracking import uris
 from twoviews.tracking.__main__ import main
-from twoviews.tracking.client import connect
+from twoviews.tracking.client import open_experiment
 from twoviews.tracking.metrics import Metrics, read
 from twoviews.tracking.mirror import Tracking
 from twoviews.tracking.state import NAME_TAG, UploadState, run_id, set_target
@@ -64,40 +64,43 @@ def write(folder: Path, name: str, content: dict) -> None:
 
 def stored(folder: Path):
     state = UploadState.load(folder)
-    return connect(state.tracking_uri, state.experiment)[0].get_run(str(run_id(folder)))
+    return open_experiment(state.tracking_uri, state.experiment)[0].get_run(str(run_id(folder)))
 
 
 def artifacts(folder: Path) -> set[str]:
     state = UploadState.load(folder)
-    return {each.path for each in connect(state.tracking_uri, state.experiment)[0].list_artifacts(str(run_id(folder)))}
+    return {
+        each.path
+        for each in open_experiment(state.tracking_uri, state.experiment)[0].list_artifacts(str(run_id(folder)))
+    }
 
 
 def test_the_description_has_results_and_command(run: Path) -> None:
-    upload(run, closed=False)
+    upload(run, training_ended=False)
     begun = stored(run).data.tags[NOTE]
     assert begun.startswith("**MoCo** on **digits**\n\n`python train.py method=moco epochs=3`\n\n3 epochs, seed 7")
     assert "kNN" not in begun
     write(run, "result.json", RESULT)
-    upload(run, closed=True)
+    upload(run, training_ended=True)
     ended = stored(run).data.tags[NOTE]
     assert ended.startswith("**MoCo** on **digits**: kNN **91.23 %**, linear **95.00 %**, finished after 3 epochs\n\n")
     assert "kNN of raw pixels: 60.00 %, the untrained encoder: 42.00 %" in ended and f"`{run}`" in ended
 
 
 def test_a_description_that_a_user_has_edited_stays(run: Path) -> None:
-    upload(run, closed=False)
+    upload(run, training_ended=False)
     state = UploadState.load(run)
     mine = stored(run).data.tags[NOTE].replace("digits", "digits, with the new camera")
-    connect(state.tracking_uri, state.experiment)[0].set_tag(str(state.run_id), NOTE, mine)
+    open_experiment(state.tracking_uri, state.experiment)[0].set_tag(str(state.run_id), NOTE, mine)
     write(run, "result.json", RESULT)
-    upload(run, closed=True)
+    upload(run, training_ended=True)
     assert stored(run).data.tags[NOTE] == mine
 
 
 def test_an_interrupted_run_says_where_and_a_job_how_it_is_trained_alone(run: Path) -> None:
     write(run, "result.json", {"state": "interrupted", "epoch": 1.25, "reason": "http://me:s3cretZ@h is away"})
     write(run, "point.json", {"axes": {}, "overrides": ["method=byol", "sweep.name=s", "data.root='a b'"]})
-    upload(run, closed=True)
+    upload(run, training_ended=True)
     note = stored(run).data.tags[NOTE]
     assert "interrupted after 1.25 of 3 epochs (http://…@h is away)" in note and "s3cretZ" not in note
     assert "`python train.py method=byol 'data.root='\"'\"'a b'\"'\"''`" in note
@@ -105,13 +108,13 @@ def test_an_interrupted_run_says_where_and_a_job_how_it_is_trained_alone(run: Pa
 
 def test_a_description_that_is_too_long_ends_at_a_line(run: Path) -> None:
     write(run, "environment.json", {"digest": "ab", "command": "python train.py " + "x" * 9000})
-    upload(run, closed=True)
+    upload(run, training_ended=True)
     note = stored(run).data.tags[NOTE]
     assert len(note) <= 8000 and note.startswith("**MoCo** on **digits**\n\n…")
 
 
 def test_charts_of_knn_and_losses_come_first(run: Path) -> None:
-    upload(run, closed=True)
+    upload(run, training_ended=True)
     sections = sorted({name.rpartition("/")[0] for name in stored(run).data.metrics} - {""})
     assert sections == ["knn", "train", "train/e_step/all", "train/memory"]
     assert {name for name in stored(run).data.metrics if name.startswith("knn/")} == {
@@ -122,15 +125,15 @@ def test_charts_of_knn_and_losses_come_first(run: Path) -> None:
 def test_the_encoder_of_a_finished_run_is_sent_unless_it_is_not_wanted(run: Path, uri: str) -> None:
     (run / "encoder.safetensors").write_bytes(b"weights")
     write(run, "result.json", {"state": "interrupted"})
-    upload(run, closed=True)
+    upload(run, training_ended=True)
     assert "encoder.safetensors" not in artifacts(run) and is_uploaded(run)
     Tracking(uri, UploadState.load(run).experiment, mirror=False, encoder=False).start(run)
     write(run, "result.json", RESULT)
-    upload(run, closed=True)
+    upload(run, training_ended=True)
     assert "encoder.safetensors" not in artifacts(run) and is_uploaded(run)
     Tracking(uri, UploadState.load(run).experiment, mirror=False).start(run)
     assert not is_uploaded(run) and pending_artifact_bytes(run) == len(b"weights")
-    upload(run, closed=True)
+    upload(run, training_ended=True)
     assert "encoder.safetensors" in artifacts(run) and is_uploaded(run)
 
 
@@ -142,7 +145,7 @@ def test_the_state_of_a_run_can_be_read_by_earlier_versions(run: Path, uri: str)
 
 def test_a_run_has_the_name_of_its_user(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOGNAME", "ada")
-    upload(run, closed=True)
+    upload(run, training_ended=True)
     assert stored(run).data.tags["mlflow.user"] == "ada"
 
     def fails() -> str:
@@ -150,7 +153,7 @@ def test_a_run_has_the_name_of_its_user(run: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("getpass.getuser", fails)
     set_target(run, UploadState.load(run).uri, "nobody")
-    upload(run, closed=True)
+    upload(run, training_ended=True)
     assert stored(run).data.tags["mlflow.user"] == "unknown"
 
 

@@ -22,7 +22,7 @@ from twoviews.errors import BadInput
 from twoviews.files import sync
 from twoviews.ranges import Total
 from twoviews.signatures import mismatch
-from twoviews.tracking.metrics import Metrics, durable_bytes
+from twoviews.tracking.metrics import Metrics, read_durable_bytes
 
 LAST, PREVIOUS, NEW = "last.pt", "previous.pt", "new.pt"
 CHECKPOINT_FILES = (LAST, PREVIOUS)
@@ -88,7 +88,7 @@ def load_last_checkpoint(folder: Path, say: Callable[[str], None]) -> dict[str, 
             f"no checkpoint in {folder} is whole ({reasons}); put one back, or start over with fresh=true, which keeps "
             "the old results beside it."
         )
-    if durable_bytes(folder) or (folder / "damaged.pt").exists():
+    if read_durable_bytes(folder) or (folder / "damaged.pt").exists():
         raise BadInput(
             f"the checkpoints of {folder} are gone ({' and '.join(CHECKPOINT_FILES)}); put one back, or start over with "
             "fresh=true, which keeps the old results beside it."

@@ -11,6 +11,7 @@ from twoviews.config.groups import ROOT
 from twoviews.errors import BadInput
 from twoviews.files import write_atomic
 
+SOURCES = Path(__file__).resolve().parents[1]  # of this package; in a job of a sweep those of the frozen copy
 PATTERNS = ("src", "conf", "*.py")  # files that runs need, below the root of the checkout
 SUFFIXES = (".py", ".yaml", ".c", ".cu")  # of the copied files, outside a git checkout
 
@@ -86,8 +87,8 @@ def copy_digest(copy: Path) -> str:
     return _digest({name: path.read_bytes() for name, path in sorted(kept.items()) if name not in about})
 
 
-def python_path(sources: Path) -> str:
-    """PYTHONPATH for a child process that imports from this folder first."""
+def python_path(sources: Path = SOURCES) -> str:
+    """PYTHONPATH for a child process that imports from this folder first; by default this package as it is here."""
     return os.pathsep.join(filter(None, [str(sources), os.environ.get("PYTHONPATH")]))
 
 

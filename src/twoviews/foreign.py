@@ -38,6 +38,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "epoch": NotNegative,
         "seconds": NotNegative,
         "reason": str,
+        "diverged": bool,
         "precision": str,
         "mlflow_run_id": str | None,
         "*": float,

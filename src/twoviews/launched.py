@@ -1,7 +1,7 @@
-"""What this user has launched: code, launchers and tracking URIs that may be used again.
+"""Code, launchers and tracking URIs that this user trusts, because a command of theirs has named them.
 
-Run folders and sweep folders may come from anywhere and name code, launchers and URIs of others, which are refused. What was
-launched is recorded by hash in the user's cache folder.
+Run folders and sweep folders may come from anywhere and name code, launchers and URIs of others, which are refused. What is
+trusted is recorded by hash in the user's cache folder.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ _of_this_process: set[str] = set()  # in case the cache folder cannot be written
 
 
 def remember(text: str) -> None:
-    """Record a launch: the digest of the code, the values of the launcher as JSON, or the tracking URI."""
+    """Trust this from now on: the digest of a copy of the code, the values of a launcher as JSON, or a tracking URI."""
     _of_this_process.add(text)
     with contextlib.suppress(OSError):
         path = _path(text)

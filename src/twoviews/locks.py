@@ -120,7 +120,7 @@ def try_acquire(lock: FileLock) -> bool:
     return True
 
 
-def is_locked(lock: FileLock) -> bool:
+def is_held(lock: FileLock) -> bool:
     """Whether some process, this one included through another lock object, holds the lock."""
     if not Path(lock.lock_file).exists():
         return False

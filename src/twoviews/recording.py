@@ -168,7 +168,7 @@ class Recording:
         """Record that the training diverged, and print why and what to do; returns the exit code."""
         reason = f"{reason}: {DIVERGED_REMEDY}."
         if self._first:
-            self._write_result(training, "failed", reason=reason)
+            self._write_result(training, "failed", reason=reason, diverged=True)
             self._close()
             print(f"error: {reason}", file=sys.stderr)
             print_last_line(self.run.folder)

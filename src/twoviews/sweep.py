@@ -3,7 +3,7 @@
 import argparse
 import shlex
 import sys
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import get_args
 
@@ -13,7 +13,7 @@ from twoviews.errors import BadInput, counted, nearest, system_reason
 from twoviews.figures import set_formats
 from twoviews.protocols.units import KNN_TOP1
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job import LOG, Job, JobState, StateName, short_names, typed, with_varying_parameters
+from twoviews.sweeps.job import LOG, Job, JobState, StateName, short_names, summary, typed, with_varying_parameters
 from twoviews.sweeps.job_states import CANCEL_SECONDS, current_states, wait_until_ended
 
 EXIT_CODES = (
@@ -85,27 +85,24 @@ def chosen(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
 
 def exit_code(states: Mapping[str, JobState]) -> int:
     """The exit code of a command for jobs with these states; its reason is printed on standard error if it is not 0."""
-    if not (reason := unfinished_reason(states)):
+    if not (reason := not_finished(states)):
         return 0
     code = 3 if any(state.active for state in states.values()) else 1
     print(f"exit code {code}: {reason}.", file=sys.stderr)
     return code
 
 
-def unfinished_reason(states: Mapping[str, JobState]) -> str:
-    """How many jobs are not finished, and their states, as part of a sentence; empty if all are finished or pruned."""
-    counts = Counter(state.state for state in states.values() if not state.finished_or_pruned)
-    if not counts:
-        return ""
-    named, total = ", ".join(f"{count} {name}" for name, count in sorted(counts.items())), sum(counts.values())
-    return f"{total:,} of {counted(len(states), 'job')} {'is' if total == 1 else 'are'} not finished ({named})"
+def not_finished(states: Mapping[str, JobState]) -> str:
+    """How many jobs are neither finished nor pruned, and their states, as part of a sentence; empty if none is."""
+    left = [state.state for state in states.values() if not state.finished_or_pruned]
+    of = f"{len(left):,} of {counted(len(states), 'job')} {'is' if len(left) == 1 else 'are'}"
+    return f"{of} not finished ({summary(left)})" if left else ""
 
 
 def show_status(sweep: Sweep, jobs: Sequence[Job]) -> int:
     """Print a table of the jobs; nothing is written."""
     states, console = current_states(jobs), Console()
-    counts = Counter(state.state for state in states.values())
-    console.say(f"{sweep.folder}: " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items())))
+    console.say(f"{sweep.folder}: {summary(state.state for state in states.values())}")
     names = short_names(dict.fromkeys(key for job in jobs for key in job.parameters))
     order = get_args(StateName)
     shown = sorted(jobs, key=lambda job: order.index(states[job.digest].state))[:ROWS]  # reading all takes long
@@ -139,7 +136,7 @@ def show_logs(sweep: Sweep, jobs: Sequence[Job]) -> int:
     """Print the ends of the logs of the jobs that were named, or of those that failed."""
     states = current_states(jobs)
     if len(jobs) == len(sweep.jobs) > 1:  # none was named
-        jobs = [job for job in jobs if states[job.digest].unfinished]
+        jobs = [job for job in jobs if states[job.digest].ended_without_result]
     for job in jobs:
         state = states[job.digest]
         print(f"=== {job.digest} {job.label}: {state.state} {state.reason}".rstrip())
@@ -163,7 +160,7 @@ def retry_jobs(sweep: Sweep, jobs: Sequence[Job]) -> int:
     from twoviews.sweeps.mlflow_sync import flush
 
     states, console = current_states(jobs), Console()
-    retry(sweep, [job for job in jobs if states[job.digest].unfinished])
+    retry(sweep, [job for job in jobs if states[job.digest].ended_without_result])
     if sweep.record["parent"]:
         flush(sweep, console.say)
     return exit_code(print_end(sweep, {job.digest for job in jobs}, console))
@@ -210,7 +207,7 @@ def write_report(sweep: Sweep, jobs: Sequence[Job]) -> int:
 
     states = current_states(jobs)
     report(sweep, states, print)
-    if left := unfinished_reason(states):
+    if left := not_finished(states):
         print(f"{left}; `python -m twoviews.sweep status {shlex.quote(sweep.name)}` shows why.")
     return 0
 

@@ -337,7 +337,7 @@ class Campaign:
         place = key.command, key.files
         if place not in self.composers:
             self.composers[place] = Composer(lambda overrides: composed(key.command, overrides))
-        content = self.composers[place]([*key.files, *self._small(key), override]).content
+        content = self.composers[place]([*key.files, *self._small(key), override]).config
 
         def build_rest() -> None:
             if key.command == "train":

@@ -451,7 +451,7 @@ def test_mlflows_id(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         open_encoder("0" * 32)
     assert not (tmp_path / "mlflow.db").exists()
     set_target(away, f"sqlite:///{tmp_path}/mlflow.db", "found")
-    upload(away, closed=True)
+    upload(away, training_ended=True)
     made = run_id(away)
     assert open_encoder(made).folder == away  # what MLflow was told
     here = shutil.copytree(away, tmp_path / "outputs" / "here")

@@ -8,7 +8,7 @@ from twoviews.console import Console
 from twoviews.evaluation.comparison import Comparison, compare, differences, labels
 from twoviews.evaluation.record import Evaluation
 from twoviews.tables import as_csv, as_latex
-from twoviews.tracking.client import connect
+from twoviews.tracking.client import open_experiment
 from twoviews.tracking.uris import trust
 
 RUNS = {
@@ -142,7 +142,7 @@ def test_a_comparison_is_one_run_of_mlflow_however_often_it_is_made(tmp_path: Pa
             name: Evaluation({"knn/top1": value + add}, mlflow_target=(store, "here")) for add, name in enumerate("ab")
         }
         compare(both, tmp_path / "out", Console(quiet=True))
-    client, experiment = connect(store, "here")
+    client, experiment = open_experiment(store, "here")
     (run,) = client.search_runs([experiment])
     assert run.info.run_name == "comparison of 2 runs" and run.info.status == "FINISHED"
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {

@@ -18,7 +18,7 @@ from twoviews.sweep import chosen, retry_jobs, show_logs, show_status
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps import job_states
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job_states import SILENT, current_states
+from twoviews.sweeps.job_states import NO_CONTROLLER, current_states
 from twoviews.sweeps.mlflow_sync import attach_jobs
 from twoviews.sweeps.slurm import cancel
 from twoviews.tracking import uris
@@ -91,7 +91,7 @@ from twoviews.tracking.upload import upload
 metrics = Metrics(folder)
 metrics.log(1, 1.0, {"train/loss": 0.5})
 metrics.commit(metrics.flush())
-upload(folder, closed=False)
+upload(folder, training_ended=False)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 until("never")
 """
@@ -180,7 +180,7 @@ def test_a_controller_that_dies_changes_nothing(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(job_states, "ANSWER_SECONDS", 5.0)  # squeue tries for longer than a test should
     now = current_states(latest(jobs))
     assert {state.state for state in now.values()} == {"RUNNING"}
-    assert {state.reason for state in now.values()} == {SILENT}
+    assert {state.reason for state in now.values()} == {NO_CONTROLLER}
     with pytest.raises(BadInput, match="sbatch refused"):
         launcher().submit(sweep(tmp_path / "other", FINISH))
     (tmp_path / "go").touch()
@@ -205,7 +205,7 @@ import os, signal, sys
 sys.path[:0] = {[str(Path(__file__).parent)]!r}
 from on_slurm import launcher
 from twoviews.sweeps.folder import Sweep
-Sweep.mark_submitted = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # after sbatch, before it is written down
+Sweep.mark = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # after sbatch, before it is written down
 launcher().submit(Sweep({str(tmp_path / "s")!r}).jobs)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from twoviews.config.checks import check
 from twoviews.config.digest import digest
 from twoviews.errors import BadInput
-from twoviews.sweeps.composing import Composer, frozen, job_specs
+from twoviews.sweeps.composing import Composer, job_specs, stored_config
 
 BASE = ["method=moco", "data=digits"]
 JOBS = [
@@ -76,7 +76,7 @@ def test_every_job_is_what_hydra_composes(hydra_compose) -> None:
     composer = Composer(hydra_compose)
     for number, job in enumerate([*JOBS, *reversed(JOBS)]):
         expected = hydra_compose([*BASE, *job])
-        found = composer([*BASE, *job]).content
+        found = composer([*BASE, *job]).config
         assert found == OmegaConf.to_container(expected, resolve=True), (number, job)
         assert repr(found) == repr(OmegaConf.to_container(expected, resolve=True))  # 1 is not 1.0, nor true
         assert digest(found) == digest(expected)
@@ -116,13 +116,13 @@ def test_random_command_lines_are_what_hydra_composes(hydra_compose) -> None:
             with pytest.raises(HydraException):
                 composer(line)
             continue
-        assert repr(composer(line).content) == repr(expected), line
+        assert repr(composer(line).config) == repr(expected), line
     assert refused_ < count / 2
 
 
 def test_a_job_is_not_changed_by_the_next(hydra_compose) -> None:
     composer = Composer(hydra_compose)
-    jobs = [composer([*BASE, *job]).content for job in JOBS]
+    jobs = [composer([*BASE, *job]).config for job in JOBS]
     for job, found in zip(JOBS, jobs, strict=True):
         assert found == OmegaConf.to_container(hydra_compose([*BASE, *job]), resolve=True)
 
@@ -136,14 +136,14 @@ def test_what_hydra_refuses_is_refused_in_its_words(hydra_compose, wrong: str) -
     with pytest.raises(HydraException) as found:
         composer([*BASE, "seed=1", wrong])
     assert str(found.value) == str(expected.value)
-    assert composer([*BASE, "seed=2"]).content["seed"] == 2
+    assert composer([*BASE, "seed=2"]).config["seed"] == 2
 
 
 def test_the_frozen_text_reads_back_as_the_configuration(hydra_compose) -> None:
     jobs = [[*BASE, *job] for job in JOBS if "~" not in job[0] and "{" not in str(job)]
     jobs = [job for job in jobs if "seed=5" not in job]
     for one in job_specs(Composer(hydra_compose), jobs, ["seed"]):
-        expected = frozen(OmegaConf.to_container(hydra_compose(list(one.overrides)), resolve=True))  # type: ignore[arg-type]
+        expected = stored_config(OmegaConf.to_container(hydra_compose(list(one.overrides)), resolve=True))  # type: ignore[arg-type]
         assert repr(OmegaConf.to_container(OmegaConf.create(one.config_yaml))) == repr(expected)
 
 

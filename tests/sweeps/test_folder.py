@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from twoviews.errors import BadInput
 from twoviews.sweep import main as sweep_command
-from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.folder import Sweep, submission
 from twoviews.sweeps.job import JobSpec, JobState
 from twoviews.sweeps.job_states import current_states
 
@@ -41,7 +41,7 @@ def test_values_are_added_and_what_is_there_stays(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "s")
     sweep.add([new("aa", seed=0)])
     (sweep.folder / "aa" / "last.pt").write_text("checkpoint")
-    sweep.mark_submitted({"aa": "12_0"}, 5.0)
+    sweep.mark({"aa": submission("12_0", 5.0)})
     sweep.add([new("aa", seed=0), new("bb", seed=1)])
     assert sweep.record["axes"] == {"seed": [0, 1]}
     assert (sweep.folder / "aa" / "last.pt").read_text() == "checkpoint"
@@ -116,7 +116,7 @@ def test_the_latest_sweep_is_shown_with_the_names_of_the_others(tmp_path: Path, 
 def test_whose_process_is_gone_is_lost(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "s")
     jobs = sweep.add([new(digest, seed=int(digest)) for digest in "0123"])
-    sweep.mark_submitted(dict.fromkeys("0123"), 5.0)
+    sweep.mark(dict.fromkeys("0123", submission(None, 5.0)))
     jobs = sweep.jobs
     jobs[0].write(JobState("FINISHED", submitted=jobs[0].submitted))
     jobs[1].write(JobState("RUNNING", submitted=jobs[1].submitted))

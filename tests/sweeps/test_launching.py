@@ -20,7 +20,7 @@ from twoviews.config.digest import digest
 from twoviews.errors import BadInput
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.composing import Composer, job_specs
-from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.folder import Sweep, submission
 from twoviews.sweeps.job import JobSpec
 from twoviews.sweeps.launching import SweepCommand, default_name, retry
 from twoviews.sweeps.slurm import NamedFunction
@@ -58,7 +58,7 @@ def test_jobs_know_the_values_of_their_parameters_and_equal_ones_are_one() -> No
     (chosen,) = jobs("method=simclr backbone.depths=[1,1]", swept=("method", "backbone.depths"))
     assert chosen.parameters == {"method": "simclr", "backbone.depths": [1, 1]}
     json.dumps(chosen.parameters)
-    groups = chosen.more["choices"]
+    groups = chosen.details["choices"]
     assert (groups["method"], groups["data"], groups["experiment"]) == ("simclr", "digits", "none")
     assert not [group for group in groups if group.startswith("hydra") or "@" in group]
 
@@ -226,7 +226,7 @@ def test_what_sbatch_refuses_is_said_once_and_kept(command, monkeypatch, tmp_pat
     assert out.count("FAILED sbatch refused: invalid partition: x;") == out.count("it never began") == 2
     (folder,) = (path.parent for path in Path("multirun").glob("*/sweep.json"))
     sweep = Sweep(folder)
-    sweep.mark_submitted({job.digest: "7_0" for job in sweep.jobs}, 9.0)
+    sweep.mark({job.digest: submission("7_0", 9.0) for job in sweep.jobs})
     assert not any(job.refused for job in sweep.jobs), "until they are submitted"
 
 
@@ -298,7 +298,7 @@ def test_an_interrupted_sweep_is_completed_by_the_same_command_bit_for_bit(tmp_p
     assert_same_weights(made[0].folder, tmp_path / "alone")
     third = start([*sweep, "seed=0,1,2"], tmp_path)
     assert third.wait(120) == 0 and [job.state.starts for job in made] == [2, 1, 1]
-    assert "3 of 3 jobs finished" in (tmp_path / "stdout.txt").read_text()
+    assert ": 3 FINISHED\n" in (tmp_path / "stdout.txt").read_text()
 
 
 def test_what_fails_while_it_runs_fails_alone(tmp_path: Path, monkeypatch) -> None:
@@ -307,7 +307,7 @@ def test_what_fails_while_it_runs_fails_alone(tmp_path: Path, monkeypatch) -> No
     done = start([str(ROOT / "train.py"), "-m", *SMALL_MOCO, "epochs=1", "batch_size=64,512"], tmp_path)
     assert done.wait(120) == 1
     out = (tmp_path / "stdout.txt").read_text()
-    assert "1 of 2 jobs finished" in out and "FAILED batch_size=512" in out
+    assert ": 1 FAILED, 1 FINISHED\n" in out and "FAILED batch_size=512" in out
     assert sweep_command(["logs"]) == 1
 
 

@@ -14,9 +14,9 @@ from test_runner import wait_for
 from twoviews.errors import BadInput
 from twoviews.locks import try_acquire
 from twoviews.sweeps import machine
-from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.folder import Sweep, submission
 from twoviews.sweeps.job import JobState
-from twoviews.sweeps.job_states import SILENT, current_states
+from twoviews.sweeps.job_states import NO_CONTROLLER, current_states
 from twoviews.sweeps.machine import Local, Pool, gpus
 from twoviews.sweeps.slurm import cancel
 
@@ -71,13 +71,15 @@ def test_a_job_that_slurm_once_had_runs_here(tmp_path: Path, monkeypatch: pytest
     old, submitted = sweep(tmp_path / "s", FINISH, FINISH)
     old.write(JobState("QUEUED", submitted=1.0, slurm_id="12_0"))
     made = Sweep(tmp_path / "s")
-    made.mark_submitted({old.digest: None}, 2.0)
+    made.mark({old.digest: submission(None, 2.0)})
     Local().submit(made.named([old.digest]))
     assert states([old]) == ["FINISHED"]
     before = made.named([submitted.digest])
-    made.mark_submitted({submitted.digest: "7"}, time.time())  # by another process
+    made.mark({submitted.digest: submission("7", time.time())})  # by another process
     Local().submit(before)
-    assert not starts(submitted) and f"left out: seed=1, QUEUED: {SILENT}" in " ".join(capsys.readouterr().out.split())
+    assert not starts(submitted) and f"left out: seed=1, QUEUED: {NO_CONTROLLER}" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_a_job_whose_runner_is_killed_is_lost_and_runs_again(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from twoviews.console import ROWS, Console
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps import job_states
 from twoviews.sweeps import plan as planning
-from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.folder import Sweep, submission
 from twoviews.sweeps.job import Job, JobSpec, JobState
 from twoviews.sweeps.machine import Local
 from twoviews.sweeps.plan import Cost, plan
@@ -30,7 +30,7 @@ def test_a_plan_measures_one_of_them(tmp_path: Path, new: list[JobSpec], monkeyp
         measured.append(job.digest)
         return Cost(10.0, 9.0, 1_000_000, "CPU", 2, "as measured")
 
-    monkeypatch.setattr(planning, "_measured", measure)
+    monkeypatch.setattr(planning, "_measured_cost", measure)
     plan(tmp_path / "s", new, {}, Local(), Console())
     out = capsys.readouterr().out
     assert "s: 2,000 jobs (the first 40 of 2,000)" in out and "2,000 new; 2,000 to run" in out
@@ -42,7 +42,8 @@ def test_status_asks_slurm_once_and_reads_what_it_shows(
 ) -> None:
     sweep = Sweep(tmp_path / "s")
     made = sweep.add(new)
-    sweep.mark_submitted({job.digest: f"{7 + n // 1000}_{n % 1000}" for n, job in enumerate(made)}, 100.0)
+    facts = [submission(f"{7 + n // 1000}_{n % 1000}", 100.0) for n in range(len(made))]
+    sweep.mark(dict(zip((job.digest for job in made), facts, strict=True)))
     for job in made[:50]:
         job.write(JobState("FINISHED", submitted=100.0))
     made[50].write(JobState("RUNNING", slurm_id="7_50", node="n1", submitted=100.0, started=101.0))
@@ -59,5 +60,5 @@ def test_status_asks_slurm_once_and_reads_what_it_shows(
     monkeypatch.setattr(Job, "metrics", lambda job: (read.append(job.digest), metrics(job))[1])
     assert sweep_command(["status", str(sweep.folder)]) == 3
     out = capsys.readouterr().out
-    assert "1 FAILED, 50 FINISHED, 1948 QUEUED, 1 RUNNING" in out and "s (the first 40 of 2,000)" in out
+    assert "1 FAILED, 50 FINISHED, 1,948 QUEUED, 1 RUNNING" in out and "s (the first 40 of 2,000)" in out
     assert len(asked) == 1 and len(read) == ROWS and read[:2] == [made[1999].digest, made[50].digest]

@@ -14,7 +14,7 @@ from twoviews.sweep import main as sweep_command
 from twoviews.sweeps import mlflow_sync
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobSpec, JobState
-from twoviews.sweeps.mlflow_sync import BackgroundReport, attach_jobs, flush, is_due, pending
+from twoviews.sweeps.mlflow_sync import BackgroundReport, attach_jobs, flush, is_due
 from twoviews.tracking import uris
 from twoviews.tracking.__main__ import main as tracking_command
 from twoviews.tracking.metrics import Metrics
@@ -110,7 +110,7 @@ def test_a_job_that_begins_while_mlflow_is_away_has_its_name_later(
     (job,) = jobs(sweep, uri, 1)
     attach_jobs(sweep, [job], {"uri": uri, "experiment": "sweeps"})
     with monkeypatch.context() as away:
-        away.setattr("twoviews.tracking.upload.connect", lambda *_: pytest.fail("MLflow is asked"))
+        away.setattr("twoviews.tracking.upload.open_experiment", lambda *_: pytest.fail("MLflow is asked"))
         trained(job)
     assert tracking_command(["sync", str(job.folder)]) == 0
     assert {run.info.run_name for run in runs(uri)} == {"s", "seed=0 t@x=0.5"}
@@ -124,7 +124,7 @@ def test_names_follow_what_later_launches_vary(tmp_path: Path, uri: str) -> None
         (job,) = sweep.add([spec], command=f"python train.py -m seed=0 optimizer.lr={lr}")
         attach_jobs(sweep, [job], tracking)
         trained(job)
-        upload(job.folder, closed=True)
+        upload(job.folder, training_ended=True)
         names = {run.info.run_name for run in runs(uri)}
     assert names == {"s", "seed=0", "seed=0 lr=0.2"}
     flush(sweep, print)
@@ -181,7 +181,7 @@ def test_a_run_that_was_there_before_becomes_a_child(tmp_path: Path, uri: str) -
     (job,) = jobs(sweep, uri, 1)
     trained(job)
     set_target(job.folder, uri, "sweeps")
-    upload(job.folder, closed=True)
+    upload(job.folder, training_ended=True)
     (before,) = runs(uri)
     assert sweep_command(["collect", str(sweep.folder)]) == 0
     child = next(run for run in runs(uri) if run.info.run_id == before.info.run_id)
@@ -205,13 +205,12 @@ def test_what_mlflow_has_is_not_sent_again(tmp_path: Path, uri: str, monkeypatch
         trained(job)
     flush(sweep, said.append)
     assert all(line.startswith(("Result: ", "report: ")) for line in said)
-    assert not pending(sweep) and {run.info.status for run in runs(uri)} == {"FINISHED"}
+    assert {run.info.status for run in runs(uri)} == {"FINISHED"}
     said.clear()
     with monkeypatch.context() as nothing_new:
         nothing_new.setattr(mlflow_sync, "collect", lambda *_: pytest.fail("MLflow is asked"))
         flush(sweep, said.append)
     (made[0].folder / "views.png").write_bytes(b"picture")
-    assert pending(sweep)
     with sweep.update() as record:
         record["tracking"]["uri"] = "http://127.0.0.1:9"
     uris.trust("http://127.0.0.1:9")
@@ -234,8 +233,8 @@ for job in jobs:
     if (child := os.fork()) == 0:
         time.sleep(max(0, begin - time.time()))
         trained(job)
-        upload(job.folder, closed=False)
-        os._exit(0 if upload(job.folder, closed=True) == 0 else 1)
+        upload(job.folder, training_ended=False)
+        os._exit(0 if upload(job.folder, training_ended=True) == 0 else 1)
     children.append(child)
 codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 assert codes == [0] * len(jobs), codes

@@ -39,7 +39,7 @@ for epoch in range(1, epochs + 1):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
     stop_when_told(); time.sleep({pause})
 if {fail!r} and bad:
-    result("failed", reason={fail!r}); sys.exit(1)
+    result("failed", reason={fail!r}, **{facts!r}); sys.exit(1)
 checkpoint(); result("finished", **{{"knn/top1": knn}})
 """
 
@@ -49,7 +49,7 @@ class StandInCommand(SweepCommand):
 
     def __init__(self, folder: Path, launcher: Launcher, **plan: object):
         self.folder, self.launcher = folder, launcher
-        self.plan = {"epochs": 3, "collapse": False, "behind": False, "fail": "", "pause": 0.0, **plan}
+        self.plan = {"epochs": 3, "collapse": False, "behind": False, "fail": "", "facts": {}, "pause": 0.0, **plan}
         self.not_in_digest = ("workers",)
         self.options, self.console = SimpleNamespace(plan=False), Console()
         self.tracking, self.protocols = {"mirror": False}, ["knn", "linear", "few_labels"]
@@ -70,10 +70,7 @@ class StandInCommand(SweepCommand):
 
     def add(self, new):
         sweep = Sweep(self.folder)
-        return sweep, sweep.add([replace(one, more=self.here) for one in new], command="python train.py -m")
-
-    def attach_jobs(self, sweep, jobs) -> None:
-        pass
+        return sweep, sweep.add([replace(one, details=self.here) for one in new], command="python train.py -m")
 
 
 TYPED = ["x=interval(0.0,1.0)", "seed=0,1"]
@@ -270,7 +267,7 @@ def test_what_was_given_up_is_done_with_and_says_why(tmp_path: Path, capsys) -> 
     for name in ("status", "retry", "logs"):
         assert sweep_command([name, str(folder)]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "s: 2 FINISHED, 2 PRUNED" in out and "2 of 4 jobs finished, 2 given up by a search" in out
+    assert "/s: 2 FINISHED, 2 PRUNED" in out and "sweep s: 2 FINISHED, 2 PRUNED" in out
     look = {digest: state.state for digest, state in current_states(Sweep(folder).jobs).items()}
     assert [look[job.digest] for job in weak] == ["PRUNED"] * 2
     search(trials=6, prune=True).run(command, ["x=0.1,0.6", "seed=0,1"])
@@ -280,8 +277,15 @@ def test_what_was_given_up_is_done_with_and_says_why(tmp_path: Path, capsys) -> 
 def test_a_search_that_is_killed_while_it_gives_up_a_trial_gives_it_up_later(tmp_path: Path, monkeypatch) -> None:
     folder = tmp_path / "s"
     command = StandInCommand(folder, pool(), collapse=True, pause=0.1)
+    mark = Sweep.mark
+
+    def killed_mark(sweep: Sweep, facts: dict) -> None:
+        if any("given_up" in changed for changed in facts.values()):
+            raise KeyboardInterrupt
+        mark(sweep, facts)
+
     with monkeypatch.context() as killed:
-        killed.setattr(Sweep, "mark", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        killed.setattr(Sweep, "mark", killed_mark)
         with pytest.raises(KeyboardInterrupt):
             search(trials=1, prune=True).run(command, ["x=interval(0.0,0.2)", "seed=0,1"])
     assert [one.state.name for one in trials(folder)] == ["PRUNED"]
@@ -315,13 +319,14 @@ def test_a_trial_below_the_median_is_stopped(tmp_path: Path) -> None:
 
 def test_a_diverged_trial_is_a_bad_one_and_another_failure_is_no_value(tmp_path: Path) -> None:
     diverged = tmp_path / "diverged"
-    search(trials=12, at_once=3).run(StandInCommand(diverged, pool(), fail="the loss is nan at step 3"), ["x=0.1,0.6"])
+    command = StandInCommand(diverged, pool(), fail="the loss is nan at step 3", facts={"diverged": True})
+    search(trials=12, at_once=3).run(command, ["x=0.1,0.6"])
     states = {one.params["x"]: one.state.name for one in trials(diverged)}
     assert states == {"0.1": "PRUNED", "0.6": "COMPLETE"}
     now = {job.parameters["x"]: current_states([job])[job.digest] for job in Sweep(diverged).jobs}
     assert now[0.1].state == "PRUNED" and "diverged: the loss is nan at step 3" in now[0.1].reason
     failed = tmp_path / "failed"
-    search(trials=12, at_once=3).run(StandInCommand(failed, pool(), fail="out of luck"), ["x=0.1,0.6"])
+    search(trials=12, at_once=3).run(StandInCommand(failed, pool(), fail="the loss is out of luck"), ["x=0.1,0.6"])
     states = {one.params["x"]: one.state.name for one in trials(failed)}
     assert states == {"0.1": "FAIL", "0.6": "COMPLETE"}
     reasons = [one.user_attrs["reason"] for one in trials(failed) if one.state.name == "FAIL"]

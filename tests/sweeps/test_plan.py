@@ -47,7 +47,7 @@ def measured(seconds: float, calls: list[str]):
 
 def test_jobs_that_cost_alike_are_measured_once(tmp_path: Path, monkeypatch, capsys) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(planning, "_measured", measured(9.0, calls))
+    monkeypatch.setattr(planning, "_measured_cost", measured(9.0, calls))
     new = jobs(*({"method.temperature": t, "seed": s} for t in (0.1, 0.2) for s in (0, 1, 2)))
     plan(tmp_path / "s", new, {}, Local(), Console())
     out = capsys.readouterr().out
@@ -58,7 +58,7 @@ def test_jobs_that_cost_alike_are_measured_once(tmp_path: Path, monkeypatch, cap
 
 def test_longer_jobs_take_longer_and_other_networks_are_measured(tmp_path: Path, monkeypatch, capsys) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(planning, "_measured", measured(9.0, calls))
+    monkeypatch.setattr(planning, "_measured_cost", measured(9.0, calls))
     new = jobs(*({"backbone.width": w, "epochs": e} for w in (8, 16, 32, 64) for e in (10, 20)))
     plan(tmp_path / "s", new, {}, Pool(at_once=2, jobs_per_gpu=1, cores_per_job=1), Console())
     out = capsys.readouterr().out
@@ -68,7 +68,7 @@ def test_longer_jobs_take_longer_and_other_networks_are_measured(tmp_path: Path,
 
 
 def test_finished_jobs_are_better_than_a_measurement(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(planning, "_measured", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(planning, "_measured_cost", lambda *_: pytest.fail("measured"))
     sweep, new = Sweep(tmp_path / "s"), jobs({"seed": 0}, {"seed": 1}, {"seed": 2})
     done, _ = sweep.add(new[:2])
     lines = [{"step": 5 * e, "epoch": e, "time": 100.0 + e, "knn/top1": 1.0} for e in range(11)]
@@ -77,12 +77,12 @@ def test_finished_jobs_are_better_than_a_measurement(tmp_path: Path, monkeypatch
     now = {"00000000": JobState("FINISHED"), "00000001": JobState("FAILED")}
     plan(sweep.folder, new, now, Local(), Console())
     out = capsys.readouterr().out
-    assert "1 FINISHED, 1 FAILED, 1 new; 2 to run" in out and "about 2 min 0 s per job, 4 min 0 s" in out
+    assert "1 FAILED, 1 FINISHED, 1 new; 2 to run" in out and "about 2 min 0 s per job, 4 min 0 s" in out
     assert "as finished jobs of this sweep took" in out
 
 
 def test_what_slurm_would_be_asked_and_what_does_not_fit(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(planning, "_measured", measured(9.0, []))
+    monkeypatch.setattr(planning, "_measured_cost", measured(9.0, []))
     plan(tmp_path / "s", jobs({"seed": 0}), {}, Slurm(**SLURM), Console())
     out = capsys.readouterr().out
     assert "would be asked for 1 job, each: 2 cores per process, 1 GPU per node, time limit 1 min" in out
@@ -90,7 +90,7 @@ def test_what_slurm_would_be_asked_and_what_does_not_fit(tmp_path: Path, monkeyp
 
 
 def test_every_process_of_a_job_costs(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(planning, "_measured", measured(9.0, []))
+    monkeypatch.setattr(planning, "_measured_cost", measured(9.0, []))
     plan(tmp_path / "s", jobs({"seed": 0}), {}, Slurm(**{**SLURM, "nodes": 2, "tasks_per_node": 3}), Console())
     out = capsys.readouterr().out
     assert "about 1 min 40 s per job" in out and "0.333 core-hours" in out  # 100 s x 2 threads x 6 processes
@@ -101,7 +101,7 @@ def test_a_job_that_does_not_train_is_said(tmp_path: Path, monkeypatch, capsys) 
     def measure(*_) -> Cost:
         raise NotMeasured("there are no images in nowhere")
 
-    monkeypatch.setattr(planning, "_measured", measure)
+    monkeypatch.setattr(planning, "_measured_cost", measure)
     plan(tmp_path / "s", jobs({"seed": 0}), {}, Local(), Console())
     assert "time      not known: there are no images in nowhere" in capsys.readouterr().out
 

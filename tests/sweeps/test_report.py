@@ -21,7 +21,7 @@ from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobSpec, JobState, short_names, text
 from twoviews.sweeps.report import report
-from twoviews.sweeps.results import estimate, gather
+from twoviews.sweeps.results import compare, estimate, gather
 
 TYPED = "python train.py -m method.temperature=0.1,0.2 seed=0,1,2"
 
@@ -107,11 +107,12 @@ def test_paired_test_is_scipys_over_common_seeds(tmp_path: Path) -> None:
     first, second = [50.0, 52.0, 55.0, 51.0], [49.0, 50.0, 51.0]
     jobs = [{"a": 1, "seed": s, "knn": v} for s, v in enumerate(first)]
     jobs += [{"a": 2, "seed": s, "knn": v} for s, v in enumerate(second)]
-    pair = gather(sweep_of(tmp_path / "s", jobs)).comparison
-    assert pair and pair.best.parameters == {"a": 1} and pair.difference.count == 3
+    ranked = gather(sweep_of(tmp_path / "s", jobs)).ranked
+    difference, p = compare(ranked[0], ranked[1], "knn/top1")
+    assert ranked[0].parameters == {"a": 1} and difference.count == 3
     differences = [1.0, 2.0, 4.0]
     t = statistics.mean(differences) / (statistics.stdev(differences) / math.sqrt(3))
-    assert pair.p == pytest.approx(2 * stats.t.sf(t, 2)) and pair.difference.mean == pytest.approx(7 / 3)
+    assert p == pytest.approx(2 * stats.t.sf(t, 2)) and difference.mean == pytest.approx(7 / 3)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fake import FINISH, starts, sweep
 
-from twoviews.locks import is_locked
+from twoviews.locks import is_held
 from twoviews.sweeps import runner
 from twoviews.sweeps.job import Job
 
@@ -92,7 +92,7 @@ def test_a_training_does_not_outlive_its_runner(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     wait_for(lambda: job.result.get("state") == "interrupted")
-    assert job.checkpoint() and not is_locked(job.lock)
+    assert job.checkpoint() and not is_held(job.lock)
 
 
 def test_a_second_runner_waits_and_finds_it_finished(tmp_path: Path) -> None:

@@ -5,6 +5,10 @@ import re
 # Accuracies in percent, by their names in metrics.jsonl and result.json.
 KNN_TOP1, LINEAR_TOP1 = "knn/top1", "linear/top1"
 UNTRAINED_KNN_TOP1, PIXELS_KNN_TOP1 = "baseline/untrained_knn_top1", "baseline/pixels_knn_top1"
+ACCURACIES = {
+    KNN_TOP1: "kNN",
+    LINEAR_TOP1: "linear",
+}  # names in tables; configs of a sweep are ranked by the first measured
 MAX_SHOWN = 12  # a protocol with more values is in the files only
 _PERCENT = "top[15]|precision|recall|f1|roc_auc|ece|clean|unadapted|gain|agreement"
 UNITS = {  # pattern of a whole name, such as knn/top1: unit; the first that fits, and none for what fits none

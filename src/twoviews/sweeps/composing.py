@@ -25,16 +25,17 @@ SINGLE_RUN_FLAGS = ("fresh", "preview", "find_batch")  # root keys of conf/train
 class Composed(NamedTuple):
     """The configuration of a job."""
 
-    content: dict[str, Any]  # resolved, without Hydra's own node
+    config: dict[str, Any]  # resolved, without Hydra's own node
     choices: dict[str, Any]  # the file chosen in each group, without Hydra's own groups and those that may have several
 
 
 class Composer:
     """Composes the configurations of jobs, which share the work for the overrides that they have in common.
 
-    Hydra takes some tenths of a second for a configuration, nearly all of them to find and merge files, and 2,000 jobs would
-    take minutes. So it composes once for each choice of files, and values are set in that configuration (a millisecond) by the
-    call with which Hydra sets them itself. Overrides that do more than change one value are left to Hydra.
+    Hydra takes some tenths of a second for a configuration, nearly all of them to find and merge files, so that 2,000 jobs would
+    take minutes. Here it composes one configuration for each choice of files. The values of a job are then set in it by
+    `OmegaConf.update`, as Hydra does it, which takes a millisecond. Overrides that do more than change one value are left to
+    Hydra.
 
     Args:
         compose: composes a configuration from all of its overrides.
@@ -57,29 +58,29 @@ class Composer:
         left_to_hydra = tuple(str(override.input_line) for override in parsed if override not in values)
         # Jobs that set the same keys share the configuration: each sets them all, so nothing of another job is left.
         key = left_to_hydra, frozenset(override.key_or_group for override in values)
-        cfg, choices = self._bases.get(key) or self._base(left_to_hydra)
+        config, choices = self._bases.get(key) or self._base(left_to_hydra)
         try:
             for override in values:
-                OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
+                OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
         except OmegaConfBaseException:
             self._bases.pop(key, None)
             self._compose(list(overrides))  # raises the same with Hydra's message
             raise
-        self._bases[key] = cfg, choices
-        return Composed(plain(cfg), choices)
+        self._bases[key] = config, choices
+        return Composed(plain(config), choices)
 
     def _base(self, overrides: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
         """The configuration with these overrides, whose values may be changed, and the chosen files."""
         whole = self._compose(list(overrides))
-        cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
-        OmegaConf.set_struct(cfg, True)  # which the copy does not keep: unknown keys are refused
+        config = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
+        OmegaConf.set_struct(config, True)  # which the copy does not keep: unknown keys are refused
         chosen = OmegaConf.select(whole, "hydra.runtime.choices") or {}
         choices = {key: file for key, file in chosen.items() if is_group(key) and not key.startswith("hydra/")}
-        return cfg, choices
+        return config, choices
 
-    def yaml(self, content: Mapping[str, Any]) -> str:
+    def yaml(self, config: Mapping[str, Any]) -> str:
         """A configuration as YAML that OmegaConf reads back; the text of a node that several jobs share is made once."""
-        nodes = {repr((key, value)): {key: value} for key, value in content.items()}
+        nodes = {repr((key, value)): {key: value} for key, value in config.items()}
         for shown, node in nodes.items():
             if shown not in self._yaml:
                 self._yaml[shown] = OmegaConf.to_yaml(OmegaConf.create(node))
@@ -115,9 +116,9 @@ def job_specs(composer: Composer, combinations: Sequence[Sequence[str]], swept: 
         parameters = {override.key_or_group: _json_value(override.value()) for override in parsed}
         try:
             composed = composer(combination)
-            check("train", composed.content)
+            check("train", composed.config)
             for flag in SINGLE_RUN_FLAGS:
-                if composed.content[flag]:
+                if composed.config[flag]:
                     raise BadInput(f"{flag}=true is for one run; leave it out, or leave out -m.")
         except (BadInput, HydraException, OmegaConfBaseException) as error:
             messages = error.messages if isinstance(error, BadInput) else diagnose("train", list(combination), error)
@@ -127,16 +128,16 @@ def job_specs(composer: Composer, combinations: Sequence[Sequence[str]], swept: 
                 )
             values = " ".join(f"{key}={value}" for key, value in parameters.items())
             raise BadInput(*(f"job {values}: {line}" if values else line for line in messages)) from error
-        yaml = composer.yaml(frozen(composed.content))
-        spec = JobSpec(digest(composed.content), parameters, combination, yaml, {"choices": composed.choices})
+        yaml = composer.yaml(stored_config(composed.config))
+        spec = JobSpec(digest(composed.config), parameters, combination, yaml, {"choices": composed.choices})
         specs.setdefault(spec.digest, spec)
     return list(specs.values())
 
 
-def frozen(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a job without what depends on where and when it runs."""
-    tracking = {**content["tracking"], "uri": uris.resolve(content["tracking"]["uri"])}
-    return {key: value for key, value in content.items() if key != "sweep"} | {"tracking": tracking}
+def stored_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a job as config.yaml has it: without the node `sweep`, and with the complete tracking URI."""
+    tracking = {**config["tracking"], "uri": uris.resolve(config["tracking"]["uri"])}
+    return {key: value for key, value in config.items() if key != "sweep"} | {"tracking": tracking}
 
 
 def _json_value(value: Any) -> Any:

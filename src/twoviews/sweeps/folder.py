@@ -30,8 +30,14 @@ from twoviews.locks import try_acquire
 from twoviews.sweeps.job import Job, JobSpec
 
 SWEEPS_FOLDER = Path("multirun")
+FACTS = ("submitted", "cancelled", "given_up", "refused")  # keys of a job in sweep.json that are fields of `Job`
 WRITER_THREADS = 32  # job folders that are written at once: each waits for the disk some milliseconds
 SWEEP_LOCK_SECONDS = 60.0  # longest wait for another process that changes sweep.json, which takes milliseconds
+
+
+def submission(slurm_id: str | None, when: float) -> dict[str, str | float | None]:
+    """What `Sweep.mark` records of a job that was submitted at `when` (unix seconds): None where it is not SLURM."""
+    return {"job": slurm_id, "submitted": when, "refused": ""}
 
 
 class Sweep:
@@ -116,7 +122,7 @@ class Sweep:
             if not (re.fullmatch(r"\w[\w.-]*", digest) and re.fullmatch(r"None|\d+(_\d+)?", str(slurm_id))):
                 path = self.folder / "sweep.json"
                 raise BadInput(f"{path} is refused: it has a job {digest!r} with the SLURM id {slurm_id!r}.")
-            facts = {key: entry[key] for key in ("submitted", "cancelled", "given_up", "refused") if key in entry}
+            facts = {key: entry[key] for key in FACTS if key in entry}
             jobs.append(Job(self.folder / digest, entry["axes"], slurm_id, **facts))
         return jobs
 
@@ -154,8 +160,8 @@ class Sweep:
     def add(self, specs: Sequence[JobSpec], command: str = "", **facts: Any) -> list[Job]:
         """Create the folders of the jobs that have none, record all, and return them.
 
-        point.json of an existing folder is replaced, because the job may run other code from now on. So is its config.yaml,
-        which that code may spell differently, unless the job is finished.
+        In a folder that exists, point.json is replaced, as the job may run other code from now on, and unless the job is
+        finished also config.yaml, in which that code may name keys differently.
 
         Args:
             specs: the jobs.
@@ -176,23 +182,17 @@ class Sweep:
                         values.append(value)
         return self.named(spec.digest for spec in specs)
 
-    def mark_submitted(self, slurm_ids: Mapping[str, str | None], when: float) -> None:
-        """Record a submission at `when` (unix seconds): id of the SLURM job by digest, None where it is not SLURM."""
+    def mark(self, facts: Mapping[str, Mapping[str, str | float | None]]) -> None:
+        """Record facts of jobs, by digest: a `submission`, or any of `FACTS`, which `Job` explains."""
         with self.update() as record:
-            for digest, slurm_id in slurm_ids.items():
-                record["points"][digest].update(job=slurm_id, submitted=when, refused="")
-
-    def mark(self, digests: Sequence[str], **facts: str | float) -> None:
-        """Record facts of jobs: `refused` or `given_up` with the reason, or `cancelled` with the time in unix seconds."""
-        with self.update() as record:
-            for digest in digests:
-                record["points"][digest].update(facts)
+            for digest, changed in facts.items():
+                record["points"][digest].update(changed)
 
     def _create(self, spec: JobSpec) -> None:
         """The folder of a job, which appears as a whole or not at all."""
         folder = self.folder / spec.digest
         description = {"digest": spec.digest, "axes": dict(spec.parameters), "overrides": list(spec.overrides)}
-        content = json.dumps({**description, **spec.more}, indent=1) + "\n"
+        content = json.dumps({**description, **spec.details}, indent=1) + "\n"
         if folder.exists():
             write_atomic(folder / "point.json", content)
             if foreign.load(folder / "result.json").get("state") != "finished":

@@ -70,14 +70,14 @@ class JobState:
         return self.state in ("FINISHED", "PRUNED")
 
     @property
-    def unfinished(self) -> bool:
-        """Whether the job ended without a result that is still wanted: the same command runs it again."""
+    def ended_without_result(self) -> bool:
+        """Whether the job stopped without the result that is wanted of it: the same command runs it again."""
         return not (self.active or self.finished_or_pruned)
 
     @property
     def needs_start(self) -> bool:
-        """Whether a launcher has to start the job: it is unfinished, or queued without being in SLURM's queue."""
-        return self.unfinished or (self.state == "QUEUED" and not self.slurm_id)
+        """Whether a launcher has to start the job: it has ended without a result, or is queued without being in SLURM's queue."""
+        return self.ended_without_result or (self.state == "QUEUED" and not self.slurm_id)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Job:
     slurm_id: str | None = None  # of the SLURM job that was submitted for it last; None where it was not SLURM
     submitted: float = 0.0  # time of the last submission, unix seconds; 0 if never
     cancelled: float = 0.0  # time of the last cancellation, unix seconds; 0 if never
-    given_up: str = ""  # why a search stopped it for good; empty if none did
+    given_up: str = ""  # why a search stopped it for good, after which it is PRUNED; empty if none did
     refused: str = ""  # why the scheduler refused the last submission; empty if it did not
 
     @property
@@ -152,7 +152,12 @@ class JobSpec:
     parameters: Mapping[str, Any]  # swept values by dotted key, and swept choices by group
     overrides: Sequence[str]  # the command line that describes it
     config_yaml: str  # the resolved configuration
-    more: Mapping[str, Any] = field(default_factory=dict)  # the rest of point.json: choices, working directory, code
+    details: Mapping[str, Any] = field(default_factory=dict)  # the rest of point.json: choices, working directory, code
+
+
+def summary(states: Iterable[str]) -> str:
+    """The number of jobs in each state, such as "1 FAILED, 3 FINISHED"."""
+    return ", ".join(f"{count:,} {state}" for state, count in sorted(Counter(states).items()))
 
 
 def text(value: Any) -> str:
@@ -180,14 +185,15 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def with_varying_parameters(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs with the value of every parameter in which they differ among their `parameters`, swept or not.
+    """The jobs, whose `parameters` have a value for every key in which the jobs differ, swept or not.
 
-    A parameter that the command fixed for all jobs of a launch is one of them if jobs differ in it. Any other, such as a
-    default that has changed, is one only if jobs differ in it that would be taken for the same config without it. A
-    parameter that the configuration of a job lacks is not among them.
+    A sweep may be launched again with other keys swept or other values fixed, to compare them. So these keys vary:
 
-    A sweep may be launched again with other keys swept or other values fixed, to compare them. A job then has a value for
-    what only other jobs swept, and what was fixed in each launch distinguishes the jobs of different launches.
+    - those that any launch swept,
+    - those that a command fixed, if jobs differ in them,
+    - any other key, such as a default that has changed, if two jobs would pass for the same config without it.
+
+    A key that the configuration of a job lacks is not among its parameters.
     """
     descriptions = [job.description for job in jobs]
     if len(set(map(_launch_key, jobs, descriptions))) < 2:

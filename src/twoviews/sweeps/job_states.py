@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from twoviews.locks import is_locked
+from twoviews.locks import is_held
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobState
 
@@ -17,7 +17,7 @@ IDS_PER_CALL = 500  # of arrays and single jobs, far below the longest command l
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 WORKING = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "SUSPENDED", "STOPPED", "RESIZING")
 RESUME_HINT = "the same command goes on"
-SILENT = "SLURM's controller does not answer; ask again where squeue does"
+NO_CONTROLLER = "SLURM's controller does not answer; ask again where squeue does"
 _OTHER_NAME = {"BOOT_FAIL": "NODE_FAIL", "DEADLINE": "TIMEOUT", "REVOKED": "CANCELLED"}
 _USUAL_REASONS = ("", "BeginTime", "JobArrayTaskLimit", "Priority", "Resources")  # to wait; others are shown
 _REASONS = {  # of the states that SLURM and sweeps have in common
@@ -41,17 +41,17 @@ class SlurmState:
 
 def current_states(jobs: Sequence[Job]) -> Mapping[str, JobState]:
     """The state of each job by its digest, from state.json, locks and the scheduler."""
-    slurm_ids = {id_ for job in jobs if not is_final(job, state := job.state) for id_ in _slurm_ids(job, state)}
+    slurm_ids = {id_ for job in jobs if not file_suffices(job, state := job.state) for id_ in _slurm_ids(job, state)}
     # The scheduler is asked before the files are read: a job that ends in between has written its state by then.
     queued = squeue_states(slurm_ids)
     slurm_states = None if queued is None else {**sacct_states(slurm_ids - queued.keys()), **queued}
-    return {job.digest: with_recorded_end(job, _state(job, slurm_states)) for job in jobs}
+    return {job.digest: pruned_or_refused(job, _state(job, slurm_states)) for job in jobs}
 
 
 def _state(job: Job, slurm_states: Mapping[str, SlurmState] | None) -> JobState:
-    """The state of a job by its files, its locks and SLURM's states by id; None if SLURM's controller does not answer."""
+    """The state of a job before `pruned_or_refused`, by SLURM's states by id; None if SLURM's controller does not answer."""
     state = job.state
-    if is_final(job, state):
+    if file_suffices(job, state):
         return state
     if not (slurm_ids := _slurm_ids(job, state)):
         return _local_state(job)
@@ -59,16 +59,16 @@ def _state(job: Job, slurm_states: Mapping[str, SlurmState] | None) -> JobState:
     if state.submitted < job.submitted:  # it belongs to an earlier submission
         last = replace(last, state="QUEUED", submitted=job.submitted, started=None, ended=None, node=None, reason="")
     if slurm_states is None:
-        # One that was interrupted waits to be put back into the queue, which the controller has to do.
-        return replace(last, state="QUEUED" if last.state == "INTERRUPTED" else last.state, reason=SILENT)
-    writer = slurm_states.get(state.slurm_id or "")  # the SLURM job whose runner wrote the state
-    if state.state == "RUNNING" and writer and writer.state in WORKING:
+        # An interrupted job is on its way back into the queue, where only the controller can put it.
+        return replace(last, state="QUEUED" if last.state == "INTERRUPTED" else last.state, reason=NO_CONTROLLER)
+    reported = slurm_states.get(state.slurm_id or "")  # of the SLURM job whose runner wrote state.json
+    if state.state == "RUNNING" and reported and reported.state in WORKING:
         return state
     return _slurm_state(job, state, last, slurm_states)
 
 
-def with_recorded_end(job: Job, state: JobState) -> JobState:
-    """The state of a job: unless it runs or has finished, PRUNED if a search gave it up, FAILED if the scheduler refused it."""
+def pruned_or_refused(job: Job, state: JobState) -> JobState:
+    """`state`, or PRUNED if a search gave the job up, or FAILED if the scheduler refused it, unless it runs or has finished."""
     runs = state.state == "RUNNING" or (state.state == "QUEUED" and job.slurm_id and not job.refused)
     if runs or state.state == "FINISHED" or not (job.given_up or job.refused):
         return state
@@ -77,8 +77,8 @@ def with_recorded_end(job: Job, state: JobState) -> JobState:
     return replace(state, state="FAILED", reason=job.refused)
 
 
-def is_final(job: Job, state: JobState) -> bool:
-    """Whether a state of state.json is final: the job finished, or failed in its last submission. SLURM is not asked then."""
+def file_suffices(job: Job, state: JobState) -> bool:
+    """Whether `state`, from state.json, holds whatever SLURM reports: the job finished, or failed in its last submission."""
     ended = state.state in ("FAILED", "OUT_OF_MEMORY") and state.submitted >= job.submitted
     return ended or state.state == "FINISHED"
 
@@ -97,25 +97,25 @@ def _slurm_ids(job: Job, state: JobState) -> list[str]:
 
 def _local_state(job: Job) -> JobState:
     """The state of a job on this machine: a lock is held exactly as long as its process lives."""
-    running, state = is_locked(job.lock), job.state  # read after that: the runner may have ended
+    running, state = is_held(job.lock), job.state  # read after that: the runner may have ended
     if running:
         return state if state.state == "RUNNING" else replace(state, state="RUNNING", reason="")
     written = state.submitted >= job.submitted
     if written and not state.active:
         return state
-    if is_locked(Sweep(job.folder.parent).launcher_lock):
+    if is_held(Sweep(job.folder.parent).launcher_lock):
         return replace(state, state="QUEUED", slurm_id=None, reason="")  # in the queue of that launcher, not of SLURM
     reason = "its runner was killed" if written and state.state == "RUNNING" else "its launcher ended before it began"
     return replace(state, state="LOST", reason=f"{reason}; {RESUME_HINT}")
 
 
 def _slurm_state(job: Job, state: JobState, last: JobState, slurm_states: Mapping[str, SlurmState]) -> JobState:
-    """The state of a job on SLURM whose runner wrote no final one.
+    """The state of a job on SLURM that state.json does not tell.
 
     Args:
         job: whose state is wanted.
         state: in state.json.
-        last: the same, or QUEUED if that is of an earlier submission, with the id of the last one.
+        last: the state in state.json with the id of the last submission, QUEUED if state.json is older than that.
         slurm_states: SLURM's states by id.
     """
     slurm_id = str(last.slurm_id)
@@ -155,8 +155,8 @@ def wait_until_ended(
     end, before, silent = time.monotonic() + timeout_s, {}, False
     while True:
         states = current_states(jobs)
-        if not silent and (silent := any(state.reason == SILENT for state in states.values())):
-            say(f"{SILENT}; waiting for it")
+        if not silent and (silent := any(state.reason == NO_CONTROLLER for state in states.values())):
+            say(f"{NO_CONTROLLER}; waiting for it")
         for job in jobs:
             state = states[job.digest]
             if before.get(job.digest, state.state) != state.state:

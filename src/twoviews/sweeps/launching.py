@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +21,12 @@ from twoviews.config.digest import as_float, without_unused
 from twoviews.config.values import flat, plain
 from twoviews.console import Console
 from twoviews.errors import BadInput, counted
-from twoviews.sweeps import mlflow_sync
-from twoviews.sweeps.composing import Composer, job_specs
+from twoviews.sweeps.composing import SINGLE_RUN_FLAGS, Composer, job_specs
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job import Job, JobSpec, JobState
+from twoviews.sweeps.job import Job, JobSpec, JobState, summary
 from twoviews.sweeps.job_states import current_states, wait_until_ended
 from twoviews.sweeps.machine import CLUSTER_POLL_SECONDS, Launcher
+from twoviews.sweeps.mlflow_sync import attach_jobs, flush, sweep_page
 from twoviews.sweeps.plan import plan
 from twoviews.tracking import uris
 
@@ -35,7 +34,7 @@ MAX_SHOWN_FILES = 5  # of those that git does not track
 # Overrides of Hydra's own node that matter to a sweep.
 _HYDRA_KEYS = re.compile(r"[+~]*hydra([.]mode=|[.]sweep[.]dir=|[.]launcher|[.]sweeper|/launcher=|/sweeper=)")
 # Root keys that may differ between launches of one sweep.
-FREE_KEYS = ("hydra", "sweep", "tracking", "runtime", "fresh", "preview", "find_batch")
+FREE_KEYS = ("hydra", "sweep", "tracking", "runtime", *SINGLE_RUN_FLAGS)
 # Parameters of launchers that version 0.1.0 recorded, by their present names.
 _OLD_PARAMETERS = {"points_per_gpu": "jobs_per_gpu", "cores_per_point": "cores_per_job"}
 
@@ -83,7 +82,7 @@ class SweepCommand:
         self.launcher: Launcher = build(self.launcher_config)
         self.protocols = [*(config.get("protocol") or {})]  # their values will be in result.json
         self._composer = Composer(compose)
-        self._frozen: dict[str, str] = {}  # working directory and code of the jobs
+        self._where: dict[str, str] = {}  # what point.json has of the working directory and the code of the jobs
 
     def specs(self, combinations: Sequence[Sequence[str]]) -> list[JobSpec]:
         """The jobs of these combinations of overrides, as `job_specs` makes them."""
@@ -92,15 +91,15 @@ class SweepCommand:
     def add(self, specs: Sequence[JobSpec]) -> tuple[Sweep, list[Job]]:
         """Create the folders of these jobs, with the code as it was at the first call."""
         sweep = Sweep(self.folder)
-        if not self._frozen:
+        if not self._where:
             self._report_untracked(specs)
             if reason := no_commit():
                 self.console.say(f"code      no commit is recorded: {reason}.")
             copy = freeze(sweep.folder / "code")
-            self._frozen = {"cwd": str(Path.cwd()), "code": str(copy)}
+            self._where = {"cwd": str(Path.cwd()), "code": str(copy)}
             launched.remember(copy_digest(copy))
             launched.remember(json.dumps(self.launcher_config, sort_keys=True))
-        specs = [replace(spec, more={**spec.more, **self._frozen}) for spec in specs]
+        specs = [replace(spec, details={**spec.details, **self._where}) for spec in specs]
         command, commit = shlex.join(["python", *sys.argv]), code_state()[0]
         return sweep, sweep.add(specs, command, launcher=self.launcher_config, commit=commit)
 
@@ -111,7 +110,7 @@ class SweepCommand:
             BadInput: a job needs one of them.
         """
         files = left_out()
-        chosen = {f"conf/{group}/{choice}.yaml" for spec in specs for group, choice in spec.more["choices"].items()}
+        chosen = {f"conf/{group}/{choice}.yaml" for spec in specs for group, choice in spec.details["choices"].items()}
 
         def needed(file: str) -> bool:
             module = file.removeprefix("src/").removesuffix(".py").replace("/", ".")
@@ -126,20 +125,6 @@ class SweepCommand:
         if files:
             shown = ", ".join(files[:MAX_SHOWN_FILES]) + (" …" if len(files) > MAX_SHOWN_FILES else "")
             self.console.say(f"code      without {counted(len(files), 'file')} that git does not track: {shown}")
-
-    def attach_jobs(self, sweep: Sweep, jobs: Sequence[Job]) -> None:
-        """Before jobs run: open the parent run in MLflow, if they are logged there.
-
-        Raises:
-            BadInput: MLflow does not answer.
-        """
-        if jobs and self.tracking["mirror"]:
-            mlflow_sync.attach_jobs(sweep, jobs, self.tracking)
-
-    def flush(self, sweep: Sweep) -> None:
-        """After the last job: send what MLflow lacks, if the jobs are logged there."""
-        if self.tracking["mirror"]:
-            mlflow_sync.flush(sweep, self.console.say)
 
 
 def launch_all(command: SweepCommand, combinations: Sequence[Sequence[str]]) -> int:
@@ -160,25 +145,22 @@ def launch_all(command: SweepCommand, combinations: Sequence[Sequence[str]]) -> 
         return 0
     sweep, jobs = command.add(specs)
     states = current_states(jobs)
-    todo = [job for job in jobs if states[job.digest].unfinished]
+    todo = [job for job in jobs if states[job.digest].ended_without_result]
     digests = {job.digest for job in jobs}
-    by_state = Counter(state.state for state in states.values())
-    counts = {
-        "finished": by_state["FINISHED"],
-        "given up by a search": by_state["PRUNED"],
-        "running or queued already": by_state["RUNNING"] + by_state["QUEUED"],
-        "to run": len(todo),
-    }
-    shown = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    command.console.say(f"sweep {sweep.name}: {counted(len(jobs), 'job')}, {shown}; {sweep.folder}")
-    command.attach_jobs(sweep, todo)
+    others = summary(state.state for state in states.values() if not state.ended_without_result)
+    shown = ", ".join(filter(None, (counted(len(jobs), "job"), others, f"{len(todo):,} to run")))
+    command.console.say(f"sweep {sweep.name}: {shown}; {sweep.folder}")
+    mirror = command.tracking["mirror"]
+    if todo and mirror:
+        attach_jobs(sweep, todo, command.tracking)
     try:
         command.launcher.submit(todo)
         if command.options.wait:
             wait_until_ended(sweep.named(digests), poll_s=CLUSTER_POLL_SECONDS, say=command.console.say)
     finally:
-        command.flush(sweep)
-    return 1 if any(state.unfinished for state in print_end(sweep, digests, command.console).values()) else 0
+        if mirror:
+            flush(sweep, command.console.say)
+    return 1 if any(state.ended_without_result for state in print_end(sweep, digests, command.console).values()) else 0
 
 
 def retry(sweep: Sweep, jobs: Sequence[Job]) -> None:
@@ -212,20 +194,17 @@ def default_name(config: DictConfig, swept: Sequence[str]) -> str:
 
 
 def print_end(sweep: Sweep, digests: set[str], console: Console) -> Mapping[str, JobState]:
-    """Print how many of these jobs are finished, and a line for each that failed; returns the states by digest."""
+    """Print the number of jobs in each state, and a line for each that failed; returns the states by digest."""
     jobs, name = sweep.named(digests), shlex.quote(sweep.name)
     states = current_states(jobs)
-    failed = [job for job in jobs if states[job.digest].unfinished]
-    counts = Counter(state.state for state in states.values())
-    others = {"given up by a search": counts["PRUNED"], "queued or running": counts["RUNNING"] + counts["QUEUED"]}
-    rest = "".join(f", {count} {what}" for what, count in others.items() if count)
-    console.say(f"sweep {sweep.name}: {counts['FINISHED']:,} of {counted(len(jobs), 'job')} finished{rest}")
+    failed = [job for job in jobs if states[job.digest].ended_without_result]
+    console.say(f"sweep {sweep.name}: {summary(state.state for state in states.values())}")
     for job in failed:
         console.say(f"  {states[job.digest].state} {job.label}: {states[job.digest].reason}")
-    if others["queued or running"]:
+    if any(state.active for state in states.values()):
         console.say(f"`python -m twoviews.sweep status {name}` shows their states.")
-    if place := mlflow_sync.sweep_page(sweep):
-        console.say(f"MLflow: {place}")
+    if page := sweep_page(sweep):
+        console.say(f"MLflow: {page}")
     if failed:
         console.say(
             f"{counted(len(failed), 'job')} did not finish; `python -m twoviews.sweep logs {name} <job>` shows the output of "

@@ -1,8 +1,11 @@
 """Launchers, which run the jobs of a sweep, and those of this machine: one job after the other, or several at once with leases
 on GPUs or cores. They are not launcher plugins of Hydra, which run one command.
 
-The launchers of this machine stay in the foreground. Ctrl-C and SIGTERM stop the jobs with checkpoints; if the launcher is
-killed otherwise, the runners notice that and stop their trainings with checkpoints too.
+The launchers of this machine stay in the foreground. Ctrl-C and SIGTERM stop the jobs with checkpoints. After kill -9 of
+
+- a training, its runner writes FAILED,
+- a runner, its training stops with a checkpoint, and the launcher writes LOST,
+- the launcher, the runners stop their trainings with checkpoints and write INTERRUPTED.
 """
 
 import contextlib
@@ -16,7 +19,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +31,7 @@ from twoviews.locks import try_acquire
 from twoviews.protocols.units import KNN_TOP1
 from twoviews.ranges import Count
 from twoviews.sweeps import runner
-from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.folder import Sweep, submission
 from twoviews.sweeps.job import LOG, Job
 from twoviews.sweeps.job_states import RESUME_HINT, current_states
 from twoviews.sweeps.mlflow_sync import BackgroundReport
@@ -38,7 +41,8 @@ NVIDIA_SMI_SECONDS = 60.0  # it hangs where a driver does
 CLUSTER_POLL_SECONDS = 5.0  # between two queries of a cluster, each one call of squeue
 DRIVER = Path("/dev/nvidiactl")  # as in fallbacks.py, which imports torch
 
-# Called with the number of free slots, which may be 0; returns so many jobs or fewer, or None when there are no more.
+# Called with the number of free slots, which may be 0, on a cluster with `Launcher.capacity` each time; returns so many jobs or
+# fewer, or None when there are no more.
 JobSource = Callable[[int], Sequence[Job] | None]
 
 
@@ -165,7 +169,7 @@ class Local(Launcher):
                     jobs, when = source(max(0, limit - len(running) - len(queue))), time.time()
                     more = jobs is not None
                     if jobs:
-                        sweep.mark_submitted({job.digest: None for job in jobs}, when)
+                        sweep.mark({job.digest: submission(None, when) for job in jobs})
                     for job in jobs or ():
                         count += 1
                         queue.append((f"[{count}{total}] {job.label}", replace(job, slurm_id=None, submitted=when)))
@@ -188,17 +192,15 @@ class Local(Launcher):
             sys.exit(128 + first)
 
 
+@dataclass
 class Pool(Local):
-    """Several jobs at once, each with a GPU, a share of a GPU, or cores of its own.
-
-    Args:
-        at_once: most jobs that run together; None: as many as there are slots.
-        jobs_per_gpu: jobs that share a GPU, if there are GPUs.
-        cores_per_job: CPU cores of a job; without GPUs they determine the number of slots.
+    """Several jobs at once, each with a GPU, a share of a GPU, or cores of its own; conf/hydra/launcher/pool.yaml says what its
+    parameters mean.
     """
 
-    def __init__(self, at_once: Count | None, jobs_per_gpu: Count, cores_per_job: Count):
-        self.at_once, self.jobs_per_gpu, self.cores_per_job = at_once, jobs_per_gpu, cores_per_job
+    jobs_per_gpu: Count
+    cores_per_job: Count
+    at_once: Count | None = None
 
     def slots(self) -> list[Slot]:
         """A slot for each share of a GPU; without GPUs, for each group of cores, which is said if the machine has a GPU.
@@ -247,18 +249,21 @@ def stop(jobs: Sequence[Job]) -> None:
     """Ask the runners of these jobs that live on this machine to stop with a checkpoint."""
     modules = {runner.MODULE.encode(), runner.OLD_MODULE.encode()}
     folders = {os.fsencode(job.folder) for job in jobs}
-    for process in Path("/proc").glob("[0-9]*/cmdline"):
+    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            words = {*process.read_bytes().split(b"\0")}
+            words = {*cmdline.read_bytes().split(b"\0")}
         except OSError:
             continue
         if words & modules and words & folders:
             with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-                os.kill(int(process.parent.name), signal.SIGTERM)
+                os.kill(int(cmdline.parent.name), signal.SIGTERM)
 
 
 def _record_killed(job: Job) -> None:
-    """Write LOST for a job whose runner ended without a final state: as long as its launcher lives it would pass for queued."""
+    """Write LOST for a job whose runner was killed before it wrote how the job ended.
+
+    Otherwise `current_states` would take the job for queued as long as this launcher lives.
+    """
     if try_acquire(lock := job.lock):
         state = job.state
         if state.state != "FINISHED" and (state.active or state.submitted < job.submitted):

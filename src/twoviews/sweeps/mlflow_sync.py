@@ -1,5 +1,5 @@
-"""A sweep in MLflow: its parent run, opened at submission, post-hoc logging of what its jobs could not send themselves, and
-the report, which is brought up to date beside the trainings while the sweep goes on.
+"""A sweep in MLflow: its parent run, opened at submission; the upload of what its jobs could not send themselves; and the
+report, which is brought up to date beside the trainings while the sweep goes on.
 """
 
 import os
@@ -21,11 +21,10 @@ from twoviews.sweeps.folder import WRITER_THREADS, Sweep
 from twoviews.sweeps.job import Job, JobState, assigned, short_names, with_varying_parameters
 from twoviews.sweeps.job_states import current_states
 from twoviews.tracking import uris
-from twoviews.tracking.client import short_error
+from twoviews.tracking.client import MAX_KEY_LENGTH, mlflow_tags, short_error, shortened
 from twoviews.tracking.metrics import METRICS_FILE
-from twoviews.tracking.mirror import SOURCES
-from twoviews.tracking.parent_run import attach_parent, open_parent_run, update_run, value_tags
-from twoviews.tracking.state import new_run_key, page
+from twoviews.tracking.parent_run import open_parent_run, update_run
+from twoviews.tracking.state import NAME_TAG, PARENT_TAG, new_run_key, page, set_target
 from twoviews.tracking.upload import is_uploaded, pending_values, upload
 
 PARENT_LOCK_SECONDS = 120.0  # longest wait for another process that opens the parent run
@@ -50,7 +49,7 @@ def attach_jobs(sweep: Sweep, jobs: Sequence[Job], tracking: Mapping[str, Any]) 
             if record.get("tracking") != target:  # at another tracking URI the parent is another run
                 record.update(tracking=target, parent=None, parent_key=new_run_key())
         key, tags = record["parent_key"], {"twoviews.sweep": sweep.name, "folder": str(sweep.folder)}
-        tags.update(command="\n".join(sweep.commands), **value_tags(record["axes"]))
+        tags.update(command="\n".join(sweep.commands), **_value_tags(record["axes"]))
         with _mlflow_errors():
             parent, experiment_id = open_parent_run(uri, experiment, sweep.name, key, tags)
         with sweep.update() as record:
@@ -60,32 +59,33 @@ def attach_jobs(sweep: Sweep, jobs: Sequence[Job], tracking: Mapping[str, Any]) 
 
     def attach(job: Job) -> None:
         values = varying[job.digest].parameters
-        attach_parent(job.folder, uri, experiment, parent, assigned(values, names) or job.digest, values)
+        name = shortened(assigned(values, names) or job.digest, MAX_KEY_LENGTH)
+        set_target(job.folder, uri, experiment, {PARENT_TAG: parent, NAME_TAG: name, **_value_tags(values)})
 
     with ThreadPoolExecutor(WRITER_THREADS) as pool:
         list(pool.map(attach, jobs))
 
 
 def collect(sweep: Sweep, jobs: Sequence[Job], say: Callable[[str], None] = print) -> int:
-    """Send what MLflow lacks of these jobs, which may be running, nothing twice; returns of how many something is left.
+    """Upload what MLflow lacks of these jobs, which may be running; returns the number of jobs that could not be uploaded.
 
-    Runs of jobs that are not active are ended as result.json says, or as killed; the parent run gets a report, and is ended
-    with the last job.
+    The MLflow run of a job that is not active gets the final status that result.json has, or KILLED without one. The parent
+    run gets a report, and a final status once no job of the sweep is active.
 
     Raises:
         BadInput: MLflow does not answer.
     """
-    states, left = current_states(sweep.jobs), 0
+    states, failed = current_states(sweep.jobs), 0
     tracking = sweep.record.get("tracking") or foreign.load(jobs[0].folder / "config.yaml")["tracking"]
     attach_jobs(sweep, jobs, tracking)
     for job in jobs:
         if not (job.folder / METRICS_FILE).exists():
             continue
         try:
-            upload(job.folder, closed=not states[job.digest].active)
+            upload(job.folder, training_ended=not states[job.digest].active)
         except Exception as error:  # an error in one folder must not stop the others
             say(f"{job.digest} {job.label}: {pending_values(job.folder)} numbers left ({short_error(error)})")
-            left += 1
+            failed += 1
     if end := _parent_status(states):
         with _mlflow_errors():
             update_run(tracking["uri"], tracking["experiment"], sweep.record["parent"], status=end)
@@ -98,7 +98,7 @@ def collect(sweep: Sweep, jobs: Sequence[Job], say: Callable[[str], None] = prin
     except (BadInput, OSError) as error:  # the results are in the folders
         reason = system_reason(error) if isinstance(error, OSError) else str(error)
         say(f"there is no report ({reason}); `python -m twoviews.sweep report {shlex.quote(sweep.name)}` makes it.")
-    return left
+    return failed
 
 
 def sweep_page(sweep: Sweep) -> str | None:
@@ -110,26 +110,29 @@ def sweep_page(sweep: Sweep) -> str | None:
 
 
 def flush(sweep: Sweep, say: Callable[[str], None]) -> None:
-    """Send what MLflow lacks of a sweep without active jobs; a failure is said, not raised."""
-    if not pending(sweep):
+    """Upload what MLflow lacks of a sweep, if none of its jobs is active; a failure is said, not raised.
+
+    What it lacks follows from what the folders have recorded of earlier uploads; MLflow is not asked.
+    """
+    jobs, record = sweep.jobs, sweep.record
+    if not jobs or not (status := _parent_status(current_states(jobs))):
+        return
+    ended = record["parent"] and record.get("parent_status") == status
+    if ended and all(is_uploaded(job.folder) for job in jobs if (job.folder / METRICS_FILE).exists()):
         return
     try:
-        left = collect(sweep, sweep.jobs, say)
+        failed = collect(sweep, jobs, say)
     except BadInput as error:
-        left = 1
+        failed = 1
         say(f"error: {error}")
-    if left:
+    if failed:
         name = shlex.quote(sweep.name)
         say(f"MLflow does not have all results; `python -m twoviews.sweep collect {name}` sends them.")
 
 
-def pending(sweep: Sweep) -> bool:
-    """Whether no job is active and MLflow lacks something, as far as the folder of the sweep says; MLflow is not asked."""
-    jobs, record = sweep.jobs, sweep.record
-    if not jobs or not (status := _parent_status(current_states(jobs))):
-        return False
-    ended = record["parent"] and record.get("parent_status") == status
-    return not ended or not all(is_uploaded(job.folder) for job in jobs if (job.folder / METRICS_FILE).exists())
+def _value_tags(values: Mapping[str, Any]) -> dict[str, str]:
+    """MLflow's tags for varying values by key."""
+    return mlflow_tags({f"axis.{key}": value for key, value in values.items()})
 
 
 @contextmanager
@@ -155,8 +158,8 @@ def _parent_status(states: Mapping[str, JobState]) -> str:
 
 def is_due(sweep: Sweep) -> bool:
     """Whether the sweep has a page in MLflow, and its report is not from the last minute."""
-    page = sweep.folder / "report.md"
-    return bool(sweep.record["parent"]) and not (page.exists() and time.time() < page.stat().st_mtime + REPORT_SECONDS)
+    path = sweep.folder / "report.md"
+    return bool(sweep.record["parent"]) and not (path.exists() and time.time() < path.stat().st_mtime + REPORT_SECONDS)
 
 
 class BackgroundReport:
@@ -174,7 +177,7 @@ class BackgroundReport:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(SOURCES)},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()},
             start_new_session=True,  # Ctrl-C in the terminal is for the jobs
             preexec_fn=lambda: os.nice(19),
         )

@@ -18,6 +18,7 @@ from twoviews.ranges import Count, NonNegativeInt, Trials
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job_states import CANCEL_SECONDS, wait_until_ended
 from twoviews.sweeps.launching import FREE_KEYS, SweepCommand, launch_all
+from twoviews.sweeps.mlflow_sync import flush
 from twoviews.sweeps.optuna_trials import SPREAD, TrialRunner
 from twoviews.sweeps.search import Interval, Random, Search, SearchSpace, search_space
 
@@ -73,7 +74,8 @@ class Optuna(Search):
                 command.launcher.serve(sweep, trials.next_jobs)
                 wait_until_ended([job for job in sweep.jobs if job.given_up], CANCEL_SECONDS)
             finally:
-                command.flush(sweep)
+                if command.tracking["mirror"]:
+                    flush(sweep, command.console.say)
             return trials.print_end()
 
     def configs(self, space: SearchSpace) -> Iterator[dict[str, str]]:

@@ -20,6 +20,7 @@ from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import Job, JobState, assigned
 from twoviews.sweeps.job_states import current_states
 from twoviews.sweeps.launching import SweepCommand
+from twoviews.sweeps.mlflow_sync import attach_jobs
 from twoviews.sweeps.search import Interval, SearchSpace
 from twoviews.sweeps.slurm import cancel
 
@@ -30,7 +31,6 @@ POLL_SECONDS = 2.0  # between two looks at the states of running jobs
 SPREAD = "train/spread"
 PRUNE_BELOW_SPREAD = 0.05  # embeddings with a lower spread are collapsed; 1 is even
 COLLAPSE_EPOCHS = 1.0  # a collapse has to last so long, after as many epochs at the start
-DIVERGED = ("loss is", "weights are not finite")  # in the reason of a training that is not finite any more
 
 
 @dataclass(eq=False)
@@ -109,11 +109,13 @@ class TrialRunner:
             raise
         digests = {spec.digest for spec in specs}
         for running in self._running:
-            if digests == {job.digest for job in running.jobs}:  # also where values are written otherwise, or unused
+            # Different values may give the same jobs: typed in another way (1 and 1.0), or of keys that are not used.
+            if digests == {job.digest for job in running.jobs}:
                 running.trials.append(trial)
                 return
         _, jobs = self.command.add(specs)
-        self.command.attach_jobs(self.sweep, jobs)
+        if self.command.tracking["mirror"]:
+            attach_jobs(self.sweep, jobs, self.command.tracking)
         self._running.append(RunningConfig(config, [trial], jobs))
         states = current_states(jobs)
         self._queue.extend(job for job in jobs if states[job.digest].needs_start)
@@ -127,7 +129,8 @@ class TrialRunner:
         begun = [job for running in self._running for job in running.jobs if job.digest not in states]
         states |= current_states(begun)
         for job in begun:
-            if states[job.digest].unfinished and job.digest not in self._started:  # an earlier process was stopping it
+            # One that this process has not started was being stopped by an earlier one.
+            if states[job.digest].ended_without_result and job.digest not in self._started:
                 self._queue.append(job)
                 states[job.digest] = JobState()
         for running in [*self._running]:
@@ -156,10 +159,10 @@ class TrialRunner:
         for job in running.jobs:
             if states[job.digest].state == "PRUNED":  # as the jobs of an earlier trial, which were these
                 return TrialState.PRUNED, job.given_up, []
-        failed = [job for job in running.jobs if states[job.digest].unfinished]
+        failed = [job for job in running.jobs if states[job.digest].ended_without_result]
         for job in failed:
             state = states[job.digest]
-            if any(words in state.reason for words in DIVERGED):
+            if state.state == "FAILED" and job.result.get("diverged"):
                 return TrialState.PRUNED, f"{job.label} diverged: {state.reason}", []
             return TrialState.FAIL, f"{job.label}: {state.state} {state.reason}", [job.digest for job in failed]
         for job in running.jobs if self.search.prune else ():
@@ -204,8 +207,8 @@ class TrialRunner:
     def _give_up(self, jobs: Sequence[Job], reason: str, failed: Sequence[str]) -> None:
         """Stop jobs for good, but for those that failed by themselves."""
         unwanted = [job for job in jobs if job.digest not in failed and job.result.get("state") != "finished"]
-        if digests := [job.digest for job in unwanted if not job.given_up]:
-            self.sweep.mark(digests, given_up=reason)
+        if facts := {job.digest: {"given_up": reason} for job in unwanted if not job.given_up}:
+            self.sweep.mark(facts)
         states = current_states(unwanted)
         cancel([job for job in unwanted if job.submitted and states[job.digest].active])
 
@@ -242,6 +245,6 @@ def suggest(trial: Trial, space: SearchSpace) -> None:
             trial.suggest_float(key, values.low, values.high, log=values.logarithmic)
 
 
-def resumed_trial(study: Study, frozen: FrozenTrial) -> Trial:
+def resumed_trial(study: Study, trial: FrozenTrial) -> Trial:
     """A trial of an earlier process, to be reported to and told; Optuna has no public way to go on with one."""
-    return Trial(study, frozen._trial_id)
+    return Trial(study, trial._trial_id)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,15 +19,15 @@ from twoviews.config.groups import ROOT
 from twoviews.console import Console, duration, in_bytes
 from twoviews.errors import counted
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job import LOG, Job, JobSpec, JobState, assigned, text, with_varying_parameters
+from twoviews.sweeps.job import LOG, Job, JobSpec, JobState, assigned, summary, text, with_varying_parameters
 from twoviews.sweeps.machine import Launcher
 from twoviews.sweeps.results import FINISHED, gather
 from twoviews.sweeps.runner import train_arguments
 from twoviews.sweeps.slurm import Slurm
 
 MAX_MEASURED = 3  # kinds of jobs that are measured; the others are taken to cost as much as the most expensive of these
-MEASURED_SECONDS, MEASURED_LINES = 20.0, 4  # of training: until both are reached, but not longer than
-MAX_MEASURED_SECONDS = 120.0  # from the first step on
+MEASURED_SECONDS, MEASURED_LINES = 20.0, 4  # a measured training ends when it has both, counted from its first step
+MAX_MEASURED_SECONDS = 120.0  # from the first step, after which it ends in any case
 FIRST_STEP_SECONDS = 900.0  # longest wait for the first step: images may have to be decoded before
 # The cost of a step does not depend on these, nor on fractional numbers of the method such as its temperature.
 FREE_OF_COST = ("seed", "epochs", "optimizer.", "schedule.")
@@ -69,8 +68,7 @@ def plan(
     ]
     console.rows(f"{folder.name}: {counted(len(specs), 'job')}", rows)
     todo = [spec for spec in specs if now[spec.digest] not in (FINISHED, "PRUNED", "RUNNING", "QUEUED")]
-    counts = ", ".join(f"{count:,} {state}" for state, count in Counter(now.values()).items())
-    console.say(f"jobs      {counts}; {len(todo):,} to run")
+    console.say(f"jobs      {summary(now.values())}; {len(todo):,} to run")
     if todo:
         try:
             costs = _costs(folder, todo, launcher.processes(), console)
@@ -120,7 +118,7 @@ def _costs(folder: Path, todo: Sequence[JobSpec], processes: int, console: Conso
     finished, kinds = _finished_costs(folder), {_kind(spec.parameters): spec for spec in reversed(todo)}
     costs = {kind: finished[kind] for kind in kinds if kind in finished}
     for kind, spec in [(kind, spec) for kind, spec in kinds.items() if kind not in finished][:MAX_MEASURED]:
-        cost = costs[kind] = _measured(spec, console)
+        cost = costs[kind] = _measured_cost(spec, console)
         if processes > 1:
             source = f"{cost.source}; counted as if {processes} processes per job were no faster than that one"
             costs[kind] = replace(cost, device_count=cost.device_count * processes, source=source)
@@ -160,7 +158,7 @@ def _size(files: Iterable[Path]) -> int:
     return sum(path.stat().st_size for path in files if path.is_file())
 
 
-def _measured(spec: JobSpec, console: Console) -> Cost:
+def _measured_cost(spec: JobSpec, console: Console) -> Cost:
     """The cost of a job from its first steps, which are trained in a folder that is removed.
 
     Raises:
@@ -218,7 +216,10 @@ def _train_first_steps(job: Job) -> None:
 
 
 def _mean_cost(spec: JobSpec) -> float:
-    """What an epoch costs on average, as a share of one without smaller views: of the first epochs, their share of pixels."""
+    """The mean cost of an epoch of a job, relative to an epoch with views of full size.
+
+    The first epochs may have smaller views (small_views); they are taken to cost as much less as these have fewer pixels.
+    """
     match = re.search(r"^small_views:\n  share: (\S+)\n  scale: (\S+)", spec.config_yaml, re.MULTILINE)
     share, scale = map(float, match.groups()) if match else (0.0, 1.0)
     return 1 - share * (1 - scale**2)

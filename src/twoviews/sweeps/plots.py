@@ -9,9 +9,9 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from twoviews.figures import draw_baselines, drawing, merged_legend
-from twoviews.protocols.units import KNN_TOP1
+from twoviews.protocols.units import ACCURACIES, KNN_TOP1
 from twoviews.sweeps.job import text
-from twoviews.sweeps.results import ACCURACIES, CONFIDENCE, ConfigResults, Results, as_numbers, estimate
+from twoviews.sweeps.results import CONFIDENCE, ConfigResults, Results, as_numbers, estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def plot_all(folder: Path, results: Results) -> dict[str, Path]:
     """Write every plot that the results allow into a folder; returns the files by title."""
     plots = {}
     for keys in [*combinations(results.varying, 1), *combinations(results.varying, 2)]:
-        configs, names = _measured(results, *keys), [results.varying[key] for key in keys]
+        configs, names = _with_accuracy(results, *keys), [results.varying[key] for key in keys]
         cells = {tuple(text(config.parameters[key]) for key in keys) for config in configs}
         counts = [len(_ordered_values(configs, key)) for key in keys]
         if min(counts) > 1 and len(cells) >= 0.5 * math.prod(counts):  # a map that is not nearly empty
@@ -43,7 +43,7 @@ def plot_all(folder: Path, results: Results) -> dict[str, Path]:
     return plots
 
 
-def _measured(results: Results, *keys: str) -> list[ConfigResults]:
+def _with_accuracy(results: Results, *keys: str) -> list[ConfigResults]:
     """Configs that have all of these parameters and an accuracy, the best first."""
     return [config for config in results.configs if config.parameters.keys() >= {*keys} and config.accuracies]
 
@@ -64,7 +64,7 @@ def _ordered_values(configs: Sequence[ConfigResults], key: str) -> list[str]:
 def _plot_parameter(path: Path, results: Results, key: str) -> None:
     """A panel for each accuracy: seeds as dots and their means with intervals, a colour for each config of the others."""
     lines: dict[str, list[ConfigResults]] = {}
-    for config in (configs := _measured(results, key)):
+    for config in (configs := _with_accuracy(results, key)):
         lines.setdefault(results.label(config, without=key), []).append(config)
     note = ""
     if 1 < len(lines) == len(configs):  # in a random search no two agree in the others, and all have one colour
@@ -89,8 +89,8 @@ def _plot_parameter(path: Path, results: Results, key: str) -> None:
                 color, shift = f"C{number}", SHIFT_PT * (number - (len(lines) - 1) / 2)
                 for config in line:
                     name = text(config.parameters[key])
-                    place = float(name) if scaled else order.index(name)
-                    _draw_seeds(panel, place, config.values(metric).tolist(), color, shift)
+                    x = float(name) if scaled else order.index(name)
+                    _draw_seeds(panel, x, config.values(metric).tolist(), color, shift)
                 if label:
                     panel.plot([], [], "o", color=color, label=fill(label, 100))
             if scaled:
@@ -105,28 +105,28 @@ def _plot_parameter(path: Path, results: Results, key: str) -> None:
         merged_legend(figure, panels)
 
 
-def _draw_seeds(panel: "Axes", place: float, values: Sequence[float], color: str, shift: float) -> None:
-    """Draw the values of one config at a place of the parameter's axis, shifted by some points."""
+def _draw_seeds(panel: "Axes", x: float, values: Sequence[float], color: str, shift: float) -> None:
+    """Draw the values of one config at `x` on the parameter's axis, shifted to the right by `shift` points."""
     from matplotlib.transforms import ScaledTranslation
 
     figure: Any = panel.figure
     moved = panel.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
     style: Any = {"color": color, "transform": moved, "linestyle": ""}
-    panel.plot([place] * len(values), values, "o", markersize=4.5, alpha=0.7, markeredgewidth=0, **style)
+    panel.plot([x] * len(values), values, "o", markersize=4.5, alpha=0.7, markeredgewidth=0, **style)
     if len(values) > 1:
         mean, (bottom, top) = estimate(values), panel.get_ylim()
         low, high = mean.mean - mean.half_width, mean.mean + mean.half_width
-        panel.plot([place], [mean.mean], "_", markersize=11, markeredgewidth=1.6, **style)
-        panel.plot([place] * 2, [max(low, bottom), min(high, top)], "-", linewidth=0.8, color=color, transform=moved)
-        panel.plot([place], max(low, bottom), "_" if low >= bottom else "v", markersize=5, clip_on=False, **style)
-        panel.plot([place], min(high, top), "_" if high <= top else "^", markersize=5, clip_on=False, **style)
+        panel.plot([x], [mean.mean], "_", markersize=11, markeredgewidth=1.6, **style)
+        panel.plot([x] * 2, [max(low, bottom), min(high, top)], "-", linewidth=0.8, color=color, transform=moved)
+        panel.plot([x], max(low, bottom), "_" if low >= bottom else "v", markersize=5, clip_on=False, **style)
+        panel.plot([x], min(high, top), "_" if high <= top else "^", markersize=5, clip_on=False, **style)
 
 
 def _plot_map(path: Path, results: Results, first: str, second: str) -> None:
     """Means over seeds by two parameters; the best of the configs that share a cell."""
     import pandas as pd
 
-    configs = _measured(results, first, second)
+    configs = _with_accuracy(results, first, second)
     means = [
         {key: text(config.parameters[key]) for key in (first, second)}
         | {name: accuracy.mean for name, accuracy in config.accuracies.items()}

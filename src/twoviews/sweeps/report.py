@@ -11,18 +11,11 @@ from twoviews.console import duration
 from twoviews.errors import counted
 from twoviews.figures import BASELINES, files_of
 from twoviews.files import write_atomic
-from twoviews.protocols.units import KNN_TOP1
+from twoviews.protocols.units import ACCURACIES, KNN_TOP1
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job import SEED, JobState, assigned, short_names, text, typed
+from twoviews.sweeps.job import SEED, JobState, assigned, short_names, summary, text, typed
 from twoviews.sweeps.plots import CURVES, plot_all
-from twoviews.sweeps.results import (
-    ACCURACIES,
-    CONFIDENCE,
-    FINISHED,
-    Results,
-    compare,
-    gather,
-)
+from twoviews.sweeps.results import CONFIDENCE, FINISHED, Results, compare, gather
 from twoviews.tables import as_latex, as_markdown, span
 from twoviews.tracking.client import short_error
 from twoviews.tracking.parent_run import update_run
@@ -62,7 +55,7 @@ def report(
     if sweep.record["parent"] and "tracking" in sweep.record:
         # The best first: MLflow shows the first lines, the others after a click. Its code blocks do not wrap lines.
         note = re.sub("^    (.+)$", r"`\1`", _text(*best, configs, *summary, *last), flags=re.MULTILINE)
-        _send(sweep, results, note, files, say)
+        _upload(sweep, results, note, files, say)
     return results
 
 
@@ -70,8 +63,8 @@ def _text(*paragraphs: str) -> str:
     return "\n\n".join(filter(None, paragraphs))
 
 
-def _send(sweep: Sweep, results: Results, note: str, files: Sequence[Path], say: Callable[[str], None]) -> None:
-    """Send a note, files and mean accuracies to MLflow; a failure is said, not raised."""
+def _upload(sweep: Sweep, results: Results, note: str, files: Sequence[Path], say: Callable[[str], None]) -> None:
+    """Upload a note, files and mean accuracies to MLflow; a failure is said, not raised."""
     finished = results.jobs[results.jobs["state"] == FINISHED]
     means = finished.reindex(columns=[*ACCURACIES]).mean().dropna()
     # By these names MLflow's charts have them behind those of the jobs.
@@ -79,17 +72,12 @@ def _send(sweep: Sweep, results: Results, note: str, files: Sequence[Path], say:
     for best in results.ranked[:1]:
         metrics |= {f"{name}_best": accuracy.mean for name, accuracy in best.accuracies.items()}
         tags = {f"best.{key}": text(value) for key, value in best.parameters.items()}
-    run, tracking = sweep.record["parent"], sweep.record["tracking"]
+    tracking = sweep.record["tracking"]
+    target = tracking["uri"], tracking["experiment"], sweep.record["parent"]
     try:
-        more = {
-            "tags": tags,
-            "metrics": metrics,
-            "step": len(finished),
-            "note": note,
-            "files": files,
-            "place": "report",
-        }
-        update_run(tracking["uri"], tracking["experiment"], run, **more)
+        update_run(
+            *target, tags=tags, metrics=metrics, step=len(finished), note=note, files=files, artifact_folder="report"
+        )
     except Exception as error:  # whatever fails in MLflow, the report is in the folder
         say(f"MLflow does not have the report ({short_error(error)}); the same command sends it again.")
 
@@ -104,9 +92,8 @@ def _csv(results: Results) -> str:
 
 def _summary(sweep: Sweep, results: Results) -> list[str]:
     """How far the sweep is, its commands, and how its numbers are to be read."""
-    states, count = results.jobs["state"].value_counts().to_dict(), len(results.jobs)
-    finished = states.pop(FINISHED, 0)
-    others = ", ".join(f"{number} {state}" for state, number in sorted(states.items()))
+    states, count = results.jobs["state"], len(results.jobs)
+    finished, others = (states == FINISHED).sum(), summary(states[states != FINISHED])
     progress = f"{finished:,} of {counted(count, 'job')} finished" + (f"; {others}." if others else ".")
     if finished < count:
         progress += f" **{count - finished} missing**: means, tests and accuracy plots are of finished jobs only."
@@ -151,43 +138,41 @@ def _best(results: Results) -> list[str]:
 def _ranking(results: Results) -> tuple[str, str]:
     """A heading that says what the ranking is worth, and a comparison of the best config with the next, if there is one."""
     ranked, metric, heading, sentence = results.ranked, str(results.metric), "Result", ""
-    if pair := results.comparison:
-        difference, seeds = pair.difference, pair.difference.count
-        sentence = f"The next is {results.label(pair.second)}: {ACCURACIES[metric]} {pair.second.accuracies[metric]}. "
+    if len(ranked) > 1:
+        first, second, *others = ranked
+        difference, p = compare(first, second, metric)
+        seeds = difference.count
+        sentence = f"The next is {results.label(second)}: {ACCURACIES[metric]} {second.accuracies[metric]}. "
         differ = f"They differ by {difference.mean:.2f} on"
         if seeds < 2:
-            heading = (
-                "Highest, by one seed each" if ranked[0].accuracies[metric].count == 1 else "Highest, without a test"
-            )
+            heading = "Highest, by one seed each" if first.accuracies[metric].count == 1 else "Highest, without a test"
         else:
-            heading = "A tie" if difference.mean == 0 else "No clear best" if pair.p > 0.05 else "Best"
+            heading = "A tie" if difference.mean == 0 else "No clear best" if p > 0.05 else "Best"
         if not seeds:
             sentence += "The two have no seed in common, so they cannot be compared in pairs."
         elif seeds == 1:
             sentence += f"{differ} the one seed that both have; a paired test needs two, better five."
-        elif math.isnan(pair.p):
+        elif math.isnan(p):
             sentence += f"{differ} every common seed, so there is nothing to test."
         else:
-            chance = "." if pair.p <= 0.05 else ", which chance alone may do."
-            sentence += (
-                f"Paired t-test over {seeds} seeds: the first is ahead by {difference}, p = {pair.p:.2g}{chance}"
-            )
-            if near := sum(not compare(ranked[0], config, metric).p <= 0.05 for config in ranked[2:]):
+            chance = "." if p <= 0.05 else ", which chance alone may do."
+            sentence += f"Paired t-test over {seeds} seeds: the first is ahead by {difference}, p = {p:.2g}{chance}"
+            if near := sum(not compare(first, config, metric)[1] <= 0.05 for config in others):
                 sentence += f" {counted(near, 'config')} more cannot be told from it."
-            if len(ranked) > 2:
+            if others:
                 sentence += f" It was chosen among {len(ranked)} configs on the same numbers, which flatters it."
             if seeds < 5:
                 sentence += " With fewer than five seeds only large differences show."
     floors = [config.jobs.reindex(columns=[*BASELINES]).mean().max() for config in ranked]
     beaten = [not config.accuracies[metric].mean <= floor for config, floor in zip(ranked, floors, strict=True)]
     if metric == KNN_TOP1 and not any(beaten):
-        heading = "No config beats the baselines" if pair else "The baselines are not beaten"
+        heading = "No config beats the baselines" if len(ranked) > 1 else "The baselines are not beaten"
     return heading, sentence
 
 
 def _configs(results: Results) -> str:
-    rows, more = _config_rows(results, MAX_ROWS), len(results.configs) - MAX_ROWS
-    note = (f"{counted(more, 'more config')}: " if more > 0 else "") + "report.csv has every job."
+    rows, left_out = _config_rows(results, MAX_ROWS), len(results.configs) - MAX_ROWS
+    note = (f"{counted(left_out, 'more config')}: " if left_out > 0 else "") + "report.csv has every job."
     return f"## Configs\n\n{as_markdown(rows)}\n\n{note}" if rows else ""
 
 
@@ -220,8 +205,8 @@ def _plots(results: Results, plots: Mapping[str, Path]) -> list[str]:
 
 def _cost(results: Results) -> str:
     jobs, rows = results.jobs[results.jobs["seconds"] > 0], []
-    for (device, unfinished), hours in jobs.groupby(["device", jobs["state"] != FINISHED])["device_hours"]:
-        count = f"{len(hours)} {'not finished, so far' if unfinished else 'finished'}"
+    for (device, finished), hours in jobs.groupby(["device", jobs["state"] == FINISHED])["device_hours"]:
+        count = f"{len(hours)} {'finished' if finished else 'not finished, so far'}"
         shown = f"{hours.sum():.1f}" if hours.sum() >= 10 else f"{hours.sum():.3g}"
         unit = "core-hours (threads x hours)" if device == "CPU" else "GPU-hours"
         rows.append({"device": device, "jobs": count, "hours": shown, "unit": unit})

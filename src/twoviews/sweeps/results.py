@@ -13,13 +13,12 @@ from typing import Any
 
 from twoviews import foreign
 from twoviews.figures import BASELINES, training_title
-from twoviews.protocols.units import KNN_TOP1, LINEAR_TOP1
+from twoviews.protocols.units import ACCURACIES
 from twoviews.sweeps.folder import Sweep
 from twoviews.sweeps.job import SEED, Job, JobState, assigned, short_names, text, typed, with_varying_parameters
-from twoviews.sweeps.job_states import with_recorded_end
+from twoviews.sweeps.job_states import pruned_or_refused
 
-DataFrame = Series = Any  # of pandas, which takes long to import
-ACCURACIES = {KNN_TOP1: "kNN", LINEAR_TOP1: "linear"}  # what is compared; configs are ranked by the first measured
+DataFrame = Series = Any  # of pandas, which takes long to import, and whose annotations are too wide for pyright
 CONFIDENCE = 95  # %
 FINISHED = "FINISHED"
 # Of `Results.jobs`. seconds: of training, over all starts. device: a GPU's name, or CPU. device_count: GPUs, or CPU threads.
@@ -28,7 +27,8 @@ COLUMNS = (
     *("seconds", "device", "device_count", "device_hours", "overrides"),
 )
 MAX_GAP_SECONDS = 600.0  # between two lines of metrics.jsonl; after a longer one the training was interrupted
-_NOT_MEASURED = ("state", "step", "epoch", "seconds", "precision", "mlflow_run_id", "reason")  # of result.json
+# Keys of result.json that are no metrics.
+_NO_METRICS = ("state", "step", "epoch", "seconds", "precision", "mlflow_run_id", "reason", "diverged")
 
 
 @dataclass(frozen=True)
@@ -75,23 +75,15 @@ class ConfigResults:
         return {name: estimate(values.tolist()) for name in ACCURACIES if len(values := self.values(name))}
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A config against another one, paired by seed."""
-
-    best: ConfigResults
-    second: ConfigResults
-    difference: Estimate  # mean advantage of the first over the seeds that both have
-    p: float  # two-sided p-value of the paired t-test; NaN if there is nothing to test
-
-
-def compare(best: ConfigResults, second: ConfigResults, metric: str) -> Comparison:
-    """Two configs by their values of a metric over the seeds that both have."""
+def compare(first: ConfigResults, second: ConfigResults, metric: str) -> tuple[Estimate, float]:
+    """How far the first config is ahead of the second by a metric, as a mean over the seeds that both have, and the two-sided
+    p-value of the paired t-test; NaN if there is nothing to test.
+    """
     from scipy import stats
 
-    differences = (best.values(metric) - second.values(metric)).dropna()
+    differences = (first.values(metric) - second.values(metric)).dropna()
     p = float(stats.ttest_1samp(differences, 0).pvalue) if differences.nunique() > 1 else math.nan  # type: ignore[attr-defined]
-    return Comparison(best, second, estimate(differences.tolist()), p)
+    return estimate(differences.tolist()), p
 
 
 @dataclass(frozen=True)
@@ -128,11 +120,6 @@ class Results:
     def ranked(self) -> list[ConfigResults]:
         """The configs with an accuracy. The first has the highest mean among those with as many seeds as any has."""
         return [config for config in self.configs if self.metric in config.accuracies]
-
-    @cached_property
-    def comparison(self) -> Comparison | None:
-        """The best config against the second best, by a paired test; None if fewer than two have an accuracy."""
-        return compare(self.ranked[0], self.ranked[1], self.metric) if self.metric and len(self.ranked) > 1 else None
 
 
 def gather(sweep: Sweep, states: Mapping[str, JobState] | None = None) -> Results:
@@ -174,12 +161,12 @@ def as_numbers(texts: Sequence[str] | Series) -> Series:
 
 def _row(job: Job, state: JobState | None, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A row of the table; without a state, with that in state.json."""
-    state = state or with_recorded_end(job, job.state)
+    state = state or pruned_or_refused(job, job.state)
     result, environment = job.result, foreign.load(job.folder / "environment.json")
     # The last of each name; NaN stays, as the loss of a training that diverged.
     values: dict[str, Any] = {name: value for line in lines for name, value in line.items() if name != "time"}
     step, epoch = int(values.pop("step", 0)), float(values.pop("epoch", 0.0))
-    values |= {name: float(value) for name, value in result.items() if name not in _NOT_MEASURED}
+    values |= {name: float(value) for name, value in result.items() if name not in _NO_METRICS}
     gaps = [line["time"] - before["time"] for before, line in itertools.pairwise(lines)]
     seconds = float(result.get("seconds", sum(gap for gap in gaps if 0 < gap < MAX_GAP_SECONDS)))
     gpu = environment.get("gpu")

@@ -152,7 +152,7 @@ def train(
         failure: polled; returns why the training has to be killed, or an empty string.
 
     Returns:
-        State and reason that follow from how this process ended, whatever other processes of the job did.
+        State and reason by the exit code of this training alone; a job of several processes has a training in each.
     """
     description, child, early, passed_on = job.description, None, 0, False
     code = Path(description["code"])
@@ -199,10 +199,10 @@ def train(
     return _end(child.returncode, _oom_kills() > oom_kills, job.folder / log, begin)
 
 
-def _end(code: int, out_of_memory: bool, log: Path, begin: int) -> tuple[StateName, str]:
+def _end(exit_code: int, out_of_memory: bool, log: Path, begin: int) -> tuple[StateName, str]:
     """State and reason of a training with this exit code, whose output begins at this byte of its log."""
-    number = -code if code < 0 else code - 128
-    if code == 0:
+    number = -exit_code if exit_code < 0 else exit_code - 128
+    if exit_code == 0:
         return "FINISHED", ""
     if number in STOP_SIGNALS:
         return "INTERRUPTED", f"stopped by {signal.Signals(number).name}"
@@ -218,7 +218,7 @@ def _end(code: int, out_of_memory: bool, log: Path, begin: int) -> tuple[StateNa
         output = file.read().decode(errors="replace")
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return "FAILED", [f"exit code {code}", *lines, *errors][-1]
+    return "FAILED", [f"exit code {exit_code}", *lines, *errors][-1]
 
 
 def train_arguments(folder: Path) -> list[str]:

@@ -18,7 +18,7 @@ from twoviews.console import Console
 from twoviews.errors import BadInput, counted
 from twoviews.ranges import Count, Length, NonNegativeInt
 from twoviews.sweeps import runner
-from twoviews.sweeps.folder import Sweep
+from twoviews.sweeps.folder import Sweep, submission
 from twoviews.sweeps.job import Job
 from twoviews.sweeps.job_states import IDS_PER_CALL, RESUME_HINT, run_slurm
 from twoviews.sweeps.machine import Launcher, stop
@@ -99,10 +99,11 @@ class Slurm(Launcher):
                     )
                     time.sleep(RETRY_SECONDS)
                 else:
-                    sweep.mark([job.digest for job in left], refused=str(error))
+                    sweep.mark({job.digest: {"refused": str(error)} for job in left})
                     raise
                 continue
-            sweep.mark_submitted(dict(zip((job.digest for job in array), slurm_ids, strict=True)), when)
+            ids = zip(array, slurm_ids, strict=True)
+            sweep.mark({job.digest: submission(slurm_id, when) for job, slurm_id in ids})
             array_id = slurm_ids[0].partition("_")[0]
             self._console.say(f"submitted {counted(len(array), 'job')} as SLURM job {array_id}: {self.describe()}")
             left, size = left[len(array) :], min(max_size, 2 * size)
@@ -137,7 +138,7 @@ class Slurm(Launcher):
             # prints the error of sbatch, which is in its exception too.
             with submitit.helpers.clean_env(), contextlib.redirect_stderr(io.StringIO()):
                 os.environ.update(conf)
-                submitted = executor.map_array(function, [str(job.folder) for job in jobs], [when] * len(jobs))
+                slurm_jobs = executor.map_array(function, [str(job.folder) for job in jobs], [when] * len(jobs))
         except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             errors = [line.rpartition("error: ")[2] for line in str(error).splitlines() if "error: " in line]
@@ -145,14 +146,14 @@ class Slurm(Launcher):
                 f"sbatch refused: {'; '.join(dict.fromkeys(errors)) or error}; with other values of hydra.launcher, or later, "
                 f"{RESUME_HINT}."
             ) from error
-        return [slurm_job.job_id for slurm_job in submitted]
+        return [slurm_job.job_id for slurm_job in slurm_jobs]
 
     def _parameters(self, sweep: Sweep, code: Path) -> dict[str, object]:
         """Parameters of submitit's executor."""
         commands = filter(None, map(shutil.which, ("srun", "squeue", "scontrol")))  # which the PATH of jobs may lack
         path = shlex.quote(os.pathsep.join(dict.fromkeys(str(Path(command).parent) for command in commands)))
         setup = [
-            # With options.export, SLURM would pass on as little to the processes of a job as to the job itself.
+            # Otherwise options.export, which limits the environment of a job, would limit that of its processes (srun) as well.
             "export SLURM_EXPORT_ENV=ALL",
             f"export PATH=${{PATH:+$PATH:}}{path}",
             f"export PYTHONPATH={shlex.quote(str(code / 'src'))}${{PYTHONPATH:+:$PYTHONPATH}}",
@@ -189,13 +190,13 @@ def cancel(jobs: Sequence[Job]) -> None:
         BadInput: SLURM does not answer.
     """
     stop([job for job in jobs if job.slurm_id is None])
-    if not (submitted := [job for job in jobs if job.slurm_id]):
+    if not (on_slurm := [job for job in jobs if job.slurm_id]):
         return
     require_slurm()
     # SLURM keeps no record of tasks that are cancelled before they begin.
-    Sweep(jobs[0].folder.parent).mark([job.digest for job in submitted], cancelled=time.time())
-    for start in range(0, len(submitted), IDS_PER_CALL):
-        slurm_ids = [str(job.slurm_id) for job in submitted[start : start + IDS_PER_CALL]]
+    Sweep(jobs[0].folder.parent).mark({job.digest: {"cancelled": time.time()} for job in on_slurm})
+    for start in range(0, len(on_slurm), IDS_PER_CALL):
+        slurm_ids = [str(job.slurm_id) for job in on_slurm[start : start + IDS_PER_CALL]]
         answer = run_slurm("scancel", "--quiet", *slurm_ids)
         if answer.returncode and "Invalid job id" not in answer.stderr:
             raise BadInput(f"scancel refused: {answer.stderr.strip()}")

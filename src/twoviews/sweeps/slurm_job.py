@@ -50,7 +50,8 @@ def run_job(folder: str, submitted: float) -> str:
     job, process = Job(Path(folder), {}), JobEnvironment()
     start = os.environ.get("SLURM_RESTART_COUNT") or "0"
     environment = _rendezvous(process, int(start)) if process.num_tasks > 1 else {}
-    # By these files other processes tell process 0 why they failed: one that waits in a collective notices nothing.
+    # The other processes write into these files why they failed, and process 0 reads them: its training, which may wait for
+    # theirs in a collective operation, would not notice.
     failed = f".dead-{process.job_id}-{start}"
     if process.global_rank > 0:
         return _run_other_process(job, environment, job.folder / f"{failed}-{process.global_rank}.txt")

@@ -12,7 +12,7 @@ from twoviews.errors import BadInput, counted, system_reason
 from twoviews.locks import is_training
 from twoviews.tracking import uris
 from twoviews.tracking.client import logged_error
-from twoviews.tracking.metrics import METRICS_FILE, lines, measured
+from twoviews.tracking.metrics import METRICS_FILE, lines, metric_values
 from twoviews.tracking.state import NAME_TAG, UploadState, run_id, set_target
 from twoviews.tracking.upload import pending_values, upload
 
@@ -96,9 +96,9 @@ def _tensorboard(options: argparse.Namespace) -> int:
             if config := foreign.text(run / "config.yaml"):
                 writer.add_text("config", f"```yaml\n{config}\n```", walltime=recorded[0]["time"] if recorded else None)
             for line in recorded:
-                for name, value in measured(line).items():
+                for name, value in metric_values(line).items():
                     writer.add_scalar(name, value, line["step"], walltime=line["time"])
-        print(f"{run}: {counted(sum(map(len, map(measured, recorded))), 'value')} written to {out}", flush=True)
+        print(f"{run}: {counted(sum(map(len, map(metric_values, recorded))), 'value')} written to {out}", flush=True)
     print(f"tensorboard --logdir {shlex.quote(str(options.out))}")
     return DONE
 
@@ -109,9 +109,9 @@ def _event_folders(runs: Sequence[Path], out: Path) -> dict[Path, Path]:
     for run in runs:
         path = run.resolve()
         path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else Path(*path.parts[-2:])
-        place = out / path.with_name(UploadState.load(run).tags.get(NAME_TAG, path.name).replace("/", "_"))
-        if (other := folders.setdefault(place, run)) != run:
-            raise BadInput(f"{other} and {run} would both be written to {place}; convert them one by one, --out.")
+        target = out / path.with_name(UploadState.load(run).tags.get(NAME_TAG, path.name).replace("/", "_"))
+        if (other := folders.setdefault(target, run)) != run:
+            raise BadInput(f"{other} and {run} would both be written to {target}; convert them one by one, --out.")
     return folders
 
 
@@ -145,7 +145,7 @@ def _sync_folder(folder: Path, uri: str | None, experiment: str | None) -> int:
             uris.refuse_untrusted(state.uri)
         set_target(folder, uri or state.uri, experiment or state.experiment)
         training = is_training(folder)
-        sent = upload(folder, closed=not training)
+        sent = upload(folder, training_ended=not training)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT

@@ -34,8 +34,8 @@ METRIC_NAMES = {"baseline/pixels_knn_top1": "knn/top1_pixels", "baseline/untrain
 
 
 @functools.cache
-def connect(uri: str | None, experiment: str) -> tuple["MlflowClient", str]:
-    """A client for a tracking URI, and the id of the experiment, which is made where it is missing.
+def open_experiment(uri: str | None, experiment: str) -> tuple["MlflowClient", str]:
+    """MLflow's client for a tracking URI, and the id of the experiment, which is created if it is not there.
 
     The first call takes seconds: it imports MLflow, and a new SQLite file gets its tables.
 

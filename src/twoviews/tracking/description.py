@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from twoviews import foreign
 from twoviews.errors import counted, printable, without_secrets
-from twoviews.protocols.units import KNN_TOP1, LINEAR_TOP1
+from twoviews.protocols.units import ACCURACIES
 from twoviews.tracking.client import (
     MAX_DATASET_DIGEST_LENGTH,
     MAX_PARAM_LENGTH,
@@ -29,7 +29,6 @@ DESCRIPTION_FILES = ("config.yaml", "environment.json", "data.json", "result.jso
 SIGNATURE = "\n\n<!-- twoviews "  # before the digest of a description
 MAX_NOTE_LENGTH = MAX_TAG_LENGTH - 100
 NOTE_TAG = "mlflow.note.content"  # MLflow shows this tag as the description of a run, in Markdown
-ACCURACIES = {KNN_TOP1: "kNN **{:.2f} %**", LINEAR_TOP1: "linear **{:.2f} %**"}
 BASELINES = {
     "baseline/pixels_knn_top1": "raw pixels: {:.2f} %",
     "baseline/untrained_knn_top1": "the untrained encoder: {:.2f} %",
@@ -119,7 +118,8 @@ def _results(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         length = f"{result.get('epoch', 0):.4g} of {counted(config['epochs'], 'epoch', '')}"
     after = f"{result['state']} after {length}" if "epoch" in result else result["state"]
     reason = f" ({without_secrets(result['reason'])})" if result.get("reason") else ""
-    return ", ".join(filter(None, (_listed(result, ACCURACIES), after + reason)))
+    accuracies = {name: f"{short} **{{:.2f}} %**" for name, short in ACCURACIES.items()}
+    return ", ".join(filter(None, (_listed(result, accuracies), after + reason)))
 
 
 def _listed(result: Mapping[str, Any], texts: Mapping[str, str]) -> str:

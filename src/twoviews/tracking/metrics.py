@@ -3,8 +3,9 @@
 JSON has no number for NaN and the infinities, so they are written as the strings "NaN", "Infinity" and "-Infinity", which
 `float` reads back and every JSON parser accepts.
 
-`metrics.durable` holds the size that metrics.jsonl had at the last checkpoint. A mirror sends no more than that, because an
-interrupted run goes on from there and writes the lines behind it again.
+`metrics.durable` holds the size in bytes that metrics.jsonl had at the last checkpoint; a checkpoint has the same number as
+metrics_bytes. A mirror uploads no more than that, because an interrupted run continues from there and writes the lines behind it
+again.
 """
 
 import json
@@ -31,13 +32,13 @@ FLUSH_SECONDS = 1.0
 class Metrics:
     """The only writer of metrics.jsonl, used by the training thread; `commit` is called by the one that writes checkpoints.
 
-    Opening it continues the run: the result.json of an earlier part is removed, and lines after `kept_bytes`, whose steps
-    will be computed again, are cut off. Their time stamps are kept, so that a value that is computed again is the same
-    value to MLflow, not a second one.
+    Opening it continues the run: the result.json of an earlier part is removed, and the lines behind `durable_bytes`, whose steps
+    will be computed again, are cut off. The new lines of these steps get the time stamps of the old ones, by which MLflow
+    recognises a value that it has.
 
     Args:
         folder: the run folder; it exists.
-        kept_bytes: what `flush` returned for the checkpoint that is resumed; 0 for a new run.
+        durable_bytes: what `flush` returned when the checkpoint that is resumed was written; 0 for a new run.
         say: prints a sentence for the user.
         lock: from `lock_for_training`, where it is held already.
 
@@ -46,17 +47,17 @@ class Metrics:
     """
 
     def __init__(
-        self, folder: Path, kept_bytes: int = 0, say: Callable[[str], None] = print, lock: FolderLock | None = None
+        self, folder: Path, durable_bytes: int = 0, say: Callable[[str], None] = print, lock: FolderLock | None = None
     ):
         self._folder, self._path = folder, folder / METRICS_FILE
         foreign.refuse_links(folder)
         self._lock = lock or lock_for_training(folder)
         self._path.touch()
         size = self._path.stat().st_size
-        if kept_bytes > size:
-            say(f"{self._path} has {size} bytes but had {kept_bytes} at the checkpoint: the lines between are lost.")
-            kept_bytes = max((end for end, _ in lines(self._path)), default=0)
-        self._times = self._cut(kept_bytes)
+        if durable_bytes > size:
+            say(f"{self._path} has {size} bytes but had {durable_bytes} at the checkpoint: the lines between are lost.")
+            durable_bytes = max((end for end, _ in lines(self._path)), default=0)
+        self._times = self._cut(durable_bytes)
         self._file = self._path.open("ab", buffering=1 << 16)
         self._flushed_at = 0.0
 
@@ -92,24 +93,25 @@ class Metrics:
         finally:
             self._lock.release()
 
-    def _cut(self, kept_bytes: int) -> dict[tuple[int, str], float]:
-        """Cut off the lines after `kept_bytes`; returns their time stamps by step and name.
+    def _cut(self, durable_bytes: int) -> dict[tuple[int, str], float]:
+        """Cut off the lines behind `durable_bytes`; returns their time stamps by step and name.
 
-        The state of the upload is saved before: a crash between the two repeats the cut, where the other order would lose it.
+        What MLflow has of them is recorded before they are cut off. After a crash between the two, the next start does both
+        again; in the other order the record would never be written.
         """
-        cut = [*lines(self._path, kept_bytes)]
+        cut = [*lines(self._path, durable_bytes)]
         with locked_for_upload(self._folder):
             state = UploadState.load(self._folder)
             for end, line in cut:
                 if end <= state.sent_bytes:
-                    state.already.setdefault(str(line["step"]), []).extend(measured(line))
-            if state.sent_bytes > kept_bytes:
-                state.sent_bytes = kept_bytes
+                    state.already.setdefault(str(line["step"]), []).extend(metric_values(line))
+            if state.sent_bytes > durable_bytes:
+                state.sent_bytes = durable_bytes
                 state.save(self._folder)
-            self.commit(kept_bytes)
-            os.truncate(self._path, kept_bytes)
+            self.commit(durable_bytes)
+            os.truncate(self._path, durable_bytes)
             (self._folder / "result.json").unlink(missing_ok=True)
-        return {(line["step"], name): line["time"] for _, line in cut for name in measured(line)}
+        return {(line["step"], name): line["time"] for _, line in cut for name in metric_values(line)}
 
 
 def log_metrics(folder: Path, values: Mapping[str, float]) -> None:
@@ -121,7 +123,7 @@ def log_metrics(folder: Path, values: Mapping[str, float]) -> None:
     size, position, last = 0, {"step": 0, "epoch": 0}, {}
     for end, line in lines(folder / METRICS_FILE):
         size, position = end, {"step": line["step"], "epoch": float(line["epoch"])}
-        last |= {name: (line["step"], value) for name, value in measured(line).items()}
+        last |= {name: (line["step"], value) for name, value in metric_values(line).items()}
     new = {
         name: value
         for name, value in values.items()
@@ -144,7 +146,7 @@ def read(folder: Path) -> Iterator[dict[str, float]]:
         yield {key: value if key == "step" else float(value) for key, value in line.items()}
 
 
-def measured(line: Mapping[str, Any]) -> dict[str, float]:
+def metric_values(line: Mapping[str, Any]) -> dict[str, float]:
     """The values of a line of metrics.jsonl by name, without its position in the training."""
     return {name: float(value) for name, value in line.items() if name not in POSITION_KEYS}
 
@@ -163,7 +165,7 @@ def lines(path: Path, start: int = 0) -> Iterator[tuple[int, dict]]:
         file.seek(start)
         while text := file.readline(MAX_LINE_BYTES):
             if (line := _parsed(text)) is None:
-                if start < durable_bytes(path.parent):
+                if start < read_durable_bytes(path.parent):
                     raise BadInput(
                         f"{path} is damaged at byte {start:,}: {foreign.short(text.decode(errors='replace'))!r} is not a line "
                         "of numbers; put the file back that the run wrote, or start over with fresh=true."
@@ -173,7 +175,7 @@ def lines(path: Path, start: int = 0) -> Iterator[tuple[int, dict]]:
             yield start, line
 
 
-def durable_bytes(folder: Path) -> int:
+def read_durable_bytes(folder: Path) -> int:
     """Size in bytes of the part of metrics.jsonl that the last checkpoint keeps; 0 before the first."""
     path = folder / DURABLE_FILE
     try:

@@ -29,11 +29,10 @@ from twoviews.tracking.upload import is_uploaded, pending_artifact_bytes, pendin
 
 FLUSH_TIMEOUT_S = 120.0
 POLL_SECONDS = 0.1
-SLOW_BYTES_PER_S = 5e6  # at which a server has to take the encoder: it answers when it has all of it
+SLOW_BYTES_PER_S = 5e6  # a server that takes the encoder more slowly counts as silent; it answers when it has all of it
 LISTENER_TIMEOUT_S = 5.0  # for the last messages of a process that has ended
-MAX_BACKOFF = 12  # times the interval, between two tries while MLflow does not answer
+MAX_BACKOFF = 12  # longest pause between two tries while MLflow does not answer, in intervals
 PARENT_CHECK_S = 1.0
-SOURCES = Path(__file__).resolve().parents[2]  # of this package; in a sweep it is the code that was launched
 # The mirror must outlive these signals, which SLURM sends to all processes of a job, to send the end of the run.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
@@ -113,7 +112,7 @@ class Mirror:
                 [sys.executable, "-P", "-m", "twoviews.tracking.mirror", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": python_path(SOURCES)},
+                env={**os.environ, "PYTHONPATH": python_path()},
                 start_new_session=True,
             )
         finally:
@@ -222,7 +221,7 @@ def _main() -> None:
 
                 imported = True
                 send("imported")
-            upload(folder, closed)
+            upload(folder, training_ended=closed)
         except Exception as error:  # whatever is wrong with MLflow, the next try may succeed
             reason = logged_error(error, folder)
             if closed:

@@ -3,11 +3,9 @@
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from twoviews.tracking.client import MAX_KEY_LENGTH, connect, get_or_create_run, mlflow_tags, set_status, shortened
+from twoviews.tracking.client import get_or_create_run, mlflow_tags, open_experiment, set_status
 from twoviews.tracking.description import set_note
-from twoviews.tracking.state import NAME_TAG, PARENT_TAG, set_target
 
 
 def open_parent_run(uri: str | None, experiment: str, name: str, key: str, tags: Mapping[str, str]) -> tuple[str, str]:
@@ -17,7 +15,7 @@ def open_parent_run(uri: str | None, experiment: str, name: str, key: str, tags:
         BadInput: the experiment was deleted in MLflow.
         MlflowException: MLflow does not answer or refuses.
     """
-    client, experiment_id = connect(uri, experiment)
+    client, experiment_id = open_experiment(uri, experiment)
     run_id = get_or_create_run(client, experiment_id, key, tags={}, run_name=name).info.run_id
     update_run(uri, experiment, run_id, status="RUNNING", tags=tags)
     return run_id, experiment_id
@@ -34,7 +32,7 @@ def update_run(
     step: int = 0,
     note: str = "",
     files: Sequence[Path] = (),
-    place: str | None = None,
+    artifact_folder: str | None = None,
 ) -> None:
     """Send what is given to a run from `open_parent_run`.
 
@@ -48,12 +46,12 @@ def update_run(
         step: of the metrics.
         note: the description of the run, in Markdown.
         files: become artifacts, in place of earlier versions.
-        place: their folder among the artifacts.
+        artifact_folder: the folder of the files among the artifacts.
 
     Raises:
         MlflowException: MLflow does not answer or refuses.
     """
-    client, _ = connect(uri, experiment)
+    client, _ = open_experiment(uri, experiment)
     from mlflow.entities import Metric, RunTag
 
     run, now = client.get_run(run_id), int(time.time() * 1000)
@@ -64,19 +62,6 @@ def update_run(
     if note:
         set_note(client, run, note)
     for file in files:
-        client.log_artifact(run_id, str(file), place)
+        client.log_artifact(run_id, str(file), artifact_folder)
     if status:
         set_status(client, run_id, status)
-
-
-def attach_parent(
-    folder: Path, uri: str | None, experiment: str, parent: str, name: str, values: Mapping[str, Any]
-) -> None:
-    """Record in a run folder its target, its parent run, its name and its varying values, which become tags."""
-    tags = {PARENT_TAG: parent, NAME_TAG: shortened(name, MAX_KEY_LENGTH), **value_tags(values)}
-    set_target(folder, uri, experiment, tags)
-
-
-def value_tags(values: Mapping[str, Any]) -> dict[str, str]:
-    """MLflow's tags for varying values by key."""
-    return mlflow_tags({f"axis.{key}": value for key, value in values.items()})

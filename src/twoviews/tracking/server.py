@@ -45,10 +45,10 @@ def serve(folder: Path, host: str, port: int, workers: int) -> int:
     except ImportError as error:
         raise BadInput("MLflow needs a driver for PostgreSQL; install it: pip install 'psycopg[binary]'.") from error
     data, sockets = folder / "database", folder / "sockets"
-    for place in (folder, sockets, folder / "artifacts"):
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for place in (folder, sockets):
-        place.chmod(0o700)
+    for private in (folder, sockets, folder / "artifacts"):
+        private.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for private in (folder, sockets):
+        private.chmod(0o700)
     user = _user(folder, sockets)
     owner = user or pwd.getpwuid(os.getuid()).pw_name
     _make_database(user, programs, data, owner)
@@ -128,7 +128,7 @@ def postgres_programs() -> Path:
     Raises:
         BadInput: PostgreSQL is not installed.
     """
-    found = [initdb for place in PROGRAM_FOLDERS for initdb in sorted(Path("/").glob(f"{place[1:]}/initdb"))]
+    found = [initdb for pattern in PROGRAM_FOLDERS for initdb in sorted(Path("/").glob(f"{pattern[1:]}/initdb"))]
     if not found and (initdb := shutil.which("initdb")):
         found = [Path(initdb).resolve()]
     if not found:
@@ -150,8 +150,8 @@ def _user(*owned: Path) -> str | None:
         raise BadInput(
             "PostgreSQL does not run as root, and there is no user postgres; start this as another user."
         ) from error
-    for place in owned:
-        shutil.chown(place, "postgres", "postgres")
+    for path in owned:
+        shutil.chown(path, "postgres", "postgres")
     return "postgres"
 
 

@@ -15,14 +15,14 @@ from twoviews.errors import BadInput
 SUFFIXES = ("", "-journal", "-wal", "-shm")  # of a database and of SQLite's own files beside it
 TIMEOUT_S = 60.0
 LOCK_TIMEOUT_S = 300.0  # MLflow takes seconds to make its tables
-INCOMPLETE_S = 10.0  # a database without all tables that changed within this time may be in the making
+INCOMPLETE_S = 10.0  # a database without all tables that was written to this recently may still be getting them
 
 
 def prepare_sqlite(path: Path) -> str:
     """Make MLflow's database where there is none; returns the URI of the folder of artifacts beside it.
 
-    MLflow makes its tables, and brings those of an earlier release up to date, without a lock: of 8 processes that open a new
-    file at once, 7 fail. So the first one does, and writes its release into the file.
+    MLflow makes its tables without a lock: of 8 processes that open a new file at once, 7 fail. So one process opens a file
+    that is new, or that another release of MLflow opened last, under a lock, and writes the release into the file.
 
     Raises:
         BadInput: the folder of the database is not there.
@@ -69,7 +69,10 @@ def _is_current(path: Path) -> bool:
 
 
 def _update(path: Path, artifacts: Path) -> None:
-    """Bring the tables up to date."""
+    """Let MLflow add the tables that its release has and the file lacks, and record the release.
+
+    MLflow refuses a file in which a table has changed since; its error names the command for that, `mlflow db upgrade`.
+    """
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     SqlAlchemyStore(f"sqlite:///{path}", artifacts.as_uri()).engine.dispose()
@@ -107,14 +110,14 @@ def _move_artifacts(path: Path, artifacts: Path) -> None:
     with contextlib.closing(sqlite3.connect(path, timeout=TIMEOUT_S)) as database, database:
         for (old,) in database.execute("select distinct artifact_location from experiments").fetchall():
             address = urlsplit(old or "")
-            place = Path(unquote(address.path))
-            if address.scheme != "file" or place.name != artifacts.name or place.resolve() == artifacts.resolve():
+            before = Path(unquote(address.path))
+            if address.scheme != "file" or before.name != artifacts.name or before.resolve() == artifacts.resolve():
                 continue
             update = "update experiments set artifact_location = ? where artifact_location = ?"
             database.execute(update, (artifacts.as_uri(), old))
             runs = "select run_uuid, artifact_uri from runs where substr(artifact_uri, 1, ?) = ?"
             for run, uri in database.execute(runs, (len(old) + 1, f"{old}/")).fetchall():
                 rest = unquote(uri[len(old) + 1 :])
-                if (artifacts / rest).exists() or not (place / rest).exists():
+                if (artifacts / rest).exists() or not (before / rest).exists():
                     moved = f"{artifacts.as_uri()}{uri[len(old) :]}"
                     database.execute("update runs set artifact_uri = ? where run_uuid = ?", (moved, run))

@@ -35,9 +35,7 @@ class UploadState:
     sent_bytes: Total = 0  # of metrics.jsonl
     status: str = ""  # that was sent last
     files: dict[str, list[int]] = field(default_factory=dict)  # [mtime in ns, bytes] of each artifact that was sent
-    tags: dict[str, str] = field(
-        default_factory=dict
-    )  # of a sweep's job: the parent's id, its name, the varying values
+    tags: dict[str, str] = field(default_factory=dict)  # of a job: the parent's id, its name, the varying values
     encoder: bool = True  # send the weights of the encoder, too
     # Names by step of values that were sent and then cut off metrics.jsonl, because an earlier checkpoint is resumed. They are
     # computed again, not always to the last digit (images_per_s never is), and must not be sent twice.
@@ -130,12 +128,12 @@ def run_page(folder: Path) -> str:
 
 def page(uri: str, experiment_id: str | None, run_id: str) -> str:
     """The address of a run on a server; for a database in two lines the command that serves MLflow's pages, and the address."""
-    place = f"/#/experiments/{experiment_id}/runs/{run_id}?{WORKFLOW}"
+    path = f"/#/experiments/{experiment_id}/runs/{run_id}?{WORKFLOW}"
     if uri.startswith("http"):
-        return uri + place
+        return uri + path
     if uri == uris.resolve(None) and (ROOT / ".venv" / "train").exists():  # or make would install an environment first
         command = "make mlflow" if Path.cwd() == ROOT else f"make -C {shlex.quote(str(ROOT))} mlflow"
     else:
         mlflow = shlex.quote(str(Path(sys.executable).absolute().with_name("mlflow")))
         command = f"MLFLOW_DISABLE_TELEMETRY=true {mlflow} ui --workers 1 --backend-store-uri {shlex.quote(uri)}"
-    return f"{command}\n        http://127.0.0.1:5000{place}"
+    return f"{command}\n        http://127.0.0.1:5000{path}"

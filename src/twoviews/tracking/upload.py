@@ -1,4 +1,4 @@
-"""Sends a run folder to MLflow: parameters, tags, metrics, artifacts and status.
+"""Uploads a run folder to MLflow: parameters, tags, metrics, artifacts and status.
 
 Only MLflow's client is used, never its fluent interface, and every call can be repeated: MLflow drops a value that it has
 (same name, step, time stamp and value), sets a tag or an artifact again, and the run is found by a key of ours.
@@ -21,15 +21,15 @@ from twoviews.files import write_atomic
 from twoviews.locks import locked_for_upload
 from twoviews.tracking.client import (
     MAX_KEY_LENGTH,
-    connect,
     get_or_create_run,
     metric_name,
+    open_experiment,
     runs_with_key,
     set_status,
     shortened,
 )
 from twoviews.tracking.description import DESCRIPTION_FILES, describe
-from twoviews.tracking.metrics import METRICS_FILE, durable_bytes, lines, measured
+from twoviews.tracking.metrics import METRICS_FILE, lines, metric_values, read_durable_bytes
 from twoviews.tracking.state import NAME_TAG, STATE_FILE, UploadState, new_run_key
 
 if TYPE_CHECKING:
@@ -39,17 +39,17 @@ if TYPE_CHECKING:
 ARTIFACTS = (*DESCRIPTION_FILES, "diff.patch", "encoder.json")
 ARTIFACT_PATTERNS = ("*.png", "*.pdf", "clusters*.json", "clusters*.npz", "evaluation/**/*.*")
 ENCODER_FILE = "encoder.safetensors"  # the largest artifact, sent last
-VALUES_PER_CALL = 1000  # MLflow's limit of a request: what is recorded as sent was one
+VALUES_PER_CALL = 1000  # MLflow's limit for a request; what was sent is recorded after each request
 MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # by "state" of result.json
 
 
-def upload(folder: Path, closed: bool) -> int:
+def upload(folder: Path, training_ended: bool) -> int:
     """Bring MLflow up to date with `folder`; returns the number of values sent. Uses no network if nothing is new.
 
     Args:
         folder: the run folder.
-        closed: nobody trains the run: all lines are sent, and the run gets the status in result.json, or KILLED without
-            one. Otherwise only what the last checkpoint keeps is sent.
+        training_ended: if true, all lines are sent, and the run gets the status that result.json has, or KILLED without one;
+            if false, only the lines that the last checkpoint keeps.
 
     Raises:
         BadInput: the run or its experiment was deleted in MLflow, or a file of the folder is not one that a run wrote.
@@ -58,28 +58,28 @@ def upload(folder: Path, closed: bool) -> int:
     foreign.refuse_links(folder)
     with locked_for_upload(folder):
         state = UploadState.load(folder)
-        if _is_current(folder, state, closed):
+        if _is_current(folder, state, training_ended):
             return 0
-        status = _status(folder, closed)
-        client, experiment_id = connect(state.uri, state.experiment)
+        status = _status(folder, training_ended)
+        client, experiment_id = open_experiment(state.uri, state.experiment)
         run = _open_run(client, experiment_id, folder, state)
         _write_run_id(folder, run.info.run_id)
         changed = _changed_artifacts(folder, state)
         if status != state.status or changed.keys() & {*DESCRIPTION_FILES}:
             describe(client, run, folder, state.tags)
-        sent = _send_values(client, folder, state, closed)
+        sent = _upload_values(client, folder, state, training_ended)
         if status != state.status:
-            _send_status(client, run, folder, state, status)
-        for name, stamp in changed.items():
+            _upload_status(client, run, folder, state, status)
+        for name, version in changed.items():
             client.log_artifact(run.info.run_id, str(folder / name), name.rpartition("/")[0] or None)
-            state.files[name] = stamp
+            state.files[name] = version
             state.save(folder)
         return sent
 
 
 def is_uploaded(folder: Path) -> bool:
-    """Whether MLflow has all of a run that nobody trains any more, its status included; without asking MLflow."""
-    return _is_current(folder, UploadState.load(folder), closed=True)
+    """Whether MLflow has all of a run whose training has ended, its status included; tracking.json says so, not MLflow."""
+    return _is_current(folder, UploadState.load(folder), training_ended=True)
 
 
 def pending_artifact_bytes(folder: Path) -> int:
@@ -92,12 +92,13 @@ def pending_artifact_bytes(folder: Path) -> int:
 
 def pending_values(folder: Path) -> int:
     """Number of values in metrics.jsonl that MLflow does not have."""
-    return sum(len(measured(line)) for _, line in _unsent_lines(folder, UploadState.load(folder), closed=True))
+    unsent = _unsent_lines(folder, UploadState.load(folder), training_ended=True)
+    return sum(len(metric_values(line)) for _, line in unsent)
 
 
-def _unsent_lines(folder: Path, state: UploadState, closed: bool) -> Iterator[tuple[int, dict]]:
+def _unsent_lines(folder: Path, state: UploadState, training_ended: bool) -> Iterator[tuple[int, dict]]:
     """(byte behind it, content) of each line to send; while the run is trained no more than its last checkpoint keeps."""
-    limit = math.inf if closed else durable_bytes(folder)
+    limit = math.inf if training_ended else read_durable_bytes(folder)
     return itertools.takewhile(lambda line: line[0] <= limit, lines(folder / METRICS_FILE, state.sent_bytes))
 
 
@@ -108,20 +109,23 @@ def _changed_artifacts(folder: Path, state: UploadState) -> dict[str, list[int]]
     # That of an interrupted run is not the trained one, and the seconds after a signal are for the values.
     if state.encoder and foreign.load(folder / "result.json").get("state") == "finished":
         paths.append(folder / ENCODER_FILE)
-    stamps = {}
+    versions = {}
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             stat = path.stat()
-            stamps[path.relative_to(folder).as_posix()] = [stat.st_mtime_ns, stat.st_size]
-    return {name: stamp for name, stamp in stamps.items() if state.files.get(name) != stamp}
+            versions[path.relative_to(folder).as_posix()] = [stat.st_mtime_ns, stat.st_size]
+    return {name: version for name, version in versions.items() if state.files.get(name) != version}
 
 
-def _status(folder: Path, closed: bool) -> str:
-    return MLFLOW_STATUS.get(foreign.load(folder / "result.json").get("state", ""), "KILLED") if closed else "RUNNING"
+def _status(folder: Path, training_ended: bool) -> str:
+    if not training_ended:
+        return "RUNNING"
+    return MLFLOW_STATUS.get(foreign.load(folder / "result.json").get("state", ""), "KILLED")
 
 
-def _is_current(folder: Path, state: UploadState, closed: bool) -> bool:
-    if not state.run_id or state.status != _status(folder, closed) or any(_unsent_lines(folder, state, closed)):
+def _is_current(folder: Path, state: UploadState, training_ended: bool) -> bool:
+    status = _status(folder, training_ended)
+    if not state.run_id or state.status != status or any(_unsent_lines(folder, state, training_ended)):
         return False
     return not _changed_artifacts(folder, state)
 
@@ -154,10 +158,10 @@ def _open_run(client: "MlflowClient", experiment_id: str, folder: Path, state: U
         state.save(folder)
     # A database from elsewhere could have artifacts written into a folder that is not the run's.
     address = urlsplit(run.info.artifact_uri or "")
-    place = Path(unquote(address.path)).resolve()
-    if address.scheme in ("", "file") and place.parts[-2:] != (run.info.run_id, "artifacts"):
+    artifacts = Path(unquote(address.path)).resolve()
+    if address.scheme in ("", "file") and artifacts.parts[-2:] != (run.info.run_id, "artifacts"):
         raise BadInput(
-            f"MLflow names {place} for the files of run {run.info.run_id}, which is not a folder of that run; name another "
+            f"MLflow names {artifacts} for the files of run {run.info.run_id}, which is not a folder of that run; name another "
             "database with `python -m twoviews.tracking sync --uri`."
         )
     return run
@@ -173,20 +177,20 @@ def _write_run_id(folder: Path, run_id: str) -> None:
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def _send_values(client: "MlflowClient", folder: Path, state: UploadState, closed: bool) -> int:
+def _upload_values(client: "MlflowClient", folder: Path, state: UploadState, training_ended: bool) -> int:
     """Send the lines that MLflow does not have; the number of values sent."""
     from mlflow.entities import Metric
 
     sent, values = 0, []
-    for end, line in _unsent_lines(folder, state, closed):
-        step, stamp, already = line["step"], round(line["time"] * 1000), state.already.get(str(line["step"]), [])
-        new = {name: value for name, value in measured(line).items() if name not in already}
+    for end, line in _unsent_lines(folder, state, training_ended):
+        step, time_ms, already = line["step"], round(line["time"] * 1000), state.already.get(str(line["step"]), [])
+        new = {name: value for name, value in metric_values(line).items() if name not in already}
         if len(values) + len(new) > VALUES_PER_CALL:
             client.log_batch(str(state.run_id), values, synchronous=True)
             state.save(folder)
             values = []
         # NaN is stored as NaN, an infinity as the largest double: MLflow's own rule.
-        values += [Metric(metric_name(name), value, stamp, step) for name, value in new.items()]
+        values += [Metric(metric_name(name), value, time_ms, step) for name, value in new.items()]
         sent, state.sent_bytes = sent + len(new), end
         state.already.pop(str(step), None)
         if left := [name for name in already if name not in line]:
@@ -197,7 +201,7 @@ def _send_values(client: "MlflowClient", folder: Path, state: UploadState, close
     return sent
 
 
-def _send_status(client: "MlflowClient", run: "Run", folder: Path, state: UploadState, status: str) -> None:
+def _upload_status(client: "MlflowClient", run: "Run", folder: Path, state: UploadState, status: str) -> None:
     """Set the status of the run, with the time of the last file that was written as that of its end."""
     for other in runs_with_key(client, run.info.experiment_id, state.run_key):
         if other.info.run_id != run.info.run_id:  # a slow server made it after all

@@ -15,8 +15,8 @@ from twoviews.errors import BadInput, without_secrets
 
 SQLITE = "sqlite:///"  # with an absolute path behind it: what `resolve` makes of every SQLite URI
 ANSWER_TIMEOUT_S = 5.0  # for a server to answer anything at all
-# What can hold no credentials: paths; addresses without user, query and fragment; of databases also a user's name alone, and
-# these keys of a query.
+# URIs that cannot hold credentials: paths of SQLite files, and addresses without a user, a query and a fragment. Those of
+# databases may have the name of a user, without a password, and a query of the keys below.
 _DATABASES = "postgresql|mysql|mssql"
 _PLAIN_QUERY = r"\?((host|port|user|sslmode|sslrootcert|connect_timeout|charset|driver)=[^&#]*(&|$))+"
 _NO_CREDENTIALS = re.compile(
@@ -160,5 +160,5 @@ def _check_file(path: Path) -> None:
         ) from error
     if head and head != b"SQLite format 3\0":
         raise BadInput(f"{path} is not an SQLite database; name another file with tracking.uri=sqlite:///<path>.")
-    if not all(os.access(place, os.W_OK) for place in (path, path.parent) if place.exists()):
+    if not all(os.access(each, os.W_OK) for each in (path, path.parent) if each.exists()):
         raise BadInput(f"{path} cannot be written; name another file with tracking.uri=sqlite:///<path>.")
