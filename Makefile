@@ -48,7 +48,7 @@ suggestions:  # what `make train` ends with; tests/test_suggestions.py runs them
 # Four files at a time, each on one thread: a third of the time, tests wait for processes that they started. ARGS="-n 0"
 # takes them one by one.
 test: .venv/dev  ## all tests but those that need a SLURM cluster
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 HYDRA14_TESTS = tests/config tests/test_configs.py tests/test_bad_input.py tests/sweeps/test_composing.py tests/sweeps/test_search.py
 

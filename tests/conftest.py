@@ -37,8 +37,17 @@ def _untracked_methods() -> list[str]:
 UNTRACKED_METHODS = _untracked_methods()
 
 
+# Files of more than a minute, which are begun first, so that none of them is left alone at the end.
+LONG_FILES = (
+    *("resume", "train", "foreign", "on_gpu", "damaged", "tracking", "optuna_search", "bad_input", "distributed"),
+    *("fused_norm", "launching", "mlflow_sync", "step", "batch_size", "report", "kernel_cuda", "evaluate"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what needs a GPU where there is none."""
+    """Leave out what needs a GPU where there is none, and begin with the longest files."""
+    order = {f"test_{name}.py": number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     for item in items:
         if not GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
