@@ -220,6 +220,7 @@ def compare(method: str, overrides: list[str], rounds: int, count: int) -> dict[
         pipes[side], end = context.Pipe()
         processes.append(context.Process(target=_run_side, args=(end, side, method, overrides, encoder), daemon=True))
         processes[-1].start()
+        end.close()  # so that `recv` fails if that process dies
     for turn in range(-1, rounds):
         for side in sides if turn % 2 else sides[::-1]:
             pipes[side].send(count)

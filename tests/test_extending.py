@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Finished, refused
 
+from twoviews.errors import BadInput
+from twoviews.protocols.protocol import Protocol
+
 METHOD = """
 from twoviews.backbones import Encoder
 from twoviews.methods.method import Method
@@ -55,6 +58,19 @@ def test_a_key_that_the_file_lacks(extended) -> None:
     )
     refused(extended(settings=settings), sentence, "+method.width=...")
     refused(extended(settings=settings, arguments=(*COMMAND, "method.width=4")), sentence)  # and not: "has no key"
+
+
+@pytest.mark.parametrize(
+    ("former", "name"), [("before_step", "before_optimizer_step"), ("within_batch", "batch_dependence")]
+)
+def test_a_former_name_of_the_contract(extended, former: str, name: str) -> None:
+    sentence = f"twoviews.methods.mine.Mine has {former}, which is called {name} now; rename it."
+    refused(extended(module=f"{METHOD}\n    {former} = None\n"), sentence)
+
+
+def test_a_former_name_in_a_protocol() -> None:
+    with pytest.raises(BadInput, match="together, which is called on_all_processes now"):
+        type("Mine", (Protocol,), {"together": True})
 
 
 def test_a_parameter_without_a_usable_annotation(extended) -> None:

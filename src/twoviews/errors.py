@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 
 class BadInput(ValueError):
@@ -30,6 +30,17 @@ def mistakes(*steps: Callable[[], object]) -> list[str]:
         except BadInput as error:
             messages |= dict.fromkeys(error.messages)
     return [*messages]
+
+
+def refuse_former_names(cls: type, names: Mapping[str, str]) -> None:
+    """Refuse a class that defines what is called otherwise now, by former name: it would be ignored.
+
+    Raises:
+        BadInput: it does.
+    """
+    for former, name in names.items():
+        if former in vars(cls):
+            raise BadInput(f"{cls.__module__}.{cls.__qualname__} has {former}, which is called {name} now; rename it.")
 
 
 def shown(value: object) -> str:

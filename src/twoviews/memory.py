@@ -33,7 +33,10 @@ class _WithoutValues(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.normal_, Tensor.uniform_, nnf.normalize):
             return args[0]
-        return (torch.empty if func in (torch.rand, torch.randn) else func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in (torch.rand, torch.randn) and kwargs.get("device") is None:
+            func, kwargs = torch.empty, {key: value for key, value in kwargs.items() if key != "generator"}
+        return func(*args, **kwargs)
 
 
 def check_networks(make: Callable[[], Method], device: torch.device, sizes: str) -> None:

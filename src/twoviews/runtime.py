@@ -109,8 +109,12 @@ class Runtime:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep the memory of a step for the next one, in place of thousands of page faults: 4 % of a step."""
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    """Let glibc keep the memory of a step for the next one, in place of thousands of page faults: 4 % of a step.
+
+    What the environment says of glibc's memory (MALLOC_TRIM_THRESHOLD_, GLIBC_TUNABLES and the like) is left as it is.
+    """
+    chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if not chosen and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter, value in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
             libc.mallopt(parameter, value)
 

@@ -103,7 +103,7 @@ def _wrong_text(value: Any) -> str:
 def invalid_value(value: Any, annotation: Any = None) -> str:
     """Why no parameter may have this value, as the end of a sentence that begins with it; empty where one may.
 
-    It is empty (unless a Length of the annotation allows that), not finite, or too long.
+    It is empty (unless a Length of the annotation allows that), not finite, too large or too long, or has control characters.
     """
     if value in ("", []):
         lengths = [limit for limit in get_args(annotation) if isinstance(limit, Length)]

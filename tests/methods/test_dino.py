@@ -125,6 +125,12 @@ def test_the_teachers_temperature_rises_by_epochs_as_the_authors(warmup):
     assert found == pytest.approx(np.repeat(expected, steps).tolist(), rel=1e-6)
 
 
+def test_whole_numbers_are_temperatures_too():
+    method = small(teacher_start_temperature=1, teacher_temperature=2, teacher_warmup_epochs=2)
+    assert method.temperature.dtype == torch.float32 and method.temperature == 1
+    assert small(teacher_start_temperature=1, teacher_temperature=2, teacher_warmup_epochs=0).temperature == 2
+
+
 def test_the_teacher_follows_in_all_its_parts_after_the_center():
     method = small(momentum=0.8)
     online = [*method.encoder.parameters(), *method.projector.parameters(), method.prototypes.weight]

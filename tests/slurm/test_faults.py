@@ -58,8 +58,9 @@ def test_how_jobs_end_is_told_truly(tmp_path: Path, capsys) -> None:
     wait_for(lambda: states(jobs)[4] == "FAILED")
     assert "3 starts in a row" in jobs[4].state.reason and len(starts(jobs[4])) == 3
     wait_for(lambda: not slurm("squeue", "-h"))
-    said = slurm("sacct", "-X", "-n", "-P", "--format=State", "-j", str(jobs[0].slurm_id).partition("_")[0])
-    assert said.split("\n") == ["COMPLETED", "FAILED", "FAILED", "FAILED", "FAILED"], "SLURM must not say otherwise"
+    accounting = ("sacct", "-X", "-n", "-P", "--format=State", "-j", str(jobs[0].slurm_id).partition("_")[0])
+    # SLURM must not say otherwise; its accounting is some moments behind its queue.
+    wait_for(lambda: slurm(*accounting).split("\n") == ["COMPLETED", "FAILED", "FAILED", "FAILED", "FAILED"])
     capsys.readouterr()
     assert show_logs(Sweep(tmp_path / "s"), jobs) == 1
     assert "RuntimeError: no such kernel" in capsys.readouterr().out

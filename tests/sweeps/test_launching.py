@@ -307,7 +307,7 @@ def test_what_fails_while_it_runs_fails_alone(tmp_path: Path, monkeypatch) -> No
     done = start([str(ROOT / "train.py"), "-m", *SMALL_MOCO, "epochs=1", "batch_size=64,512"], tmp_path)
     assert done.wait(120) == 1
     out = (tmp_path / "stdout.txt").read_text()
-    assert ": 1 FAILED, 1 FINISHED\n" in out and "FAILED batch_size=512" in out
+    assert ": 2 jobs, 1 FAILED, 1 FINISHED\n" in out and "FAILED batch_size=512" in out
     assert sweep_command(["logs"]) == 1
 
 

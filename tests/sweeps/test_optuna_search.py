@@ -17,7 +17,7 @@ from twoviews.console import Console
 from twoviews.errors import BadInput
 from twoviews.sweep import main as sweep_command
 from twoviews.sweeps.folder import Sweep
-from twoviews.sweeps.job import JobSpec
+from twoviews.sweeps.job import Job, JobSpec
 from twoviews.sweeps.job_states import current_states
 from twoviews.sweeps.launching import SweepCommand
 from twoviews.sweeps.machine import Launcher, Local, Pool
@@ -333,6 +333,15 @@ def test_a_diverged_trial_is_a_bad_one_and_another_failure_is_no_value(tmp_path:
     assert "out of luck" in reasons[0]
     now = {job.parameters["x"]: current_states([job])[job.digest].state for job in Sweep(failed).jobs}
     assert now == {0.1: "FAILED", 0.6: "FINISHED"}, "what went wrong keeps its own word"
+
+
+def test_only_the_last_start_of_a_training_can_have_diverged(tmp_path: Path) -> None:
+    """A result.json is removed when a training begins, which may fail before that."""
+    job = Job(tmp_path, {})
+    assert not job.diverged_since(1.0)
+    (tmp_path / "result.json").write_text('{"state": "failed", "reason": "the loss is nan", "diverged": true}')
+    os.utime(tmp_path / "result.json", (1000, 1000))
+    assert job.diverged_since(999.0) and not job.diverged_since(1001.0)
 
 
 def test_collapse_is_an_epoch_of_no_spread() -> None:

@@ -158,16 +158,18 @@ class _Command:
 
 
 def _load_torch() -> None:
-    """Import torch without the garbage collector, which would look through a million new objects, none of them garbage."""
+    """Import torch without the garbage collector, which would look through hundreds of thousands of objects that stay."""
     if "torch" in sys.modules:
         return
     if sys.stdout.isatty():
         print("loading torch …", flush=True)  # some seconds, in which a person would see nothing
     gc.disable()
-    import torch  # noqa: F401
+    try:
+        import torch  # noqa: F401
 
-    gc.freeze()  # nor will it look through them during the training
-    gc.enable()
+        gc.freeze()  # nor will it look through them during the training
+    finally:
+        gc.enable()
 
 
 def _remove_if_empty(folder: Path) -> None:

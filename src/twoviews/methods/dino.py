@@ -142,7 +142,9 @@ class DINO(Method):
         self.teacher_prototypes = frozen_copy(self.prototypes)
         self.register_buffer("center", torch.zeros(prototypes))
         first = teacher_start_temperature if teacher_warmup_epochs else teacher_temperature
-        self.register_buffer("temperature", torch.full((), first))  # of the first step; then `after_step` sets it
+        self.register_buffer(
+            "temperature", torch.full((), float(first))
+        )  # of the first step; then `after_step` sets it
 
     def _temperature(self, epoch: Tensor) -> Tensor:
         ends = self.teacher_start_temperature, self.teacher_temperature

@@ -7,12 +7,14 @@ the loop never looks into it. No method derives from another: a variant of a pap
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
 from twoviews.backbones import Encoder
 from twoviews.clusters.kmeans import Clustered
+from twoviews.errors import refuse_former_names
 from twoviews.layers import without_duplicates
 
 # Computes the outputs of a module for all N training images, [N, F] in the order of their index, in float32: in eval mode,
@@ -84,6 +86,10 @@ class Method(nn.Module):
     batch_dependence: str | None = None
     collapses: Sequence[Collapse] = ()  # beside that of the `spread`; the user is warned of each once, after an epoch
     queue_within_data: bool = False  # whether queue_size, where there is one, is at most the number of training images
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        refuse_former_names(cls, {"before_step": "before_optimizer_step", "within_batch": "batch_dependence"})
 
     def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
         """The loss of a batch, or of a micro-batch; `index` says which training images it holds."""

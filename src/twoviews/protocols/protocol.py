@@ -22,7 +22,7 @@ from twoviews.config.parameter_names import protocol_keys, qualified_errors, qua
 from twoviews.config.values import plain
 from twoviews.console import ROWS
 from twoviews.data.images import ImageData, Images
-from twoviews.errors import BadInput
+from twoviews.errors import BadInput, refuse_former_names
 from twoviews.features import Features, embed
 
 if TYPE_CHECKING:
@@ -136,6 +136,10 @@ class Protocol:
     every_epochs: int
     needs_labels: bool = True  # whether the images must be labelled; a training without labels leaves it out
     on_all_processes: bool = False  # True: every process runs it; False: only the first
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        refuse_former_names(cls, {"together": "on_all_processes"})
 
     def notes(self, data: ImageData) -> list[str]:
         """Sentences that the user should read before these images are evaluated."""

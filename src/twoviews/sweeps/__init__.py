@@ -10,7 +10,7 @@ A job on SLURM, from `train.py -m` to the report:
 6. job_states.py tells its state: as the runner wrote it, or as SLURM reports it.
 7. results.py makes the table of all jobs. report.py writes report.csv, with a row for each job, and report.md, with a row for
    each config and each job that failed; plots.py draws. This happens after jobs have ended if the sweep has a run in MLflow,
-   which gets the report too (mlflow_sync.py), with tracking=files only by `sweep report`.
+   which gets the report too (mlflow_sync.py), with tracking=files only by `sweep report` or `collect`.
 
 On this machine machine.py starts a process of runner.py for each job, in place of 4 and 5.
 """

@@ -132,6 +132,11 @@ class Job:
         """The content of result.json; empty until the training ended."""
         return foreign.load(self.folder / "result.json")
 
+    def diverged_since(self, started: float | None) -> bool:
+        """Whether a training that was started at that time (unix seconds) diverged, not one before it."""
+        path = self.folder / "result.json"
+        return bool(self.result.get("diverged")) and path.stat().st_mtime >= (started or 0)
+
     def metrics(self) -> list[dict[str, float]]:
         """The lines of metrics.jsonl."""
         return list(read(self.folder))

@@ -148,7 +148,7 @@ def launch_all(command: SweepCommand, combinations: Sequence[Sequence[str]]) -> 
     todo = [job for job in jobs if states[job.digest].ended_without_result]
     digests = {job.digest for job in jobs}
     others = summary(state.state for state in states.values() if not state.ended_without_result)
-    shown = ", ".join(filter(None, (counted(len(jobs), "job"), others, f"{len(todo):,} to run")))
+    shown = ", ".join(filter(None, (counted(len(jobs), "job"), others, f"{len(todo):,} to run" if todo else "")))
     command.console.say(f"sweep {sweep.name}: {shown}; {sweep.folder}")
     mirror = command.tracking["mirror"]
     if todo and mirror:
@@ -198,7 +198,7 @@ def print_end(sweep: Sweep, digests: set[str], console: Console) -> Mapping[str,
     jobs, name = sweep.named(digests), shlex.quote(sweep.name)
     states = current_states(jobs)
     failed = [job for job in jobs if states[job.digest].ended_without_result]
-    console.say(f"sweep {sweep.name}: {summary(state.state for state in states.values())}")
+    console.say(f"sweep {sweep.name}: {counted(len(jobs), 'job')}, {summary(state.state for state in states.values())}")
     for job in failed:
         console.say(f"  {states[job.digest].state} {job.label}: {states[job.digest].reason}")
     if any(state.active for state in states.values()):

@@ -162,7 +162,7 @@ class TrialRunner:
         failed = [job for job in running.jobs if states[job.digest].ended_without_result]
         for job in failed:
             state = states[job.digest]
-            if state.state == "FAILED" and job.result.get("diverged"):
+            if state.state == "FAILED" and job.diverged_since(state.started):
                 return TrialState.PRUNED, f"{job.label} diverged: {state.reason}", []
             return TrialState.FAIL, f"{job.label}: {state.state} {state.reason}", [job.digest for job in failed]
         for job in running.jobs if self.search.prune else ():

@@ -205,8 +205,8 @@ def _plots(results: Results, plots: Mapping[str, Path]) -> list[str]:
 
 def _cost(results: Results) -> str:
     jobs, rows = results.jobs[results.jobs["seconds"] > 0], []
-    for (device, finished), hours in jobs.groupby(["device", jobs["state"] == FINISHED])["device_hours"]:
-        count = f"{len(hours)} {'finished' if finished else 'not finished, so far'}"
+    for (device, unfinished), hours in jobs.groupby(["device", jobs["state"] != FINISHED])["device_hours"]:
+        count = f"{len(hours)} {'not finished, so far' if unfinished else 'finished'}"
         shown = f"{hours.sum():.1f}" if hours.sum() >= 10 else f"{hours.sum():.3g}"
         unit = "core-hours (threads x hours)" if device == "CPU" else "GPU-hours"
         rows.append({"device": device, "jobs": count, "hours": shown, "unit": unit})
