@@ -298,7 +298,7 @@ def test_an_interrupted_sweep_is_completed_by_the_same_command_bit_for_bit(tmp_p
     assert_same_weights(made[0].folder, tmp_path / "alone")
     third = start([*sweep, "seed=0,1,2"], tmp_path)
     assert third.wait(120) == 0 and [job.state.starts for job in made] == [2, 1, 1]
-    assert ": 3 FINISHED\n" in (tmp_path / "stdout.txt").read_text()
+    assert ": 3 jobs, 3 FINISHED\n" in (tmp_path / "stdout.txt").read_text()
 
 
 def test_what_fails_while_it_runs_fails_alone(tmp_path: Path, monkeypatch) -> None:
