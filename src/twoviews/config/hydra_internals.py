@@ -7,10 +7,12 @@ lines out of what --help shows, and none to learn which options of a group were 
 import argparse
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -58,13 +60,14 @@ def chosen(node: DictConfig, group: str) -> set[str]:
         node: `hydra` of the composed configuration.
         group: its name, such as protocol.
     """
-    words = [*node.overrides.hydra, *node.overrides.task]
-    defaults_list = (
-        GlobalHydra.instance().config_loader().compute_defaults_list(node.job.config_name, words, RunMode.RUN)
-    )
-    paths = [
-        default.config_path.partition("/")
-        for default in defaults_list.defaults
-        if not (default.parent or "").startswith(f"{group}/")
-    ]
+    words = (*node.overrides.hydra, *node.overrides.task)
+    defaults = _defaults(GlobalHydra.instance().config_loader(), node.job.config_name, words)
+    paths = [path.partition("/") for path, parent in defaults if not parent.startswith(f"{group}/")]
     return {name for first, _, name in paths if first == group}
+
+
+@cache
+def _defaults(loader: ConfigLoader, name: str, words: tuple[str, ...]) -> list[tuple[str, str]]:
+    """The files that a configuration is composed of, each with the file that chooses it; some hundredths of a second."""
+    defaults = loader.compute_defaults_list(name, list(words), RunMode.RUN).defaults
+    return [(default.config_path or "", default.parent or "") for default in defaults]
