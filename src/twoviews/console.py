@@ -64,6 +64,7 @@ class ProgressBar:
     def __init__(self, output: RichConsole, total: int | None, done: int = 0, title: str = "", wait: bool = False):
         self._output, self._total, self._first, self._began_at = output, total, done, time.monotonic()
         self._printed_at, self.printed = self._began_at if wait else -PLAIN_SECONDS, False
+        self._last_line = ""
         self._task: TaskID | None = None
         if output.is_terminal:
             if ProgressBar._bars is None:
@@ -89,8 +90,10 @@ class ProgressBar:
         shown = f"{duration(left)} left" if left is not None and rest else ""
         if self._task is None:
             self._printed_at, self.printed = now, True
-            self._output.print(_plain(f"{line}  {shown}".rstrip()))
-            self._output.file.flush()
+            if line != self._last_line:  # of the last step and of the last evaluation, if that adds nothing
+                self._output.print(_plain(f"{line}  {shown}".rstrip()))
+                self._output.file.flush()
+            self._last_line = line
         elif ProgressBar._bars is not None:
             ProgressBar._bars.update(self._task, completed=done, description=printable(line), left=shown)
 

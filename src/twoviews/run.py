@@ -50,7 +50,7 @@ class Run:
             )
         runs = [config.parent for config in path.parent.glob("*/config.yaml")]
         close = nearest(path.name, [run.name for run in runs])
-        latest = max(runs, key=lambda run: run.stat().st_mtime, default=None)
+        latest = max(runs, key=lambda run: (run / "config.yaml").stat().st_mtime, default=None)  # as run=latest
         hint = f"; the latest beside it is {latest}" if latest and not close else ""
         raise BadInput(
             f"{path} holds no run (no config.yaml); give the folder that a run's last line names, run=<folder>{hint}.{close}"

@@ -33,6 +33,20 @@ def test_order_and_headline():
     assert Comparison({"nan": Evaluation({"knn/top1": float("nan")}), **same}).order == ["c", "a", "b", "nan"]
 
 
+def test_other_images_are_said_and_have_no_baselines_in_common() -> None:
+    def evaluated(data: str, digest: str) -> Evaluation:
+        settings = {"data": data, "digest": digest}
+        return Evaluation({"knn/top1": 50.0}, settings=settings, baselines={"baseline/pixels_knn_top1": 40.0})
+
+    two = Comparison({"a": evaluated("digits", "1"), "b": evaluated("photos", "2")})
+    assert two.warning == (
+        "These runs were evaluated on different images (digits, photos): their values cannot be compared."
+    )
+    assert two.warning in two.page() and len(two.short_table()) == 2
+    same = Comparison({"a": evaluated("digits", "1"), "b": evaluated("digits", "2")})  # as of other data.train_images
+    assert not same.warning and len(same.short_table()) == 3
+
+
 def test_csv_has_every_number_and_empty_cells_for_the_others():
     rows = list(csv.DictReader(io.StringIO(as_csv(Comparison(RUNS).table()))))
     assert [row["run"] for row in rows] == Comparison(RUNS).order

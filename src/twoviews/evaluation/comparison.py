@@ -50,6 +50,8 @@ def compare(evaluations: Mapping[str, Evaluation], folder: Path, console: Consol
         draw_comparison(folder / "comparison.png", measured, [comparison.labels[run] for run in order], title)
         files += files_of(folder / "comparison.png")
     console.rows(f"{title}, the best first", rows)
+    if comparison.warning:
+        console.say(f"warning: {comparison.warning}")
     console.say(f"written to {folder}: {', '.join(file.name for file in files)}")
     target = next((evaluation.mlflow_target for evaluation in evaluations.values() if evaluation.mlflow_target), None)
     if target:
@@ -80,6 +82,11 @@ class Comparison:
         self.differing, self.following = differences({run: one.config for run, one in evaluations.items()})
         titles = {run: "" if evaluation.config else evaluation.title for run, evaluation in evaluations.items()}
         self.labels = labels(self.differing, {run: title or run for run, title in titles.items()})
+        # A sentence if the values are of different data sets, which the order of the runs says nothing about. The digest does
+        # not tell: it is another one for each data.train_images, whose runs are evaluated on the same images.
+        names = [*dict.fromkeys(str(evaluation.settings.get("data", "")) for evaluation in evaluations.values())]
+        different = f"These runs were evaluated on different images ({', '.join(map(printable, names))})"
+        self.warning = f"{different}: their values cannot be compared." if len(names) > 1 and all(names) else ""
 
     def table(self) -> list[Row]:
         """All that is known of each run: its name, what differs in the trainings, values each with its ends (" low",
@@ -99,7 +106,8 @@ class Comparison:
     def short_table(self) -> list[Row]:
         """A row for each run: what differs in the trainings, the headlines with their intervals, and settings that differ.
 
-        Rows with the kNN accuracy of raw pixels and of the untrained encoders follow, where they are known.
+        Rows with the kNN accuracy of raw pixels and of the untrained encoders follow, where they are known and all runs were
+        evaluated on the same images.
         """
         differing = self.differing
         keys = _names(differing.values())
@@ -115,7 +123,7 @@ class Comparison:
             rows.append(row | {name: _plain(evaluation.settings.get(name, "")) for name in settings})
         for baseline, (label, _) in BASELINES.items():
             known = [one.baselines[baseline] for one in self.evaluations.values() if baseline in one.baselines]
-            if known and KNN_TOP1 in self.headlines:
+            if known and KNN_TOP1 in self.headlines and not self.warning:
                 row = dict.fromkeys(rows[0], "")
                 rows.append({**row, next(iter(row)): label, column_name(KNN_TOP1): span(known)})
         return rows
@@ -123,6 +131,7 @@ class Comparison:
     def page(self) -> str:
         """Markdown: the short table, what does not differ, and which run is which."""
         parts = [as_markdown(self.short_table(), [column_name(name) for name in self.headlines])]
+        parts.append(self.warning)
         parts.append("In brackets: 95 % intervals over test images. comparison.csv has all values.")
         if shared := [f"{name} = {values[0]}" for name, values in self._settings().items() if len(values) == 1]:
             parts.append(f"The same for all: {', '.join(shared)}.")

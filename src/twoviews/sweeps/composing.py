@@ -122,9 +122,10 @@ def job_specs(composer: Composer, combinations: Sequence[Sequence[str]], swept: 
                     raise BadInput(f"{flag}=true is for one run; leave it out, or leave out -m.")
         except (BadInput, HydraException, OmegaConfBaseException) as error:
             messages = error.messages if isinstance(error, BadInput) else diagnose("train", list(combination), error)
-            if len(combinations) > 1 and " has no key " in messages[0]:
+            if any(map(chooses, parsed)) and " has no key " in messages[0]:
                 messages[0] += (
-                    " A key that not all jobs have needs a launch of those that do, which may have the same sweep.name=."
+                    " If only some of the swept choices have it, launch these by themselves; with the same sweep.name= they "
+                    "are in one report."
                 )
             values = " ".join(f"{key}={value}" for key, value in parameters.items())
             raise BadInput(*(f"job {values}: {line}" if values else line for line in messages)) from error
