@@ -16,7 +16,7 @@ from twoviews.data.sources import digits
 from twoviews.features import Features, PixelEncoder
 from twoviews.protocols import knn
 from twoviews.protocols.classification import accuracies, mask_zeros, top1
-from twoviews.protocols.knn import KNN, SMALL_K, knn_scores
+from twoviews.protocols.knn import KNN, knn_scores
 from twoviews.protocols.protocol import EvaluationContext
 
 
@@ -84,12 +84,10 @@ def test_a_k_that_is_too_large_is_said_with_what_to_choose():
         return KNN(k, 0.1, 0).notes(replace(data, memory=data.memory.subset(torch.arange(images))))
 
     assert note(200, 100) == [
-        "k=200 is more than the 100 images of the bank, so all of them vote; choose a smaller k= or protocol=knn_small."
+        "k=200 is more than the 100 images of the bank, so all of them vote; choose a smaller k=."
     ]
     assert note(200, 10)[0].endswith("so all of them vote; choose a smaller k=.")
     assert "all of them vote" not in note(100, 100)[0]
-    small = yaml.safe_load((ROOT / "conf" / "protocol" / "knn_small.yaml").read_text())
-    assert small["k"] == SMALL_K
 
 
 def test_a_k_of_more_than_a_class_has_is_said_with_what_to_choose():
@@ -101,12 +99,13 @@ def test_a_k_of_more_than_a_class_has_is_said_with_what_to_choose():
 
     assert note(200, 100, 30, 100) == [
         "k=200: the bank has 30 images of class 1 and fewer than 200 of 2 other classes, so that images of other classes "
-        "always vote; choose k=30 or less or protocol=knn_small."
+        "always vote; choose k=30 or less."
     ]
     assert note(20, 30, 5, 30)[0].startswith("k=20: the bank has 5 images of class 1, so") and note(5, 30, 5) == []
     assert note(20, 30, 5, 30)[0].endswith("choose k=5 or less.")
     assert len(note(200, 30, 5)) == 1  # clamped: one sentence is enough
-    assert KNN(SMALL_K, 0.1, 0).notes(data) == []  # the default of digits
+    small = yaml.safe_load((ROOT / "conf" / "protocol" / "knn_small.yaml").read_text())
+    assert KNN(small["k"], 0.1, 0).notes(data) == []  # the default of digits
 
 
 def test_k_is_clamped_to_the_bank():

@@ -21,7 +21,6 @@ from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Pro
 from twoviews.ranges import Count, NonNegativeInt, Temperature
 
 CHUNK_BYTES = 64 * 2**20  # of similarities held in memory
-SMALL_K = 20  # k of conf/protocol/knn_small.yaml, as a test compares
 
 
 def neighbours(
@@ -86,10 +85,7 @@ def clamped_notes(k: int, data: ImageData, key: str) -> list[str]:
     bank = len(data.memory or ())
     if not 0 < bank < k:
         return []
-    small = " or protocol=knn_small" if key == "k" and bank > SMALL_K else ""
-    return [
-        f"{key}={k} is more than the {bank:,} images of the bank, so all of them vote; choose a smaller {key}={small}."
-    ]
+    return [f"{key}={k} is more than the {bank:,} images of the bank, so all of them vote; choose a smaller {key}=."]
 
 
 def _class_notes(k: int, data: ImageData) -> list[str]:
@@ -101,10 +97,9 @@ def _class_notes(k: int, data: ImageData) -> list[str]:
         return []
     count, name = min(small)
     others = f" and fewer than {k} of {counted(len(small) - 1, 'other class')}" if len(small) > 1 else ""
-    remedy = " or protocol=knn_small" if count >= SMALL_K else ""
     return [
         f"k={k}: the bank has {counted(count, 'image')} of class {printable(name)}{others}, so that images of other classes "
-        f"always vote; choose k={count} or less{remedy}."
+        f"always vote; choose k={count} or less."
     ]
 
 
