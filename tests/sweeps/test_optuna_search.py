@@ -267,7 +267,7 @@ def test_what_was_given_up_is_done_with_and_says_why(tmp_path: Path, capsys) -> 
     for name in ("status", "retry", "logs"):
         assert sweep_command([name, str(folder)]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "/s: 2 FINISHED, 2 PRUNED" in out and "sweep s: 2 FINISHED, 2 PRUNED" in out
+    assert "/s: 2 FINISHED, 2 PRUNED" in out and "sweep s: 4 jobs, 2 FINISHED, 2 PRUNED" in out
     look = {digest: state.state for digest, state in current_states(Sweep(folder).jobs).items()}
     assert [look[job.digest] for job in weak] == ["PRUNED"] * 2
     search(trials=6, prune=True).run(command, ["x=0.1,0.6", "seed=0,1"])
