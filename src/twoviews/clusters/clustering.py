@@ -41,12 +41,7 @@ def cluster_images(
 ) -> None:
     """Compute the features of a split once, and cluster them for every number of clusters.
 
-    Args:
-        loaded: the encoder.
-        load_chosen: loads the images of the command line; None: those of the run.
-        cfg: the checked configuration of cluster.py.
-        overrides: of the command line.
-        console: to print to.
+    `prepare_evaluation` explains the arguments.
 
     Raises:
         BadInput: the data have no such split, fewer images than clusters, or images that the encoder cannot take.

@@ -43,14 +43,8 @@ def evaluate(
     """Evaluate an encoder; each choice of protocols, settings and images has a folder in "evaluation" of the run.
 
     evaluation.json beside the run is that of its newest evaluation. The numbers of a protocol are stored and shown as soon as
-    it has finished, so that they outlast whatever ends the command during a later one.
-
-    Args:
-        loaded: the encoder.
-        load_chosen: loads the images of the command line; None: those of the run.
-        cfg: the checked configuration of evaluate.py.
-        overrides: of the command line.
-        console: to print to.
+    it has finished, so that they outlast whatever ends the command during a later one. `prepare_evaluation` explains the
+    arguments.
 
     Raises:
         BadInput: a protocol cannot evaluate this encoder on these images.
@@ -65,19 +59,12 @@ def evaluate(
         console.say(note)
     run_result = loaded.run.read("result.json") if loaded.run else {}
     _warn_of_training(loaded.name, run_result, precision, console)
-    counts = {split: len(getattr(data, split) or ()) for split in ("memory", "test")}
-    settings: dict[str, Any] = {
-        "data": {"name": data.name, "digest": data.digest, **counts, "size": data.size},
-        "protocol": OmegaConf.to_container(nodes, resolve=True),
-        "precision": precision,
-        "step": run_result.get("step"),
-    }
-    if loaded.preprocessing.statistics_source is not None:  # a run's are in its encoder.json
-        settings |= {"mean": list(loaded.preprocessing.mean), "std": list(loaded.preprocessing.std)}
+    settings = _settings(loaded, data, OmegaConf.to_container(nodes, resolve=True), precision, run_result.get("step"))
+    counts = settings["data"]
     folder = context.folder = loaded.folder / EVALUATIONS / prefix / f"{'+'.join(protocols)}-{digest(settings)}"
     folder.mkdir(parents=True, exist_ok=True)
     described = counted(len(data.train), "training image")
-    if all(counts.values()):
+    if counts["memory"] and counts["test"]:
         described = f"kNN bank {counts['memory']:,}, test {counted(counts['test'], 'image')}"
     console.say(f"{loaded.title}: {described} of {data.name}")
     baselines = _baselines(loaded, data, settings["protocol"], console)
@@ -104,6 +91,20 @@ def evaluate(
     )
 
 
+def _settings(loaded: LoadedEncoder, data: ImageData, protocols: Any, precision: str, step: Any) -> dict[str, Any]:
+    """All that the values of an evaluation depend on, as evaluation.json has it; its folder is named by their digest."""
+    counts = {split: len(getattr(data, split) or ()) for split in ("memory", "test")}
+    settings = {
+        "data": {"name": data.name, "digest": data.digest, **counts, "size": data.size},
+        "protocol": protocols,
+        "precision": precision,
+        "step": step,
+    }
+    if loaded.preprocessing.statistics_source is not None:  # a run's are in its encoder.json
+        settings |= {"mean": list(loaded.preprocessing.mean), "std": list(loaded.preprocessing.std)}
+    return settings
+
+
 def prepare_evaluation(
     loaded: LoadedEncoder,
     load_chosen: Callable[[], ImageData] | None,
@@ -113,8 +114,12 @@ def prepare_evaluation(
 ) -> EvaluationContext:
     """The context that an encoder is evaluated in; the user is told how its images are prepared and what is slow.
 
-    `load_chosen` loads the images of the command line, without which they are those of the run; `cfg` is the checked
-    configuration of evaluate.py or cluster.py.
+    Args:
+        loaded: the encoder.
+        load_chosen: loads the images of the command line; None: those of the run.
+        cfg: the checked configuration of evaluate.py or cluster.py.
+        overrides: of the command line.
+        console: to print to.
 
     Raises:
         BadInput: the images cannot be loaded, or the encoder cannot take them.
