@@ -18,7 +18,7 @@ from twoviews.fused_norm_triton import BLOCKS, Blocks
 # Several chunks and tiles of small activations, too; and few programs, each of whose operators takes a millisecond.
 SMALL = {name: Blocks(1024, 4, 4, 2) for name in BLOCKS}
 FEW = {name: Blocks(65536, 4, 1, 1) for name in BLOCKS}
-CASE = ((16, 6, 3, 3), 8, True, True, torch.bfloat16)
+CASE = ((16, 6, 3, 3), 1, 8, True, True, torch.bfloat16)
 
 
 def _forget() -> None:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from twoviews import compiled, fused_norm, fused_norm_check, fused_norm_triton
 from twoviews.backbones import ResNet
 from twoviews.batch_norms import SplitBatchNorm, SyncBatchNorm, split_batch_norms
-from twoviews.fused_norm import batch_norm_act, reason_for_plain
+from twoviews.fused_norm import batch_norm_act, reason_for_plain, separate_views
 from twoviews.fused_norm_check import CASES
 from twoviews.fused_norm_cpu import SOURCE, Compiled
 from twoviews.fused_norm_triton import BLOCKS, Triton
+from twoviews.layers import encode_views
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda", 0) if GPU else CPU
@@ -85,19 +86,22 @@ def close(found: Tensor | None, expected: Tensor | None, coarse: float) -> None:
     assert (apart <= coarse * size).all(), f"{(apart / size).max():.1e}"
 
 
-def compare(splits: int, shape: tuple[int, ...], relu: bool, with_residual: bool, dtype: torch.dtype) -> None:
+def compare(
+    splits: int, shape: tuple[int, ...], relu: bool, with_residual: bool, dtype: torch.dtype, views: int = 1
+) -> None:
     norm, x = make_norm(shape[1], splits), make_x(*shape, dtype=dtype).requires_grad_()
     residual = make_x(*shape, dtype=dtype, seed=1).requires_grad_() if with_residual else None
     exact = copy.deepcopy(norm).double()
     inputs = [t.detach().double().requires_grad_() for t in (x, residual) if t is not None]
     act = nn.ReLU(inplace=True) if relu else None
-    expected = exact(inputs[0]) + (inputs[1] if with_residual else 0)
+    expected = torch.cat([exact(view) for view in inputs[0].chunk(views)]) + (inputs[1] if with_residual else 0)
     grad = make_x(*shape, dtype=dtype, seed=2)
     if relu:
         grad = grad.where(expected.abs() > 1e-3, 0)  # on either side of the kink, rounding decides
         expected = expected.relu()
     expected.backward(grad.double())
-    y = batch_norm_act(norm, x, act, residual)
+    with separate_views(views):
+        y = batch_norm_act(norm, x, act, residual)
     assert type(y.grad_fn).__name__ == FUSED and y.dtype == dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
     y.backward(grad)
@@ -105,7 +109,7 @@ def compare(splits: int, shape: tuple[int, ...], relu: bool, with_residual: bool
     close(y, expected, coarse)
     close(norm.running_mean, exact.running_mean, 1e-5)
     close(norm.running_var, exact.running_var, 1e-5)
-    assert norm.num_batches_tracked == exact.num_batches_tracked == (splits == 1)
+    assert norm.num_batches_tracked == exact.num_batches_tracked == (views if splits == 1 else 0)
     close(x.grad, inputs[0].grad, coarse)
     close(norm.weight.grad, exact.weight.grad, 1e-4)
     close(norm.bias.grad, exact.bias.grad, 1e-4)
@@ -127,6 +131,25 @@ def test_outputs_statistics_and_gradients_are_those_of_modules(splits, shape, re
 @pytest.mark.parametrize(("splits", "shape"), [(1, (4, 16, 7, 5)), (3, (9, 5, 5, 4)), (8, (16, 130, 2, 2))])
 def test_so_they_are_in_bf16(splits, shape, relu, with_residual):
     compare(splits, shape, relu, with_residual, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("relu", "with_residual"), AFTER)
+@pytest.mark.parametrize(("splits", "shape", "views"), [(1, (12, 5, 3, 3), 3), (2, (16, 48, 3, 2), 2)])
+def test_views_have_statistics_of_their_own(splits, shape, views, relu, with_residual):
+    compare(splits, shape, relu, with_residual, torch.float32, views)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_plain_modules_see_one_view_at_a_time_too(splits, monkeypatch):
+    monkeypatch.setenv("TWOVIEWS_KERNEL", "0")
+    norm, x, residual = make_norm(5, splits), make_x(12, 5, 3, 3).requires_grad_(), make_x(12, 5, 3, 3, seed=1)
+    other = copy.deepcopy(norm)
+    with separate_views(3):
+        y = batch_norm_act(norm, x, nn.ReLU(), residual)
+    assert type(y.grad_fn).__name__ != FUSED
+    expected = [(other(view) + its).relu() for view, its in zip(x.chunk(3), residual.chunk(3), strict=True)]
+    assert torch.equal(y, torch.cat(expected))
+    assert torch.equal(norm.running_mean, other.running_mean) and torch.equal(norm.running_var, other.running_var)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -225,6 +248,42 @@ def test_a_resnet_is_what_it_is_with_plain_modules(block, splits, kernels, monke
         assert torch.allclose(mine.double(), theirs.double(), rtol=1e-4, atol=1e-5), name
 
 
+@pytest.mark.parametrize(("block", "splits"), [("basic", 1), ("basic", 2), ("bottleneck", 1)])
+def test_a_resnet_takes_all_views_at_once_as_if_one_after_another(block, splits):
+    torch.manual_seed(0)
+    network = ResNet(3, 8, block, [1, 1], width=4).to(DEVICE, memory_format=torch.channels_last)
+    if splits > 1:
+        split_batch_norms(network, splits)
+    views, other, batches = [make_x(4, 3, 8, 8, seed=seed) for seed in range(3)], copy.deepcopy(network).double(), []
+    network.conv1.register_forward_hook(lambda *given: batches.append(len(given[-1])))
+    features, expected = encode_views(network, views), [other(view.double()) for view in views]
+    assert batches == [12]
+    for found in (features, expected):
+        sum((v + 1) * view.square().sum() for v, view in enumerate(found)).backward()
+    for found, exact in zip(features, expected, strict=True):
+        close(found, exact, 1e-4)
+    for (name, mine), theirs in zip(network.named_parameters(), other.parameters(), strict=True):
+        assert mine.grad is not None and theirs.grad is not None, name
+        assert (mine.grad - theirs.grad).norm() <= 1e-3 * theirs.grad.norm(), name
+    for (name, mine), theirs in zip(network.named_buffers(), other.buffers(), strict=True):
+        assert torch.allclose(mine.double(), theirs.double(), rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("why", ["sizes", "eval", "strides", "plain"])
+def test_other_views_go_through_an_encoder_one_after_another(why, monkeypatch):
+    network = ResNet(3, 8, "basic", [1, 1], width=4).to(DEVICE, memory_format=torch.channels_last)
+    views, batches = [make_x(4, 3, 8, 8), make_x(4, 3, 8, 8, seed=1)], []
+    if why == "sizes":
+        views[1] = make_x(4, 3, 6, 6)
+    if why == "strides":
+        views = [view.contiguous() for view in views]
+    if why == "plain":
+        monkeypatch.setenv("TWOVIEWS_KERNEL", "0")
+    network.train(why != "eval").conv1.register_forward_hook(lambda *given: batches.append(len(given[-1])))
+    assert [len(features) for features in encode_views(network, views)] == [4, 4]
+    assert batches == [4, 4]
+
+
 def changed(norm: nn.BatchNorm2d, how: str) -> nn.BatchNorm2d:
     if how == "hook":
         norm.register_forward_hook(lambda *_: None)
@@ -270,7 +329,8 @@ def test_wrong_kernels_are_not_used_and_that_is_said(wrong, amount, kernels, mon
 
     def spoilt(*arguments):
         found = right(*arguments)
-        first = found[1] if isinstance(found, tuple) else found  # of `sums`, the factors
+        output = arguments[2]  # of passes that return nothing
+        first = output if found is None else found[0] if isinstance(found, tuple) else found
         first.mul_(amount)
         return found
 
@@ -344,7 +404,8 @@ def test_processors_without_some_instructions_round_alike(c, flags, tmp_path):
     weight, bias = 1 + torch.arange(53) / 64, torch.full((53,), 2.0**-9)  # products and sums are exact in float32
     moments = torch.stack((torch.zeros(1, 53), torch.ones(1, 53)))
     expected = x.float() * weight[:, None, None] + bias[:, None, None]
-    found = Compiled(ctypes.CDLL(str(built))).normalise(x, None, weight, bias, moments, False)
+    found = torch.empty_like(x)
+    Compiled(ctypes.CDLL(str(built))).normalise(x, None, found, weight, bias, moments, False)
     assert torch.equal(found.nan_to_num(7.0), expected.bfloat16().nan_to_num(7.0))
 
 

@@ -182,7 +182,8 @@ class ResNet(Encoder):
         x = self.maxpool(batch_norm_act(self.bn1, self.conv1(images), self.relu))
         for stage in range(self.stages):
             x = getattr(self, f"layer{stage + 1}")(x)
-        return x.mean((2, 3))
+        # Over rows of channels, as they lie in channels_last: the gradient of mean((2, 3)) is neither, and is copied.
+        return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
 
 
 class Timm(Encoder):

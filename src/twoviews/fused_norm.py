@@ -1,4 +1,4 @@
-"""Batch norm, the residual behind it and ReLU in one pass, for whole batches and for the parts of SplitBatchNorm.
+"""Batch norm, the residual behind it and ReLU in one pass, for whole batches, several views and the parts of SplitBatchNorm.
 
 Activations in channels_last are rows of channels, and the number of a row's image says its part, so nothing is
 re-ordered. Forward: statistics, a small kernel that finishes them, and one pass over the activations; backward the same.
@@ -8,8 +8,10 @@ other norms and other memory formats, within torch.compile, and with TWOVIEWS_KE
 all compiled code of this project.
 """
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import torch
@@ -25,12 +27,24 @@ from twoviews.fused_norm_triton import Triton
 
 DEVICES = {"cuda"}  # types whose tensors Triton's kernels are given; tests add "cpu", for Triton's interpreter
 LARGEST = 2**30  # rows of an activation; numbers of rows are int32
+_views = 1  # in a batch; `separate_views` says otherwise
+
+
+@contextlib.contextmanager
+def separate_views(count: int) -> Iterator[None]:
+    """Within it, `batch_norm_act` takes a batch for so many views, one after another, each with statistics of its own."""
+    global _views
+    before, _views = _views, count
+    try:
+        yield
+    finally:
+        _views = before
 
 
 def batch_norm_act(
     norm: nn.Module, x: Tensor, act: nn.Module | None = None, residual: Tensor | None = None
 ) -> Float[Tensor, "B C H W"]:
-    """act(norm(x) + residual), by fused kernels where they serve, else by the modules themselves.
+    """act(norm(x) + residual), by fused kernels where they serve, else by the modules themselves, once for each view.
 
     Args:
         norm: whose running statistics are updated, as it would.
@@ -40,7 +54,7 @@ def batch_norm_act(
     """
     if _fusable(norm, x, act, residual):
         return _fused(norm, x, residual, act is not None)
-    y = norm(x)
+    y = norm(x) if _views == 1 else torch.cat([norm(view) for view in x.chunk(_views)])
     if residual is not None:
         y = y + residual
     return y if act is None else act(y)
@@ -74,8 +88,8 @@ def _fusable(norm: nn.Module, x: Tensor, act: nn.Module | None, residual: Tensor
         and x.is_contiguous(memory_format=torch.channels_last)
         and (residual is None or (residual.dtype == x.dtype and residual.shape == x.shape))
         and parts > 0
-        and x.shape[0] % parts == 0  # what cannot be divided, or has one value for each channel, is left to the
-        and LARGEST > x.numel() // x.shape[1] > parts  # modules to refuse
+        and x.shape[0] % (_views * parts) == 0  # what cannot be divided, or has one value for each channel, is left
+        and LARGEST > x.numel() // x.shape[1] > _views * parts  # to the modules to refuse
         and norm.momentum is not None
         and all(
             isinstance(t, Tensor) and t.dtype == torch.float32 and t.device == x.device and t.is_contiguous()
@@ -97,7 +111,7 @@ def _changed(module: nn.Module | None) -> bool:
 
 
 def _parts(norm: nn.Module) -> int:
-    """Number of parts into which a norm divides the batch of this process."""
+    """Number of parts into which a norm divides a view's batch of this process."""
     return norm.splits // distributed.processes() if isinstance(norm, SplitBatchNorm) else 1
 
 
@@ -108,7 +122,7 @@ def _fused(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, relu: bool)
         residual = residual.contiguous(memory_format=torch.channels_last)
     y = _BatchNormAct.apply(
         *(x, residual, norm.weight, norm.bias, norm.running_mean, norm.running_var),
-        *(None if split else norm.num_batches_tracked, parts, float(norm.momentum or 0), float(norm.eps), relu),
+        *(None if split else norm.num_batches_tracked, parts, float(norm.momentum or 0), float(norm.eps), relu, _views),
     )
     if isinstance(norm, SplitBatchNorm) and processes > 1:
         for statistic in (norm.running_mean, norm.running_var):
@@ -131,25 +145,40 @@ class _BatchNormAct(torch.autograd.Function):
         momentum: float,
         eps: float,
         relu: bool,
+        views: int,
     ) -> Tensor:
         passes = _passes(x.device)
         assert passes is not None
-        moments = passes.statistics(x, running_mean, running_var, tracked, parts, momentum, eps)
-        y = passes.normalise(x, residual, weight, bias, moments, relu)
+        y, moments = torch.empty_like(x), []
+        for x_v, residual_v, y_v in _by_view(views, x, residual, y):
+            moments.append(passes.statistics(x_v, running_mean, running_var, tracked, parts, momentum, eps))
+            passes.normalise(x_v, residual_v, y_v, weight, bias, moments[-1], relu)
         ctx.passes, ctx.relu, ctx.residual = passes, relu, residual is not None
-        ctx.save_for_backward(x, weight, bias, moments, y if relu and residual is not None else None)
+        ctx.save_for_backward(x, weight, bias, y if relu and residual is not None else None, *moments)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, moments, y = ctx.saved_tensors
+        x, weight, bias, y, *moments = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
-        masked, factors, weight_grad, bias_grad = ctx.passes.sums(x, grad, y, weight, bias, moments, ctx.relu)
-        x_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = ctx.passes.input_gradient(x, masked, weight, bias, moments, factors, ctx.relu and y is None)
-        return x_grad, masked if ctx.residual else None, weight_grad, bias_grad, *[None] * 7
+        below = grad if y is None else torch.empty_like(x)  # the gradient below the ReLU behind a residual
+        x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        open_by_input, of_parameters = ctx.relu and y is None, []
+        for v, (x_v, grad_v, y_v, below_v, x_grad_v) in enumerate(_by_view(len(moments), x, grad, y, below, x_grad)):
+            factors, *grads = ctx.passes.sums(x_v, grad_v, y_v, below_v, weight, bias, moments[v], ctx.relu)
+            of_parameters.append(grads)
+            if x_grad is not None:
+                ctx.passes.input_gradient(x_v, below_v, x_grad_v, weight, bias, moments[v], factors, open_by_input)
+        weight_grad, bias_grad = (functools.reduce(torch.add, grads) for grads in zip(*of_parameters, strict=True))
+        return x_grad, below if ctx.residual else None, weight_grad, bias_grad, *[None] * 8
+
+
+def _by_view(views: int, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The rows of each view of some tensors; None for those that are None."""
+    if views == 1:
+        return iter([tensors])
+    return zip(*([None] * views if t is None else t.chunk(views) for t in tensors), strict=True)
 
 
 TRITON = Triton()

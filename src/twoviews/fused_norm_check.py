@@ -6,23 +6,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-# B, C, H, W, parts, whether with ReLU and with a residual, dtype; few and alike, because each kind has to be compiled.
+# B, C, H, W, views, parts of each, whether with ReLU and with a residual, dtype; few and alike, because each kind has to
+# be compiled.
 CASES = (
-    ((64, 64, 8, 8), 8, True, True, torch.bfloat16),
-    ((16, 64, 8, 8), 1, True, False, torch.bfloat16),
-    ((64, 128, 7, 5), 8, False, False, torch.bfloat16),
-    ((8, 64, 7, 5), 1, False, True, torch.bfloat16),
-    ((48, 70, 9, 7), 8, True, False, torch.bfloat16),
-    ((16, 64, 16, 16), 8, True, True, torch.float32),
+    ((64, 64, 8, 8), 1, 8, True, True, torch.bfloat16),
+    ((32, 64, 8, 8), 2, 1, True, False, torch.bfloat16),
+    ((64, 128, 7, 5), 1, 8, False, False, torch.bfloat16),
+    ((8, 64, 7, 5), 1, 1, False, True, torch.bfloat16),
+    ((48, 70, 9, 7), 1, 8, True, False, torch.bfloat16),
+    ((16, 64, 16, 16), 1, 8, True, True, torch.float32),
 )
 # Nothing is compiled for them, so that they can be small: with whole vectors and less, in several blocks and chunks.
 CPU_CASES = (
-    ((16, 118, 3, 3), 8, True, True, torch.bfloat16),
-    ((6, 49, 5, 3), 1, True, False, torch.bfloat16),
-    ((6, 17, 9, 9), 2, False, False, torch.bfloat16),
-    ((34, 8, 3, 2), 1, False, True, torch.float32),
-    ((8, 118, 3, 3), 4, True, True, torch.float32),
-    ((6, 33, 4, 4), 1, True, False, torch.float32),
+    ((16, 118, 3, 3), 1, 8, True, True, torch.bfloat16),
+    ((6, 49, 5, 3), 1, 1, True, False, torch.bfloat16),
+    ((12, 17, 9, 9), 2, 2, False, False, torch.bfloat16),
+    ((34, 8, 3, 2), 1, 1, False, True, torch.float32),
+    ((8, 118, 3, 3), 1, 4, True, True, torch.float32),
+    ((18, 33, 4, 4), 3, 1, True, False, torch.float32),
 )
 NAMES = ("output", "running mean", "running variance", "gradient", "weight's gradient", "bias's gradient", "residual's")
 
@@ -37,7 +38,7 @@ def disagreement(function: Callable[..., Tensor], device: torch.device, triton: 
     """
     random = torch.Generator().manual_seed(0)
     for case in CASES if triton else CPU_CASES:
-        shape, parts, relu, _, dtype = case
+        shape, views, parts, relu, _, dtype = case
         results, expected = _both(function, device, random, *case)
         # Results in the activations' dtype are no more exact than that.
         coarse = {torch.bfloat16: 1e-2, torch.float32: 1e-4}[dtype]
@@ -45,7 +46,7 @@ def disagreement(function: Callable[..., Tensor], device: torch.device, triton: 
             tolerance = coarse if result.dtype == dtype else 1e-4
             error = (result.double().cpu() - exact).abs()
             if not (error <= tolerance * (exact.abs() + exact.std())).all():  # NaN fails, too
-                return f"wrong {name} of {list(shape)}, {parts} part(s){', ReLU' if relu else ''}"
+                return f"wrong {name} of {list(shape)}, {views} view(s), {parts} part(s){', ReLU' if relu else ''}"
     return None
 
 
@@ -54,6 +55,7 @@ def _both(
     device: torch.device,
     random: torch.Generator,
     shape: tuple[int, ...],
+    views: int,
     parts: int,
     relu: bool,
     with_residual: bool,
@@ -69,10 +71,14 @@ def _both(
 
     exact = [t.double().requires_grad_() for t in inputs]
     statistics = [t.double().expand(parts, channels).clone() for t in (mean, var)]
-    y = torch.empty(shape, dtype=torch.float64)
-    for part in range(parts):
-        rows, part_mean, part_var = exact[0][part::parts], statistics[0][part], statistics[1][part]
-        y[part::parts] = nnf.batch_norm(rows, part_mean, part_var, exact[1], exact[2], True, momentum, eps)
+    outputs = []
+    for view in exact[0].chunk(views):
+        outputs.append(torch.empty(view.shape, dtype=torch.float64))
+        for part in range(parts):
+            running = statistics[0][part], statistics[1][part]
+            normalised = nnf.batch_norm(view[part::parts], *running, exact[1], exact[2], True, momentum, eps)
+            outputs[-1][part::parts] = normalised
+    y = torch.cat(outputs)
     if with_residual:
         y = y + exact[3]
     if relu:
@@ -91,9 +97,9 @@ def _both(
     with torch.enable_grad():
         y = function(
             *(leaves[0], leaves[3] if with_residual else None, leaves[1], leaves[2], *running),
-            *(tracked, parts, momentum, eps, relu),
+            *(tracked, parts, momentum, eps, relu, views),
         )
         (y * on_device(grad)).sum().backward()
     if tracked is not None:
-        running[0] = running[0].where(tracked == 1, float("nan"))
+        running[0] = running[0].where(tracked == views, float("nan"))
     return [y.detach(), *running, *(t.grad for t in leaves if t.grad is not None)], expected

@@ -77,32 +77,44 @@ class Compiled:
         return moments
 
     def normalise(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, moments: Tensor, relu: bool
-    ) -> Tensor:
-        """The normalised rows, scaled, with offset, residual and ReLU."""
-        y = torch.empty_like(x)
+        self, x: Tensor, residual: Tensor | None, y: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, relu: bool
+    ) -> None:
+        """Into y: the normalised rows, scaled, with offset, residual and ReLU."""
         self._run("normalise", _layer(x.shape, moments.shape[1], x.dtype), x, residual, y, weight, bias, moments, relu)
-        return y
 
     def sums(
-        self, x: Tensor, grad: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, moments: Tensor, relu: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The gradient below the ReLU behind a residual, factors for `input_gradient`, gradients of weight and bias.
+        self,
+        x: Tensor,
+        grad: Tensor,
+        y: Tensor | None,
+        masked: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        moments: Tensor,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Factors for `input_gradient`, gradients of weight and bias.
 
-        `y` is the output where there are both, else None.
+        Where there are a residual and ReLU, `y` is the output, and the gradient below the ReLU is written to `masked`.
         """
         layer = _layer(x.shape, moments.shape[1], x.dtype)
-        partial, masked = _partial(layer), None if y is None else torch.empty_like(x)
+        partial = _partial(layer)
         self._run("sums", layer, x, grad, y, masked, weight, bias, moments, partial, relu)
         factors, weight_grad, bias_grad = (torch.empty_like(t) for t in (moments, weight, bias))
         self._run("finish_sums", layer, partial, moments, weight, factors, weight_grad, bias_grad)
-        return grad if masked is None else masked, factors, weight_grad, bias_grad
+        return factors, weight_grad, bias_grad
 
     def input_gradient(
-        self, x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, factors: Tensor, relu: bool
-    ) -> Tensor:
-        """The gradient of x; relu: `grad` is that of the output of a ReLU that the input says is open or not."""
-        x_grad = torch.empty_like(x)
+        self,
+        x: Tensor,
+        grad: Tensor,
+        x_grad: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        moments: Tensor,
+        factors: Tensor,
+        relu: bool,
+    ) -> None:
+        """Into x_grad: the gradient of x; relu: `grad` is that of the output of a ReLU that the input says is open or not."""
         layer = _layer(x.shape, moments.shape[1], x.dtype)
         self._run("input_gradient", layer, x, grad, x_grad, weight, bias, moments, factors, relu)
-        return x_grad

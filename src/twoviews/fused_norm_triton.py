@@ -75,29 +75,34 @@ class Triton:
         return moments
 
     def normalise(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, moments: Tensor, relu: bool
-    ) -> Tensor:
-        """The normalised rows, scaled, with offset, residual and ReLU."""
+        self, x: Tensor, residual: Tensor | None, y: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, relu: bool
+    ) -> None:
+        """Into y: the normalised rows, scaled, with offset, residual and ReLU."""
         rows, channels, sizes = _sizes(x, moments.shape[1])
         grid, chunk, tile, warps = plan("normalise", rows, channels, moments.shape[1], x.itemsize, x.device)
-        y = torch.empty_like(x)
         arguments = (x, x if residual is None else residual, y, weight, bias, moments, rows, chunk, channels, *sizes)
         launch("normalise", grid, arguments, warps, RELU=relu, RESIDUAL=residual is not None, **tile)
-        return y
 
     def sums(
-        self, x: Tensor, grad: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, moments: Tensor, relu: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The gradient below the ReLU behind a residual, factors for `input_gradient`, gradients of weight and bias.
+        self,
+        x: Tensor,
+        grad: Tensor,
+        y: Tensor | None,
+        masked: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        moments: Tensor,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Factors for `input_gradient`, gradients of weight and bias.
 
-        `y` is the output where there are both, else None.
+        Where there are a residual and ReLU, `y` is the output, and the gradient below the ReLU is written to `masked`.
         """
         parts = moments.shape[1]
         rows, channels, sizes = _sizes(x, parts)
         grid, _, tile, warps = plan("sums", rows, channels, parts, x.itemsize, x.device)
         partial = x.new_empty((2, parts, grid[2], channels), dtype=torch.float32)
-        masked = grad if y is None else torch.empty_like(x)
-        arguments = (x, grad, masked if y is None else y, masked, weight, bias, moments, partial)
+        arguments = (x, grad, grad if y is None else y, masked, weight, bias, moments, partial)
         arguments += (rows, channels, *sizes)
         launch("sums", grid, arguments, warps, RELU=relu, RESIDUAL=y is not None, **tile)
 
@@ -105,18 +110,24 @@ class Triton:
         blocks, tile, warps = _finish(parts, grid[2], channels)
         arguments = (partial, moments, weight, factors, weight_grad, bias_grad, rows, grid[2], channels, parts)
         launch("finish_sums", blocks, arguments, warps, **tile)
-        return masked, factors, weight_grad, bias_grad
+        return factors, weight_grad, bias_grad
 
     def input_gradient(
-        self, x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, factors: Tensor, relu: bool
-    ) -> Tensor:
-        """The gradient of x; relu: `grad` is that of the output of a ReLU that the input says is open or not."""
+        self,
+        x: Tensor,
+        grad: Tensor,
+        x_grad: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        moments: Tensor,
+        factors: Tensor,
+        relu: bool,
+    ) -> None:
+        """Into x_grad: the gradient of x; relu: `grad` is that of the output of a ReLU that the input says is open or not."""
         rows, channels, sizes = _sizes(x, moments.shape[1])
-        x_grad = torch.empty_like(x)
         grid, chunk, tile, warps = plan("input_gradient", rows, channels, moments.shape[1], x.itemsize, x.device)
         arguments = (x, grad, x_grad, weight, bias, moments, factors, rows, chunk, channels, *sizes)
         launch("input_gradient", grid, arguments, warps, RELU=relu, **tile)
-        return x_grad
 
 
 def _sizes(x: Tensor, parts: int) -> tuple[int, int, tuple[int, ...]]:

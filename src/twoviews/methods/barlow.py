@@ -14,7 +14,7 @@ from torch import Tensor
 from twoviews import distributed
 from twoviews.backbones import Encoder
 from twoviews.errors import BadInput
-from twoviews.layers import centred, mlp, spread
+from twoviews.layers import centred, encode_views, mlp, spread
 from twoviews.methods.method import Collapse, Method, Output
 from twoviews.ranges import NotNegative, Positive, Range, Size
 
@@ -87,8 +87,8 @@ class BarlowTwins(Method):
 
     def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
         """The loss of two views, each with batch-norm statistics of its own; every process has that of all N images."""
-        x1, x2 = views
-        z1, z2 = self.projector(self.encoder(x1)), self.projector(self.encoder(x2))
+        y1, y2 = encode_views(self.encoder, views)
+        z1, z2 = self.projector(y1), self.projector(y2)
         c = cross_correlation(z1, z2)
         with torch.no_grad():
             diagonal, d = c.diagonal(), len(c)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from twoviews.backbones import Encoder
-from twoviews.layers import ema_update, frozen_copy, mlp, rising_momentum, spread, targets
+from twoviews.layers import ema_update, encode_views, frozen_copy, mlp, rising_momentum, spread, targets
 from twoviews.methods.method import Method, Output, Progress, Rows
 from twoviews.ranges import EmaMomentum, Size
 
@@ -41,8 +41,8 @@ class BYOL(Method):
 
     def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
         """The loss of both directions, added."""
-        x1, x2 = views
-        z1, z2 = self.projector(self.encoder(x1)), self.projector(self.encoder(x2))
+        y1, y2 = encode_views(self.encoder, views)
+        z1, z2 = self.projector(y1), self.projector(y2)
         p1, p2 = self.predictor(z1).float(), self.predictor(z2).float()
         t1, t2 = targets(self.target, views)
         return Output(regression_loss(p1, t2) + regression_loss(p2, t1), {"spread": spread(z1)})

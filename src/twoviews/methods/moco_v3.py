@@ -14,7 +14,7 @@ from torch.nn import functional as nnf
 from twoviews import distributed
 from twoviews.backbones import Encoder
 from twoviews.errors import BadInput
-from twoviews.layers import ema_update, frozen_copy, mlp, rising_momentum, spread, targets
+from twoviews.layers import ema_update, encode_views, frozen_copy, mlp, rising_momentum, spread, targets
 from twoviews.methods.method import Method, Output, Progress, Rows
 from twoviews.ranges import EmaMomentum, Repeats, Size, Temperature
 
@@ -74,8 +74,8 @@ class MoCoV3(Method):
 
     def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
         """The loss of both directions, added; each view has batch-norm statistics of its own."""
-        x1, x2 = views
-        z1, z2 = self.projector(self.encoder(x1)), self.projector(self.encoder(x2))
+        y1, y2 = encode_views(self.encoder, views)
+        z1, z2 = self.projector(y1), self.projector(y2)
         q1, q2 = self.predictor(z1).float(), self.predictor(z2).float()
         k1, k2 = targets(self.key_encoder, views)
         loss = in_batch_info_nce(q1, k2, self.temperature) + in_batch_info_nce(q2, k1, self.temperature)

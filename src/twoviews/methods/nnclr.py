@@ -16,7 +16,7 @@ from torch.nn import functional as nnf
 from twoviews import distributed
 from twoviews.backbones import Encoder
 from twoviews.errors import BadInput
-from twoviews.layers import Queue, mlp, spread
+from twoviews.layers import Queue, encode_views, mlp, spread
 from twoviews.methods.method import Collapse, Method, Output, Progress, Rows
 from twoviews.ranges import Size, Temperature
 
@@ -109,8 +109,8 @@ class NNCLR(Method):
 
     def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
         """Mean of both directions; each view has batch-norm statistics of its own."""
-        x1, x2 = views
-        z1, z2 = self.projector(self.encoder(x1)), self.projector(self.encoder(x2))
+        y1, y2 = encode_views(self.encoder, views)
+        z1, z2 = self.projector(y1), self.projector(y2)
         p1, p2 = self.predictor(z1), self.predictor(z2)
         queue = self.queue.rows
         nearest1, nearest2 = nearest(z1, queue), nearest(z2, queue)

@@ -14,7 +14,7 @@ from torch.nn import functional as nnf
 
 from twoviews.backbones import Encoder
 from twoviews.errors import BadInput
-from twoviews.layers import mlp, spread, without_duplicates
+from twoviews.layers import encode_views, mlp, spread, without_duplicates
 from twoviews.methods.method import Method, Output
 from twoviews.ranges import Repeats, Size
 
@@ -67,7 +67,7 @@ class SimSiam(Method):
                 f"SimSiam compares at least 2 views of an image and the augmentation makes {len(views)}; choose another "
                 "augmentation."
             )
-        z = [self.projector(self.encoder(x)) for x in views]
+        z = [self.projector(y) for y in encode_views(self.encoder, views)]
         p = [self.predictor(each).float() for each in z]
         z = [each.float() for each in z]
         targets = [torch.stack([*z[:v], *z[v + 1 :]]).mean(0) for v in range(len(z))]

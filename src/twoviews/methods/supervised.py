@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from twoviews.backbones import Encoder
-from twoviews.layers import spread
+from twoviews.layers import encode_views, spread
 from twoviews.methods.method import Method, Output
 from twoviews.ranges import Count
 
@@ -37,6 +37,6 @@ class Supervised(Method):
     def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
         """The mean over all views."""
         y = self.labels[index]
-        features = [self.encoder(x) for x in views]
+        features = encode_views(self.encoder, views)
         losses = [nnf.cross_entropy(self.classifier(f).float(), y) for f in features]
         return Output(torch.stack(losses).mean(), {"spread": spread(features[0])})

@@ -14,7 +14,7 @@ from torch.nn import functional as nnf
 
 from twoviews import distributed
 from twoviews.backbones import Encoder
-from twoviews.layers import centred, mlp, spread
+from twoviews.layers import centred, encode_views, mlp, spread
 from twoviews.methods.method import Collapse, Method, Output
 from twoviews.ranges import NotNegative, Positive, Range, Size
 
@@ -77,8 +77,8 @@ class VICReg(Method):
 
     def forward(self, views: Sequence[Float[Tensor, "B C _ _"]], index: Int[Tensor, " B"]) -> Output:
         """The loss of two views, each with batch-norm statistics of its own; variance and covariance of all N images."""
-        x1, x2 = views
-        z1, z2 = self.projector(self.encoder(x1)).float(), self.projector(self.encoder(x2)).float()
+        y1, y2 = encode_views(self.encoder, views)
+        z1, z2 = self.projector(y1).float(), self.projector(y2).float()
         covariances = [covariance_matrix(z1), covariance_matrix(z2)]
         invariance = nnf.mse_loss(z1, z2)
         variance = torch.stack([variance_term(each) for each in covariances]).mean()
