@@ -45,9 +45,9 @@ def clustering_scores(
     assignment, sizes = clusters.assignment.cpu(), clusters.sizes.cpu()
     filled, phi = sizes[sizes > 0], concentration(clusters, 1.0).cpu()
     values = {
-        "largest": float(filled.max()),
-        "smallest": float(filled.min()),
-        "empty": float(len(sizes) - len(filled)),
+        "largest": int(filled.max()),
+        "smallest": int(filled.min()),
+        "empty": len(sizes) - len(filled),
         "concentration_min": float(phi.min()),
         "concentration_max": float(phi.max()),
     }
