@@ -81,9 +81,12 @@ def test_nothing_of_a_confusion_matrix_is_cut_off(names, tmp_path, drawn):
     assert min(inside.x0, inside.y0) >= 0 and inside.x1 <= width and inside.y1 <= height
 
 
-def test_a_share_below_a_percent_is_no_0(tmp_path, drawn):
-    draw_confusion(tmp_path / "a.png", torch.tensor([[999, 1], [0, 0]]), ["a", "b"], "A")
-    assert [text.get_text() for text in drawn[-1].axes[0].texts] == ["100", "<1"]  # none of a class without images
+@pytest.mark.parametrize("images", [200, 1000])
+def test_only_none_is_0_and_only_all_are_100(images, tmp_path, drawn):
+    confusion = torch.tensor([[images - 1, 1, 0], [0, 0, 0], [0, 0, 5]])
+    draw_confusion(tmp_path / "a.png", confusion, ["a", "b", "c"], "A")
+    shown = [text.get_text() for text in drawn[-1].axes[0].texts]
+    assert shown == [">99", "<1", "0", "0", "0", "100"]  # none of a class without images
 
 
 def test_per_class(tmp_path, drawn):

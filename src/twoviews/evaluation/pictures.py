@@ -54,7 +54,7 @@ def draw_confusion(path: Path, confusion: Int[Tensor, "C C"], classes: Sequence[
                 continue
             share = percent[row, column].item()
             colour = "white" if share > 50 else "black" if share else "#999999"
-            number = "<1" if 0 < share < 0.5 else f"{share:.0f}"
+            number = "<1" if 0 < share <= 0.5 else ">99" if 99.5 <= share < 100 else f"{share:.0f}"
             axis.text(column, row, number, ha="center", va="center", color=colour, fontsize=7)
 
 
