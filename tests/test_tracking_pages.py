@@ -84,7 +84,7 @@ def test_the_description_has_results_and_command(run: Path) -> None:
     upload(run, training_ended=True)
     ended = stored(run).data.tags[NOTE]
     assert ended.startswith("**MoCo** on **digits**: kNN **91.23 %**, linear **95.00 %**, finished after 3 epochs\n\n")
-    assert "kNN of raw pixels: 60.00 %, the untrained encoder: 42.00 %" in ended and f"`{run}`" in ended
+    assert "kNN of untrained encoder 42.00 %, raw pixels 60.00 %" in ended and f"`{run}`" in ended
 
 
 def test_a_description_that_a_user_has_edited_stays(run: Path) -> None:

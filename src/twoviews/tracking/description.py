@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from twoviews import foreign
 from twoviews.errors import counted, printable, without_secrets
+from twoviews.figures import BASELINES
 from twoviews.protocols.units import ACCURACIES
 from twoviews.tracking.client import (
     MAX_DATASET_DIGEST_LENGTH,
@@ -29,10 +30,6 @@ DESCRIPTION_FILES = ("config.yaml", "environment.json", "data.json", "result.jso
 SIGNATURE = "\n\n<!-- twoviews "  # before the digest of a description
 MAX_NOTE_LENGTH = MAX_TAG_LENGTH - 100
 NOTE_TAG = "mlflow.note.content"  # MLflow shows this tag as the description of a run, in Markdown
-BASELINES = {
-    "baseline/pixels_knn_top1": "raw pixels: {:.2f} %",
-    "baseline/untrained_knn_top1": "the untrained encoder: {:.2f} %",
-}
 
 
 def describe(client: "MlflowClient", run: "Run", folder: Path, tags: Mapping[str, str]) -> None:
@@ -92,7 +89,7 @@ def _note(
         command = shlex.join(map(without_secrets, words))
     else:
         command = " ".join(map(without_secrets, environment.get("command", "").split()))
-    baselines = _listed(result, BASELINES)
+    baselines = _listed(result, {name: f"{label} {{:.2f}} %" for name, (label, _) in BASELINES.items()})
     length = [counted(config["epochs"], "epoch", "")] if "epochs" in config else []
     length += [f"{key.replace('_', ' ')} {config[key]}" for key in ("batch_size", "seed") if key in config]
     if environment:
