@@ -1,5 +1,6 @@
 """The table at the end of a run: values of every protocol with their units, and advice that names what kNN does not beat."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,13 @@ def test_every_protocol_has_rows(capfd, tmp_path: Path) -> None:
     assert rows["few_labels/top1_1pct"] == "13.44 %"
     assert rows["knn_grid"] == "20 values, in result.json"
     assert "finished after 1 epoch\n" in out
+
+
+def test_without_accuracy_there_is_the_spread(capfd, tmp_path: Path) -> None:
+    """Of images without labels, about whose lack one sentence is enough."""
+    assert "│ spread " not in shown(capfd, tmp_path, **{"train/spread": 0.79678})
+    show_result(tmp_path, {"state": "finished", "epoch": 1.0, "seconds": 5, "train/spread": 0.79678}, [], Console())
+    assert re.search(r"│ spread +│ 0.7968 ", capfd.readouterr().out)
 
 
 @pytest.mark.parametrize(

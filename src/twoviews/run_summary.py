@@ -27,6 +27,7 @@ from twoviews.step import eager_reason
 from twoviews.tracking.metrics import read
 from twoviews.tracking.state import run_page
 
+SPREAD = "train/spread"
 FEW_STEPS = 10  # of a training, with fewer of which an encoder stays as it was
 
 
@@ -131,6 +132,8 @@ def show_result(folder: Path, result: dict[str, Any], protocols: Iterable[str], 
     rows = {
         "kNN": accuracy(KNN_TOP1),
         "linear": accuracy(LINEAR_TOP1),
+        # Where there is no accuracy, it alone tells a collapsed encoder from others.
+        **({"spread": f"{result[SPREAD]:.4g}"} if KNN_TOP1 not in result and SPREAD in result else {}),
         **_further_values(result, protocols),
         "kNN, untrained encoder": accuracy(UNTRAINED_KNN_TOP1),
         "kNN, raw pixels": accuracy(PIXELS_KNN_TOP1),

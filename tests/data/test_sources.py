@@ -132,12 +132,12 @@ def test_a_folder_of_pictures_alone_has_no_labels(tmp_path, cache):
     assert (len(data.train), data.train.labels, data.memory, data.test, data.classes) == (3, None, None, None, ())
 
 
-def test_labels_without_a_test_folder_leave_knn_out_aloud(tmp_path, cache):
+def test_the_lack_of_a_test_folder_is_said(tmp_path, cache):
     pictures(tmp_path / "set", ["a", "b"])
     data = folder(tmp_path / "set", cache)
     assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert (data.memory, data.test, data.classes) == (None, None, ("a", "b"))
-    assert any("test" in note and "left out" in note for note in data.notes)
+    assert "There is no labelled test folder (test= names one)." in data.notes
 
 
 def test_folders_that_do_not_fit_are_named(tmp_path, cache):

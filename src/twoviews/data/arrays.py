@@ -56,9 +56,7 @@ def recipe(files: list[Path], labels: Path | None, size: int | None) -> Recipe:
     if not height == width == side:
         notes.append(f"Images of {height} x {width} px are resized to {side} x {side} px (size= sets another).")
     splits = {"train": (0, len(train.rows))}
-    if test is None:
-        notes.append("No labelled test images: kNN and linear accuracy are left out.")
-    else:
+    if test is not None:
         splits["memory"], splits["test"] = (0, train.labelled), (len(train.rows), len(numbers))
     chunks = chunks_of([train] if test is None else [train, test], scale, side)
     return Recipe(splits, numbers, classes, channels, side, chunks, notes=tuple(notes))

@@ -128,7 +128,7 @@ def _agree(train: Tree, memory: Tree | None, test: Tree | None, labels: bool) ->
     else:
         missing = "test" if memory else "memory"
         if memory or test:
-            notes.append(f"No labelled {missing} folder ({missing}=): kNN and linear accuracy are left out.")
+            notes.append(f"There is no labelled {missing} folder ({missing}= names one).")
         memory = test = None
         classes = train.classes if train_labelled else ()
     return Folders(train, memory, test, classes, train_labelled, tuple(notes))
