@@ -16,23 +16,22 @@ def main(cfg, folder: Path) -> int:
     from twoviews.console import Console
     from twoviews.encoders.opening import open_encoder
     from twoviews.encoders.run_names import expand_runs
-    from twoviews.errors import BadInput, mistakes
+    from twoviews.errors import BadInput
     from twoviews.evaluation.comparison import compare
     from twoviews.evaluation.evaluation import evaluate
     from twoviews.locks import locked_for_evaluation
-    from twoviews.protocols.protocol import NamedProtocol
+    from twoviews.protocols.protocol import named_protocols
 
     if "protocol" not in cfg:
         raise BadInput("protocol=[] leaves nothing to measure; choose one or more, such as protocol=[knn,linear].")
-    if problems := mistakes(*(partial(NamedProtocol, name, node) for name, node in cfg.protocol.items())):
-        raise BadInput(*problems)
+    protocols = named_protocols(cfg.protocol)
     console, overrides, evaluations = Console(), HydraConfig.get().overrides.task, {}
     load_chosen = cache(partial(load_data, cfg)) if "data" in cfg else None
     for run in expand_runs(cfg.run):
         loaded = open_encoder(run, load_chosen, cfg.mean, cfg.std)
         name = run if loaded.name in evaluations else loaded.name
         with locked_for_evaluation(loaded.folder, console.say):
-            evaluations[name] = evaluate(loaded, load_chosen, cfg, overrides, console)
+            evaluations[name] = evaluate(loaded, load_chosen, cfg, protocols, overrides, console)
     if len(evaluations) > 1:
         compare(evaluations, Path("outputs"), console)
     return 0

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from twoviews.errors import BadInput, mistakes
 from twoviews.features import embed
 from twoviews.memory import check_networks, check_views
 from twoviews.methods.method import Method
-from twoviews.protocols.protocol import EvaluationContext, NamedProtocol
+from twoviews.protocols.protocol import EvaluationContext, named_protocols
 from twoviews.randomness import seed_of
 from twoviews.ranges import Repeats, Size
 from twoviews.runtime import Runtime
@@ -88,7 +87,7 @@ def check_without_data(cfg: DictConfig, runtime: Runtime, device: torch.device) 
         lambda: build(cfg.schedule),
         lambda: build(cfg.augmentation, **any_images),
         lambda: uris.resolve(build(cfg.tracking).uri),
-        *(partial(NamedProtocol, str(name), node) for name, node in (cfg.get("protocol") or {}).items()),
+        lambda: named_protocols(cfg.get("protocol") or {}),
         *([lambda: build(cfg.data)] if "root" in cfg.data and cfg.data.root is None else []),
     )
     if problems:
@@ -137,7 +136,7 @@ def make_parts(cfg: DictConfig, data: ImageData, views: Views, runtime: Runtime,
     if distributed.processes() > 1:
         sync_batch_norms(method, device)
     method.to(device, memory_format=torch.channels_last if runtime.channels_last else torch.contiguous_format)
-    protocols = {name: NamedProtocol(str(name), node) for name, node in (cfg.get("protocol") or {}).items()}
+    protocols = named_protocols(cfg.get("protocol") or {})
     protocols = {name: protocol for name, protocol in protocols.items() if data.test or not protocol.needs_labels}
     optimizer = build(cfg.optimizer, batch_size=cfg.batch_size, param_groups=method.param_groups())
     return Parts(

@@ -9,7 +9,7 @@ from twoviews.config.building import build
 from twoviews.config.parameter_names import qualified_errors, qualify
 from twoviews.data.sources import digits
 from twoviews.errors import BadInput
-from twoviews.protocols.protocol import NamedProtocol
+from twoviews.protocols.protocol import NamedProtocol, named_protocols
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,16 @@ def test_protocols_are_told_by_their_keys(choice: str) -> None:
     with pytest.raises(BadInput) as caught:
         NamedProtocol(name, node)
     assert sentence in str(caught.value)
+
+
+def test_mistakes_of_several_protocols_are_said_together() -> None:
+    nodes = composed("protocol=[linear_sgd,few_labels]").protocol
+    assert [*named_protocols(nodes)] == ["linear_sgd", "few_labels"]
+    nodes["linear_sgd"]["learning_rates"], nodes["few_labels"]["draws"] = [], 1
+    with pytest.raises(BadInput) as caught:
+        named_protocols(nodes)
+    first, second = caught.value.messages
+    assert "protocol.linear_sgd.learning_rates=[]" in first and "protocol.few_labels.draws=1" in second
 
 
 def test_what_a_protocol_says_while_it_works_has_its_keys_too() -> None:

@@ -8,6 +8,7 @@ from test_configs import composed
 
 from twoviews.config.recorded import recorded_runtime
 from twoviews.evaluation.evaluation import protocol_nodes
+from twoviews.protocols.protocol import named_protocols
 
 
 def recorded(*overrides: str) -> dict[str, Any]:
@@ -16,7 +17,8 @@ def recorded(*overrides: str) -> dict[str, Any]:
 
 def settings(*asked: str, run: dict[str, Any]) -> dict[str, Any]:
     cfg = composed("run=x", *asked, name="evaluate")
-    return OmegaConf.to_container(protocol_nodes(cfg, asked, run), resolve=True)  # type: ignore[return-value]
+    nodes = protocol_nodes(cfg, named_protocols(cfg.protocol), asked, run)
+    return OmegaConf.to_container(nodes, resolve=True)  # type: ignore[return-value]
 
 
 def test_nested_settings_are_those_of_the_run() -> None:

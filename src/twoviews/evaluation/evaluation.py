@@ -24,7 +24,7 @@ from twoviews.figures import BASELINES
 from twoviews.files import write_atomic
 from twoviews.foreign import errors_naming
 from twoviews.protocols.classification import ClassificationScores, classification_scores
-from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, NamedProtocol, TableRow
+from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, NamedProtocol, TableRow, named_protocols
 from twoviews.protocols.units import MAX_SHOWN, with_unit
 from twoviews.runtime import format_name
 from twoviews.tables import as_csv
@@ -37,14 +37,18 @@ def evaluate(
     loaded: LoadedEncoder,
     load_chosen: Callable[[], ImageData] | None,
     cfg: DictConfig,
+    protocols: Mapping[str, NamedProtocol],
     overrides: Sequence[str],
     console: Console,
 ) -> Evaluation:
     """Evaluate an encoder; each choice of protocols, settings and images has a folder in "evaluation" of the run.
 
     evaluation.json beside the run is that of its newest evaluation. The numbers of a protocol are stored and shown as soon as
-    it has finished, so that they outlast whatever ends the command during a later one. `prepare_evaluation` explains the
-    arguments.
+    it has finished, so that they outlast whatever ends the command during a later one.
+
+    Args:
+        protocols: of `cfg`, without the settings of the run's training.
+        loaded, load_chosen, cfg, overrides, console: see `prepare_evaluation`.
 
     Raises:
         BadInput: a protocol cannot evaluate this encoder on these images.
@@ -53,8 +57,8 @@ def evaluate(
     data, precision, prefix = context.data, format_name(context.dtype), ""
     if cfg.feature == "projection":
         context.encoder, prefix = projected(loaded).to(context.device), "projection/"
-    nodes = protocol_nodes(cfg, overrides, loaded.config)
-    protocols = {str(name): NamedProtocol(str(name), node) for name, node in nodes.items()}
+    nodes = protocol_nodes(cfg, protocols, overrides, loaded.config)
+    protocols = named_protocols(nodes)
     for note in [note for protocol in protocols.values() for note in protocol.notes(data)]:
         console.say(note)
     run_result = loaded.run.read("result.json") if loaded.run else {}
@@ -150,18 +154,20 @@ def prepare_evaluation(
     )
 
 
-def protocol_nodes(cfg: DictConfig, overrides: Sequence[str], recorded: Mapping[str, Any]) -> DictConfig:
+def protocol_nodes(
+    cfg: DictConfig, protocols: Mapping[str, NamedProtocol], overrides: Sequence[str], recorded: Mapping[str, Any]
+) -> DictConfig:
     """The settings of each protocol: of its file, of the run's training, of the command line; later ones win.
 
     A protocol that the command line chooses by another file, such as knn_small in place of knn, has the settings of that file
-    and none of the run's. `recorded` is the run's configuration; empty without a run.
+    and none of the run's. `protocols` are those of `cfg`; `recorded` is the run's configuration, empty without a run.
     """
     chosen = next((override for override in overrides if override.startswith("protocol=")), None)
     names = [*cfg.protocol] if chosen is None else re.findall(r"\w+", chosen)
     of_training, taken = recorded.get("protocol") or {}, {}
-    for name, node in cfg.protocol.items():
+    for name, protocol in protocols.items():
         own = of_training.get(name, {}) if name in names else {}
-        taken[name] = {**NamedProtocol(str(name), node).settings_from_run(recorded), **own}
+        taken[name] = {**protocol.settings_from_run(recorded), **own}
     return OmegaConf.merge(cfg, {"protocol": taken}, {"protocol": overridden(cfg, overrides, "protocol")}).protocol
 
 

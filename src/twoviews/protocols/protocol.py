@@ -6,7 +6,7 @@ Shapes: N bank images, M test images, F features, C classes.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from twoviews.config.parameter_names import protocol_keys, qualified_errors, qua
 from twoviews.config.values import plain
 from twoviews.console import ROWS
 from twoviews.data.images import ImageData, Images
-from twoviews.errors import BadInput, refuse_former_names
+from twoviews.errors import BadInput, mistakes, refuse_former_names
 from twoviews.features import Features, embed
 
 if TYPE_CHECKING:
@@ -195,6 +195,22 @@ class NamedProtocol(Protocol):
                 "twoviews.protocols.protocol."
             )
         return replace(result, notes=[qualify(note, keys=self._keys) for note in result.notes])
+
+
+def named_protocols(nodes: Mapping[Any, Any]) -> dict[str, NamedProtocol]:
+    """The protocols of a configuration by name.
+
+    Raises:
+        BadInput: as `NamedProtocol`, with the mistakes of all of them.
+    """
+    protocols: dict[str, NamedProtocol] = {}
+
+    def add(name: str, node: Any) -> None:
+        protocols[name] = NamedProtocol(name, node)
+
+    if problems := mistakes(*(partial(add, str(name), node) for name, node in nodes.items())):
+        raise BadInput(*problems)
+    return protocols
 
 
 def run_protocols(protocols: Mapping[str, Protocol], context: EvaluationContext) -> dict[str, EvaluationResult]:
