@@ -14,9 +14,10 @@ def main(cfg, folder: Path) -> int:
 
     from twoviews.assembly import load_data
     from twoviews.console import Console
+    from twoviews.encoders.loaded import LoadedEncoder
     from twoviews.encoders.opening import open_encoder
     from twoviews.encoders.run_names import expand_runs
-    from twoviews.errors import BadInput
+    from twoviews.errors import BadInput, mistakes
     from twoviews.evaluation.comparison import compare
     from twoviews.evaluation.evaluation import evaluate
     from twoviews.locks import locked_for_evaluation
@@ -27,8 +28,15 @@ def main(cfg, folder: Path) -> int:
     protocols = named_protocols(cfg.protocol)
     console, overrides, evaluations = Console(), HydraConfig.get().overrides.task, {}
     load_chosen = cache(partial(load_data, cfg)) if "data" in cfg else None
-    for run in expand_runs(cfg.run):
-        loaded = open_encoder(run, load_chosen, cfg.mean, cfg.std)
+
+    def opened(run: str) -> LoadedEncoder:
+        return open_encoder(run, load_chosen, cfg.mean, cfg.std)
+
+    runs, labelled = expand_runs(cfg.run), any(protocol.needs_labels for protocol in protocols.values())
+    if problems := mistakes(*(lambda run=run: opened(run).check_images(load_chosen, labelled) for run in runs)):
+        raise BadInput(*problems)  # of all runs, before the first is evaluated
+    for run in runs:
+        loaded = opened(run)
         name = run if loaded.name in evaluations else loaded.name
         with locked_for_evaluation(loaded.folder, console.say):
             evaluations[name] = evaluate(loaded, load_chosen, cfg, protocols, overrides, console)

@@ -13,11 +13,14 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from conftest import ROOT, SMALL_MOCO, refused, start
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits, load_sample_images
+from test_configs import composed
 
 from twoviews.checkpoints import load_checkpoint
+from twoviews.encoders.opening import open_encoder
 from twoviews.tracking.metrics import read
 
 
@@ -119,6 +122,28 @@ def test_several_runs_in_one_table(runs: Path, command) -> None:
     page = (folder / "comparison.md").read_text()
     assert page.startswith("| seed | kNN, % |") and "| raw pixels | " in page and "- seed=1: `1`" in page
     assert "\\midrule" in (folder / "comparison.tex").read_text() and (folder / "comparison.png").exists()
+
+
+def test_runs_that_cannot_be_evaluated_are_named_before_the_first_is(runs: Path, command) -> None:
+    for split in ("train", "test"):
+        for name in ("one", "two"):
+            Path(f"photos/{split}/{name}").mkdir(parents=True)
+            Image.fromarray(np.zeros((32, 32), np.uint8)).save(f"photos/{split}/{name}/0.png")
+    shutil.copytree(runs / "0", "bare")
+    config = OmegaConf.load("bare/config.yaml")
+    config.data = composed("data=folder", "data.root=photos/train", "data.channels=1", "data.cache=cache").data
+    OmegaConf.save(config, "bare/config.yaml")
+    data = json.loads(Path("bare/data.json").read_text())
+    Path("bare/data.json").write_text(json.dumps({**data, "images": {"train": 2}}))
+    both = f"run=[{runs / '0'},bare,no-such-run]"
+    done = command("evaluate", both, "protocol=[map,knn_small]")
+    first, second = (line for line in done.err.splitlines() if line.startswith("error: "))
+    assert "bare: train has no labelled training and test images" in first and "no-such-run" in second
+    assert done.code == 2 and not done.out
+    open_encoder("bare").check_images(None, labelled=False)
+    config.data.root = "photos"  # as if labelled images had come after the training
+    OmegaConf.save(config, "bare/config.yaml")
+    open_encoder("bare").check_images(None, labelled=True)
 
 
 def test_classes_of_own_pictures(runs: Path, command) -> None:

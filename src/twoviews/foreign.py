@@ -44,7 +44,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "*": float,
     },
     "environment.json": {"digest!": str, **dict.fromkeys(("processes", "threads"), Count), **_MACHINE},
-    "data.json": {"name!": str, "digest!": str},
+    "data.json": {"name!": str, "digest!": str, "images": _Node},
     "encoder.json": _ENCODER,
     "classifier.json": {**_ENCODER, "classes!": Sequence[str]},
     "linear_head.json": {"encoder!": str, "classes!": Sequence[str]},

@@ -122,6 +122,16 @@ class ImageData:
         return replace(self, **placed, resident_bytes=limit - free)
 
 
+class UnlabelledImages(BadInput):
+    """Accuracy is asked for on images that have no labels; `data` is the name of the data set."""
+
+    def __init__(self, data: str):
+        super().__init__(
+            f"{data} has no labelled training and test images, and accuracy cannot be measured; put them into train/<class>/ "
+            "and test/<class>/, or choose a protocol without labels, such as embed or map."
+        )
+
+
 def stratified(labels: Int[Tensor, " N"] | None, total: int, count: int) -> Int[Tensor, " n"]:
     """Sorted index of `count` of `total` images with the shares of the classes kept, the same on every call.
 

@@ -9,7 +9,7 @@ from typing import Any
 from twoviews.backbones import Encoder
 from twoviews.classifier_file import Head
 from twoviews.config.building import build_data
-from twoviews.data.images import ImageData
+from twoviews.data.images import ImageData, UnlabelledImages
 from twoviews.errors import BadInput
 from twoviews.foreign import errors_naming
 from twoviews.run import Run
@@ -81,6 +81,22 @@ class LoadedEncoder:
             raise UnknownImages(self.name)
         with errors_naming(self.config_path):
             return self.prepare(build_data(self.config["data"]))
+
+    def check_images(self, load_chosen: Callable[[], ImageData] | None, labelled: bool) -> None:
+        """Refuse what `load_data` refuses and, if they are to be `labelled`, images without labels.
+
+        The run's own are loaded only if its data.json says that they had no labels, as they may have some by now.
+
+        Raises:
+            BadInput: the images are not those that are needed.
+        """
+        if load_chosen is None and self.run is not None:
+            recorded = self.run.read("data.json", needed=True).get("images", {})
+            if "test" in recorded or not labelled:
+                return
+        data = self.load_data(load_chosen)
+        if labelled and data.test is None:
+            raise UnlabelledImages(f"{self.name}: {data.name}")
 
     def prepare(self, data: ImageData) -> ImageData:
         """The same images in the size and with the channel statistics that the encoder takes.

@@ -21,7 +21,7 @@ from twoviews.config.building import build
 from twoviews.config.parameter_names import protocol_keys, qualified_errors, qualify
 from twoviews.config.values import plain
 from twoviews.console import ROWS
-from twoviews.data.images import ImageData, Images
+from twoviews.data.images import ImageData, Images, UnlabelledImages
 from twoviews.errors import BadInput, mistakes, refuse_former_names
 from twoviews.features import Features, embed
 
@@ -105,10 +105,7 @@ class EvaluationContext:
 
     def _labelled_features(self, images: Images | None) -> Features:
         if images is None or images.labels is None:
-            raise BadInput(
-                f"{self.data.name} has no labelled training and test images, and accuracy cannot be measured; put them into "
-                "train/<class>/ and test/<class>/, or choose a protocol without labels, such as embed or map."
-            )
+            raise UnlabelledImages(self.data.name)
         return Features(self.embed(images, self.shared), images.labels.to(self.device).long())
 
 
