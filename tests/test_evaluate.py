@@ -146,6 +146,17 @@ def test_runs_that_cannot_be_evaluated_are_named_before_the_first_is(runs: Path,
     open_encoder("bare").check_images(None, labelled=True)
 
 
+def test_the_split_that_is_recorded_is_the_one_that_was_taken(runs: Path, command) -> None:
+    Path("photos").mkdir()
+    for number, pixels in enumerate(load_digits().images[:8]):
+        Image.fromarray((pixels * 15).astype(np.uint8)).resize((40, 40)).save(f"photos/{number}.png")
+    photos = ("data=folder", "data.root=photos", "data.channels=1", "data.cache=cache")
+    done = command("evaluate", f"run={runs / '0'}", "protocol=map", *photos)
+    assert done.code == 0 and "photos has no test images" in done.out and "map.split train" in done.out, done.err
+    found = json.loads((evaluation(runs / "0", "map") / "evaluation.json").read_text())
+    assert found["protocol"]["map"]["split"] == "train" and found["data"]["test"] == 0
+
+
 def test_classes_of_own_pictures(runs: Path, command) -> None:
     Path("photos").mkdir()
     for number, pixels in enumerate(load_digits().images[:3]):
