@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -199,7 +200,8 @@ def classified(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_classes_are_those_of_the_evaluation(classified: Path, suffix: str, protocol: str) -> None:
     encoder = twoviews.load(f"{classified}{suffix}", device="cpu")
     pixels = sources.digits().test.pixels
-    names, probabilities = encoder.classify(pixels, progress=False)
+    with warnings.catch_warnings(action="error"):  # of them are as many far as are expected
+        names, probabilities = encoder.classify(pixels, progress=False)
     assert encoder.classes == tuple("0123456789") and probabilities.shape == (360, 10)
     assert (
         [int(name) for name in names]
@@ -208,6 +210,11 @@ def test_classes_are_those_of_the_evaluation(classified: Path, suffix: str, prot
     )
     np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
     assert probabilities.dtype == np.float32
+    noise = torch.randint(256, (20, 1, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    said = "20 of 36 pictures are farther from the training images than 99 % of the 360 test images: such a picture may"
+    with pytest.warns(UserWarning, match=said) as warned:
+        encoder.classify(torch.cat([pixels[:16], noise]), progress=False)
+    assert len(warned) == 1
     x = encoder.features(pixels, progress=False, as_tensor=True)
     np.testing.assert_allclose(encoder.classifier(x).softmax(1).numpy(), probabilities, rtol=1e-4, atol=1e-6)
     assert encoder.classify(pixels[:2], progress=False, as_tensor=True).probabilities.shape == (2, 10)

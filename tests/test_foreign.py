@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL_MOCO, Finished, refused
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_configs import composed
 
 import twoviews
@@ -253,7 +253,7 @@ def test_classifier_json(entry: Call, place: Path, number: int) -> None:
         harmless(entry, next(commands))
 
 
-@pytest.mark.parametrize("kind", ["json", "classes", "tensors", "pickle", "pipe", "link"])
+@pytest.mark.parametrize("kind", ["json", "classes", "tensors", "bank", "pickle", "pipe", "link"])
 def test_heads_that_are_none(entry: Call, place: Path, kind: str) -> None:
     """Those of a linear evaluation, which twoviews.load reads; and the weights of a classifier."""
     run = place / "aa"
@@ -269,6 +269,10 @@ def test_heads_that_are_none(entry: Call, place: Path, kind: str) -> None:
             json_file.write_text(json.dumps({**json.loads(json_file.read_text()), "classes": ["0"]}))
         elif kind == "tensors":
             save_file({"other.weight": torch.zeros(1)}, weights)
+        elif kind == "bank":
+            part = "head." if weights.stem == "classifier" else ""
+            reference = {f"{part}bank": torch.zeros(3, 2), f"{part}test_distances": torch.zeros(3)}
+            save_file({**load_file(weights), **reference}, weights)
         elif kind == "pickle":
             torch.save({"weight": torch.zeros(1), "bias": Path.touch}, weights)
         else:

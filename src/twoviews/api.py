@@ -9,6 +9,7 @@ Shapes: N images, C channels, S px of a side, F features, K classes.
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -26,6 +27,7 @@ from twoviews.encoders.run_names import LATEST
 from twoviews.errors import BadInput, counted
 from twoviews.features import embed
 from twoviews.prepared_images import ImagePreparation, Path, Pictures, picture_files
+from twoviews.protocols.distance import distances, far_notes, percentiles
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -222,7 +224,8 @@ class PretrainedEncoder:
 
         They come from the classifier of protocol=finetune, if the encoder was loaded with ":finetune", otherwise from the
         newest linear probe (protocol=linear) of this encoder, whichever data set that was of. They are calibrated on images
-        that were held out, and hold for images like those; an image of something else gets one of these classes, too.
+        that were held out, and hold for images like those; an image of something else gets one of these classes, too. A
+        warning says how many images are farther from those that the classifier learnt from than almost all test images.
 
         Args:
             images: as in `features`, and likewise the others.
@@ -248,6 +251,10 @@ class PretrainedEncoder:
         x = self.features(images, batch_size=batch_size, precision=precision, progress=progress, as_tensor=True)
         with torch.no_grad():
             probabilities = layer(x).softmax(1)
+        if self._head is not None and self._head.reference is not None:
+            bank, test = (tensor.to(x.device) for tensor in self._head.reference)
+            for note in far_notes(percentiles(distances(x, bank), test), len(test)):
+                warnings.warn(note, stacklevel=2)
         names = [self.classes[number] for number in probabilities.argmax(1).tolist()]
         return Predictions(names, probabilities if as_tensor else probabilities.cpu().numpy())
 

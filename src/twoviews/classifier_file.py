@@ -8,7 +8,7 @@ Shapes: N images, F features, C classes.
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from twoviews.backbones import Encoder
 from twoviews.encoder_file import check_finite, encoder_of, loading, read_weights, write
 
 CLASSIFIER_FILE, HEAD_FILE = "classifier.safetensors", "linear_head.safetensors"
+_REFERENCE = ("bank", "test_distances")  # names of tensors, see `Head`
 EVALUATIONS = "evaluation"  # the folder of a run's evaluations
 
 
@@ -28,6 +29,13 @@ class Head:
 
     linear: nn.Linear  # [C, F]; the softmax of its outputs are the probabilities
     classes: tuple[str, ...]  # names by output, C
+    # [B, F] features of some of the images that it learnt from, and [M] distances of test images from these, see
+    # protocols/distance.py; None in older files.
+    reference: tuple[Tensor, Tensor] | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file has of it, by name."""
+        return self.linear.state_dict() | dict(zip(_REFERENCE, self.reference or (), strict=False))
 
 
 def as_head(weight: Tensor, bias: Tensor, classes: Sequence[str]) -> Head:
@@ -45,8 +53,8 @@ def as_linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 def save_classifier(folder: Path, encoder: Encoder, head: Head, description: Mapping[str, Any]) -> None:
     """Write classifier.safetensors and classifier.json; `description` is as `encoder_file.describe` gives it."""
-    parts = {"encoder": encoder, "head": head.linear}
-    weights = {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
+    parts = {"encoder": encoder.state_dict(), "head": head.tensors()}
+    weights = {f"{part}.{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
     write(folder / CLASSIFIER_FILE, weights, {**description, "classes": list(head.classes)})
 
 
@@ -78,7 +86,7 @@ def save_head(folder: Path, head: Head, encoder: Encoder, size: int, statistics:
     They are those of images of `size` px that are normalised with `statistics`: mean and std, per channel.
     """
     description = {"encoder": _digest(encoder, size, statistics), "classes": list(head.classes)}
-    write(folder / HEAD_FILE, head.linear.state_dict(), description)
+    write(folder / HEAD_FILE, head.tensors(), description)
 
 
 def find_head(folder: Path, encoder: Encoder, size: int, statistics: Sequence[Sequence[float]]) -> Head | None:
@@ -111,8 +119,14 @@ def _head_of(description: Mapping[str, Any], weights: Mapping[str, Tensor], feat
     classes = description["classes"]
     if weights["weight"].shape != (len(classes), features) or weights["bias"].shape != (len(classes),):
         raise ValueError(f"the head is not one of {features} features and {len(classes)} classes")
+    reference = None
+    if not weights.keys().isdisjoint(_REFERENCE):
+        bank, distances = (weights[name].float() for name in _REFERENCE)
+        if bank.ndim != 2 or not len(bank) or bank.shape[1] != features or distances.ndim != 1:
+            raise ValueError(f"the head has no bank of {features} features with distances of test images")
+        reference = bank, distances
     check_finite(weights)
-    return as_head(weights["weight"].float(), weights["bias"].float(), classes)
+    return replace(as_head(weights["weight"].float(), weights["bias"].float(), classes), reference=reference)
 
 
 def _digest(encoder: Encoder, size: int, statistics: Sequence[Sequence[float]]) -> str:

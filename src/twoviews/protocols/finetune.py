@@ -26,6 +26,7 @@ from twoviews.errors import BadInput, counted, nearest
 from twoviews.features import Features, embed
 from twoviews.optim import sgd
 from twoviews.protocols.classification import accuracies, top1
+from twoviews.protocols.distance import kept, with_bank
 from twoviews.protocols.encoder_layers import layers
 from twoviews.protocols.labelled import Diverged, classifier, crops, labelled, train_classifier
 from twoviews.protocols.linear import Linear, Probe, held_out, linear_of_run, temperature
@@ -251,7 +252,9 @@ class FineTune(Protocol):
         scores = self.scores(context, tuned.model, test)
         if context.folder is not None and is_buildable(tuned.encoder):
             weight, bias = (value.detach() / tuned.temperature for value in (tuned.head.weight, tuned.head.bias))
-            head = as_head(weight, bias, context.data.classes)
+            of_bank = memory.subset(kept(len(memory)))
+            x, test_x = (self.scores(context, tuned.encoder, images) for images in (of_bank, test))
+            head = with_bank(as_head(weight, bias, context.data.classes), x, test_x)
             save_classifier(context.folder, tuned.encoder, head, describe(tuned.encoder, context.data))
         return EvaluationResult(
             {**accuracies(scores, context.test.y), "lr": tuned.lr}, scores.softmax(1), notes=tuned.notes

@@ -20,6 +20,7 @@ from twoviews.console import progress_of
 from twoviews.data.images import ImageData
 from twoviews.features import Features
 from twoviews.protocols.classification import top1
+from twoviews.protocols.distance import kept, with_bank
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol
 from twoviews.randomness import generator
 from twoviews.ranges import Count, NonNegativeInt, NotNegative, Range
@@ -177,5 +178,7 @@ class Linear(Protocol):
         probe, weight_decay, scale = self.fitted(context.memory, len(data.classes), calibrate=folder is not None)
         scores = probe(context.test.x)
         if folder is not None:
-            save_head(folder, probe.head(data.classes, scale), context.encoder, data.size, (data.mean, data.std))
+            bank = context.memory.subset(kept(len(context.memory.x))).x
+            head = with_bank(probe.head(data.classes, scale), bank, context.test.x)
+            save_head(folder, head, context.encoder, data.size, (data.mean, data.std))
         return EvaluationResult({"top1": top1(scores, context.test.y), "weight_decay": weight_decay}, scores.softmax(1))

@@ -1,6 +1,6 @@
 """Classes of the user's own images by the linear probe of the features, and how different they are from the run's images.
 
-Shapes: n images, M test images, N bank, F features.
+Shapes: n images, M test images.
 """
 
 import json
@@ -8,33 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from twoviews.data.images import ImageData
-from twoviews.errors import BadInput, counted
-from twoviews.features import Features
+from twoviews.errors import BadInput
 from twoviews.files import write_atomic
-from twoviews.protocols.knn import neighbours
+from twoviews.protocols.distance import FAR_PERCENTILE, distances, far_notes, percentiles
 from twoviews.protocols.linear import Linear, linear_of_run
 from twoviews.protocols.protocol import EvaluationContext, EvaluationResult, Protocol, TableRow
 from twoviews.protocols.user_images import check_images, embed_user_images, grey_notes, image_paths
 from twoviews.ranges import Count, NonNegativeInt, NotNegative, Range
-
-NEAREST = 10  # bank images whose mean distance is taken
-FAR_PERCENTILE = 99.0  # of the distances of test images: from there on an image is far from the bank
-
-
-@torch.no_grad()
-def distances(x: Float[Tensor, "n F"], bank: Features) -> Float[Tensor, " n"]:
-    """Mean of 1 - cosine, in [0, 2], to the `NEAREST` most similar bank images.
-
-    Images that are far from the training images are probably of another kind: Sun et al., "Out-of-Distribution Detection
-    with Deep Nearest Neighbors", arXiv:2204.06507, who take the distance to the k-th neighbour.
-    """
-    chunks = [1 - cosines.mean(1) for _, cosines, _ in neighbours(x, bank.x, NEAREST)]
-    return torch.cat([x.new_empty(0), *chunks])
 
 
 @dataclass
@@ -92,8 +73,8 @@ class Predict(Protocol):
         else:
             probe, _, temperature = self.linear.fitted(context.memory, len(classes), calibrate=True)
             logits = probe(decoded.x) / temperature
-        distance, test = distances(decoded.x, context.memory), distances(context.test.x, context.memory)
-        closer = 100 * torch.searchsorted(test.sort().values, distance).float() / len(test)  # % of the test images
+        distance, test = (distances(x, context.memory.x) for x in (decoded.x, context.test.x))
+        closer = percentiles(distance, test)
         predictions: list[dict[str, Any]] = [
             {"image": path, "broken": decoded.broken.get(place, "")} for place, path in enumerate(paths)
         ]
@@ -111,15 +92,9 @@ class Predict(Protocol):
                 "predictions": predictions,
             }
             write_atomic(context.folder / "predictions.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        count, notes = int((closer >= FAR_PERCENTILE).sum()), []
-        if count:
-            are = f"{count:,} of {counted(len(closer), 'picture')} {'are' if count > 1 else 'is'}"
-            notes = [
-                f"warning: {are} farther from the training images than {FAR_PERCENTILE:g} % of the {len(test):,} test images "
-                "(column distance_percentile): such a picture may show none of the classes, whatever the probability."
-            ]
-        values = {"images": float(len(paths)), "broken": float(len(decoded.broken)), "far": float(count)}
-        values["temperature"] = temperature
+        notes = [f"warning: {note}" for note in far_notes(closer, len(test), " (column distance_percentile)")]
+        values = {"images": float(len(paths)), "broken": float(len(decoded.broken)), "temperature": temperature}
+        values["far"] = float((closer >= FAR_PERCENTILE).sum())
         return EvaluationResult(values, tables={"predictions": [*map(_row, predictions)]}, notes=notes)
 
 
