@@ -84,7 +84,8 @@ def test_best_is_the_mean_over_seeds_with_the_command_to_run_it(tmp_path: Path) 
     text_ = page(sweep_of(tmp_path / "s", GRID))
     assert "6 of 6 jobs finished." in text_ and "missing" not in text_ and "Failures" not in text_
     assert "**temperature=0.2**: kNN **51.00 ± 2.48**, linear **51.67 ± 5.17** over 3 seeds, by kNN accuracy" in text_
-    assert "python train.py method=moco method.temperature=0.2 seed=0\n" in text_
+    again = "python train.py method=moco method.temperature=0.2 seed=0\n"
+    assert f"To run it again with the first of its seeds (0, 1, 2):\n\n    {again}" in text_
     assert "By linear accuracy the highest is temperature=0.1: 56.67 ± 5.17." in text_
     assert f"    {TYPED}" in text_
     assert "| CPU | 6 finished | 0.6 | core-hours (threads x hours) |" in text_  # 6 x 180 s x 2 threads
@@ -361,6 +362,7 @@ def test_the_heading_says_what_the_ranking_is_worth(tmp_path: Path, knn: dict, h
     jobs = [{"a": a, "seed": s, "knn": value} for a, values in knn.items() for s, value in enumerate(values)]
     text_ = page(sweep_of(tmp_path / "s", jobs))
     assert f"\n## {heading}\n" in text_ and "Baselines, kNN: raw pixels 20.00." in text_
+    assert ("To run it again:\n" in text_) == (heading == "Highest, by one seed each")
 
 
 def test_equal_seeds_have_no_interval_of_no_width(tmp_path: Path) -> None:
