@@ -174,6 +174,13 @@ def test_a_written_report_is_a_success_and_other_commands_say_why_they_are_none(
     assert capsys.readouterr().err == "exit code 3: 2 of 2 jobs are not finished (1 FAILED, 1 RUNNING).\n"
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"]])
+def test_help_says_which_sweep_is_meant_without_a_name(capsys, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        sweep_command(arguments)
+    assert "changed last" in " ".join(capsys.readouterr().out.split())
+
+
 def test_csv_has_a_row_for_each_job(tmp_path: Path) -> None:
     failed = {"method.temperature": 0.3, "seed": 0, "state": "FAILED", "reason": 'commas, and "quotes"'}
     sweep = sweep_of(tmp_path / "s", [*GRID, failed])
@@ -360,7 +367,10 @@ def test_what_was_measured_once_is_no_curve(tmp_path: Path, figures: dict[str, F
 )
 def test_the_heading_says_what_the_ranking_is_worth(tmp_path: Path, knn: dict, heading: str) -> None:
     jobs = [{"a": a, "seed": s, "knn": value} for a, values in knn.items() for s, value in enumerate(values)]
-    text_ = page(sweep_of(tmp_path / "s", jobs))
+    said: list[str] = []
+    report(sweep_of(tmp_path / "s", jobs), say=said.append)
+    text_ = (tmp_path / "s" / "report.md").read_text()
+    assert said[0].startswith(f"{heading}: {'the highest mean has a=' if len(knn) > 1 else 'kNN '}")
     assert f"\n## {heading}\n" in text_ and "Baselines, kNN: raw pixels 20.00." in text_
     assert ("To run it again:\n" in text_) == (heading == "Highest, by one seed each")
 

@@ -50,7 +50,8 @@ def report(
         files.append(latex)
     for first in results.ranked[:1]:
         accuracies = ", ".join(f"{ACCURACIES[name]} {value}" for name, value in first.accuracies.items())
-        say(": ".join(filter(None, [_ranking(results)[0], results.label(first), accuracies])))
+        highest = f"the highest mean has {results.label(first)}" if results.varying else ""
+        say(": ".join(filter(None, [_ranking(results)[0], highest, accuracies])))
     say(f"report: {page}")
     if sweep.record["parent"] and "tracking" in sweep.record:
         # The best first: MLflow shows the first lines, the others after a click. Its code blocks do not wrap lines.
