@@ -131,7 +131,7 @@ mlflow: .venv/train mlflow-address  ## MLflow's pages on all runs, at http://127
 
 mlflow-address:  # what `make mlflow` begins with, with the port of ARGS; tests/test_suggestions.py runs it
 	@port=$$(echo ' $(ARGS)' | sed -nE 's/.* (--port|-p)[ =]*([0-9]+).*/\2/p'); \
-	echo "http://127.0.0.1:$${port:-5000}: choose \"Model training\" at the top left, which the browser remembers"
+	echo "http://127.0.0.1:$${port:-5000}/#/experiments?workflowType=machine_learning"
 
 tracking-server: .venv/train  ## an MLflow server on PostgreSQL for many machines: make tracking-server ARGS="--host 0.0.0.0"
 	$(BIN)/python -m twoviews.tracking serve $(ARGS)

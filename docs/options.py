@@ -20,7 +20,7 @@ import yaml
 
 from twoviews.config.checks import NODES, ROOTS, VIEW
 from twoviews.config.groups import CONF, PASSED_BY_PROGRAM, PLUGIN_KEYS
-from twoviews.ranges import MANY, Corruption, Length, Range
+from twoviews.ranges import Corruption, Length, Range
 from twoviews.signatures import Component, signature
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +55,6 @@ def words(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         limits = " and ".join(str(limit) for limit in arguments[1:] if isinstance(limit, Range))
-        limits = limits.replace(f" and at most {MANY:,}", "").replace(" and at most 1e+30", "")
         sizes = " and ".join(f"{limit} elements" for limit in arguments[1:] if isinstance(limit, Length))
         inner = words(arguments[0])
         return ", ".join(filter(None, (inner, limits, sizes)))

@@ -35,7 +35,7 @@ COMMANDS = [
     (["method.momentum=1"], ["method.momentum=1", "below 1"]),
     (["optimizer.lr=-0.1"], ["optimizer.lr=-0.1", "above 0"]),
     (["optimizer.lr_scaling=linaer"], ["linaer", "linear"]),
-    (["epochs=0"], ["epochs=0", "at least 1"]),
+    (["epochs=0"], ["epochs=0", "must be at least 1."]),
     (["epochs=2.5"], ["epochs=2.5", "whole number"]),
     (["seed=-1"], ["seed=-1", "at least 0"]),
     (["fresh=maybe"], ["fresh=maybe", "true or false"]),

@@ -2,12 +2,15 @@
 
 import re
 from pathlib import Path
+from unittest.mock import MagicMock, Mock
 
 import pytest
+from omegaconf import OmegaConf
 
+from twoviews.assembly import Parts
 from twoviews.console import Console
 from twoviews.protocols.units import with_unit
-from twoviews.run_summary import show_result
+from twoviews.run_summary import _length_lines, show_result
 
 RESULT = {
     "state": "finished",
@@ -81,3 +84,20 @@ def test_units(name: str, value: float, text: str) -> None:
 
 def test_intervals_follow_the_unit() -> None:
     assert with_unit("knn/top1", 50.0, (45.0, 55.125)) == "50.00 %  [45.00, 55.12]"
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "epochs", "advice"),
+    [
+        (1437, 512, 1, ["use more epochs= (now 1) or a smaller batch_size= (now 512)."]),
+        (60, 32, 1, ["use more epochs= (now 1)."]),  # 3 steps of 16
+        (60, 8, 1, ["use more epochs= (now 1)."]),
+        (1437, 64, 1, []),
+    ],
+)
+def test_a_smaller_batch_is_advised_where_it_helps(images: int, batch: int, epochs: int, advice: list[str]) -> None:
+    parts = Mock(spec=Parts, data=Mock(train=range(images)), optimizer=Mock(param_groups=[{"lr": 0.1}]))
+    parts.loader = MagicMock(left_over=images % batch)
+    parts.loader.__len__.return_value = images // batch
+    cfg = OmegaConf.create({"batch_size": batch, "epochs": epochs, "optimizer": {"lr": 0.1, "lr_scaling": "none"}})
+    assert [line.partition("hundred; ")[2] for line in [*_length_lines(cfg, parts)][2:]] == advice

@@ -31,8 +31,8 @@ def test_batch_and_queue_are_reduced_and_said(command, photos: Path) -> None:
     assert done.code == 0, done.err
     said = "for 60 training images: batch_size=16 in place of 512 and method.queue_size=16 in place of 4096"
     assert said in done.out and "length    1 epoch of 3 steps of 16" in done.out
-    few = "3 optimizer steps in all: an encoder learns next to nothing below some hundred; use a smaller batch_size= (now 16)"
-    assert f"{few} or more epochs= (now 1)." in done.out
+    few = "3 optimizer steps in all: an encoder learns next to nothing below some hundred; use more epochs= (now 1)."
+    assert few in done.out, "a batch below 16 is no remedy"
     config = yaml.safe_load(Path("run/config.yaml").read_text())
     assert (config["batch_size"], config["method"]["queue_size"]) == (16, 16)
     assert config["reduced_from"] == {"batch_size": 512, "method.queue_size": 4096}

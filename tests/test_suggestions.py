@@ -11,6 +11,8 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from twoviews.tracking.state import WORKFLOW
+
 LINES = subprocess.run(
     ["make", "--no-print-directory", "suggestions"], cwd=ROOT, capture_output=True, text=True, check=True
 ).stdout.splitlines()
@@ -30,7 +32,7 @@ def test_there_are_four_and_the_last_is_a_target_of_make() -> None:
 def test_make_mlflow_says_the_port_that_it_uses(arguments: str, port: int) -> None:
     words = ["make", "--no-print-directory", "mlflow-address", f"ARGS={arguments}"]
     said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert said.startswith(f"http://127.0.0.1:{port}: ") and len(said.splitlines()) == 1
+    assert said == f"http://127.0.0.1:{port}/#/experiments?{WORKFLOW}\n"
     assert re.search(r"^mlflow: .*\bmlflow-address\b", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 

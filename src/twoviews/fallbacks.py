@@ -26,7 +26,7 @@ def slower(asked: str, device: torch.device, norms: bool = False) -> list[str]:
     reasons = {"views (about five times as long)": reason_for_tensors(device)}
     if norms:
         reasons["batch norms"] = reason_for_plain(device)
-    if device.type == "cpu" and not convolutions_fuse():
+    if device.type == "cpu" and not convolutions_fuse(torch.float32):
         reasons["convolutions of features"] = "this build of torch has no oneDNN"
     parts: dict[str, list[str]] = {}
     for part, reason in reasons.items():

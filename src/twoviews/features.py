@@ -79,8 +79,7 @@ def embed(
     batch_size, backend = batch_size or BATCH[device.type], None
     if channels_last or device.type == "cpu":
         backend = choose_backend(module, device, dtype, data.size, batch_size)
-    # The fused networks of a GPU convert the images themselves.
-    convert = channels_last and (backend is None or device.type == "cpu")
+    convert = channels_last and backend is None  # fused networks convert the images themselves
     network, x = _network(module, backend, dtype, convert), None
     # Processes get whole batches, so that each image is in the same batch, and rounded alike, for any number of processes.
     own = torch.arange(len(images)).split(batch_size)[rank::processes]

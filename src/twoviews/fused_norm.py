@@ -12,6 +12,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, TypeGuard
 
 import torch
@@ -27,18 +28,17 @@ from twoviews.fused_norm_triton import Triton
 
 DEVICES = {"cuda"}  # types whose tensors Triton's kernels are given; tests add "cpu", for Triton's interpreter
 LARGEST = 2**30  # rows of an activation; numbers of rows are int32
-_views = 1  # in a batch; `separate_views` says otherwise
+_views = ContextVar("views", default=1)  # in a batch
 
 
 @contextlib.contextmanager
 def separate_views(count: int) -> Iterator[None]:
     """Within it, `batch_norm_act` takes a batch for so many views, one after another, each with statistics of its own."""
-    global _views
-    before, _views = _views, count
+    token = _views.set(count)
     try:
         yield
     finally:
-        _views = before
+        _views.reset(token)
 
 
 def batch_norm_act(
@@ -54,7 +54,8 @@ def batch_norm_act(
     """
     if _fusable(norm, x, act, residual):
         return _fused(norm, x, residual, act is not None)
-    y = norm(x) if _views == 1 else torch.cat([norm(view) for view in x.chunk(_views)])
+    views = _views.get()
+    y = norm(x) if views == 1 else torch.cat([norm(view) for view in x.chunk(views)])
     if residual is not None:
         y = y + residual
     return y if act is None else act(y)
@@ -81,15 +82,15 @@ def _fusable(norm: nn.Module, x: Tensor, act: nn.Module | None, residual: Tensor
         return False
     if type(norm) not in (nn.BatchNorm2d, SplitBatchNorm) or type(act) not in (type(None), nn.ReLU):
         return False
-    parts = _parts(norm)
+    parts, views = _parts(norm), _views.get()
     return (
         x.ndim == 4
         and x.shape[1] == norm.num_features
         and x.is_contiguous(memory_format=torch.channels_last)
         and (residual is None or (residual.dtype == x.dtype and residual.shape == x.shape))
         and parts > 0
-        and x.shape[0] % (_views * parts) == 0  # what cannot be divided, or has one value for each channel, is left
-        and LARGEST > x.numel() // x.shape[1] > _views * parts  # to the modules to refuse
+        and x.shape[0] % (views * parts) == 0  # what cannot be divided, or has one value for each channel, is left
+        and LARGEST > x.numel() // x.shape[1] > views * parts  # to the modules to refuse
         and norm.momentum is not None
         and all(
             isinstance(t, Tensor) and t.dtype == torch.float32 and t.device == x.device and t.is_contiguous()
@@ -122,7 +123,14 @@ def _fused(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, relu: bool)
         residual = residual.contiguous(memory_format=torch.channels_last)
     y = _BatchNormAct.apply(
         *(x, residual, norm.weight, norm.bias, norm.running_mean, norm.running_var),
-        *(None if split else norm.num_batches_tracked, parts, float(norm.momentum or 0), float(norm.eps), relu, _views),
+        *(
+            None if split else norm.num_batches_tracked,
+            parts,
+            float(norm.momentum or 0),
+            float(norm.eps),
+            relu,
+            _views.get(),
+        ),
     )
     if isinstance(norm, SplitBatchNorm) and processes > 1:
         for statistic in (norm.running_mean, norm.running_var):

@@ -58,7 +58,7 @@ def choose_backend(
     if not networks:
         return None
     if device.type == "cpu":
-        return next(iter(PREFERRED_BACKENDS["cpu"]), None) if dtype == torch.float32 and convolutions_fuse() else None
+        return next(iter(PREFERRED_BACKENDS["cpu"]), None) if convolutions_fuse(dtype) else None
     if os.environ.get("TWOVIEWS_KERNEL") == "0":
         return None
     reasons = []
@@ -94,27 +94,26 @@ def _fuse(network: ResNet, backend: str, dtype: torch.dtype) -> None:
     """Replace the blocks of a network whose batch norms are folded by fused ones."""
     kind = {"mkldnn": _Mkldnn, "cudnn": _Cudnn, "triton": _Triton}[backend]
     first = network.conv1
-    if backend == "mkldnn":
-        network.add_module("conv1", kind(first))
-    else:
-        missing = -first.in_channels % CHANNEL_MULTIPLE
-        first.weight = nn.Parameter(nnf.pad(first.weight.detach(), (0, 0, 0, 0, 0, missing)))
-        first.in_channels += missing
-        network.add_module("conv1", nn.Sequential(_Input(first.in_channels, dtype), kind(first)))
+    missing = 0 if backend == "mkldnn" else -first.in_channels % CHANNEL_MULTIPLE
+    first.weight = nn.Parameter(nnf.pad(first.weight.detach(), (0, 0, 0, 0, 0, missing)))
+    first.in_channels += missing
+    network.add_module("conv1", nn.Sequential(_Input(first.in_channels, dtype), kind(first)))
     network.add_module("relu", nn.Identity())
     for stage in range(network.stages):
         blocks = getattr(network, f"layer{stage + 1}")
         setattr(network, f"layer{stage + 1}", nn.Sequential(*(_Block(block, kind) for block in blocks)))
-    if backend != "mkldnn":
-        for part in network.modules():
-            if isinstance(part, nn.Conv2d):
-                part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for part in network.modules():
+        if isinstance(part, nn.Conv2d):
+            part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def convolutions_fuse() -> bool:
+def convolutions_fuse(dtype: torch.dtype) -> bool:
     """Whether torch has the operators that torch.compile, too, makes on a CPU of a convolution and what follows it."""
-    enabled = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    return enabled and all(hasattr(torch.ops.mkldnn, f"_convolution_pointwise{end}") for end in ("", "_"))
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    if not all(hasattr(torch.ops.mkldnn, f"_convolution_pointwise{end}") for end in ("", "_")):
+        return False
+    return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class _Input(nn.Module):

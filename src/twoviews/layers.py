@@ -53,7 +53,7 @@ def encode_views(encoder: nn.Module, views: Sequence[Float[Tensor, "B C _h _w"]]
     """
     first = views[0]
     if not (
-        isinstance(encoder, ResNet)  # whose norms are all in `batch_norm_act`
+        type(encoder) is ResNet  # whose norms are all in `batch_norm_act`
         and encoder.training
         and first.is_contiguous(memory_format=torch.channels_last)
         and all(view.shape == first.shape for view in views)

@@ -30,9 +30,15 @@ class Range:
         )
 
     def __str__(self) -> str:
+        return self.words()
+
+    def words(self, value: float = 0) -> str:
+        """What `value` must be, such as "at least 1"; a technical limit is named only to a value above it."""
         names = {"above": "above", "at_least": "at least", "below": "below", "at_most": "at most"}
         limits = [
-            f"{word} {_number(getattr(self, key))}" for key, word in names.items() if getattr(self, key) is not None
+            f"{word} {_number(limit)}"
+            for key, word in names.items()
+            if (limit := getattr(self, key)) is not None and (limit not in TECHNICAL or value > limit)
         ]
         return (" and ".join(limits) or "finite") + (f" (usual: {self.usual})" if self.usual else "")
 
@@ -58,6 +64,8 @@ class Length:
 
 
 MANY = 10**9  # of anything that is done again and again
+LARGEST = 1e30  # parameters are in float32, which has nothing above 3.4e38, and rates are multiplied by the batch size
+TECHNICAL = (MANY, LARGEST)  # upper limits far above what anybody wants
 # What memory is needed for: only the data and the machine can say how many are too many (twoviews.memory).
 Size = Annotated[int, Range(at_least=1)]
 Repeats = Annotated[int, Range(at_least=1, at_most=200)]  # of what is made one after the other: layers, views, draws
@@ -71,9 +79,8 @@ NotNegative = Annotated[float, Range(at_least=0)]
 Fraction = Annotated[float, Range(at_least=0, at_most=1)]
 Temperature = Annotated[float, Range(above=0, usual="0.05 to 0.5")]
 EmaMomentum = Annotated[float, Range(at_least=0, below=1, usual="0.99 to 0.999")]
-# Parameters are in float32, which has nothing above 3.4e38, and rates are multiplied by the batch size.
-Rate = Annotated[float, Range(above=0, at_most=1e30)]
-Decay = Annotated[float, Range(at_least=0, at_most=1e30)]
+Rate = Annotated[float, Range(above=0, at_most=LARGEST)]
+Decay = Annotated[float, Range(at_least=0, at_most=LARGEST)]
 LrScaling = Literal["none", "linear", "sqrt"]
 Severity = Annotated[int, Range(at_least=1, at_most=5)]
 Corruption = Literal[

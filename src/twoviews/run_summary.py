@@ -29,6 +29,7 @@ from twoviews.tracking.state import run_page
 
 SPREAD = "train/spread"
 FEW_STEPS = 10  # of a training, with fewer of which an encoder stays as it was
+SMALL_BATCH = 16  # images; a smaller batch is not advised
 
 
 def print_summary(cfg: DictConfig, parts: Parts, folder: Path, console: Console) -> None:
@@ -82,9 +83,11 @@ def _length_lines(cfg: DictConfig, parts: Parts) -> Iterator[str]:
     length = f"{counted(cfg.epochs, 'epoch')} of {counted(steps, 'step')} of {size}"
     yield f"length    {length}: {steps * size:,} images an epoch{left}"
     if steps * cfg.epochs < FEW_STEPS:
+        helps = len(parts.data.train) // SMALL_BATCH * cfg.epochs >= FEW_STEPS
+        smaller = f" or a smaller batch_size= (now {size})" if helps else ""
         yield (
             f"          {counted(steps * cfg.epochs, 'optimizer step')} in all: an encoder learns next to nothing below some "
-            f"hundred; use a smaller batch_size= (now {size}) or more epochs= (now {cfg.epochs})."
+            f"hundred; use more epochs= (now {cfg.epochs}){smaller}."
         )
 
 

@@ -144,7 +144,7 @@ def _out_of_range(value: Any, limits: Sequence[Any]) -> str:
     for limit in limits:
         if isinstance(limit, ranges.Range) and value not in limit:
             finite = "" if isinstance(value, int) or math.isfinite(value) else " and finite"
-            return f"is out of range: it must be {limit}{finite}"
+            return f"is out of range: it must be {limit.words(value)}{finite}"
         if isinstance(limit, Length) and value not in limit:
             return f"has {len(value)} elements and needs {limit}" if value else "is empty"
     return ""

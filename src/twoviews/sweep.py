@@ -28,13 +28,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m twoviews.sweep",
-        description="Look after a sweep. Without a name: the one in multirun/ that changed last.",
+        description="Show, report, retry or stop the jobs of a sweep, which are runs that `train.py -m` launched together. "
+        "A command takes the name of a sweep; without one, it is the sweep in multirun/ that changed last.",
         epilog=f"Exit code: {EXIT_CODES}",
     )
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
     for command, (action, sentence) in COMMANDS.items():
         sub = commands.add_parser(command, help=sentence, description=sentence[0].upper() + sentence[1:] + ".")
-        sub.add_argument("name", nargs="?", help="a sweep's name below multirun/, or its folder")
+        sub.add_argument(
+            "name", nargs="?", help="a sweep below multirun/, or its folder; default: the one that changed last"
+        )
         if command in ("logs", "retry", "cancel"):
             sub.add_argument("jobs", nargs="*", help="digests, or parts such as seed=1; without one all")
         if command == "report":
@@ -215,7 +218,7 @@ def write_report(sweep: Sweep, jobs: Sequence[Job]) -> int:
 COMMANDS: dict[str, tuple[Callable[[Sweep, Sequence[Job]], int], str]] = {
     "status": (show_status, "show all jobs"),
     "logs": (show_logs, "show the output of jobs: those named, or those that failed"),
-    "report": (write_report, "write report.md, report.csv, report.tex and plots of the results so far"),
+    "report": (write_report, "write report.md, .csv, .tex and plots of the results so far into the sweep folder"),
     "collect": (collect_jobs, "send results that MLflow lacks: of jobs run with tracking=files, of killed jobs"),
     "retry": (retry_jobs, "run the jobs again that stopped without a result"),
     "cancel": (cancel_jobs, "stop the jobs that are queued or running"),

@@ -84,7 +84,8 @@ def test_best_is_the_mean_over_seeds_with_the_command_to_run_it(tmp_path: Path) 
     text_ = page(sweep_of(tmp_path / "s", GRID))
     assert "6 of 6 jobs finished." in text_ and "missing" not in text_ and "Failures" not in text_
     assert "**temperature=0.2**: kNN **51.00 ± 2.48**, linear **51.67 ± 5.17** over 3 seeds, by kNN accuracy" in text_
-    assert "python train.py method=moco method.temperature=0.2 seed=0\n" in text_
+    again = "python train.py method=moco method.temperature=0.2 seed=0\n"
+    assert f"To run it again with the first of its seeds (0, 1, 2):\n\n    {again}" in text_
     assert "By linear accuracy the highest is temperature=0.1: 56.67 ± 5.17." in text_
     assert f"    {TYPED}" in text_
     assert "| CPU | 6 finished | 0.6 | core-hours (threads x hours) |" in text_  # 6 x 180 s x 2 threads
@@ -171,6 +172,13 @@ def test_a_written_report_is_a_success_and_other_commands_say_why_they_are_none(
         assert capsys.readouterr().err == "exit code 1: 1 of 7 jobs is not finished (1 FAILED).\n"
     assert exit_code({"a": JobState("RUNNING"), "b": JobState("FAILED")}) == 3
     assert capsys.readouterr().err == "exit code 3: 2 of 2 jobs are not finished (1 FAILED, 1 RUNNING).\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"]])
+def test_help_says_which_sweep_is_meant_without_a_name(capsys, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        sweep_command(arguments)
+    assert "changed last" in " ".join(capsys.readouterr().out.split())
 
 
 def test_csv_has_a_row_for_each_job(tmp_path: Path) -> None:
@@ -359,8 +367,12 @@ def test_what_was_measured_once_is_no_curve(tmp_path: Path, figures: dict[str, F
 )
 def test_the_heading_says_what_the_ranking_is_worth(tmp_path: Path, knn: dict, heading: str) -> None:
     jobs = [{"a": a, "seed": s, "knn": value} for a, values in knn.items() for s, value in enumerate(values)]
-    text_ = page(sweep_of(tmp_path / "s", jobs))
+    said: list[str] = []
+    report(sweep_of(tmp_path / "s", jobs), say=said.append)
+    text_ = (tmp_path / "s" / "report.md").read_text()
+    assert said[0].startswith(f"{heading}: {'the highest mean has a=' if len(knn) > 1 else 'kNN '}")
     assert f"\n## {heading}\n" in text_ and "Baselines, kNN: raw pixels 20.00." in text_
+    assert ("To run it again:\n" in text_) == (heading == "Highest, by one seed each")
 
 
 def test_equal_seeds_have_no_interval_of_no_width(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def report(
         files.append(latex)
     for first in results.ranked[:1]:
         accuracies = ", ".join(f"{ACCURACIES[name]} {value}" for name, value in first.accuracies.items())
-        say(": ".join(filter(None, [_ranking(results)[0], results.label(first), accuracies])))
+        highest = f"the highest mean has {results.label(first)}" if results.varying else ""
+        say(": ".join(filter(None, [_ranking(results)[0], highest, accuracies])))
     say(f"report: {page}")
     if sweep.record["parent"] and "tracking" in sweep.record:
         # The best first: MLflow shows the first lines, the others after a click. Its code blocks do not wrap lines.
@@ -122,9 +123,11 @@ def _best(results: Results) -> list[str]:
         at = f"{lucky.accuracies[metric]} with {counted(lucky.accuracies[metric].count, 'seed')}"
         sentence += f" {results.label(lucky)} is at {at}; it is ranked when it has as many."
     baselines = ", ".join(f"{BASELINES[name][0]} {span(values)}" for name, values in results.baselines.items())
-    overrides = best.jobs["overrides"][best.jobs["state"] == FINISHED].iloc[0]
+    finished = best.jobs[best.jobs["state"] == FINISHED]
+    overrides, names = finished["overrides"].iloc[0], finished[SEED].unique()
     words = ["python", "train.py", *(override for override in overrides if not override.startswith("sweep."))]
-    again = f"To run it again:\n\n    {shlex.join(words)}"
+    of = f" with the first of its seeds ({', '.join(names)})" if len(names) > 1 else ""
+    again = f"To run it again{of}:\n\n    {shlex.join(words)}"
     paragraphs = [f"## {heading}", sentence, f"Baselines, kNN: {baselines}." if baselines else "", again]
     for name, short in ACCURACIES.items():
         complete = [config for config in results.configs if len(config.values(name)) == seeds]
