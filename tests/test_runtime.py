@@ -1,7 +1,10 @@
 """What a run computes with, beside what the tests of whole runs see of it."""
 
+import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +25,31 @@ numpy.ones(50_000_000)
 after = taken()
 assert 380 < after - before < 420, (before, after)  # freed again by now
 """
+
+HUGE = """
+import re, torch
+from pathlib import Path
+from twoviews.runtime import Runtime, peak_memory
+
+before = peak_memory(torch.device("cpu"))["memory/process_mb"]
+Runtime("cpu", "auto", True, True, False, 1, 10, 30, 5).configure(torch.device("cpu"))
+advised = 0
+for area in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M):
+    if "[heap]" in area and " hg" in area:
+        advised += int(re.search(r"Size: +([0-9]+) kB", area).group(1))
+print(advised)
+assert peak_memory(torch.device("cpu"))["memory/process_mb"] < before + 20  # nothing was touched
+"""
+
+
+@pytest.mark.parametrize(("environment", "advised"), [({}, True), ({"MALLOC_TOP_PAD_": "131072"}, False)], ids=str)
+def test_a_training_on_a_cpu_asks_for_huge_pages(environment, advised) -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists() or platform.libc_ver()[0] != "glibc":
+        pytest.skip("of Linux with glibc")
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    done = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, env={**clean, **environment})
+    assert done.returncode == 0, done.stderr
+    assert (int(done.stdout) > 200_000) == advised
 
 
 def test_peak_memory_is_this_processs_alone() -> None:

