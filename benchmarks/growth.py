@@ -40,7 +40,7 @@ from twoviews.loop import Training
 from twoviews.protocols.knn import knn_scores
 from twoviews.runtime import Runtime
 
-SHARED = ["experiment=laptop", "data=digits", "protocol=[]", "tracking=files", "epochs=1000"]
+SHARED = ["experiment=laptop", "optimizer=sgd_short", "data=digits", "protocol=[]", "tracking=files", "epochs=1000"]
 STEPS = 3  # a round
 CPU = Runtime(
     "cpu",

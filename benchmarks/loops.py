@@ -169,6 +169,7 @@ def composed(method: str, overrides: list[str]) -> DictConfig:
     """experiment=laptop with whole-sized views and the numbers of both sides."""
     shared = [
         "experiment=laptop",
+        "optimizer=sgd_short",
         f"method={method}",
         "data=folder",
         "augmentation.views.both.size=null",
