@@ -33,7 +33,8 @@ def main(cfg, folder: Path) -> int:
         return open_encoder(run, load_chosen, cfg.mean, cfg.std)
 
     runs, labelled = expand_runs(cfg.run), any(protocol.needs_labels for protocol in protocols.values())
-    if problems := mistakes(*(lambda run=run: opened(run).check_images(load_chosen, labelled) for run in runs)):
+    checks = [lambda run=run: opened(run).check_images(load_chosen, labelled) for run in runs] if len(runs) > 1 else []
+    if problems := mistakes(*checks):
         raise BadInput(*problems)  # of all runs, before the first is evaluated
     for run in runs:
         loaded = opened(run)

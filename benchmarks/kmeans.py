@@ -256,7 +256,7 @@ def train(folder: Path, overrides: list[str]) -> None:
         return kmeans(x, k, **options)
 
     pcl.kmeans = keep
-    sys.argv = [str(ROOT / "train.py"), "experiment=laptop", "method=pcl", *overrides]
+    sys.argv = [str(ROOT / "train.py"), "experiment=laptop", "method=pcl", "optimizer=sgd_short", *overrides]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

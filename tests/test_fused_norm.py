@@ -269,10 +269,17 @@ def test_a_resnet_takes_all_views_at_once_as_if_one_after_another(block, splits)
         assert torch.allclose(mine.double(), theirs.double(), rtol=1e-4, atol=1e-5), name
 
 
-@pytest.mark.parametrize("why", ["sizes", "eval", "strides", "plain"])
+class Subclass(ResNet):
+    """Whose forward pass may be another."""
+
+
+@pytest.mark.parametrize("why", ["sizes", "eval", "strides", "plain", "subclass", "part"])
 def test_other_views_go_through_an_encoder_one_after_another(why, monkeypatch):
-    network = ResNet(3, 8, "basic", [1, 1], width=4).to(DEVICE, memory_format=torch.channels_last)
+    network = (Subclass if why == "subclass" else ResNet)(3, 8, "basic", [1, 1], width=4)
+    network.to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
     views, batches = [make_x(4, 3, 8, 8), make_x(4, 3, 8, 8, seed=1)], []
+    if why == "part":
+        network.layer2 = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8)).to(DEVICE)
     if why == "sizes":
         views[1] = make_x(4, 3, 6, 6)
     if why == "strides":

@@ -39,6 +39,13 @@ for area in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read
         advised += int(re.search(r"Size: +([0-9]+) kB", area).group(1))
 print(advised)
 assert peak_memory(torch.device("cpu"))["memory/process_mb"] < before + 20  # nothing was touched
+
+def reserved():
+    return int(re.search(r"VmSize:\\s+([0-9]+) kB", Path("/proc/self/status").read_text()).group(1))
+
+first = reserved()
+Runtime("cpu", "auto", True, True, False, 1, 10, 30, 5).configure(torch.device("cpu"))
+assert reserved() < first + 50_000  # it was freed
 """
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from twoviews.batch_norms import BatchNorm
 from twoviews.errors import BadInput, nearest
 from twoviews.fused_norm import batch_norm_act
 from twoviews.ranges import Count, Range, Repeats, Size
@@ -184,6 +185,15 @@ class ResNet(Encoder):
             x = getattr(self, f"layer{stage + 1}")(x)
         # Over rows of channels, as they lie in channels_last: the gradient of mean((2, 3)) is neither, and is copied.
         return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
+
+
+def all_norms_in_blocks(network: ResNet) -> bool:
+    """Whether all batch norms are where `batch_norm_act` gets them, and none in a part that somebody has put in."""
+    known = set()
+    for name, part in network.named_modules():
+        if type(part) in (ResNet, BasicBlock, Bottleneck):
+            known |= {f"{name}.{norm}".lstrip(".") for norm in ("bn1", "bn2", "bn3", "downsample.1")}
+    return all(name in known for name, part in network.named_modules() if isinstance(part, BatchNorm))
 
 
 class Timm(Encoder):

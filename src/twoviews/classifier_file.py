@@ -119,14 +119,14 @@ def _head_of(description: Mapping[str, Any], weights: Mapping[str, Tensor], feat
     classes = description["classes"]
     if weights["weight"].shape != (len(classes), features) or weights["bias"].shape != (len(classes),):
         raise ValueError(f"the head is not one of {features} features and {len(classes)} classes")
+    check_finite(weights := {name: value.float() for name, value in weights.items()})
     reference = None
     if not weights.keys().isdisjoint(_REFERENCE):
-        bank, distances = (weights[name].float() for name in _REFERENCE)
-        if bank.ndim != 2 or not len(bank) or bank.shape[1] != features or distances.ndim != 1:
+        bank, distances = (weights[name] for name in _REFERENCE)
+        if bank.ndim != 2 or not len(bank) or bank.shape[1] != features or distances.ndim != 1 or not len(distances):
             raise ValueError(f"the head has no bank of {features} features with distances of test images")
         reference = bank, distances
-    check_finite(weights)
-    return replace(as_head(weights["weight"].float(), weights["bias"].float(), classes), reference=reference)
+    return replace(as_head(weights["weight"], weights["bias"], classes), reference=reference)
 
 
 def _digest(encoder: Encoder, size: int, statistics: Sequence[Sequence[float]]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from twoviews import distributed
-from twoviews.backbones import ResNet
+from twoviews.backbones import ResNet, all_norms_in_blocks
 from twoviews.errors import BadInput
 from twoviews.fused_norm import reason_for_plain, separate_views
 
@@ -53,8 +53,9 @@ def encode_views(encoder: nn.Module, views: Sequence[Float[Tensor, "B C _h _w"]]
     """
     first = views[0]
     if not (
-        type(encoder) is ResNet  # whose norms are all in `batch_norm_act`
+        type(encoder) is ResNet
         and encoder.training
+        and all_norms_in_blocks(encoder)
         and first.is_contiguous(memory_format=torch.channels_last)
         and all(view.shape == first.shape for view in views)
         and distributed.processes() == 1  # norms of several are not fused

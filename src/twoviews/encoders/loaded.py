@@ -85,15 +85,9 @@ class LoadedEncoder:
     def check_images(self, load_chosen: Callable[[], ImageData] | None, labelled: bool) -> None:
         """Refuse what `load_data` refuses and, if they are to be `labelled`, images without labels.
 
-        The run's own are loaded only if its data.json says that they had no labels, as they may have some by now.
-
         Raises:
             BadInput: the images are not those that are needed.
         """
-        if load_chosen is None and self.run is not None:
-            recorded = self.run.read("data.json", needed=True).get("images", {})
-            if "test" in recorded or not labelled:
-                return
         data = self.load_data(load_chosen)
         if labelled and data.test is None:
             raise UnlabelledImages(f"{self.name}: {data.name}")

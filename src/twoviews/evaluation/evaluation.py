@@ -98,8 +98,8 @@ def evaluate(
 def _settings(loaded: LoadedEncoder, data: ImageData, protocols: Any, precision: str, step: Any) -> dict[str, Any]:
     """All that the values of an evaluation depend on, as evaluation.json has it; its folder is named by their digest."""
     counts = {split: len(getattr(data, split) or ()) for split in ("memory", "test")}
-    for protocol in protocols.values():
-        if counts.get(protocol.get("split")) == 0:  # protocol=map takes the training images then
+    for protocol in (one for one in protocols.values() if one["_target_"].endswith(".Map")):
+        if counts.get(protocol["split"]) == 0:  # then it takes the training images
             protocol["split"] = "train"
     settings = {
         "data": {"name": data.name, "digest": data.digest, **counts, "size": data.size},
