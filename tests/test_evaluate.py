@@ -144,6 +144,11 @@ def test_runs_that_cannot_be_evaluated_are_named_before_the_first_is(runs: Path,
     config.data.root = "photos"  # as if labelled images had come after the training
     OmegaConf.save(config, "bare/config.yaml")
     open_encoder("bare").check_images(None, labelled=True)
+    config.data.root = "gone"
+    OmegaConf.save(config, "bare/config.yaml")
+    Path("bare/data.json").write_text(json.dumps(data))  # which had test images
+    done = command("evaluate", f"run=[{runs / '0'},bare]", "protocol=knn_small")
+    assert done.code == 2 and not done.out and "gone is no folder" in done.err
 
 
 def test_the_split_that_is_recorded_is_the_one_that_was_taken(runs: Path, command) -> None:

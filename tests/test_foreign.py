@@ -253,7 +253,7 @@ def test_classifier_json(entry: Call, place: Path, number: int) -> None:
         harmless(entry, next(commands))
 
 
-@pytest.mark.parametrize("kind", ["json", "classes", "tensors", "bank", "pickle", "pipe", "link"])
+@pytest.mark.parametrize("kind", ["json", "classes", "tensors", "bank", "distances", "large", "pickle", "pipe", "link"])
 def test_heads_that_are_none(entry: Call, place: Path, kind: str) -> None:
     """Those of a linear evaluation, which twoviews.load reads; and the weights of a classifier."""
     run = place / "aa"
@@ -269,10 +269,15 @@ def test_heads_that_are_none(entry: Call, place: Path, kind: str) -> None:
             json_file.write_text(json.dumps({**json.loads(json_file.read_text()), "classes": ["0"]}))
         elif kind == "tensors":
             save_file({"other.weight": torch.zeros(1)}, weights)
-        elif kind == "bank":
-            part = "head." if weights.stem == "classifier" else ""
-            reference = {f"{part}bank": torch.zeros(3, 2), f"{part}test_distances": torch.zeros(3)}
-            save_file({**load_file(weights), **reference}, weights)
+        elif kind in ("bank", "distances", "large"):  # another width, none, infinite in float32
+            part, tensors = "head." if weights.stem == "classifier" else "", load_file(weights)
+            features = tensors[f"{part}weight"].shape[1]
+            bank, distances = {
+                "bank": (torch.zeros(3, features - 1), torch.zeros(3)),
+                "distances": (torch.zeros(3, features), torch.zeros(0)),
+                "large": (torch.zeros(3, features), torch.full((3,), 1e300, dtype=torch.float64)),
+            }[kind]
+            save_file({**tensors, f"{part}bank": bank, f"{part}test_distances": distances}, weights)
         elif kind == "pickle":
             torch.save({"weight": torch.zeros(1), "bias": Path.touch}, weights)
         else:
