@@ -78,7 +78,8 @@ def _length_lines(cfg: DictConfig, parts: Parts) -> Iterator[str]:
     steps, size, left_over = len(parts.loader), cfg.batch_size, parts.loader.left_over
     lr, base, scaling = parts.optimizer.param_groups[0]["lr"], cfg.optimizer.lr, cfg.optimizer.lr_scaling
     rule = {"linear": f" = {base:g} x {size} / 256", "sqrt": f" = {base:g} x sqrt({size})", "none": ""}[scaling]
-    yield f"lr        {lr:g}{rule} (optimizer.lr={base:g}, lr_scaling={scaling})"
+    name = type(parts.optimizer).__name__
+    yield f"lr        {lr:g}{rule} ({name}, optimizer.lr={base:g}, lr_scaling={scaling})"
     left = f"; the other {left_over:,} sit out, different ones each epoch" if left_over else ""
     length = f"{counted(cfg.epochs, 'epoch')} of {counted(steps, 'step')} of {size}"
     yield f"length    {length}: {steps * size:,} images an epoch{left}"
