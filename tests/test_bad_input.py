@@ -72,6 +72,8 @@ COMMANDS = [
     (["--batch-size", "64"], ["no option --batch-size", "batch_size="]),
     (["--batch-size=64"], ["no option --batch-size", "batch_size="]),
     (["seed=0,1"], ["seed=0,1", "-m"]),
+    (["temperture=0.2"], ["no key or group 'temperture'", "write method.temperature=0.2"]),
+    (["epoch=5"], ["Did you mean 'epochs'?"]),
     (["method.encoder=3"], ["encoder"]),
     (["+method.encoder=3"], ["encoder"]),
     (["+augmentation.size=24"], ["size"]),

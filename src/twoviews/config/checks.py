@@ -1,5 +1,6 @@
 """Values of a configuration against the signatures that they go to."""
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -256,7 +257,8 @@ def unknown_key(prefix: str, key: str, keys: Sequence[str], suggestions: Sequenc
 
 
 def with_group(key: str, content: Any, value: str | None) -> list[str]:
-    """Overrides that were probably meant by a key typed without its group: of this configuration first, then of other choices.
+    """Overrides that were probably meant by a key typed without its group: of this configuration first, then of other choices,
+    then of the key that is spelt nearly so.
 
     `value` is as it was typed; None for a dotted key, as in a.b=1: then nothing is suggested.
     """
@@ -269,4 +271,9 @@ def with_group(key: str, content: Any, value: str | None) -> list[str]:
         choices = [f"{group}={name}" for name in options_with(group, key)] if targets(group) else []
         if choices and not any(path.startswith(f"{group}.") for path in paths) and group != "protocol":
             overrides.append(f"{group}.{key}={value} with {' or '.join(choices)}")
-    return overrides
+    if overrides:
+        return overrides
+    at_root = {*content, *groups()}
+    below = {path.rpartition(".")[2] for path in flat(content) if not path.startswith("hydra.")}
+    close = difflib.get_close_matches(key, at_root | below, n=1, cutoff=0.8)
+    return with_group(close[0], content, value) if close and close[0] in below - at_root else []
