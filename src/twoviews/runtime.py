@@ -133,9 +133,8 @@ def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
     blocks = [block for _ in range(_HUGE_BLOCKS) if (block := libc.malloc(size))]
     for block in blocks:
         start = -(-block // page) * page
-        libc.madvise(
-            start, (block + size - start) // page * page, _MADV_HUGEPAGE
-        )  # advice, of which an error is no matter
+        # It is advice: where the kernel refuses it, nothing is lost.
+        libc.madvise(start, (block + size - start) // page * page, _MADV_HUGEPAGE)
     for block in blocks:
         libc.free(block)
 
